@@ -1,0 +1,5 @@
+"""The networks, by the class name that a checkpoint's metadata carries."""
+
+from .mlp import GMFlowMLP
+
+MODELS = {cls.__name__: cls for cls in (GMFlowMLP,)}

@@ -1,0 +1,117 @@
+"""The network of the 2-D experiments: an MLP that predicts a mixture of velocities for every point on its own."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..mixture import GaussianMixture
+
+
+@dataclass(frozen=True, kw_only=True)
+class GMFlowMLPConfig:
+    """Hyperparameters of `GMFlowMLP`.
+
+    Args:
+        num_components: K, at least 1; 1 with a `constant_log_std` is ordinary flow matching.
+        embed_dim: size of the time features and of the position features, divisible by 4.
+        hidden_dim, num_layers: width and number of hidden layers.
+        min_period, max_period: shortest and longest period of the position features, in units of x.
+        constant_log_std: fixes the mixture's log-std instead of predicting it.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    num_components: int = 64
+    embed_dim: int = 256
+    hidden_dim: int = 512
+    num_layers: int = 5
+    min_period: float = 0.005
+    max_period: float = 50.0
+    constant_log_std: float | None = None
+
+    def __post_init__(self):
+        for name in ("num_components", "embed_dim", "hidden_dim", "num_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.embed_dim % 4:
+            raise ValueError(f"embed_dim is {self.embed_dim}; it must be divisible by 4 (sine and cosine of x and y)")
+        if not 0 < self.min_period < self.max_period:
+            raise ValueError(f"periods must satisfy 0 < {self.min_period} < {self.max_period}")
+
+
+class GMFlowMLP(nn.Module):
+    """GMFlow's toy network: sine and cosine features of position and time, SiLU layers, one head per mixture parameter.
+
+    Its parameters are named as in the reference implementation (`net.N`, `out_means`, `out_logweights`, `out_logstds`).
+    """
+
+    channels = 2
+    Config = GMFlowMLPConfig
+
+    def __init__(self, config: GMFlowMLPConfig = GMFlowMLPConfig()):
+        super().__init__()
+        self.config = config
+        widths = [2 * config.embed_dim] + [config.hidden_dim] * config.num_layers
+        layers = [(nn.Linear(a, b), nn.SiLU()) for a, b in itertools.pairwise(widths)]
+        self.net = nn.Sequential(*[module for layer in layers for module in layer])
+        self.out_means = nn.Linear(config.hidden_dim, 2 * config.num_components)
+        self.out_logweights = nn.Linear(config.hidden_dim, config.num_components)
+        if config.constant_log_std is None:
+            self.out_logstds = nn.Linear(config.hidden_dim, 1)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                nn.init.zeros_(module.bias)
+        nn.init.zeros_(self.out_logweights.weight)
+        if self.config.constant_log_std is None:
+            nn.init.zeros_(self.out_logstds.weight)
+
+    def forward(self, x: Tensor, sigma: Tensor) -> GaussianMixture:
+        """
+        Args:
+            x: (B, 2, *S) noisy points; every pixel of *S is a point of its own.
+            sigma: (B,) or a scalar, in [0, 1].
+
+        Returns:
+            The mixture of velocities: means (B, K, 2, *S), log_weights (B, K, 1, *S), log_std (B, 1, 1, *S); float32.
+
+        Raises:
+            ValueError: x does not have two channels.
+        """
+        if x.ndim < 2 or x.shape[1] != self.channels:
+            raise ValueError(f"GMFlowMLP works on 2-D points: x must be (B, 2, ...), not {tuple(x.shape)}")
+        points = x.movedim(1, -1)  # (B, *S, 2)
+        time = self.time_features(torch.as_tensor(sigma, device=x.device).expand(x.shape[0]))  # (B, E)
+        time = time.reshape(x.shape[0], *[1] * (x.ndim - 2), -1).expand(*points.shape[:-1], -1)
+        features = torch.cat([time, self.position_features(points)], -1).to(self.out_means.weight.dtype)
+        hidden = self.net(features)  # (B, *S, H)
+        means = self.out_means(hidden).float().unflatten(-1, (-1, 2)).movedim((-2, -1), (1, 2))
+        log_weights = self.out_logweights(hidden).float().log_softmax(-1).movedim(-1, 1).unsqueeze(2)
+        if self.config.constant_log_std is None:
+            log_std = self.out_logstds(hidden).float().movedim(-1, 1).unsqueeze(2)
+        else:
+            log_std = means.new_full([1] * means.ndim, self.config.constant_log_std)
+        return GaussianMixture(means, log_weights, log_std)
+
+    def time_features(self, sigma: Tensor) -> Tensor:
+        """Cosines, then sines, of t = 1000 sigma at frequencies from 1 down to 1e-4: (B,) -> (B, E)."""
+        half = self.config.embed_dim // 2
+        steps = torch.arange(half, dtype=torch.float32, device=sigma.device) / max(half - 1, 1)
+        angle = 1000 * sigma.float().unsqueeze(-1) * (-math.log(10000) * steps).exp()
+        return torch.cat([angle.cos(), angle.sin()], -1)
+
+    def position_features(self, points: Tensor) -> Tensor:
+        """Sines, then cosines, of each coordinate at geometrically spaced periods: (..., 2) -> (..., E)."""
+        c = self.config
+        log_period = torch.linspace(math.log(c.min_period), math.log(c.max_period), c.embed_dim // 4, device=points.device)
+        angle = points.float().unsqueeze(-1) * (2 * math.pi / log_period.exp())  # (..., 2, E / 4)
+        return torch.cat([angle.sin(), angle.cos()], -1).flatten(-2)

@@ -1,0 +1,126 @@
+"""The straight path x_sigma = (1 - sigma) x_0 + sigma eps: conversions, transitions along it, and the posterior of x_0.
+
+sigma is in [0, 1], 0 data and 1 noise; alpha = 1 - sigma; the velocity is u = eps - x_0. Wherever a function takes a
+sigma it may be a number, one value per sample (B,), or a tensor that broadcasts to x, (B, 1, *S).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .mixture import GaussianMixture
+
+MIN_SIGMA = 1e-6  # divisions by sigma stop here: below it x_sigma is x_0 to float32 accuracy
+
+Sigma = float | Tensor
+
+
+def expand_sigma(sigma: Sigma, x: Tensor) -> Tensor:
+    """`sigma` as a floating-point tensor on x's device that broadcasts to x (B, C, *S).
+
+    Raises:
+        ValueError: it has neither 0, 1 nor as many dimensions as x, or another batch size.
+    """
+    sigma = torch.as_tensor(sigma, dtype=x.dtype if x.dtype == torch.float64 else torch.float32, device=x.device)
+    if sigma.ndim == 1 and sigma.shape[0] in (1, x.shape[0]):
+        return sigma.reshape(-1, *[1] * (x.ndim - 1))
+    if sigma.ndim == 0 or sigma.ndim == x.ndim:
+        return sigma.reshape(sigma.shape or [1] * x.ndim)
+    raise ValueError(
+        f"sigma of shape {tuple(sigma.shape)} does not fit x of shape {tuple(x.shape)}; "
+        "give a number, one value per sample, or a tensor that broadcasts to x"
+    )
+
+
+def flow_sigmas(steps: int, shift: float = 1.0) -> Tensor:
+    """`steps` + 1 times from 1 down to 0, uniform before the time shift s -> shift s / (1 + (shift - 1) s).
+
+    Raises:
+        ValueError: `steps` is below 1 or `shift` is not positive.
+    """
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; at least 1 is needed")
+    if not shift > 0:
+        raise ValueError(f"shift is {shift}; it must be positive (1 leaves the grid uniform)")
+    sigmas = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    return (shift * sigmas / (1 + (shift - 1) * sigmas)).float()
+
+
+def diffuse(x0: Tensor, sigma: Sigma, noise: Tensor) -> Tensor:
+    """x_sigma = (1 - sigma) x_0 + sigma noise; all (B, C, *S)."""
+    sigma = expand_sigma(sigma, x0)
+    return (1 - sigma) * x0 + sigma * noise
+
+
+def velocity_to_x0(velocity: GaussianMixture | Tensor, x: Tensor, sigma: Sigma) -> GaussianMixture | Tensor:
+    """x_0 = x_sigma - sigma u, for a velocity (B, C, *S) or a mixture of velocities."""
+    sigma = expand_sigma(sigma, x)
+    if isinstance(velocity, Tensor):
+        return x - sigma * velocity
+    sigma = sigma.unsqueeze(1)
+    return GaussianMixture(
+        means=x.unsqueeze(1) - sigma * velocity.means,
+        log_weights=velocity.log_weights,
+        log_std=velocity.log_std + sigma.clamp(min=MIN_SIGMA).log(),
+    )
+
+
+def x0_to_velocity(x0: Tensor, x: Tensor, sigma: Sigma) -> Tensor:
+    """u = (x_sigma - x_0) / sigma, the inverse of `velocity_to_x0`; sigma 0 is taken as 1e-6."""
+    return (x - x0) / expand_sigma(sigma, x).clamp(min=MIN_SIGMA)
+
+
+def forward_transition(x_low: Tensor, sigma_low: Sigma, sigma_high: Sigma, noise: Tensor) -> Tensor:
+    """A draw of x at sigma_high given x at sigma_low <= sigma_high, with standard normal noise (B, C, *S)."""
+    low, high = expand_sigma(sigma_low, x_low), expand_sigma(sigma_high, x_low)
+    ratio = (1 - high) / (1 - low).clamp(min=MIN_SIGMA)
+    return ratio * x_low + (high.square() - (ratio * low).square()).clamp(min=0).sqrt() * noise
+
+
+def reverse_transition(
+    x0: GaussianMixture | Tensor, x_high: Tensor, sigma_low: Sigma, sigma_high: Sigma, noise: Tensor | None = None
+) -> GaussianMixture | Tensor:
+    """x at sigma_low given x at sigma_high and x_0: N(c1 x_high + c2 x_0, c3), the Gaussian bridge of the path.
+
+    Args:
+        x0: a sample (B, C, *S), which gives a sample; or a mixture, which gives the mixture of x_low.
+        x_high: (B, C, *S).
+        noise: standard normal (B, C, *S), for a sample; None gives the bridge's mean.
+    """
+    low, high = expand_sigma(sigma_low, x_high), expand_sigma(sigma_high, x_high).clamp(min=MIN_SIGMA)
+    shrink = low / high
+    decay = (1 - high) / (1 - low).clamp(min=MIN_SIGMA)
+    bridge = 1 - (shrink * decay).square()
+    c1, c2, c3 = shrink.square() * decay, bridge * (1 - low), bridge * low.square()
+    if isinstance(x0, Tensor):
+        mean = c1 * x_high + c2 * x0
+        return mean if noise is None else mean + c3.sqrt() * noise
+    c1, c2, c3 = c1.unsqueeze(1), c2.unsqueeze(1), c3.unsqueeze(1)
+    var = c2.square() * x0.var + c3
+    return GaussianMixture(
+        means=c1 * x_high.unsqueeze(1) + c2 * x0.means,
+        log_weights=x0.log_weights,
+        log_std=0.5 * var.clamp(min=torch.finfo(var.dtype).tiny).log(),
+    )
+
+
+def posterior(x0: GaussianMixture, x_src: Tensor, sigma_src: Sigma, x: Tensor, sigma: Sigma) -> GaussianMixture:
+    """The mixture of x_0 given (x, sigma), from the mixture of x_0 given (x_src, sigma_src): GMFlow's analytic denoiser
+    between two network calls (sec. 3.4).
+
+    It is the given mixture times the ratio of the two likelihoods of x_0. With a = 1 - sigma the ratio has the
+    quadratic term (a / sigma)^2 - (a_src / sigma_src)^2 and the linear one a x / sigma^2 - a_src x_src / sigma_src^2;
+    kept as differences of ratios these stay accurate down to sigma = 0.
+    """
+    src, dst = expand_sigma(sigma_src, x).clamp(min=MIN_SIGMA), expand_sigma(sigma, x).clamp(min=MIN_SIGMA)
+    signal_src, signal = (1 - src) / src, (1 - dst) / dst
+    return x0.tilt(
+        linear=signal * x / dst - signal_src * x_src / src,
+        quadratic=signal.square() - signal_src.square(),
+    )
+
+
+def posterior_mean(x0: GaussianMixture, x_src: Tensor, sigma_src: Sigma, x: Tensor, sigma: Sigma) -> Tensor:
+    """E[x_0 | x, sigma], (B, C, *S), from the mixture of x_0 given (x_src, sigma_src); see `posterior`."""
+    return posterior(x0, x_src, sigma_src, x, sigma).mean()

@@ -1,0 +1,52 @@
+"""What happens between two network calls: every pixel follows the ODE of its own mixture. The hot path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from .mixture import GaussianMixture
+from .path import MIN_SIGMA, Sigma, expand_sigma, posterior_mean
+
+Constrain = Callable[[Tensor, Tensor], Tensor]
+
+
+def rollout(
+    x0: GaussianMixture,
+    x: Tensor,
+    sigma: Sigma,
+    sigma_end: Sigma,
+    substeps: int,
+    *,
+    constrain: Constrain | None = None,
+) -> Tensor:
+    """Integrate dx / dsigma = (x - E[x_0 | x, sigma]) / sigma from sigma down to sigma_end in Euler steps of equal size,
+    with the posterior mean that the mixture predicted at the start implies on the way (GMFlow, sec. 3.4, GM-ODE).
+
+    Args:
+        x0: mixture of x_0 given (x, sigma).
+        x: (B, C, *S) at sigma.
+        sigma, sigma_end: numbers, one per sample, or broadcastable to x.
+        substeps: number of Euler steps, at least 1; with 1 only the mixture's mean matters.
+        constrain: called as constrain(x, sigma) after every substep; returns the x to go on with. For masks, and the
+            place to raise from when the user interrupts.
+
+    Returns:
+        x at sigma_end, (B, C, *S).
+
+    Raises:
+        ValueError: `substeps` is below 1.
+    """
+    if substeps < 1:
+        raise ValueError(f"substeps is {substeps}; at least 1 is needed")
+    start, end, source = expand_sigma(sigma, x), expand_sigma(sigma_end, x), x
+    now = start
+    for substep in range(substeps):
+        mean = x0.mean() if substep == 0 else posterior_mean(x0, source, start, x, now)
+        following = start + (end - start) * ((substep + 1) / substeps)
+        x = mean + (following / now.clamp(min=MIN_SIGMA)) * (x - mean)
+        now = following
+        if constrain is not None:
+            x = constrain(x, now)
+    return x

@@ -133,16 +133,16 @@ def _open(path: str | Path):
         raise FileNotFoundError(f"there is no checkpoint {path}")
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give the .safetensors file inside it")
-    with open(path, "rb") as file:
-        head = file.read(4)
-    if head[:2] == b"PK" or head[:1] == b"\x80":
-        raise ValueError(
-            f"{path} is a pickle file (.pt, .ckpt), which could run any code when opened, so GMFlow never reads one; "
-            "use the .safetensors version of the model"
-        )
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
+        with open(path, "rb") as file:
+            head = file.read(2)
+        if head == b"PK" or head[:1] == b"\x80":  # a zip, as torch.save writes, or a bare pickle
+            raise ValueError(
+                f"{path} is a pickle file (.pt, .ckpt), which could run any code when opened, so GMFlow never reads one; "
+                "use the .safetensors version of the model"
+            ) from None
         raise ValueError(
             f"{path} is not a whole safetensors file ({error}); if it was downloaded or copied, do that again"
         ) from error

@@ -1,0 +1,199 @@
+"""The `gmflow` command: demo, sample, inspect."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .checkerboard import draw_checkerboard, total_variation
+from .checkpoint import SHIPPED, load_checkpoint, read_metadata
+from .path import flow_sigmas
+from .pictures import contact_sheet, density_picture, to_image
+from .solvers import Denoiser, denoiser_of, sample_euler, sample_gm_ode, sample_gm_sde
+
+DEMO_MODEL = SHIPPED / "checkerboard_k64.safetensors"
+CHUNK = 20_000  # points sampled at a time, which bounds the memory
+SOLVERS = ("gm-ode", "gm-sde", "euler")
+
+
+def sample_points(
+    network: nn.Module,
+    count: int,
+    *,
+    solver: str = "gm-ode",
+    steps: int = 8,
+    order: int = 2,
+    substeps: int = 8,
+    shift: float = 1.0,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """`count` samples (count, 2) of a 2-D model, on the CPU.
+
+    Args:
+        network: a `GMFlowMLP`.
+        solver: "gm-ode", "gm-sde" or "euler" (on the mean velocity; it takes neither `order` nor `substeps`).
+        steps: network calls per sample.
+        seed: of the initial noise and of GM-SDE's; the numbers do not depend on the device.
+        progress: called as progress(done, total) with numbers of network calls.
+
+    Raises:
+        ValueError: the network is not one for 2-D points, or a setting is out of range.
+    """
+    if getattr(network, "channels", None) != 2:
+        raise ValueError(f"{type(network).__name__} is not a model of 2-D points")
+    if solver not in SOLVERS:
+        raise ValueError(f"solver {solver!r} is unknown; choose one of {', '.join(SOLVERS)}")
+    if count < 1:
+        raise ValueError(f"count is {count}; it must be at least 1")
+    device = next(network.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    sigmas, chunks = flow_sigmas(steps, shift), math.ceil(count / CHUNK)
+    points = []
+    for chunk in range(chunks):
+
+        def callback(step: int, x: Tensor, x0: Tensor, done: int = chunk * steps) -> None:
+            if progress is not None:
+                progress(done + step + 1, chunks * steps)
+
+        noise = torch.randn(min(CHUNK, count - chunk * CHUNK), 2, generator=generator).to(device)
+        with torch.inference_mode():
+            points.append(_solve(denoiser_of(network), noise, sigmas, solver, order, substeps, generator, callback).cpu())
+    return torch.cat(points)
+
+
+def _solve(denoiser: Denoiser, noise: Tensor, sigmas: Tensor, solver: str, order: int, substeps: int, generator, callback):
+    if solver == "gm-ode":
+        return sample_gm_ode(denoiser, noise, sigmas, order=order, substeps=substeps, callback=callback)
+    if solver == "gm-sde":
+        return sample_gm_sde(denoiser, noise, sigmas, order=order, noise=generator, callback=callback)
+    return sample_euler(denoiser, noise, sigmas, callback=callback)
+
+
+def compare_solvers(network: nn.Module, steps: list[int], count: int, seed: int = 0) -> Iterator[tuple[str, int, Tensor]]:
+    """(solver, steps, points (count, 2)) for Euler on the mean, GM-ODE 2 and GM-SDE 2."""
+    for solver in ("euler", "gm-ode", "gm-sde"):
+        for n in steps:
+            yield solver, n, sample_points(network, count, solver=solver, steps=n, seed=seed)
+
+
+SOLVER_TITLES = {"euler": "Euler on\nthe mean", "gm-ode": "GM-ODE 2", "gm-sde": "GM-SDE 2"}
+
+
+def comparison_sheet(samples: list[tuple[str, int, Tensor]], data: Tensor, title: str):
+    """The picture of `compare_solvers`, a row for each solver, below one of the data; the captions give the network calls
+    and the total variation distance (TV) to the checkerboard."""
+    rows = []
+    for solver, name in SOLVER_TITLES.items():
+        cells = [
+            (f"{n} step{'s' * (n > 1)}   TV {total_variation(points):.3f}", density_picture(points))
+            for s, n, points in samples
+            if s == solver
+        ]
+        rows.append((name, cells))
+    reference = (f"data   TV {total_variation(data):.3f}", density_picture(data))
+    return contact_sheet(rows, reference, title)
+
+
+def demo(args: argparse.Namespace) -> None:
+    """Contact sheet of the shipped model."""
+    started = time.perf_counter()
+    network, config = load_checkpoint(DEMO_MODEL, device=args.device)
+    steps = [1, 2, 4, 8]
+    samples = []
+    for entry in compare_solvers(network, steps, args.count, args.seed):
+        samples.append(entry)
+        print(f"\r{entry[0]}, {entry[1]} steps: done  ", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    data = draw_checkerboard(args.count, torch.Generator().manual_seed(args.seed))
+    title = (
+        f"GMFlow, K = {config.num_components}, {args.count:,} samples a picture\n"
+        "TV: total variation distance to the data, lower is better"
+    )
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    comparison_sheet(samples, data, title).save(args.out)
+    print(f"{args.out.resolve()}  ({time.perf_counter() - started:.0f} s)")
+
+
+def sample(args: argparse.Namespace) -> None:
+    """Samples of a checkpoint, as a picture or as numbers."""
+    network, _ = load_checkpoint(args.checkpoint, device=args.device)
+    if args.out.suffix not in (".png", ".safetensors"):
+        raise ValueError(f"--out {args.out} must end in .png (a picture) or .safetensors (the points)")
+
+    def progress(done: int, total: int) -> None:
+        print(f"\rnetwork call {done}/{total}", end="", file=sys.stderr, flush=True)
+
+    points = sample_points(
+        network,
+        args.count,
+        solver=args.solver,
+        steps=args.steps,
+        order=args.order,
+        substeps=args.substeps,
+        shift=args.shift,
+        seed=args.seed,
+        progress=progress,
+    )
+    print(file=sys.stderr)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    if args.out.suffix == ".png":
+        to_image(density_picture(points, outline=args.outline)).save(args.out)
+    else:
+        save_file({"points": points.contiguous()}, args.out)
+    print(args.out.resolve())
+
+
+def inspect(args: argparse.Namespace) -> None:
+    """Config, parameters and training facts of a checkpoint."""
+    metadata = read_metadata(args.checkpoint)
+    network, _ = load_checkpoint(args.checkpoint, dtype=None)
+    parameters = list(network.parameters())
+    print(f"{args.checkpoint}: {metadata['model_class']}")
+    print(f"parameters: {sum(p.numel() for p in parameters):,} in {', '.join(sorted({str(p.dtype) for p in parameters}))}")
+    print(f"config: {json.dumps(metadata['config'], indent=2)}")
+    print(f"training: {json.dumps(metadata['training'], indent=2)}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="gmflow", description="Gaussian-mixture flow matching")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--seed", type=int, default=0, help="seed of all noise (default 0)")
+    common.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
+
+    p = commands.add_parser("demo", parents=[common], help="picture of the shipped model: three solvers at 1, 2, 4, 8 steps")
+    p.add_argument("--count", type=int, default=40_000, help="samples per picture (default 40000)")
+    p.add_argument("--out", type=Path, default=Path("gmflow_demo.png"), help="picture to write (default gmflow_demo.png)")
+    p.set_defaults(run=demo)
+
+    p = commands.add_parser("sample", parents=[common], help="sample a checkpoint of a 2-D model")
+    p.add_argument("checkpoint", type=Path)
+    p.add_argument("--solver", choices=SOLVERS, default="gm-ode", help="default gm-ode; euler follows the mean velocity")
+    p.add_argument("--steps", type=int, default=8, help="network calls (default 8)")
+    p.add_argument("--order", type=int, choices=(1, 2), default=2, help="order of GM-ODE and GM-SDE (default 2)")
+    p.add_argument("--substeps", type=int, default=8, help="GM-ODE's substeps per network call (default 8)")
+    p.add_argument("--shift", type=float, default=1.0, help="time shift, above 1 for more steps at high noise (default 1)")
+    p.add_argument("--count", type=int, default=100_000, help="number of samples (default 100000)")
+    p.add_argument("--outline", action="store_true", help="draw the checkerboard's squares over the picture")
+    p.add_argument("--out", type=Path, default=Path("samples.png"), help=".png or .safetensors (default samples.png)")
+    p.set_defaults(run=sample)
+
+    p = commands.add_parser("inspect", help="config, parameters and training facts of a checkpoint")
+    p.add_argument("checkpoint", type=Path)
+    p.set_defaults(run=inspect)
+
+    args = parser.parse_args(arguments)
+    try:
+        args.run(args)
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"gmflow: error: {error}") from error

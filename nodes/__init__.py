@@ -1,0 +1,29 @@
+"""The extension's nodes."""
+
+from comfy_api.latest import ComfyExtension, io
+from typing_extensions import override
+
+from .conditioning import GMFlowUnconditional
+from .loaders import GMFlowLoader, register_model_folder
+from .samplers import GMFlowODESampler, GMFlowSampler, GMFlowSDESampler, GMFlowSigmas
+from .views import GMFlowDensity
+
+
+class GMFlowExtension(ComfyExtension):
+    """What ComfyUI asks the extension for."""
+
+    @override
+    async def on_load(self) -> None:
+        register_model_folder()
+
+    @override
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [
+            GMFlowLoader,
+            GMFlowSampler,
+            GMFlowODESampler,
+            GMFlowSDESampler,
+            GMFlowSigmas,
+            GMFlowUnconditional,
+            GMFlowDensity,
+        ]

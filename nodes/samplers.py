@@ -1,0 +1,192 @@
+"""GM samplers: as SAMPLER and SIGMAS for SamplerCustomAdvanced, and one all-in-one node."""
+
+from __future__ import annotations
+
+import comfy.model_management
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..gmflow_core import flow_sigmas, sample_euler, sample_gm_ode, sample_gm_sde
+from .conditioning import unconditional
+from .seam import MixtureModel
+
+TIPS = {
+    "order": "2 corrects every mixture with the one before it and is better at 4 or more steps; 1 does not.",
+    "substeps": "GM-ODE's small steps between two network calls. They cost almost nothing beside the network; 8 are plenty "
+    "for 4 or more network calls.",
+    "steps": "Network calls. GM samplers are made for 4 to 8.",
+    "shift": "Time shift: above 1 spends more of the steps at high noise. 1 is right for the checkerboard.",
+    "denoise": "1 starts from pure noise; less starts from the latent with that share of noise added (image to image).",
+    "seed": "Seed of the initial noise, and of the noise that GM-SDE adds.",
+}
+
+
+def gm_sampler(solver: str, order: int = 2, substeps: int = 8) -> comfy.samplers.KSAMPLER:
+    """A SAMPLER that runs a solver of gmflow_core.
+
+    Args:
+        solver: "gm-ode", "gm-sde" or "euler" (on the mean velocity).
+    """
+
+    def run(model, x: Tensor, sigmas: Tensor, extra_args: dict | None = None, callback=None, disable=None) -> Tensor:
+        extra_args = extra_args or {}
+        mixtures = MixtureModel(model, x.shape, extra_args)
+
+        def report(step: int, x: Tensor, x0: Tensor) -> None:
+            if callback is not None:
+                state = {"x": mixtures.from_solver(x), "denoised": mixtures.from_solver(x0)}
+                callback({"i": step, "sigma": sigmas[step], "sigma_hat": sigmas[step], **state})
+
+        shared = {"callback": report, "constrain": mixtures.constrain}
+        x = mixtures.to_solver(x)
+        if solver == "gm-ode":
+            x = sample_gm_ode(mixtures.denoise, x, sigmas, order=order, substeps=substeps, **shared)
+        elif solver == "gm-sde":
+            # not the seed itself: ComfyUI drew the initial noise with it
+            generator = torch.Generator().manual_seed((extra_args.get("seed") or 0) + 1)
+            x = sample_gm_sde(mixtures.denoise, x, sigmas, order=order, noise=generator, **shared)
+        else:
+            x = sample_euler(mixtures.denoise, x, sigmas, **shared)
+        return mixtures.from_solver(x)
+
+    return comfy.samplers.KSAMPLER(run)
+
+
+def gm_sigmas(steps: int, shift: float = 1.0, denoise: float = 1.0) -> Tensor:
+    """`steps` + 1 sigmas from `denoise` (before the shift) down to 0; none at all if `denoise` is 0."""
+    if denoise <= 0:
+        return torch.FloatTensor([])
+    return flow_sigmas(max(steps, round(steps / denoise)), shift)[-steps - 1 :]
+
+
+class GMFlowODESampler(io.ComfyNode):
+    """GM-ODE as SAMPLER."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GMFlowODESampler",
+            display_name="GM-ODE Sampler",
+            category="GMFlow",
+            description="Deterministic: between two network calls every pixel follows the ODE of its predicted mixture. "
+            "For SamplerCustomAdvanced, with GM Sigmas.",
+            inputs=[
+                io.Int.Input("order", default=2, min=1, max=2, tooltip=TIPS["order"]),
+                io.Int.Input("substeps", default=8, min=1, max=1024, tooltip=TIPS["substeps"]),
+            ],
+            outputs=[io.Sampler.Output(tooltip="For SamplerCustomAdvanced or SamplerCustom.")],
+        )
+
+    @classmethod
+    def execute(cls, order: int, substeps: int) -> io.NodeOutput:
+        return io.NodeOutput(gm_sampler("gm-ode", order, substeps))
+
+
+class GMFlowSDESampler(io.ComfyNode):
+    """GM-SDE as SAMPLER."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GMFlowSDESampler",
+            display_name="GM-SDE Sampler",
+            category="GMFlow",
+            description="Stochastic: each step draws the clean latent from the predicted mixture, then adds noise back. "
+            "For SamplerCustomAdvanced, with GM Sigmas.",
+            inputs=[io.Int.Input("order", default=2, min=1, max=2, tooltip=TIPS["order"])],
+            outputs=[io.Sampler.Output(tooltip="For SamplerCustomAdvanced or SamplerCustom.")],
+        )
+
+    @classmethod
+    def execute(cls, order: int) -> io.NodeOutput:
+        return io.NodeOutput(gm_sampler("gm-sde", order))
+
+
+class GMFlowSigmas(io.ComfyNode):
+    """The GM samplers' time grid."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GMFlowSigmas",
+            display_name="GM Sigmas",
+            category="GMFlow",
+            description="A uniform time grid from 1 to 0, shifted if asked: what GM models are trained and measured with.",
+            inputs=[
+                io.Int.Input("steps", default=8, min=1, max=1000, tooltip=TIPS["steps"]),
+                io.Float.Input("shift", default=1.0, min=0.01, max=100.0, step=0.01, tooltip=TIPS["shift"]),
+                io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=TIPS["denoise"]),
+            ],
+            outputs=[io.Sigmas.Output(tooltip="For SamplerCustomAdvanced or SamplerCustom.")],
+        )
+
+    @classmethod
+    def execute(cls, steps: int, shift: float, denoise: float) -> io.NodeOutput:
+        return io.NodeOutput(gm_sigmas(steps, shift, denoise))
+
+
+class GMFlowSampler(io.ComfyNode):
+    """MODEL and LATENT in, LATENT out."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GMFlowSampler",
+            display_name="GM Sampler",
+            category="GMFlow",
+            description="Noise, sigmas, solver and guider in one node, for a quick start.",
+            inputs=[
+                io.Model.Input("model", tooltip="A model from Load GM Model."),
+                io.Latent.Input(
+                    "latent_image",
+                    tooltip="An empty latent to fill, or one to change (denoise below 1). For the checkerboard every latent "
+                    "pixel is one point: Empty Latent Image of 1024 x 1024 gives 16,384 points per batch item.",
+                ),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip=TIPS["seed"]
+                ),
+                io.Int.Input("steps", default=4, min=1, max=1000, tooltip=TIPS["steps"]),
+                io.Combo.Input(
+                    "solver",
+                    options=["gm-ode", "gm-sde", "euler"],
+                    default="gm-ode",
+                    tooltip="gm-ode is deterministic, gm-sde stochastic; euler follows the mean only, as stock samplers do, "
+                    "for comparison (it ignores order and substeps).",
+                ),
+                io.Int.Input("order", default=2, min=1, max=2, tooltip=TIPS["order"]),
+                io.Int.Input("substeps", default=8, min=1, max=1024, tooltip=TIPS["substeps"]),
+                io.Float.Input("shift", default=1.0, min=0.01, max=100.0, step=0.01, tooltip=TIPS["shift"]),
+                io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=TIPS["denoise"]),
+                io.Conditioning.Input(
+                    "positive", optional=True, tooltip="What to generate; leave it open for models that take no conditioning."
+                ),
+            ],
+            outputs=[io.Latent.Output(tooltip="The samples.")],
+        )
+
+    @classmethod
+    def execute(cls, model, latent_image, seed, steps, solver, order, substeps, shift, denoise, positive=None) -> io.NodeOutput:
+        sigmas = gm_sigmas(steps, shift, denoise)
+        if not len(sigmas):
+            return io.NodeOutput(latent_image)
+        samples = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
+        noise = comfy.sample.prepare_noise(samples, seed, latent_image.get("batch_index"))
+        guider = comfy.samplers.CFGGuider(model)
+        guider.set_conds(unconditional() if positive is None else positive, unconditional())
+        guider.set_cfg(1.0)
+        samples = guider.sample(
+            noise,
+            samples,
+            gm_sampler(solver, order, substeps),
+            sigmas,
+            denoise_mask=latent_image.get("noise_mask"),
+            callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
+            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+            seed=seed,
+        )
+        return io.NodeOutput({**latent_image, "samples": samples.to(comfy.model_management.intermediate_device())})

@@ -1,0 +1,64 @@
+"""Nodes to look at samples with."""
+
+from __future__ import annotations
+
+import torch
+from comfy_api.latest import io
+
+from ..gmflow_core.pictures import density_picture
+from .seam import to_points
+
+
+class GMFlowDensity(io.ComfyNode):
+    """2-D samples as a density picture."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GMFlowDensity",
+            display_name="GM Density",
+            category="GMFlow",
+            description="Draws the points of a two-channel latent as a picture of their density.",
+            inputs=[
+                io.Latent.Input("samples", tooltip="A latent with two channels, x and y: each of its pixels is one point."),
+                io.Int.Input("size", default=512, min=32, max=4096, tooltip="Pixels a side, rounded down to whole bins."),
+                io.Int.Input(
+                    "bins",
+                    default=128,
+                    min=8,
+                    max=1024,
+                    tooltip="Histogram cells a side. More show finer detail and need more points: 128 want 60,000 or more.",
+                ),
+                io.Float.Input(
+                    "extent",
+                    default=4.4,
+                    min=0.1,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="The picture shows [-extent, extent] both ways.",
+                ),
+                io.Boolean.Input(
+                    "outline",
+                    default=False,
+                    tooltip="Draw the exact support of the checkerboard, the borders of its squares, over the density.",
+                ),
+                io.Boolean.Input(
+                    "merge_batch",
+                    default=True,
+                    tooltip="One picture of all the points, or one for each item of the batch.",
+                ),
+            ],
+            outputs=[io.Image.Output(tooltip="The density; dark is empty, bright is 1.5 times a checkerboard's or more.")],
+        )
+
+    @classmethod
+    def execute(cls, samples, size: int, bins: int, extent: float, outline: bool, merge_batch: bool) -> io.NodeOutput:
+        latent = samples["samples"]
+        if latent.shape[1] != 2:
+            raise ValueError(
+                f"GM Density draws latents with two channels, and this one has {latent.shape[1]} (shape "
+                f"{tuple(latent.shape)}); use VAE Decode for image models"
+            )
+        groups = [latent] if merge_batch else latent.split(1)
+        pictures = [density_picture(to_points(g), size, min(bins, size), extent, outline=outline) for g in groups]
+        return io.NodeOutput(torch.stack(pictures))

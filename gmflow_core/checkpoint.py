@@ -99,13 +99,13 @@ def load_checkpoint(
     cls = MODELS[metadata["model_class"]]
     try:
         config = cls.Config(**metadata["config"])
-    except (TypeError, ValueError) as error:
+        with torch.device("meta"):
+            model = cls(config)
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{path}: its config {metadata['config']} is not one that this version's {cls.__name__} knows ({error}); "
             "update GMFlow, or train the model again"
         ) from error
-    with torch.device("meta"):
-        model = cls(config)
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     found = {name: tuple(t.shape) for name, t in tensors.items()}
     if expected != found:
@@ -137,8 +137,8 @@ def _open(path: str | Path):
         return safe_open(path, framework="pt")
     except SafetensorError as error:
         with open(path, "rb") as file:
-            head = file.read(2)
-        if head == b"PK" or head[:1] == b"\x80":  # a zip, as torch.save writes, or a bare pickle
+            head = file.read(9)
+        if head[:2] == b"PK" or (head[:1] == b"\x80" and head[8:] != b"{"):  # a zip, as torch.save writes, or a bare pickle
             raise ValueError(
                 f"{path} is a pickle file (.pt, .ckpt), which could run any code when opened, so GMFlow never reads one; "
                 "use the .safetensors version of the model"

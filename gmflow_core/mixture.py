@@ -297,20 +297,27 @@ def mixture_quantile(means: Tensor, std: Tensor, log_weights: Tensor, z: Tensor,
 
 
 def _cdf_excess(means: Tensor, std: Tensor, log_weights: Tensor, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    """(F(x) - Phi(z), F'(x)) of a 1-D mixture, taken from whichever tail z lies in, so that small numbers stay exact."""
+    """(F(x) - Phi(z) to first order, F'(x)) of a 1-D mixture. The difference is that of the logarithms, times F, in whichever
+    tail z lies: it has the sign and, at the root, the derivatives of the plain one, and Newton's steps on it go far where the
+    tail is thin."""
     offset = (x.unsqueeze(1) - means) / std
     weights = log_weights.exp()
     side = torch.where(z < 0, 1.0, -1.0)
-    tail = (weights * torch.special.ndtr(side.unsqueeze(1) * offset)).sum(1)
+    tail = (weights * normal_cdf(side.unsqueeze(1) * offset)).sum(1).clamp(min=torch.finfo(x.dtype).tiny)
     density = (weights * (-0.5 * (offset.square() + LOG_2PI)).exp() / std).sum(1)
-    return side * (tail - torch.special.ndtr(side * z)), density
+    return side * tail * (tail.log() - torch.special.log_ndtr(side * z)), density
+
+
+def normal_cdf(x: Tensor) -> Tensor:
+    """Phi(x), exact in the lower tail too (torch's own ndtr is 0 below -5.5 in float32)."""
+    return 0.5 * torch.erfc(x * -math.sqrt(0.5))
 
 
 def _normal_score(log_weights: Tensor, offset: Tensor) -> Tensor:
     """Phi^-1(sum_k w_k Phi(offset_k)), through the nearer tail: (B, K, *S) -> (B, *S)."""
     weights = log_weights.exp()
-    below = (weights * torch.special.ndtr(offset)).sum(1)
-    above = (weights * torch.special.ndtr(-offset)).sum(1)
+    below = (weights * normal_cdf(offset)).sum(1)
+    above = (weights * normal_cdf(-offset)).sum(1)
     tiny = torch.finfo(below.dtype).tiny
     score = torch.special.ndtri(torch.minimum(below, above).clamp(min=tiny))
     return torch.where(below < above, score, -score)

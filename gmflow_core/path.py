@@ -20,13 +20,15 @@ def expand_sigma(sigma: Sigma, x: Tensor) -> Tensor:
     """`sigma` as a floating-point tensor on x's device that broadcasts to x (B, C, *S).
 
     Raises:
-        ValueError: it has neither 0, 1 nor as many dimensions as x, or another batch size.
+        ValueError: its shape does not fit x.
     """
     sigma = torch.as_tensor(sigma, dtype=x.dtype if x.dtype == torch.float64 else torch.float32, device=x.device)
     if sigma.ndim == 1 and sigma.shape[0] in (1, x.shape[0]):
         return sigma.reshape(-1, *[1] * (x.ndim - 1))
-    if sigma.ndim == 0 or sigma.ndim == x.ndim:
-        return sigma.reshape(sigma.shape or [1] * x.ndim)
+    if sigma.ndim == 0:
+        return sigma.reshape([1] * x.ndim)
+    if sigma.ndim == x.ndim and all(n in (1, size) for n, size in zip(sigma.shape, x.shape, strict=True)):
+        return sigma
     raise ValueError(
         f"sigma of shape {tuple(sigma.shape)} does not fit x of shape {tuple(x.shape)}; "
         "give a number, one value per sample, or a tensor that broadcasts to x"
@@ -97,11 +99,12 @@ def reverse_transition(
         mean = c1 * x_high + c2 * x0
         return mean if noise is None else mean + c3.sqrt() * noise
     c1, c2, c3 = c1.unsqueeze(1), c2.unsqueeze(1), c3.unsqueeze(1)
-    var = c2.square() * x0.var + c3
+    tiny = torch.finfo(c2.dtype).tiny
+    log_var = torch.logaddexp(2 * (x0.log_std + c2.clamp(min=tiny).log()), c3.clamp(min=tiny).log())
     return GaussianMixture(
         means=c1 * x_high.unsqueeze(1) + c2 * x0.means,
         log_weights=x0.log_weights,
-        log_std=0.5 * var.clamp(min=torch.finfo(var.dtype).tiny).log(),
+        log_std=0.5 * log_var,
     )
 
 

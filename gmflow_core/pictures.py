@@ -25,8 +25,8 @@ def density_picture(
 
     Args:
         points: (N, 2).
-        size: pixels a side; rounded down to a multiple of `bins`, or `bins` itself if smaller.
-        bins: histogram cells a side.
+        size: pixels a side.
+        bins: histogram cells a side, at most `size`.
         extent: the picture shows [-extent, extent]^2.
         peak: the density per unit area that gets the brightest colour; 1.5 times that of a checkerboard if None.
         outline: draw the border of the checkerboard's filled squares.
@@ -39,16 +39,16 @@ def density_picture(
     """
     if points.ndim != 2 or points.shape[1] != 2 or not len(points):
         raise ValueError(f"points of shape {tuple(points.shape)} cannot be drawn; give (N, 2) with at least one point")
-    if size < 1 or bins < 1 or not extent > 0:
-        raise ValueError(f"size {size}, bins {bins} and extent {extent} must be positive")
+    if not 1 <= bins <= size or not extent > 0:
+        raise ValueError(f"bins {bins} must be between 1 and size {size}, and extent {extent} positive")
     peak = 1.5 / (2 * EXTENT**2) if peak is None else peak
     expected = len(points) * peak * (2 * extent / bins) ** 2
     level = (histogram(points.detach().cpu(), bins, extent) / expected).clamp(0, 1)
     position = level * (len(_COLOURS) - 1)
     low = position.long().clamp(max=len(_COLOURS) - 2)
     picture = torch.lerp(_COLOURS[low], _COLOURS[low + 1], (position - low).unsqueeze(-1).float())
-    zoom = max(1, size // bins)
-    picture = picture.flip(0).repeat_interleave(zoom, 0).repeat_interleave(zoom, 1)
+    cell = torch.arange(size) * bins // size
+    picture = picture.flip(0)[cell][:, cell]
     if outline:
         picture = _draw_board(picture, extent)
     return picture / 255

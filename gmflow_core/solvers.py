@@ -98,8 +98,10 @@ def sample_gm_sde(
         noise: a generator (a CPU one gives the same numbers on every device), or recorded draws, one for each step.
         Other arguments, return value and errors as `sample_gm_ode`.
     """
-    previous = None
-    for index, (sigma, sigma_next) in enumerate(_intervals(sigmas)):
+    intervals, previous = _intervals(sigmas), None
+    if isinstance(noise, Sequence) and len(noise) != len(intervals):
+        raise ValueError(f"{len(noise)} recorded draws do not fit {len(intervals)} steps; give one for each")
+    for index, (sigma, sigma_next) in enumerate(intervals):
         mixture, previous = _predict(denoiser, x, sigma, sigma_next, order, previous)
         if callback is not None:
             callback(index, x, mixture.mean())

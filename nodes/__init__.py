@@ -13,11 +13,8 @@ class GMFlowExtension(ComfyExtension):
     """What ComfyUI asks the extension for."""
 
     @override
-    async def on_load(self) -> None:
-        register_model_folder()
-
-    @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        register_model_folder()  # here, as older versions never call on_load
         return [
             GMFlowLoader,
             GMFlowSampler,

@@ -14,8 +14,8 @@ FOLDER = "gmflow"
 
 
 def register_model_folder() -> None:
-    """Make models/gmflow, whatever extra_model_paths.yaml adds to it, and the shipped models known to ComfyUI, in this
-    order of precedence."""
+    """Make the `gmflow` folders known to ComfyUI, in this order: those of extra_model_paths.yaml (there already),
+    models/gmflow, the shipped models."""
     default = os.path.join(folder_paths.models_dir, FOLDER)
     os.makedirs(default, exist_ok=True)
     for path in (default, str(SHIPPED)):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..gmflow_core import GaussianMixture, velocity_to_x0
 
 RECORDER = "gmflow_mixture_recorder"  # key in transformer_options
-CHUNK = 65_536  # points that go through a 2-D network at a time, which bounds its memory
+CHUNK = 8_192  # points that go through a 2-D network at a time: few enough for the cache
 
 
 class MixtureRecorder:

@@ -21,7 +21,7 @@ class GMFlowDensity(io.ComfyNode):
             description="Draws the points of a two-channel latent as a picture of their density.",
             inputs=[
                 io.Latent.Input("samples", tooltip="A latent with two channels, x and y: each of its pixels is one point."),
-                io.Int.Input("size", default=512, min=32, max=4096, tooltip="Pixels a side, rounded down to whole bins."),
+                io.Int.Input("size", default=512, min=32, max=4096, tooltip="Pixels a side."),
                 io.Int.Input(
                     "bins",
                     default=128,

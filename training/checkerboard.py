@@ -5,11 +5,12 @@
     python -m training.checkerboard --preset flow-matching           # K = 1 with unit variance: the baseline
     python -m training.checkerboard --out outputs/k16 -k 16 --batch-size 1024 --iterations 20000
     python -m training.checkerboard --evaluate outputs/checkerboard/model.safetensors
-    accelerate launch --num-processes 2 -m training.checkerboard     # DDP, on GPUs or on one CPU
+    torchrun --nproc-per-node 2 -m training.checkerboard             # DDP on two GPUs; with --device cpu on one machine's CPU
 
 Started again with the same --out, a run goes on from its last checkpoint, to the very losses of a run that was never
-stopped. OUT/model.safetensors is both the checkpoint to resume from and the model to load in ComfyUI; at the end
-OUT/report.png and OUT/report.json say how good its samples are.
+stopped. OUT/model.safetensors is the checkpoint to resume from, and loads in ComfyUI at any time. At the end OUT/report.png
+and OUT/report.json say how good the samples are, and OUT/weights.safetensors is the model to share: weights alone, in
+float16, with these figures in its metadata.
 """
 
 from __future__ import annotations
@@ -32,13 +33,16 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from gmflow_core.checkerboard import draw_checkerboard
-from gmflow_core.checkpoint import load_training_state, read_metadata, save_checkpoint
+from gmflow_core.checkpoint import load_checkpoint, load_training_state, read_metadata, save_checkpoint
 from gmflow_core.losses import nll, transition_nll
 from gmflow_core.models.mlp import GMFlowMLP, GMFlowMLPConfig
 from gmflow_core.path import diffuse, forward_transition
+from gmflow_core.pictures import density_picture
+from gmflow_core.points import sample_points
 from training.checkerboard_report import write_report
 
 MIN_SIGMA = 1e-4  # training times are drawn from [MIN_SIGMA, 1]
+PICTURE_SAMPLES = 10_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,6 +83,8 @@ class Config:
     """Iterations between checkpoints."""
     log_every: int = 100
     """Iterations between points of the loss curve."""
+    picture_every: int = 5000
+    """Iterations between pictures of 4-step samples in TensorBoard."""
     restart: bool = False
     """Throw away the run found in OUT and start anew."""
     evaluate: Path | None = None
@@ -87,7 +93,7 @@ class Config:
     """Samples per solver and step count in the report."""
 
     def __post_init__(self):
-        for name in ("batch_size", "iterations", "checkpoint_every", "log_every", "eval_samples"):
+        for name in ("batch_size", "iterations", "checkpoint_every", "log_every", "picture_every", "eval_samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
         if self.transition_ratio is not None and not 0 < self.transition_ratio <= 1:
@@ -105,9 +111,9 @@ PRESETS = {
     ),
     "flow-matching": Config(preset="flow-matching", num_components=1, constant_log_std=0.0, transition_ratio=None),
 }
-FREE_TO_CHANGE = {  # a resumed run may differ in these from the run it goes on with
-    "out", "iterations", "precision", "device", "checkpoint_every", "log_every", "restart", "evaluate", "eval_samples",
-}  # fmt: skip
+# A resumed run may differ in these from the run it goes on with.
+FREE_TO_CHANGE = {"out", "iterations", "precision", "device", "checkpoint_every", "log_every", "picture_every"}
+FREE_TO_CHANGE |= {"restart", "evaluate", "eval_samples"}
 
 
 def parse(arguments: list[str]) -> Config:
@@ -171,6 +177,9 @@ class Trainer:
         self.generator = torch.Generator().manual_seed(config.seed + 1)
         self.step = 0
         self.seconds = 0.0  # spent training, over all the starts of this run
+        if self.accelerator.is_main_process:
+            for leftover in config.out.glob(f".{self.path.name}.*.tmp"):  # of a process killed while it wrote
+                leftover.unlink()
         if self.path.exists() and not config.restart:
             self.resume()
         self.prepared = self.accelerator.prepare(self.model)
@@ -192,7 +201,7 @@ class Trainer:
                 self.seconds += time.perf_counter() - started
                 bar.update()
                 if self.step % config.log_every == 0 or self.step == config.iterations:
-                    loss = torch.stack(losses).mean().item()
+                    loss = self.accelerator.reduce(torch.stack(losses).mean(), "mean").item()
                     losses.clear()
                     if not math.isfinite(loss):
                         raise FloatingPointError(
@@ -203,6 +212,9 @@ class Trainer:
                     if writer:
                         writer.add_scalar("loss", loss, self.step)
                         writer.add_scalar("learning_rate", learning_rate(config, self.step - 1), self.step)
+                if writer and self.step % config.picture_every == 0:
+                    points = sample_points(self.sampling_model, PICTURE_SAMPLES, solver="gm-sde", steps=4)
+                    writer.add_image("samples", density_picture(points, bins=64), self.step, dataformats="HWC")
                 if self.step % config.checkpoint_every == 0 or self.step == config.iterations:
                     self.save()
         except KeyboardInterrupt:
@@ -251,6 +263,13 @@ class Trainer:
             save_checkpoint(self.sampling_model, self.path, facts=self.facts(), state=state)
         self.accelerator.wait_for_everyone()
 
+    def export(self) -> None:
+        """Write the weights to share, and their report."""
+        path, facts = self.config.out / "weights.safetensors", self.facts()
+        save_checkpoint(self.sampling_model, path, facts=facts, dtype=torch.float16)
+        report = write_report(path, self.config.out, self.config.eval_samples, device=self.config.device)
+        save_checkpoint(self.sampling_model, path, facts={**facts, "report": report}, dtype=torch.float16)
+
     def resume(self) -> None:
         """Go on from the checkpoint in OUT.
 
@@ -276,8 +295,6 @@ class Trainer:
                 slots.setdefault(int(index), {})[slot] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
         if self.ema is not None:
-            from gmflow_core.checkpoint import load_checkpoint
-
             self.ema.module.load_state_dict(load_checkpoint(self.path)[0].state_dict())
             self.ema.n_averaged.fill_(int(state["step"]))
         self.generator.set_state(state["rng"])
@@ -310,7 +327,7 @@ def main(arguments: list[str] | None = None) -> None:
     except FloatingPointError as error:
         raise SystemExit(f"error: {error}") from error
     if trainer.accelerator.is_main_process:
-        write_report(trainer.path, config.out, config.eval_samples, device=config.device)
+        trainer.export()
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ from tqdm import tqdm
 
 from gmflow_core.checkerboard import draw_checkerboard, on_board, total_variation
 from gmflow_core.checkpoint import load_checkpoint, read_metadata
-from gmflow_core.cli import compare_solvers, comparison_sheet
 from gmflow_core.losses import nll
 from gmflow_core.path import diffuse
+from gmflow_core.points import compare_solvers, comparison_sheet
 
 STEPS = [1, 2, 4, 8, 16]
 MIN_SIGMA = 1e-4

@@ -1,0 +1,95 @@
+"""The `gmflow` command on the shipped model."""
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from gmflow_core import load_checkpoint, read_metadata
+from gmflow_core.checkerboard import draw_checkerboard, on_board, total_variation
+from gmflow_core.cli import DEMO_MODEL, main
+from gmflow_core.pictures import density_picture
+from gmflow_core.points import sample_points
+
+
+@pytest.mark.parametrize("solver", ["gm-ode", "gm-sde"])
+def test_shipped_model_samples_the_checkerboard(solver):
+    """In four steps: nearly all points within 0.05 of the board, at a distance near that of as many exact samples."""
+    network, _ = load_checkpoint(DEMO_MODEL)
+    points = sample_points(network, 20_000, solver=solver, steps=4)
+    floor = total_variation(draw_checkerboard(20_000, torch.Generator().manual_seed(1)))
+    assert on_board(points, slack=0.05).float().mean() > 0.95
+    assert total_variation(points) < floor + 0.05
+
+
+def test_shipped_model_says_where_it_comes_from():
+    facts = read_metadata(DEMO_MODEL)["training"]
+    assert facts["command"].startswith("python -m training.checkerboard")
+    assert set(facts["report"]) >= {"u_nll", "gm-ode", "gm-sde", "euler"}
+
+
+def test_demo(tmp_path, capsys):
+    main(["demo", "--count", "400", "--out", str(tmp_path / "new" / "demo.png"), "--device", "cpu"])
+    assert str(tmp_path / "new" / "demo.png") in capsys.readouterr().out
+    assert min(Image.open(tmp_path / "new" / "demo.png").size) > 900
+
+
+def test_sample_writes_points_and_pictures(tmp_path):
+    def sample(name, *more):
+        main(
+            [
+                "sample",
+                str(DEMO_MODEL),
+                "--steps",
+                "2",
+                "--count",
+                "500",
+                "--device",
+                "cpu",
+                "--out",
+                str(tmp_path / name),
+                *more,
+            ]
+        )
+        return tmp_path / name
+
+    first = load_file(sample("a.safetensors", "--solver", "gm-sde", "--seed", "3"))["points"]
+    assert first.shape == (500, 2)
+    assert first.isfinite().all()
+    assert torch.equal(first, load_file(sample("b.safetensors", "--solver", "gm-sde", "--seed", "3"))["points"])
+    assert not torch.equal(first, load_file(sample("c.safetensors", "--solver", "gm-sde", "--seed", "4"))["points"])
+    assert Image.open(sample("d.png", "--solver", "euler", "--outline")).size == (512, 512)
+
+
+def test_inspect(capsys):
+    main(["inspect", str(DEMO_MODEL)])
+    out = capsys.readouterr().out
+    assert "GMFlowMLP" in out
+    assert "1,412,289" in out
+    assert '"num_components": 64' in out
+    assert "python -m training.checkerboard" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["inspect", "nowhere.safetensors"], "there is no checkpoint nowhere.safetensors"),
+        (["sample", str(DEMO_MODEL), "--steps", "0"], "steps is 0"),
+        (["sample", str(DEMO_MODEL), "--out", "points.npy"], "must end in .png"),
+        (["sample", str(DEMO_MODEL), "--count", "-1"], "count is -1"),
+    ],
+)
+def test_errors_are_one_line(arguments, complaint):
+    with pytest.raises(SystemExit, match=complaint):
+        main(arguments)
+
+
+def test_density_picture_puts_points_where_they_are():
+    """y upwards; points outside the frame are left out; bins need not divide the size."""
+    picture = density_picture(torch.tensor([[3.0, -3.0], [99.0, 0.0]]), size=100, bins=30, extent=4.0)
+    assert picture.shape == (100, 100, 3)
+    bright = (picture != picture[0, 0]).any(-1).nonzero().float().mean(0)
+    assert bright[0] > 80
+    assert bright[1] > 80
+    with pytest.raises(ValueError, match=r"\(0, 2\)"):
+        density_picture(torch.zeros(0, 2))

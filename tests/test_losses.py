@@ -1,0 +1,94 @@
+"""Training losses against a direct float64 computation, their limits, and the reference's values and gradients."""
+
+import math
+
+import pytest
+import torch
+
+from gmflow_core import GaussianMixture, forward_transition, nll, transition_nll, velocity_to_x0
+from tests.helpers import F64, SPACES, cast, golden, golden_mixture, is_near, normal, random_mixture
+
+
+def direct_transition_nll(velocity, x_low, x_high, low, high):
+    """From the path's definition: given x_0 and x_high, x_low is Gaussian; the components are x_high - high * velocity."""
+    low, high = (s.reshape(-1, *[1] * (x_low.ndim - 1)) for s in (low, high))
+    gain = low.square() * (1 - high) / (1 - low) / high.square()
+    slope = (1 - low) - gain * (1 - high)
+    var = low.square() - gain * low.square() * (1 - high) / (1 - low)
+    log_likelihood = []
+    for k in range(velocity.means.shape[1]):
+        mean = gain * x_high + slope * (x_high - high * velocity.means[:, k])
+        total = var + (slope * high * velocity.log_std[:, 0].exp()).square()
+        log_likelihood.append(
+            velocity.log_weights[:, k] - 0.5 * ((x_low - mean).square() / total + total.log()).sum(1, keepdim=True)
+        )
+    return -torch.stack(log_likelihood).logsumexp(0).squeeze(1)
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("components", [1, 4])
+@pytest.mark.parametrize("ratio", [0.1, 0.5, 0.9, 1.0])
+def test_transition_nll_agrees_with_a_direct_computation(space, components, ratio):
+    velocity = random_mixture(components=components, space=space, dtype=F64)
+    high = torch.tensor([0.95, 0.2], dtype=F64)
+    low = (1 - ratio) * high
+    x_low, noise = normal(2, 3, *space, dtype=F64), normal(2, 3, *space, seed=2, dtype=F64)
+    x_high = forward_transition(x_low, low, high, noise)
+    expected = direct_transition_nll(velocity, x_low, x_high, low, high)
+    assert is_near(transition_nll(velocity, x_low, x_high, low, high), expected, 1e-11)
+    single = transition_nll(cast(velocity, torch.float32), *(t.float() for t in (x_low, x_high, low, high)))
+    assert is_near(single.double(), expected, 1e-5)
+
+
+def test_down_to_sigma_0_the_transition_loss_is_the_nll_of_x0():
+    velocity, x0, noise, sigma = random_mixture(), normal(2, 3, 2, 3), normal(2, 3, 2, 3, seed=2), torch.tensor([0.9, 0.3])
+    x = forward_transition(x0, 0.0, sigma, noise)
+    found = transition_nll(velocity, x0, x, 0.0, sigma)
+    assert is_near(found, nll(velocity_to_x0(velocity, x, sigma), x0), 1e-6)
+    # x_0 is the velocity, scaled by sigma: a change of variables
+    assert is_near(found, nll(velocity, (x - x0) / sigma.reshape(2, 1, 1, 1)) + 3 * sigma.log().reshape(2, 1, 1), 1e-5)
+
+
+def test_with_one_component_of_unit_variance_the_nll_is_half_the_squared_error():
+    velocity, target = random_mixture(components=1), normal(2, 3, 2, 3)
+    velocity = GaussianMixture(velocity.means, torch.zeros_like(velocity.log_weights), torch.zeros_like(velocity.log_std))
+    assert is_near(nll(velocity, target), 0.5 * (target - velocity.means[:, 0]).square().sum(1), 1e-6)
+
+
+def test_a_standard_deviation_counts_as_at_least_1e_4():
+    mixture = random_mixture(components=1, dtype=F64)
+    narrow = GaussianMixture(mixture.means, mixture.log_weights, torch.full_like(mixture.log_std, -30))
+    target = mixture.means[:, 0] + 1e-4
+    assert is_near(nll(narrow, target), torch.full((2, 2, 3), 3 * (0.5 + math.log(1e-4)), dtype=F64), 1e-9)
+
+
+@pytest.mark.parametrize("ratio", ["0.5", "0.9", "1.0"])
+def test_golden_losses_and_gradients(ratio):
+    figures, recorded = golden("losses"), golden_mixture("losses", "gm_u")
+    leaves = [t.clone().requires_grad_() for t in (recorded.means, recorded.log_weights, recorded.log_std)]
+    low, high = figures[f"r{ratio}.t_low"] / 1000, figures["t_high"] / 1000
+    x_low, x_high = figures[f"r{ratio}.x_t_low"], figures[f"r{ratio}.x_t_high"]
+    assert is_near(forward_transition(x_low, low, high, figures["noise_1"]), x_high)
+    loss = transition_nll(GaussianMixture(*leaves), x_low, x_high, low, high).mean()
+    if ratio == "1.0":  # the reference floors the bridge's variance at 1e-6, which counts where it is 0
+        x0 = velocity_to_x0(GaussianMixture(*leaves), x_high, high)
+        floored = nll(GaussianMixture(x0.means, x0.log_weights, 0.5 * (x0.var + 1e-6).log()), x_low).mean()
+        assert abs(loss - floored) < 0.004
+        loss = floored
+    channels = x_low.shape[1]
+    per_channel = loss / channels + 0.5 * math.log(2 * math.pi)  # the newer reference's normalisation
+    assert is_near(loss.detach().reshape(1), figures[f"r{ratio}.lossA"])
+    assert is_near(per_channel.detach().reshape(1), figures[f"r{ratio}.lossB"])
+    per_channel.backward()
+    for leaf, name in zip(leaves, ("means", "logweights", "logstds"), strict=True):
+        assert is_near(leaf.grad, figures[f"r{ratio}.gradB.{name}"])
+
+
+def test_a_wild_prediction_costs_much_but_stays_finite():
+    """A network's spike, seen in training: log-std 91, whose variance no float32 holds."""
+    log_std = torch.full((1, 1, 1), 91.0, requires_grad=True)
+    velocity = GaussianMixture(torch.full((1, 2, 2), 1448.0), torch.full((1, 2, 1), math.log(0.5)), log_std)
+    loss = transition_nll(velocity, torch.zeros(1, 2), torch.ones(1, 2), 0.0058, 0.058)
+    loss.sum().backward()
+    assert 100 < loss.item() < 200
+    assert log_std.grad.item() == pytest.approx(2, rel=1e-3)

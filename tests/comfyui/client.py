@@ -1,0 +1,275 @@
+"""A small client of a running ComfyUI server: prompts, their pictures, errors, progress and previews."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from subprocess import Popen, TimeoutExpired
+from typing import Any, NamedTuple
+
+import numpy as np
+import websocket
+from PIL import Image
+
+PREVIEW_WITH_METADATA = 4  # protocol.BinaryEventTypes.PREVIEW_IMAGE_WITH_METADATA
+
+
+class Progress(NamedTuple):
+    """One step of a node's progress bar."""
+
+    node: str
+    value: float
+    max: float
+
+
+@dataclass
+class Result:
+    """What one prompt did. ``status`` is success, error, interrupted or rejected."""
+
+    prompt_id: str
+    status: str
+    outputs: dict[str, dict[str, Any]] = field(default_factory=dict)  # node -> what it showed in the interface
+    images: dict[str, list[Image.Image]] = field(default_factory=dict)  # node -> its pictures
+    errors: dict[str, str] = field(default_factory=dict)  # node ("" for the prompt itself) -> text
+    executed: list[str] = field(default_factory=list)  # nodes in the order they ran
+    cached: list[str] = field(default_factory=list)  # nodes that did not run again
+    progress: list[Progress] = field(default_factory=list)
+    previews: list[bytes] = field(default_factory=list)  # JPEG or PNG files
+    traceback: str = ""  # of the node that failed
+
+    @property
+    def image(self) -> Image.Image:
+        """The only picture of the prompt."""
+        (image,) = [image for images in self.images.values() for image in images]
+        return image
+
+    @property
+    def array(self) -> np.ndarray:
+        """The only picture as float32 in [0, 1], height x width x channels."""
+        return np.asarray(self.image, np.float32) / 255
+
+
+class PromptError(AssertionError):
+    """A prompt was rejected, or a node of it failed."""
+
+    def __init__(self, result: Result):
+        lines = [f"node {node}: {text}" if node else text for node, text in result.errors.items()]
+        super().__init__("\n".join([f"prompt {result.status}", *lines, result.traceback]).strip())
+        self.result = result
+
+
+@dataclass
+class _Run:
+    """What the websocket has said about one prompt."""
+
+    executed: list[str] = field(default_factory=list)
+    progress: list[Progress] = field(default_factory=list)
+    previews: list[bytes] = field(default_factory=list)
+    done: bool = False
+
+
+class Comfy:
+    """A ComfyUI server at ``url`` with the base directory ``base``."""
+
+    def __init__(self, url: str, base: Path, log_path: Path, process: Popen[bytes]):
+        self.url, self.base, self._log_path, self._process = url, base, log_path, process
+        self.client_id = uuid.uuid4().hex
+        self._runs: dict[str, _Run] = {}
+        self._left_out: dict[str, dict[str, str]] = {}  # errors of the outputs that a queued prompt has to do without
+        self._heard = threading.Condition()
+        self._socket: websocket.WebSocket | None = None
+
+    # --- the server
+
+    def log(self) -> str:
+        """What the server has printed so far."""
+        return self._log_path.read_text(encoding="utf-8", errors="replace")
+
+    def wait_ready(self, timeout: float = 120) -> None:
+        """Wait until the server answers; raises with the end of its log if it dies or is late."""
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                self.get("/system_stats")
+                break
+            except OSError as error:
+                self._check_alive()
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"ComfyUI did not answer in {timeout:g} s\n{self._log_tail()}") from error
+                time.sleep(0.2)
+        self._socket = websocket.create_connection(f"ws{self.url[4:]}/ws?clientId={self.client_id}", timeout=30)
+        self._socket.send(json.dumps({"type": "feature_flags", "data": {"supports_preview_metadata": True}}))
+        self._socket.settimeout(None)
+        threading.Thread(target=self._listen, args=(self._socket,), daemon=True).start()
+
+    def close(self) -> None:
+        """Stop the server."""
+        if self._socket is not None:
+            self._socket.close(timeout=1)
+        self._process.terminate()
+        try:
+            self._process.wait(10)
+        except TimeoutExpired:
+            self._process.kill()
+
+    def get(self, path: str) -> Any:
+        """The JSON answer to GET."""
+        return json.loads(self._request(path))
+
+    def post(self, path: str, data: Any) -> Any:
+        """The JSON answer to POST of JSON, None if it is empty."""
+        answer = self._request(path, json.dumps(data).encode())
+        return json.loads(answer) if answer else None
+
+    def view(self, reference: dict[str, str]) -> Image.Image:
+        """The picture that an output names by filename, subfolder and type."""
+        keys = {key: reference.get(key, "") for key in ("filename", "subfolder", "type")}
+        image = Image.open(io.BytesIO(self._request(f"/view?{urllib.parse.urlencode(keys)}")))
+        image.load()
+        return image
+
+    def object_info(self) -> dict[str, Any]:
+        """All node types with their inputs and outputs."""
+        return self.get("/object_info")
+
+    # --- prompts
+
+    def run(self, prompt: dict[str, Any], timeout: float = 120, expect_error: bool = False) -> Result:
+        """Run a prompt in API format to its end; PromptError if it is rejected or fails, unless that is expected."""
+        try:
+            return self.wait(self.submit(prompt), timeout, expect_error)
+        except PromptError as error:
+            if not expect_error:
+                raise
+            return error.result
+
+    def submit(self, prompt: dict[str, Any], **extra_data: Any) -> str:
+        """Queue a prompt and return its id; PromptError if it is rejected."""
+        body = {"prompt": prompt, "client_id": self.client_id, "extra_data": extra_data}
+        try:
+            answer = self.post("/prompt", body)
+        except urllib.error.HTTPError as error:
+            answer = json.loads(error.read())
+            raise PromptError(Result("", "rejected", errors=prompt_errors(answer))) from None
+        self._left_out[answer["prompt_id"]] = prompt_errors(answer)
+        return answer["prompt_id"]
+
+    def wait(self, prompt_id: str, timeout: float = 120, expect_error: bool = False) -> Result:
+        """Wait for the end of a prompt; PromptError if a node failed, unless that is expected."""
+        self._wait_until(prompt_id, lambda run: run.done, timeout, "end")
+        result = self.result(prompt_id)
+        if result.errors and not expect_error:
+            raise PromptError(result)
+        return result
+
+    def result(self, prompt_id: str) -> Result:
+        """What a prompt that has ended did, whoever queued it."""
+        history = self.get(f"/history/{prompt_id}")[prompt_id]
+        run = self._runs.get(prompt_id, _Run())
+        result = Result(prompt_id, "success", history["outputs"], errors=dict(self._left_out.get(prompt_id, {})))
+        result.executed, result.progress, result.previews = list(run.executed), list(run.progress), list(run.previews)
+        for kind, data in history["status"]["messages"]:
+            if kind == "execution_cached":
+                result.cached = data["nodes"]
+            elif kind == "execution_interrupted":
+                result.status = "interrupted"
+            elif kind == "execution_error":
+                result.status = "error"
+                result.errors[data["node_id"]] = f"{data['exception_type']}: {data['exception_message'].strip()}"
+                result.traceback = "".join(data["traceback"])
+        for node, output in result.outputs.items():
+            if "images" in output:
+                result.images[node] = [self.view(reference) for reference in output["images"]]
+        return result
+
+    def wait_progress(self, prompt_id: str, value: float = 1, timeout: float = 120) -> Progress:
+        """Wait until a progress bar of the prompt has reached ``value``."""
+        found: list[Progress] = []
+
+        def reached(run: _Run) -> bool:
+            found[:] = [step for step in run.progress if step.value >= value][:1]
+            return bool(found) or run.done
+
+        self._wait_until(prompt_id, reached, timeout, "progress")
+        if not found:
+            raise AssertionError(f"the prompt ended before its progress reached {value:g}")
+        return found[0]
+
+    def interrupt(self) -> None:
+        """Interrupt the prompt that runs now."""
+        self.post("/interrupt", {})
+
+    # --- inside
+
+    def _request(self, path: str, data: bytes | None = None) -> bytes:
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})  # noqa: S310
+        with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310
+            return answer.read()
+
+    def _log_tail(self, lines: int = 40) -> str:
+        return "\n".join(self.log().splitlines()[-lines:])
+
+    def _check_alive(self) -> None:
+        if self._process.poll() is not None:
+            raise RuntimeError(f"ComfyUI ended with exit code {self._process.returncode}\n{self._log_tail()}")
+
+    def _wait_until(self, prompt_id: str, ready: Callable[[_Run], bool], timeout: float, what: str) -> None:
+        deadline = time.monotonic() + timeout
+        with self._heard:
+            while not ready(self._runs.setdefault(prompt_id, _Run())):
+                self._check_alive()
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"no {what} of the prompt in {timeout:g} s\n{self._log_tail()}")
+                self._heard.wait(0.5)
+
+    def _listen(self, socket: websocket.WebSocket) -> None:
+        while True:
+            try:
+                message = socket.recv()
+            except (OSError, websocket.WebSocketException):
+                return
+            if not message:
+                return
+            with self._heard:
+                self._hear(message)
+                self._heard.notify_all()
+
+    def _hear(self, message: str | bytes) -> None:
+        if isinstance(message, bytes):
+            kind, length = struct.unpack_from(">II", message)
+            if kind == PREVIEW_WITH_METADATA:
+                about = json.loads(message[8 : 8 + length])
+                self._runs.setdefault(about["prompt_id"], _Run()).previews.append(message[8 + length :])
+            return
+        event = json.loads(message)
+        data = event.get("data") or {}
+        if not isinstance(data, dict) or "prompt_id" not in data:
+            return
+        run = self._runs.setdefault(data["prompt_id"], _Run())
+        if event["type"] == "executing" and data["node"] is None:
+            run.done = True
+        elif event["type"] == "executing":
+            run.executed.append(data["node"])
+        elif event["type"] == "progress":
+            run.progress.append(Progress(data["node"], data["value"], data["max"]))
+
+
+def prompt_errors(answer: dict[str, Any]) -> dict[str, str]:
+    """The error texts of an answer to POST /prompt, by node."""
+    errors = {}
+    for node, about in answer.get("node_errors", {}).items():
+        texts = [f"{error['message']}: {error['details']}".removesuffix(": ") for error in about["errors"]]
+        errors[node] = f"{about['class_type']}: {'; '.join(texts)}"
+    if not errors and answer.get("error"):
+        errors[""] = f"{answer['error']['message']}: {answer['error']['details']}".removesuffix(": ")
+    return errors

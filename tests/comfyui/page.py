@@ -65,9 +65,16 @@ class ComfyPage:
         data = {"items": [], "files": [str(Path(path).resolve())], "dragOperationsMask": 1}
         where = {"x": box["x"] + box["width"] / 4, "y": box["y"] + box["height"] * 0.9}
         chrome = self.page.context.new_cdp_session(self.page)
-        for kind in ("dragEnter", "dragOver", "drop"):
-            chrome.send("Input.dispatchDragEvent", {"type": kind, **where, "data": data})
-        self._wait(f"() => {{ {NODES} return nodes.length && !nodes.some((node) => node.beforeDrop) }}", timeout, "workflow")
+        loaded = f"() => {{ {NODES} return nodes.length && !nodes.some((node) => node.beforeDrop) }}"
+        deadline = time.monotonic() + timeout
+        while True:  # a page that is still busy starting up lets a drop fall
+            for kind in ("dragEnter", "dragOver", "drop"):
+                chrome.send("Input.dispatchDragEvent", {"type": kind, **where, "data": data})
+            try:
+                return self._wait(loaded, min(8, timeout), "workflow")
+            except TimeoutError:
+                if time.monotonic() > deadline:
+                    raise
 
     def node_types(self) -> list[str]:
         """The types of the nodes in the graph and its subgraphs."""

@@ -29,7 +29,7 @@ class GuidedMixture(GaussianMixture):
 def probabilistic_guidance(
     cond: GaussianMixture, uncond_mean: Tensor, scale: float | Tensor, orthogonal: float = 1.0
 ) -> GuidedMixture:
-    """Probabilistic guidance (GMFlow, sec. 3.3): cond times N(mean + bias, (1 - w^2) V) / N(mean, V).
+    """Probabilistic guidance (GMFlow, ICML 2025): cond times N(mean + bias, (1 - w^2) V) / N(mean, V).
 
     The bias points from the unconditional to the conditional mean, without its part along the conditional mean, and has
     the mean square w^2 V, V the variance of `cond` averaged over channels and space: it shifts the mixture by w

@@ -20,7 +20,7 @@ def nll(mixture: GaussianMixture, target: Tensor) -> Tensor:
 
 
 def transition_nll(velocity: GaussianMixture, x_low: Tensor, x_high: Tensor, sigma_low: Sigma, sigma_high: Sigma) -> Tensor:
-    """GMFlow's transition loss (eq. 8): the NLL of x_low under the mixture that the velocities at x_high imply for it.
+    """GMFlow's transition loss (ICML 2025): the NLL of x_low under the mixture that the velocities at x_high imply for it.
 
     Args:
         velocity: the network's output at (x_high, sigma_high).

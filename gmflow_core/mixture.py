@@ -150,7 +150,7 @@ class GaussianMixture:
         )
 
     def times(self, gaussian: IsotropicGaussian, over: IsotropicGaussian | None = None) -> GaussianMixture:
-        """The renormalised product with `gaussian`, or with the quotient `gaussian / over` (GMFlow, eq. 11 and app. A).
+        """The renormalised product with `gaussian`, or with the quotient `gaussian / over`.
 
         Args:
             gaussian: mean (B, C, *S), var broadcastable to (B, 1, *S).

@@ -110,7 +110,7 @@ def reverse_transition(
 
 def posterior(x0: GaussianMixture, x_src: Tensor, sigma_src: Sigma, x: Tensor, sigma: Sigma) -> GaussianMixture:
     """The mixture of x_0 given (x, sigma), from the mixture of x_0 given (x_src, sigma_src): GMFlow's analytic denoiser
-    between two network calls (sec. 3.4).
+    between two network calls (ICML 2025).
 
     It is the given mixture times the ratio of the two likelihoods of x_0. With a = 1 - sigma the ratio has the
     quadratic term (a / sigma)^2 - (a_src / sigma_src)^2 and the linear one a x / sigma^2 - a_src x_src / sigma_src^2;

@@ -22,7 +22,7 @@ def rollout(
     constrain: Constrain | None = None,
 ) -> Tensor:
     """Integrate dx / dsigma = (x - E[x_0 | x, sigma]) / sigma from sigma down to sigma_end in Euler steps of equal size,
-    with the posterior mean that the mixture predicted at the start implies on the way (GMFlow, sec. 3.4, GM-ODE).
+    with the posterior mean that the mixture predicted at the start implies on the way (GM-ODE of GMFlow, ICML 2025).
 
     Args:
         x0: mixture of x_0 given (x, sigma).

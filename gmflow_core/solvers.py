@@ -58,7 +58,7 @@ def sample_gm_ode(
     callback: Callback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
-    """GM-ODE (GMFlow, algorithm 2): deterministic; between two network calls x follows the ODE of the predicted mixture.
+    """GM-ODE (GMFlow, ICML 2025): deterministic; between two network calls x follows the ODE of the predicted mixture.
 
     Args:
         x: (B, C, *S) at sigmas[0].
@@ -92,7 +92,7 @@ def sample_gm_sde(
     callback: Callback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
-    """GM-SDE (GMFlow, algorithm 2): at each step draw x_0 from the predicted mixture, then x at the next sigma given both.
+    """GM-SDE (GMFlow, ICML 2025): at each step draw x_0 from the predicted mixture, then x at the next sigma given both.
 
     Args:
         noise: a generator (a CPU one gives the same numbers on every device), or recorded draws, one for each step.
@@ -132,7 +132,7 @@ def sample_euler(
 def second_order(
     mixture: GaussianMixture, previous: Step, x: Tensor, sigma: float, size: float, ca: float = 0.005, cb: float = 1.0
 ) -> tuple[GaussianMixture, IsotropicGaussian]:
-    """The second-order correction of GM-ODE and GM-SDE (GMFlow, app. A.2), fused with probabilistic guidance.
+    """The second-order correction of GM-ODE and GM-SDE (GMFlow, ICML 2025), fused with probabilistic guidance.
 
     The last step's mixture, carried to (x, sigma), predicts a mean; half the difference to the new mean, scaled by the
     ratio of the step sizes and damped where it is mostly network error, extrapolates to the middle of the coming step.

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gmflow_core import load_checkpoint, read_metadata, save_checkpoint
 from gmflow_core.models.mlp import GMFlowMLP, GMFlowMLPConfig
@@ -58,6 +59,37 @@ def test_resumes_after_sigkill_to_the_same_weights(tmp_path):
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
         assert torch.equal(tensor, found[name]), name
+
+
+@pytest.mark.parametrize("where", ["backward", "optimiser"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_in_the_middle_of_an_iteration_loses_nothing(where, number, tmp_path, monkeypatch):
+    whole = train(tmp_path / "whole", 30)
+    trainer = Trainer(parse([*SMALL, "--out", str(tmp_path / "stopped"), "--iterations", "30"]))
+    owner, name = {"backward": (trainer.accelerator, "backward"), "optimiser": (trainer.optimizer, "step")}[where]
+    function = getattr(owner, name)
+
+    def interrupted(*args):
+        function(*args)
+        if trainer.step == 13:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(owner, name, interrupted)
+    trainer.run()
+    assert trainer.stop
+    assert trainer.step == 14
+    resumed = train(tmp_path / "stopped", 30)
+    expected, found = (load_file(t.path) for t in (whole, resumed))
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+
+
+def test_loss_curve_of_a_resumed_run_has_no_gap(tmp_path):
+    train(tmp_path, 20)
+    train(tmp_path, 30)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [point.step for point in events.Scalars("loss")] == [5, 10, 15, 20, 25, 30]
+    assert read_metadata(tmp_path / "model.safetensors")["training"]["starts"][0]["step"] == 0
 
 
 def test_resumed_run_repeats_the_losses(tmp_path):

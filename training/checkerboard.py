@@ -19,8 +19,12 @@ import argparse
 import dataclasses
 import math
 import shlex
+import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -98,6 +102,8 @@ class Config:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
         if self.transition_ratio is not None and not 0 < self.transition_ratio <= 1:
             raise ValueError(f"--transition-ratio is {self.transition_ratio}; it must be in (0, 1], or None")
+        if self.warmup < 0:
+            raise ValueError(f"--warmup is {self.warmup}; it must be 0 or more")
         if not self.lr > 0:
             raise ValueError(f"--lr is {self.lr}; it must be positive")
         if self.device not in ("auto", "cpu"):
@@ -176,12 +182,17 @@ class Trainer:
         self.ema = AveragedModel(self.model, multi_avg_fn=power_ema) if config.ema else None
         self.generator = torch.Generator().manual_seed(config.seed + 1)
         self.step = 0
+        self.stop = False  # set by a signal, obeyed between iterations
+        self.starts: list[dict] = []  # every command that this run was started with, and at which iteration
         self.seconds = 0.0  # spent training, over all the starts of this run
         if self.accelerator.is_main_process:
             for leftover in config.out.glob(f".{self.path.name}.*.tmp"):  # of a process killed while it wrote
                 leftover.unlink()
         if self.path.exists() and not config.restart:
             self.resume()
+        command = "python -m training.checkerboard " + shlex.join(sys.argv[1:])
+        if not self.starts or self.starts[-1]["command"] != command:
+            self.starts.append({"command": command, "step": self.step})
         self.prepared = self.accelerator.prepare(self.model)
 
     @property
@@ -191,40 +202,51 @@ class Trainer:
 
     def run(self) -> None:
         config, main = self.config, self.accelerator.is_main_process
-        writer = SummaryWriter(str(config.out), purge_step=self.step) if main else None
+        writer = SummaryWriter(str(config.out), purge_step=self.step + 1 if self.step else None) if main else None
         bar = tqdm(total=config.iterations, initial=self.step, disable=not main, unit="it", dynamic_ncols=True)
         losses: list[Tensor] = []
         try:
-            while self.step < config.iterations:
-                started = time.perf_counter()
-                losses.append(self.iterate())
-                self.seconds += time.perf_counter() - started
-                bar.update()
-                if self.step % config.log_every == 0 or self.step == config.iterations:
-                    loss = self.accelerator.reduce(torch.stack(losses).mean(), "mean").item()
-                    losses.clear()
-                    if not math.isfinite(loss):
-                        raise FloatingPointError(
-                            f"the loss is {loss} at iteration {self.step}; {self.path} still holds the last good "
-                            "checkpoint: lower --lr, or use --precision fp32"
-                        )
-                    bar.set_postfix(loss=f"{loss:.4f}")
-                    if writer:
-                        writer.add_scalar("loss", loss, self.step)
-                        writer.add_scalar("learning_rate", learning_rate(config, self.step - 1), self.step)
-                if writer and self.step % config.picture_every == 0:
-                    points = sample_points(self.sampling_model, PICTURE_SAMPLES, solver="gm-sde", steps=4)
-                    writer.add_image("samples", density_picture(points, bins=64), self.step, dataformats="HWC")
-                if self.step % config.checkpoint_every == 0 or self.step == config.iterations:
-                    self.save()
-        except KeyboardInterrupt:
-            self.save()
-            tqdm.write(f"stopped at iteration {self.step}; run the same command again to go on")
-            raise
+            with stop_signals(self):
+                while self.step < config.iterations and not self.stop:
+                    started = time.perf_counter()
+                    losses.append(self.iterate())
+                    self.seconds += time.perf_counter() - started
+                    bar.update()
+                    last = self.step == config.iterations or self.stop
+                    log, save = (last or self.step % every == 0 for every in (config.log_every, config.checkpoint_every))
+                    if log or save:
+                        loss = self.finite_mean(losses)
+                    if log:
+                        losses.clear()
+                        bar.set_postfix(loss=f"{loss:.4f}")
+                        if writer:
+                            writer.add_scalar("loss", loss, self.step)
+                            writer.add_scalar("learning_rate", learning_rate(config, self.step - 1), self.step)
+                    if writer and self.step % config.picture_every == 0:
+                        points = sample_points(self.sampling_model, PICTURE_SAMPLES, solver="gm-sde", steps=4)
+                        writer.add_image("samples", density_picture(points, bins=64), self.step, dataformats="HWC")
+                    if save:
+                        self.save()
         finally:
             bar.close()
             if writer:
                 writer.close()
+        if self.stop:
+            print(f"stopped at iteration {self.step}; run the same command again to go on")
+
+    def finite_mean(self, losses: list[Tensor]) -> float:
+        """The mean of the losses, over all processes.
+
+        Raises:
+            FloatingPointError: it is not finite.
+        """
+        loss = self.accelerator.reduce(torch.stack(losses).mean(), "mean").item()
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss} at iteration {self.step}; {self.path} still holds the last good checkpoint: "
+                "lower --lr, or use --precision fp32"
+            )
+        return loss
 
     def iterate(self) -> Tensor:
         """One optimiser step; returns its loss, not yet synchronised."""
@@ -242,12 +264,16 @@ class Trainer:
         self.step += 1
         return loss.detach()
 
+    def settings(self) -> dict:
+        """The configuration, as JSON holds it."""
+        return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self.config).items()}
+
     def facts(self) -> dict:
         """How the model was made, for the checkpoint's metadata."""
-        config = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self.config).items()}
         return {
-            "command": "python -m training.checkerboard " + shlex.join(sys.argv[1:]),
-            "config": config,
+            "command": self.starts[-1]["command"],
+            "starts": self.starts,
+            "config": self.settings(),
             "step": self.step,
             "seconds": round(self.seconds, 1),
             "torch": torch.__version__,
@@ -279,7 +305,7 @@ class Trainer:
         facts, state = read_metadata(self.path)["training"], load_training_state(self.path)
         if "step" not in state or "config" not in facts:
             raise ValueError(f"{self.path} holds weights only; give another --out, or --restart to overwrite it")
-        mine = self.facts()["config"]
+        mine = self.settings()
         differ = [k for k in mine if k not in FREE_TO_CHANGE and facts["config"].get(k) != mine[k]]
         if differ:
             changes = ", ".join(f"{k}: {facts['config'].get(k)} there, {mine[k]} here" for k in differ)
@@ -298,9 +324,34 @@ class Trainer:
             self.ema.module.load_state_dict(load_checkpoint(self.path)[0].state_dict())
             self.ema.n_averaged.fill_(int(state["step"]))
         self.generator.set_state(state["rng"])
-        self.step, self.seconds = int(state["step"]), facts["seconds"]
+        self.step, self.seconds, self.starts = int(state["step"]), facts["seconds"], facts.get("starts", [])
         if self.accelerator.is_main_process:
             print(f"going on from iteration {self.step} of {self.path}")
+            before = facts["config"]["iterations"]
+            if self.config.lr_schedule == "cosine" and before != self.config.iterations:
+                print(
+                    f"note: the learning rate followed a cosine over {before} iterations until now, and will over "
+                    f"{self.config.iterations} from here"
+                )
+
+
+@contextmanager
+def stop_signals(trainer: Trainer) -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM stop the run after the iteration under way, so that what is saved is whole. Several processes
+    would not stop at the same iteration: they are killed, and go on from their last checkpoint."""
+    if trainer.accelerator.num_processes > 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        trainer.stop = True
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @torch.no_grad()
@@ -314,7 +365,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         config = parse(arguments)
         if config.evaluate is not None:
-            out = config.out if "--out" in arguments else config.evaluate.parent
+            chosen = any(a.split("=")[0] == "--out" for a in arguments)
+            out = config.out if chosen else config.evaluate.parent
             write_report(config.evaluate, out, config.eval_samples, device=config.device)
             return
         trainer = Trainer(config)
@@ -322,10 +374,10 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(f"error: {error}") from error
     try:
         trainer.run()
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
     except FloatingPointError as error:
         raise SystemExit(f"error: {error}") from error
+    if trainer.stop:
+        raise SystemExit(130)
     if trainer.accelerator.is_main_process:
         trainer.export()
 

@@ -22,6 +22,8 @@ DEMO_MODEL = SHIPPED / "checkerboard_k64.safetensors"
 def demo(args: argparse.Namespace) -> None:
     """Contact sheet of the shipped model."""
     started = time.perf_counter()
+    if args.out.suffix != ".png":
+        raise ValueError(f"--out {args.out} must end in .png")
     network, config = load_checkpoint(DEMO_MODEL, device=args.device)
     steps = [1, 2, 4, 8]
     samples = []
@@ -41,9 +43,9 @@ def demo(args: argparse.Namespace) -> None:
 
 def sample(args: argparse.Namespace) -> None:
     """Samples of a checkpoint, as a picture or as numbers."""
-    network, _ = load_checkpoint(args.checkpoint, device=args.device)
     if args.out.suffix not in (".png", ".safetensors"):
         raise ValueError(f"--out {args.out} must end in .png (a picture) or .safetensors (the points)")
+    network, _ = load_checkpoint(args.checkpoint, device=args.device)
 
     def progress(done: int, total: int) -> None:
         print(f"\rnetwork call {done}/{total}", end="", file=sys.stderr, flush=True)
@@ -79,6 +81,14 @@ def inspect(args: argparse.Namespace) -> None:
     print(f"training: {json.dumps(metadata['training'], indent=2)}")
 
 
+def check_device(name: str) -> None:
+    """ValueError if torch cannot use the device here."""
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="gmflow", description="Gaussian-mixture flow matching")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -96,7 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
     p.add_argument("--solver", choices=SOLVERS, default="gm-ode", help="default gm-ode; euler follows the mean velocity")
     p.add_argument("--steps", type=int, default=8, help="network calls (default 8)")
     p.add_argument("--order", type=int, choices=(1, 2), default=2, help="order of GM-ODE and GM-SDE (default 2)")
-    p.add_argument("--substeps", type=int, default=8, help="GM-ODE's substeps per network call (default 8)")
+    p.add_argument("--substeps", type=int, default=8, help="GM-ODE's substeps per network call (default 8; 32 for 1 step)")
     p.add_argument("--shift", type=float, default=1.0, help="time shift, above 1 for more steps at high noise (default 1)")
     p.add_argument("--count", type=int, default=100_000, help="number of samples (default 100000)")
     p.add_argument("--outline", action="store_true", help="draw the checkerboard's squares over the picture")
@@ -109,6 +119,10 @@ def main(arguments: list[str] | None = None) -> None:
 
     args = parser.parse_args(arguments)
     try:
+        if not 0 <= getattr(args, "seed", 0) < 2**63:
+            raise ValueError(f"--seed {args.seed} must be between 0 and 2**63 - 1")
+        if hasattr(args, "device"):
+            check_device(args.device)
         args.run(args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"gmflow: error: {error}") from error

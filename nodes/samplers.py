@@ -16,9 +16,9 @@ from .conditioning import unconditional
 from .seam import MixtureModel
 
 TIPS = {
-    "order": "2 corrects every mixture with the one before it and is better at 4 or more steps; 1 does not.",
-    "substeps": "GM-ODE's small steps between two network calls. They cost almost nothing beside the network; 8 are plenty "
-    "for 4 or more network calls.",
+    "order": "2 corrects every mixture with the one before it; 1 takes them as they are.",
+    "substeps": "GM-ODE's small steps between two network calls. They cost little beside the network: 8 are plenty for 4 "
+    "or more network calls; take 16 for 2, and 32 for 1.",
     "steps": "Network calls. GM samplers are made for 4 to 8.",
     "shift": "Time shift: above 1 spends more of the steps at high noise. 1 is right for the checkerboard.",
     "denoise": "1 starts from pure noise; less starts from the latent with that share of noise added (image to image).",
@@ -34,6 +34,8 @@ def gm_sampler(solver: str, order: int = 2, substeps: int = 8) -> comfy.samplers
     """
 
     def run(model, x: Tensor, sigmas: Tensor, extra_args: dict | None = None, callback=None, disable=None) -> Tensor:
+        if len(sigmas) < 2:
+            return x
         extra_args = extra_args or {}
         mixtures = MixtureModel(model, x.shape, extra_args)
 
@@ -48,7 +50,8 @@ def gm_sampler(solver: str, order: int = 2, substeps: int = 8) -> comfy.samplers
             x = sample_gm_ode(mixtures.denoise, x, sigmas, order=order, substeps=substeps, **shared)
         elif solver == "gm-sde":
             # not the seed itself: ComfyUI drew the initial noise with it
-            generator = torch.Generator().manual_seed((extra_args.get("seed") or 0) + 1)
+            seed = ((extra_args.get("seed") or 0) + 1) % 2**64
+            generator = torch.Generator().manual_seed(seed)
             x = sample_gm_sde(mixtures.denoise, x, sigmas, order=order, noise=generator, **shared)
         else:
             x = sample_euler(mixtures.denoise, x, sigmas, **shared)

@@ -23,6 +23,9 @@ RECORDER = "gmflow_mixture_recorder"  # key in transformer_options
 CHUNK = 8_192  # points that go through a 2-D network at a time: few enough for the cache
 
 
+PARTIAL = ("area", "mask", "timestep_start", "timestep_end")  # what limits a conditioning to a part of the latent or the steps
+
+
 class MixtureRecorder:
     """Collects the mixtures of velocities that one call of a guider makes, by the conditioning they belong to."""
 
@@ -92,10 +95,18 @@ class PointModelConfig(comfy.supported_models_base.BASE):
     memory_usage_factor = 1.0
 
 
+class PointModel(comfy.model_base.BaseModel):
+    """ComfyUI's model around a `PointNetwork`."""
+
+    def process_timestep(self, timestep: Tensor, **kwargs) -> Tensor:
+        """The sigma behind a timestep: nodes that patch the time shift in (ModelSamplingSD3) bring units of their own."""
+        return timestep / getattr(self.model_sampling, "multiplier", 1.0)
+
+
 def point_model(network: nn.Module) -> comfy.model_patcher.ModelPatcher:
     """An ordinary MODEL around a network of 2-D points."""
     config = PointModelConfig(PointModelConfig.unet_config)
-    model = comfy.model_base.BaseModel(config, model_type=comfy.model_base.ModelType.FLOW)
+    model = PointModel(config, model_type=comfy.model_base.ModelType.FLOW)
     model.diffusion_model = PointNetwork(network)
     return comfy.model_patcher.ModelPatcher(
         model,
@@ -135,27 +146,31 @@ class MixtureModel:
         Raises:
             ValueError: the model predicts no mixture, or the positive conditioning is not a single whole one.
         """
+        uuid = self._positive_uuid()
         recorder = MixtureRecorder()
         options = self.extra_args.get("model_options", {})
         options = {**options, "transformer_options": {**options.get("transformer_options", {}), RECORDER: recorder}}
         latent_sigma = sigma[:1].expand(self.latent_shape[0])
         self.model(self.from_solver(x), latent_sigma, **{**self.extra_args, "model_options": options})
-        return velocity_to_x0(self._positive(recorder), x, sigma)
-
-    def _positive(self, recorder: MixtureRecorder) -> GaussianMixture:
         if not recorder.mixtures:
             raise ValueError(
                 "GM samplers need a model that predicts a Gaussian mixture, and this one does not; load one with "
                 "'Load GM Model', or use a stock sampler"
             )
-        conds = getattr(self.guider, "conds", {}).get("positive", [])
-        found = [m for cond in conds for m in recorder.mixtures.get(cond["uuid"], [])]
-        if len(conds) != 1 or len(found) != 1:
+        (mixture,) = recorder.mixtures[uuid]
+        return velocity_to_x0(mixture, x, sigma)
+
+    def _positive_uuid(self) -> object:
+        """The uuid of the positive conditioning, which must be a single one for the whole latent and all times."""
+        conds = getattr(self.guider, "conds", {}).get("positive") or []
+        partial = [key for cond in conds for key in PARTIAL if cond.get(key) is not None]
+        if len(conds) != 1 or partial:
             raise ValueError(
-                f"GM samplers need one positive conditioning that covers the whole latent; found {len(conds)} conditionings "
-                f"in {len(found)} areas. Remove area, mask and combine nodes, or use a stock sampler"
+                "GM samplers need one positive conditioning for the whole latent and all steps; found "
+                f"{len(conds)}{' with ' + ', '.join(partial) if partial else ''}. Remove area, mask, timestep range and "
+                "combine nodes, or use a stock sampler"
             )
-        return found[0]
+        return conds[0]["uuid"]
 
     def constrain(self, x: Tensor, sigma: Tensor) -> Tensor:
         """What every substep has to respect: the user's interruption, and the noise mask, outside of which x is the original

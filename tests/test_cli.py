@@ -77,6 +77,9 @@ def test_inspect(capsys):
         (["sample", str(DEMO_MODEL), "--steps", "0"], "steps is 0"),
         (["sample", str(DEMO_MODEL), "--out", "points.npy"], "must end in .png"),
         (["sample", str(DEMO_MODEL), "--count", "-1"], "count is -1"),
+        (["sample", str(DEMO_MODEL), "--device", "abacus"], "--device abacus cannot be used"),
+        (["sample", str(DEMO_MODEL), "--seed", "-1"], "--seed -1 must be"),
+        (["demo", "--out", "demo.txt"], "must end in .png"),
     ],
 )
 def test_errors_are_one_line(arguments, complaint):

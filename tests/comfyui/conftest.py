@@ -37,12 +37,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say whether the tests of this folder ran, and against which ComfyUI."""
-    ran = [r for r in terminalreporter.stats.get("passed", []) if "tests/comfyui/" in r.nodeid]
-    if ran:
+    reports = {
+        kind: len({r.nodeid for r in terminalreporter.stats.get(kind, []) if "tests/comfyui/" in r.nodeid})
+        for kind in ("passed", "failed", "error", "skipped")
+    }
+    counts = ", ".join(f"{count} {kind}" for kind, count in reports.items() if count)
+    if not counts:
+        return
+    if (COMFYUI / "comfyui_version.py").is_file():
         version = re.search(r'"(.+?)"', (COMFYUI / "comfyui_version.py").read_text())
-        terminalreporter.write_line(f"ComfyUI tests ran: {len(ran)} passed against ComfyUI {version and version[1]}")
+        terminalreporter.write_line(f"ComfyUI tests ran against ComfyUI {version and version[1]}: {counts}")
     else:
-        terminalreporter.write_line("ComfyUI tests did not run")
+        terminalreporter.write_line(f"ComfyUI tests did not run, as there is no ComfyUI: {counts}")
 
 
 def comfyui_python() -> str:

@@ -148,7 +148,10 @@ def open_page(comfy: Comfy) -> Iterator[ComfyPage]:
     if sync_playwright is None:
         pytest.skip("no Playwright: pip install playwright")
     if browser_path is None:
-        pytest.skip("no Chromium: install it or set CHROMIUM to its executable")
+        with sync_playwright() as playwright:
+            browser_path = playwright.chromium.executable_path
+        if not Path(browser_path).is_file():
+            pytest.skip("no Chromium: install it, run `playwright install chromium`, or set CHROMIUM to its executable")
     comfy.post("/settings", SETTINGS)
 
     def only_local(route: Route) -> None:

@@ -187,6 +187,36 @@ def test_stock_ksampler_does_image_to_image(comfy: Comfy) -> None:
     assert 0 < moved < 0.4
 
 
+def test_time_shift_nodes_work(comfy: Comfy) -> None:
+    """ModelSamplingSD3 counts time in thousandths; shift 1 must change nothing."""
+    plain = latent_of(comfy, graph(16))
+    prompt = graph(16)
+    prompt["shift"] = {"class_type": "ModelSamplingSD3", "inputs": {"model": ["model", 0], "shift": 1.0}}
+    prompt["sample"]["inputs"]["model"] = ["shift", 0]
+    assert torch.allclose(latent_of(comfy, prompt), plain, atol=1e-3)
+
+
+def test_largest_seed(comfy: Comfy) -> None:
+    assert latent_of(comfy, graph(16, solver="gm-sde", seed=2**64 - 1)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "inputs", "complaint"),
+    [
+        ("ConditioningSetArea", {"width": 64, "height": 64, "x": 0, "y": 0, "strength": 1.0}, "area"),
+        ("ConditioningSetTimestepRange", {"start": 0.0, "end": 0.5}, "timestep_end"),
+        ("ConditioningSetMask", {"mask": ["mask", 0], "strength": 1.0, "set_cond_area": "default"}, "mask"),
+    ],
+)
+def test_partial_conditionings_are_refused(comfy: Comfy, kind: str, inputs: dict, complaint: str) -> None:
+    prompt = custom(graph(16), {"class_type": "GMFlowODESampler", "inputs": {"order": 2, "substeps": 4}})
+    prompt["mask"] = {"class_type": "SolidMask", "inputs": {"value": 1.0, "width": 64, "height": 128}}
+    prompt["part"] = {"class_type": kind, "inputs": {"conditioning": ["none", 0], **inputs}}
+    prompt["guider"]["inputs"]["positive"] = ["part", 0]
+    with pytest.raises(PromptError, match=f"one positive conditioning.*found 1 with.*{complaint}"):
+        comfy.run(prompt)
+
+
 def test_several_conditionings_are_refused(comfy: Comfy) -> None:
     prompt = custom(graph(16), {"class_type": "GMFlowODESampler", "inputs": {"order": 2, "substeps": 4}})
     both = {"conditioning_1": ["none", 0], "conditioning_2": ["none", 0]}

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from .checkerboard import draw_checkerboard
 from .checkpoint import SHIPPED, load_checkpoint, read_metadata
 from .pictures import density_picture, to_image
-from .points import SOLVERS, compare_solvers, comparison_sheet, sample_points
+from .points import compare_solvers, comparison_sheet, sample_points
+from .solvers import SOLVERS
 
 DEMO_MODEL = SHIPPED / "checkerboard_k64.safetensors"
 

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from .checkerboard import total_variation
 from .path import flow_sigmas
 from .pictures import contact_sheet, density_picture
-from .solvers import Denoiser, denoiser_of, sample_euler, sample_gm_ode, sample_gm_sde
+from .solvers import denoiser_of, solve
 
 CHUNK = 8_192  # points sampled at a time: few enough for the cache
-SOLVERS = ("gm-ode", "gm-sde", "euler")
 SOLVER_TITLES = {"euler": "Euler on\nthe mean", "gm-ode": "GM-ODE 2", "gm-sde": "GM-SDE 2"}
 
 
@@ -45,8 +44,6 @@ def sample_points(
     """
     if getattr(network, "channels", None) != 2:
         raise ValueError(f"{type(network).__name__} is not a model of 2-D points")
-    if solver not in SOLVERS:
-        raise ValueError(f"solver {solver!r} is unknown; choose one of {', '.join(SOLVERS)}")
     if count < 1:
         raise ValueError(f"count is {count}; it must be at least 1")
     device = next(network.parameters()).device
@@ -61,16 +58,9 @@ def sample_points(
 
         noise = torch.randn(min(CHUNK, count - chunk * CHUNK), 2, generator=generator).to(device)
         with torch.inference_mode():
-            points.append(_solve(denoiser_of(network), noise, sigmas, solver, order, substeps, generator, callback).cpu())
+            settings = {"order": order, "substeps": substeps, "noise": generator, "callback": callback}
+            points.append(solve(solver, denoiser_of(network), noise, sigmas, **settings).cpu())
     return torch.cat(points)
-
-
-def _solve(denoiser: Denoiser, noise: Tensor, sigmas: Tensor, solver: str, order: int, substeps: int, generator, callback):
-    if solver == "gm-ode":
-        return sample_gm_ode(denoiser, noise, sigmas, order=order, substeps=substeps, callback=callback)
-    if solver == "gm-sde":
-        return sample_gm_sde(denoiser, noise, sigmas, order=order, noise=generator, callback=callback)
-    return sample_euler(denoiser, noise, sigmas, callback=callback)
 
 
 def compare_solvers(network: nn.Module, steps: list[int], count: int, seed: int = 0) -> Iterator[tuple[str, int, Tensor]]:

@@ -129,6 +129,36 @@ def sample_euler(
     return sample_gm_ode(denoiser, x, sigmas, order=1, substeps=1, callback=callback, constrain=constrain)
 
 
+SOLVERS = ("gm-ode", "gm-sde", "euler")
+
+
+def solve(
+    solver: str,
+    denoiser: Denoiser,
+    x: Tensor,
+    sigmas: Tensor | Sequence[float],
+    *,
+    order: int = 2,
+    substeps: int = 8,
+    noise: torch.Generator | None = None,
+    callback: Callback | None = None,
+    constrain: Constrain | None = None,
+) -> Tensor:
+    """The solver of that name, for users who choose one from a list; it takes of the settings what it knows.
+
+    Raises:
+        ValueError: `solver` is not one of SOLVERS; or as the solvers.
+    """
+    shared = {"callback": callback, "constrain": constrain}
+    if solver == "gm-ode":
+        return sample_gm_ode(denoiser, x, sigmas, order=order, substeps=substeps, **shared)
+    if solver == "gm-sde":
+        return sample_gm_sde(denoiser, x, sigmas, order=order, noise=noise, **shared)
+    if solver == "euler":
+        return sample_euler(denoiser, x, sigmas, **shared)
+    raise ValueError(f"solver {solver!r} is unknown; choose one of {', '.join(SOLVERS)}")
+
+
 def second_order(
     mixture: GaussianMixture, previous: Step, x: Tensor, sigma: float, size: float, ca: float = 0.005, cb: float = 1.0
 ) -> tuple[GaussianMixture, IsotropicGaussian]:

@@ -11,7 +11,8 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..gmflow_core import flow_sigmas, sample_euler, sample_gm_ode, sample_gm_sde
+from ..gmflow_core import flow_sigmas
+from ..gmflow_core.solvers import SOLVERS, solve
 from .conditioning import unconditional
 from .seam import MixtureModel
 
@@ -30,7 +31,7 @@ def gm_sampler(solver: str, order: int = 2, substeps: int = 8) -> comfy.samplers
     """A SAMPLER that runs a solver of gmflow_core.
 
     Args:
-        solver: "gm-ode", "gm-sde" or "euler" (on the mean velocity).
+        solver: one of SOLVERS.
     """
 
     def run(model, x: Tensor, sigmas: Tensor, extra_args: dict | None = None, callback=None, disable=None) -> Tensor:
@@ -44,17 +45,11 @@ def gm_sampler(solver: str, order: int = 2, substeps: int = 8) -> comfy.samplers
                 state = {"x": mixtures.from_solver(x), "denoised": mixtures.from_solver(x0)}
                 callback({"i": step, "sigma": sigmas[step], "sigma_hat": sigmas[step], **state})
 
-        shared = {"callback": report, "constrain": mixtures.constrain}
-        x = mixtures.to_solver(x)
-        if solver == "gm-ode":
-            x = sample_gm_ode(mixtures.denoise, x, sigmas, order=order, substeps=substeps, **shared)
-        elif solver == "gm-sde":
-            # not the seed itself: ComfyUI drew the initial noise with it
-            seed = ((extra_args.get("seed") or 0) + 1) % 2**64
-            generator = torch.Generator().manual_seed(seed)
-            x = sample_gm_sde(mixtures.denoise, x, sigmas, order=order, noise=generator, **shared)
-        else:
-            x = sample_euler(mixtures.denoise, x, sigmas, **shared)
+        # not the seed itself: ComfyUI drew the initial noise with it
+        noise = torch.Generator().manual_seed(((extra_args.get("seed") or 0) + 1) % 2**64)
+        settings = {"order": order, "substeps": substeps, "noise": noise}
+        hooks = {"callback": report, "constrain": mixtures.constrain}
+        x = solve(solver, mixtures.denoise, mixtures.to_solver(x), sigmas, **settings, **hooks)
         return mixtures.from_solver(x)
 
     return comfy.samplers.KSAMPLER(run)
@@ -156,7 +151,7 @@ class GMFlowSampler(io.ComfyNode):
                 io.Int.Input("steps", default=4, min=1, max=1000, tooltip=TIPS["steps"]),
                 io.Combo.Input(
                     "solver",
-                    options=["gm-ode", "gm-sde", "euler"],
+                    options=list(SOLVERS),
                     default="gm-ode",
                     tooltip="gm-ode is deterministic, gm-sde stochastic; euler follows the mean only, as stock samplers do, "
                     "for comparison (it ignores order and substeps).",

@@ -21,8 +21,6 @@ from ..gmflow_core import GaussianMixture, velocity_to_x0
 
 RECORDER = "gmflow_mixture_recorder"  # key in transformer_options
 CHUNK = 8_192  # points that go through a 2-D network at a time: few enough for the cache
-
-
 PARTIAL = ("area", "mask", "timestep_start", "timestep_end")  # what limits a conditioning to a part of the latent or the steps
 
 
@@ -33,10 +31,9 @@ class MixtureRecorder:
         self.mixtures: dict[object, list[GaussianMixture]] = {}
 
     def record(self, mixture: GaussianMixture, transformer_options: dict) -> None:
-        """Split a network's output, whose batch holds an equal chunk for each conditioning, by ComfyUI's cond uuids."""
+        """Split a network's output, whose batch (log_std's too) holds an equal chunk for each conditioning, by cond uuid."""
         uuids = transformer_options["uuids"]
-        log_std = mixture.log_std.expand(mixture.means.shape[0], *mixture.log_std.shape[1:])
-        fields = (mixture.means, mixture.log_weights, log_std)
+        fields = (mixture.means, mixture.log_weights, mixture.log_std)
         for uuid, *chunk in zip(uuids, *[t.chunk(len(uuids)) for t in fields], strict=True):
             self.mixtures.setdefault(uuid, []).append(GaussianMixture(*chunk))
 

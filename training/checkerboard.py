@@ -43,9 +43,8 @@ from gmflow_core.models.mlp import GMFlowMLP, GMFlowMLPConfig
 from gmflow_core.path import diffuse, forward_transition
 from gmflow_core.pictures import density_picture
 from gmflow_core.points import sample_points
-from training.checkerboard_report import write_report
+from training.checkerboard_report import MIN_SIGMA, write_report
 
-MIN_SIGMA = 1e-4  # training times are drawn from [MIN_SIGMA, 1]
 PICTURE_SAMPLES = 10_000
 
 
@@ -212,7 +211,7 @@ class Trainer:
                     losses.append(self.iterate())
                     self.seconds += time.perf_counter() - started
                     bar.update()
-                    last = self.step == config.iterations or self.stop
+                    last = self.step == config.iterations
                     log, save = (last or self.step % every == 0 for every in (config.log_every, config.checkpoint_every))
                     if log or save:
                         loss = self.finite_mean(losses)
@@ -227,6 +226,10 @@ class Trainer:
                         writer.add_image("samples", density_picture(points, bins=64), self.step, dataformats="HWC")
                     if save:
                         self.save()
+                if self.stop:
+                    if losses:
+                        self.finite_mean(losses)
+                    self.save()
         finally:
             bar.close()
             if writer:

@@ -16,7 +16,7 @@ from gmflow_core.path import diffuse
 from gmflow_core.points import compare_solvers, comparison_sheet
 
 STEPS = [1, 2, 4, 8, 16]
-MIN_SIGMA = 1e-4
+MIN_SIGMA = 1e-4  # sigmas are drawn from [MIN_SIGMA, 1], here and in training
 
 
 def write_report(checkpoint: Path, out: Path, count: int, device: str = "auto", seed: int = 0) -> dict:

@@ -1,8 +1,9 @@
 """GMFlow: Gaussian-mixture flow matching (Chen et al., ICML 2025) in pure torch."""
 
 from .checkpoint import load_checkpoint, read_metadata, save_checkpoint
-from .guidance import GuidedMixture, probabilistic_guidance
-from .losses import nll, transition_nll
+from .guidance import Guidance, GuidedMixture, classifier_free_guidance, probabilistic_guidance
+from .images import class_denoiser, sample_images
+from .losses import nll, spectral_nll, transition_nll
 from .mixture import GaussianMixture, IsotropicGaussian
 from .path import (
     diffuse,
@@ -15,16 +16,21 @@ from .path import (
     x0_to_velocity,
 )
 from .rollout import rollout
-from .solvers import denoiser_of, sample_euler, sample_gm_ode, sample_gm_sde, second_order
+from .solvers import denoiser_of, sample_dpmpp_2m, sample_euler, sample_gm_ode, sample_gm_sde, second_order
+from .spectral import hartley, sample_with_spectrum
 
 __all__ = [
     "GaussianMixture",
+    "Guidance",
     "GuidedMixture",
     "IsotropicGaussian",
+    "class_denoiser",
+    "classifier_free_guidance",
     "denoiser_of",
     "diffuse",
     "flow_sigmas",
     "forward_transition",
+    "hartley",
     "load_checkpoint",
     "nll",
     "posterior",
@@ -33,11 +39,15 @@ __all__ = [
     "read_metadata",
     "reverse_transition",
     "rollout",
+    "sample_dpmpp_2m",
     "sample_euler",
     "sample_gm_ode",
     "sample_gm_sde",
+    "sample_images",
+    "sample_with_spectrum",
     "save_checkpoint",
     "second_order",
+    "spectral_nll",
     "transition_nll",
     "velocity_to_x0",
     "x0_to_velocity",

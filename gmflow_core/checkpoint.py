@@ -1,7 +1,8 @@
 """Checkpoints: one safetensors file whose metadata names the model's class and holds its config as JSON.
 
 Tensors: the weights to sample with, under the model's own names; and, in a training checkpoint, what the trainer needs
-to go on, under names that begin with `training.`, which loaders skip. Nothing is ever unpickled.
+to go on, under names that begin with `training.`, which loaders skip. Nothing is ever unpickled. Published models in other
+layouts (`published.py`) are read by the same functions.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import dataclasses
 import json
 import os
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .models import MODELS
+from .published import is_published, published_metadata, published_weights
 
 FORMAT = "gmflow-1"
 TRAINING = "training."
@@ -32,6 +35,7 @@ def save_checkpoint(
     facts: dict[str, Any] | None = None,
     state: dict[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
+    data: dict[str, Any] | None = None,
 ) -> None:
     """Write `model` to `path`, atomically: the file is either the old one or the whole new one, even after a power cut.
 
@@ -40,6 +44,10 @@ def save_checkpoint(
         facts: JSON-able record of how the model was made, returned by `read_metadata`.
         state: further tensors for the trainer to resume from, returned by `load_training_state`.
         dtype: stored type of the weights; their own if None.
+        data: JSON-able record of what the model's samples are, returned by `read_metadata`. Free-form; these entries are known:
+            `labels`: list of the labels' names, by number;
+            `space`: "pixels" for RGB in [-1, 1], "sd-vae" for latents of Stable Diffusion's VAE;
+            `scaling_factor`: what the VAE's latents are multiplied by (0.18215 for Stable Diffusion's).
     """
     path = Path(path)
     metadata = {
@@ -47,10 +55,10 @@ def save_checkpoint(
         "model_class": type(model).__name__,
         "config": json.dumps(dataclasses.asdict(model.config)),
         "training": json.dumps(facts or {}),
+        "data": json.dumps(data or {}),
     }
-    tensors = {name: t.detach().to(dtype or t.dtype) for name, t in model.state_dict().items()}
-    tensors.update({TRAINING + name: t.detach() for name, t in (state or {}).items()})
-    tensors = {name: t.cpu().contiguous().clone() for name, t in tensors.items()}
+    tensors = {name: _copy(t, dtype or t.dtype) for name, t in model.state_dict().items()}
+    tensors.update({TRAINING + name: _copy(t, t.dtype) for name, t in (state or {}).items()})
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(handle)
@@ -65,37 +73,41 @@ def save_checkpoint(
         raise
 
 
-def read_metadata(path: str | Path) -> dict[str, Any]:
-    """`model_class`, `config` and `training` facts of a checkpoint, without reading its weights.
+def read_metadata(source: str | Path) -> dict[str, Any]:
+    """`model_class`, `config`, `training` facts and `data` of a checkpoint, without reading its weights.
+
+    Args:
+        source: as in `load_checkpoint`.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is not a whole GMFlow checkpoint; the message names the file and what to do.
+        OSError: it is on the hub, and cannot be had from there.
     """
-    with _open(path) as file:
-        return _metadata(file, path)
+    if is_published(source):
+        return published_metadata(source)
+    with _open(source) as file:
+        return _metadata(file, source)
 
 
 def load_checkpoint(
-    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.float32
+    source: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.float32
 ) -> tuple[nn.Module, Any]:
-    """Read a model from `path`.
+    """Read a model.
 
     Args:
+        source: a file of `save_checkpoint`; a folder in the layout of diffusers, as the published GM-DiT is; or the id of
+            such a folder on the Hugging Face hub, "owner/name" or "owner/name@revision", of which a file or folder of that
+            name takes precedence.
         dtype: type of the weights in memory; as stored if None.
 
     Returns:
         The model in evaluation mode, and its config.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_metadata`; also when the tensors do not fit the config.
+        FileNotFoundError, ValueError, OSError: as `read_metadata`; also when the tensors do not fit the config.
     """
-    with _open(path) as file:
-        metadata = _metadata(file, path)
-        try:
-            tensors = {name: file.get_tensor(name) for name in file.keys() if not name.startswith(TRAINING)}
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({error}); download or train it again") from error
+    metadata = read_metadata(source)
     cls = MODELS[metadata["model_class"]]
     try:
         config = cls.Config(**metadata["config"])
@@ -103,18 +115,27 @@ def load_checkpoint(
             model = cls(config)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"{path}: its config {metadata['config']} is not one that this version's {cls.__name__} knows ({error}); "
+            f"{source}: its config {metadata['config']} is not one that this version's {cls.__name__} knows ({error}); "
             "update GMFlow, or train the model again"
         ) from error
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    found = {name: tuple(t.shape) for name, t in tensors.items()}
-    if expected != found:
-        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-        raise ValueError(
-            f"{path}: {len(wrong)} tensors do not fit its config, first {wrong[0]!r}: "
-            f"expected {expected.get(wrong[0], 'none')}, found {found.get(wrong[0], 'none')}; the file was edited or damaged"
-        )
-    tensors = {name: t.to(device=device, dtype=dtype or t.dtype) for name, t in tensors.items()}
+    with ExitStack() as stack:
+        places = {}  # name in the model -> file, name there
+        for prefix, path in published_weights(source) if is_published(source) else [("", source)]:
+            file = stack.enter_context(_open(path))
+            places.update({prefix + name: (file, name) for name in file.keys() if not name.startswith(TRAINING)})
+        try:
+            found = {name: tuple(file.get_slice(key).get_shape()) for name, (file, key) in places.items()}
+            if expected != found:
+                wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+                raise ValueError(
+                    f"{source}: {len(wrong)} tensors do not fit its config, first {wrong[0]!r}: expected "
+                    f"{expected.get(wrong[0], 'none')}, found {found.get(wrong[0], 'none')}; the file was edited or damaged"
+                )
+            # one after another: never more than one tensor is in memory twice
+            tensors = {name: file.get_tensor(key).to(device, dtype) for name, (file, key) in places.items()}
+        except SafetensorError as error:
+            raise ValueError(f"{source} is damaged ({error}); download or train it again") from error
     model.load_state_dict(tensors, assign=True)
     return model.eval().requires_grad_(False), config
 
@@ -126,11 +147,16 @@ def load_training_state(path: str | Path) -> dict[str, Tensor]:
         return {name.removeprefix(TRAINING): file.get_tensor(name) for name in file.keys() if name.startswith(TRAINING)}
 
 
+def _copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """On the CPU, in memory of its own, as save_file wants it."""
+    return tensor.detach().to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
+
+
 def _open(path: str | Path):
     """safe_open with errors a user can act on."""
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
+        raise FileNotFoundError(f"there is no checkpoint {path}: no such file or folder, and no hub id (owner/name) either")
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give the .safetensors file inside it")
     try:
@@ -165,6 +191,7 @@ def _metadata(file, path) -> dict[str, Any]:
             "model_class": raw["model_class"],
             "config": json.loads(raw["config"]),
             "training": json.loads(raw.get("training", "{}")),
+            "data": dict(json.loads(raw.get("data", "{}"))),  # older files have none
         }
-    except (KeyError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: its GMFlow metadata is unreadable ({error!r}); the file was edited or damaged") from error

@@ -1,4 +1,4 @@
-"""The `gmflow` command: demo, sample, inspect."""
+"""The `gmflow` command: demo, sample, inspect, convert."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 from .checkerboard import draw_checkerboard
-from .checkpoint import SHIPPED, load_checkpoint, read_metadata
+from .checkpoint import SHIPPED, load_checkpoint, read_metadata, save_checkpoint
 from .pictures import density_picture, to_image
 from .points import compare_solvers, comparison_sheet, sample_points
 from .solvers import SOLVERS
 
 DEMO_MODEL = SHIPPED / "checkerboard_k64.safetensors"
+DTYPES = {"keep": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def demo(args: argparse.Namespace) -> None:
@@ -72,14 +74,47 @@ def sample(args: argparse.Namespace) -> None:
 
 
 def inspect(args: argparse.Namespace) -> None:
-    """Config, parameters and training facts of a checkpoint."""
+    """Config, parameters, data and training facts of a checkpoint."""
     metadata = read_metadata(args.checkpoint)
     network, _ = load_checkpoint(args.checkpoint, dtype=None)
-    parameters = list(network.parameters())
     print(f"{args.checkpoint}: {metadata['model_class']}")
-    print(f"parameters: {sum(p.numel() for p in parameters):,} in {', '.join(sorted({str(p.dtype) for p in parameters}))}")
+    print(f"parameters: {describe_parameters(network)}")
     print(f"config: {json.dumps(metadata['config'], indent=2)}")
+    print(f"data: {describe_data(metadata['data'])}")
     print(f"training: {json.dumps(metadata['training'], indent=2)}")
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Any checkpoint that can be loaded, written as our single file, without what only its trainer needs."""
+    if args.out.suffix != ".safetensors":
+        raise ValueError(f"{args.out} must end in .safetensors")
+    if args.out.exists() and not args.force:
+        raise FileExistsError(f"{args.out} is there already; give another name, or --force to overwrite it")
+    metadata = read_metadata(args.source)
+    network, _ = load_checkpoint(args.source, dtype=DTYPES[args.dtype])
+    save_checkpoint(network, args.out, facts=metadata["training"], data=metadata["data"])
+    print(f"{args.out.resolve()}: {metadata['model_class']}, parameters: {describe_parameters(network)}, {size_of(args.out)}")
+
+
+def describe_parameters(network: torch.nn.Module) -> str:
+    """How many, in which types."""
+    parameters = list(network.parameters())
+    return f"{sum(p.numel() for p in parameters):,} in {', '.join(sorted({str(p.dtype) for p in parameters}))}"
+
+
+def describe_data(data: dict[str, Any]) -> str:
+    """A checkpoint's `data` in a line."""
+    entries = [f"{name} {json.dumps(value, ensure_ascii=False)}" for name, value in data.items() if name != "labels"]
+    if labels := data.get("labels"):
+        first = ", ".join(json.dumps(label, ensure_ascii=False) for label in labels[:3])
+        entries.insert(0, f"{len(labels):,} labels ({first}{', ...' if len(labels) > 3 else ''})")
+    return ", ".join(entries) or "nothing recorded"
+
+
+def size_of(path: Path) -> str:
+    """Of a file, in MB or GB."""
+    size = path.stat().st_size
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
 
 
 def check_device(name: str) -> None:
@@ -114,9 +149,17 @@ def main(arguments: list[str] | None = None) -> None:
     p.add_argument("--out", type=Path, default=Path("samples.png"), help=".png or .safetensors (default samples.png)")
     p.set_defaults(run=sample)
 
-    p = commands.add_parser("inspect", help="config, parameters and training facts of a checkpoint")
-    p.add_argument("checkpoint", type=Path)
+    source = "a checkpoint, a folder in the layout of diffusers, or the id of one on the Hugging Face hub (owner/name)"
+    p = commands.add_parser("inspect", help="config, parameters, data and training facts of a checkpoint")
+    p.add_argument("checkpoint", help=source)
     p.set_defaults(run=inspect)
+
+    p = commands.add_parser("convert", help="write a published model as one file, for ComfyUI's models/gmflow")
+    p.add_argument("source", help=source)
+    p.add_argument("out", type=Path, help="file to write, .safetensors")
+    p.add_argument("--dtype", choices=DTYPES, default="keep", help="type of the weights (default keep: as they are)")
+    p.add_argument("--force", action="store_true", help="overwrite OUT")
+    p.set_defaults(run=convert)
 
     args = parser.parse_args(arguments)
     try:

@@ -19,11 +19,13 @@ class GuidedMixture(GaussianMixture):
         cond: the conditional mixture before guidance.
         bias: what guidance adds to the mean of `cond`, (B, C, *S).
         scale: the guidance weight w, broadcastable to (B, 1, *1).
+        gaussian: what the moment-matched Gaussian of `cond` was moved to: mean (B, C, *S), var (B, 1, *1).
     """
 
     cond: GaussianMixture
     bias: Tensor
     scale: Tensor
+    gaussian: IsotropicGaussian
 
 
 def probabilistic_guidance(
@@ -33,7 +35,8 @@ def probabilistic_guidance(
 
     The bias points from the unconditional to the conditional mean, without its part along the conditional mean, and has
     the mean square w^2 V, V the variance of `cond` averaged over channels and space: it shifts the mixture by w
-    standard deviations at most, whatever the distance of the two means, and narrows it in exchange.
+    standard deviations, whatever the distance of the two means, and narrows it in exchange. Only a difference below a root
+    mean square of 0.001 shifts it by less, as rounding errors have no direction.
 
     Args:
         cond: conditional mixture of x_0.
@@ -44,10 +47,7 @@ def probabilistic_guidance(
     Raises:
         ValueError: `scale` (when a number) or `orthogonal` is out of range.
     """
-    if not isinstance(scale, Tensor) and not 0 <= scale < 1:
-        raise ValueError(f"guidance scale {scale} is outside [0, 1); probabilistic guidance is not classifier-free guidance")
-    if not 0 <= orthogonal <= 1:
-        raise ValueError(f"orthogonal is {orthogonal}; it must be in [0, 1]")
+    _check_scale(scale, orthogonal)
     gaussian = image_gaussian(cond)
     mean, var = gaussian.mean, gaussian.var
     scale = torch.as_tensor(scale, dtype=mean.dtype, device=mean.device).reshape(-1, *[1] * (mean.ndim - 1))
@@ -55,8 +55,83 @@ def probabilistic_guidance(
     parallel = image_mean(bias * mean) / image_mean(mean.square()).clamp(min=1e-6)
     bias = bias - orthogonal * parallel * mean
     bias = bias * (scale * (var / image_mean(bias.square()).clamp(min=1e-6)).sqrt())
-    guided = cond.times(IsotropicGaussian(mean + bias, var * (1 - scale.square())), over=gaussian)
-    return GuidedMixture(guided.means, guided.log_weights, guided.log_std, cond=cond, bias=bias, scale=scale)
+    target = IsotropicGaussian(mean + bias, var * (1 - scale.square()))
+    guided = cond.times(target, over=gaussian)
+    return GuidedMixture(guided.means, guided.log_weights, guided.log_std, cond=cond, bias=bias, scale=scale, gaussian=target)
+
+
+def classifier_free_guidance(cond: GaussianMixture, uncond_mean: Tensor, scale: float | Tensor) -> GaussianMixture:
+    """Classifier-free guidance (Ho & Salimans 2022) on the mean, for comparison: `cond` moved as a whole so that its mean is
+    uncond + scale (cond - uncond).
+
+    Args:
+        cond: conditional mixture of x_0.
+        uncond_mean: unconditional mean of x_0, (B, C, *S).
+        scale: a number or one per sample (B,); 1 leaves `cond` as it is.
+    """
+    scale = torch.as_tensor(scale, dtype=cond.means.dtype, device=cond.means.device)
+    shift = (scale.reshape(-1, *[1] * (uncond_mean.ndim - 1)) - 1) * (cond.mean() - uncond_mean)
+    return GaussianMixture(cond.means + shift.unsqueeze(1), cond.log_weights, cond.log_std)
+
+
+GUIDANCE_KINDS = ("probabilistic", "cfg")
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Guidance as a user sets it.
+
+    Args:
+        scale: the weight w in [0, 1) of probabilistic guidance, 0 for none; the scale of classifier-free guidance, 1 for none.
+        kind: "probabilistic" or "cfg".
+        orthogonal: see `probabilistic_guidance`.
+        interval: (low, high), the sigmas between which it acts, both included; elsewhere the conditional mixture is taken as it
+            is (Kynkaanniemi et al. 2024).
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    scale: float
+    kind: str = "probabilistic"
+    orthogonal: float = 1.0
+    interval: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self):
+        if self.kind not in GUIDANCE_KINDS:
+            raise ValueError(f"guidance kind {self.kind!r} is unknown; choose one of {', '.join(GUIDANCE_KINDS)}")
+        if self.kind == "probabilistic":
+            _check_scale(self.scale, self.orthogonal)
+        elif not self.scale >= 0:
+            raise ValueError(f"guidance scale {self.scale} must be 0 or more")
+        low, high = self.interval
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"the guidance interval ({low}, {high}) must be two sigmas in [0, 1], the lower one first")
+
+    @property
+    def idle(self) -> bool:
+        """Whether it never does anything, so that the unconditional prediction is not needed."""
+        return self.scale == (0 if self.kind == "probabilistic" else 1)
+
+    def acts_at(self, sigma: float | Tensor) -> bool:
+        """Whether the unconditional prediction is needed at `sigma`, a number or equal values (B,)."""
+        if self.idle or self.interval == (0.0, 1.0):
+            return not self.idle
+        low, high = self.interval
+        return low <= (sigma.flatten()[0].item() if isinstance(sigma, Tensor) else sigma) <= high
+
+    def __call__(self, cond: GaussianMixture, uncond_mean: Tensor) -> GaussianMixture:
+        """The guided mixture of x_0."""
+        if self.kind == "cfg":
+            return classifier_free_guidance(cond, uncond_mean, self.scale)
+        return probabilistic_guidance(cond, uncond_mean, self.scale, self.orthogonal)
+
+
+def _check_scale(scale: float | Tensor, orthogonal: float) -> None:
+    if not isinstance(scale, Tensor) and not 0 <= scale < 1:
+        raise ValueError(f"guidance scale {scale} is outside [0, 1); probabilistic guidance is not classifier-free guidance")
+    if not 0 <= orthogonal <= 1:
+        raise ValueError(f"orthogonal is {orthogonal}; it must be in [0, 1]")
 
 
 def image_mean(x: Tensor) -> Tensor:

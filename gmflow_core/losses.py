@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from .mixture import LOG_2PI, GaussianMixture
 from .path import Sigma, reverse_transition, velocity_to_x0
+from .spectral import hartley
 
 MIN_STD = 1e-4  # a predicted standard deviation counts as at least this, or rounding errors of x would dominate the loss
 
@@ -32,3 +34,20 @@ def transition_nll(velocity: GaussianMixture, x_low: Tensor, x_high: Tensor, sig
     """
     x0 = velocity_to_x0(velocity, x_high, sigma_high)
     return nll(reverse_transition(x0, x_high, sigma_low, sigma_high), x_low)
+
+
+def spectral_nll(velocity: GaussianMixture, target: Tensor, log_power: Tensor) -> Tensor:
+    """GMFlow's spectral loss (ICML 2025): NLL of the whitened velocity's frequencies under the predicted spectrum, minus that
+    under a white one. Its gradient goes to the spectrum only.
+
+    Args:
+        velocity: the network's output.
+        target: the velocity noise - x_0, (B, C, *S).
+        log_power: (B, C, *S), the spectrum network's output for the Gaussian of x_0 that `velocity` implies.
+
+    Returns:
+        (B, *S) in nats, summed over channels.
+    """
+    with torch.no_grad():
+        power = hartley(velocity.to_normal(target)).square()
+    return 0.5 * (power * ((-log_power).exp() - 1) + log_power).sum(1)

@@ -7,10 +7,13 @@ three for video-shaped latents). All densities are per pixel over the C channels
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+Generator = torch.Generator | Sequence[torch.Generator]  # one for all samples, or one for each
 
 LOG_2PI = math.log(2 * math.pi)
 
@@ -185,19 +188,17 @@ class GaussianMixture:
         return log_density.logsumexp(1).squeeze(1)
 
     def sample(
-        self, generator: torch.Generator | None = None, *, component: Tensor | None = None, noise: Tensor | None = None
+        self, generator: Generator | None = None, *, component: Tensor | None = None, noise: Tensor | None = None
     ) -> Tensor:
         """One draw per pixel, (B, C, *S): a component by its weight, then Gaussian noise around its mean.
 
         Args:
-            generator: source of both draws, on any device; the default generator if None.
+            generator: source of both draws, on any device, or one for each sample; the default generator if None.
             component: recorded component indices (B, *S) to use instead of a draw.
             noise: recorded standard normal noise (B, C, *S) to use instead of a draw.
         """
         if component is None:
-            device = self.means.device if generator is None else generator.device
-            shape = (self.means.shape[0], *self.means.shape[3:])
-            uniform = torch.rand(shape, generator=generator, device=device).to(self.means)
+            uniform = _draw(torch.rand, (self.means.shape[0], *self.means.shape[3:]), generator, self.means)
             edges = self.weights.squeeze(2).cumsum(1)[:, :-1]  # (B, K - 1, *S)
             component = (uniform.unsqueeze(1) >= edges).sum(1)
         if noise is None:
@@ -208,7 +209,8 @@ class GaussianMixture:
     # Knothe-Rosenblatt transport
 
     def principal_axes(self, per_pixel: bool = False) -> Tensor:
-        """Orthonormal channel axes, as columns, in descending order of variance; no gradient. Signs are LAPACK's choice.
+        """Orthonormal channel axes, as columns, in descending order of variance; no gradient. Signs are LAPACK's choice. Of a
+        covariance that is not finite the axes are the channels.
 
         Args:
             per_pixel: axes of every pixel's own covariance, (B, *S, C, C), instead of those of the covariance averaged
@@ -219,6 +221,8 @@ class GaussianMixture:
             space = tuple(range(1, covariance.ndim - 2))
             if space and not per_pixel:
                 covariance = covariance.mean(space, keepdim=True)
+            finite = covariance.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+            covariance = torch.where(finite, covariance, torch.eye(covariance.shape[-1]).to(covariance))  # or LAPACK gives up
             return torch.linalg.eigh(covariance).eigenvectors.flip(-1)
 
     def to_normal(self, x: Tensor, axes: Tensor | None = None) -> Tensor:
@@ -260,11 +264,20 @@ class GaussianMixture:
         return _rotate(torch.stack(x, 1), axes.transpose(-1, -2))
 
 
-def standard_normal(shape: tuple[int, ...], generator: torch.Generator | None, *, like: Tensor) -> Tensor:
+def standard_normal(shape: tuple[int, ...], generator: Generator | None, *, like: Tensor) -> Tensor:
     """N(0, 1) draws with the device and dtype of `like`, drawn where the generator lives (so that a CPU generator gives
-    the same numbers whatever the device of the maths)."""
+    the same numbers whatever the device of the maths). With one generator for each sample, a sample's numbers do not
+    depend on what else is in its batch."""
+    return _draw(torch.randn, shape, generator, like)
+
+
+def _draw(distribution: Callable[..., Tensor], shape: tuple[int, ...], generator: Generator | None, like: Tensor) -> Tensor:
+    if isinstance(generator, Sequence):
+        if len(generator) != shape[0]:
+            raise ValueError(f"{len(generator)} generators do not fit a batch of {shape[0]}; give one for each sample")
+        return torch.stack([_draw(distribution, shape[1:], each, like) for each in generator])
     device = like.device if generator is None else generator.device
-    return torch.randn(shape, generator=generator, device=device).to(like)
+    return distribution(shape, generator=generator, device=device).to(like)
 
 
 def mixture_quantile(means: Tensor, std: Tensor, log_weights: Tensor, z: Tensor, steps: int = 32) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .mixture import GaussianMixture
+from .mixture import GaussianMixture, IsotropicGaussian
 
 MIN_SIGMA = 1e-6  # divisions by sigma stop here: below it x_sigma is x_0 to float32 accuracy
 
@@ -55,11 +55,15 @@ def diffuse(x0: Tensor, sigma: Sigma, noise: Tensor) -> Tensor:
     return (1 - sigma) * x0 + sigma * noise
 
 
-def velocity_to_x0(velocity: GaussianMixture | Tensor, x: Tensor, sigma: Sigma) -> GaussianMixture | Tensor:
-    """x_0 = x_sigma - sigma u, for a velocity (B, C, *S) or a mixture of velocities."""
+def velocity_to_x0(
+    velocity: GaussianMixture | IsotropicGaussian | Tensor, x: Tensor, sigma: Sigma
+) -> GaussianMixture | IsotropicGaussian | Tensor:
+    """x_0 = x_sigma - sigma u, for a velocity (B, C, *S), or a Gaussian or a mixture of velocities."""
     sigma = expand_sigma(sigma, x)
     if isinstance(velocity, Tensor):
         return x - sigma * velocity
+    if isinstance(velocity, IsotropicGaussian):
+        return IsotropicGaussian(x - sigma * velocity.mean, sigma.clamp(min=MIN_SIGMA).square() * velocity.var)
     sigma = sigma.unsqueeze(1)
     return GaussianMixture(
         means=x.unsqueeze(1) - sigma * velocity.means,

@@ -1,4 +1,4 @@
-"""Pictures of 2-D samples: densities, and captioned sheets of them."""
+"""Pictures: densities of 2-D samples, grids of images, captioned sheets."""
 
 from __future__ import annotations
 
@@ -100,3 +100,15 @@ def contact_sheet(
             draw.text((x, y + tile + line // 5), caption, "black", small)
     draw.multiline_text((left + tile + 2 * gap, gap + tile // 3), title, "black", font, spacing=line // 2)
     return sheet
+
+
+def image_grid(images: Tensor, columns: int, scale: int = 1, gap: int = 2) -> Tensor:
+    """Images (B, 3, h, w) in [0, 1] side by side, row after row, on white: (H, W, 3), each pixel drawn `scale` x `scale`."""
+    images = images.float().cpu().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    rows = -(-len(images) // columns)
+    height, width = images.shape[2] + gap, images.shape[3] + gap
+    grid = torch.ones(gap + rows * height, gap + columns * width, 3)
+    for i, image in enumerate(images):
+        y, x = gap + i // columns * height, gap + i % columns * width
+        grid[y : y + height - gap, x : x + width - gap] = image.permute(1, 2, 0)
+    return grid

@@ -7,6 +7,7 @@ descending sequence in [0, 1], such as `flow_sigmas` gives; one network call for
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,12 +16,16 @@ import torch
 from torch import Tensor
 
 from .guidance import GuidedMixture, image_gaussian, image_mean
-from .mixture import GaussianMixture, IsotropicGaussian, standard_normal
+from .mixture import GaussianMixture, Generator, IsotropicGaussian, standard_normal
 from .path import posterior_mean, reverse_transition, velocity_to_x0
 from .rollout import Constrain, rollout
+from .spectral import sample_with_spectrum
 
 Denoiser = Callable[[Tensor, Tensor], GaussianMixture]
 Callback = Callable[[int, Tensor, Tensor], None]
+
+
+Spectrum = Callable[[IsotropicGaussian], Tensor]
 
 
 class Draws(NamedTuple):
@@ -29,6 +34,15 @@ class Draws(NamedTuple):
 
     component: Tensor
     component_noise: Tensor
+    transition_noise: Tensor | None
+
+
+class SpectralDraws(NamedTuple):
+    """The random numbers of one GM-SDE step with a spectrum: standard normal noise (B, C, *S) for the frequencies and for the
+    transition, and the principal axes (B, *1, C, C), whose signs are arbitrary."""
+
+    spectral_noise: Tensor
+    axes: Tensor | None
     transition_noise: Tensor | None
 
 
@@ -75,7 +89,7 @@ def sample_gm_ode(
     """
     previous = None
     for index, (sigma, sigma_next) in enumerate(_intervals(sigmas)):
-        mixture, previous = _predict(denoiser, x, sigma, sigma_next, order, previous)
+        mixture, _, previous = _predict(denoiser, x, sigma, sigma_next, order, previous)
         if callback is not None:
             callback(index, x, mixture.mean())
         x = rollout(mixture, x, sigma, sigma_next, substeps, constrain=constrain)
@@ -88,29 +102,41 @@ def sample_gm_sde(
     sigmas: Tensor | Sequence[float],
     *,
     order: int = 2,
-    noise: torch.Generator | Sequence[Draws] | None = None,
+    spectrum: Spectrum | None = None,
+    noise: Generator | Sequence[Draws | SpectralDraws] | None = None,
     callback: Callback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
     """GM-SDE (GMFlow, ICML 2025): at each step draw x_0 from the predicted mixture, then x at the next sigma given both.
 
     Args:
-        noise: a generator (a CPU one gives the same numbers on every device), or recorded draws, one for each step.
+        spectrum: called as spectrum(gaussian) with the Gaussian of x_0 (mean (B, C, *S), var (B, 1, *1)); gives the log
+            power spectrum (B, C, *S) of the draws, see `sample_with_spectrum`. None: every pixel is drawn on its own.
+        noise: a generator (a CPU one gives the same numbers on every device), one for each sample, or recorded draws, one
+            for each step.
         Other arguments, return value and errors as `sample_gm_ode`.
     """
     intervals, previous = _intervals(sigmas), None
-    if isinstance(noise, Sequence) and len(noise) != len(intervals):
+    recorded = isinstance(noise, Sequence) and not isinstance(noise[0], torch.Generator)
+    if recorded and len(noise) != len(intervals):
         raise ValueError(f"{len(noise)} recorded draws do not fit {len(intervals)} steps; give one for each")
     for index, (sigma, sigma_next) in enumerate(intervals):
-        mixture, previous = _predict(denoiser, x, sigma, sigma_next, order, previous)
+        mixture, gaussian, previous = _predict(denoiser, x, sigma, sigma_next, order, previous)
         if callback is not None:
             callback(index, x, mixture.mean())
-        if noise is None or isinstance(noise, torch.Generator):
-            x0 = mixture.sample(noise)
-            transition_noise = standard_normal(x.shape, noise, like=x0) if sigma_next > 0 else None
+        if spectrum is not None:
+            draws = noise[index] if recorded else SpectralDraws(standard_normal(x.shape, noise, like=x), None, None)
+            log_power = spectrum(image_gaussian(mixture) if gaussian is None else gaussian)
+            x0 = sample_with_spectrum(mixture, log_power, draws.spectral_noise, draws.axes)
+        elif recorded:
+            draws = noise[index]
+            x0 = mixture.sample(component=draws.component, noise=draws.component_noise)
         else:
-            component, component_noise, transition_noise = noise[index]
-            x0 = mixture.sample(component=component, noise=component_noise)
+            x0 = mixture.sample(noise)
+        if recorded:
+            transition_noise = draws.transition_noise
+        else:
+            transition_noise = standard_normal(x.shape, noise, like=x0) if sigma_next > 0 else None
         x = reverse_transition(x0, x, sigma_next, sigma, transition_noise)
         if constrain is not None:
             x = constrain(x, x.new_tensor(sigma_next))
@@ -129,7 +155,36 @@ def sample_euler(
     return sample_gm_ode(denoiser, x, sigmas, order=1, substeps=1, callback=callback, constrain=constrain)
 
 
-SOLVERS = ("gm-ode", "gm-sde", "euler")
+def sample_dpmpp_2m(
+    denoiser: Denoiser,
+    x: Tensor,
+    sigmas: Tensor | Sequence[float],
+    *,
+    callback: Callback | None = None,
+    constrain: Constrain | None = None,
+) -> Tensor:
+    """DPM-Solver++(2M) (Lu et al. 2022) on the mixture's mean, the usual second-order solver with one network call a step; the
+    first two steps (log alpha / sigma is infinite at sigma = 1) and one that ends at 0 are of first order. Arguments as
+    `sample_gm_ode`."""
+    previous = log_snr_previous = None
+    for index, (sigma, sigma_next) in enumerate(_intervals(sigmas)):
+        mean = denoiser(x, _batch_sigma(x, sigma)).mean()
+        if callback is not None:
+            callback(index, x, mean)
+        log_snr, log_snr_next = _log_snr(sigma), _log_snr(sigma_next)
+        target = mean
+        if previous is not None and math.isfinite(log_snr_previous) and math.isfinite(log_snr_next):
+            target = mean + (mean - previous) * (0.5 * (log_snr_next - log_snr) / (log_snr - log_snr_previous))
+        # from the line through x and target at sigma_next: alpha_next target + the part of x that is noise
+        kept = sigma_next / sigma
+        x = kept * x + ((1 - sigma_next) - kept * (1 - sigma)) * target
+        previous, log_snr_previous = mean, log_snr
+        if constrain is not None:
+            x = constrain(x, x.new_tensor(sigma_next))
+    return x
+
+
+SOLVERS = ("gm-ode", "gm-sde", "euler", "dpmpp-2m")
 
 
 def solve(
@@ -140,7 +195,8 @@ def solve(
     *,
     order: int = 2,
     substeps: int = 8,
-    noise: torch.Generator | None = None,
+    spectrum: Spectrum | None = None,
+    noise: Generator | None = None,
     callback: Callback | None = None,
     constrain: Constrain | None = None,
 ) -> Tensor:
@@ -153,9 +209,11 @@ def solve(
     if solver == "gm-ode":
         return sample_gm_ode(denoiser, x, sigmas, order=order, substeps=substeps, **shared)
     if solver == "gm-sde":
-        return sample_gm_sde(denoiser, x, sigmas, order=order, noise=noise, **shared)
+        return sample_gm_sde(denoiser, x, sigmas, order=order, spectrum=spectrum, noise=noise, **shared)
     if solver == "euler":
         return sample_euler(denoiser, x, sigmas, **shared)
+    if solver == "dpmpp-2m":
+        return sample_dpmpp_2m(denoiser, x, sigmas, **shared)
     raise ValueError(f"solver {solver!r} is unknown; choose one of {', '.join(SOLVERS)}")
 
 
@@ -194,17 +252,31 @@ def second_order(
 
 def _predict(
     denoiser: Denoiser, x: Tensor, sigma: float, sigma_next: float, order: int, previous: Step | None
-) -> tuple[GaussianMixture, Step | None]:
-    """One network call, corrected if `order` is 2; and what the next correction needs."""
+) -> tuple[GaussianMixture, IsotropicGaussian | None, Step | None]:
+    """One network call, corrected if `order` is 2: the mixture, the Gaussian that guidance or the correction moved it to (None
+    without either), and what the next correction needs."""
     if order not in (1, 2):
         raise ValueError(f"order is {order}; it can be 1 or 2")
-    mixture = denoiser(x, x.new_full((x.shape[0],), sigma, dtype=torch.float32))
+    mixture = denoiser(x, _batch_sigma(x, sigma))
+    gaussian = mixture.gaussian if isinstance(mixture, GuidedMixture) else None
     if order == 1:
-        return mixture, None
+        return mixture, gaussian, None
     step = Step(mixture, x, sigma, sigma - sigma_next)
     if previous is not None:
-        mixture, _ = second_order(mixture, previous, x, sigma, step.size)
-    return mixture, step
+        mixture, gaussian = second_order(mixture, previous, x, sigma, step.size)
+    return mixture, gaussian, step
+
+
+def _batch_sigma(x: Tensor, sigma: float) -> Tensor:
+    """`sigma` for every sample, (B,)."""
+    return x.new_full((x.shape[0],), sigma, dtype=torch.float32)
+
+
+def _log_snr(sigma: float) -> float:
+    """log(alpha / sigma), infinite at both ends."""
+    if sigma in (0, 1):
+        return math.inf if sigma == 0 else -math.inf
+    return math.log((1 - sigma) / sigma)
 
 
 def _intervals(sigmas: Tensor | Sequence[float]) -> list[tuple[float, float]]:

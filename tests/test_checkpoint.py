@@ -44,7 +44,12 @@ def test_weights_config_facts_and_training_state_come_back(path, constant_log_st
     assert not any(p.requires_grad for p in loaded.parameters())
     assert {n: t.tolist() for n, t in loaded.state_dict().items()} == {n: t.tolist() for n, t in model.state_dict().items()}
     assert torch.equal(loaded(normal(4, 2), 0.5).means, model(normal(4, 2), 0.5).means)
-    assert read_metadata(str(path)) == {"model_class": "GMFlowMLP", "config": vars(model.config), "training": facts}
+    assert read_metadata(str(path)) == {
+        "model_class": "GMFlowMLP",
+        "config": vars(model.config),
+        "training": facts,
+        "data": {},
+    }
     found = load_training_state(path)
     assert found.keys() == state.keys()
     assert all(torch.equal(found[name], state[name]) for name in state)
@@ -61,6 +66,18 @@ def test_weights_may_be_stored_and_loaded_in_other_types(path):
 
 def test_a_checkpoint_without_training_state_has_an_empty_one(saved):
     assert load_training_state(saved) == {}
+
+
+def test_what_the_samples_are_comes_back(path):
+    data = {"labels": ["null", "eins"], "space": "pixels", "other": [1, None]}
+    save_checkpoint(network(), path, data=data)
+    assert read_metadata(path)["data"] == data
+
+
+def test_a_file_from_before_the_data_entry_has_none(saved):
+    rewrite(saved)
+    assert read_metadata(saved)["data"] == {}
+    load_checkpoint(saved)
 
 
 def test_every_length_of_the_header_is_read(path):
@@ -135,7 +152,10 @@ METADATA = {  # None removes an entry
     "foreign": ({"format": "pt"}, "not a GMFlow checkpoint .*; load other models with their own loader"),
     "no format": ({"format": None}, "not a GMFlow checkpoint .*; load other models with their own loader"),
     "newer format": ({"format": "gmflow-2"}, "gmflow-2; this version knows .* gmflow-1; update GMFlow"),
-    "unknown class": ({"model_class": "GMFlowX"}, "holds a GMFlowX .*; this version knows .'GMFlowMLP'.*; update GMFlow"),
+    "unknown class": (
+        {"model_class": "GMFlowX"},
+        "holds a GMFlowX .*; this version knows .'GMDiT', 'GMFlowMLP'.*; update GMFlow",
+    ),
     "unknown key": (retrained(num_heads=4), f"num_heads.*; {UPDATE}"),
     "value out of range": (retrained(num_components=0), f"num_components is 0.*; {UPDATE}"),
     "value of another type": (retrained(hidden_dim=6.5), f"hidden_dim.*6.5.*; {UPDATE}"),
@@ -143,6 +163,7 @@ METADATA = {  # None removes an entry
     "config that is no JSON": ({"config": "{'a': 3}"}, f"metadata is unreadable .*; {DAMAGED}"),
     "no config": ({"config": None}, f"metadata is unreadable .*; {DAMAGED}"),
     "facts that are no JSON": ({"training": "{"}, f"metadata is unreadable .*; {DAMAGED}"),
+    "data that are no dictionary": ({"data": "[1, 2]"}, f"metadata is unreadable .*; {DAMAGED}"),
 }
 TENSORS = {
     "missing": ({"out_means.weight": None}, r"'out_means.weight': expected \(6, 6\), found none"),
@@ -173,7 +194,9 @@ def assert_named(path, advice):
 def test_a_folder_is_named(saved):
     saved.unlink()
     saved.mkdir()
-    assert_named(saved, "is a folder; give the .safetensors file inside it")
+    assert_named(saved, "is a folder without transformer/config.json, .*; give the .safetensors file inside it")
+    with pytest.raises(ValueError, match=r"model\.safetensors is a folder; give the \.safetensors file inside it"):
+        load_training_state(saved)
 
 
 @pytest.mark.parametrize(("content", "advice"), BYTES.values(), ids=BYTES.keys())

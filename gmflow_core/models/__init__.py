@@ -1,5 +1,6 @@
 """The networks, by the class name that a checkpoint's metadata carries."""
 
+from .gmdit import GMDiT
 from .mlp import GMFlowMLP
 
-MODELS = {cls.__name__: cls for cls in (GMFlowMLP,)}
+MODELS = {cls.__name__: cls for cls in (GMDiT, GMFlowMLP)}

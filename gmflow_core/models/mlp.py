@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..mixture import GaussianMixture
+from .features import time_features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,8 @@ class GMFlowMLP(nn.Module):
         if x.ndim < 2 or x.shape[1] != self.channels:
             raise ValueError(f"GMFlowMLP works on 2-D points: x must be (B, 2, ...), not {tuple(x.shape)}")
         points = x.movedim(1, -1)  # (B, *S, 2)
-        time = self.time_features(torch.as_tensor(sigma, device=x.device).expand(x.shape[0]))  # (B, E)
+        sigma = torch.as_tensor(sigma, device=x.device).expand(x.shape[0])
+        time = time_features(sigma, self.config.embed_dim, include_end=True)  # (B, E)
         time = time.reshape(x.shape[0], *[1] * (x.ndim - 2), -1).expand(*points.shape[:-1], -1)
         features = torch.cat([time, self.position_features(points)], -1).to(self.out_means.weight.dtype)
         hidden = self.net(features)  # (B, *S, H)
@@ -101,13 +103,6 @@ class GMFlowMLP(nn.Module):
         else:
             log_std = means.new_full([1] * means.ndim, self.config.constant_log_std)
         return GaussianMixture(means, log_weights, log_std)
-
-    def time_features(self, sigma: Tensor) -> Tensor:
-        """Cosines, then sines, of t = 1000 sigma at frequencies from 1 down to 1e-4: (B,) -> (B, E)."""
-        half = self.config.embed_dim // 2
-        steps = torch.arange(half, dtype=torch.float32, device=sigma.device) / max(half - 1, 1)
-        angle = 1000 * sigma.float().unsqueeze(-1) * (-math.log(10000) * steps).exp()
-        return torch.cat([angle.cos(), angle.sin()], -1)
 
     def position_features(self, points: Tensor) -> Tensor:
         """Sines, then cosines, of each coordinate at geometrically spaced periods: (..., 2) -> (..., E)."""

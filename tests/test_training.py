@@ -15,8 +15,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from gmflow_core import load_checkpoint, read_metadata, save_checkpoint
 from gmflow_core.models.mlp import GMFlowMLP, GMFlowMLPConfig
-from training.checkerboard import PRESETS, Config, Trainer, draw_batch, learning_rate, loss_of, main, parse, power_ema
+from training.checkerboard import PRESETS, Config, Trainer, draw_batch, loss_of, main, parse
 from training.checkerboard_report import write_report
+from training.trainer import learning_rate
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["-k", "4", "--batch-size", "64", "--warmup", "5", "--checkpoint-every", "10", "--log-every", "5", "--device", "cpu"]
@@ -97,12 +98,12 @@ def test_resumed_run_repeats_the_losses(tmp_path):
     trainer = Trainer(config)
     losses = []
     for step in range(20):
-        losses.append(trainer.iterate().item())
+        losses.append(trainer.iterate()["loss"].item())
         if step == 9:
             trainer.save()
     again = Trainer(config)
     assert again.step == 10
-    assert [again.iterate().item() for _ in range(10)] == losses[10:]
+    assert [again.iterate()["loss"].item() for _ in range(10)] == losses[10:]
 
 
 def test_another_configuration_is_not_resumed(tmp_path):
@@ -142,9 +143,7 @@ def test_learning_rate_and_average():
     assert learning_rate(config, 10) == 1.0
     assert learning_rate(config, 60) == pytest.approx(0.5)
     assert learning_rate(config, 110) == 0
-    average = [torch.zeros(1)]
-    power_ema(average, [torch.ones(1)], torch.tensor(7))
-    assert average[0].item() == pytest.approx(1 - (7 / 8) ** 8)
+    assert Trainer.decay(None, 8) == pytest.approx((7 / 8) ** 8)
 
 
 def test_report_and_facts(tmp_path, capsys):

@@ -1,0 +1,241 @@
+"""The GM-DiT trainer: it learns, resumes exactly, sees the same batch in any number of processes, survives bad steps."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from gmflow_core import load_checkpoint, read_metadata
+from gmflow_core.images import sample_images
+from training.imagenet import PRESETS, Order, Trainer, draw_noise, main, parse, pieces_of
+from training.latents import FORMAT, write_index, write_shard
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--num-layers", "2", "--num-heads", "2", "--head-dim", "8", "--log-std-dim", "8", "-k", "3", "--device", "cpu"]
+SMALL += ["--batch-size", "16", "--warmup", "3", "--checkpoint-every", "5", "--log-every", "5", "--precision", "fp32"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Pictures of 4 x 4 in three classes: plain colours, each with a little noise."""
+    folder, generator = tmp_path_factory.mktemp("data"), torch.Generator().manual_seed(0)
+    labels = torch.arange(48) % 3
+    x = 40 + 150 * torch.eye(3)[labels][:, :, None, None] + 30 * torch.rand(48, 3, 4, 4, generator=generator)
+    write_shard(folder / "shard-00000.safetensors", x.to(torch.uint8), labels, {})
+    index = {"format": FORMAT, "kind": "pixels", "shape": [3, 4, 4], "classes": ["red", "green", "blue"], "count": 48}
+    index |= {"shards": [{"file": "shard-00000.safetensors", "count": 48}], "skipped": []}
+    write_index(folder, index)
+    return folder
+
+
+def new_trainer(data: Path, out: Path, iterations: int, *more: str) -> Trainer:
+    given = ["--preset", "digits", *SMALL, "--data", str(data), "--out", str(out), "--iterations", str(iterations)]
+    return Trainer(parse([*given, *more]))
+
+
+def losses_of(trainer: Trainer, count: int) -> list[float]:
+    return [trainer.iterate()["loss"].item() for _ in range(count)]
+
+
+@pytest.mark.parametrize("preset", ["digits", "digits_flow_matching"])
+def test_loss_falls(preset, data, tmp_path):
+    arguments = ["--preset", preset, *SMALL[:8], *SMALL[10:], "--data", str(data), "--out", str(tmp_path), "--lr", "3e-3"]
+    trainer = Trainer(parse([*arguments, "--batch-size", "48", "--lr-schedule", "constant"]))
+    losses = losses_of(trainer, 40)
+    assert sum(losses[-5:]) / 5 < sum(losses[:5]) / 5 - 0.3
+    assert (trainer.model.spectrum_net is None) == (preset == "digits_flow_matching")
+
+
+def test_resumes_after_sigkill_to_the_same_weights(data, tmp_path):
+    whole = new_trainer(data, tmp_path / "whole", 25)
+    whole.run()
+    arguments = ["--preset", "digits", *SMALL, "--data", str(data), "--out", str(tmp_path / "killed"), "--iterations", "25"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW_STEPS, *arguments], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": threads()}
+    )
+    checkpoint = tmp_path / "killed" / "model.safetensors"
+    try:
+        deadline = time.time() + 120
+        while not checkpoint.exists() and process.poll() is None and time.time() < deadline:
+            time.sleep(0.002)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    resumed = new_trainer(data, tmp_path / "killed", 25)
+    assert 0 < resumed.step < 25, "the run was killed too late to test anything"
+    resumed.run()
+    expected, found = (load_file(t.path) for t in (whole, resumed))
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, found[name]), name
+
+
+SLOW_STEPS = """
+import time
+from training.imagenet import Trainer, main
+iterate = Trainer.iterate
+Trainer.iterate = lambda self: (time.sleep(0.1), iterate(self))[1]
+main()
+"""
+
+
+def threads() -> str:
+    return str(torch.get_num_threads())
+
+
+TWO_PROCESSES = """
+import json, sys
+from training.imagenet import Trainer, parse
+arguments, count = sys.argv[2:], int(sys.argv[1])
+trainer = Trainer(parse(arguments))
+losses = [trainer.accelerator.reduce(trainer.iterate()["loss"], "mean").item() for _ in range(count)]
+trainer.save()
+if trainer.accelerator.is_main_process:
+    (trainer.config.out / "losses.json").write_text(json.dumps([trainer.accelerator.num_processes, losses]))
+"""
+
+
+@pytest.mark.parametrize("accumulate", ["1", "2"])
+def test_two_processes_have_the_losses_of_one(accumulate, data, tmp_path):
+    """With gloo; the second time in two pieces each, and going on from a checkpoint that one process wrote."""
+    one = new_trainer(data, tmp_path / "one", 20)
+    losses = losses_of(one, 3)
+    if accumulate == "2":
+        one.config.out.rename(tmp_path / "two") if one.config.out.exists() else None
+        started = new_trainer(data, tmp_path / "two", 20)
+        losses_of(started, 3)
+        started.save()
+        losses = []
+    losses += losses_of(one, 3)
+    script = tmp_path / "two_processes.py"
+    script.write_text(TWO_PROCESSES)
+    given = ["--preset", "digits", *SMALL, "--data", str(data), "--out", str(tmp_path / "two"), "--iterations", "20"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run([*command, str(len(losses)), *given, "--accumulate", accumulate], cwd=ROOT, env=environment, check=True)
+    processes, found = json.loads((tmp_path / "two" / "losses.json").read_text())
+    assert processes == 2
+    assert found == pytest.approx(losses, rel=1e-5)
+    weights, expected = load_checkpoint(tmp_path / "two" / "model.safetensors")[0], one.sampling_model()
+    for name, parameter in expected.named_parameters():
+        assert torch.allclose(weights.get_parameter(name), parameter, atol=1e-5), name
+
+
+def test_every_epoch_shows_every_sample_once_whatever_the_division():
+    whole = Order(count=10, batch_size=4, rows=range(4), pieces=1, seed=3, first=0)
+    steps = [indices for indices, _ in zip(whole, range(5), strict=False)]
+    seen = list(itertools.chain.from_iterable(steps))
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
+    assert seen[:10] != seen[10:]
+    halves = [Order(10, 4, rows, 2, 3, first=1) for rows in (range(2), range(2, 4))]
+    pieces = list(zip(*(zip(half, range(8), strict=False) for half in halves), strict=True))
+    found = [pieces[2 * i][0][0] + pieces[2 * i + 1][0][0] + pieces[2 * i][1][0] + pieces[2 * i + 1][1][0] for i in range(4)]
+    assert found == steps[1:]
+    assert pieces_of(range(4, 10), 3) == [range(4, 6), range(6, 8), range(8, 10)]
+
+
+def test_noise_belongs_to_the_row():
+    whole = draw_noise(0, 7, range(40), (3,), torch.device("cpu"))
+    assert torch.equal(draw_noise(0, 7, range(13, 37), (3,), torch.device("cpu")), whole[13:37])
+    assert not torch.equal(draw_noise(0, 8, range(40), (3,), torch.device("cpu")), whole)
+    assert abs(draw_noise(0, 0, range(4000), (5,), torch.device("cpu")).std().item() - 1) < 0.02
+
+
+def test_labels_are_dropped_and_sigmas_drawn_as_asked(data, tmp_path):
+    trainer = new_trainer(data, tmp_path, 10, "--batch-size", "4096")
+    labels, sigma, low, high = trainer.draw(torch.ones(4096, dtype=torch.long), (3, 4, 4), range(4096))
+    assert (labels == 3).double().mean().item() == pytest.approx(0.1, abs=0.02)
+    assert set(labels.tolist()) == {1, 3}
+    logit = sigma.double().logit()
+    assert (logit.mean().item(), logit.std().item()) == (pytest.approx(0, abs=0.06), pytest.approx(1, abs=0.05))
+    assert low.shape == high.shape == (4096, 3, 4, 4)
+    assert abs((low * high).mean().item()) < 0.01
+    assert abs((low[:, 0, 0, 0] * logit).mean().item()) < 0.06
+
+
+def test_a_step_without_a_finite_gradient_is_skipped_and_counted(data, tmp_path, monkeypatch):
+    trainer = new_trainer(data, tmp_path, 12)
+    losses_of(trainer, 2)
+    weights, average = [p.clone() for p in trainer.model.parameters()], [a.clone() for a in trainer.average]
+    draw = trainer.draw
+    monkeypatch.setattr(trainer, "draw", lambda *a: (*draw(*a)[:2], *(t * float("nan") for t in draw(*a)[2:])))
+    trainer.iterate()
+    assert (trainer.step, trainer.skipped) == (3, 1)
+    assert all(torch.equal(a, b) for a, b in zip(weights, trainer.model.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(average, trainer.average, strict=True))
+    monkeypatch.undo()
+    trainer.run()
+    assert (trainer.step, trainer.skipped) == (12, 1)
+    assert read_metadata(trainer.path)["training"]["skipped_steps"] == 1
+    assert new_trainer(data, tmp_path, 20).skipped == 1
+
+
+def test_a_run_without_finite_gradients_ends_with_its_last_good_state(data, tmp_path, monkeypatch):
+    trainer = new_trainer(data, tmp_path, 40)
+    draw = trainer.draw
+    nan = lambda *a: (*draw(*a)[:2], *(t * (float("nan") if trainer.step >= 7 else 1) for t in draw(*a)[2:]))  # noqa: E731
+    monkeypatch.setattr(trainer, "draw", nan)
+    with pytest.raises(FloatingPointError, match=r"10 steps in a row.*model\.safetensors still holds the last good"):
+        trainer.run()
+    network, _ = load_checkpoint(trainer.path)
+    assert read_metadata(trainer.path)["training"]["step"] == 5
+    assert all(p.isfinite().all() for p in network.parameters())
+
+
+def test_a_run_leaves_pictures_curves_and_a_model_to_share(data, tmp_path, capsys):
+    given = ["--preset", "digits", *SMALL, "--data", str(data), "--out", str(tmp_path), "--iterations", "10"]
+    main([*given, "--picture-every", "5", "--picture-solver", "gm-sde"])
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    for name in ("loss", "nll", "spectral", "learning_rate", "skipped_steps"):
+        assert [point.step for point in events.Scalars(name)] == [5, 10]
+    assert len(events.Images("samples")) == 2
+    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["0000005.png", "0000010.png"]
+    network, config = load_checkpoint(tmp_path / "weights.safetensors")
+    assert (config.num_classes, config.channels, config.latent_size, config.num_components) == (3, 3, 4, 3)
+    metadata = read_metadata(tmp_path / "weights.safetensors")
+    assert metadata["data"] == {"labels": ["red", "green", "blue"], "space": "pixels"}
+    assert metadata["training"]["step"] == 10
+    assert sample_images(network, torch.tensor([0, 3]), steps=2).isfinite().all()
+    assert "weights.safetensors" in capsys.readouterr().out
+
+
+def test_what_does_not_belong_together_is_refused(data, tmp_path):
+    new_trainer(data, tmp_path / "run", 10).save()
+    with pytest.raises(ValueError, match=r"another shape \(num_components: 3 there, 4 here\)"):
+        new_trainer(data, tmp_path / "run", 10, "-k", "4")
+    with pytest.raises(ValueError, match=r"lr: 0\.001 there, 0\.01 here.*--restart"):
+        new_trainer(data, tmp_path / "run", 10, "--lr", "0.01")
+    with pytest.raises(ValueError, match="--batch-size 15 cannot be divided among 1 processes with 2 pieces"):
+        new_trainer(data, tmp_path / "other", 10, "--batch-size", "15", "--accumulate", "2")
+    with pytest.raises(FileNotFoundError, match=r"training\.prepare"):
+        new_trainer(tmp_path / "nothing", tmp_path / "other", 10)
+
+
+def test_eight_bit_adamw_resumes_exactly(data, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    trainer = new_trainer(data, tmp_path, 20, "--optimizer", "adamw8bit", "--head-dim", "40")  # large enough for 8-bit state
+    losses_of(trainer, 3)
+    trainer.save()
+    assert any(t.dtype == torch.uint8 for k, t in load_file(trainer.path).items() if "state1" in k)
+    expected = losses_of(trainer, 3)
+    assert losses_of(new_trainer(data, tmp_path, 20, "--optimizer", "adamw8bit", "--head-dim", "40"), 3) == expected
+
+
+def test_the_papers_preset():
+    config = PRESETS["gmdit_xl_k8"]
+    assert (config.num_layers, config.num_heads * config.head_dim, config.num_components) == (28, 1152, 8)
+    assert (config.batch_size, config.iterations, config.lr, config.weight_decay) == (4096, 200_000, 2e-4, 0.05)
+    assert (config.transition_ratio, config.class_dropout, config.clip, config.warmup) == (0.5, 0.1, 10.0, 1000)
+    decay = Trainer.decay(type("T", (), {"config": config}), 200_000)
+    assert decay == pytest.approx(0.5 ** (4096 / 30e6))
+    assert Trainer.decay(type("T", (), {"config": config}), 1000) == pytest.approx(0.5 ** (1 / 50))

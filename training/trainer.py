@@ -1,0 +1,454 @@
+"""The loop that all training commands share: one process or many, checkpoints, exact resume, the average of the weights.
+
+A command's trainer says what its model, its batches and its losses are. A run writes OUT/model.safetensors: the averaged
+weights, which load anywhere, and, under names that begin with `training.`, all that is needed to go on to the very losses of
+a run that was never stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from accelerate import Accelerator, DistributedType
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from gmflow_core.checkpoint import load_checkpoint, load_training_state, read_metadata, save_checkpoint
+
+MAX_BAD_STEPS = 10  # this many steps in a row without a finite gradient end a run
+FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """What every training command can be told."""
+
+    out: Path = Path("outputs/run")
+    """Folder for the checkpoint, the TensorBoard logs and the results; a run found there is resumed."""
+    batch_size: int = 4096
+    """Samples an iteration, over all processes together."""
+    iterations: int = 200_000
+    """Iterations in all."""
+    lr: float = 2e-4
+    """Peak learning rate."""
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    """What the learning rate does after the warm-up: stay, or fall to zero at the last iteration."""
+    warmup: int = 1000
+    """Iterations of linear learning-rate warm-up, from 0.001 of the peak."""
+    ema: bool = True
+    """Average the weights, and sample with the average."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Matrix products in float32 or bfloat16; weights, optimiser and mixture are float32 either way."""
+    seed: int = 0
+    """Seed of the weights and of the data."""
+    device: str = "auto"
+    """auto (what accelerate finds) or cpu."""
+    checkpoint_every: int = 1000
+    """Iterations between checkpoints."""
+    log_every: int = 100
+    """Iterations between points of the loss curve."""
+    picture_every: int = 5000
+    """Iterations between pictures of samples."""
+    restart: bool = False
+    """Throw away the run found in OUT and start anew."""
+
+    def __post_init__(self):
+        for name in ("batch_size", "iterations", "checkpoint_every", "log_every", "picture_every"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require(self.warmup >= 0, "warmup", self.warmup, "0 or more")
+        require(self.lr > 0, "lr", self.lr, "positive")
+        require(self.device in ("auto", "cpu"), "device", self.device, "auto or cpu (choose a GPU with CUDA_VISIBLE_DEVICES)")
+
+
+def require(condition: bool, name: str, value: object, expected: str) -> None:
+    """ValueError if a setting is not what it must be."""
+    if not condition:
+        raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be {expected}")
+
+
+def parse(presets: dict[str, TrainerConfig], module: str, description: str, arguments: list[str]) -> Any:
+    """The preset that the arguments name, or else the first, then whatever they change of it."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--preset")
+    first = next(iter(presets.values()))
+    preset = presets.get(finder.parse_known_args(arguments)[0].preset, first)
+    return tyro.cli(type(first), default=preset, args=arguments, prog=f"python -m {module}", description=description)
+
+
+class Trainer:
+    """A run: everything that a checkpoint has to hold, and the loop.
+
+    A subclass gives the class attributes below, and `new_model`, `backward`, `decay`; perhaps `new_optimizer`, `draw_picture`,
+    `extra_state`, `data`.
+    """
+
+    module = ""  # as in python -m MODULE
+    free_to_change = frozenset(  # a resumed run may differ in these from the run it goes on with
+        {"out", "iterations", "precision", "device", "checkpoint_every", "log_every", "picture_every", "restart"}
+    )
+    clip: float = math.inf  # largest norm of the gradient
+
+    def __init__(self, config: TrainerConfig):
+        self.config = config
+        # without an accelerator, processes stay strangers to each other unless they are told that the CPU is meant
+        self.accelerator = Accelerator(cpu=config.device == "cpu" or not torch.accelerator.is_available())
+        self.path = config.out / "model.safetensors"
+        torch.manual_seed(config.seed)
+        self.model = self.new_model().to(self.accelerator.device)
+        self.optimizer = self.new_optimizer()
+        self.step = 0
+        self.skipped = 0  # steps without a finite gradient, in all
+        self.bad_steps = 0  # and in a row
+        self.stop = False  # set by a signal, obeyed between iterations
+        self.starts: list[dict] = []  # every command that this run was started with, and at which iteration
+        self.seconds = 0.0  # spent training, over all the starts of this run
+        self.prepared = self.prepare()
+        self.average = [p.detach().clone() for p in self.model.parameters()] if config.ema else None
+        if self.accelerator.is_main_process:
+            for leftover in config.out.glob(f".{self.path.name}.*.tmp"):  # of a process killed while it wrote
+                leftover.unlink()
+        if self.path.exists() and not config.restart:
+            self.resume()
+        command = f"python -m {self.module} " + shlex.join(sys.argv[1:])
+        if not self.starts or self.starts[-1]["command"] != command:
+            self.starts.append({"command": command, "step": self.step})
+
+    # What a subclass says
+
+    def new_model(self) -> nn.Module:
+        """A model of `gmflow_core.models`, with fresh weights."""
+        raise NotImplementedError
+
+    def objective(self) -> nn.Module:
+        """The module whose forward pass is the loss; it holds the model, and several processes share its gradients."""
+        return self.model
+
+    def new_optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.model.parameters(), lr=self.config.lr, weight_decay=0.0, fused=True)
+
+    def backward(self) -> dict[str, Tensor]:
+        """Leave the gradient of iteration `self.step` in the parameters; return its losses, "loss" first."""
+        raise NotImplementedError
+
+    def decay(self, step: int) -> float:
+        """Decay of the average of the weights at iteration `step`, counted from 1."""
+        raise NotImplementedError
+
+    def draw_picture(self) -> Tensor | None:
+        """A picture of samples, (H, W, 3) in [0, 1]."""
+        return None
+
+    def extra_state(self) -> dict[str, Tensor]:
+        """What else a checkpoint has to hold."""
+        return {}
+
+    def load_extra_state(self, state: dict[str, Tensor]) -> None:
+        """Take up `extra_state`."""
+
+    def data(self) -> dict[str, Any]:
+        """What the model's samples are, for the checkpoint's metadata."""
+        return {}
+
+    # The loop
+
+    def run(self) -> None:
+        config, main = self.config, self.accelerator.is_main_process
+        writer = SummaryWriter(str(config.out), purge_step=self.step + 1 if self.step else None) if main else None
+        bar = tqdm(total=config.iterations, initial=self.step, disable=not main, unit="it", dynamic_ncols=True)
+        pending: list[dict[str, Tensor]] = []  # losses since the last point of the curve
+        try:
+            with stop_signals(self):
+                while self.step < config.iterations and not self.stop:
+                    started = time.perf_counter()
+                    pending.append(self.iterate())
+                    self.seconds += time.perf_counter() - started
+                    bar.update()
+                    last = self.step == config.iterations
+                    if last or self.step % config.log_every == 0:
+                        means = self.mean_losses(pending)
+                        pending.clear()
+                        bar.set_postfix(loss=f"{means['loss']:.4f}", skipped=self.skipped)
+                        if writer:
+                            for name, value in means.items():
+                                writer.add_scalar(name, value, self.step)
+                            writer.add_scalar("learning_rate", learning_rate(config, self.step - 1), self.step)
+                            writer.add_scalar("skipped_steps", self.skipped, self.step)
+                    if self.step % config.picture_every == 0 or (last and config.picture_every <= config.iterations):
+                        picture = self.draw_picture()
+                        if writer and picture is not None:
+                            writer.add_image("samples", picture, self.step, dataformats="HWC")
+                    if last or self.step % config.checkpoint_every == 0:
+                        self.save()
+                if self.stop:
+                    self.save()
+        finally:
+            bar.close()
+            if writer:
+                writer.close()
+        if self.stop:
+            print(f"stopped at iteration {self.step}; run the same command again to go on")
+
+    def iterate(self) -> dict[str, Tensor]:
+        """One optimiser step; returns its losses, not yet averaged over the processes. Without a finite gradient the weights
+        stay as they are, and the step counts as skipped.
+
+        Raises:
+            FloatingPointError: there was none for `MAX_BAD_STEPS` steps in a row.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, self.step)
+        self.optimizer.zero_grad()
+        with math_attention() if self.accelerator.device.type == "cpu" else nullcontext():
+            losses = self.backward()
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip)
+        if math.isfinite(norm):
+            self.update()
+            self.bad_steps = 0
+        else:
+            self.skipped += 1
+            self.bad_steps += 1
+        self.step += 1
+        if self.bad_steps == MAX_BAD_STEPS:
+            raise FloatingPointError(
+                f"the gradient was not finite for {MAX_BAD_STEPS} steps in a row, the last at iteration {self.step} with loss "
+                f"{losses['loss'].item()}; {self.path} still holds the last good checkpoint: lower --lr (in another --out), "
+                "use --precision fp32, or look for broken values in the data"
+            )
+        return losses
+
+    def update(self) -> None:
+        """Move the weights, and their average, by the gradient of iteration `self.step`."""
+        self.optimizer.step()
+        if self.average is not None:
+            pairs = zip(self.average, self.model.parameters(), strict=True)
+            average, current = zip(*((local(a), local(p.detach())) for a, p in pairs), strict=True)
+            torch._foreach_lerp_(average, current, 1 - self.decay(self.step + 1))
+
+    def mean_losses(self, losses: list[dict[str, Tensor]]) -> dict[str, float]:
+        """The mean of each loss over the iterations that have a finite one, and over all processes; NaN if none has."""
+        table = torch.stack([torch.stack([v.detach().float() for v in entry.values()]) for entry in losses])
+        table = self.accelerator.reduce(table, "mean")
+        means = table[table.isfinite().all(1)].mean(0).tolist()
+        return dict(zip(losses[0], means, strict=True))
+
+    def autocast(self):
+        """Where the network runs: matrix products in the precision that the user asked for."""
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+
+    # State
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process holds a part of the weights only."""
+        return self.accelerator.distributed_type == DistributedType.FSDP
+
+    def prepare(self) -> nn.Module:
+        """The objective, ready for several processes."""
+        if not self.sharded:
+            return self.accelerator.prepare(self.objective())
+        prepared, self.optimizer = self.accelerator.prepare(self.objective(), self.optimizer)
+        return prepared
+
+    def names(self) -> list[str]:
+        """The parameters' names, in order."""
+        return [name for name, _ in self.model.named_parameters()]
+
+    def sampling_model(self) -> nn.Module:
+        """The average of the weights, or the weights themselves in a run without, as an ordinary model in evaluation mode."""
+        weights = list(self.model.parameters()) if self.average is None else self.average
+        tensors = {**self.model.state_dict(), **dict(zip(self.names(), weights, strict=True))}
+        with torch.device("meta"):
+            model = type(self.model)(self.model.config)
+        model.load_state_dict({name: whole(t.detach()) for name, t in tensors.items()}, assign=True)
+        return model.eval().requires_grad_(False)
+
+    def settings(self) -> dict:
+        """The configuration, as JSON holds it."""
+        values = dataclasses.asdict(self.config)
+        return {k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    def facts(self) -> dict:
+        """How the model was made, for the checkpoint's metadata."""
+        return {
+            "command": self.starts[-1]["command"],
+            "starts": self.starts,
+            "config": self.settings(),
+            "step": self.step,
+            "skipped_steps": self.skipped,
+            "seconds": round(self.seconds, 1),
+            "torch": torch.__version__,
+        }
+
+    def save(self) -> None:
+        """Write the checkpoint: all processes gather it, the main one writes. Nothing is written while the gradient is not
+        finite, as the weights may not be either."""
+        if self.bad_steps:
+            return
+        if self.sharded:
+            model = get_model_state_dict(self.model, options=FULL_STATE)
+            slots = get_optimizer_state_dict(self.model, self.optimizer, options=FULL_STATE)["state"]
+        else:
+            model = self.model.state_dict()
+            names = {id(p): name for name, p in self.model.named_parameters()}
+            slots = {names[id(p)]: entry for p, entry in self.optimizer.state.items()}
+        sampling = self.sampling_model()
+        if self.accelerator.is_main_process:
+            state = {"step": torch.tensor(self.step), "skipped": torch.tensor(self.skipped), **self.extra_state()}
+            state.update({f"model.{name}": t for name, t in model.items()})
+            for name, entry in slots.items():
+                state.update({f"optimizer.{name}/{slot}": torch.as_tensor(t) for slot, t in entry.items()})
+            save_checkpoint(sampling, self.path, facts=self.facts(), state=state, data=self.data())
+        self.accelerator.wait_for_everyone()
+
+    def optimized_names(self) -> list[str]:
+        """The names of the optimiser's parameters, in its order."""
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        return [names[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
+
+    def resume(self) -> None:
+        """Go on from the checkpoint in OUT.
+
+        Raises:
+            ValueError: it belongs to a run with other settings, or holds no training state.
+        """
+        facts, state = read_metadata(self.path)["training"], load_training_state(self.path)
+        if "step" not in state or "config" not in facts:
+            raise ValueError(f"{self.path} holds weights only; give another --out, or --restart to overwrite it")
+        mine = self.settings()
+        differ = [k for k in mine if k not in self.free_to_change and facts["config"].get(k) != mine[k]]
+        if differ:
+            changes = ", ".join(f"{k}: {facts['config'].get(k)} there, {mine[k]} here" for k in differ)
+            raise ValueError(
+                f"{self.path} belongs to a run with other settings ({changes}); give another --out, the same settings to "
+                "go on, or --restart to throw it away"
+            )
+        self.load_state(state)
+        if self.average is not None:
+            averaged = dict(load_checkpoint(self.path)[0].named_parameters())
+            for name, mine in zip(self.names(), self.average, strict=True):
+                local(mine).copy_(local(distribute_like(averaged[name].data, mine)))
+        self.load_extra_state(state)
+        self.step, self.skipped = int(state["step"]), int(state["skipped"])
+        self.seconds, self.starts = facts["seconds"], facts.get("starts", [])
+        if self.accelerator.is_main_process:
+            print(f"going on from iteration {self.step} of {self.path}")
+            before = facts["config"]["iterations"]
+            if self.config.lr_schedule == "cosine" and before != self.config.iterations:
+                print(
+                    f"note: the learning rate followed a cosine over {before} iterations until now, and will over "
+                    f"{self.config.iterations} from here"
+                )
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """The weights and the optimiser's slots out of a checkpoint."""
+        model = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
+        slots: dict[str, dict[str, Tensor]] = {}
+        for key, value in state.items():
+            if key.startswith("optimizer."):
+                name, slot = key.removeprefix("optimizer.").split("/")
+                slots.setdefault(name, {})[slot] = value
+        if self.sharded:
+            set_model_state_dict(self.model, model, options=FULL_STATE)
+            groups = get_optimizer_state_dict(self.model, self.optimizer, options=FULL_STATE)["param_groups"]
+            set_optimizer_state_dict(self.model, self.optimizer, {"state": slots, "param_groups": groups}, options=FULL_STATE)
+            return
+        self.model.load_state_dict(model)
+        if isinstance(self.optimizer, torch.optim.AdamW | torch.optim.Adam):
+            numbered = {i: slots[name] for i, name in enumerate(self.optimized_names()) if name in slots}
+        else:  # bitsandbytes counts its steps in an int
+            numbered = {
+                i: {slot: int(t) if slot == "step" else t for slot, t in slots[name].items()}
+                for i, name in enumerate(self.optimized_names())
+                if name in slots
+            }
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": numbered})
+
+
+def learning_rate(config: TrainerConfig, step: int) -> float:
+    """The learning rate of iteration `step`, counted from 0."""
+    if step < config.warmup:
+        return config.lr * (0.001 + 0.999 * step / config.warmup)
+    if config.lr_schedule == "constant":
+        return config.lr
+    done = (step - config.warmup) / max(1, config.iterations - config.warmup)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def math_attention():
+    """Plain attention: on a CPU, with few tokens, its backward pass is many times faster than the fused one's."""
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor with the parts of all processes."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def distribute_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, divided among the processes as `like` is."""
+    if not hasattr(like, "device_mesh"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+
+
+@contextmanager
+def stop_signals(trainer: Trainer) -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM stop the run after the iteration under way, so that what is saved is whole. Several processes
+    would not stop at the same iteration: they are killed, and go on from their last checkpoint."""
+    if trainer.accelerator.num_processes > 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        trainer.stop = True
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def main(new_trainer: Callable[[], Trainer]) -> Trainer:
+    """Make the trainer and run it, with errors a user can act on; exits with status 130 when the user stops it."""
+    try:
+        trainer = new_trainer()
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from error
+    try:
+        trainer.run()
+    except FloatingPointError as error:
+        raise SystemExit(f"error: {error}") from error
+    if trainer.stop:
+        raise SystemExit(130)
+    return trainer

@@ -5,8 +5,7 @@
     python -m training.imagenet --data data/imagenet_256 --batch-size 1024 --accumulate 8
     python -m training.imagenet --data DATA -k 1 --constant-log-std 0 --transition-ratio None   # flow matching: the baseline
     torchrun --nproc-per-node 8 -m training.imagenet --data data/imagenet_256     # DDP; more nodes: --nnodes, --rdzv-endpoint
-    accelerate launch --num_processes 8 --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP \\
-        --fsdp_transformer_layer_cls_to_wrap Block -m training.imagenet --data data/imagenet_256    # FSDP: weights shared out
+    torchrun --nproc-per-node 8 -m training.imagenet --data data/imagenet_256 --shard      # FSDP: weights shared out
 
 Started again with the same --out, on any number of processes, a run goes on from its last checkpoint; on one process to the
 very losses of a run that was never stopped. OUT/model.safetensors is the checkpoint to resume from, and loads in ComfyUI at
@@ -20,8 +19,7 @@ import dataclasses
 import hashlib
 import itertools
 import sys
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -295,6 +293,9 @@ class Trainer(trainer.Trainer):
     def objective(self) -> nn.Module:
         return Objective(self.model, self.config, self.autocast)
 
+    def blocks(self) -> Iterable[nn.Module]:
+        return self.model.transformer_blocks
+
     def new_optimizer(self) -> torch.optim.Optimizer:
         config = self.config
         parameters = list(self.model.parameters())
@@ -304,7 +305,7 @@ class Trainer(trainer.Trainer):
         ]
         self.optimizer_name = config.optimizer
         if config.optimizer == "auto":
-            problem = "FSDP shares out the optimiser's state" if self.sharded else eight_bit_problem(self.accelerator.device)
+            problem = "--shard divides the state" if config.shard else eight_bit_problem(self.accelerator.device)
             self.optimizer_name = "adamw" if problem else "adamw8bit"
             if problem and self.accelerator.is_main_process:
                 print(f"AdamW with 32-bit state, as the 8-bit one does not run here: {problem}")
@@ -348,8 +349,7 @@ class Trainer(trainer.Trainer):
         totals: dict[str, Tensor] = {}
         for piece, rows in enumerate(pieces_of(self.rows, config.accumulate)):
             x0, labels = (t.to(acc.device, non_blocking=True) for t in next(self.batches))
-            waiting = piece + 1 < config.accumulate
-            with acc.no_sync(self.prepared) if waiting else nullcontext():
+            with self.gradient_of_piece(last=piece + 1 == config.accumulate):
                 losses = self.prepared(x0, *self.draw(labels, x0.shape[1:], rows))
                 acc.backward(losses["loss"] / config.accumulate)
             for name, value in losses.items():

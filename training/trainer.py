@@ -15,22 +15,16 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import tyro
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.fsdp import fully_shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -38,7 +32,6 @@ from tqdm import tqdm
 from gmflow_core.checkpoint import load_checkpoint, load_training_state, read_metadata, save_checkpoint
 
 MAX_BAD_STEPS = 10  # this many steps in a row without a finite gradient end a run
-FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +58,8 @@ class TrainerConfig:
     """Seed of the weights and of the data."""
     device: str = "auto"
     """auto (what accelerate finds) or cpu."""
+    shard: bool = False
+    """With several processes: share out weights, gradients and optimiser state among them (FSDP 2) instead of copying them."""
     checkpoint_every: int = 1000
     """Iterations between checkpoints."""
     log_every: int = 100
@@ -106,7 +101,7 @@ class Trainer:
 
     module = ""  # as in python -m MODULE
     free_to_change = frozenset(  # a resumed run may differ in these from the run it goes on with
-        {"out", "iterations", "precision", "device", "checkpoint_every", "log_every", "picture_every", "restart"}
+        {"out", "iterations", "precision", "device", "shard", "checkpoint_every", "log_every", "picture_every", "restart"}
     )
     clip: float = math.inf  # largest norm of the gradient
 
@@ -144,6 +139,10 @@ class Trainer:
     def objective(self) -> nn.Module:
         """The module whose forward pass is the loss; it holds the model, and several processes share its gradients."""
         return self.model
+
+    def blocks(self) -> Iterable[nn.Module]:
+        """The parts of the model whose weights are gathered together when they are shared out among processes."""
+        return ()
 
     def new_optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.model.parameters(), lr=self.config.lr, weight_decay=0.0, fused=True)
@@ -222,7 +221,7 @@ class Trainer:
         self.optimizer.zero_grad()
         with math_attention() if self.accelerator.device.type == "cpu" else nullcontext():
             losses = self.backward()
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip)
+        norm = whole(self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip))
         if math.isfinite(norm):
             self.update()
             self.bad_steps = 0
@@ -259,17 +258,24 @@ class Trainer:
 
     # State
 
-    @property
-    def sharded(self) -> bool:
-        """Whether each process holds a part of the weights only."""
-        return self.accelerator.distributed_type == DistributedType.FSDP
-
     def prepare(self) -> nn.Module:
-        """The objective, ready for several processes."""
-        if not self.sharded:
-            return self.accelerator.prepare(self.objective())
-        prepared, self.optimizer = self.accelerator.prepare(self.objective(), self.optimizer)
-        return prepared
+        """The objective, ready for several processes: DDP, or FSDP 2 with --shard."""
+        objective = self.objective()
+        if not self.config.shard:
+            return self.accelerator.prepare(objective)
+        if self.accelerator.num_processes == 1:
+            raise ValueError("--shard divides the weights among processes, and there is one; start several with torchrun")
+        for block in self.blocks():
+            fully_shard(block)
+        fully_shard(objective)
+        self.optimizer = self.new_optimizer()  # of the parts that are left here
+        return objective
+
+    def gradient_of_piece(self, last: bool):
+        """The context of a piece of a batch: gradients are added up here, and over the processes with the last piece."""
+        if self.config.shard:
+            self.prepared.set_requires_gradient_sync(last)
+        return nullcontext() if last or self.config.shard else self.accelerator.no_sync(self.prepared)
 
     def names(self) -> list[str]:
         """The parameters' names, in order."""
@@ -306,26 +312,21 @@ class Trainer:
         finite, as the weights may not be either."""
         if self.bad_steps:
             return
-        if self.sharded:
-            model = get_model_state_dict(self.model, options=FULL_STATE)
-            slots = get_optimizer_state_dict(self.model, self.optimizer, options=FULL_STATE)["state"]
-        else:
-            model = self.model.state_dict()
-            names = {id(p): name for name, p in self.model.named_parameters()}
-            slots = {names[id(p)]: entry for p, entry in self.optimizer.state.items()}
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        state = {"step": torch.tensor(self.step), "skipped": torch.tensor(self.skipped), **self.extra_state()}
+        state.update({f"model.{name}": whole(t) for name, t in self.model.state_dict().items()})
+        for parameter, slots in self.optimizer.state.items():
+            name = names[id(parameter)]
+            state.update({f"optimizer.{name}/{slot}": whole(torch.as_tensor(t)) for slot, t in slots.items()})
         sampling = self.sampling_model()
         if self.accelerator.is_main_process:
-            state = {"step": torch.tensor(self.step), "skipped": torch.tensor(self.skipped), **self.extra_state()}
-            state.update({f"model.{name}": t for name, t in model.items()})
-            for name, entry in slots.items():
-                state.update({f"optimizer.{name}/{slot}": torch.as_tensor(t) for slot, t in entry.items()})
             save_checkpoint(sampling, self.path, facts=self.facts(), state=state, data=self.data())
         self.accelerator.wait_for_everyone()
 
-    def optimized_names(self) -> list[str]:
-        """The names of the optimiser's parameters, in its order."""
+    def optimized(self) -> list[tuple[str, Tensor]]:
+        """The optimiser's parameters, with their names, in its order."""
         names = {id(p): name for name, p in self.model.named_parameters()}
-        return [names[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
+        return [(names[id(p)], p) for group in self.optimizer.param_groups for p in group["params"]]
 
     def resume(self) -> None:
         """Go on from the checkpoint in OUT.
@@ -369,20 +370,15 @@ class Trainer:
             if key.startswith("optimizer."):
                 name, slot = key.removeprefix("optimizer.").split("/")
                 slots.setdefault(name, {})[slot] = value
-        if self.sharded:
-            set_model_state_dict(self.model, model, options=FULL_STATE)
-            groups = get_optimizer_state_dict(self.model, self.optimizer, options=FULL_STATE)["param_groups"]
-            set_optimizer_state_dict(self.model, self.optimizer, {"state": slots, "param_groups": groups}, options=FULL_STATE)
-            return
-        self.model.load_state_dict(model)
-        if isinstance(self.optimizer, torch.optim.AdamW | torch.optim.Adam):
-            numbered = {i: slots[name] for i, name in enumerate(self.optimized_names()) if name in slots}
-        else:  # bitsandbytes counts its steps in an int
-            numbered = {
-                i: {slot: int(t) if slot == "step" else t for slot, t in slots[name].items()}
-                for i, name in enumerate(self.optimized_names())
-                if name in slots
-            }
+        self.model.load_state_dict({name: distribute_like(model[name], t) for name, t in self.model.state_dict().items()})
+        numbered = {}
+        for index, (name, parameter) in enumerate(self.optimized()):
+            for slot, value in slots.get(name, {}).items():
+                if slot == "step":  # bitsandbytes counts in an int
+                    value = int(value) if "state1" in slots[name] else value
+                elif value.shape == parameter.shape:
+                    value = distribute_like(value, parameter)
+                numbered.setdefault(index, {})[slot] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": numbered})
 
 

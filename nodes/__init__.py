@@ -3,10 +3,11 @@
 from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
-from .conditioning import GMFlowUnconditional
+from .conditioning import GMFlowClassLabels, GMFlowUnconditional
+from .guidance import GMFlowGuider, GMFlowProbabilisticGuidance
 from .loaders import GMFlowLoader, register_model_folder
 from .samplers import GMFlowODESampler, GMFlowSampler, GMFlowSDESampler, GMFlowSigmas
-from .views import GMFlowDensity
+from .views import GMFlowDensity, GMFlowPixels
 
 
 class GMFlowExtension(ComfyExtension):
@@ -21,6 +22,10 @@ class GMFlowExtension(ComfyExtension):
             GMFlowODESampler,
             GMFlowSDESampler,
             GMFlowSigmas,
+            GMFlowClassLabels,
             GMFlowUnconditional,
+            GMFlowGuider,
+            GMFlowProbabilisticGuidance,
             GMFlowDensity,
+            GMFlowPixels,
         ]

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 import folder_paths
+import torch
 from comfy_api.latest import io
 
-from ..gmflow_core.checkpoint import SHIPPED, load_checkpoint
-from .seam import point_model
+from ..gmflow_core import load_checkpoint, read_metadata
+from ..gmflow_core.checkpoint import SHIPPED
+from .models import gm_model
 
 FOLDER = "gmflow"
+INDEX = "model_index.json"  # marks a model that is a folder
+DTYPES = {"default": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def register_model_folder() -> None:
@@ -22,6 +27,43 @@ def register_model_folder() -> None:
         folder_paths.add_model_folder_path(FOLDER, path)
     paths, _ = folder_paths.folder_names_and_paths[FOLDER]
     folder_paths.folder_names_and_paths[FOLDER] = (paths, folder_paths.supported_pt_extensions)
+
+
+def installed_models() -> dict[str, str]:
+    """Name and path of every model in the `gmflow` folders: files, and folders in the layout of diffusers."""
+    folders: dict[str, str] = {}
+    for base in folder_paths.get_folder_paths(FOLDER):
+        for path, inside, files in os.walk(base, followlinks=True):
+            if INDEX in files and path != base:
+                folders.setdefault(os.path.relpath(path, base), path)
+                inside.clear()
+    names = folder_paths.get_filename_list(FOLDER)
+    files = [name for name in names if not any(name.startswith(folder + os.sep) for folder in folders)]
+    models = {name: path for name in files if (path := folder_paths.get_full_path(FOLDER, name))}
+    return dict(sorted({**models, **folders}.items()))
+
+
+def find_model(model_name: str, hub_id_or_path: str = "") -> str:
+    """What `load_checkpoint` is to read: the path of an installed model; or `hub_id_or_path`, where an installed folder of the
+    same name takes precedence over a download.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    models, other = installed_models(), hub_id_or_path.strip()
+    if not other:
+        if model_name not in models:
+            raise ValueError(
+                f"there is no model {model_name!r} in {folder_paths.get_folder_paths(FOLDER)}; put it there and press R, or "
+                f"choose one of {', '.join(models)}"
+            )
+        return models[model_name]
+    path = os.path.expanduser(other)
+    if os.path.exists(path):
+        return path
+    last = other.rpartition("/")[2]
+    same = [model for name, model in models.items() if os.path.basename(name) == last and os.path.isdir(model)]
+    return same[0] if same and not os.path.isabs(path) else path
 
 
 class GMFlowLoader(io.ComfyNode):
@@ -38,22 +80,56 @@ class GMFlowLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=folder_paths.get_filename_list(FOLDER),
+                    options=list(installed_models()),
                     tooltip="A checkpoint from the models/gmflow folder (or the gmflow folders of extra_model_paths.yaml), or "
-                    "one that comes with the extension: checkerboard_k64. What `python -m training.checkerboard` "
-                    "writes can be copied there as it is.",
-                )
+                    "one that comes with the extension. A file that training wrote, or a folder in the layout of diffusers "
+                    "such as gmflow_imagenet_k8_ema, can be copied there as it is.",
+                ),
+                io.String.Input(
+                    "hub_id_or_path",
+                    default="",
+                    optional=True,
+                    placeholder="hub id or path instead",
+                    tooltip="Instead of the choice above: a path, or the id of a model on the Hugging Face hub, such as "
+                    "Lakonik/gmflow_imagenet_k8_ema. It is downloaded once, into the hub's cache; a folder of that name in "
+                    "models/gmflow is taken instead.",
+                ),
+                io.Combo.Input(
+                    "weight_dtype",
+                    options=list(DTYPES),
+                    default="default",
+                    optional=True,
+                    tooltip="Type of the weights in memory. default: as stored, and fp32 for 2-D models. The mixture's "
+                    "mathematics is in fp32 with every type.",
+                ),
             ],
             outputs=[io.Model.Output(tooltip="For the GM samplers, or any stock sampler.")],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, model_name: str) -> tuple[float, int]:
-        """A file that was trained on is loaded again."""
-        stat = os.stat(folder_paths.get_full_path_or_raise(FOLDER, model_name))
-        return stat.st_mtime, stat.st_size
+    def validate_inputs(cls, model_name: str, hub_id_or_path: str = "") -> bool | str:
+        """The choice must exist, if it counts."""
+        try:
+            find_model(model_name, hub_id_or_path)
+        except ValueError as error:
+            return str(error)
+        return True
 
     @classmethod
-    def execute(cls, model_name: str) -> io.NodeOutput:
-        network, _ = load_checkpoint(folder_paths.get_full_path_or_raise(FOLDER, model_name))
-        return io.NodeOutput(point_model(network))
+    def fingerprint_inputs(cls, model_name: str, hub_id_or_path: str = "", weight_dtype: str = "default") -> list:
+        """A file that was trained on, or a folder that was replaced, is loaded again."""
+        source = find_model(model_name, hub_id_or_path)
+        files = [os.path.join(path, name) for path, _, names in os.walk(source) for name in sorted(names)] or [source]
+        stats = [os.stat(file) for file in files if os.path.exists(file)]
+        return [source, weight_dtype, *((stat.st_mtime, stat.st_size) for stat in stats)]
+
+    @classmethod
+    def execute(cls, model_name: str, hub_id_or_path: str = "", weight_dtype: str = "default") -> io.NodeOutput:
+        source = find_model(model_name, hub_id_or_path)
+        logging.info("GMFlow: loading %s%s", source, "" if os.path.exists(source) else " from the Hugging Face hub")
+        metadata = read_metadata(source)
+        dtype = DTYPES[weight_dtype]
+        if dtype is None and metadata["model_class"] == "GMFlowMLP":
+            dtype = torch.float32
+        network, _ = load_checkpoint(source, dtype=dtype)
+        return io.NodeOutput(gm_model(network, metadata["data"]))

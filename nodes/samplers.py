@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import comfy.model_management
 import comfy.sample
 import comfy.samplers
@@ -13,25 +15,29 @@ from torch import Tensor
 
 from ..gmflow_core import flow_sigmas
 from ..gmflow_core.solvers import SOLVERS, solve
-from .conditioning import unconditional
-from .seam import MixtureModel
+from .guidance import TIPS as GUIDANCE_TIPS
+from .guidance import gm_guider, guided
+from .seam import MixtureModel, has_probabilistic_guidance
+
+NOTHING = [[torch.zeros(1, 1, 1), {}]]  # CONDITIONING for models that take none; others ask for labels
 
 TIPS = {
     "order": "2 corrects every mixture with the one before it; 1 takes them as they are.",
     "substeps": "GM-ODE's small steps between two network calls. They cost little beside the network: 8 are plenty for 4 "
     "or more network calls; take 16 for 2, and 32 for 1.",
     "steps": "Network calls. GM samplers are made for 4 to 8.",
-    "shift": "Time shift: above 1 spends more of the steps at high noise. 1 is right for the checkerboard.",
+    "shift": "Time shift: above 1 spends more of the steps at high noise. 1 is what the models here are trained for.",
     "denoise": "1 starts from pure noise; less starts from the latent with that share of noise added (image to image).",
     "seed": "Seed of the initial noise, and of the noise that GM-SDE adds.",
 }
 
 
-def gm_sampler(solver: str, order: int = 2, substeps: int = 8) -> comfy.samplers.KSAMPLER:
+def gm_sampler(solver: str, order: int = 2, substeps: int = 8, batch_index: list[int] | None = None) -> comfy.samplers.KSAMPLER:
     """A SAMPLER that runs a solver of gmflow_core.
 
     Args:
         solver: one of SOLVERS.
+        batch_index: of a LATENT: where in its batch each image was; in order if None.
     """
 
     def run(model, x: Tensor, sigmas: Tensor, extra_args: dict | None = None, callback=None, disable=None) -> Tensor:
@@ -47,12 +53,20 @@ def gm_sampler(solver: str, order: int = 2, substeps: int = 8) -> comfy.samplers
 
         # not the seed itself: ComfyUI drew the initial noise with it
         noise = torch.Generator().manual_seed(((extra_args.get("seed") or 0) + 1) % 2**64)
-        settings = {"order": order, "substeps": substeps, "noise": noise}
+        if not mixtures.of_points:
+            noise = image_generators(noise, batch_index or range(len(x)))
+        settings = {"order": order, "substeps": substeps, "spectrum": mixtures.spectrum, "noise": noise}
         hooks = {"callback": report, "constrain": mixtures.constrain}
         x = solve(solver, mixtures.denoise, mixtures.to_solver(x), sigmas, **settings, **hooks)
         return mixtures.from_solver(x)
 
     return comfy.samplers.KSAMPLER(run)
+
+
+def image_generators(source: torch.Generator, batch_index: Sequence[int]) -> list[torch.Generator]:
+    """One generator for each image, so that its noise does not depend on what else is in its batch."""
+    seeds = [torch.randint(2**62, (), generator=source).item() for _ in range(max(batch_index) + 1)]
+    return [torch.Generator().manual_seed(seeds[index]) for index in batch_index]
 
 
 def gm_sigmas(steps: int, shift: float = 1.0, denoise: float = 1.0) -> Tensor:
@@ -142,8 +156,9 @@ class GMFlowSampler(io.ComfyNode):
                 io.Model.Input("model", tooltip="A model from Load GM Model."),
                 io.Latent.Input(
                     "latent_image",
-                    tooltip="An empty latent to fill, or one to change (denoise below 1). For the checkerboard every latent "
-                    "pixel is one point: Empty Latent Image of 1024 x 1024 gives 16,384 points per batch item.",
+                    tooltip="An empty latent to fill, or one to change (denoise below 1). GM Class Labels gives one of the "
+                    "model's size. For the checkerboard every latent pixel is one point: Empty Latent Image of 1024 x 1024 "
+                    "gives 16,384 points per batch item.",
                 ),
                 io.Int.Input(
                     "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip=TIPS["seed"]
@@ -153,34 +168,62 @@ class GMFlowSampler(io.ComfyNode):
                     "solver",
                     options=list(SOLVERS),
                     default="gm-ode",
-                    tooltip="gm-ode is deterministic, gm-sde stochastic; euler follows the mean only, as stock samplers do, "
-                    "for comparison (it ignores order and substeps).",
+                    tooltip="gm-ode is deterministic, gm-sde stochastic; euler and dpmpp-2m (DPM-Solver++ of second order) "
+                    "follow the mean only, as stock samplers do, for comparison (they ignore order and substeps).",
                 ),
                 io.Int.Input("order", default=2, min=1, max=2, tooltip=TIPS["order"]),
                 io.Int.Input("substeps", default=8, min=1, max=1024, tooltip=TIPS["substeps"]),
                 io.Float.Input("shift", default=1.0, min=0.01, max=100.0, step=0.01, tooltip=TIPS["shift"]),
                 io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=TIPS["denoise"]),
                 io.Conditioning.Input(
-                    "positive", optional=True, tooltip="What to generate; leave it open for models that take no conditioning."
+                    "positive",
+                    optional=True,
+                    tooltip="What to generate, from GM Class Labels; leave it open for models that take no conditioning.",
+                ),
+                io.Conditioning.Input(
+                    "negative", optional=True, tooltip="What guidance steers away from; no class if nothing is connected."
+                ),
+                io.Float.Input(
+                    "guidance",
+                    default=0.0,
+                    min=0.0,
+                    max=0.99,
+                    step=0.01,
+                    optional=True,
+                    tooltip=GUIDANCE_TIPS["scale"] + " GM Probabilistic Guidance in front of this node sets the rest.",
                 ),
             ],
             outputs=[io.Latent.Output(tooltip="The samples.")],
         )
 
     @classmethod
-    def execute(cls, model, latent_image, seed, steps, solver, order, substeps, shift, denoise, positive=None) -> io.NodeOutput:
+    def execute(
+        cls,
+        model,
+        latent_image,
+        seed,
+        steps,
+        solver,
+        order,
+        substeps,
+        shift,
+        denoise,
+        positive=None,
+        negative=None,
+        guidance=0.0,
+    ) -> io.NodeOutput:
         sigmas = gm_sigmas(steps, shift, denoise)
         if not len(sigmas):
             return io.NodeOutput(latent_image)
         samples = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
-        noise = comfy.sample.prepare_noise(samples, seed, latent_image.get("batch_index"))
-        guider = comfy.samplers.CFGGuider(model)
-        guider.set_conds(unconditional() if positive is None else positive, unconditional())
-        guider.set_cfg(1.0)
-        samples = guider.sample(
+        batch_index = latent_image.get("batch_index")
+        noise = comfy.sample.prepare_noise(samples, seed, batch_index)
+        if guidance and not has_probabilistic_guidance(model):
+            model = guided(model)
+        samples = gm_guider(model, NOTHING if positive is None else positive, negative, guidance).sample(
             noise,
             samples,
-            gm_sampler(solver, order, substeps),
+            gm_sampler(solver, order, substeps, batch_index),
             sigmas,
             denoise_mask=latent_image.get("noise_mask"),
             callback=latent_preview.prepare_callback(model, len(sigmas) - 1),

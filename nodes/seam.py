@@ -1,26 +1,24 @@
-"""The seam to ComfyUI: the one file that knows its hooks.
+"""The seam to ComfyUI's sampling: the one file that knows its hooks.
 
-A GM model is an ordinary MODEL: every stock sampler and guider runs on it and sees the mean velocity. A sampler of ours
-leaves a `MixtureRecorder` in the transformer options of the call; the network finds it there and hands it the whole
-mixture (a plain object passes through ComfyUI's copies of the options by reference).
+A GM model (see `models.py`) is an ordinary MODEL. What wants more than its mean velocity leaves a `MixtureRecorder` in the
+transformer options of the call; the network finds it there and hands it the whole mixture (a plain object passes through
+ComfyUI's copies of the options by reference). Nothing is kept between two calls.
 """
 
 from __future__ import annotations
 
-import logging
-
-import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
-import comfy.supported_models_base
+import comfy.samplers
 import torch
+from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 
 from ..gmflow_core import GaussianMixture, velocity_to_x0
+from ..gmflow_core.guidance import Guidance
 
 RECORDER = "gmflow_mixture_recorder"  # key in transformer_options
-CHUNK = 8_192  # points that go through a 2-D network at a time: few enough for the cache
 PARTIAL = ("area", "mask", "timestep_start", "timestep_end")  # what limits a conditioning to a part of the latent or the steps
 
 
@@ -28,38 +26,48 @@ class MixtureRecorder:
     """Collects the mixtures of velocities that one call of a guider makes, by the conditioning they belong to."""
 
     def __init__(self):
-        self.mixtures: dict[object, list[GaussianMixture]] = {}
+        self.mixtures: dict[object, GaussianMixture] = {}
+        self.guided: GaussianMixture | None = None  # of x_0; what probabilistic guidance made of them, if it did
 
     def record(self, mixture: GaussianMixture, transformer_options: dict) -> None:
-        """Split a network's output, whose batch (log_std's too) holds an equal chunk for each conditioning, by cond uuid."""
+        """Split a network's output, whose batch (log_std's too) holds an equal chunk for each conditioning, by cond uuid. The
+        first of each counts: nodes that call the network again, to compare, do so after the call itself."""
         uuids = transformer_options["uuids"]
         fields = (mixture.means, mixture.log_weights, mixture.log_std)
         for uuid, *chunk in zip(uuids, *[t.chunk(len(uuids)) for t in fields], strict=True):
-            self.mixtures.setdefault(uuid, []).append(GaussianMixture(*chunk))
+            self.mixtures.setdefault(uuid, GaussianMixture(*chunk))
+
+    def x0_mixture(self, conds: list[dict] | None, x: Tensor, sigma: Tensor) -> GaussianMixture:
+        """The mixture of x_0 for a guider's positive conditioning, at x in a solver's shape.
+
+        Raises:
+            ValueError: the model predicts no mixture, or the conditioning is not a single one for the whole latent and all
+                steps.
+        """
+        conds = conds or []
+        partial = [key for cond in conds for key in PARTIAL if cond.get(key) is not None]
+        if len(conds) != 1 or partial:
+            raise ValueError(
+                "GM samplers and guidance need one positive conditioning for the whole latent and all steps; found "
+                f"{len(conds)}{' with ' + ', '.join(partial) if partial else ''}. Remove area, mask, timestep range and "
+                "combine nodes, or use a stock sampler without probabilistic guidance"
+            )
+        if conds[0]["uuid"] not in self.mixtures:
+            raise ValueError(
+                "GM samplers and guidance need a model that predicts a Gaussian mixture, and this one does not; load one with "
+                "'Load GM Model', or use a stock sampler"
+            )
+        return velocity_to_x0(self.mixtures[conds[0]["uuid"]], x, sigma)
 
 
-class PointNetwork(nn.Module):
-    """A network of 2-D points as a ComfyUI diffusion model: a latent (B, 2, H, W) is B * H * W points."""
+def recording(model_options: dict | None) -> tuple[dict, MixtureRecorder]:
+    """Model options with a recorder in them, and that: the one that is there already, or a new one."""
+    options = (model_options or {}).get("transformer_options", {})
+    recorder = options.get(RECORDER) or MixtureRecorder()
+    return {**(model_options or {}), "transformer_options": {**options, RECORDER: recorder}}, recorder
 
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.network = network
-        self.dtype = next(network.parameters()).dtype
 
-    def forward(self, x: Tensor, timesteps: Tensor, transformer_options: dict | None = None, **kwargs) -> Tensor:
-        """Mean velocity (B, 2, H, W) at x and sigma = timesteps (B,). The mixture of the points, (B * H * W, K, 2), goes to
-        the recorder, if there is one."""
-        recorder = (transformer_options or {}).get(RECORDER)
-        sigma = timesteps.repeat_interleave(x[0, 0].numel())
-        means, mixtures = [], []
-        for piece, s in zip(to_points(x).split(CHUNK), sigma.split(CHUNK), strict=True):
-            mixture = self.network(piece, s)
-            means.append(mixture.mean())
-            if recorder is not None:
-                mixtures.append((mixture.means, mixture.log_weights, mixture.log_std.expand(len(piece), 1, 1)))
-        if recorder is not None:
-            recorder.record(GaussianMixture(*map(torch.cat, zip(*mixtures, strict=True))), transformer_options)
-        return to_latent(torch.cat(means), x.shape)
+# The solver's shape: of a 2-D model every point is a sample of its own
 
 
 def to_points(latent: Tensor) -> Tensor:
@@ -72,44 +80,80 @@ def to_latent(points: Tensor, shape: torch.Size) -> Tensor:
     return points.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
 
 
-class PointLatent(comfy.latent_formats.LatentFormat):
-    """Two channels, x and y; previews show them as colours."""
-
-    latent_channels = 2
-
-    def __init__(self):
-        self.latent_rgb_factors = [[0.25, 0.0, 0.1], [0.0, 0.25, 0.1]]
+def is_of_points(model: comfy.model_base.BaseModel) -> bool:
+    """Whether it is a 2-D model."""
+    return getattr(model.diffusion_model, "of_points", False)
 
 
-class PointModelConfig(comfy.supported_models_base.BASE):
-    """What ComfyUI wants to know of a 2-D model: a rectified flow in sigma, float32, two channels."""
+class ProbabilisticCFG:
+    """A cfg function for ComfyUI that takes `cfg` as the weight w of probabilistic guidance: stock samplers get the guided
+    mean, and the recorder the guided mixture.
 
-    unet_config = {"disable_unet_model_creation": True}
-    unet_extra_config = {}
-    sampling_settings = {"shift": 1.0, "multiplier": 1.0}
-    latent_format = PointLatent
-    supported_inference_dtypes = [torch.float32]
-    memory_usage_factor = 1.0
+    Args:
+        orthogonal, interval: see `Guidance`.
+    """
+
+    def __init__(self, orthogonal: float, interval: tuple[float, float]):
+        self.orthogonal, self.interval = orthogonal, interval
+
+    def guidance(self, cfg: float) -> Guidance:
+        """
+        Raises:
+            ValueError: `cfg` is no weight.
+        """
+        if not 0 <= cfg < 1:
+            raise ValueError(
+                f"cfg is {cfg:g}, but with 'GM Probabilistic Guidance' it is the weight w in [0, 1): 0 for none, 0.1 to 0.5 as "
+                "a rule. Set cfg of the sampler or guider to that (Basic Guider has none: use GM Guider or CFG Guider)"
+            )
+        return Guidance(cfg, orthogonal=self.orthogonal, interval=self.interval)
+
+    def __call__(self, args: dict) -> Tensor:
+        """x minus the guided mean; ComfyUI's `sampler_cfg_function`."""
+        guidance, model, latent, sigma = self.guidance(args["cond_scale"]), args["model"], args["input"], args["sigma"]
+        if not guidance.acts_at(sigma):
+            return args["cond"]
+        recorder = args["model_options"].get("transformer_options", {}).get(RECORDER)
+        if recorder is None or not args["input_uncond"]:
+            raise ValueError(
+                "probabilistic guidance needs a positive and a negative conditioning, and a guider that passes them on as "
+                "ComfyUI's own do; use GM Guider, CFG Guider or KSampler"
+            )
+        points = is_of_points(model)
+        x, uncond = (to_points(t) if points else t for t in (latent, args["uncond_denoised"]))
+        cond = recorder.x0_mixture(args["input_cond"], x, sigma.repeat_interleave(len(x) // len(sigma)))
+        recorder.guided = guidance(cond, uncond)
+        mean = recorder.guided.mean()
+        return latent - (to_latent(mean, latent.shape) if points else mean)
+
+    def calc_cond_batch(self, args: dict) -> list[Tensor]:
+        """The predictions, without the negative one outside of the interval; ComfyUI's `sampler_calc_cond_batch_function`."""
+        positive, negative = args["conds"]
+        low, high = self.interval
+        conds = [positive, negative if low <= args["sigma"].flatten()[0].item() <= high else None]
+        return comfy.samplers.calc_cond_batch(args["model"], conds, args["input"], args["sigma"], args["model_options"])
 
 
-class PointModel(comfy.model_base.BaseModel):
-    """ComfyUI's model around a `PointNetwork`."""
+def with_probabilistic_guidance(
+    model: comfy.model_patcher.ModelPatcher, orthogonal: float = 1.0, interval: tuple[float, float] = (0.0, 1.0)
+) -> comfy.model_patcher.ModelPatcher:
+    """A clone of `model` whose `cfg` is the weight of probabilistic guidance, in every sampler and guider."""
+    model, function = model.clone(), ProbabilisticCFG(orthogonal, interval)
+    model.set_model_sampler_cfg_function(function, disable_cfg1_optimization=True)
+    if interval != (0.0, 1.0):
+        model.set_model_sampler_calc_cond_batch_function(function.calc_cond_batch)
+    model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, RECORDER, predict_noise_recorded)
+    return model
 
-    def process_timestep(self, timestep: Tensor, **kwargs) -> Tensor:
-        """The sigma behind a timestep: nodes that patch the time shift in (ModelSamplingSD3) bring units of their own."""
-        return timestep / getattr(self.model_sampling, "multiplier", 1.0)
+
+def has_probabilistic_guidance(model: comfy.model_patcher.ModelPatcher) -> bool:
+    """Whether `with_probabilistic_guidance` has been here."""
+    return isinstance(model.model_options.get("sampler_cfg_function"), ProbabilisticCFG)
 
 
-def point_model(network: nn.Module) -> comfy.model_patcher.ModelPatcher:
-    """An ordinary MODEL around a network of 2-D points."""
-    config = PointModelConfig(PointModelConfig.unet_config)
-    model = PointModel(config, model_type=comfy.model_base.ModelType.FLOW)
-    model.diffusion_model = PointNetwork(network)
-    return comfy.model_patcher.ModelPatcher(
-        model,
-        load_device=comfy.model_management.get_torch_device(),
-        offload_device=comfy.model_management.unet_offload_device(),
-    )
+def predict_noise_recorded(executor, x: Tensor, timestep: Tensor, model_options: dict | None = None, seed: int | None = None):
+    """Give every call of a guider a recorder; a wrapper for ComfyUI's PREDICT_NOISE."""
+    return executor(x, timestep, recording(model_options)[0], seed)
 
 
 class MixtureModel:
@@ -118,16 +162,19 @@ class MixtureModel:
     For a 2-D model the solver works on points (B * H * W, 2), as every point is a sample of its own.
 
     Args:
-        model: first argument of the sampler function: it holds the guider, and applies the noise mask to what it is given.
+        model: first argument of the sampler function: it holds the guider, the initial noise and the original latent.
         latent_shape: of the sampler function's x.
         extra_args: of the sampler function.
     """
 
     def __init__(self, model, latent_shape: torch.Size, extra_args: dict):
         self.model, self.guider, self.latent_shape, self.extra_args = model, model.inner_model, latent_shape, extra_args
-        self.of_points = isinstance(self.guider.inner_model.diffusion_model, PointNetwork)
-        if getattr(self.guider, "cfg", 1.0) != 1.0:
-            logging.info("GMFlow: GM samplers follow the positive conditioning; classifier-free guidance is not applied")
+        self.of_points = is_of_points(self.guider.inner_model)
+
+    @property
+    def spectrum(self) -> nn.Module | None:
+        """The model's spectrum network, if it has one."""
+        return getattr(self.guider.inner_model.diffusion_model, "spectrum", None)
 
     def to_solver(self, latent: Tensor) -> Tensor:
         """A latent in the solver's shape."""
@@ -138,36 +185,22 @@ class MixtureModel:
         return to_latent(x, self.latent_shape) if self.of_points else x
 
     def denoise(self, x: Tensor, sigma: Tensor) -> GaussianMixture:
-        """The mixture of x_0 for the positive conditioning; a denoiser for gmflow_core.
+        """The mixture of x_0 that the guider makes; a denoiser for gmflow_core.
+
+        With probabilistic guidance it is the guided one. Any other guider says a mean only: the mixture of the positive
+        conditioning is moved there as a whole. For a CFG Guider that is classifier-free guidance as gmflow_core has it.
 
         Raises:
-            ValueError: the model predicts no mixture, or the positive conditioning is not a single whole one.
+            ValueError: as `MixtureRecorder.x0_mixture`.
         """
-        uuid = self._positive_uuid()
-        recorder = MixtureRecorder()
-        options = self.extra_args.get("model_options", {})
-        options = {**options, "transformer_options": {**options.get("transformer_options", {}), RECORDER: recorder}}
+        options, recorder = recording(self.extra_args.get("model_options"))
         latent_sigma = sigma[:1].expand(self.latent_shape[0])
-        self.model(self.from_solver(x), latent_sigma, **{**self.extra_args, "model_options": options})
-        if not recorder.mixtures:
-            raise ValueError(
-                "GM samplers need a model that predicts a Gaussian mixture, and this one does not; load one with "
-                "'Load GM Model', or use a stock sampler"
-            )
-        (mixture,) = recorder.mixtures[uuid]
-        return velocity_to_x0(mixture, x, sigma)
-
-    def _positive_uuid(self) -> object:
-        """The uuid of the positive conditioning, which must be a single one for the whole latent and all times."""
-        conds = getattr(self.guider, "conds", {}).get("positive") or []
-        partial = [key for cond in conds for key in PARTIAL if cond.get(key) is not None]
-        if len(conds) != 1 or partial:
-            raise ValueError(
-                "GM samplers need one positive conditioning for the whole latent and all steps; found "
-                f"{len(conds)}{' with ' + ', '.join(partial) if partial else ''}. Remove area, mask, timestep range and "
-                "combine nodes, or use a stock sampler"
-            )
-        return conds[0]["uuid"]
+        denoised = self.guider(self.from_solver(x), latent_sigma, model_options=options, seed=self.extra_args.get("seed"))
+        if recorder.guided is not None:
+            return recorder.guided
+        mixture = recorder.x0_mixture(getattr(self.guider, "conds", {}).get("positive"), x, sigma)
+        shift = self.to_solver(denoised) - mixture.mean()
+        return GaussianMixture(mixture.means + shift.unsqueeze(1), mixture.log_weights, mixture.log_std)
 
     def constrain(self, x: Tensor, sigma: Tensor) -> Tensor:
         """What every substep has to respect: the user's interruption, and the noise mask, outside of which x is the original

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from comfy_api.latest import io
 
-from ..gmflow_core.pictures import density_picture
+from ..gmflow_core.pictures import density_picture, image_grid
 from .seam import to_points
+
+GAP = 4  # between pictures on one sheet
 
 
 class GMFlowDensity(io.ComfyNode):
@@ -57,8 +59,53 @@ class GMFlowDensity(io.ComfyNode):
         if latent.shape[1] != 2:
             raise ValueError(
                 f"GM Density draws latents with two channels, and this one has {latent.shape[1]} (shape "
-                f"{tuple(latent.shape)}); use VAE Decode for image models"
+                f"{tuple(latent.shape)}); use VAE Decode or GM Pixels for image models"
             )
         groups = [latent] if merge_batch else latent.split(1)
         pictures = [density_picture(to_points(g), size, min(bins, size), extent, outline=outline) for g in groups]
         return io.NodeOutput(torch.stack(pictures))
+
+
+class GMFlowPixels(io.ComfyNode):
+    """Samples of a pixel-space model as images."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GMFlowPixels",
+            display_name="GM Pixels",
+            category="GMFlow",
+            description="Shows the samples of a model that works on pixels (digits), where other models need a VAE Decode: "
+            "each pixel becomes a square.",
+            inputs=[
+                io.Latent.Input("samples", tooltip="A latent with three channels, red, green and blue in [-1, 1]."),
+                io.Int.Input(
+                    "scale",
+                    default=16,
+                    min=1,
+                    max=256,
+                    tooltip="Image pixels a side for each pixel of the sample: 16 makes an 8 x 8 digit 128 x 128.",
+                ),
+                io.Int.Input(
+                    "columns",
+                    default=0,
+                    min=0,
+                    max=1000,
+                    tooltip="Samples side by side in one picture, row after row; 0 gives an image for each.",
+                ),
+            ],
+            outputs=[io.Image.Output(tooltip="One image for each item of the batch, or one of them all.")],
+        )
+
+    @classmethod
+    def execute(cls, samples, scale: int, columns: int) -> io.NodeOutput:
+        latent = samples["samples"]
+        if latent.ndim != 4 or latent.shape[1] != 3:
+            raise ValueError(
+                f"GM Pixels shows latents (B, 3, h, w), and this one is {tuple(latent.shape)}; use VAE Decode for models of "
+                "latents, GM Density for points"
+            )
+        images = (latent.float() + 1) / 2
+        groups = [images] if columns else images.split(1)
+        gap = GAP if columns else 0
+        return io.NodeOutput(torch.stack([image_grid(g.clamp(0, 1), columns or 1, scale, gap) for g in groups]))

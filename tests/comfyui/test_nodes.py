@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from gmflow_core import load_checkpoint, save_checkpoint
@@ -19,9 +19,18 @@ from gmflow_core.cli import DEMO_MODEL
 from gmflow_core.pictures import density_picture
 
 from .client import Comfy, PromptError
+from .graphs import latent_of
+from .stand_ins import write_imagenet_stand_ins
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
 API = sorted((WORKFLOWS / "api").glob("*.json"))
+PICTURES = {
+    "checkerboard_custom_sampling": 2,
+    "checkerboard_quickstart": 2,
+    "digits_guidance": 3,
+    "digits_quickstart": 1,
+    "imagenet_256": 4,
+}
 PIXELS = 8  # image pixels a side to one latent pixel
 
 
@@ -52,16 +61,6 @@ def custom(prompt: dict, sampler: dict, steps: int = 4, denoise: float = 1.0, cf
     return {**prompt, **made, "sampler": sampler, "sample": run}
 
 
-def latent_of(comfy: Comfy, prompt: dict) -> Tensor:
-    """Run `graph` and read the latent that it saves, (B, 2, H, W)."""
-    folder = comfy.base / "output" / "latents"
-    name = f"test{len(list(folder.glob('*.latent')))}"
-    save = {**prompt["save"], "inputs": {**prompt["save"]["inputs"], "filename_prefix": f"latents/{name}"}}
-    comfy.run({**prompt, "save": save})
-    (new,) = folder.glob(f"{name}_*.latent")
-    return load_file(new)["latent_tensor"]
-
-
 def points_of(latent: Tensor) -> Tensor:
     return latent.movedim(1, -1).reshape(-1, 2)
 
@@ -84,7 +83,7 @@ def levels_of(picture: np.ndarray) -> Tensor:
 def test_extension_loads(comfy: Comfy) -> None:
     assert "IMPORT FAILED" not in comfy.log()
     nodes = {name: node for name, node in comfy.object_info().items() if node["category"].startswith("GMFlow")}
-    assert len(nodes) == 7
+    assert len(nodes) == 11
     for name, node in nodes.items():
         assert node["description"], name
         for group in node["input"].values():
@@ -114,11 +113,16 @@ def test_quickstart_prompt_draws_the_checkerboard(comfy: Comfy) -> None:
 
 @pytest.mark.parametrize("path", API, ids=lambda path: path.stem)
 def test_workflows_run_headless(comfy: Comfy, path: Path) -> None:
+    if path.stem == "imagenet_256":
+        write_imagenet_stand_ins(comfy.base / "models")
+        comfy.object_info()
     prompt = json.loads(path.read_text())
     for node in prompt.values():
         if node["class_type"] == "EmptyLatentImage":
             node["inputs"] |= {"width": 256, "height": 256}
-    assert len(comfy.run(prompt).images) == 2
+    pictures = [image for images in comfy.run(prompt).images.values() for image in images]
+    assert len(pictures) == PICTURES[path.stem]
+    assert all(np.asarray(picture).std() > 1 for picture in pictures)
 
 
 @pytest.mark.parametrize("solver", ["gm-ode", "gm-sde"])

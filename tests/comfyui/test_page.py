@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from .client import Comfy
-from .page import open_page
+from .page import ComfyPage, open_page
 
+DEFAULTS = {  # of inputs that came after the first workflows were saved
+    "GMFlowLoader": {"hub_id_or_path": "", "weight_dtype": "default"},
+    "GMFlowSampler": {"guidance": 0.0},
+}
 WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
 
 
-def test_quickstart_dropped_and_run(comfy: Comfy, tmp_path: Path) -> None:
-    """The file dropped onto the canvas, Run pressed: both pictures appear, the GM one as even as the board."""
+@pytest.fixture(scope="module")
+def page(comfy: Comfy) -> Iterator[ComfyPage]:
     with open_page(comfy) as page:
-        page.drop_workflow(WORKFLOWS / "checkerboard_quickstart.json")
-        assert page.missing_nodes() == []
-        prompt_id = page.run()
-        page.wait_for_images(timeout=240)
-        page.screenshot(tmp_path / "page.png")
-        images = comfy.result(prompt_id).images
+        yield page
+
+
+def test_quickstart_dropped_and_run(comfy: Comfy, page: ComfyPage, tmp_path: Path) -> None:
+    """The file dropped onto the canvas, Run pressed: both pictures appear, the GM one as even as the board."""
+    page.drop_workflow(WORKFLOWS / "checkerboard_quickstart.json")
+    assert page.missing_nodes() == []
+    prompt_id = page.run()
+    page.wait_for_images(timeout=240)
+    page.screenshot(tmp_path / "page.png")
+    images = comfy.result(prompt_id).images
     gm, stock = (np.asarray(images[node][0].convert("L"), dtype=float) for node in ("5", "9"))
 
     def corner_to_centre(picture: np.ndarray) -> float:
@@ -31,6 +42,19 @@ def test_quickstart_dropped_and_run(comfy: Comfy, tmp_path: Path) -> None:
     assert abs(corner_to_centre(gm) - 1) < 0.15
     assert corner_to_centre(stock) < 0.6
     assert gm[155:245, 150:240].mean() < 0.3 * gm[150:250, 265:365].mean()  # the empty square left of it
+
+
+def test_workflows_open_as_their_api_form(page: ComfyPage) -> None:
+    """Every file dropped onto the canvas: no missing nodes, no notices, and the page would run what workflows/api holds."""
+    for path in sorted(WORKFLOWS.glob("*.json")):
+        page.drop_workflow(path)
+        assert page.missing_nodes() == [], path.name
+        assert not [notice for notice in page.notices() if "Job" not in notice], path.name
+        prompt = page.page.evaluate("async () => (await window.app.graphToPrompt()).output")
+        api = json.loads((WORKFLOWS / "api" / path.name).read_text())
+        for node, about in api.items():
+            expected = {**DEFAULTS.get(about["class_type"], {}), **about["inputs"]}
+            assert (prompt[node]["class_type"], prompt[node]["inputs"]) == (about["class_type"], expected), path.name
 
 
 @pytest.mark.parametrize("path", sorted(WORKFLOWS.glob("*.json")), ids=lambda path: path.stem)

@@ -14,7 +14,11 @@ from safetensors.torch import save_file
 
 from .checkerboard import draw_checkerboard
 from .checkpoint import SHIPPED, load_checkpoint, read_metadata, save_checkpoint
-from .pictures import density_picture, to_image
+from .guidance import Guidance
+from .images import sample_images
+from .labels import find_label
+from .models import GMDiT
+from .pictures import density_picture, image_grid, to_image
 from .points import compare_solvers, comparison_sheet, sample_points
 from .solvers import SOLVERS
 
@@ -47,15 +51,31 @@ def demo(args: argparse.Namespace) -> None:
 def sample(args: argparse.Namespace) -> None:
     """Samples of a checkpoint, as a picture or as numbers."""
     if args.out.suffix not in (".png", ".safetensors"):
-        raise ValueError(f"--out {args.out} must end in .png (a picture) or .safetensors (the points)")
+        raise ValueError(f"--out {args.out} must end in .png (a picture) or .safetensors (the numbers)")
+    data = read_metadata(args.checkpoint)["data"]
     network, _ = load_checkpoint(args.checkpoint, device=args.device)
+    draw = sample_class_images if isinstance(network, GMDiT) else sample_density
+    tensors, picture = draw(args, network, data)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    if args.out.suffix == ".png":
+        to_image(picture).save(args.out)
+    else:
+        save_file({name: t.contiguous() for name, t in tensors.items()}, args.out)
+    print(args.out.resolve())
 
-    def progress(done: int, total: int) -> None:
-        print(f"\rnetwork call {done}/{total}", end="", file=sys.stderr, flush=True)
 
+def progress(done: int, total: int) -> None:
+    """A line that says how far it is."""
+    print(f"\rnetwork call {done}/{total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+
+def sample_density(args: argparse.Namespace, network: torch.nn.Module, data: dict[str, Any]) -> tuple[dict, torch.Tensor]:
+    """Points of a 2-D model, and a picture of their density."""
+    if args.labels or args.guidance:
+        raise ValueError(f"{args.checkpoint} is a 2-D model without classes; leave out --labels and --guidance")
     points = sample_points(
         network,
-        args.count,
+        100_000 if args.count is None else args.count,
         solver=args.solver,
         steps=args.steps,
         order=args.order,
@@ -64,13 +84,36 @@ def sample(args: argparse.Namespace) -> None:
         seed=args.seed,
         progress=progress,
     )
-    print(file=sys.stderr)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    if args.out.suffix == ".png":
-        to_image(density_picture(points, outline=args.outline)).save(args.out)
-    else:
-        save_file({"points": points.contiguous()}, args.out)
-    print(args.out.resolve())
+    return {"points": points}, density_picture(points, outline=args.outline)
+
+
+def sample_class_images(args: argparse.Namespace, network: GMDiT, data: dict[str, Any]) -> tuple[dict, torch.Tensor]:
+    """Images of the labels, a row for each, and the grid of them."""
+    names, classes = data.get("labels", []), network.config.num_classes
+    if args.out.suffix == ".png" and data.get("space") != "pixels":
+        raise ValueError(
+            f"{args.checkpoint} makes latents ({data.get('space', 'of an unknown kind')}), which need a VAE to be seen: "
+            "give an --out that ends in .safetensors, or use the model in ComfyUI"
+        )
+    wanted = args.labels or [str(label) for label in range(min(10, classes))]
+    count = 8 if args.count is None else args.count
+    if count < 1:
+        raise ValueError(f"--count is {count}; it must be at least 1")
+    labels = torch.tensor([find_label(text, names, classes) for text in wanted]).repeat_interleave(count)
+    x = sample_images(
+        network,
+        labels,
+        solver=args.solver,
+        steps=args.steps,
+        order=args.order,
+        substeps=args.substeps,
+        shift=args.shift,
+        guidance=Guidance(args.guidance),
+        seeds=range(args.seed, args.seed + len(labels)),
+        callback=lambda step, x, x0: progress(step + 1, args.steps),
+    ).cpu()
+    grid = image_grid((x[:, :3] + 1).clamp(0, 2) / 2, columns=count, scale=max(1, 64 // x.shape[-1]))
+    return {"samples": x, "labels": labels}, grid
 
 
 def inspect(args: argparse.Namespace) -> None:
@@ -137,14 +180,16 @@ def main(arguments: list[str] | None = None) -> None:
     p.add_argument("--out", type=Path, default=Path("gmflow_demo.png"), help="picture to write (default gmflow_demo.png)")
     p.set_defaults(run=demo)
 
-    p = commands.add_parser("sample", parents=[common], help="sample a checkpoint of a 2-D model")
+    p = commands.add_parser("sample", parents=[common], help="sample a checkpoint: points, or images of classes")
     p.add_argument("checkpoint", type=Path)
     p.add_argument("--solver", choices=SOLVERS, default="gm-ode", help="default gm-ode; euler follows the mean velocity")
     p.add_argument("--steps", type=int, default=8, help="network calls (default 8)")
     p.add_argument("--order", type=int, choices=(1, 2), default=2, help="order of GM-ODE and GM-SDE (default 2)")
     p.add_argument("--substeps", type=int, default=8, help="GM-ODE's substeps per network call (default 8; 32 for 1 step)")
     p.add_argument("--shift", type=float, default=1.0, help="time shift, above 1 for more steps at high noise (default 1)")
-    p.add_argument("--count", type=int, default=100_000, help="number of samples (default 100000)")
+    p.add_argument("--count", type=int, help="number of points (default 100000), or images of each label (default 8)")
+    p.add_argument("--labels", nargs="+", metavar="LABEL", help="classes, by name or number (default: the first ten)")
+    p.add_argument("--guidance", type=float, default=0.0, help="weight of probabilistic guidance, in [0, 1) (default 0)")
     p.add_argument("--outline", action="store_true", help="draw the checkerboard's squares over the picture")
     p.add_argument("--out", type=Path, default=Path("samples.png"), help=".png or .safetensors (default samples.png)")
     p.set_defaults(run=sample)

@@ -6,7 +6,7 @@ import comfy.model_management
 import torch
 from comfy_api.latest import io
 
-from .labels import find_label, known_names
+from ..gmflow_core.labels import find_label, known_names
 from .loaders import installed_models
 from .models import LABELS, NO_CLASS, ImageNetwork
 

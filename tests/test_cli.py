@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 
 from gmflow_core import load_checkpoint, read_metadata
 from gmflow_core.checkerboard import draw_checkerboard, on_board, total_variation
+from gmflow_core.checkpoint import SHIPPED
 from gmflow_core.cli import DEMO_MODEL, main
 from gmflow_core.pictures import density_picture
 from gmflow_core.points import sample_points
@@ -96,3 +97,29 @@ def test_density_picture_puts_points_where_they_are():
     assert bright[1] > 80
     with pytest.raises(ValueError, match=r"\(0, 2\)"):
         density_picture(torch.zeros(0, 2))
+
+
+def test_sample_draws_the_classes_asked_for(tmp_path):
+    """The shipped digits: each label's own, a row of three."""
+    checkpoint, common = str(SHIPPED / "digits_k8.safetensors"), ["--steps", "4", "--count", "3", "--device", "cpu"]
+    main(["sample", checkpoint, *common, "--labels", "3", "7", "--guidance", "0.1", "--out", str(tmp_path / "digits.png")])
+    assert Image.open(tmp_path / "digits.png").size == (2 + 3 * 66, 2 + 2 * 66)
+    main(["sample", checkpoint, *common, "--solver", "gm-sde", "--out", str(tmp_path / "digits.safetensors")])
+    found = load_file(tmp_path / "digits.safetensors")
+    assert found["labels"].tolist() == [label for label in range(10) for _ in range(3)]
+    assert found["samples"].shape == (30, 3, 8, 8)
+    assert found["samples"].abs().mean() < 1.2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["digits_k8.safetensors", "--labels", "cat"], "no class 'cat'"),
+        (["digits_k8.safetensors", "--guidance", "4"], r"guidance scale 4\.0 is outside \[0, 1\)"),
+        (["checkerboard_k64.safetensors", "--labels", "3"], "without classes"),
+    ],
+)
+def test_labels_and_guidance_that_do_not_fit_are_quoted(arguments, message, tmp_path):
+    checkpoint, *rest = arguments
+    with pytest.raises(SystemExit, match=message):
+        main(["sample", str(SHIPPED / checkpoint), *rest, "--out", str(tmp_path / "a.png")])

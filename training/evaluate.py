@@ -1,8 +1,8 @@
 """Sample class-conditional models and say how good the samples are, at one setting or over a sweep:
 
-    python -m training.evaluate --checkpoint A.safetensors --data data/imagenet256 --preset paper        # one GPU, or the CPU
-    torchrun --nproc-per-node 8 -m training.evaluate --checkpoint A.safetensors --data data/imagenet256  # eight GPUs
-    accelerate launch -m training.evaluate --checkpoint A.safetensors --data data/imagenet256            # as configured
+    python -m training.evaluate --checkpoint A.safetensors --data data/imagenet_256 --preset paper        # one GPU, or the CPU
+    torchrun --nproc-per-node 8 -m training.evaluate --checkpoint A.safetensors --data data/imagenet_256  # eight GPUs
+    accelerate launch -m training.evaluate --checkpoint A.safetensors --data data/imagenet_256            # as configured
     python -m training.evaluate --checkpoint k8.safetensors k1.safetensors --data data/digits_train \\
         --test-data data/digits_test --features outputs/digits_features.safetensors --saturation digits --count 2000 \\
         --solver euler dpmpp-2m gm-ode gm-sde --steps 2 4 8 32 --guidance 0 .1 .2 --cfg 1.5 2 3 --device cpu
@@ -50,6 +50,7 @@ from gmflow_core.guidance import Guidance
 from gmflow_core.images import sample_images
 from gmflow_core.published import is_published, published_weights
 from gmflow_core.solvers import SOLVERS
+from training.devices import on_cpu
 from training.digits import saturation_distance
 from training.evaluate_report import METRICS, sheet, write_csv, write_plots
 from training.features import ClassifierFeatures, Extractor, InceptionFeatures, read_tensors, train_classifier
@@ -421,7 +422,7 @@ class Evaluation:
         if not config.checkpoint or config.data is None:
             raise ValueError("give at least one --checkpoint, and --data, the prepared data that it was trained on")
         self.config = config
-        self.state = PartialState(cpu=config.device == "cpu", timeout=timedelta(days=7))
+        self.state = PartialState(cpu=on_cpu(config.device), timeout=timedelta(days=7))
         self.device, self.main = self.state.device, self.state.is_main_process
         data = LatentDataset(config.data)
         self.settings = settings_of(config)

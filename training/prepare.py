@@ -1,8 +1,8 @@
 """Turn a folder of images into what training reads: cached VAE latents, or small pictures as they are, in shards.
 
-    python -m training.prepare --data imagenet/train --out data/imagenet256                             # one GPU, or the CPU
-    python -m training.prepare --data imagenet/train --out data/imagenet256 --vae FOLDER                # a VAE on the disk
-    torchrun --nproc-per-node 8 -m training.prepare --data imagenet/train --out data/imagenet256        # eight GPUs
+    python -m training.prepare --data imagenet/train --out data/imagenet_256                             # one GPU, or the CPU
+    python -m training.prepare --data imagenet/train --out data/imagenet_256 --vae FOLDER                # a VAE on the disk
+    torchrun --nproc-per-node 8 -m training.prepare --data imagenet/train --out data/imagenet_256        # eight GPUs
     python -m training.prepare --data data/digits/train --out data/digits_train --size 8 --pixels --no-flip
 
 DATA has one subfolder for each class, in whose sorted order they are numbered; images may lie deeper inside. Every image is
@@ -39,6 +39,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from training.devices import on_cpu
 from training.latents import DTYPES, FORMAT, INDEX, PLAN, read_record, shard_name, to_model, write_index, write_shard
 from training.vae import SD_VAE, VAE, load_vae
 
@@ -451,8 +452,7 @@ def prepare(config: Config) -> dict:
     Raises:
         FileNotFoundError, ValueError: the data, the VAE, the class names or the folder are not as they should be.
     """
-    cpu = config.device == "cpu" or not getattr(torch, "accelerator", torch.cuda).is_available()
-    state = PartialState(cpu=cpu, timeout=timedelta(days=7))  # accelerate leaves CPU processes apart unless told "cpu"
+    state = PartialState(cpu=on_cpu(config.device), timeout=timedelta(days=7))
     out, data = config.out.resolve(), config.data.resolve()
     if out == data or data in out.parents:
         raise ValueError(f"--out {config.out} is inside --data {config.data}, and would be taken for a class; give another")

@@ -30,6 +30,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from gmflow_core.checkpoint import load_checkpoint, load_training_state, read_metadata, save_checkpoint
+from training.devices import on_cpu
 
 MAX_BAD_STEPS = 10  # this many steps in a row without a finite gradient end a run
 
@@ -107,8 +108,7 @@ class Trainer:
 
     def __init__(self, config: TrainerConfig):
         self.config = config
-        # without an accelerator, processes stay strangers to each other unless they are told that the CPU is meant
-        self.accelerator = Accelerator(cpu=config.device == "cpu" or not torch.accelerator.is_available())
+        self.accelerator = Accelerator(cpu=on_cpu(config.device))
         self.path = config.out / "model.safetensors"
         torch.manual_seed(config.seed)
         self.model = self.new_model().to(self.accelerator.device)

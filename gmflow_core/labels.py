@@ -7,7 +7,7 @@ import functools
 import os
 from collections.abc import Iterable, Sequence
 
-from ..gmflow_core import read_metadata
+from .checkpoint import read_metadata
 
 MOST_LISTED = 8  # classes that an error names
 

@@ -132,8 +132,9 @@ def load_checkpoint(
                     f"{source}: {len(wrong)} tensors do not fit its config, first {wrong[0]!r}: expected "
                     f"{expected.get(wrong[0], 'none')}, found {found.get(wrong[0], 'none')}; the file was edited or damaged"
                 )
-            # one after another: never more than one tensor is in memory twice
-            tensors = {name: file.get_tensor(key).to(device, dtype) for name, (file, key) in places.items()}
+            # copies, as a file that is overwritten while it is mapped would take the process down; one after another, so that
+            # never more than one tensor is in memory twice
+            tensors = {name: file.get_tensor(key).to(device, dtype, copy=True) for name, (file, key) in places.items()}
         except SafetensorError as error:
             raise ValueError(f"{source} is damaged ({error}); download or train it again") from error
     model.load_state_dict(tensors, assign=True)

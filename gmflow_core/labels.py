@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from .checkpoint import read_metadata
@@ -13,16 +14,22 @@ MOST_LISTED = 8  # classes that an error names
 
 
 def known_names(paths: Iterable[str]) -> list[str]:
-    """The class names of these checkpoints, each once, in order."""
+    """The class names of these checkpoints, each once, in order; of classes that share a name, with their numbers."""
     names = [name for path in paths for name in _names_of(path, *_stamp(path))]
     return list(dict.fromkeys(names))
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """Names by which `find_label` tells all classes apart: where two are alike, "name (number)"."""
+    counts = Counter(name.casefold() for name in names)
+    return [name if counts[name.casefold()] == 1 else f"{name} ({label})" for label, name in enumerate(names)]
 
 
 @functools.lru_cache(maxsize=256)
 def _names_of(path: str, *stamp: float) -> tuple[str, ...]:
     """The class names of one checkpoint; none if it cannot be read (loading it says why)."""
     try:
-        return tuple(str(name) for name in read_metadata(path)["data"].get("labels") or [])
+        return tuple(distinct([str(name) for name in read_metadata(path)["data"].get("labels") or []]))
     except (OSError, ValueError):
         return ()
 
@@ -37,8 +44,8 @@ def _stamp(path: str) -> tuple[float, ...]:
 
 
 def find_label(text: str, names: Sequence[str], num_classes: int) -> int:
-    """The label that `text` means: a class's whole name, one of the synonyms that a comma separates in it, its number, or a
-    part of the name that no other class has. Case does not matter.
+    """The label that `text` means: a class's whole name (as `distinct` has it), one of the synonyms that a comma separates in
+    it, its number, or a part of the name that no other class has. Case does not matter.
 
     Args:
         names: of the classes, by number; empty if the checkpoint gives none.
@@ -47,6 +54,7 @@ def find_label(text: str, names: Sequence[str], num_classes: int) -> int:
         ValueError: it fits no class, or several; the message lists the nearest.
     """
     wanted = text.strip().casefold()
+    names = distinct(names)
     folded = [name.casefold() for name in names]
     synonyms = [[part.strip() for part in name.split(",")] for name in folded]
     whole = [label for label, name in enumerate(folded) if wanted == name]

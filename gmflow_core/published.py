@@ -55,6 +55,16 @@ def is_published(source: str | Path) -> bool:
     return Path(source).is_dir() or _hub_id(source) is not None
 
 
+def cached_folder(hub_id: str) -> Path | None:
+    """Where the hub's cache has the files of a model that was downloaded before; None if it has not. Never goes online."""
+    try:
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError:
+        return None
+    index = try_to_load_from_cache(hub_id, "model_index.json")
+    return Path(index).parent if isinstance(index, str) else None
+
+
 def published_metadata(source: str | Path) -> dict[str, Any]:
     """What `read_metadata` returns, from the folder's JSON files; no weights are read or downloaded.
 
@@ -82,10 +92,15 @@ def published_weights(source: str | Path) -> list[tuple[str, Path]]:
     for part in parts:
         found = _part_files(folder, part)
         if not found:
+            names = sorted(path.name for path in (folder / part).iterdir())
+            pickled = any(name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in names)
+            fix = (
+                "pickle files, which could run any code when opened, are never read: use the .safetensors version of the model"
+                if pickled
+                else "download the folder again"
+            )
             raise ValueError(
-                f"{source}/{part} holds no {WEIGHTS}.bf16.safetensors or {WEIGHTS}.safetensors, only "
-                f"{sorted(path.name for path in (folder / part).iterdir())}; pickle files (.bin), which could run any code "
-                "when opened, are never read: use the .safetensors version of the model"
+                f"{source}/{part} holds no {WEIGHTS}.bf16.safetensors or {WEIGHTS}.safetensors, only {names}; {fix}"
             )
         for path in found:
             if not path.exists():

@@ -6,14 +6,16 @@ import comfy.model_management
 import torch
 from comfy_api.latest import io
 
-from ..gmflow_core.labels import find_label, known_names
-from .loaders import installed_models
+from ..gmflow_core.labels import find_label
+from .loaders import class_names
 from .models import LABELS, NO_CLASS, ImageNetwork
+
+ONLY_MORE = "(only more_labels)"
 
 
 def class_conditioning(labels: list[int]) -> list:
-    """CONDITIONING that says nothing but labels."""
-    return [[torch.zeros(1, 1, 1), {LABELS: torch.tensor(labels)}]]
+    """CONDITIONING that says nothing but labels. Its tensor is a one, which ConditioningZeroOut turns into "no class"."""
+    return [[torch.ones(1, 1, 1), {LABELS: torch.tensor(labels)}]]
 
 
 def unconditional() -> list:
@@ -56,9 +58,9 @@ class GMFlowClassLabels(io.ComfyNode):
                 io.Model.Input("model", tooltip="A class-conditional model from Load GM Model; its names count."),
                 io.Combo.Input(
                     "label",
-                    options=known_names(installed_models().values()) or ["0"],
-                    tooltip="The first label. The list holds the names of all installed checkpoints (type to search it); "
-                    "choose one that the connected model has.",
+                    options=[*class_names(), ONLY_MORE],
+                    tooltip="The first label. The list holds the names of all models that are installed, in the hub's cache, "
+                    "or were loaded (press R to renew it, type to search it); choose one that the connected model has.",
                 ),
                 io.String.Input(
                     "more_labels",
@@ -96,8 +98,14 @@ class GMFlowClassLabels(io.ComfyNode):
                 "ImageNet model with 'Load GM Model', or use 'GM Unconditional'"
             )
         config, names = network.network.config, network.label_names
-        wanted = [label, *(line for line in more_labels.splitlines() if line.strip())]
-        labels = [find_label(text, names, config.num_classes) for text in wanted]
+        wanted = [] if label == ONLY_MORE else [label]
+        wanted += [line for line in more_labels.splitlines() if line.strip()]
+        if not wanted:
+            raise ValueError("there are no labels; choose one, or write some into more_labels, one per line")
+        try:
+            labels = [find_label(text, names, config.num_classes) for text in wanted]
+        except ValueError as error:
+            raise ValueError(f"{error} (in more_labels, one per line)") from error
         images = [label for label in labels for _ in range(repeat)]
         latent = torch.zeros(
             (len(images), config.channels, config.latent_size, config.latent_size),

@@ -41,6 +41,11 @@ def guided(model, orthogonal: float = 1.0, start_percent: float = 0.0, end_perce
             "must be the smaller one"
         )
     sampling = model.get_model_object("model_sampling")
+    if not 0 < float(sampling.sigma_max) <= 1:
+        raise ValueError(
+            f"probabilistic guidance is for flow models, with sigmas up to 1; a node has given this one others, up to "
+            f"{float(sampling.sigma_max):.4g} (ModelSamplingDiscrete, ModelSamplingContinuousEDM and the like): remove it"
+        )
     interval = sampling.percent_to_sigma(end_percent), sampling.percent_to_sigma(start_percent)
     return with_probabilistic_guidance(model, orthogonal, interval)
 

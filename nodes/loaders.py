@@ -11,10 +11,15 @@ from comfy_api.latest import io
 
 from ..gmflow_core import load_checkpoint, read_metadata
 from ..gmflow_core.checkpoint import SHIPPED
+from ..gmflow_core.labels import distinct, known_names
+from ..gmflow_core.published import cached_folder
 from .models import gm_model
 
 FOLDER = "gmflow"
-INDEX = "model_index.json"  # marks a model that is a folder
+MARKS = ("model_index.json", "transformer/config.json")  # of a model that is a folder, in the layout of diffusers
+PUBLISHED = ("Lakonik/gmflow_imagenet_k8_ema",)  # on the hub
+SMALL = 100e6  # parameters of a model for which fp32 costs little
+seen_names: list[str] = []  # classes of the models loaded so far
 DTYPES = {"default": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -33,14 +38,21 @@ def installed_models() -> dict[str, str]:
     """Name and path of every model in the `gmflow` folders: files, and folders in the layout of diffusers."""
     folders: dict[str, str] = {}
     for base in folder_paths.get_folder_paths(FOLDER):
-        for path, inside, files in os.walk(base, followlinks=True):
-            if INDEX in files and path != base:
+        for path, inside, _ in os.walk(base, followlinks=True):
+            if path != base and any(os.path.exists(os.path.join(path, mark)) for mark in MARKS):
                 folders.setdefault(os.path.relpath(path, base), path)
                 inside.clear()
     names = folder_paths.get_filename_list(FOLDER)
     files = [name for name in names if not any(name.startswith(folder + os.sep) for folder in folders)]
     models = {name: path for name in files if (path := folder_paths.get_full_path(FOLDER, name))}
     return dict(sorted({**models, **folders}.items()))
+
+
+def class_names() -> list[str]:
+    """The class names that are known here: of the installed models, of what the hub's cache has, of what was loaded."""
+    cached = [folder for folder in map(cached_folder, PUBLISHED) if folder is not None]
+    names = known_names([*installed_models().values(), *map(str, cached)])
+    return list(dict.fromkeys([*names, *seen_names]))
 
 
 def find_model(model_name: str, hub_id_or_path: str = "") -> str:
@@ -50,7 +62,7 @@ def find_model(model_name: str, hub_id_or_path: str = "") -> str:
     Raises:
         ValueError: there is no such model.
     """
-    models, other = installed_models(), hub_id_or_path.strip()
+    models, other = installed_models(), hub_id_or_path.strip().removeprefix("https://huggingface.co/")
     if not other:
         if model_name not in models:
             raise ValueError(
@@ -99,8 +111,8 @@ class GMFlowLoader(io.ComfyNode):
                     options=list(DTYPES),
                     default="default",
                     optional=True,
-                    tooltip="Type of the weights in memory. default: as stored, and fp32 for 2-D models. The mixture's "
-                    "mathematics is in fp32 with every type.",
+                    tooltip="Type of the weights in memory. default: as stored, and fp32 for models below 100 million "
+                    "parameters. The mixture's mathematics is in fp32 with every type.",
                 ),
             ],
             outputs=[io.Model.Output(tooltip="For the GM samplers, or any stock sampler.")],
@@ -119,7 +131,10 @@ class GMFlowLoader(io.ComfyNode):
     def fingerprint_inputs(cls, model_name: str, hub_id_or_path: str = "", weight_dtype: str = "default") -> list:
         """A file that was trained on, or a folder that was replaced, is loaded again."""
         source = find_model(model_name, hub_id_or_path)
-        files = [os.path.join(path, name) for path, _, names in os.walk(source) for name in sorted(names)] or [source]
+        files = [source]
+        for folder in ("", "transformer", "spectrum_net", "vae") if os.path.isdir(source) else ():
+            place = os.path.join(source, folder)
+            files += [entry.path for entry in sorted(os.scandir(place), key=lambda e: e.name)] if os.path.isdir(place) else []
         stats = [os.stat(file) for file in files if os.path.exists(file)]
         return [source, weight_dtype, *((stat.st_mtime, stat.st_size) for stat in stats)]
 
@@ -128,8 +143,8 @@ class GMFlowLoader(io.ComfyNode):
         source = find_model(model_name, hub_id_or_path)
         logging.info("GMFlow: loading %s%s", source, "" if os.path.exists(source) else " from the Hugging Face hub")
         metadata = read_metadata(source)
-        dtype = DTYPES[weight_dtype]
-        if dtype is None and metadata["model_class"] == "GMFlowMLP":
-            dtype = torch.float32
-        network, _ = load_checkpoint(source, dtype=dtype)
+        network, _ = load_checkpoint(source, dtype=DTYPES[weight_dtype])
+        if weight_dtype == "default" and sum(p.numel() for p in network.parameters()) < SMALL:
+            network = network.float()
+        seen_names.extend(name for name in distinct(metadata["data"].get("labels") or []) if name not in seen_names)
         return io.NodeOutput(gm_model(network, metadata["data"]))

@@ -106,6 +106,13 @@ class ImageNetwork(GMNetwork):
                 f"this model generates classes, and the {conds.get('prompt_type', '')} conditioning holds no class labels "
                 "(text says nothing to it); connect 'GM Class Labels', or 'GM Unconditional' for no class"
             )
+        mark = conds.get("cross_attn")
+        if mark is not None and not mark.any():  # ConditioningZeroOut
+            labels = torch.full_like(labels, NO_CLASS)
+        elif mark is not None and mark.shape[1] != 1:
+            raise ValueError(
+                "class labels cannot be concatenated or combined with text; give 'GM Class Labels' all the labels, one per line"
+            )
         if not NO_CLASS <= int(labels.min()) <= int(labels.max()) < num_classes:
             raise ValueError(f"labels {labels.tolist()} do not fit a model of {num_classes} classes. {use}")
         if noise.shape[0] % len(labels):

@@ -43,6 +43,11 @@ def gm_sampler(solver: str, order: int = 2, substeps: int = 8, batch_index: list
     def run(model, x: Tensor, sigmas: Tensor, extra_args: dict | None = None, callback=None, disable=None) -> Tensor:
         if len(sigmas) < 2:
             return x
+        if not sigmas.max() <= 1 or (sigmas.diff() >= 0).any():
+            raise ValueError(
+                f"GM samplers need sigmas that fall from at most 1 to 0, and these go from {sigmas[0]:.4g} to "
+                f"{sigmas[-1]:.4g} in {len(sigmas) - 1} steps; use GM Sigmas, or Basic Scheduler with fewer steps"
+            )
         extra_args = extra_args or {}
         mixtures = MixtureModel(model, x.shape, extra_args)
 

@@ -19,6 +19,7 @@ from ..gmflow_core import GaussianMixture, velocity_to_x0
 from ..gmflow_core.guidance import Guidance
 
 RECORDER = "gmflow_mixture_recorder"  # key in transformer_options
+ROUNDING = 1e-4  # two means that differ by less, relatively, are the same
 PARTIAL = ("area", "mask", "timestep_start", "timestep_end")  # what limits a conditioning to a part of the latent or the steps
 
 
@@ -28,6 +29,7 @@ class MixtureRecorder:
     def __init__(self):
         self.mixtures: dict[object, GaussianMixture] = {}
         self.guided: GaussianMixture | None = None  # of x_0; what probabilistic guidance made of them, if it did
+        self.asked = False  # whether the guider left cfg to probabilistic guidance
 
     def record(self, mixture: GaussianMixture, transformer_options: dict) -> None:
         """Split a network's output, whose batch (log_std's too) holds an equal chunk for each conditioning, by cond uuid. The
@@ -54,8 +56,9 @@ class MixtureRecorder:
             )
         if conds[0]["uuid"] not in self.mixtures:
             raise ValueError(
-                "GM samplers and guidance need a model that predicts a Gaussian mixture, and this one does not; load one with "
-                "'Load GM Model', or use a stock sampler"
+                "GM samplers and guidance need a model that predicts a Gaussian mixture at every step, and this one did not; "
+                "load one with 'Load GM Model' (and remove nodes that skip network calls, such as LazyCache), or use a stock "
+                "sampler"
             )
         return velocity_to_x0(self.mixtures[conds[0]["uuid"]], x, sigma)
 
@@ -111,10 +114,11 @@ class ProbabilisticCFG:
     def __call__(self, args: dict) -> Tensor:
         """x minus the guided mean; ComfyUI's `sampler_cfg_function`."""
         guidance, model, latent, sigma = self.guidance(args["cond_scale"]), args["model"], args["input"], args["sigma"]
+        recorder = args["model_options"]["transformer_options"][RECORDER]
+        recorder.asked = True
         if not guidance.acts_at(sigma):
             return args["cond"]
-        recorder = args["model_options"].get("transformer_options", {}).get(RECORDER)
-        if recorder is None or not args["input_uncond"]:
+        if not args["input_uncond"]:
             raise ValueError(
                 "probabilistic guidance needs a positive and a negative conditioning, and a guider that passes them on as "
                 "ComfyUI's own do; use GM Guider, CFG Guider or KSampler"
@@ -137,11 +141,21 @@ class ProbabilisticCFG:
 def with_probabilistic_guidance(
     model: comfy.model_patcher.ModelPatcher, orthogonal: float = 1.0, interval: tuple[float, float] = (0.0, 1.0)
 ) -> comfy.model_patcher.ModelPatcher:
-    """A clone of `model` whose `cfg` is the weight of probabilistic guidance, in every sampler and guider."""
+    """A clone of `model` whose `cfg` is the weight of probabilistic guidance, in every sampler and guider; settings that were
+    there before are replaced.
+
+    Raises:
+        ValueError: another node has put its own cfg function in.
+    """
+    other = model.model_options.get("sampler_cfg_function")
+    if other is not None and not has_probabilistic_guidance(model):
+        raise ValueError(
+            f"a node before has put a cfg function of its own into this model ({_name_of(other)}: RescaleCFG and the like), "
+            "and there can be one only; remove that node, or use it without probabilistic guidance"
+        )
     model, function = model.clone(), ProbabilisticCFG(orthogonal, interval)
     model.set_model_sampler_cfg_function(function, disable_cfg1_optimization=True)
-    if interval != (0.0, 1.0):
-        model.set_model_sampler_calc_cond_batch_function(function.calc_cond_batch)
+    model.set_model_sampler_calc_cond_batch_function(function.calc_cond_batch)
     model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, RECORDER, predict_noise_recorded)
     return model
 
@@ -152,8 +166,30 @@ def has_probabilistic_guidance(model: comfy.model_patcher.ModelPatcher) -> bool:
 
 
 def predict_noise_recorded(executor, x: Tensor, timestep: Tensor, model_options: dict | None = None, seed: int | None = None):
-    """Give every call of a guider a recorder; a wrapper for ComfyUI's PREDICT_NOISE."""
-    return executor(x, timestep, recording(model_options)[0], seed)
+    """Give every call of a guider a recorder; a wrapper for ComfyUI's PREDICT_NOISE.
+
+    Raises:
+        ValueError: the guider made something else of cfg.
+    """
+    options, recorder = recording(model_options)
+    function = options.get("sampler_cfg_function")
+    if not isinstance(function, ProbabilisticCFG):
+        raise ValueError(
+            f"a node behind 'GM Probabilistic Guidance' has put its own cfg function in its place ({_name_of(function)}: "
+            "RescaleCFG and the like), and would take the weight for a cfg scale; remove one of the two"
+        )
+    result = executor(x, timestep, options, seed)
+    if not recorder.asked:
+        raise ValueError(
+            "this guider computes its own cfg and would take the weight of 'GM Probabilistic Guidance' for a cfg scale; use GM "
+            "Guider, CFG Guider or KSampler, or remove GM Probabilistic Guidance"
+        )
+    return result
+
+
+def _name_of(function: object) -> str:
+    """Where a function comes from, for a message."""
+    return getattr(function, "__qualname__", type(function).__qualname__).split(".<locals>")[0]
 
 
 class MixtureModel:
@@ -187,8 +223,9 @@ class MixtureModel:
     def denoise(self, x: Tensor, sigma: Tensor) -> GaussianMixture:
         """The mixture of x_0 that the guider makes; a denoiser for gmflow_core.
 
-        With probabilistic guidance it is the guided one. Any other guider says a mean only: the mixture of the positive
-        conditioning is moved there as a whole. For a CFG Guider that is classifier-free guidance as gmflow_core has it.
+        With probabilistic guidance it is the guided one. Any other guider, and nodes that change the guided prediction
+        afterwards, say a mean only: the mixture is moved there as a whole. For a CFG Guider that is classifier-free guidance as
+        gmflow_core has it.
 
         Raises:
             ValueError: as `MixtureRecorder.x0_mixture`.
@@ -196,10 +233,12 @@ class MixtureModel:
         options, recorder = recording(self.extra_args.get("model_options"))
         latent_sigma = sigma[:1].expand(self.latent_shape[0])
         denoised = self.guider(self.from_solver(x), latent_sigma, model_options=options, seed=self.extra_args.get("seed"))
-        if recorder.guided is not None:
-            return recorder.guided
-        mixture = recorder.x0_mixture(getattr(self.guider, "conds", {}).get("positive"), x, sigma)
-        shift = self.to_solver(denoised) - mixture.mean()
+        mean, mixture = self.to_solver(denoised), recorder.guided
+        if mixture is None:
+            mixture = recorder.x0_mixture(getattr(self.guider, "conds", {}).get("positive"), x, sigma)
+        shift = mean - mixture.mean()
+        if recorder.guided is not None and shift.abs().max() <= ROUNDING * (1 + mean.abs().max()):
+            return recorder.guided  # nothing came after
         return GaussianMixture(mixture.means + shift.unsqueeze(1), mixture.log_weights, mixture.log_std)
 
     def constrain(self, x: Tensor, sigma: Tensor) -> Tensor:

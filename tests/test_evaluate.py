@@ -1,5 +1,6 @@
 """The evaluation command: figures against closed forms, features, references, restarts, and its errors."""
 
+import itertools
 import json
 import os
 import socket
@@ -12,13 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gmflow_core import save_checkpoint
+from gmflow_core import Guidance, load_checkpoint, sample_images, save_checkpoint
 from gmflow_core.models.gmdit import GMDiT, GMDiTConfig
 from gmflow_core.models.mlp import GMFlowMLP, GMFlowMLPConfig
 from training import evaluate
-from training.evaluate import Config, Evaluation, image_labels, main, parse, settings_of, short_names
+from training.evaluate import Config, Evaluation, image_labels, image_seeds, main, parse, settings_of, short_names
 from training.features import Classifier, ClassifierConfig, ClassifierFeatures, InceptionFeatures, fidelity, train_classifier
-from training.latents import FORMAT, write_index, write_shard
+from training.latents import FORMAT, to_pixels, write_index, write_shard
 from training.metrics import (
     Measures,
     Reference,
@@ -55,14 +56,14 @@ def write_prepared(folder: Path, images: torch.Tensor, labels: torch.Tensor, cla
     return folder
 
 
-def write_model(path: Path, seed: int = 0, **changes) -> Path:
+def write_model(path: Path, seed: int = 0, data: dict | None = None, **changes) -> Path:
     """A tiny random network whose last layers are not zero, so that its samples differ."""
     torch.manual_seed(seed)
     settings = {"num_components": 2, "channels": 3, "latent_size": 8, "num_classes": 2, "num_layers": 1, "num_heads": 2}
     network = GMDiT(GMDiTConfig(**{**settings, "head_dim": 8, "log_std_dim": 8, **changes}))
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    save_checkpoint(network, path)
+    save_checkpoint(network, path, data=data)
     return path
 
 
@@ -72,7 +73,7 @@ def place(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("evaluate")
     write_prepared(folder / "train", *two_classes(200))
     write_prepared(folder / "test", *two_classes(60, seed=1))
-    write_model(folder / "tiny.safetensors")
+    write_model(folder / "tiny.safetensors", data={"labels": CLASSES, "space": "pixels"})
     images, labels = two_classes(200)
     train_classifier(images, labels, CLASSES, iterations=40, batch_size=32, progress=False).save(folder / "f.safetensors")
     return folder
@@ -305,6 +306,64 @@ def test_goes_on_where_it_was_stopped(place, tmp_path, monkeypatch):
     longer = run(place, tmp_path, "--count", "70")  # the last chunk is short for this
     assert [(c[0], c[-1]) for c in calls[2:]] == [(40, 59), (60, 69)]
     assert longer["results"][0]["count"] == 70
+
+
+def samples_of(place: Path, out: Path, *more: str) -> torch.Tensor:
+    """The first 20 images of the only setting."""
+    run(place, out, *more)
+    (chunk,) = out.glob("samples/*/chunk-00000.safetensors")
+    return load_file(chunk)["images"].int()
+
+
+def test_every_setting_reaches_the_samples(place, tmp_path):
+    """Each one changes the images; guidance does what sample_images does with it."""
+    base = ["--steps", "3", "--guidance", ".3"]
+    changes = {
+        "plain": base,
+        "weight": ["--steps", "3", "--guidance", ".6"],
+        "none": ["--steps", "3"],
+        "cfg": ["--steps", "3", "--cfg", "3"],
+        "interval": [*base, "--guidance-interval", "0", ".5"],
+        "order": [*base, "--order", "1"],
+        "substeps": [*base, "--substeps", "1"],
+        "shift": [*base, "--shift", "3"],
+        "seed": [*base, "--seed", "1"],
+        "solver": [*base, "--solver", "gm-sde"],
+    }
+    found = {name: samples_of(place, tmp_path / name, *more) for name, more in changes.items()}
+    for a, b in itertools.combinations(found, 2):
+        assert (found[a] - found[b]).abs().max() > 1, (a, b)
+    network, seeds = load_checkpoint(place / "tiny.safetensors")[0], image_seeds(0, range(20))
+    labels = image_labels(seeds, 2)
+    for name, guidance in (("plain", Guidance(0.3)), ("cfg", Guidance(3.0, "cfg"))):
+        x = sample_images(network, labels, steps=3, substeps=128 // 3, guidance=guidance, seeds=seeds)
+        assert (to_pixels(x).int() - found[name]).abs().max() <= 1
+
+
+def test_files_of_another_size_are_made_anew(place, tmp_path):
+    """The last file of 50 images by 20 is as long as a file by 10, and of other images."""
+    expected = run(place, tmp_path / "ten", "--chunk-size", "10")["results"][0]
+    run(place, tmp_path / "changed")
+    (tmp_path / "changed" / "results.json").unlink()
+    found = run(place, tmp_path / "changed", "--chunk-size", "10")["results"][0]
+    assert found["frechet_distance"] == pytest.approx(expected["frechet_distance"], rel=1e-4)
+
+
+def test_another_reference_of_the_same_name_is_another(place, tmp_path):
+    figures = []
+    for seed in (0, 1):
+        write_prepared(tmp_path / str(seed) / "reference", *two_classes(100, seed=seed))
+        reference = str(tmp_path / str(seed) / "reference")
+        figures.append(run(place, tmp_path / "out", "--reference", reference)["results"][0]["frechet_distance"])
+    assert figures[0] != figures[1]
+
+
+def test_a_model_and_a_reference_are_enough(place, tmp_path):
+    expected = run(place, tmp_path / "with")["results"][0]["frechet_distance"]
+    given = arguments(place, tmp_path / "without", "--reference", str(place / "train"))
+    at = given.index("--data")
+    report = Evaluation(parse(given[:at] + given[at + 2 :])).run()
+    assert report["results"][0]["frechet_distance"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_other_batches_and_processes_give_the_same_images(place, tmp_path):

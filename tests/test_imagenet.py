@@ -11,10 +11,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gmflow_core import load_checkpoint, read_metadata
+from gmflow_core import (
+    diffuse,
+    forward_transition,
+    load_checkpoint,
+    nll,
+    read_metadata,
+    spectral_nll,
+    transition_nll,
+    velocity_to_x0,
+)
 from gmflow_core.images import sample_images
 from training.imagenet import PRESETS, Order, Trainer, draw_noise, main, parse, pieces_of
 from training.latents import FORMAT, write_index, write_shard
@@ -238,3 +248,92 @@ def test_the_papers_preset():
     decay = Trainer.decay(type("T", (), {"config": config}), 200_000)
     assert decay == pytest.approx(0.5 ** (4096 / 30e6))
     assert Trainer.decay(type("T", (), {"config": config}), 1000) == pytest.approx(0.5 ** (1 / 50))
+
+
+@pytest.mark.parametrize("ratio", [0.8, None])
+def test_the_objective_is_the_weighted_sum_of_the_losses(ratio, data, tmp_path):
+    """Written out from the losses, with weights of its own."""
+    weights = ["--loss-weight", "3", "--spectral-weight", "0.5", "--transition-ratio", str(ratio)]
+    trainer = new_trainer(data, tmp_path, 10, *weights)
+    torch.nn.init.normal_(trainer.model.spectrum_net.mlp[-1].weight)
+    x0, labels = trainer.dataset.__getitems__(range(16))
+    sigma = torch.linspace(0.1, 0.9, 16)
+    low, high = (torch.randn(x0.shape, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    with torch.no_grad():
+        losses = trainer.prepared(x0, labels, sigma, low, high)
+        if ratio is None:
+            x = diffuse(x0, sigma, low)
+            velocity = trainer.model(x, sigma, labels)
+            flow = nll(velocity, low - x0).mean()
+        else:
+            x_low = diffuse(x0, 0.2 * sigma, low)
+            x = forward_transition(x_low, 0.2 * sigma, sigma, high)
+            velocity = trainer.model(x, sigma, labels)
+            flow = transition_nll(velocity, x_low, x, 0.2 * sigma, sigma).mean()
+        log_power = trainer.model.spectrum_net(velocity_to_x0(velocity.moment_match(), x, sigma))
+        spectral = spectral_nll(velocity, (x - x0) / sigma[:, None, None, None], log_power).mean()
+    assert losses["nll"].item() == pytest.approx(flow.item(), rel=1e-5)
+    assert losses["spectral"].item() == pytest.approx(spectral.item(), rel=1e-4)
+    assert losses["loss"].item() == pytest.approx(3 * flow.item() + 0.5 * spectral.item(), rel=1e-5)
+
+
+def test_the_spectral_loss_trains_the_spectrum_network_alone(data, tmp_path):
+    trainer = new_trainer(data, tmp_path, 10)
+    torch.nn.init.normal_(trainer.model.spectrum_net.mlp[-1].weight)
+    x0, labels = trainer.dataset.__getitems__(range(4))
+    noise = torch.randn(2, *x0.shape, generator=torch.Generator().manual_seed(0))
+    trainer.prepared(x0, labels, torch.full((4,), 0.5), *noise)["spectral"].backward()
+    touched = {name.split(".")[0] for name, p in trainer.model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert touched == {"spectrum_net"}
+
+
+def test_biases_do_not_decay_and_the_gradient_is_clipped_after_the_warm_up(data, tmp_path, monkeypatch):
+    trainer = new_trainer(data, tmp_path, 10, "--clip", "0.01", "--weight-decay", "0.3")
+    decay = {id(p): group["weight_decay"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert {group["betas"] for group in trainer.optimizer.param_groups} == {(0.9, 0.95)}
+    for name, parameter in trainer.model.named_parameters():
+        assert decay[id(parameter)] == (0.0 if name.endswith("bias") else 0.3), name
+    norms = []
+    step = trainer.optimizer.step
+    total = torch.nn.utils.get_total_norm
+    measure = lambda: norms.append(total([p.grad for p in trainer.model.parameters()]).item())  # noqa: E731
+    monkeypatch.setattr(trainer.optimizer, "step", lambda: (measure(), step()))
+    losses_of(trainer, 5)  # the warm-up has 3
+    assert min(norms[:3]) > 0.1
+    assert norms[3:] == pytest.approx([0.01, 0.01], rel=1e-3)
+
+
+def test_the_average_follows_the_weights_with_its_decay(data, tmp_path):
+    trainer = new_trainer(data, tmp_path, 100)
+    trainer.step = 60  # where a twentieth of the images seen is more than one batch
+    average = [p.detach().clone() for p in trainer.model.parameters()]
+    for step in (61, 62):
+        losses_of(trainer, 1)
+        decay = 0.5 ** (1 / (0.05 * step))
+        average = [decay * a + (1 - decay) * p.detach() for a, p in zip(average, trainer.model.parameters(), strict=True)]
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(average, trainer.average, strict=True))
+    assert torch.equal(next(trainer.sampling_model().parameters()), trainer.average[0])
+
+
+def test_a_model_of_latents_shows_them_through_its_vae(tmp_path):
+    """A tiny VAE, whose decoder doubles each side; bf16 and two reading processes, as on a GPU."""
+    diffusers = pytest.importorskip("diffusers")
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    vae = diffusers.AutoencoderKL(block_out_channels=(4, 4), norm_num_groups=2, **blocks)
+    vae.save_pretrained(tmp_path / "vae")
+    write_shard(tmp_path / "shard-00000.safetensors", torch.randn(8, 4, 4, 4), torch.arange(8) % 2, {})
+    index = {"format": FORMAT, "kind": "latents", "shape": [4, 4, 4], "classes": ["a", "b"], "count": 8, "skipped": []}
+    write_index(tmp_path, {**index, "shards": [{"file": "shard-00000.safetensors", "count": 8}], "scaling_factor": 0.18215})
+    more = ["--vae", str(tmp_path / "vae"), "--precision", "bf16", "--workers", "2", "--picture-every", "2"]
+    trainer = new_trainer(tmp_path, tmp_path / "out", 2, *more)
+    trainer.run()
+    assert Image.open(tmp_path / "out" / "samples" / "0000002.png").size == (2 + 2 * 66, 2 + 4 * 66)
+    assert read_metadata(trainer.path)["data"] == {"labels": ["a", "b"], "space": "sd-vae", "scaling_factor": 0.18215}
+    with pytest.raises((ValueError, OSError), match="nowhere"):
+        new_trainer(tmp_path, tmp_path / "other", 2, "--vae", str(tmp_path / "nowhere"))
+
+
+def test_what_accelerate_would_do_behind_the_trainers_back_is_refused(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(ValueError, match=r"4 gradient accumulation steps.*--accumulate"):
+        new_trainer(data, tmp_path, 10)

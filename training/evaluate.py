@@ -2,7 +2,7 @@
 
     python -m training.evaluate --checkpoint A.safetensors --data data/imagenet_256 --preset paper        # one GPU, or the CPU
     torchrun --nproc-per-node 8 -m training.evaluate --checkpoint A.safetensors --data data/imagenet_256  # eight GPUs
-    accelerate launch -m training.evaluate --checkpoint A.safetensors --data data/imagenet_256            # as configured
+    python -m training.evaluate --checkpoint Lakonik/gmflow_imagenet_k8_ema --reference VIRTUAL_imagenet256_labeled.npz
     python -m training.evaluate --checkpoint k8.safetensors k1.safetensors --data data/digits_train \\
         --test-data data/digits_test --features outputs/digits_features.safetensors --saturation digits --count 2000 \\
         --solver euler dpmpp-2m gm-ode gm-sde --steps 2 4 8 32 --guidance 0 .1 .2 --cfg 1.5 2 3 --device cpu
@@ -57,7 +57,7 @@ from training.features import ClassifierFeatures, Extractor, InceptionFeatures, 
 from training.latents import INDEX, LatentDataset, to_pixels, whole_file
 from training.metrics import Measures, Reference, Statistics, measure, read_npz, score, statistics
 from training.prepare import centre_crop
-from training.vae import VAE, load_vae
+from training.vae import SD_VAE, VAE, load_vae
 
 FORMAT = "gmflow-evaluation-1"
 SWEEP = (0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09, 0.11, 0.13, 0.16, 0.19, 0.23, 0.27, 0.33, 0.39, 0.47, 0.55, 0.65, 0.75)
@@ -73,7 +73,8 @@ class Config:
     checkpoint: tuple[str, ...] = ()
     """Models: files, folders in diffusers' layout, or the hub's names of them."""
     data: Path | None = None
-    """Prepared training data (training.prepare): the reference, and what --features is trained on."""
+    """Prepared training data (training.prepare): the reference, and what --features is trained on. Not needed for a model that
+    says what its samples are, with --reference and Inception or a classifier that exists."""
     test_data: Path | None = None
     """Prepared data of images that were not trained on: the floor of all figures, and the test of --features."""
     reference: Path | None = None
@@ -251,10 +252,52 @@ def image_labels(seeds: Sequence[int], classes: int) -> Tensor:
     return torch.cat(draws)
 
 
+@dataclasses.dataclass(frozen=True)
+class Space:
+    """What the samples are.
+
+    Args:
+        name: of the folder or the checkpoint that says so, for messages.
+        kind: "pixels" or "latents".
+        shape: (C, h, w).
+        classes: their names.
+        vae: folder or hub name of the latents' VAE, if it is known.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    classes: tuple[str, ...]
+    vae: str | None
+
+    @classmethod
+    def of_data(cls, folder: Path) -> Space:
+        """That of prepared data."""
+        data = LatentDataset(folder, in_memory=False)
+        return cls(str(folder), data.kind, data.shape, tuple(data.classes), data.index.get("vae"))
+
+    @classmethod
+    def of_checkpoint(cls, source: str) -> Space:
+        """That of a checkpoint's samples.
+
+        Raises:
+            ValueError: it does not say what they are.
+        """
+        metadata = read_metadata(source)
+        config, data = metadata["config"], metadata["data"]
+        kind = {"pixels": "pixels", "sd-vae": "latents"}.get(data.get("space"))
+        if kind is None or "num_classes" not in config:
+            raise ValueError(f"{source} does not say what its samples are; give --data, the prepared data of its training")
+        classes = data.get("labels") or [str(label) for label in range(config["num_classes"])]
+        shape = (config["channels"], config["latent_size"], config["latent_size"])
+        return cls(source, kind, shape, tuple(classes), SD_VAE if kind == "latents" else None)
+
+
 class Model:
     """A checkpoint of the command: checked against the data, read when it is needed."""
 
-    def __init__(self, source: str, data: LatentDataset, path: Path):
+    def __init__(self, source: str, data: Space):
+        path = data.name
         metadata = read_metadata(source)
         if metadata["model_class"] != "GMDiT":
             raise ValueError(f"{source} holds a {metadata['model_class']}; this command samples class-conditional GMDiT models")
@@ -309,7 +352,8 @@ class Chunks:
         return range(number * self.size, min((number + 1) * self.size, self.count))
 
     def state(self, number: int) -> str:
-        """What there is of a chunk: "whole", "missing", "damaged", "foreign" (another key), or "short" (of another count)."""
+        """What there is of a chunk: "whole", "missing", "damaged", "foreign" (another key), or "short" (of other images, as the
+        count or the size of the files has changed)."""
         if not self.path(number).exists():
             return "missing"
         try:
@@ -320,7 +364,8 @@ class Chunks:
             return "damaged"
         if metadata.get("key") != self.key:
             return "foreign"
-        return "whole" if lengths == {len(self.images(number))} else "short"
+        here = self.images(number)
+        return "whole" if lengths == {len(here)} and metadata.get("first") == str(here.start) else "short"
 
     def read(self, number: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """A whole chunk's tensors, and the facts that were saved with them."""
@@ -331,7 +376,8 @@ class Chunks:
         """Save a chunk, atomically."""
         with whole_file(self.path(number)) as temporary:
             tensors = {name: t.contiguous() for name, t in tensors.items()}
-            save_file(tensors, temporary, {"key": self.key, "facts": json.dumps(facts)})
+            first = str(self.images(number).start)
+            save_file(tensors, temporary, {"key": self.key, "first": first, "facts": json.dumps(facts)})
 
 
 class ImageSource(Protocol):
@@ -353,8 +399,11 @@ class PreparedImages:
         if self.data.kind == "pixels" and self.data.shape[0] != 3:
             raise ValueError(f"{folder} has pixels of shape {self.data.shape}; images of 3 channels are needed")
         self.order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(0))[:count].tolist()
-        index = hashlib.sha256((folder / INDEX).read_bytes()).hexdigest()
-        self.key = {"prepared": index, "count": len(self.order)}
+        content = hashlib.sha256((folder / INDEX).read_bytes())
+        for shard in self.data.index["shards"]:
+            stat = (folder / shard["file"]).stat()
+            content.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
+        self.key = {"prepared": content.hexdigest(), "count": len(self.order)}
 
     def __len__(self) -> int:
         return len(self.order)
@@ -419,26 +468,31 @@ class Evaluation:
     """One command: its models, its reference, and the results so far."""
 
     def __init__(self, config: Config):
-        if not config.checkpoint or config.data is None:
-            raise ValueError("give at least one --checkpoint, and --data, the prepared data that it was trained on")
+        if not config.checkpoint or (config.data is None and config.reference is None):
+            raise ValueError(
+                "give at least one --checkpoint, and --data, the prepared data that it was trained on, or a --reference to "
+                "compare with"
+            )
+        if config.data is None and config.features != "inception" and not Path(config.features).exists():
+            raise ValueError(f"there is no {config.features}; give --data, to train it on")
         self.config = config
         self.state = PartialState(cpu=on_cpu(config.device), timeout=timedelta(days=7))
         self.device, self.main = self.state.device, self.state.is_main_process
-        data = LatentDataset(config.data)
-        self.settings = settings_of(config)
-        self.models = [Model(source, data, config.data) for source in config.checkpoint]
+        data = Space.of_checkpoint(config.checkpoint[0]) if config.data is None else Space.of_data(config.data)
+        self.space, self.settings = data, settings_of(config)
+        self.models = [Model(source, data) for source in config.checkpoint]
         if self.main:
             self.clean()
         self.state.wait_for_everyone()
         self.vae = None
         if data.kind == "latents":
-            self.vae_name = config.vae or data.index.get("vae")
+            self.vae_name = config.vae or data.vae
             if not self.vae_name:
-                raise ValueError(f"{config.data} has latents, but does not say of which VAE; give --vae a folder or a hub name")
+                raise ValueError(f"{data.name} has latents, but does not say of which VAE; give --vae a folder or a hub name")
             with self.state.local_main_process_first():
                 self.vae = load_vae(self.vae_name, self.device)
         elif data.shape[0] != 3:
-            raise ValueError(f"{config.data} has pixels of shape {data.shape}; images of 3 channels are needed")
+            raise ValueError(f"{data.name} has pixels of shape {data.shape}; images of 3 channels are needed")
         else:
             self.vae_name = None
         self.size = data.shape[1] * (self.vae.factor if self.vae else 1)
@@ -455,7 +509,7 @@ class Evaluation:
                 shutil.rmtree(out / folder, ignore_errors=True)
             (out / "results.json").unlink(missing_ok=True)
 
-    def get_extractor(self, data: LatentDataset) -> Extractor:
+    def get_extractor(self, data: Space) -> Extractor:
         """Inception, or the small classifier; the main process downloads or trains it.
 
         Raises:
@@ -470,7 +524,7 @@ class Evaluation:
             train = self.all_images(config.data)
             test = None if config.test_data is None else self.all_images(config.test_data)
             features = train_classifier(
-                *train, tuple(data.classes), test=test, iterations=config.feature_iterations, device=self.device, name=path.stem
+                *train, data.classes, test=test, iterations=config.feature_iterations, device=self.device, name=path.stem
             )
             features.save(path)
             print(
@@ -479,10 +533,10 @@ class Evaluation:
         self.state.wait_for_everyone()
         features = ClassifierFeatures.load(path, self.device)
         shape = features.network.config
-        if features.classes != tuple(data.classes) or (shape.height, shape.width) != (self.size, self.size):
+        if features.classes != data.classes or (shape.height, shape.width) != (self.size, self.size):
             raise ValueError(
                 f"{path} is a classifier of {len(features.classes)} classes ({', '.join(features.classes[:3])} ...) in images "
-                f"of {shape.width} x {shape.height}, but {config.data} has {len(data.classes)} classes "
+                f"of {shape.width} x {shape.height}, but {data.name} has {len(data.classes)} classes "
                 f"({', '.join(data.classes[:3])} ...) in images of {self.size} x {self.size}; "
                 "give --features another file name to train one"
             )
@@ -495,14 +549,15 @@ class Evaluation:
     def prepared(self, folder: Path, count: int) -> PreparedImages:
         """
         Raises:
-            ValueError: the folder is of another kind or shape than --data.
+            ValueError: the folder is of another kind or shape than the samples.
         """
         source = PreparedImages(folder, count, self.vae, self.device, self.config.batch_size)
-        data = LatentDataset(self.config.data, in_memory=False)
-        if (source.data.kind, source.data.shape, source.data.classes) != (data.kind, data.shape, data.classes):
+        data, found = self.space, source.data
+        same_names = self.config.data is None or tuple(found.classes) == data.classes
+        if (found.kind, found.shape, len(found.classes)) != (data.kind, data.shape, len(data.classes)) or not same_names:
             raise ValueError(
-                f"{folder} has {source.data.kind} {source.data.shape} of {len(source.data.classes)} classes, but "
-                f"{self.config.data} {data.kind} {data.shape} of {len(data.classes)}; prepare both with the same command"
+                f"{folder} has {found.kind} {found.shape} of {len(found.classes)} classes, but "
+                f"{data.name} {data.kind} {data.shape} of {len(data.classes)}; prepare both with the same command"
             )
         return source
 
@@ -538,7 +593,8 @@ class Evaluation:
             self.save(report)
             write_csv(report, config.out / "results.csv")
             plots = write_plots(report, config.out)
-            print(f"results: {self.results}, results.csv, {', '.join(p.name for p in plots)}, and sheets of samples in sheets/")
+            names = [str(self.results), "results.csv", *(plot.name for plot in plots)]
+            print(f"results: {', '.join(names)}, and sheets of samples in sheets/")
         return report
 
     def share(self, value: Any) -> Any:
@@ -761,6 +817,10 @@ class Evaluation:
         facts["images"] = 0 if measures is None else len(measures)
         facts["images_for_precision_and_recall"] = min(facts["images"], config.count)
         facts["statistics"] = "of the file" if given is not None else "of the images"
+        content = hashlib.sha256(json.dumps(source.key if source is not None else None).encode())
+        if given is not None:
+            content.update(given.mean.tobytes() + given.covariance.tobytes())
+        facts["fingerprint"] = content.hexdigest()[:16]
         self.reference_facts = facts
         return Reference(given or statistics(measures.features), measures, config.count)
 

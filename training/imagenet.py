@@ -1,8 +1,8 @@
 """Train a class-conditional GM-DiT on data that training.prepare wrote, from the repository's root:
 
     python -m training.imagenet --preset digits --data data/digits_train          # small; one CPU is enough
-    python -m training.imagenet --data data/imagenet_256                          # GMFlow's ImageNet model, on one GPU
-    python -m training.imagenet --data data/imagenet_256 --batch-size 1024 --accumulate 8
+    python -m training.imagenet --data data/imagenet_256 --accumulate 16          # GMFlow's ImageNet model, on one large GPU
+    python -m training.imagenet --data data/imagenet_256 --preset gmdit_s_k8 --batch-size 256
     python -m training.imagenet --data DATA -k 1 --constant-log-std 0 --transition-ratio None   # flow matching: the baseline
     torchrun --nproc-per-node 8 -m training.imagenet --data data/imagenet_256     # DDP; more nodes: --nnodes, --rdzv-endpoint
     torchrun --nproc-per-node 8 -m training.imagenet --data data/imagenet_256 --shard      # FSDP: weights shared out
@@ -10,7 +10,7 @@
 Started again with the same --out, on any number of processes, a run goes on from its last checkpoint; on one process to the
 very losses of a run that was never stopped. OUT/model.safetensors is the checkpoint to resume from, and loads in ComfyUI at
 any time; OUT/samples holds pictures of samples. At the end OUT/weights.safetensors is the model to share: weights alone, in
-bfloat16.
+bfloat16. Several machines need a shared OUT.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import dataclasses
 import hashlib
 import itertools
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -38,6 +38,7 @@ from gmflow_core.pictures import image_grid, to_image
 from training import trainer
 from training.latents import LatentDataset, to_pixels
 from training.trainer import TrainerConfig, require
+from training.vae import VAE, load_vae
 
 MODULE = "training.imagenet"
 MIN_SIGMA = 1e-4  # sigmas are drawn from [MIN_SIGMA, 1]
@@ -265,6 +266,9 @@ class Trainer(trainer.Trainer):
                 f"{config.accumulate} pieces each; make it a multiple of {acc.num_processes * config.accumulate}"
             )
         share = config.batch_size // acc.num_processes
+        self.vae: VAE | None = None
+        if config.vae is not None and self.dataset.kind == "latents" and acc.is_main_process:
+            self.vae = load_vae(config.vae, acc.device)
         self.rows = range(acc.process_index * share, (acc.process_index + 1) * share)
         self.batches: Iterator | None = None
 
@@ -310,8 +314,10 @@ class Trainer(trainer.Trainer):
             if problem and self.accelerator.is_main_process:
                 print(f"AdamW with 32-bit state, as the 8-bit one does not run here: {problem}")
         if self.optimizer_name == "adamw8bit":
-            from bitsandbytes.optim import AdamW8bit
-
+            try:
+                from bitsandbytes.optim import AdamW8bit
+            except ImportError as error:
+                raise ImportError(f"--optimizer adamw8bit needs bitsandbytes ({error}): pip install -e '.[8bit]'") from error
             return AdamW8bit(groups, lr=config.lr, betas=(0.9, 0.95))
         return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
 
@@ -375,9 +381,8 @@ class Trainer(trainer.Trainer):
             return None
         rows, classes = 4, min(10, len(self.dataset.classes))
         labels = torch.linspace(0, len(self.dataset.classes) - 1, classes).long().repeat(rows)
-        with self.autocast():
-            x = sample_images(model, labels, solver=self.config.picture_solver)
-        images = self.decode(x)
+        model.forward = autocast_of(model.forward, self.autocast)
+        images = self.decode(sample_images(model, labels, solver=self.config.picture_solver))
         picture = image_grid(images, columns=classes, scale=max(1, 64 // images.shape[-1]))
         path = self.config.out / "samples" / f"{self.step:07d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -388,12 +393,11 @@ class Trainer(trainer.Trainer):
         """Samples as images (B, 3, H, W) in [0, 1]."""
         if self.dataset.kind == "pixels":
             return to_pixels(x).cpu() / 255
-        if self.config.vae is None:
+        if self.vae is None:
             x = x[:, :3].float().cpu()
             return (0.5 + 0.25 * x / x.std()).clamp(0, 1)
-        from training.vae import VAE
-
-        return (VAE(self.config.vae).decode(x.float().cpu()) * 0.5 + 0.5).clamp(0, 1)
+        images = torch.cat([self.vae.decode(part).cpu() for part in x.split(4)])
+        return (images * 0.5 + 0.5).clamp(0, 1)
 
     def data(self) -> dict[str, Any]:
         index = self.dataset.index
@@ -408,6 +412,16 @@ class Trainer(trainer.Trainer):
         if self.accelerator.is_main_process:
             save_checkpoint(model, path, facts=self.facts(), data=self.data(), dtype=torch.bfloat16)
             print(f"the model to share: {path}")
+
+
+def autocast_of(function: Callable, autocast: Callable) -> Callable:
+    """`function`, run under `autocast`; what is done with its result is not."""
+
+    def run(*args: Any) -> Any:
+        with autocast():
+            return function(*args)
+
+    return run
 
 
 def _identity(batch: Any) -> Any:

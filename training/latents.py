@@ -144,7 +144,7 @@ def read_index(folder: str | Path) -> dict[str, Any]:
         if (path.parent / PLAN).exists():
             fix = "the folder is not finished; run the same prepare command again, it goes on where it stopped"
         else:
-            fix = f"make it with python -m training.prepare --data IMAGES --out {path.parent}"
+            fix = "it is not prepared data; python -m training.prepare --data IMAGES --out ANOTHER_FOLDER makes some"
         raise FileNotFoundError(f"there is no {path}: {fix}")
     try:
         index = json.loads(path.read_text(encoding="utf-8"))

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -108,7 +108,8 @@ class Trainer:
 
     def __init__(self, config: TrainerConfig):
         self.config = config
-        self.accelerator = Accelerator(cpu=on_cpu(config.device))
+        self.accelerator = Accelerator(cpu=on_cpu(config.device), mixed_precision="no")  # the trainer's own autocast does it
+        check_accelerate(self.accelerator)
         self.path = config.out / "model.safetensors"
         torch.manual_seed(config.seed)
         self.model = self.new_model().to(self.accelerator.device)
@@ -126,6 +127,12 @@ class Trainer:
                 leftover.unlink()
         if self.path.exists() and not config.restart:
             self.resume()
+        steps = self.accelerator.gather(torch.tensor([self.step], device=self.accelerator.device)).tolist()
+        if len(set(steps)) > 1:
+            raise ValueError(
+                f"the processes found runs at different iterations in --out {config.out}: {steps}; it must be one folder that "
+                "all machines share"
+            )
         command = f"python -m {self.module} " + shlex.join(sys.argv[1:])
         if not self.starts or self.starts[-1]["command"] != command:
             self.starts.append({"command": command, "step": self.step})
@@ -174,7 +181,7 @@ class Trainer:
 
     def run(self) -> None:
         config, main = self.config, self.accelerator.is_main_process
-        writer = SummaryWriter(str(config.out), purge_step=self.step + 1 if self.step else None) if main else None
+        writer = SummaryWriter(str(config.out), purge_step=self.step + 1) if main else None
         bar = tqdm(total=config.iterations, initial=self.step, disable=not main, unit="it", dynamic_ncols=True)
         pending: list[dict[str, Tensor]] = []  # losses since the last point of the curve
         try:
@@ -194,12 +201,12 @@ class Trainer:
                                 writer.add_scalar(name, value, self.step)
                             writer.add_scalar("learning_rate", learning_rate(config, self.step - 1), self.step)
                             writer.add_scalar("skipped_steps", self.skipped, self.step)
+                    if last or self.step % config.checkpoint_every == 0:
+                        self.save()
                     if self.step % config.picture_every == 0 or (last and config.picture_every <= config.iterations):
                         picture = self.draw_picture()
                         if writer and picture is not None:
                             writer.add_image("samples", picture, self.step, dataformats="HWC")
-                    if last or self.step % config.checkpoint_every == 0:
-                        self.save()
                 if self.stop:
                     self.save()
         finally:
@@ -232,8 +239,9 @@ class Trainer:
         if self.bad_steps == MAX_BAD_STEPS:
             raise FloatingPointError(
                 f"the gradient was not finite for {MAX_BAD_STEPS} steps in a row, the last at iteration {self.step} with loss "
-                f"{losses['loss'].item()}; {self.path} still holds the last good checkpoint: lower --lr (in another --out), "
-                "use --precision fp32, or look for broken values in the data"
+                f"{losses['loss'].item()}; "
+                + (f"{self.path} still holds the last good checkpoint: " if self.path.exists() else "nothing is saved yet: ")
+                + "lower --lr (in another --out), use --precision fp32, or look for broken values in the data"
             )
         return losses
 
@@ -308,9 +316,9 @@ class Trainer:
         }
 
     def save(self) -> None:
-        """Write the checkpoint: all processes gather it, the main one writes. Nothing is written while the gradient is not
-        finite, as the weights may not be either."""
-        if self.bad_steps:
+        """Write the checkpoint: all processes gather it, the main one writes. Nothing is written if the weights are not finite,
+        so that the last good state stays."""
+        if self.bad_steps and not all(local(p.detach()).isfinite().all() for p in self.model.parameters()):
             return
         names = {id(p): name for name, p in self.model.named_parameters()}
         state = {"step": torch.tensor(self.step), "skipped": torch.tensor(self.skipped), **self.extra_state()}
@@ -416,6 +424,20 @@ def distribute_like(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
 
+def check_accelerate(accelerator: Accelerator) -> None:
+    """
+    Raises:
+        ValueError: accelerate was told, by its configuration, to do what the trainer does itself.
+    """
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ValueError(f"accelerate is configured for {accelerator.distributed_type}; start with torchrun, and give --shard")
+    if accelerator.gradient_accumulation_steps != 1:
+        raise ValueError(
+            f"accelerate is configured for {accelerator.gradient_accumulation_steps} gradient accumulation steps; set that to "
+            "1, and give --accumulate instead"
+        )
+
+
 @contextmanager
 def stop_signals(trainer: Trainer) -> Iterator[None]:
     """Let Ctrl-C and SIGTERM stop the run after the iteration under way, so that what is saved is whole. Several processes
@@ -439,12 +461,14 @@ def main(new_trainer: Callable[[], Trainer]) -> Trainer:
     """Make the trainer and run it, with errors a user can act on; exits with status 130 when the user stops it."""
     try:
         trainer = new_trainer()
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f"error: {error}") from error
-    try:
         trainer.run()
-    except FloatingPointError as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         raise SystemExit(f"error: {error}") from error
+    except torch.OutOfMemoryError as error:
+        raise SystemExit(
+            f"error: {error}\nThe batch does not fit this device's memory: give --accumulate a larger number (the batch stays "
+            "the same), --gradient-checkpointing, or --shard with several processes"
+        ) from error
     if trainer.stop:
         raise SystemExit(130)
     return trainer

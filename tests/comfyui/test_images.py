@@ -185,6 +185,55 @@ def test_image_to_image_and_mask(comfy: Comfy, pixels: Path, solver: str) -> Non
     assert 0 < moved[0] < 0.6 * moved[1]
 
 
+def guided_twice(first: dict, guider: dict) -> dict:
+    """GM Guider behind GM Probabilistic Guidance."""
+    prompt = custom(graph(steps=4), node("GMFlowGuider", model=["guided", 0], **WIRES, **guider), ODE)
+    prompt["guided"]["inputs"].update(first)
+    return prompt
+
+
+def test_the_last_guidance_node_counts(comfy: Comfy, pixels: Path) -> None:
+    wide = {"scale": 0.4, **CFG}
+    prompt = guided_twice({"start_percent": 0.4, "end_percent": 0.6}, wide)
+    assert close(latent_of(comfy, prompt), outside(pixels, guidance=Guidance(0.4)))
+
+
+@pytest.mark.parametrize("order", ["before", "behind"])
+def test_another_cfg_function_is_refused(comfy: Comfy, pixels: Path, order: str) -> None:
+    """RescaleCFG would take the weight for a scale, or be dropped."""
+    prompt = ksampler(graph(), 0.4, model="guided" if order == "before" else "rescaled")
+    prompt["rescaled"] = node("RescaleCFG", model=["model" if order == "before" else "guided", 0], multiplier=0.7)
+    if order == "before":
+        prompt["guided"]["inputs"]["model"] = ["rescaled", 0]
+    with pytest.raises(PromptError, match=r"cfg function .*RescaleCFG"):
+        comfy.run(prompt)
+
+
+def test_what_comes_after_guidance_is_obeyed(comfy: Comfy, pixels: Path) -> None:
+    """A node that changes the guided prediction changes GM-ODE's samples too."""
+    prompt = custom(graph(), node("CFGGuider", model=["guided", 0], cfg=0.4, **WIRES), ODE)
+    plain = latent_of(comfy, prompt)
+    assert close(plain, outside(pixels, guidance=Guidance(0.4)))
+    prompt["norm"] = node("CFGNorm", model=["guided", 0], strength=0.5)
+    prompt["guider"]["inputs"]["model"] = ["norm", 0]
+    assert (latent_of(comfy, prompt) - plain).abs().max() > 0.05
+
+
+def test_zeroed_labels_are_no_class(comfy: Comfy, pixels: Path) -> None:
+    prompt = graph()
+    prompt["zero"] = node("ConditioningZeroOut", conditioning=["labels", 0])
+    prompt["sample"]["inputs"]["positive"] = ["zero", 0]
+    assert close(latent_of(comfy, prompt), outside(pixels, labels=(len(NAMES), len(NAMES))))
+
+
+def test_labels_in_the_text_alone(comfy: Comfy, pixels: Path) -> None:
+    prompt = graph(["(only more_labels)", 2, 5])
+    assert torch.equal(latent_of(comfy, prompt), latent_of(comfy, graph()))
+    prompt["labels"]["inputs"]["more_labels"] = " "
+    with pytest.raises(PromptError, match="there are no labels"):
+        comfy.run(prompt)
+
+
 def test_pixels_and_previews_show_the_colours(comfy: Comfy, pixels: Path) -> None:
     prompt = graph([2, 5, 6], steps=6)
     for name, columns in (("each", 0), ("sheet", 2)):
@@ -205,7 +254,7 @@ def test_pixels_and_previews_show_the_colours(comfy: Comfy, pixels: Path) -> Non
 
 @pytest.mark.parametrize(
     ("text", "found"),
-    [("tabby cat", 0), ("golden", 2), ("TENCH", 6), ("4", 4), ("welsh", 5)],
+    [("tabby cat", 0), ("golden", 2), ("TENCH", 6), ("4", 4), ("crane (4)", 4), ("welsh", 5)],
 )
 def test_labels_are_found(comfy: Comfy, pixels: Path, text: str, found: int) -> None:
     prompt = graph([text, "tench"], repeat=2)
@@ -218,7 +267,7 @@ def test_labels_are_found(comfy: Comfy, pixels: Path, text: str, found: int) -> 
     ("text", "complaint"),
     [
         ("cat", "'cat' fits 2 classes: 0 tabby, tabby cat; 1 tiger cat"),
-        ("crane", "'crane' fits 2 classes: 3 crane; 4 crane. Give a whole name or a number"),
+        ("crane", r"'crane' fits 2 classes: 3 crane \(3\); 4 crane \(4\). Give a whole name or a number"),
         ("golden retreiver", "no class 'golden retreiver'; near it: 2 golden retriever"),
         ("7", "no class 7; .* from 0 to 6"),
         ("zebra", "no class 'zebra'.* 0 tabby"),

@@ -125,40 +125,44 @@ def finish(drawing, axes, path: Path) -> Path:
 
 
 def plot_calls(report: dict[str, Any], path: Path) -> Path:
-    """Fréchet distance and class accuracy against network calls, without guidance, or with the best where there is none
-    without."""
+    """Fréchet distance and class accuracy against network calls, a column of panels for each checkpoint; without guidance, or
+    with the best where there is none without."""
     from matplotlib.ticker import LogFormatter
 
     rows, floor = report["results"], report.get("floor")
     metrics = ["frechet_distance"] + ["class_accuracy"] * any(r["class_accuracy"] is not None for r in rows)
-    drawing, axes = figure(1, len(metrics), 3.8, 3.6)
     checkpoints, ticks = of_rows(rows, "checkpoint"), of_rows(rows, "network_calls")
-    for place, name in enumerate(checkpoints):
-        for solver in COLOURS:
-            best = {}
-            for row in (r for r in rows if (r["checkpoint"], r["solver"]) == (name, solver)):
-                calls, rank = row["network_calls"], (row["guidance"] != "none", row["frechet_distance"])
-                if calls not in best or rank < best[calls][0]:
-                    best[calls] = rank, row
-            if not best:
-                continue
-            label = f"{name} {TITLES[solver]}" if len(checkpoints) > 1 else TITLES[solver]
-            label += " (guided)" * any(rank[0] for rank, _ in best.values())
-            style = {"color": COLOURS[solver], "linestyle": ("-", "--", ":", "-.")[place % 4], "marker": "os^Dv<>p"[place % 8]}
-            for ax, metric in zip(axes[0], metrics, strict=True):
-                calls = sorted(n for n in best if best[n][1][metric] is not None)
-                ax.plot(calls, [best[n][1][metric] for n in calls], label=label, markersize=4, **style)
-    for ax, metric in zip(axes[0], metrics, strict=True):
+    drawing, axes = figure(len(metrics), len(checkpoints), 2.6 if len(checkpoints) > 1 else 3.8, 2.8, sharex=True, sharey="row")
+    for (r, metric), (c, name) in itertools.product(enumerate(metrics), enumerate(checkpoints)):
+        ax = axes[r, c]
+        for solver, colour in COLOURS.items():
+            best = best_by_calls([row for row in rows if (row["checkpoint"], row["solver"]) == (name, solver)])
+            calls = sorted(n for n in best if best[n][metric] is not None)
+            if calls:
+                label = TITLES[solver] + " (guided)" * any(best[n]["guidance"] != "none" for n in calls)
+                ax.plot(calls, [best[n][metric] for n in calls], label=label, color=colour, marker="o", markersize=4)
         if floor and floor[metric] is not None:
             ax.axhline(floor[metric], color="black", linewidth=1, linestyle=(0, (1, 2)), label="real images")
-        ax.set(xscale="log", xlabel="network calls", ylabel=metric_title(report, metric))
+        ax.set(xscale="log")
         ax.set_xticks(ticks, [str(n) for n in ticks])
         ax.minorticks_off()
+        if r == 0:
+            ax.set_title(name, fontsize=9)
+        if r == len(metrics) - 1:
+            ax.set_xlabel("network calls")
+        if c == 0:
+            ax.set_ylabel(metric_title(report, metric))
     if min([r["frechet_distance"] for r in rows] + ([floor["frechet_distance"]] if floor else [])) > 0:
         axes[0, 0].set_yscale("log")
         axes[0, 0].yaxis.set_major_formatter(LogFormatter())
         axes[0, 0].yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
     return finish(drawing, axes, path)
+
+
+def best_by_calls(rows: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """The row of each number of network calls: that without guidance, or that of the least Fréchet distance."""
+    ranked = sorted(rows, key=lambda row: (row["guidance"] != "none", row["frechet_distance"]), reverse=True)
+    return {row["network_calls"]: row for row in ranked}
 
 
 def plot_guidance(report: dict[str, Any], path: Path) -> Path:

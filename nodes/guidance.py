@@ -10,9 +10,9 @@ from .seam import has_probabilistic_guidance, with_probabilistic_guidance
 
 TIPS = {
     "scale": "The weight w of probabilistic guidance: how many standard deviations of the prediction it shifts the samples "
-    "away from the negative conditioning. 0 is none; 0.1 to 0.2 suit the digits, 0.45 is the paper's demo on ImageNet.",
+    "away from the negative conditioning. 0 is none; 0.05 to 0.2 suit the digits, 0.45 is the paper's demo on ImageNet.",
     "orthogonal": "How much of the guidance's part along the prediction itself is removed: 1, the paper's choice, keeps "
-    "colours from saturating.",
+    "values in range.",
     "start_percent": "Guidance begins at this share of the sampling (0 is pure noise); before it, nothing is guided.",
     "end_percent": "Guidance ends at this share of the sampling (1 is the finished image). Outside of the interval the "
     "negative conditioning is not computed.",
@@ -73,7 +73,7 @@ class GMFlowProbabilisticGuidance(io.ComfyNode):
             category="GMFlow",
             description="Makes the cfg of every sampler and guider behind it the weight w in [0, 1) of probabilistic guidance: "
             "0 is none, 0.1 to 0.5 usual. It steers the predicted distribution instead of extrapolating the velocity, so that "
-            "colours do not saturate. Stock samplers follow the guided mean, GM samplers the whole guided mixture.",
+            "values stay in range. Stock samplers follow the guided mean, GM samplers the whole guided mixture.",
             inputs=[io.Model.Input("model", tooltip="A model from Load GM Model."), *settings_inputs()],
             outputs=[io.Model.Output(tooltip="The model with probabilistic cfg: set cfg to a weight in [0, 1), such as 0.2.")],
         )
@@ -93,7 +93,7 @@ class GMFlowGuider(io.ComfyNode):
             display_name="GM Guider",
             category="GMFlow",
             description="Probabilistic guidance for SamplerCustomAdvanced: steers the predicted distribution instead of "
-            "extrapolating the velocity, so that colours do not saturate.",
+            "extrapolating the velocity, so that values stay in range.",
             inputs=[
                 io.Model.Input("model", tooltip="A model from Load GM Model."),
                 io.Conditioning.Input("positive", tooltip="What to generate."),

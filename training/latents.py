@@ -144,7 +144,8 @@ def read_index(folder: str | Path) -> dict[str, Any]:
         if (path.parent / PLAN).exists():
             fix = "the folder is not finished; run the same prepare command again, it goes on where it stopped"
         else:
-            fix = "it is not prepared data; python -m training.prepare --data IMAGES --out ANOTHER_FOLDER makes some"
+            out = "ANOTHER_FOLDER" if path.parent.exists() else path.parent  # it may be the folder of images
+            fix = f"make it with python -m training.prepare --data IMAGES --out {out}"
         raise FileNotFoundError(f"there is no {path}: {fix}")
     try:
         index = json.loads(path.read_text(encoding="utf-8"))

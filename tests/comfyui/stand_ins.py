@@ -16,13 +16,17 @@ LABELS = {88: "macaw", 207: "golden retriever", 279: "Arctic fox, white fox, Alo
 
 def write_imagenet_stand_ins(models: Path) -> None:
     """What workflows/imagenet_256.json names: the published model's folder, and a VAE. The VAE is one that the stock loader
-    takes under any name and that is small: a tiny autoencoder (TAESD), whose 32 x 32 latents are 256 x 256 images too."""
+    takes under any name and that is small: a tiny autoencoder (TAESD), whose 32 x 32 latents are 256 x 256 images too. What is
+    there stays as it is."""
+    vae = models / "vae" / "vae-ft-ema-560000-ema-pruned.safetensors"
+    if vae.exists():
+        return
     labels = {str(label): LABELS.get(label, f"class {label}") for label in range(1000)}
     write_published_folder(
         models / "gmflow" / "gmflow_imagenet_k8_ema", random_model(num_classes=1000, latent_size=32), labels=labels
     )
-    (models / "vae").mkdir(exist_ok=True)
-    save_file(tiny_autoencoder(), models / "vae" / "vae-ft-ema-560000-ema-pruned.safetensors")
+    vae.parent.mkdir(exist_ok=True)
+    save_file(tiny_autoencoder(), vae)
 
 
 def tiny_autoencoder() -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ import pytest
 
 from .client import Comfy
 from .page import ComfyPage, open_page
+from .stand_ins import write_imagenet_stand_ins
 
 DEFAULTS = {  # of inputs that came after the first workflows were saved
     "GMFlowLoader": {"hub_id_or_path": "", "weight_dtype": "default"},
@@ -21,6 +22,7 @@ WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
 
 @pytest.fixture(scope="module")
 def page(comfy: Comfy) -> Iterator[ComfyPage]:
+    write_imagenet_stand_ins(comfy.base / "models")  # or the page would ask for them
     with open_page(comfy) as page:
         yield page
 
@@ -42,6 +44,20 @@ def test_quickstart_dropped_and_run(comfy: Comfy, page: ComfyPage, tmp_path: Pat
     assert abs(corner_to_centre(gm) - 1) < 0.15
     assert corner_to_centre(stock) < 0.6
     assert gm[155:245, 150:240].mean() < 0.3 * gm[150:250, 265:365].mean()  # the empty square left of it
+
+
+def test_digits_dropped_and_run(comfy: Comfy, page: ComfyPage) -> None:
+    """Ten rows of ten digits, strokes on black, in the page and as the server made them."""
+    page.drop_workflow(WORKFLOWS / "digits_quickstart.json")
+    assert page.missing_nodes() == []
+    prompt_id = page.run()
+    page.wait_for_images(timeout=120)
+    (images,) = comfy.result(prompt_id).images.values()
+    picture = np.asarray(images[0].convert("RGB"), dtype=float)
+    assert picture.shape == (4 + 10 * 52, 4 + 10 * 52, 3)  # six times 8 pixels, and a gap of 4
+    digits = picture[4:, 4:].reshape(10, 52, 10, 52, 3)[:, :48, :, :48].max(-1)
+    ink = (digits > 100).mean((1, 3))
+    assert ((ink > 0.1) & (ink < 0.75)).all()
 
 
 def test_workflows_open_as_their_api_form(page: ComfyPage) -> None:

@@ -305,6 +305,15 @@ def test_reading_from_disk_and_from_workers(images, tmp_path):
         memory[13]
 
 
+def test_parts_of_a_data_set_are_no_classes(images, tmp_path):
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    for part in ("train", "test"):
+        (whole / part).symlink_to(images)
+    with pytest.raises(ValueError, match=r"test and train, which are parts .*give --data .*test"):
+        list_images(whole)
+
+
 def test_reader_errors(images, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(FileNotFoundError, match=r"python -m training.prepare --data IMAGES --out .*out"):

@@ -367,6 +367,12 @@ class Chunks:
         here = self.images(number)
         return "whole" if lengths == {len(here)} and metadata.get("first") == str(here.start) else "short"
 
+    def differences(self, number: int) -> list[str]:
+        """The parts of the key in which a foreign chunk's differs."""
+        with safe_open(self.path(number), framework="pt") as file:
+            old = json.loads((file.metadata() or {}).get("key", "{}"))
+        return [name for name, value in json.loads(self.key).items() if old.get(name) != value]
+
     def read(self, number: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """A whole chunk's tensors, and the facts that were saved with them."""
         tensors, metadata = read_tensors(self.path(number))
@@ -675,8 +681,8 @@ class Evaluation:
             state, measured = samples.state(number), measures.state(number) == "whole"
             if state == "foreign":
                 raise ValueError(
-                    f"{samples.path(number)} was sampled from another checkpoint or with other settings than {setting.name} "
-                    "now; give another --out, or --restart to throw away all samples there"
+                    f"{samples.path(number)} was sampled with another {' and '.join(samples.differences(number))} than "
+                    f"{setting.name} now; give another --out, or --restart to throw away all samples there"
                 )
             if state == "damaged":
                 print(f"{samples.path(number)} is not whole; it is sampled again", file=sys.stderr)

@@ -43,6 +43,7 @@ from training.devices import on_cpu
 from training.latents import DTYPES, FORMAT, INDEX, PLAN, read_record, shard_name, to_model, write_index, write_shard
 from training.vae import SD_VAE, VAE, load_vae
 
+SPLITS = {"train", "test", "val", "valid", "validation"}
 NAMED = 20  # how many of the images left out are named on the screen
 
 
@@ -139,6 +140,11 @@ def list_images(root: Path) -> ImageList:
     folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
     if not folders:
         raise ValueError(f"{root} has no class folders; put the images of each class into a subfolder of it")
+    if set(folders) <= SPLITS:
+        raise ValueError(
+            f"{root} holds {' and '.join(folders)}, which are parts of a data set, not classes; give --data {root / folders[0]}, "
+            "and prepare each into a folder of its own"
+        )
     files, labels, empty = [], [], []
     for label, folder in enumerate(folders):
         found = []

@@ -142,8 +142,8 @@ def list_images(root: Path) -> ImageList:
         raise ValueError(f"{root} has no class folders; put the images of each class into a subfolder of it")
     if set(folders) <= SPLITS:
         raise ValueError(
-            f"{root} holds {' and '.join(folders)}, which are parts of a data set, not classes; give --data {root / folders[0]}, "
-            "and prepare each into a folder of its own"
+            f"{root} holds {' and '.join(folders)}, which are parts of a data set, not classes; give --data "
+            f"{root / folders[0]}, and prepare each into a folder of its own"
         )
     files, labels, empty = [], [], []
     for label, folder in enumerate(folders):

@@ -115,16 +115,20 @@ class Guidance:
 
     def acts_at(self, sigma: float | Tensor) -> bool:
         """Whether the unconditional prediction is needed at `sigma`, a number or equal values (B,)."""
-        if self.idle or self.interval == (0.0, 1.0):
-            return not self.idle
-        low, high = self.interval
-        return low <= (sigma.flatten()[0].item() if isinstance(sigma, Tensor) else sigma) <= high
+        return not self.idle and within(self.interval, sigma)
 
     def __call__(self, cond: GaussianMixture, uncond_mean: Tensor) -> GaussianMixture:
         """The guided mixture of x_0."""
         if self.kind == "cfg":
             return classifier_free_guidance(cond, uncond_mean, self.scale)
         return probabilistic_guidance(cond, uncond_mean, self.scale, self.orthogonal)
+
+
+def within(interval: tuple[float, float], sigma: float | Tensor) -> bool:
+    """Whether `sigma`, a number or equal values (B,), lies in an interval of sigmas, its ends included. The whole of [0, 1]
+    holds every sigma, and a tensor is not read for that."""
+    low, high = interval
+    return (low, high) == (0.0, 1.0) or low <= (sigma.flatten()[0].item() if isinstance(sigma, Tensor) else sigma) <= high
 
 
 def _check_scale(scale: float | Tensor, orthogonal: float) -> None:

@@ -16,7 +16,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 
 from ..gmflow_core import GaussianMixture, velocity_to_x0
-from ..gmflow_core.guidance import Guidance
+from ..gmflow_core.guidance import Guidance, within
 
 RECORDER = "gmflow_mixture_recorder"  # key in transformer_options
 ROUNDING = 1e-4  # two means that differ by less, relatively, are the same
@@ -133,8 +133,7 @@ class ProbabilisticCFG:
     def calc_cond_batch(self, args: dict) -> list[Tensor]:
         """The predictions, without the negative one outside of the interval; ComfyUI's `sampler_calc_cond_batch_function`."""
         positive, negative = args["conds"]
-        low, high = self.interval
-        conds = [positive, negative if low <= args["sigma"].flatten()[0].item() <= high else None]
+        conds = [positive, negative if within(self.interval, args["sigma"]) else None]
         return comfy.samplers.calc_cond_batch(args["model"], conds, args["input"], args["sigma"], args["model_options"])
 
 

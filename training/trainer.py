@@ -113,14 +113,14 @@ class Trainer:
         self.path = config.out / "model.safetensors"
         torch.manual_seed(config.seed)
         self.model = self.new_model().to(self.accelerator.device)
-        self.optimizer = self.new_optimizer()
+        self.prepared = self.prepare()
+        self.optimizer = self.new_optimizer()  # of the parts of the weights that are left here
         self.step = 0
         self.skipped = 0  # steps without a finite gradient, in all
         self.bad_steps = 0  # and in a row
         self.stop = False  # set by a signal, obeyed between iterations
         self.starts: list[dict] = []  # every command that this run was started with, and at which iteration
         self.seconds = 0.0  # spent training, over all the starts of this run
-        self.prepared = self.prepare()
         self.average = [p.detach().clone() for p in self.model.parameters()] if config.ema else None
         if self.accelerator.is_main_process:
             for leftover in config.out.glob(f".{self.path.name}.*.tmp"):  # of a process killed while it wrote
@@ -275,9 +275,7 @@ class Trainer:
             raise ValueError("--shard divides the weights among processes, and there is one; start several with torchrun")
         for block in self.blocks():
             fully_shard(block)
-        fully_shard(objective)
-        self.optimizer = self.new_optimizer()  # of the parts that are left here
-        return objective
+        return fully_shard(objective)
 
     def gradient_of_piece(self, last: bool):
         """The context of a piece of a batch: gradients are added up here, and over the processes with the last piece."""
@@ -401,7 +399,7 @@ def learning_rate(config: TrainerConfig, step: int) -> float:
 
 
 def math_attention():
-    """Plain attention: on a CPU, with few tokens, its backward pass is many times faster than the fused one's."""
+    """Plain attention: on a CPU, with few tokens, its backward pass is faster than the fused one's."""
     return sdpa_kernel(SDPBackend.MATH)
 
 

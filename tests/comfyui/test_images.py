@@ -209,6 +209,13 @@ def test_another_cfg_function_is_refused(comfy: Comfy, pixels: Path, order: str)
         comfy.run(prompt)
 
 
+def test_a_guider_with_a_cfg_of_its_own_is_refused(comfy: Comfy, pixels: Path) -> None:
+    wires = {**WIRES, "empty_conditioning": ["labels", 1]}
+    guider = node("PerpNegGuider", model=["guided", 0], cfg=0.4, neg_scale=1.0, **wires)
+    with pytest.raises(PromptError, match="this guider computes its own cfg"):
+        comfy.run(custom(graph(), guider, ODE))
+
+
 def test_what_comes_after_guidance_is_obeyed(comfy: Comfy, pixels: Path) -> None:
     """A node that changes the guided prediction changes GM-ODE's samples too."""
     prompt = custom(graph(), node("CFGGuider", model=["guided", 0], cfg=0.4, **WIRES), ODE)

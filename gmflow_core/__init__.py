@@ -12,14 +12,27 @@ from .path import (
     posterior,
     posterior_mean,
     reverse_transition,
+    shift_time,
+    unshift_time,
     velocity_to_x0,
     x0_to_velocity,
 )
+from .policy import DXPolicy, DXVelocity, predict_x0
 from .rollout import rollout
-from .solvers import denoiser_of, sample_dpmpp_2m, sample_euler, sample_gm_ode, sample_gm_sde, second_order
+from .solvers import (
+    denoiser_of,
+    sample_dpmpp_2m,
+    sample_euler,
+    sample_gm_ode,
+    sample_gm_policy,
+    sample_gm_sde,
+    second_order,
+)
 from .spectral import hartley, sample_with_spectrum
 
 __all__ = [
+    "DXPolicy",
+    "DXVelocity",
     "GaussianMixture",
     "Guidance",
     "GuidedMixture",
@@ -35,6 +48,7 @@ __all__ = [
     "nll",
     "posterior",
     "posterior_mean",
+    "predict_x0",
     "probabilistic_guidance",
     "read_metadata",
     "reverse_transition",
@@ -42,13 +56,16 @@ __all__ = [
     "sample_dpmpp_2m",
     "sample_euler",
     "sample_gm_ode",
+    "sample_gm_policy",
     "sample_gm_sde",
     "sample_images",
     "sample_with_spectrum",
     "save_checkpoint",
     "second_order",
+    "shift_time",
     "spectral_nll",
     "transition_nll",
+    "unshift_time",
     "velocity_to_x0",
     "x0_to_velocity",
 ]

@@ -185,7 +185,11 @@ def main(arguments: list[str] | None = None) -> None:
     p.add_argument("--solver", choices=SOLVERS, default="gm-ode", help="default gm-ode; euler follows the mean velocity")
     p.add_argument("--steps", type=int, default=8, help="network calls (default 8)")
     p.add_argument("--order", type=int, choices=(1, 2), default=2, help="order of GM-ODE and GM-SDE (default 2)")
-    p.add_argument("--substeps", type=int, default=8, help="GM-ODE's substeps per network call (default 8; 32 for 1 step)")
+    p.add_argument(
+        "--substeps",
+        type=int,
+        help="GM-ODE's substeps per network call (default 8; 32 for 1 step), GM policy's in all (default 128)",
+    )
     p.add_argument("--shift", type=float, default=1.0, help="time shift, above 1 for more steps at high noise (default 1)")
     p.add_argument("--count", type=int, help="number of points (default 100000), or images of each label (default 8)")
     p.add_argument("--labels", nargs="+", metavar="LABEL", help="classes, by name or number (default: the first ten)")

@@ -70,8 +70,7 @@ def classifier_free_guidance(cond: GaussianMixture, uncond_mean: Tensor, scale: 
         scale: a number or one per sample (B,); 1 leaves `cond` as it is.
     """
     scale = torch.as_tensor(scale, dtype=cond.means.dtype, device=cond.means.device)
-    shift = (scale.reshape(-1, *[1] * (uncond_mean.ndim - 1)) - 1) * (cond.mean() - uncond_mean)
-    return GaussianMixture(cond.means + shift.unsqueeze(1), cond.log_weights, cond.log_std)
+    return cond.moved((scale.reshape(-1, *[1] * (uncond_mean.ndim - 1)) - 1) * (cond.mean() - uncond_mean))
 
 
 GUIDANCE_KINDS = ("probabilistic", "cfg")

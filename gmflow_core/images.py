@@ -33,8 +33,7 @@ def class_denoiser(network: nn.Module, labels: Tensor, guidance: Guidance | None
         both = torch.cat([labels, torch.full_like(labels, null)]).to(x.device)
         x2, sigma2 = torch.cat([x, x]), torch.cat([sigma, sigma])
         x0 = velocity_to_x0(network(x2, sigma2, both), x2, sigma2)
-        parts = zip(*(t.chunk(2) for t in (x0.means, x0.log_weights, x0.log_std)), strict=True)
-        cond, uncond = (GaussianMixture(*part) for part in parts)
+        cond, uncond = x0.chunk(2)
         return guidance(cond, uncond.mean())
 
     return denoise
@@ -48,7 +47,7 @@ def sample_images(
     solver: str = "gm-ode",
     steps: int = 8,
     order: int = 2,
-    substeps: int = 4,
+    substeps: int | None = None,
     shift: float = 1.0,
     guidance: Guidance | None = None,
     seeds: Sequence[int] | None = None,
@@ -76,5 +75,5 @@ def sample_images(
     generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
     x = standard_normal(shape, generators, like=torch.empty(0, device=device))
     denoiser = class_denoiser(network, labels.to(device), guidance)
-    settings = {"order": order, "substeps": substeps, "spectrum": network.spectrum_net, "noise": generators}
+    settings = {"order": order, "substeps": substeps, "shift": shift, "spectrum": network.spectrum_net, "noise": generators}
     return solve(solver, denoiser, x, flow_sigmas(steps, shift), **settings, callback=callback)

@@ -100,6 +100,17 @@ class GaussianMixture:
         """The components' common variance, shaped as `log_std`."""
         return (2 * self.log_std).exp()
 
+    # Parts and moves
+
+    def chunk(self, chunks: int) -> list[GaussianMixture]:
+        """The batch in equal parts; `log_std` needs an entry for each sample."""
+        fields = (self.means, self.log_weights, self.log_std)
+        return [GaussianMixture(*parts) for parts in zip(*(field.chunk(chunks) for field in fields), strict=True)]
+
+    def moved(self, by: Tensor) -> GaussianMixture:
+        """The mixture moved as a whole, by (B, C, *S)."""
+        return GaussianMixture(self.means + by.unsqueeze(1), self.log_weights, self.log_std)
+
     # Moments
 
     def mean(self) -> Tensor:

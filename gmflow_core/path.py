@@ -35,18 +35,36 @@ def expand_sigma(sigma: Sigma, x: Tensor) -> Tensor:
     )
 
 
-def flow_sigmas(steps: int, shift: float = 1.0) -> Tensor:
-    """`steps` + 1 times from 1 down to 0, uniform before the time shift s -> shift s / (1 + (shift - 1) s).
+def shift_time(t: Sigma, shift: float) -> Sigma:
+    """The time shift t -> shift t / (1 + (shift - 1) t) of [0, 1] (Esser et al. 2024): above 1 it moves times towards noise."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def unshift_time(sigma: Sigma, shift: float) -> Sigma:
+    """The inverse of `shift_time`."""
+    return sigma / (shift + (1 - shift) * sigma)
+
+
+def flow_sigmas(steps: int, shift: float = 1.0, *, start: float = 1.0, final_step_size: float = 1.0) -> Tensor:
+    """`steps` + 1 times from `start` down to 0, before the time shift.
+
+    Args:
+        shift: see `shift_time`.
+        start: in (0, 1]; below 1 for changing an image instead of making one.
+        final_step_size: of the last step, in (0, 1], relative to the others, which are equal (pi-Flow takes 0.5).
 
     Raises:
-        ValueError: `steps` is below 1 or `shift` is not positive.
+        ValueError: an argument is out of range.
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}; at least 1 is needed")
     if not shift > 0:
         raise ValueError(f"shift is {shift}; it must be positive (1 leaves the grid uniform)")
-    sigmas = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    return (shift * sigmas / (1 + (shift - 1) * sigmas)).float()
+    for name, value in (("start", start), ("final_step_size", final_step_size)):
+        if not 0 < value <= 1:
+            raise ValueError(f"{name} is {value}; it must be above 0 and at most 1")
+    times = 1 - torch.arange(steps + 1, dtype=torch.float64) / (steps - 1 + final_step_size)
+    return shift_time(start * times.clamp(min=0), shift).float()
 
 
 def diffuse(x0: Tensor, sigma: Sigma, noise: Tensor) -> Tensor:

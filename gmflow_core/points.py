@@ -25,7 +25,7 @@ def sample_points(
     solver: str = "gm-ode",
     steps: int = 8,
     order: int = 2,
-    substeps: int = 8,
+    substeps: int | None = None,
     shift: float = 1.0,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
@@ -34,7 +34,7 @@ def sample_points(
 
     Args:
         network: a `GMFlowMLP`.
-        solver: "gm-ode", "gm-sde" or "euler" (on the mean velocity; it takes neither `order` nor `substeps`).
+        solver, order, substeps, shift: see `gmflow_core.solvers.solve`.
         steps: network calls per sample.
         seed: of the initial noise and of GM-SDE's; the numbers do not depend on the device.
         progress: called as progress(done, total) with numbers of network calls.
@@ -58,7 +58,7 @@ def sample_points(
 
         noise = torch.randn(min(CHUNK, count - chunk * CHUNK), 2, generator=generator).to(device)
         with torch.inference_mode():
-            settings = {"order": order, "substeps": substeps, "noise": generator, "callback": callback}
+            settings = {"order": order, "substeps": substeps, "shift": shift, "noise": generator, "callback": callback}
             points.append(solve(solver, denoiser_of(network), noise, sigmas, **settings).cpu())
     return torch.cat(points)
 

@@ -6,29 +6,32 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from .mixture import GaussianMixture
-from .path import MIN_SIGMA, Sigma, expand_sigma, posterior_mean
+from .path import MIN_SIGMA, Sigma, expand_sigma, posterior_mean, shift_time, unshift_time
+from .policy import DXPolicy, Policy
 
 Constrain = Callable[[Tensor, Tensor], Tensor]
 
 
 def rollout(
-    x0: GaussianMixture,
+    x0: Policy,
     x: Tensor,
     sigma: Sigma,
     sigma_end: Sigma,
     substeps: int,
     *,
+    shift: float = 1.0,
     constrain: Constrain | None = None,
 ) -> Tensor:
-    """Integrate dx / dsigma = (x - E[x_0 | x, sigma]) / sigma from sigma down to sigma_end in Euler steps of equal size,
-    with the posterior mean that the mixture predicted at the start implies on the way (GM-ODE of GMFlow, ICML 2025).
+    """Integrate dx / dsigma = (x - E[x_0 | x, sigma]) / sigma from sigma down to sigma_end in Euler steps, with the posterior
+    mean that the mixture predicted at the start implies on the way (GM-ODE of GMFlow, ICML 2025; the GM policy of pi-Flow), or
+    with the x_0 of a DX policy.
 
     Args:
-        x0: mixture of x_0 given (x, sigma).
+        x0: mixture of x_0 given (x, sigma), or a DX policy predicted there.
         x: (B, C, *S) at sigma.
         sigma, sigma_end: numbers, one per sample, or broadcastable to x.
         substeps: number of Euler steps, at least 1; with 1 only the mixture's mean matters.
+        shift: the steps are equal in unshifted time, see `shift_time`.
         constrain: called as constrain(x, sigma) after every substep; returns the x to go on with. For masks, and the
             place to raise from when the user interrupts.
 
@@ -41,10 +44,14 @@ def rollout(
     if substeps < 1:
         raise ValueError(f"substeps is {substeps}; at least 1 is needed")
     start, end, source = expand_sigma(sigma, x), expand_sigma(sigma_end, x), x
+    first, last = unshift_time(start, shift), unshift_time(end, shift)
     now = start
     for substep in range(substeps):
-        mean = x0.mean() if substep == 0 else posterior_mean(x0, source, start, x, now)
-        following = start + (end - start) * ((substep + 1) / substeps)
+        if isinstance(x0, DXPolicy):
+            mean = x0.at(now)
+        else:
+            mean = x0.mean() if substep == 0 else posterior_mean(x0, source, start, x, now)
+        following = end if substep == substeps - 1 else shift_time(first + (last - first) * ((substep + 1) / substeps), shift)
         x = mean + (following / now.clamp(min=MIN_SIGMA)) * (x - mean)
         now = following
         if constrain is not None:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from .guidance import GuidedMixture, image_gaussian, image_mean
 from .mixture import GaussianMixture, Generator, IsotropicGaussian, standard_normal
-from .path import posterior_mean, reverse_transition, velocity_to_x0
+from .path import posterior_mean, reverse_transition, unshift_time, velocity_to_x0
+from .policy import DXPolicy, Policy
 from .rollout import Constrain, rollout
 from .spectral import sample_with_spectrum
 
@@ -155,6 +156,70 @@ def sample_euler(
     return sample_gm_ode(denoiser, x, sigmas, order=1, substeps=1, callback=callback, constrain=constrain)
 
 
+def sample_gm_policy(
+    denoiser: Callable[[Tensor, Tensor], Policy],
+    x: Tensor,
+    sigmas: Tensor | Sequence[float],
+    *,
+    substeps: int = 128,
+    shift: float = 1.0,
+    temperature: float | None = None,
+    stochasticity: float = 0.0,
+    noise: Generator | None = None,
+    callback: Callback | None = None,
+    constrain: Constrain | None = None,
+) -> Tensor:
+    """The policy sampler of pi-Flow (Chen et al. 2025, arXiv 2510.14974): between two network calls x follows the policy that
+    the first one predicted.
+
+    Args:
+        denoiser: as for `sample_gm_ode`, or one that gives DX policies.
+        substeps: Euler substeps for the whole of [0, 1] in unshifted time; a step gets its share, and 1 at least.
+        shift: the time shift of the sigmas, so that a step's substeps are of equal size in unshifted time.
+        temperature: of the mixture, in (0, 1], at every step but the last: below 1 it sharpens. None is pi-Flow's
+            min(1, 0.1 (steps - 1)). A DX policy has none.
+        stochasticity: h >= 0. 0 is deterministic; above it each step goes to a lower sigma and adds noise back; 1 is as
+            stochastic as the SDE of DDPM.
+        noise: a generator (a CPU one gives the same numbers on every device), or one for each sample.
+        Other arguments, return value and errors as `sample_gm_ode`.
+
+    Raises:
+        ValueError: `temperature` or `stochasticity` is out of range.
+    """
+    intervals = _intervals(sigmas)
+    if temperature is None:
+        temperature = min(1.0, 0.1 * (len(intervals) - 1))
+    elif not 0 < temperature <= 1:
+        raise ValueError(f"temperature {temperature} must be above 0 and at most 1, which leaves the mixture as it is")
+    if not stochasticity >= 0:
+        raise ValueError(f"stochasticity {stochasticity} must be 0 (deterministic) or more")
+    if substeps < 1:
+        raise ValueError(f"substeps is {substeps}; at least 1 is needed")
+    for index, (sigma, sigma_next) in enumerate(intervals):
+        policy = denoiser(x, _batch_sigma(x, sigma))
+        if callback is not None:
+            callback(index, x, policy.mean())
+        if temperature < 1 and index < len(intervals) - 1 and not isinstance(policy, DXPolicy):
+            policy = policy.with_temperature(temperature)
+        kept = _kept_noise(sigma, sigma_next, stochasticity)
+        signal = (1 - sigma_next) + sigma_next * kept
+        target = sigma_next * kept / signal  # where the rollout ends; what is missing to sigma_next is fresh noise
+        count = max(1, round((unshift_time(sigma, shift) - unshift_time(target, shift)) * substeps))
+        x = rollout(policy, x, sigma, target, count, shift=shift, constrain=constrain)
+        if kept < 1 and sigma_next > 0:
+            x = signal * x + sigma_next * math.sqrt(1 - kept**2) * standard_normal(x.shape, noise, like=x)
+            if constrain is not None:
+                x = constrain(x, x.new_tensor(sigma_next))
+    return x
+
+
+def _kept_noise(sigma: float, sigma_next: float, stochasticity: float) -> float:
+    """How much of the noise in x at sigma_next comes from x at sigma, in [0, 1]; the rest is fresh (pi-Flow's flow map SDE)."""
+    if stochasticity == 0:
+        return 1.0
+    return (sigma_next * (1 - sigma) / (sigma * (1 - sigma_next))) ** (stochasticity**2)
+
+
 def sample_dpmpp_2m(
     denoiser: Denoiser,
     x: Tensor,
@@ -184,7 +249,8 @@ def sample_dpmpp_2m(
     return x
 
 
-SOLVERS = ("gm-ode", "gm-sde", "euler", "dpmpp-2m")
+SOLVERS = ("gm-ode", "gm-sde", "gm-policy", "euler", "dpmpp-2m")
+SUBSTEPS = {"gm-ode": 8, "gm-policy": 128}  # a usual number: between two network calls, and over all of [0, 1]
 
 
 def solve(
@@ -194,7 +260,10 @@ def solve(
     sigmas: Tensor | Sequence[float],
     *,
     order: int = 2,
-    substeps: int = 8,
+    substeps: int | None = None,
+    shift: float = 1.0,
+    temperature: float | None = None,
+    stochasticity: float = 0.0,
     spectrum: Spectrum | None = None,
     noise: Generator | None = None,
     callback: Callback | None = None,
@@ -202,14 +271,22 @@ def solve(
 ) -> Tensor:
     """The solver of that name, for users who choose one from a list; it takes of the settings what it knows.
 
+    Args:
+        substeps: what the solver means by it; its entry in SUBSTEPS if None.
+        Others: of the solvers.
+
     Raises:
         ValueError: `solver` is not one of SOLVERS; or as the solvers.
     """
     shared = {"callback": callback, "constrain": constrain}
+    substeps = SUBSTEPS.get(solver) if substeps is None else substeps
     if solver == "gm-ode":
         return sample_gm_ode(denoiser, x, sigmas, order=order, substeps=substeps, **shared)
     if solver == "gm-sde":
         return sample_gm_sde(denoiser, x, sigmas, order=order, spectrum=spectrum, noise=noise, **shared)
+    if solver == "gm-policy":
+        shared.update(shift=shift, temperature=temperature, stochasticity=stochasticity, noise=noise)
+        return sample_gm_policy(denoiser, x, sigmas, substeps=substeps, **shared)
     if solver == "euler":
         return sample_euler(denoiser, x, sigmas, **shared)
     if solver == "dpmpp-2m":

@@ -49,7 +49,7 @@ from gmflow_core.checkpoint import load_checkpoint, read_metadata
 from gmflow_core.guidance import Guidance
 from gmflow_core.images import sample_images
 from gmflow_core.published import is_published, published_weights
-from gmflow_core.solvers import SOLVERS
+from gmflow_core.solvers import SOLVERS, SUBSTEPS
 from training.devices import on_cpu
 from training.digits import saturation_distance
 from training.evaluate_report import METRICS, sheet, write_csv, write_plots
@@ -102,7 +102,7 @@ class Config:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """The sigmas between which guidance acts."""
     substeps: int | None = None
-    """GM-ODE's substeps in a step; by default 128 in all, and 4 at least."""
+    """GM-ODE's substeps in a step, by default 128 in all, and 4 at least; the GM policy's in all."""
     order: Literal[1, 2] = 2
     """Order of GM-ODE and GM-SDE."""
     shift: float = 1.0
@@ -201,9 +201,11 @@ class Setting:
         return f"{self.checkpoint}_{self.solver}_{self.steps}{guidance}"
 
     def substeps(self, config: Config) -> int | None:
-        """GM-ODE's substeps in a step; None for other solvers."""
-        if self.solver != "gm-ode":
+        """GM-ODE's substeps in a step, the GM policy's in all; None for other solvers."""
+        if self.solver not in SUBSTEPS:
             return None
+        if self.solver == "gm-policy":
+            return config.substeps or SUBSTEPS["gm-policy"]
         return config.substeps if config.substeps is not None else max(4, 128 // self.steps)
 
 
@@ -742,7 +744,7 @@ class Evaluation:
                 solver=setting.solver,
                 steps=setting.steps,
                 order=config.order,
-                substeps=setting.substeps(config) or 1,
+                substeps=setting.substeps(config),
                 shift=config.shift,
                 guidance=guidance,
                 seeds=seeds,

@@ -3,10 +3,18 @@
 from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
+from .adapters import GMFlowAdapter
 from .conditioning import GMFlowClassLabels, GMFlowUnconditional
 from .guidance import GMFlowGuider, GMFlowProbabilisticGuidance
 from .loaders import GMFlowLoader, register_model_folder
-from .samplers import GMFlowODESampler, GMFlowSampler, GMFlowSDESampler, GMFlowSigmas
+from .samplers import (
+    GMFlowODESampler,
+    GMFlowPolicySampler,
+    GMFlowPolicySigmas,
+    GMFlowSampler,
+    GMFlowSDESampler,
+    GMFlowSigmas,
+)
 from .views import GMFlowDensity, GMFlowPixels
 
 
@@ -21,7 +29,10 @@ class GMFlowExtension(ComfyExtension):
             GMFlowSampler,
             GMFlowODESampler,
             GMFlowSDESampler,
+            GMFlowPolicySampler,
             GMFlowSigmas,
+            GMFlowPolicySigmas,
+            GMFlowAdapter,
             GMFlowClassLabels,
             GMFlowUnconditional,
             GMFlowGuider,

@@ -6,6 +6,7 @@ import comfy.samplers
 from comfy_api.latest import io
 
 from .conditioning import unconditional
+from .models import GMModel
 from .seam import has_probabilistic_guidance, with_probabilistic_guidance
 
 TIPS = {
@@ -55,9 +56,18 @@ def gm_guider(model, positive, negative=None, scale: float = 0.0) -> comfy.sampl
 
     Args:
         negative: no class if None.
+
+    Raises:
+        ValueError: there is none, and the model takes no classes.
     """
+    of_classes = isinstance(model.model, GMModel)
+    if negative is None and scale and not of_classes:
+        raise ValueError(
+            f"guidance with weight {scale:g} needs a negative conditioning to steer away from: connect one, such as an empty "
+            "prompt, or set the weight to 0"
+        )
     guider = comfy.samplers.CFGGuider(model)
-    guider.set_conds(positive, unconditional() if negative is None else negative)
+    guider.set_conds(positive, negative or (unconditional() if of_classes else positive))
     guider.set_cfg(scale if has_probabilistic_guidance(model) else 1.0)
     return guider
 
@@ -74,7 +84,7 @@ class GMFlowProbabilisticGuidance(io.ComfyNode):
             description="Makes the cfg of every sampler and guider behind it the weight w in [0, 1) of probabilistic guidance: "
             "0 is none, 0.1 to 0.5 usual. It steers the predicted distribution instead of extrapolating the velocity, so that "
             "values stay in range. Stock samplers follow the guided mean, GM samplers the whole guided mixture.",
-            inputs=[io.Model.Input("model", tooltip="A model from Load GM Model."), *settings_inputs()],
+            inputs=[io.Model.Input("model", tooltip="A model from Load GM Model or GM Adapter."), *settings_inputs()],
             outputs=[io.Model.Output(tooltip="The model with probabilistic cfg: set cfg to a weight in [0, 1), such as 0.2.")],
         )
 
@@ -95,12 +105,14 @@ class GMFlowGuider(io.ComfyNode):
             description="Probabilistic guidance for SamplerCustomAdvanced: steers the predicted distribution instead of "
             "extrapolating the velocity, so that values stay in range.",
             inputs=[
-                io.Model.Input("model", tooltip="A model from Load GM Model."),
+                io.Model.Input("model", tooltip="A model from Load GM Model or GM Adapter."),
                 io.Conditioning.Input("positive", tooltip="What to generate."),
                 io.Float.Input("scale", default=0.2, min=0.0, max=0.99, step=0.01, tooltip=TIPS["scale"]),
                 *settings_inputs(),
                 io.Conditioning.Input(
-                    "negative", optional=True, tooltip="What to steer away from; no class if nothing is connected."
+                    "negative",
+                    optional=True,
+                    tooltip="What to steer away from; no class if nothing is connected to a model of classes.",
                 ),
             ],
             outputs=[io.Guider.Output(tooltip="For SamplerCustomAdvanced, with any sampler.")],

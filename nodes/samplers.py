@@ -13,31 +13,44 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..gmflow_core import flow_sigmas
+from ..gmflow_core import DXPolicy, flow_sigmas, unshift_time
+from ..gmflow_core.policy import Policy
 from ..gmflow_core.solvers import SOLVERS, solve
 from .guidance import TIPS as GUIDANCE_TIPS
 from .guidance import gm_guider, guided
-from .seam import MixtureModel, has_probabilistic_guidance
+from .notices import notice
+from .seam import Adapter, MixtureModel, PointShape, has_probabilistic_guidance, own_shift
 
 NOTHING = [[torch.zeros(1, 1, 1), {}]]  # CONDITIONING for models that take none; others ask for labels
 
+OWN = 0  # of a setting: the model's, or the solver's, own value
 TIPS = {
-    "order": "2 corrects every mixture with the one before it; 1 takes them as they are.",
+    "order": "2 corrects every mixture with the one before it; 1 takes them as they are. For gm-ode and gm-sde.",
     "substeps": "GM-ODE's small steps between two network calls. They cost little beside the network: 8 are plenty for 4 "
     "or more network calls; take 16 for 2, and 32 for 1.",
+    "policy_substeps": "Small steps along the predicted policy, for the whole way from noise to image; each network call gets "
+    "its share. 128 is what the adapters were made with.",
     "steps": "Network calls. GM samplers are made for 4 to 8.",
-    "shift": "Time shift: above 1 spends more of the steps at high noise. 1 is what the models here are trained for.",
+    "shift": "Time shift: above 1 spends more of the steps at high noise. 0 takes the model's own: 1 for the models of this "
+    "extension, 3.2 with a GM adapter.",
+    "final_step_size": "Size of the last step beside the others. Models with a GM adapter are made for 0.5.",
+    "temperature": "Below 1 it sharpens the mixture at all steps but the last. 0 is automatic: a tenth of the steps but one, "
+    "at most 1 (0.3 for 4 steps).",
+    "stochasticity": "0 is deterministic. Above it every step goes further and adds fresh noise; 1 is as stochastic as the SDE "
+    "of DDPM.",
     "denoise": "1 starts from pure noise; less starts from the latent with that share of noise added (image to image).",
-    "seed": "Seed of the initial noise, and of the noise that GM-SDE adds.",
+    "seed": "Seed of the initial noise, and of the noise that stochastic samplers add.",
 }
 
 
-def gm_sampler(solver: str, order: int = 2, substeps: int = 8, batch_index: list[int] | None = None) -> comfy.samplers.KSAMPLER:
+def gm_sampler(solver: str, batch_index: list[int] | None = None, shift: float = OWN, **settings) -> comfy.samplers.KSAMPLER:
     """A SAMPLER that runs a solver of gmflow_core.
 
     Args:
         solver: one of SOLVERS.
         batch_index: of a LATENT: where in its batch each image was; in order if None.
+        shift: time shift of the sigmas; the model's own if 0.
+        settings: for `solve`.
     """
 
     def run(model, x: Tensor, sigmas: Tensor, extra_args: dict | None = None, callback=None, disable=None) -> Tensor:
@@ -50,22 +63,45 @@ def gm_sampler(solver: str, order: int = 2, substeps: int = 8, batch_index: list
             )
         extra_args = extra_args or {}
         mixtures = MixtureModel(model, x.shape, extra_args)
+        time_shift = shift or mixtures.own_shift
+        if mixtures.adapter is not None:
+            check_steps(mixtures.adapter, sigmas, time_shift)
 
         def report(step: int, x: Tensor, x0: Tensor) -> None:
             if callback is not None:
                 state = {"x": mixtures.from_solver(x), "denoised": mixtures.from_solver(x0)}
                 callback({"i": step, "sigma": sigmas[step], "sigma_hat": sigmas[step], **state})
 
+        def denoise(x: Tensor, sigma: Tensor) -> Policy:
+            policy = mixtures.denoise(x, sigma)
+            if isinstance(policy, DXPolicy) and solver in ("gm-ode", "gm-sde"):
+                raise ValueError(
+                    f"{solver} needs a Gaussian mixture, and the adapter {mixtures.adapter.name} has a DX policy; use "
+                    "gm-policy (GM Policy Sampler), or a GM adapter"
+                )
+            return policy
+
         # not the seed itself: ComfyUI drew the initial noise with it
         noise = torch.Generator().manual_seed(((extra_args.get("seed") or 0) + 1) % 2**64)
-        if not mixtures.of_points:
+        if not isinstance(mixtures.shape, PointShape):
             noise = image_generators(noise, batch_index or range(len(x)))
-        settings = {"order": order, "substeps": substeps, "spectrum": mixtures.spectrum, "noise": noise}
+        given = {"shift": time_shift, "spectrum": mixtures.spectrum, "noise": noise, **settings}
         hooks = {"callback": report, "constrain": mixtures.constrain}
-        x = solve(solver, mixtures.denoise, mixtures.to_solver(x), sigmas, **settings, **hooks)
-        return mixtures.from_solver(x)
+        return mixtures.from_solver(solve(solver, denoise, mixtures.to_solver(x), sigmas, **given, **hooks))
 
     return comfy.samplers.KSAMPLER(run)
+
+
+def check_steps(adapter: Adapter, sigmas: Tensor, shift: float) -> None:
+    """Say so if a step is longer, in unshifted time, than those that the adapter was made for."""
+    times = unshift_time(sigmas.double().cpu(), shift)
+    longest, usual = float(-times.diff().min()), 1 / (adapter.steps - 1 + adapter.final_step_size)
+    if longest > 1.01 * usual:
+        notice(
+            f"the adapter {adapter.name} was made for {adapter.steps} steps or more, each at most {usual:.3f} of the way, and "
+            f"the longest of these {len(sigmas) - 1} goes {longest:.3f}: expect artefacts. Take more steps (or, with denoise "
+            "below 1, the same share of them)"
+        )
 
 
 def image_generators(source: torch.Generator, batch_index: Sequence[int]) -> list[torch.Generator]:
@@ -74,11 +110,11 @@ def image_generators(source: torch.Generator, batch_index: Sequence[int]) -> lis
     return [torch.Generator().manual_seed(seeds[index]) for index in batch_index]
 
 
-def gm_sigmas(steps: int, shift: float = 1.0, denoise: float = 1.0) -> Tensor:
+def gm_sigmas(steps: int, shift: float = 1.0, denoise: float = 1.0, final_step_size: float = 1.0) -> Tensor:
     """`steps` + 1 sigmas from `denoise` (before the shift) down to 0; none at all if `denoise` is 0."""
     if denoise <= 0:
         return torch.FloatTensor([])
-    return flow_sigmas(max(steps, round(steps / denoise)), shift)[-steps - 1 :]
+    return flow_sigmas(steps, shift, start=denoise, final_step_size=final_step_size)
 
 
 class GMFlowODESampler(io.ComfyNode):
@@ -101,7 +137,7 @@ class GMFlowODESampler(io.ComfyNode):
 
     @classmethod
     def execute(cls, order: int, substeps: int) -> io.NodeOutput:
-        return io.NodeOutput(gm_sampler("gm-ode", order, substeps))
+        return io.NodeOutput(gm_sampler("gm-ode", order=order, substeps=substeps))
 
 
 class GMFlowSDESampler(io.ComfyNode):
@@ -121,7 +157,73 @@ class GMFlowSDESampler(io.ComfyNode):
 
     @classmethod
     def execute(cls, order: int) -> io.NodeOutput:
-        return io.NodeOutput(gm_sampler("gm-sde", order))
+        return io.NodeOutput(gm_sampler("gm-sde", order=order))
+
+
+class GMFlowPolicySampler(io.ComfyNode):
+    """The GM policy as SAMPLER."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GMFlowPolicySampler",
+            display_name="GM Policy Sampler",
+            category="GMFlow",
+            description="pi-Flow's sampler for models with a GM adapter: between two network calls every pixel follows the "
+            "policy that the first one predicted. For SamplerCustomAdvanced, with GM Policy Sigmas.",
+            inputs=[
+                io.Int.Input("substeps", default=128, min=1, max=4096, tooltip=TIPS["policy_substeps"]),
+                io.Float.Input("temperature", default=0.0, min=0.0, max=1.0, step=0.01, tooltip=TIPS["temperature"]),
+                io.Float.Input("stochasticity", default=0.0, min=0.0, max=10.0, step=0.01, tooltip=TIPS["stochasticity"]),
+            ],
+            outputs=[io.Sampler.Output(tooltip="For SamplerCustomAdvanced or SamplerCustom.")],
+        )
+
+    @classmethod
+    def execute(cls, substeps: int, temperature: float, stochasticity: float) -> io.NodeOutput:
+        settings = {"substeps": substeps, "temperature": temperature or None, "stochasticity": stochasticity}
+        return io.NodeOutput(gm_sampler("gm-policy", **settings))
+
+
+class GMFlowPolicySigmas(io.ComfyNode):
+    """The policy sampler's time grid."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GMFlowPolicySigmas",
+            display_name="GM Policy Sigmas",
+            category="GMFlow",
+            description="The time grid that GM adapters are made for: equal steps and a shorter last one, in the model's own "
+            "time shift.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model that is sampled: its time shift counts."),
+                io.Int.Input("steps", default=4, min=1, max=1000, tooltip=TIPS["steps"]),
+                io.Float.Input("shift", default=0.0, min=0.0, max=100.0, step=0.01, tooltip=TIPS["shift"]),
+                io.Float.Input("final_step_size", default=0.5, min=0.01, max=1.0, step=0.01, tooltip=TIPS["final_step_size"]),
+                io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=TIPS["denoise"]),
+            ],
+            outputs=[io.Sigmas.Output(tooltip="For SamplerCustomAdvanced or SamplerCustom.")],
+        )
+
+    @classmethod
+    def execute(cls, model, steps: int, shift: float, final_step_size: float, denoise: float) -> io.NodeOutput:
+        return io.NodeOutput(gm_sigmas(steps, shift or shift_of(model), denoise, final_step_size))
+
+
+def shift_of(model) -> float:
+    """The time shift of a MODEL.
+
+    Raises:
+        ValueError: it is no flow model.
+    """
+    sampling = model.get_model_object("model_sampling")
+    if not 0 < float(sampling.sigma_max) <= 1:
+        raise ValueError(
+            f"GM samplers are for flow models, with sigmas up to 1, and this one's go up to {float(sampling.sigma_max):.4g}; "
+            "connect a model from Load GM Model or GM Adapter"
+        )
+    return own_shift(sampling)
 
 
 class GMFlowSigmas(io.ComfyNode):
@@ -158,7 +260,7 @@ class GMFlowSampler(io.ComfyNode):
             category="GMFlow",
             description="Noise, sigmas, solver and guider in one node, for a quick start.",
             inputs=[
-                io.Model.Input("model", tooltip="A model from Load GM Model."),
+                io.Model.Input("model", tooltip="A model from Load GM Model or GM Adapter."),
                 io.Latent.Input(
                     "latent_image",
                     tooltip="An empty latent to fill, or one to change (denoise below 1). GM Class Labels gives one of the "
@@ -173,20 +275,30 @@ class GMFlowSampler(io.ComfyNode):
                     "solver",
                     options=list(SOLVERS),
                     default="gm-ode",
-                    tooltip="gm-ode is deterministic, gm-sde stochastic; euler and dpmpp-2m (DPM-Solver++ of second order) "
-                    "follow the mean only, as stock samplers do, for comparison (they ignore order and substeps).",
+                    tooltip="gm-ode is deterministic, gm-sde stochastic; gm-policy is for models with a GM adapter. euler and "
+                    "dpmpp-2m (DPM-Solver++ of second order) follow the mean only, as stock samplers do, for comparison.",
                 ),
                 io.Int.Input("order", default=2, min=1, max=2, tooltip=TIPS["order"]),
-                io.Int.Input("substeps", default=8, min=1, max=1024, tooltip=TIPS["substeps"]),
-                io.Float.Input("shift", default=1.0, min=0.01, max=100.0, step=0.01, tooltip=TIPS["shift"]),
+                io.Int.Input(
+                    "substeps",
+                    default=OWN,
+                    min=OWN,
+                    max=4096,
+                    tooltip="Small steps along the predicted mixture, for gm-ode between two network calls, for gm-policy in "
+                    "all. They cost little beside the network. 0 takes the usual number: 8 for gm-ode, 128 for gm-policy.",
+                ),
+                io.Float.Input("shift", default=0.0, min=0.0, max=100.0, step=0.01, tooltip=TIPS["shift"]),
                 io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=TIPS["denoise"]),
                 io.Conditioning.Input(
                     "positive",
                     optional=True,
-                    tooltip="What to generate, from GM Class Labels; leave it open for models that take no conditioning.",
+                    tooltip="What to generate: from GM Class Labels, or a prompt for models with a GM adapter; leave it open "
+                    "for models that take no conditioning.",
                 ),
                 io.Conditioning.Input(
-                    "negative", optional=True, tooltip="What guidance steers away from; no class if nothing is connected."
+                    "negative",
+                    optional=True,
+                    tooltip="What guidance steers away from; no class if nothing is connected to a model of classes.",
                 ),
                 io.Float.Input(
                     "guidance",
@@ -196,6 +308,33 @@ class GMFlowSampler(io.ComfyNode):
                     step=0.01,
                     optional=True,
                     tooltip=GUIDANCE_TIPS["scale"] + " GM Probabilistic Guidance in front of this node sets the rest.",
+                ),
+                io.Float.Input(
+                    "final_step_size",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip=TIPS["final_step_size"] + " 0 takes the solver's own: 0.5 for gm-policy, 1 for the others.",
+                ),
+                io.Float.Input(
+                    "temperature",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip="For gm-policy. " + TIPS["temperature"],
+                ),
+                io.Float.Input(
+                    "stochasticity",
+                    default=0.0,
+                    min=0.0,
+                    max=10.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip="For gm-policy. " + TIPS["stochasticity"],
                 ),
             ],
             outputs=[io.Latent.Output(tooltip="The samples.")],
@@ -216,8 +355,13 @@ class GMFlowSampler(io.ComfyNode):
         positive=None,
         negative=None,
         guidance=0.0,
+        final_step_size=0.0,
+        temperature=0.0,
+        stochasticity=0.0,
     ) -> io.NodeOutput:
-        sigmas = gm_sigmas(steps, shift, denoise)
+        shift = shift or shift_of(model)
+        final_step_size = final_step_size or (0.5 if solver == "gm-policy" else 1.0)
+        sigmas = gm_sigmas(steps, shift, denoise, final_step_size)
         if not len(sigmas):
             return io.NodeOutput(latent_image)
         samples = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
@@ -225,10 +369,16 @@ class GMFlowSampler(io.ComfyNode):
         noise = comfy.sample.prepare_noise(samples, seed, batch_index)
         if guidance and not has_probabilistic_guidance(model):
             model = guided(model)
+        settings = {
+            "order": order,
+            "substeps": substeps or None,
+            "temperature": temperature or None,
+            "stochasticity": stochasticity,
+        }
         samples = gm_guider(model, NOTHING if positive is None else positive, negative, guidance).sample(
             noise,
             samples,
-            gm_sampler(solver, order, substeps, batch_index),
+            gm_sampler(solver, batch_index, shift, **settings),
             sigmas,
             denoise_mask=latent_image.get("noise_mask"),
             callback=latent_preview.prepare_callback(model, len(sigmas) - 1),

@@ -1,66 +1,79 @@
 """The seam to ComfyUI's sampling: the one file that knows its hooks.
 
-A GM model (see `models.py`) is an ordinary MODEL. What wants more than its mean velocity leaves a `MixtureRecorder` in the
-transformer options of the call; the network finds it there and hands it the whole mixture (a plain object passes through
-ComfyUI's copies of the options by reference). Nothing is kept between two calls.
+A GM model (see `models.py`), or a model with a GM adapter (see `adapters.py`), is an ordinary MODEL. What wants more than its
+mean velocity leaves a `MixtureRecorder` in the transformer options of the call; the network, or the wrapper around the adapted
+one, finds it there and hands it the whole prediction (a plain object passes through ComfyUI's copies of the options by
+reference). Nothing is kept between two calls.
 """
 
 from __future__ import annotations
 
+import math
+import threading
+from dataclasses import dataclass
+
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
+import comfy.model_sampling
 import comfy.samplers
 import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 
-from ..gmflow_core import GaussianMixture, velocity_to_x0
+from ..gmflow_core import DXPolicy, DXVelocity, GaussianMixture, predict_x0
 from ..gmflow_core.guidance import Guidance, within
+from ..gmflow_core.models.heads import Head, HeadLayout
+from ..gmflow_core.policy import Policy
+from .notices import notice
 
 RECORDER = "gmflow_mixture_recorder"  # key in transformer_options
+ADAPTER = "gmflow_adapter"  # likewise
 ROUNDING = 1e-4  # two means that differ by less, relatively, are the same
 PARTIAL = ("area", "mask", "timestep_start", "timestep_end")  # what limits a conditioning to a part of the latent or the steps
+NO_MIXTURE = (
+    "GM samplers and guidance need a model that predicts a Gaussian mixture at every step, and this one did not; load one with "
+    "'Load GM Model', or put 'GM Adapter' on a base model (and remove nodes that skip network calls, such as LazyCache), or "
+    "use a stock sampler"
+)
 
 
 class MixtureRecorder:
-    """Collects the mixtures of velocities that one call of a guider makes, by the conditioning they belong to."""
+    """Collects the predictions of velocities that one call of a guider makes, by the conditioning they belong to."""
 
     def __init__(self):
-        self.mixtures: dict[object, GaussianMixture] = {}
+        self.predictions: dict[object, GaussianMixture | DXVelocity] = {}
         self.guided: GaussianMixture | None = None  # of x_0; what probabilistic guidance made of them, if it did
         self.asked = False  # whether the guider left cfg to probabilistic guidance
 
-    def record(self, mixture: GaussianMixture, transformer_options: dict) -> None:
+    def record(self, prediction: GaussianMixture | DXVelocity, transformer_options: dict) -> None:
         """Split a network's output, whose batch (log_std's too) holds an equal chunk for each conditioning, by cond uuid. The
         first of each counts: nodes that call the network again, to compare, do so after the call itself."""
         uuids = transformer_options["uuids"]
-        fields = (mixture.means, mixture.log_weights, mixture.log_std)
-        for uuid, *chunk in zip(uuids, *[t.chunk(len(uuids)) for t in fields], strict=True):
-            self.mixtures.setdefault(uuid, GaussianMixture(*chunk))
+        for uuid, chunk in zip(uuids, prediction.chunk(len(uuids)), strict=True):
+            self.predictions.setdefault(uuid, chunk)
 
-    def x0_mixture(self, conds: list[dict] | None, x: Tensor, sigma: Tensor) -> GaussianMixture:
-        """The mixture of x_0 for a guider's positive conditioning, at x in a solver's shape.
+    def x0_policy(self, conds: list[dict] | None, x: Tensor, sigma: Tensor) -> Policy | None:
+        """The policy in x_0 for a guider's positive conditioning, at x in a solver's shape; None where that is not a single
+        conditioning for the whole latent and all steps, as then there are several predictions or none.
 
         Raises:
-            ValueError: the model predicts no mixture, or the conditioning is not a single one for the whole latent and all
-                steps.
+            ValueError: the model predicts no mixture.
         """
-        conds = conds or []
-        partial = [key for cond in conds for key in PARTIAL if cond.get(key) is not None]
-        if len(conds) != 1 or partial:
-            raise ValueError(
-                "GM samplers and guidance need one positive conditioning for the whole latent and all steps; found "
-                f"{len(conds)}{' with ' + ', '.join(partial) if partial else ''}. Remove area, mask, timestep range and "
-                "combine nodes, or use a stock sampler without probabilistic guidance"
-            )
-        if conds[0]["uuid"] not in self.mixtures:
-            raise ValueError(
-                "GM samplers and guidance need a model that predicts a Gaussian mixture at every step, and this one did not; "
-                "load one with 'Load GM Model' (and remove nodes that skip network calls, such as LazyCache), or use a stock "
-                "sampler"
-            )
-        return velocity_to_x0(self.mixtures[conds[0]["uuid"]], x, sigma)
+        absent = any(cond.get(key) is not None for cond in conds or [] for key in ("timestep_start", "timestep_end"))
+        if why_not_single(conds) and (self.predictions or absent):
+            return None
+        if why_not_single(conds) or conds[0]["uuid"] not in self.predictions:
+            raise ValueError(NO_MIXTURE)
+        return predict_x0(self.predictions[conds[0]["uuid"]], x, sigma)
+
+
+def why_not_single(conds: list[dict] | None) -> str:
+    """What is in a guider's conditioning that is more, or less, than one for the whole latent and all steps; "" if nothing."""
+    partial = [key for cond in conds or [] for key in PARTIAL if cond.get(key) is not None]
+    if len(conds or []) != 1:
+        return f"{len(conds or [])} positive conditionings"
+    return f"a positive conditioning with {', '.join(partial)}" if partial else ""
 
 
 def recording(model_options: dict | None) -> tuple[dict, MixtureRecorder]:
@@ -70,7 +83,7 @@ def recording(model_options: dict | None) -> tuple[dict, MixtureRecorder]:
     return {**(model_options or {}), "transformer_options": {**options, RECORDER: recorder}}, recorder
 
 
-# The solver's shape: of a 2-D model every point is a sample of its own
+# The solver's shape
 
 
 def to_points(latent: Tensor) -> Tensor:
@@ -83,9 +96,164 @@ def to_latent(points: Tensor, shape: torch.Size) -> Tensor:
     return points.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
 
 
-def is_of_points(model: comfy.model_base.BaseModel) -> bool:
-    """Whether it is a 2-D model."""
-    return getattr(model.diffusion_model, "of_points", False)
+class SolverShape:
+    """How a model's latents, (B, C, *S), become what a solver works on."""
+
+    def to_solver(self, latent: Tensor) -> Tensor:
+        """A latent in the solver's shape."""
+        return latent
+
+    def from_solver(self, x: Tensor, latent_shape: torch.Size) -> Tensor:
+        """The inverse of `to_solver`."""
+        return x
+
+
+class PointShape(SolverShape):
+    """Of a 2-D model every point is a sample of its own."""
+
+    def to_solver(self, latent: Tensor) -> Tensor:
+        """(B, 2, *S) -> (B * numel(S), 2)."""
+        return to_points(latent)
+
+    def from_solver(self, x: Tensor, latent_shape: torch.Size) -> Tensor:
+        """The inverse of `to_solver`."""
+        return to_latent(x, latent_shape)
+
+
+@dataclass(frozen=True)
+class FoldedShape(SolverShape):
+    """Latents that hold pixels of the mixture in their channels."""
+
+    layout: HeadLayout
+
+    def to_solver(self, latent: Tensor) -> Tensor:
+        """(B, C p^2, h, w) -> (B, C, p h, p w)."""
+        return self.layout.unfold(latent)
+
+    def from_solver(self, x: Tensor, latent_shape: torch.Size) -> Tensor:
+        """The inverse of `to_solver`."""
+        return self.layout.fold(x)
+
+
+def solver_shape(model: comfy.model_base.BaseModel, model_options: dict | None) -> SolverShape:
+    """That of a model with these options."""
+    if getattr(model.diffusion_model, "of_points", False):
+        return PointShape()
+    adapter = adapter_of(model_options)
+    return FoldedShape(adapter.layout) if adapter is not None and adapter.layout.folded > 1 else SolverShape()
+
+
+# Adapters
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What samplers want to know of the GM adapter on a model.
+
+    Args:
+        layout: of the base model's tokens.
+        steps: the fewest that it was made for.
+        final_step_size: of the last of them, relative to the others.
+        guidance: the guidance that its base model was distilled with, which it expects; None if the base has none.
+    """
+
+    name: str
+    layout: HeadLayout
+    steps: int
+    final_step_size: float
+    guidance: float | None
+
+
+class HeadInPlace(nn.Module):
+    """A head where ComfyUI's model has its last layer: it gives the mean velocity on, and the prediction to whoever waits for
+    it in `_waiting`."""
+
+    def __init__(self, head: Head):
+        super().__init__()
+        self.head = head
+
+    def forward(self, tokens: Tensor, embedding: Tensor, modulation_dims: object = None) -> Tensor:
+        """Mean velocity tokens (B, N, C p^2).
+
+        Args:
+            embedding: (B, D), or (B, M, D) where tokens of reference images have one of their own; the first is the image's,
+                and what becomes of the other tokens does not matter, as the base model drops them.
+        """
+        prediction = self.head(tokens, embedding if embedding.ndim == 2 else embedding[:, 0])
+        waiting = getattr(_waiting, "predictions", None)
+        if waiting is not None:
+            waiting.append(prediction)
+        return self.head.layout.to_tokens(prediction.mean()).to(tokens.dtype)
+
+
+class ShiftedFlow(comfy.model_sampling.ModelSamplingFlux, comfy.model_sampling.CONST):
+    """Flow matching whose time shift is exp(`shift`), for stock schedulers."""
+
+
+_waiting = threading.local()  # .predictions: a list while `apply_model_recorded` waits in this thread
+
+
+def with_head(
+    model: comfy.model_patcher.ModelPatcher, head: Head, layers: tuple[str, ...], shift: float, adapter: Adapter
+) -> comfy.model_patcher.ModelPatcher:
+    """A clone of `model` with `head` in the place of the layers of its network that these names lead to: the head in the first,
+    nothing in the others; and with this time shift."""
+    model = model.clone()
+    for name in layers:
+        model.add_object_patch(f"diffusion_model.{name}", HeadInPlace(head) if name == layers[0] else nn.Identity())
+
+    def apply_model_recorded(
+        executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs
+    ) -> Tensor:
+        """Hand the recorder of the call, if there is one, what the head predicts in it; a wrapper for ComfyUI's APPLY_MODEL."""
+        options = transformer_options or {}
+        recorder = options.get(RECORDER)
+        _waiting.predictions = predictions = None if recorder is None else []
+        try:
+            result = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        finally:
+            _waiting.predictions = None
+        if predictions:
+            recorder.record(head.to_image(predictions[0], adapter.layout.image_size(x.shape)), options)
+        return result
+
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, RECORDER, apply_model_recorded)
+    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, RECORDER, check_guidance)
+    model.model_options["transformer_options"][ADAPTER] = adapter
+    sampling = ShiftedFlow()
+    sampling.set_parameters(shift=math.log(shift))
+    model.add_object_patch("model_sampling", sampling)
+    return model
+
+
+def adapter_of(model_options: dict | None) -> Adapter | None:
+    """The adapter on a model with these options."""
+    return (model_options or {}).get("transformer_options", {}).get(ADAPTER)
+
+
+def check_guidance(executor, *args, **kwargs):
+    """Say so if a conditioning asks for another distilled guidance than the adapter's; a wrapper for ComfyUI's OUTER_SAMPLE, so
+    that it is said with stock samplers too."""
+    guider = executor.class_obj
+    adapter = adapter_of(guider.model_options)
+    values = {cond.get("guidance") for conds in getattr(guider, "conds", {}).values() for cond in conds or []}
+    wrong = sorted(value for value in values if value is not None and value != adapter.guidance)
+    if adapter.guidance is not None and wrong:
+        notice(
+            f"the adapter {adapter.name} was made with a guidance of {adapter.guidance:g}, and the conditioning asks for "
+            f"{', '.join(f'{value:g}' for value in wrong)}, which gives poor images; set FluxGuidance to {adapter.guidance:g}, "
+            "or remove it"
+        )
+    return executor(*args, **kwargs)
+
+
+def own_shift(model_sampling) -> float:
+    """The time shift of a flow model's sampling, however it is parametrised: the odds of sigma half-way."""
+    half = float(model_sampling.percent_to_sigma(0.5))
+    return half / (1 - half)
+
+
+# Probabilistic guidance
 
 
 class ProbabilisticCFG:
@@ -123,12 +291,19 @@ class ProbabilisticCFG:
                 "probabilistic guidance needs a positive and a negative conditioning, and a guider that passes them on as "
                 "ComfyUI's own do; use GM Guider, CFG Guider or KSampler"
             )
-        points = is_of_points(model)
-        x, uncond = (to_points(t) if points else t for t in (latent, args["uncond_denoised"]))
-        cond = recorder.x0_mixture(args["input_cond"], x, sigma.repeat_interleave(len(x) // len(sigma)))
+        shape = solver_shape(model, args["model_options"])
+        x, uncond = shape.to_solver(latent), shape.to_solver(args["uncond_denoised"])
+        cond = recorder.x0_policy(args["input_cond"], x, sigma.repeat_interleave(len(x) // len(sigma)))
+        if cond is None:
+            notice(f"found {why_not_single(args['input_cond'])}, so there is no single mixture to guide: nothing is guided")
+            return args["cond"]
+        if isinstance(cond, DXPolicy):
+            raise ValueError(
+                "probabilistic guidance needs a Gaussian mixture, and this adapter has a DX policy; use classifier-free "
+                "guidance, or a GM adapter"
+            )
         recorder.guided = guidance(cond, uncond)
-        mean = recorder.guided.mean()
-        return latent - (to_latent(mean, latent.shape) if points else mean)
+        return latent - shape.from_solver(recorder.guided.mean(), latent.shape)
 
     def calc_cond_batch(self, args: dict) -> list[Tensor]:
         """The predictions, without the negative one outside of the interval; ComfyUI's `sampler_calc_cond_batch_function`."""
@@ -194,7 +369,7 @@ def _name_of(function: object) -> str:
 class MixtureModel:
     """What a solver of gmflow_core needs of the model that ComfyUI hands to a sampler function.
 
-    For a 2-D model the solver works on points (B * H * W, 2), as every point is a sample of its own.
+    The solver works in the shape that `solver_shape` says.
 
     Args:
         model: first argument of the sampler function: it holds the guider, the initial noise and the original latent.
@@ -204,41 +379,59 @@ class MixtureModel:
 
     def __init__(self, model, latent_shape: torch.Size, extra_args: dict):
         self.model, self.guider, self.latent_shape, self.extra_args = model, model.inner_model, latent_shape, extra_args
-        self.of_points = is_of_points(self.guider.inner_model)
+        self.shape = solver_shape(self.guider.inner_model, extra_args.get("model_options"))
 
     @property
     def spectrum(self) -> nn.Module | None:
         """The model's spectrum network, if it has one."""
         return getattr(self.guider.inner_model.diffusion_model, "spectrum", None)
 
+    @property
+    def adapter(self) -> Adapter | None:
+        """The GM adapter on the model."""
+        return adapter_of(self.extra_args.get("model_options"))
+
+    @property
+    def own_shift(self) -> float:
+        """The model's time shift."""
+        return own_shift(self.guider.inner_model.model_sampling)
+
     def to_solver(self, latent: Tensor) -> Tensor:
         """A latent in the solver's shape."""
-        return to_points(latent) if self.of_points else latent
+        return self.shape.to_solver(latent)
 
     def from_solver(self, x: Tensor) -> Tensor:
         """The inverse of `to_solver`."""
-        return to_latent(x, self.latent_shape) if self.of_points else x
+        return self.shape.from_solver(x, self.latent_shape)
 
-    def denoise(self, x: Tensor, sigma: Tensor) -> GaussianMixture:
-        """The mixture of x_0 that the guider makes; a denoiser for gmflow_core.
+    def denoise(self, x: Tensor, sigma: Tensor) -> Policy:
+        """The policy in x_0 that the guider makes; a denoiser for gmflow_core.
 
-        With probabilistic guidance it is the guided one. Any other guider, and nodes that change the guided prediction
-        afterwards, say a mean only: the mixture is moved there as a whole. For a CFG Guider that is classifier-free guidance as
-        gmflow_core has it.
+        With probabilistic guidance it is the guided mixture. Any other guider, and nodes that change the guided prediction
+        afterwards, say a mean only: the policy is moved there as a whole. For a CFG Guider that is classifier-free guidance as
+        gmflow_core has it. Where the positive conditioning is not a single one for the whole latent and all steps, there is
+        nothing but the mean: a mixture of one component without a spread.
 
         Raises:
-            ValueError: as `MixtureRecorder.x0_mixture`.
+            ValueError: the model predicts no mixture.
         """
         options, recorder = recording(self.extra_args.get("model_options"))
         latent_sigma = sigma[:1].expand(self.latent_shape[0])
         denoised = self.guider(self.from_solver(x), latent_sigma, model_options=options, seed=self.extra_args.get("seed"))
-        mean, mixture = self.to_solver(denoised), recorder.guided
-        if mixture is None:
-            mixture = recorder.x0_mixture(getattr(self.guider, "conds", {}).get("positive"), x, sigma)
-        shift = mean - mixture.mean()
+        mean, policy = self.to_solver(denoised), recorder.guided
+        if policy is None:
+            conds = getattr(self.guider, "conds", {}).get("positive")
+            policy = recorder.x0_policy(conds, x, sigma)
+            if policy is None:
+                notice(
+                    f"found {why_not_single(conds)}, so there is no single mixture: the sampler follows the mean, as stock "
+                    "samplers do. One prompt for the whole image and all steps makes use of the mixture"
+                )
+                return point_mass(mean)
+        shift = mean - policy.mean()
         if recorder.guided is not None and shift.abs().max() <= ROUNDING * (1 + mean.abs().max()):
             return recorder.guided  # nothing came after
-        return GaussianMixture(mixture.means + shift.unsqueeze(1), mixture.log_weights, mixture.log_std)
+        return policy.moved(shift)
 
     def constrain(self, x: Tensor, sigma: Tensor) -> Tensor:
         """What every substep has to respect: the user's interruption, and the noise mask, outside of which x is the original
@@ -257,3 +450,9 @@ class MixtureModel:
             x=latent, sigma=sigma, noise=self.model.noise, latent_image=self.model.latent_image
         )
         return self.to_solver(latent * mask + original * (1 - mask))
+
+
+def point_mass(mean: Tensor) -> GaussianMixture:
+    """A mixture of one component without a spread at (B, C, *S): ordinary flow matching."""
+    mean = mean.unsqueeze(1)
+    return GaussianMixture(mean, torch.zeros_like(mean[:, :, :1]), mean.new_full((len(mean), *[1] * (mean.ndim - 1)), -30.0))

@@ -21,7 +21,7 @@ import numpy as np
 import websocket
 from PIL import Image
 
-PREVIEW_WITH_METADATA = 4  # protocol.BinaryEventTypes.PREVIEW_IMAGE_WITH_METADATA
+TEXT, PREVIEW_WITH_METADATA = 3, 4  # protocol.BinaryEventTypes
 
 
 class Progress(NamedTuple):
@@ -45,6 +45,7 @@ class Result:
     cached: list[str] = field(default_factory=list)  # nodes that did not run again
     progress: list[Progress] = field(default_factory=list)
     previews: list[bytes] = field(default_factory=list)  # JPEG or PNG files
+    texts: dict[str, str] = field(default_factory=dict)  # node -> the last text it showed on itself while it ran
     traceback: str = ""  # of the node that failed
 
     @property
@@ -75,6 +76,7 @@ class _Run:
     executed: list[str] = field(default_factory=list)
     progress: list[Progress] = field(default_factory=list)
     previews: list[bytes] = field(default_factory=list)
+    texts: dict[str, str] = field(default_factory=dict)
     done: bool = False
 
 
@@ -87,6 +89,7 @@ class Comfy:
         self._runs: dict[str, _Run] = {}
         self._left_out: dict[str, dict[str, str]] = {}  # errors of the outputs that a queued prompt has to do without
         self._heard = threading.Condition()
+        self._now = _Run()  # the one that runs
         self._socket: websocket.WebSocket | None = None
 
     # --- the server
@@ -178,6 +181,7 @@ class Comfy:
         run = self._runs.get(prompt_id, _Run())
         result = Result(prompt_id, "success", history["outputs"], errors=dict(self._left_out.get(prompt_id, {})))
         result.executed, result.progress, result.previews = list(run.executed), list(run.progress), list(run.previews)
+        result.texts = dict(run.texts)
         for kind, data in history["status"]["messages"]:
             if kind == "execution_cached":
                 result.cached = data["nodes"]
@@ -250,6 +254,8 @@ class Comfy:
             if kind == PREVIEW_WITH_METADATA:
                 about = json.loads(message[8 : 8 + length])
                 self._runs.setdefault(about["prompt_id"], _Run()).previews.append(message[8 + length :])
+            elif kind == TEXT:
+                self._now.texts[message[8 : 8 + length].decode()] = message[8 + length :].decode()
             return
         event = json.loads(message)
         data = event.get("data") or {}
@@ -260,6 +266,7 @@ class Comfy:
             run.done = True
         elif event["type"] == "executing":
             run.executed.append(data["node"])
+            self._now = run
         elif event["type"] == "progress":
             run.progress.append(Progress(data["node"], data["value"], data["max"]))
 

@@ -1,4 +1,4 @@
-"""Starts a real ComfyUI on the CPU with this repository as its only extension.
+"""Starts a real ComfyUI on the CPU with this repository as its only extension, beside a stand-in for text encoders.
 
 ComfyUI is looked for in ``COMFYUI_PATH``, then in ``~/comfy/ComfyUI``; it runs with ``COMFYUI_PYTHON``, then with
 the Python in its folder ``.venv``, else with the running one.
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from .bases import install_text_stand_in
 from .client import Comfy
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -65,6 +66,7 @@ def comfy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Comfy]:
     for name in ("custom_nodes", "input", "models", "output", "user"):
         (base / name).mkdir()
     install(base / "custom_nodes" / "gmflow")
+    install_text_stand_in(base)
     extra = base / "extra_model_paths.yaml"
     extra.write_text(f"elsewhere:\n  base_path: {base / 'elsewhere'}\n  gmflow: gm\n")
     with socket.socket() as probe:

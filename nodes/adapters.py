@@ -1,0 +1,252 @@
+"""GM adapters: a LoRA and a head that make a mixture model of a base model, whatever loader that comes from."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from dataclasses import dataclass, field
+
+import comfy.lora
+import comfy.sd
+import comfy.utils
+import folder_paths
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..gmflow_core.models.heads import GMHead, HeadLayout, build_head, is_head_key
+from .notices import notice
+from .seam import Adapter, adapter_of, with_head
+
+FOLDER = "loras"
+SHIFT = 3.2  # the time shift of all published adapters; those with a DX policy say so in their metadata
+STEPS = 4  # of an adapter whose name does not say
+FINAL_STEP_SIZE = 0.5
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model that adapters exist for. A further one is a further entry.
+
+    Args:
+        image_model: ComfyUI's name of its architecture.
+        width: attribute of its network that holds the transformer's width.
+        layout: of its tokens.
+        layers: names of its last layers: the head takes the place of the first, the others fall away.
+        mark: pattern of a LoRA module that only its adapters have, in the names of diffusers.
+        guidance: that it is distilled with, if it is.
+        renamed: LoRA modules that ComfyUI does not know by their name in diffusers, and their names in ComfyUI.
+    """
+
+    name: str
+    image_model: str
+    width: str
+    layout: HeadLayout
+    layers: tuple[str, ...]
+    mark: str
+    guidance: float | None = None
+    renamed: dict[str, str] = field(default_factory=dict)
+
+
+BASES = (
+    Base(
+        "FLUX.1",
+        "flux",
+        "hidden_size",
+        HeadLayout(channels=16),
+        ("final_layer",),
+        r"single_transformer_blocks\.\d+\.(proj_mlp|attn\.to_q)$",
+        guidance=3.5,
+    ),
+    Base(
+        "Qwen-Image", "qwen_image", "inner_dim", HeadLayout(channels=16), ("norm_out", "proj_out"), r"\.(img|txt)_(mlp|mod)\."
+    ),
+    Base(
+        "FLUX.2",
+        "flux2",
+        "hidden_size",
+        HeadLayout(channels=32, folded=2, modulation_bias=False),
+        ("final_layer",),
+        r"single_transformer_blocks\.\d+\.attn\.to_qkv_mlp_proj$",
+        guidance=4.0,
+        renamed={
+            "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
+            "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
+        },
+    ),
+)
+
+
+def base_of(model) -> Base:
+    """The entry of BASES for a MODEL.
+
+    Raises:
+        ValueError: there is none.
+    """
+    config = getattr(model.model, "model_config", None)
+    found = (getattr(config, "unet_config", None) or {}).get("image_model")
+    for base in BASES:
+        if base.image_model == found:
+            return base
+    raise ValueError(
+        f"GM Adapter is for {', '.join(base.name for base in BASES)}, and this model is a {type(model.model).__name__}"
+        f"{f' ({found})' if found else ''}; connect one of those"
+    )
+
+
+def with_adapter(model, tensors: dict[str, Tensor], metadata: dict[str, str] | None, strength: float = 1.0, name: str = "file"):
+    """A clone of a MODEL with an adapter on it.
+
+    Args:
+        tensors: of the adapter's file, in the published layout: LoRA pairs under the names of diffusers, and a head.
+        metadata: of the file; `policy_config` says which policy it predicts, as JSON.
+        strength: of the LoRA; the head is always whole.
+        name: of the file, for messages; the number of steps in it ("..._8step") is how many the adapter was made for.
+
+    Raises:
+        ValueError: the file is no adapter, or one for another base model; the message names the keys.
+    """
+    if adapter_of(model.model_options) is not None:
+        raise ValueError(
+            f"this model has a GM adapter already ({adapter_of(model.model_options).name}), and can have one only; connect "
+            f"{name} to the model before it"
+        )
+    base = base_of(model)
+    network = model.model.diffusion_model
+    tensors = {key.removeprefix("transformer."): tensor for key, tensor in tensors.items()}
+    if not any(is_head_key(key) for key in tensors):
+        raise ValueError(
+            f"{name} is no GM adapter: none of its {len(tensors)} tensors ({', '.join(list(tensors)[:3])}, ...) is of a GM "
+            "head (proj_out_means and the like); use Load LoRA for ordinary LoRAs, and for adapters a file such as "
+            "gmflux_k8_piid_4step of Lakonik/pi-FLUX.1"
+        )
+    try:
+        policy = json.loads((metadata or {}).get("policy_config", "{}"))
+        head = build_head(tensors, policy, base.layout, getattr(network, base.width))
+    except ValueError as error:
+        raise ValueError(f"{name} on {base.name}: {error}") from error
+    lora = {key: tensor for key, tensor in tensors.items() if not is_head_key(key)}
+    model = with_lora(model, base, lora, strength, name)
+    made_for = re.findall(r"(\d+)[ _-]?steps?", name.lower())
+    steps = int(made_for[-1]) if made_for else STEPS
+    if policy.get("type") == "DX" and "segment_size" in policy:
+        steps = round(1 / policy["segment_size"] + 1 - FINAL_STEP_SIZE)
+    adapter = Adapter(os.path.basename(name), base.layout, steps, FINAL_STEP_SIZE, guidance_of(base, model))
+    kind = f"GM policy, K = {head.num_gaussians}" if isinstance(head, GMHead) else f"DX policy, {head.num_times} times"
+    pairs = len(lora) // 2
+    notice(f"{base.name}, {kind}, {steps} steps or more, {pairs} LoRA pairs at {strength:g}", logging.INFO)
+    return with_head(model, head, base.layers, policy.get("shift", SHIFT), adapter)
+
+
+def guidance_of(base: Base, model) -> float | None:
+    """The distilled guidance that an adapter expects of this model."""
+    takes_guidance = model.model.model_config.unet_config.get("guidance_embed", base.guidance is not None)
+    if base.guidance is not None and not takes_guidance:
+        notice(
+            f"this {base.name} model has no guidance embedding (as the schnell version has none), and the GM adapters are "
+            "made for the one that has (dev): expect poor images"
+        )
+        return None
+    return base.guidance
+
+
+def with_lora(model, base: Base, lora: dict[str, Tensor], strength: float, name: str):
+    """A clone of a MODEL with the LoRA part of an adapter, applied by ComfyUI.
+
+    Raises:
+        ValueError: a part does not fit the model; the message names the keys.
+    """
+    if not lora:
+        notice(f"{name} holds a head but no LoRA; it fits only a base model that was trained with it")
+        return model
+    pairs: dict[str, dict[str, str]] = {}
+    for key in lora:
+        module, _, side = key.rpartition(".lora_")
+        pairs.setdefault(module, {})[side] = key
+    odd = [key for module, sides in pairs.items() for key in sides.values() if set(sides) != {"A.weight", "B.weight"}]
+    if odd:
+        raise ValueError(
+            f"{name}: {len(odd)} keys are neither a head nor a whole pair <module>.lora_A.weight and .lora_B.weight: "
+            f"{', '.join(sorted(odd)[:8])}; the file is damaged, or in another layout than the published adapters"
+        )
+    places = comfy.lora.model_lora_keys_unet(model.model, {})
+    weights = model.model.state_dict()
+    renamed, wrong = {}, []
+    for module, sides in pairs.items():
+        known = base.renamed.get(module, module)
+        target = next((p + known for p in ("transformer.", "", "diffusion_model.") if p + known in places), None)
+        down, up = lora[sides["A.weight"]], lora[sides["B.weight"]]
+        if target is None:
+            wrong.append(f"{module}: not in this model")
+        elif (shape := _shape_at(weights, places[target])) != (up.shape[0], down.shape[1]) or up.shape[1] != down.shape[0]:
+            wrong.append(f"{module}: {tuple(up.shape)} times {tuple(down.shape)} on a weight of {shape}")
+        else:
+            renamed.update({f"{target}.lora_A.weight": down, f"{target}.lora_B.weight": up})
+    if wrong:
+        other = next((b.name for b in BASES if b is not base and any(re.search(b.mark, module) for module in pairs)), None)
+        raise ValueError(
+            f"{name} does not fit this {base.name} model"
+            f"{f': it looks like an adapter for {other}' if other else ''}. {len(wrong)} of its {len(pairs)} LoRA modules do "
+            f"not apply: {'; '.join(wrong[:8])}"
+        )
+    return comfy.sd.load_lora_for_models(model, None, renamed, strength, 0)[0]
+
+
+def _shape_at(weights: dict[str, Tensor], place: str | tuple) -> tuple[int, ...]:
+    """The shape of the weight, or of the part of it, that a LoRA key leads to."""
+    key, offset = place[:2] if isinstance(place, tuple) else (place, None)
+    shape = list(weights[key].shape)
+    if offset is not None:
+        shape[offset[0]] = min(offset[2], max(0, shape[offset[0]] - offset[1]))
+    return tuple(shape)
+
+
+class GMFlowAdapter(io.ComfyNode):
+    """A GM adapter on any MODEL."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GMFlowAdapter",
+            display_name="GM Adapter",
+            category="GMFlow",
+            description="Makes a FLUX.1, Qwen-Image or FLUX.2 model predict a Gaussian mixture, so that the GM Policy Sampler "
+            "needs 4 steps. The model may come from any loader (fp8, int8, GGUF), with LoRA loaders before or after; to stock "
+            "samplers it is an ordinary model.",
+            inputs=[
+                io.Model.Input("model", tooltip="A FLUX.1 dev, Qwen-Image or FLUX.2 model from any loader."),
+                io.Combo.Input(
+                    "adapter_name",
+                    options=folder_paths.get_filename_list(FOLDER),
+                    tooltip="A GM adapter from models/loras, such as gmflux_k8_piid_4step or gmqwen_k8_piid_4step. Keep the "
+                    "number of steps in its name: it tells how many the adapter was made for.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=2.0,
+                    step=0.01,
+                    tooltip="Of the adapter's LoRA part. A little above 1 can sharpen text and details, above all on "
+                    "fine-tuned models.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="For GM Policy Sampler or GM Sampler, or any stock sampler, which follows the mean.")
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, adapter_name: str, **kwargs) -> list:
+        """A file that was replaced is loaded again."""
+        path = folder_paths.get_full_path(FOLDER, adapter_name)
+        return [os.stat(path).st_mtime, os.stat(path).st_size] if path else []
+
+    @classmethod
+    def execute(cls, model, adapter_name: str, strength: float) -> io.NodeOutput:
+        path = folder_paths.get_full_path_or_raise(FOLDER, adapter_name)
+        if not adapter_name.endswith((".safetensors", ".sft")):
+            raise ValueError(f"{adapter_name} is not a safetensors file; GM adapters are published as such")
+        tensors, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
+        return io.NodeOutput(with_adapter(model, tensors, metadata, strength, adapter_name))

@@ -143,7 +143,7 @@ class PixelLatent(comfy.latent_formats.LatentFormat):
 class GMModelConfig(comfy.supported_models_base.BASE):
     """What ComfyUI wants to know of a GM model: a rectified flow in sigma, in float32 whatever the weights are."""
 
-    unet_config = {"disable_unet_model_creation": True}
+    unet_config = {}
     unet_extra_config = {}
     sampling_settings = {"shift": 1.0, "multiplier": 1.0}
     manual_cast_dtype = torch.float32
@@ -181,8 +181,8 @@ def gm_model(network: nn.Module, data: dict[str, Any] | None = None) -> comfy.mo
         wrapped = ImageNetwork(network, data.get("labels"))
     else:
         latent_format, wrapped = PointLatent(), PointNetwork(network)
-    model = GMModel(GMModelConfig(latent_format), model_type=comfy.model_base.ModelType.FLOW)
-    model.diffusion_model = wrapped
+    flow = comfy.model_base.ModelType.FLOW
+    model = GMModel(GMModelConfig(latent_format), model_type=flow, unet_model=lambda **settings: wrapped)
     return comfy.model_patcher.ModelPatcher(
         model,
         load_device=comfy.model_management.get_torch_device(),

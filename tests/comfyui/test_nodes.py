@@ -82,7 +82,7 @@ def levels_of(picture: np.ndarray) -> Tensor:
 
 
 def test_extension_loads(comfy: Comfy) -> None:
-    assert "IMPORT FAILED" not in comfy.log()
+    assert not re.search("IMPORT FAILED.*custom_nodes", comfy.log())
     nodes = {name: node for name, node in comfy.object_info().items() if node["category"].startswith("GMFlow")}
     assert len(nodes) == 14
     for name, node in nodes.items():

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import sys
 
 from comfy_execution.utils import get_executing_context
 
-_said: tuple[str | None, set] = (None, set())  # of the prompt that runs
+_said: tuple[str | None, dict] = (None, {})  # of the prompt that runs: (node, message), in order
 
 
 def notice(message: str, level: int = logging.WARNING) -> None:
@@ -15,14 +16,11 @@ def notice(message: str, level: int = logging.WARNING) -> None:
     context = get_executing_context()
     prompt, node = (context.prompt_id, context.node_id) if context is not None else (None, None)
     if _said[0] != prompt:
-        _said = (prompt, set())
+        _said = (prompt, {})
     if (node, message) in _said[1]:
         return
-    _said[1].add((node, message))
+    _said[1][node, message] = True
     logging.log(level, "GMFlow: %s", message)
-    from server import PromptServer  # here, as no server needs to exist
-
-    server = getattr(PromptServer, "instance", None)
+    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
     if node is not None and server is not None:
-        shown = [text for at, text in _said[1] if at == node]
-        server.send_progress_text("\n".join(sorted(shown, key=lambda text: text != message, reverse=True)), node)
+        server.send_progress_text("\n".join(text for at, text in _said[1] if at == node), node)

@@ -1,8 +1,8 @@
 """Tiny random models in the layouts of the real ones, in place of the files that people download.
 
-Names and shapes are those of the published files; width and depth are small. ComfyUI reads the widths of FLUX.1, FLUX.2 and the
-VAE of Qwen-Image from the files, older versions less. For the others there is the extension `text_stand_in`, which also replaces
-the text encoders (`install_text_stand_in`).
+Names and shapes are those of the published files; width and depth are small. ComfyUI reads the widths of FLUX.1, FLUX.2 and
+the VAE of Qwen-Image from the files, older versions less. For the others there is the extension `text_stand_in`, which also
+replaces the text encoders (`install_text_stand_in`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Starts a real ComfyUI on the CPU with this repository as its only extension, beside a stand-in for text encoders.
 
 ComfyUI is looked for in ``COMFYUI_PATH``, then in ``~/comfy/ComfyUI``; it runs with ``COMFYUI_PYTHON``, then with
-the Python in its folder ``.venv``, else with the running one.
+the Python in its folder ``.venv``, else with the running one. ComfyUI-GGUF, for the tests that need it, is looked for in
+``COMFYUI_GGUF_PATH``, then in ``~/comfy/ComfyUI-GGUF``.
 """
 
 from __future__ import annotations
@@ -24,6 +25,11 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 HOW_TO = (
     "clone https://github.com/comfyanonymous/ComfyUI to ~/comfy/ComfyUI or set COMFYUI_PATH, "
     "make a .venv there and install torch, torchvision, torchaudio and its requirements.txt"
+)
+GGUF = Path(os.environ.get("COMFYUI_GGUF_PATH") or "~/comfy/ComfyUI-GGUF").expanduser().absolute()
+GGUF_HOW_TO = (
+    "clone https://github.com/city96/ComfyUI-GGUF to ~/comfy/ComfyUI-GGUF or set COMFYUI_GGUF_PATH, and install gguf in the "
+    "Python that runs ComfyUI and in the one that runs the tests"
 )
 COMFYUI = Path(os.environ.get("COMFYUI_PATH") or "~/comfy/ComfyUI").expanduser().absolute()
 
@@ -67,6 +73,8 @@ def comfy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Comfy]:
         (base / name).mkdir()
     install(base / "custom_nodes" / "gmflow")
     install_text_stand_in(base)
+    if GGUF.is_dir():
+        install(base / "custom_nodes" / "ComfyUI-GGUF", GGUF)
     extra = base / "extra_model_paths.yaml"
     extra.write_text(f"elsewhere:\n  base_path: {base / 'elsewhere'}\n  gmflow: gm\n")
     with socket.socket() as probe:
@@ -86,9 +94,9 @@ def comfy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Comfy]:
         server.close()
 
 
-def install(place: Path) -> None:
-    """Put this repository among the extensions: as a link, or as a copy where links are impossible."""
+def install(place: Path, extension: Path = REPOSITORY) -> None:
+    """Put an extension, this repository, among the extensions: as a link, or as a copy where links are impossible."""
     try:
-        place.symlink_to(REPOSITORY, target_is_directory=True)
+        place.symlink_to(extension, target_is_directory=True)
     except OSError:
-        shutil.copytree(REPOSITORY, place, ignore=shutil.ignore_patterns(".*", "__pycache__", "outputs", "tests"))
+        shutil.copytree(extension, place, ignore=shutil.ignore_patterns(".*", "__pycache__", "outputs", "tests"))

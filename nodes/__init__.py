@@ -7,6 +7,7 @@ from .adapters import GMFlowAdapter
 from .conditioning import GMFlowClassLabels, GMFlowUnconditional
 from .guidance import GMFlowGuider, GMFlowProbabilisticGuidance
 from .loaders import GMFlowLoader, register_model_folder
+from .quantized import GMFlowLoadDiffusionModel8bit, GMFlowSaveDiffusionModel8bit
 from .samplers import (
     GMFlowODESampler,
     GMFlowPolicySampler,
@@ -33,6 +34,8 @@ class GMFlowExtension(ComfyExtension):
             GMFlowSigmas,
             GMFlowPolicySigmas,
             GMFlowAdapter,
+            GMFlowLoadDiffusionModel8bit,
+            GMFlowSaveDiffusionModel8bit,
             GMFlowClassLabels,
             GMFlowUnconditional,
             GMFlowGuider,

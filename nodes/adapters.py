@@ -171,7 +171,6 @@ def with_lora(model, base: Base, lora: dict[str, Tensor], strength: float, name:
             f"{', '.join(sorted(odd)[:8])}; the file is damaged, or in another layout than the published adapters"
         )
     places = comfy.lora.model_lora_keys_unet(model.model, {})
-    weights = model.model.state_dict()
     renamed, wrong = {}, []
     for module, sides in pairs.items():
         known = base.renamed.get(module, module)
@@ -179,7 +178,7 @@ def with_lora(model, base: Base, lora: dict[str, Tensor], strength: float, name:
         down, up = lora[sides["A.weight"]], lora[sides["B.weight"]]
         if target is None:
             wrong.append(f"{module}: not in this model")
-        elif (shape := _shape_at(weights, places[target])) != (up.shape[0], down.shape[1]) or up.shape[1] != down.shape[0]:
+        elif (shape := _shape_at(model, places[target])) != (up.shape[0], down.shape[1]) or up.shape[1] != down.shape[0]:
             wrong.append(f"{module}: {tuple(up.shape)} times {tuple(down.shape)} on a weight of {shape}")
         else:
             renamed.update({f"{target}.lora_A.weight": down, f"{target}.lora_B.weight": up})
@@ -193,10 +192,11 @@ def with_lora(model, base: Base, lora: dict[str, Tensor], strength: float, name:
     return comfy.sd.load_lora_for_models(model, None, renamed, strength, 0)[0]
 
 
-def _shape_at(weights: dict[str, Tensor], place: str | tuple) -> tuple[int, ...]:
-    """The shape of the weight, or of the part of it, that a LoRA key leads to."""
+def _shape_at(model, place: str | tuple) -> tuple[int, ...]:
+    """The shape of the matrix, or of the part of it, that a LoRA key leads to; the layer's, as weights may be packed."""
     key, offset = place[:2] if isinstance(place, tuple) else (place, None)
-    shape = list(weights[key].shape)
+    layer = model.get_model_object(key.removesuffix(".weight"))
+    shape = [layer.out_features, layer.in_features] if hasattr(layer, "in_features") else list(layer.weight.shape)
     if offset is not None:
         shape[offset[0]] = min(offset[2], max(0, shape[offset[0]] - offset[1]))
     return tuple(shape)

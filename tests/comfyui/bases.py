@@ -13,11 +13,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .stand_ins import tiny_autoencoder
+from .stand_ins import tiny_autoencoder, write_imagenet_stand_ins
 
 HEAD_DIM = 128
 CONTEXT = {"flux": 4096, "qwen": 3584, "flux2": 15360}  # width of the text encoder's output
@@ -27,6 +29,7 @@ MLP_RATIO = {"flux": 4, "qwen": 4, "flux2": 3}
 DX_POLICY = {"type": "DX", "segment_size": 1 / 3.5, "shift": 3.2}
 QUERY_KEY_NORMS = (".scale", "norm_q.weight", "norm_k.weight", "norm_added_q.weight", "norm_added_k.weight")
 FREQUENCIES = ("in_layer.weight", ".linear_1.weight", ".linear_1.lora_A.weight")  # layers that see the time's cosines and sines
+WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
 TEXT_STAND_IN = Path(__file__).parent / "text_stand_in"
 
 Shapes = dict[str, tuple[int, ...]]
@@ -463,7 +466,9 @@ def write_gguf(source: Path, path: Path, base: str = "flux") -> Path:
     return path
 
 
-LOADERS = {  # stock loaders: input -> folder of models/, kind of file
+LOADERS = {  # input -> folder of models/, kind of file
+    "GMFlowAdapter": {"adapter_name": ("loras", "adapter")},
+    "GMFlowLoadDiffusionModel8bit": {"unet_name": ("diffusion_models", "base")},
     "UNETLoader": {"unet_name": ("diffusion_models", "base")},
     "UnetLoaderGGUF": {"unet_name": ("diffusion_models", "gguf")},
     "VAELoader": {"vae_name": ("vae", "vae")},
@@ -474,26 +479,43 @@ LOADERS = {  # stock loaders: input -> folder of models/, kind of file
 }
 
 
-def write_stand_ins(
-    models: Path, prompt: Mapping[str, Any], *, loaders: Mapping[str, Mapping[str, tuple[str, str]]] = {}, **options: Any
-) -> list[Path]:
+def write_stand_ins(base: Path, prompt: Mapping[str, Any], **options: Any) -> list[Path]:
     """Write each file that the loaders of a prompt in API format name, unless it is there.
 
     Args:
-        models: the folder models/.
-        loaders: node types besides the stock ones: input -> (folder, kind); the kinds are base, gguf, adapter, dx, vae, text
-            and lora.
+        base: the folder that holds models/ and input/.
         options: for the bases, adapters and LoRAs, where they have them: hidden, depth, single, seed, dtype ...
 
     Returns:
         The files, those that were there too.
     """
+    for about in prompt.values():
+        if about["class_type"] == "LoadImage":
+            write_picture(base / "input" / about["inputs"]["image"])
     return [
-        write_stand_in(models / folder / about["inputs"][name], kind, **options)
+        write_stand_in(base / "models" / folder / about["inputs"][name], kind, **options)
         for about in prompt.values()
-        for name, (folder, kind) in {**LOADERS, **loaders}.get(about["class_type"], {}).items()
-        if isinstance(about["inputs"].get(name), str)
+        for name, (folder, kind) in LOADERS.get(about["class_type"], {}).items()
     ]
+
+
+def write_workflow_files(base: Path, workflow: str) -> dict[str, Any]:
+    """The prompt of workflows/api/`workflow`.json, after its files have been written."""
+    prompt = json.loads((WORKFLOWS / "api" / f"{workflow}.json").read_text())
+    if workflow == "imagenet_256":
+        write_imagenet_stand_ins(base)
+    else:
+        write_stand_ins(base, prompt)
+    return prompt
+
+
+def write_picture(path: Path) -> Path:
+    """A colourful picture of 96 x 80 pixels, unless it is there."""
+    if not path.exists():
+        x, y = np.meshgrid(np.linspace(0, 255, 96), np.linspace(0, 255, 80))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.stack([x, y, 255 - x], -1).astype(np.uint8)).save(path)
+    return path
 
 
 def write_stand_in(path: Path, kind: str, **options: Any) -> Path:

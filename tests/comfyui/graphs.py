@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
 
 from .client import Comfy
+
+# what ComfyUI logs when weights find no place
+NOT_FITTING = re.compile(r"unet missing|unet unexpected|lora key not loaded|NOT LOADED|ERROR lora", re.IGNORECASE)
 
 
 def node(kind: str, **inputs: Any) -> dict[str, Any]:

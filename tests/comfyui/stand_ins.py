@@ -14,10 +14,11 @@ from tests.published import random_model, write_published_folder
 LABELS = {88: "macaw", 207: "golden retriever", 279: "Arctic fox, white fox, Alopex lagopus", 980: "volcano"}
 
 
-def write_imagenet_stand_ins(models: Path) -> None:
-    """What workflows/imagenet_256.json names: the published model's folder, and a VAE. The VAE is one that the stock loader
-    takes under any name and that is small: a tiny autoencoder (TAESD), whose 32 x 32 latents are 256 x 256 images too. What is
-    there stays as it is."""
+def write_imagenet_stand_ins(base: Path) -> None:
+    """What workflows/imagenet_256.json names, into models/ of a base directory: the published model's folder, and a VAE. The
+    VAE is one that the stock loader takes under any name and that is small: a tiny autoencoder (TAESD), whose 32 x 32 latents
+    are 256 x 256 images too. What is there stays as it is."""
+    models = base / "models"
     vae = models / "vae" / "vae-ft-ema-560000-ema-pruned.safetensors"
     if vae.exists():
         return

@@ -14,13 +14,12 @@ from torch import Tensor
 
 from .bases import write_adapter, write_flux, write_flux2, write_lora, write_qwen_image, write_text_encoder
 from .client import Comfy, PromptError
-from .graphs import latent_of, node
+from .graphs import NOT_FITTING, latent_of, node
 
 FILES = {"flux": "flux1-dev.safetensors", "qwen": "qwen_image_bf16.safetensors", "flux2": "flux2-dev.safetensors"}
 ADAPTERS = {base: f"gm{base}_k8_piid_4step.safetensors" for base in FILES}
 EMPTY = {"flux": "EmptySD3LatentImage", "qwen": "EmptySD3LatentImage", "flux2": "EmptyFlux2LatentImage"}
 CLIP_TYPES = {"flux": "flux", "qwen": "qwen_image", "flux2": "flux2"}
-NOT_FITTING = re.compile(r"unet missing|unet unexpected|lora key not loaded|NOT LOADED|ERROR lora", re.IGNORECASE)
 ROUNDING = 1e-4  # of float32, over a few steps
 
 

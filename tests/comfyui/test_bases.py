@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 from .bases import (
     adapter_shapes,
-    base_of,
     flux2_shapes,
     flux_shapes,
     qwen_image_shapes,
@@ -78,7 +77,7 @@ def base(request: pytest.FixtureRequest, comfy: Comfy) -> str:
     """A base whose files are there; FLUX.2 came after ComfyUI 0.3.64."""
     if request.param in ("flux2", "klein") and "EmptyFlux2LatentImage" not in comfy.object_info():
         pytest.skip("this ComfyUI has no FLUX.2")
-    write_stand_ins(comfy.base / "models", graph(request.param))
+    write_stand_ins(comfy.base, graph(request.param))
     return request.param
 
 
@@ -106,7 +105,7 @@ def test_stock_workflow_runs(comfy: Comfy, base: str) -> None:
 
 
 def test_same_text_same_picture(comfy: Comfy) -> None:
-    write_stand_ins(comfy.base / "models", graph("flux"))
+    write_stand_ins(comfy.base, graph("flux"))
     first = latent_of(comfy, graph("flux"))
     assert not torch.equal(latent_of(comfy, graph("flux", text="another")), first)
     assert torch.equal(latent_of(comfy, graph("flux")), first)
@@ -164,48 +163,6 @@ def test_files_repeat_and_differ_by_seed(tmp_path: Path) -> None:
         assert one == same
         assert len(one) == len(other)
         assert one != other
-
-
-def test_unknown_kinds_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="base is 'sd3'"):
-        adapter_shapes("sd3", 256, 1)
-    with pytest.raises(ValueError, match="policy is 'PF'"):
-        adapter_shapes("flux", 256, 1, policy="PF")
-    with pytest.raises(ValueError, match="kind is 'control'"):
-        write_stand_ins(tmp_path, {"1": node("X", file="a")}, loaders={"X": {"file": ("controlnet", "control")}})
-
-
-def test_stand_ins_of_a_prompt(tmp_path: Path) -> None:
-    """What is there stays, and links are no file names."""
-    prompt = {**graph("qwen"), "adapter": node("GMAdapter", adapter="gmqwen_k8.safetensors", model=["model", 0])}
-    adapters = {"GMAdapter": {"adapter": ("loras", "adapter"), "model": ("loras", "adapter")}}
-    files = write_stand_ins(tmp_path, prompt, loaders=adapters, depth=1, hidden=128)
-    assert sorted(str(file.relative_to(tmp_path)) for file in files) == [
-        "diffusion_models/qwen_image_bf16.safetensors",
-        "loras/gmqwen_k8.safetensors",
-        "loras/qwen_style.safetensors",
-        "text_encoders/qwen_2.5_vl_7b.safetensors",
-        "vae/qwen_image_vae.safetensors",
-    ]
-    assert load_file(files[0])["img_in.weight"].shape == (128, 64)
-    times = [file.stat().st_mtime_ns for file in files]
-    assert [file.stat().st_mtime_ns for file in write_stand_ins(tmp_path, prompt, loaders=adapters)] == times
-
-
-@pytest.mark.parametrize(
-    ("name", "base"),
-    [
-        ("flux1-dev.safetensors", "flux"),
-        ("FLUX.1-Kontext_dev.gguf", "flux"),
-        ("pi-Qwen-Image.safetensors", "qwen"),
-        ("FLUX.2-dev.safetensors", "flux2"),
-        ("flux-2-klein-4b-fp8.safetensors", "flux2"),
-        ("gmflux2_k8_piid_4step.safetensors", "flux2"),
-        ("ae.safetensors", "flux"),
-    ],
-)
-def test_base_of_a_file_name(name: str, base: str) -> None:
-    assert base_of(name) == base
 
 
 @pytest.mark.parametrize(("write", "base"), [(write_flux, "flux"), (write_qwen_image, "qwen")])

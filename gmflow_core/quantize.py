@@ -1,0 +1,182 @@
+"""8-bit weights: row-wise int8 after a rotation, and the linear layer on them. Pure torch.
+
+A row of a weight (the weights of one output) shares one scale, so one large entry costs all others their precision. Before
+rounding, every group of 256 inputs is therefore rotated by a Hadamard matrix, which spreads such entries over the group;
+the layer's input is rotated alike, and x W^T = (x H) (W H)^T is unchanged. (QuaRot, arXiv:2404.00456; the regular Hadamard
+matrix is that of ConvRot and of ComfyUI's `int8_tensorwise` layout with `convrot`, so the numbers can be exchanged.)
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+GROUPS = (256, 64, 16)  # sizes of a rotation: powers of 4
+LEVELS = 127  # of an int8 on either side of 0
+CHUNK = 2**18  # entries of a weight that are in float32 at a time
+SMALLEST = 1e-30  # scale of a row of zeros
+MIN_ROWS = 17  # cuBLAS wants more than 16 rows of int8
+
+
+@dataclass(frozen=True)
+class Int8Weight:
+    """The weight of a linear layer with N outputs and K inputs: W H = values * scale.
+
+    values: (N, K) int8. scale: (N, 1) or (1, 1) float32. group: inputs that are rotated together; 0: not rotated, H = 1.
+    """
+
+    values: Tensor
+    scale: Tensor
+    group: int
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight (N, K) that the int8 values stand for, without the rotation."""
+        out = torch.empty(self.values.shape, dtype=dtype, device=self.values.device)
+        for rows in row_slices(self.values):
+            part = self.values[rows].float() * (self.scale[rows] if len(self.scale) > 1 else self.scale)
+            out[rows] = rotate(part, self.group)  # H is its own inverse
+        return out
+
+
+def row_slices(weight: Tensor) -> list[slice]:
+    """Slices of about CHUNK entries each that cover the rows of `weight` (N, K)."""
+    rows = max(1, CHUNK // max(1, weight.shape[1]))
+    return [slice(start, start + rows) for start in range(0, len(weight), rows)]
+
+
+def rotation_group(inputs: int) -> int:
+    """Size of the rotation for a layer with that many inputs: the largest of GROUPS that divides it, else 0 for none."""
+    return next((group for group in GROUPS if inputs % group == 0), 0)
+
+
+@functools.lru_cache(maxsize=32)
+def hadamard(size: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
+    """The regular Hadamard matrix (size, size) over sqrt(size): symmetric, orthogonal, all rows with one sum.
+
+    Raises:
+        ValueError: `size` is not a power of 4.
+    """
+    four = torch.ones(4, 4) - 2 * torch.eye(4).flip(0)
+    matrix = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.kron(matrix, four) / 2
+    if len(matrix) != size:
+        raise ValueError(f"a regular Hadamard matrix of size {size} is asked for; sizes are powers of 4")
+    return matrix.to(device, dtype)
+
+
+def rotate(x: Tensor, group: int) -> Tensor:
+    """x (..., K) times the Hadamard matrix, in groups of `group` of its last dimension; 0 leaves it as it is."""
+    if not group:
+        return x
+    return (x.unflatten(-1, (-1, group)) @ hadamard(group, x.dtype, x.device)).flatten(-2)
+
+
+def quantize_rows(
+    weight: Tensor,
+    group: int | None = None,
+    *,
+    seed: int | None = None,
+    device: torch.device | str | None = None,
+) -> Int8Weight:
+    """A weight (N, K) of any float type as int8 with one scale a row.
+
+    It is worked on in chunks of rows, so that no float32 copy of the whole is made; `weight` is only read.
+
+    Args:
+        group: size of the rotation; None chooses it by the number of inputs.
+        seed: of stochastic rounding, which keeps changes smaller than a step on average; None rounds to the nearest.
+        device: where the chunks are worked on; the result is where `weight` is.
+
+    Raises:
+        ValueError: `weight` is not a matrix, or not finite.
+    """
+    if weight.ndim != 2 or not weight.is_floating_point():
+        raise ValueError(f"a weight of shape {tuple(weight.shape)} and type {weight.dtype} is no float matrix")
+    group = rotation_group(weight.shape[1]) if group is None else group
+    device = weight.device if device is None else torch.device(device)
+    generator = None if seed is None else torch.Generator(device).manual_seed(seed % 2**63)
+    values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scale = torch.empty(len(weight), 1, dtype=torch.float32, device=weight.device)
+    for rows in row_slices(weight):
+        part = rotate(weight[rows].to(device, torch.float32), group)
+        part_values, part_scale = _round_rows(part, generator)
+        values[rows], scale[rows] = part_values.to(weight.device), part_scale.to(weight.device)
+    if not scale.isfinite().all():
+        raise ValueError(f"{(~scale.isfinite()).sum().item()} of {len(scale)} rows hold values that are not finite numbers")
+    return Int8Weight(values, scale, group)
+
+
+def _round_rows(x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """x (M, K) as int8 and the scale (M, 1) of each row, whose largest magnitude becomes 127."""
+    scale = x.abs().amax(-1, keepdim=True).float().div_(LEVELS).clamp_(min=SMALLEST)
+    steps = x.float() / scale
+    if generator is None:
+        steps = steps.round_()
+    else:
+        steps = steps.add_(torch.rand(steps.shape, generator=generator, device=steps.device)).floor_()
+    return steps.clamp_(-LEVELS, LEVELS).to(torch.int8), scale
+
+
+def linear(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias with x (..., K) as it is: the int8 values are expanded to its type for the time of the product.
+
+    Integers up to 127 are exact in bfloat16 and in float32, so the scale can wait for the result, which is smaller than the
+    weight. In float16 the result without the scale could be too large.
+    """
+    expanded = weight.values.to(x.dtype)
+    if x.dtype == torch.float16:
+        return F.linear(rotate(x, weight.group), expanded.mul_(weight.scale), bias)
+    out = F.linear(rotate(x, weight.group), expanded).mul_(weight.scale.flatten())
+    return out if bias is None else out.add_(bias)
+
+
+def int8_linear(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias as a product of int8 matrices: x (..., K) is rounded too, with one scale a row. Faster where the device
+    multiplies int8; the rounding of x adds an error about as large as that of the weight."""
+    values, scale = _round_rows(rotate(x, weight.group).reshape(-1, x.shape[-1]))
+    out = int8_product(values, weight.values).float().mul_(scale).mul_(weight.scale.flatten()).to(x.dtype)
+    out = out.reshape(*x.shape[:-1], out.shape[-1])
+    return out if bias is None else out.add_(bias)
+
+
+def int8_product(a: Tensor, b: Tensor) -> Tensor:
+    """a b^T of int8 matrices (M, K), (N, K) as int32 (M, N): by bitsandbytes on a GPU if it is installed, else by torch."""
+    if a.is_cuda and (product := bitsandbytes_product()) is not None:
+        return product(a, b)
+    if (a.is_cuda and (len(b) % 8 or b.shape[1] % 8)) or a.device.type not in ("cpu", "cuda"):  # torch has no int8 for these
+        return (a.float() @ b.float().T).int()
+    missing = max(0, MIN_ROWS - len(a)) if a.is_cuda else 0
+    return torch._int_mm(F.pad(a, (0, 0, 0, missing)), b.T)[: len(a)]
+
+
+@functools.lru_cache(maxsize=1)
+def bitsandbytes_product() -> Callable[[Tensor, Tensor], Tensor] | None:
+    """The int8 product of bitsandbytes, None where it is not installed or cannot be imported; that takes seconds."""
+    try:
+        from bitsandbytes.functional import int8_linear_matmul
+    except (ImportError, OSError, RuntimeError):
+        return None
+    return int8_linear_matmul
+
+
+def pack(weight: Int8Weight) -> Tensor:
+    """Values and scales as ONE int8 tensor (N + ceil(4 N / K), K), for keepers that know of a single tensor a weight: the
+    bytes of the scales are its last rows. The rotation is not kept."""
+    values, scale = weight.values, weight.scale.expand(len(weight.values), 1)
+    extra = scale.contiguous().view(torch.int8).flatten()
+    extra = F.pad(extra, (0, -len(extra) % values.shape[1]))
+    return torch.cat([values, extra.unflatten(0, (-1, values.shape[1]))])
+
+
+def unpack(packed: Tensor, rows: int, group: int) -> Int8Weight:
+    """The inverse of `pack`, for a weight of N = `rows` rows. The values are a view; `packed` may be of another type that
+    holds its numbers, such as float32."""
+    packed = packed.to(torch.int8)
+    scale = packed[rows:].flatten()[: 4 * rows].clone().view(torch.float32).unsqueeze(1)
+    return Int8Weight(packed[:rows], scale, group)

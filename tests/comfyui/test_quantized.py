@@ -1,0 +1,395 @@
+"""The 8-bit loader in a real ComfyUI: results near those of 16 bit, LoRA, offloading, saving, and what it refuses."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .bases import TEXT_STAND_IN, write_adapter, write_flux, write_lora, write_stand_in, write_text_encoder
+from .client import Comfy
+from .conftest import COMFYUI, comfyui_python
+from .graphs import latent_of, node
+
+BENCHMARK = Path(__file__).resolve().parents[1] / "benchmarks" / "eight_bit.py"
+LORA = "int8_style.safetensors"
+FILES = {"flux": "int8_flux.safetensors", "qwen": "int8_qwen.safetensors"}
+
+
+@pytest.fixture(scope="module")
+def models(comfy: Comfy) -> Path:
+    folder = comfy.base / "models"
+    for base, name in FILES.items():
+        write_stand_in(folder / "diffusion_models" / name, "base", dtype=torch.bfloat16)
+        assert base in name
+    write_lora(folder / "loras" / LORA, strength=0.1)
+    write_text_encoder(folder / "text_encoders" / "int8_text.safetensors")
+    return folder
+
+
+def graph(model: dict, base: str = "flux", lora: float | None = None) -> dict:
+    """Four Euler steps of the stock sampler on the MODEL of a node."""
+    encoder = {
+        "flux": node("DualCLIPLoader", clip_name1="int8_text.safetensors", clip_name2="int8_text.safetensors", type="flux"),
+        "qwen": node("CLIPLoader", clip_name="int8_text.safetensors", type="qwen_image"),
+    }[base]
+    style = {"style": node("LoraLoaderModelOnly", model=["model", 0], lora_name=LORA, strength_model=lora)}
+    settings = {"seed": 1, "steps": 4, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+    wires = {"positive": ["text", 0], "negative": ["text", 0], "latent_image": ["empty", 0]}
+    return {
+        "model": model,
+        **({} if lora is None else style),
+        "encoder": encoder,
+        "text": node("CLIPTextEncode", clip=["encoder", 0], text="a red fox"),
+        "empty": node("EmptySD3LatentImage", width=128, height=96, batch_size=1),
+        "sample": node("KSampler", model=["model" if lora is None else "style", 0], **wires, **settings),
+        "save": node("SaveLatent", samples=["sample", 0], filename_prefix="latent"),
+    }
+
+
+@pytest.fixture(scope="module")
+def sample(comfy: Comfy, models: Path) -> Callable[..., Tensor]:
+    def run(model: dict, base: str = "flux", lora: float | None = None) -> Tensor:
+        return latent_of(comfy, graph(model, base, lora))
+
+    return run
+
+
+def stock(name: str = FILES["flux"], weight_dtype: str = "default") -> dict:
+    return node("UNETLoader", unet_name=name, weight_dtype=weight_dtype)
+
+
+def eight_bit(name: str = FILES["flux"], **inputs: Any) -> dict:
+    return node("GMFlowLoadDiffusionModel8bit", unet_name=name, **inputs)
+
+
+def relative(x: Tensor, exact: Tensor) -> float:
+    return ((x - exact).norm() / exact.norm()).item()
+
+
+def version(comfy: Comfy) -> tuple[int, ...]:
+    number = comfy.get("/system_stats")["system"]["comfyui_version"]
+    return tuple(int(part) for part in number.split(".")[:2])
+
+
+# --- in a running server
+
+
+@pytest.mark.parametrize("base", FILES)
+def test_near_sixteen_bit_and_far_below_fp8(sample: Callable, base: str) -> None:
+    """The latent of four steps; the aim is half of fp8's error."""
+    exact = sample(stock(FILES[base]), base)
+    fp8 = relative(sample(stock(FILES[base], "fp8_e4m3fn"), base), exact)
+    precise, fast = (relative(sample(eight_bit(FILES[base], compute=name), base), exact) for name in ("16 bit", "int8"))
+    assert 0 < precise < 0.5 * fp8
+    assert 0 < fast < 0.5 * fp8
+
+
+def test_default_is_the_precise_product(sample: Callable) -> None:
+    assert torch.equal(sample(eight_bit()), sample(eight_bit(compute="16 bit")))
+    assert not torch.equal(sample(eight_bit()), sample(eight_bit(compute="int8")))
+
+
+def test_lora_moves_as_on_sixteen_bit(sample: Callable) -> None:
+    exact, moved = sample(stock()), sample(stock(), lora=1.0)
+    eight, eight_moved = sample(eight_bit()), sample(eight_bit(), lora=1.0)
+    assert relative(moved, exact) > 0.02
+    assert relative(eight_moved, moved) < 0.5 * relative(moved, exact)
+    assert relative(eight_moved - eight, moved - exact) < 0.25
+    assert torch.equal(sample(eight_bit()), eight)  # the LoRA is gone again
+
+
+def test_unload_and_run_again(comfy: Comfy, sample: Callable) -> None:
+    before = sample(eight_bit(), lora=1.0)
+    comfy.post("/free", {"unload_models": True, "free_memory": True})
+    assert torch.equal(sample(eight_bit(), lora=1.0), before)
+
+
+def test_model_stays_loaded(comfy: Comfy, sample: Callable) -> None:
+    """A second prompt finds the model in ComfyUI's cache."""
+    sample(eight_bit())
+    prompt = graph(eight_bit())
+    prompt["sample"]["inputs"]["seed"] = 77
+    assert "model" in comfy.run(prompt).cached
+
+
+def test_progress_while_loading(comfy: Comfy, sample: Callable) -> None:
+    comfy.post("/free", {"unload_models": True, "free_memory": True})
+    sample(stock())
+    steps = [step for step in comfy.run(graph(eight_bit(compute="int8"))).progress if step.node == "model"]
+    assert {step.max for step in steps} == {2 * 10 + 2 * 3}  # linear layers in two blocks of either kind
+    assert steps[-1].value == steps[-1].max
+
+
+def test_gm_adapter_on_an_8_bit_base(comfy: Comfy, models: Path) -> None:
+    """Its LoRA part goes into the int8 weights, its head stays as it is; a saved file is of the base."""
+    adapter = "gmflux_int8.safetensors"
+    write_adapter(models / "loras" / adapter, strength=0.1)
+
+    def prompt(base: dict) -> dict:
+        nodes = graph(base)
+        wires = {"model": ["adapted", 0], "positive": ["text", 0], "latent_image": ["empty", 0]}
+        settings = {"seed": 1, "steps": 4, "solver": "gm-ode", "order": 2, "substeps": 4, "shift": 1.0, "denoise": 1.0}
+        nodes["adapted"] = node("GMFlowAdapter", model=["model", 0], adapter_name=adapter, strength=1.0)
+        return {**nodes, "sample": node("GMFlowSampler", **wires, **settings)}
+
+    exact, eight = latent_of(comfy, prompt(stock())), latent_of(comfy, prompt(eight_bit()))
+    assert exact.isfinite().all()
+    assert 0 < relative(eight, exact) < 0.05
+    nodes = prompt(eight_bit())
+    keep = node("GMFlowSaveDiffusionModel8bit", model=["adapted", 0], filename_prefix="diffusion_models/adapted")
+    comfy.run({"model": nodes["model"], "adapted": nodes["adapted"], "keep": keep})
+    (path,) = (comfy.base / "output" / "diffusion_models").glob("adapted_*")
+    saved, bf16 = load_file(path), load_file(models / "diffusion_models" / FILES["flux"])
+    assert {name for name in saved if not name.endswith(("_scale", "comfy_quant"))} == set(bf16)
+    assert torch.equal(saved["final_layer.linear.weight"], bf16["final_layer.linear.weight"])
+    assert torch.equal(latent_of(comfy, prompt(eight_bit())), eight)
+
+
+@pytest.mark.parametrize("lora", [None, 1.0])
+def test_saved_and_loaded_back(comfy: Comfy, sample: Callable, lora: float | None) -> None:
+    """The file has half the size, gives the same latents, and newer versions of ComfyUI load it with their own loader."""
+    prefix = f"diffusion_models/saved_{lora}"
+    source = "model" if lora is None else "style"
+    prompt = graph(eight_bit(), lora=lora)
+    before = latent_of(comfy, prompt)
+    keep = node("GMFlowSaveDiffusionModel8bit", model=[source, 0], filename_prefix=prefix)
+    comfy.run({name: prompt[name] for name in ("model", "style") if name in prompt} | {"keep": keep})
+    (path,) = (comfy.base / "output" / "diffusion_models").glob(f"saved_{lora}_*")
+    saved, bf16 = load_file(path), load_file(comfy.base / "models" / "diffusion_models" / FILES["flux"])
+    assert set(bf16) <= set(saved)
+    assert {weight.dtype for name, weight in saved.items() if name.endswith("qkv.weight")} == {torch.int8}
+    assert not [name for name in saved if name.endswith(".comfy_quant") and "_blocks." not in name]
+    for name in ("img_in.weight", "txt_in.weight", "time_in.in_layer.weight", "final_layer.linear.weight"):
+        assert torch.equal(saved[name], bf16[name])
+    assert torch.equal(sample(eight_bit(path.name)), before)
+    if version(comfy) >= (0, 27):
+        assert torch.equal(sample(stock(path.name)), sample(eight_bit(path.name, compute="int8")))
+    assert torch.equal(latent_of(comfy, prompt), before)  # saving leaves the model as it was
+
+
+def spoiled(models: Path, kind: str) -> str:
+    """A file that is not for the 8-bit loader."""
+    path = models / "diffusion_models" / f"spoiled_{kind}.safetensors"
+    weights = load_file(models / "diffusion_models" / FILES["flux"])
+    if kind == "fp8":
+        save_file({name: weight.to(torch.float8_e4m3fn) for name, weight in weights.items()}, path)
+    elif kind == "scaled fp8":
+        save_file({**weights, "scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}, path)
+    elif kind == "nvfp4":
+        about = json.dumps({"format": "nvfp4"}).encode()
+        save_file({**weights, "double_blocks.0.img_attn.qkv.comfy_quant": torch.tensor(list(about), dtype=torch.uint8)}, path)
+    elif kind == "4 bit":
+        packed = {"double_blocks.0.img_attn.qkv.weight.quant_state.bitsandbytes__nf4": torch.zeros(4, dtype=torch.uint8)}
+        save_file({**weights, **packed}, path)
+    elif kind == "text":
+        save_file({"text_model.encoder.layers.0.mlp.fc1.weight": torch.zeros(8, 8)}, path)
+    elif kind == "nan":
+        weights["single_blocks.1.linear2.weight"][3, 5] = float("nan")
+        save_file(weights, path)
+    elif kind == "half":
+        whole = (models / "diffusion_models" / FILES["flux"]).read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+    return path.name
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("fp8", ["float8_e4m3fn", "Load it with Load Diffusion Model", "bf16 or fp16 file"]),
+        ("scaled fp8", ["scaled fp8", "Load it with Load Diffusion Model"]),
+        ("nvfp4", ["ComfyUI's nvfp4"]),
+        ("4 bit", ["bitsandbytes 4 bit"]),
+        ("text", ["no diffusion model", "text_model.encoder.layers.0.mlp.fc1.weight"]),
+        ("nan", ["'single_blocks.1.linear2.weight'", "not finite", "damaged"]),
+        ("half", ["cannot be read", "download"]),
+    ],
+)
+def test_refuses_with_a_reason(comfy: Comfy, models: Path, sample: Callable, kind: str, says: list[str]) -> None:
+    name = spoiled(models, kind)
+    text = "\n".join(comfy.run(graph(eight_bit(name)), expect_error=True).errors.values())
+    assert all(part in text for part in [repr(name), *says] if kind != "nan" or part != repr(name)), text
+    assert sample(eight_bit()).isfinite().all()  # ComfyUI goes on
+
+
+def test_refuses_a_file_that_is_not_there(comfy: Comfy, models: Path) -> None:
+    result = comfy.run(graph(eight_bit("nowhere.safetensors")), expect_error=True)
+    assert result.status == "rejected"
+    assert "there is no file 'nowhere.safetensors'" in result.errors["model"]
+    assert "models/diffusion_models" in result.errors["model"].replace(os.sep, "/")
+
+
+def test_saves_8_bit_models_only(comfy: Comfy, models: Path) -> None:
+    keep = node("GMFlowSaveDiffusionModel8bit", model=["model", 0], filename_prefix="diffusion_models/no")
+    errors = comfy.run({"model": stock(), "keep": keep}, expect_error=True).errors
+    assert "not in 8 bit" in errors["keep"]
+    assert not list((comfy.base / "output").glob("diffusion_models/no_*"))
+
+
+# --- inside: functions that run in a process of ComfyUI's own Python
+
+
+def inside(functions: list[Callable], *arguments: Any) -> Any:
+    """The answer of the last function, called with `arguments` in ComfyUI's Python; it gets the module nodes.quantized
+    first. The functions' source is sent there."""
+    source = "\n\n".join(inspect.getsource(function) for function in functions)
+    script = f"""
+from __future__ import annotations
+import json, os, runpy, sys
+from typing import Any
+sys.path.insert(0, os.getcwd())
+sys.argv[1:] = ["--cpu", "--disable-api-nodes"]
+import comfy.options
+comfy.options.enable_args_parsing()
+quantized = runpy.run_path({str(BENCHMARK)!r}, run_name="benchmark")["extension"]("nodes.quantized")
+runpy.run_path({str(TEXT_STAND_IN / "__init__.py")!r})
+import torch
+{source}
+with torch.inference_mode():
+    print("ANSWER", json.dumps({functions[-1].__name__}(quantized, *json.loads({json.dumps(arguments)!r}))))
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([comfyui_python(), "-c", script], cwd=COMFYUI, env=environment, capture_output=True, text=True)
+    answers = [line for line in done.stdout.splitlines() if line.startswith("ANSWER ")]
+    assert answers, done.stderr[-4000:]
+    return json.loads(answers[-1].removeprefix("ANSWER "))
+
+
+def call_network(model: Any, seed: int = 0) -> Any:
+    """One call of a FLUX as it is loaded now."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    x, context, pooled = (torch.randn(1, *shape, generator=generator) for shape in ((16, 8, 8), (8, 4096), (768,)))
+    return model.model.diffusion_model(x, torch.tensor([0.7]), context, pooled, torch.tensor([3.5]))
+
+
+def exercise(quantized: Any, path: str, lora_path: str, compute: str) -> dict[str, Any]:
+    """Patches, partial loading and unloading of an 8-bit model."""
+    import comfy.model_management
+    import comfy.sd
+    import comfy.utils
+    import torch
+
+    def far(x: Any, exact: Any) -> float:
+        return ((x - exact).norm() / exact.norm()).item()
+
+    def loaded(model: Any, memory: int = 0) -> Any:
+        """The network's answer with all weights loaded, or those that fit into `memory` bytes."""
+        model.patch_model(device_to=torch.device("cpu"), lowvram_model_memory=memory)
+        out = call_network(model)
+        about["functions"] = sum(len(getattr(layer, "weight_function", ())) for layer in model.model.modules())
+        model.unpatch_model(model.offload_device)
+        return out
+
+    about: dict[str, Any] = {}
+    lora = comfy.utils.load_torch_file(lora_path)
+    exact = comfy.sd.load_diffusion_model(path, model_options={"dtype": torch.bfloat16})
+    exact_lora, _ = comfy.sd.load_lora_for_models(exact, None, lora, 1.0, 0)
+    model = quantized.load_8bit(path, compute)
+    styled, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0)
+    weights = {name: weight.clone() for name, weight in model.model.state_dict().items()}
+    about["layer"] = type(model.model.diffusion_model.img_in).__mro__[1].__name__
+    about["native"] = quantized.has_native_layout()
+    about["size"] = model.model_size() / sum(2 * p.numel() for p in exact.model.parameters())
+    base, moved = loaded(exact), loaded(exact_lora)
+    about["error"], about["error with lora"] = far(loaded(model), base), far(loaded(styled), moved)
+    about["move"] = far(moved, base)
+    about["error offloaded"] = far(loaded(styled, 1), moved)
+    about["functions offloaded"] = about["functions"]
+    about["error half offloaded"] = far(loaded(styled, model.model_size() // 2), moved)
+    styled.patch_model(device_to=torch.device("cpu"))
+    about["freed"] = styled.partially_unload(styled.offload_device, model.model_size() // 2)
+    about["error unloaded"] = far(call_network(styled), moved)
+    styled.unpatch_model(styled.offload_device)
+    now = model.model.state_dict()
+    about["restored"] = all(torch.equal(now[name], weight) for name, weight in weights.items())
+    return about
+
+
+def interrupt(quantized: Any, path: str) -> dict[str, bool]:
+    """Interrupt a load, and load again."""
+    import comfy.model_management
+
+    comfy.model_management.interrupt_current_processing(True)
+    try:
+        quantized.load_8bit(path)
+        interrupted = False
+    except comfy.model_management.InterruptProcessingException:
+        interrupted = True
+    model = quantized.load_8bit(path)
+    return {"interrupted": interrupted, "finite": bool(call_network(model).isfinite().all())}
+
+
+def everything(quantized: Any, path: str, lora_path: str, names: list[str]) -> dict[str, Any]:
+    """All of the above in one process, as its start takes most of the time."""
+    native = quantized.has_native_layout
+    about: dict[str, Any] = {"interrupt": interrupt(quantized, path)}
+    about["blocks"] = [quantized.is_block_layer(f"{name}.weight") for name in names]
+    for own in (False, True):
+        quantized.has_native_layout = (lambda: False) if own else native
+        for compute in quantized.COMPUTE:
+            about[f"{own} {compute}"] = exercise(quantized, path, lora_path, compute)
+    return about
+
+
+BECOMES_INT8 = [
+    "double_blocks.0.img_attn.qkv",
+    "double_blocks.18.txt_mlp.2",
+    "single_blocks.3.modulation.lin",
+    "transformer_blocks.0.attn.to_out.0",
+    "transformer_blocks.59.img_mod.1",
+    "joint_blocks.7.context_block.adaLN_modulation.1",
+    "blocks.4.ffn.2",
+    "layers.2.feed_forward.w1",
+]
+STAYS_IN_16_BIT = [
+    *("img_in", "txt_in", "time_in.in_layer", "vector_in.out_layer", "guidance_in.in_layer"),
+    *("final_layer.linear", "final_layer.adaLN_modulation.1", "norm_out.linear", "proj_out"),
+    *("time_text_embed.timestep_embedder.linear_1", "t_embedder.mlp.0", "label_emb.0.0", "time_projection.1"),
+    *("proj_out_means", "proj_out_logweights", "proj_out_logstds.1", "proj_out_logstds.3"),
+    *("double_stream_modulation_img.lin", "head.head", "txt_in.individual_token_refiner.blocks.0.mlp.0"),
+]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("int8")
+    paths = write_flux(folder / "flux.safetensors"), write_lora(folder / "lora.safetensors", strength=0.1)
+    return inside([call_network, exercise, interrupt, everything], *map(str, paths), BECOMES_INT8 + STAYS_IN_16_BIT)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["as here", "own layout"])
+@pytest.mark.parametrize("compute", ["16 bit", "int8"])
+def test_patches_and_offloading(found: dict[str, Any], own: bool, compute: str) -> None:
+    about = found[f"{own} {compute}"]
+    assert about["layer"] == ("Linear" if about["native"] else "Int8Linear")
+    assert not (own and about["native"])
+    assert about["size"] < 0.65  # of so small a model much is outside the blocks
+    assert 0 < about["error"] < 0.03
+    assert about["move"] > 0.05
+    for place in ("with lora", "offloaded", "half offloaded", "unloaded"):
+        assert about[f"error {place}"] < 0.35 * about["move"], place
+    # an offloaded layer adds the LoRA to the expanded weight, without rounding it once more
+    assert about["error offloaded"] <= about["error with lora"] * 1.05
+    assert about["functions offloaded"] == 4
+    assert about["freed"] > 0
+    assert about["restored"]
+
+
+def test_interrupted_load(found: dict[str, Any]) -> None:
+    assert found["interrupt"] == {"interrupted": True, "finite": True}
+
+
+def test_which_layers_stay_in_16_bit(found: dict[str, Any]) -> None:
+    """Names of several architectures: blocks become int8; first and last layers, embeddings and heads do not."""
+    assert found["blocks"] == [True] * len(BECOMES_INT8) + [False] * len(STAYS_IN_16_BIT)

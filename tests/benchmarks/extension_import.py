@@ -1,0 +1,61 @@
+"""What the extension adds to ComfyUI's start: milliseconds, and modules that nothing else has imported.
+
+    python -m tests.benchmarks.extension_import [REPEATS]
+
+Looks for ComfyUI where the tests do. Every repeat is a new process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+
+from tests.comfyui.conftest import COMFYUI, REPOSITORY, comfyui_python
+
+HEAVY = ("accelerate", "bitsandbytes", "diffusers", "huggingface_hub", "matplotlib", "tensorboard", "transformers")
+SCRIPT = """
+import asyncio, json, pathlib, sys, tempfile, time
+start = time.perf_counter()
+root, repository = sys.argv[1:3]
+sys.path.insert(0, root)
+sys.argv = [sys.argv[0], "--cpu"]
+import comfy.options
+comfy.options.enable_args_parsing()
+import comfy.samplers, comfy.sd, comfy_api.latest, latent_preview, nodes
+empty = pathlib.Path(tempfile.mkdtemp()) / "empty"
+empty.mkdir()
+(empty / "__init__.py").write_text("NODE_CLASS_MAPPINGS = {}")
+(empty / "pyproject.toml").write_text("[project]\\nname = 'empty'\\nversion = '1'")
+asyncio.run(nodes.load_custom_node(str(empty)))  # what ComfyUI itself imports for the first extension
+before, ready = set(sys.modules), time.perf_counter()
+loaded = asyncio.run(nodes.load_custom_node(repository))
+done = time.perf_counter()
+new = sorted(name for name in set(sys.modules) - before if not name.startswith(repository) and not name.startswith("/"))
+print(json.dumps({"loaded": loaded, "comfyui": ready - start, "extension": done - ready, "modules": new}))
+"""
+
+
+def measure() -> dict:
+    """One import in a new process: `comfyui` and `extension` in seconds, `modules` that came with the extension."""
+    command = [comfyui_python(), "-c", SCRIPT, str(COMFYUI), str(REPOSITORY)]
+    done = subprocess.run(
+        command, cwd=COMFYUI, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    repeats = int(sys.argv[1]) if len(sys.argv) > 1 else 5
+    runs = [measure() for _ in range(repeats)]
+    extension, comfyui = (statistics.median(run[key] for run in runs) for key in ("extension", "comfyui"))
+    print(f"extension {1000 * extension:.0f} ms, {extension / comfyui:.1%} of the {comfyui:.1f} s of ComfyUI's own imports")
+    times = sorted(1000 * run["extension"] for run in runs)
+    print(f"spread {times[0]:.0f} to {times[-1]:.0f} ms, {repeats} runs")
+    print("modules that come with it:", ", ".join(runs[0]["modules"]) or "none")
+
+
+if __name__ == "__main__":
+    main()

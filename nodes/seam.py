@@ -166,11 +166,20 @@ class Adapter:
 
 class HeadInPlace(nn.Module):
     """A head where ComfyUI's model has its last layer: it gives the mean velocity on, and the prediction to whoever waits for
-    it in `_waiting`."""
+    it in `_waiting`.
+
+    The head is no submodule: ComfyUI's memory managers back up and restore weights by their place in the model, and this place
+    is gone when another clone of the model is loaded. A head is small enough to be sent to the GPU in each call.
+    """
 
     def __init__(self, head: Head):
         super().__init__()
-        self.head = head
+        self.hidden = (head,)
+
+    @property
+    def head(self) -> Head:
+        """The head."""
+        return self.hidden[0]
 
     def forward(self, tokens: Tensor, embedding: Tensor, modulation_dims: object = None) -> Tensor:
         """Mean velocity tokens (B, N, C p^2).

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .bases import write_adapter, write_flux, write_flux2, write_lora, write_qwen_image, write_text_encoder
+from .bases import write_adapter, write_flux, write_flux2, write_gguf, write_lora, write_qwen_image, write_text_encoder
 from .client import Comfy, PromptError
+from .conftest import GGUF_HOW_TO
 from .graphs import NOT_FITTING, latent_of, node
 
 FILES = {"flux": "flux1-dev.safetensors", "qwen": "qwen_image_bf16.safetensors", "flux2": "flux2-dev.safetensors"}
@@ -168,6 +170,82 @@ def test_loras_before_or_after_the_adapter_are_the_same(server: Comfy, base: str
     after = latent_of(server, inserted(graph(base), "lora", node("LoraLoaderModelOnly", **lora), "sample"))
     assert near(before, after)
     assert not near(plain, after, 0.01)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "8-bit", "native int8", "GGUF"])
+def test_every_loader_feeds_the_adapter(server: Comfy, kind: str) -> None:
+    """The latent is that of the 16-bit file, but for the rounding of the weights."""
+    models, prompt = server.base / "models" / "diffusion_models", graph()
+    if kind == "fp8":
+        prompt["base"]["inputs"]["weight_dtype"] = "fp8_e4m3fn"
+    elif kind == "8-bit":
+        prompt["base"] = node("GMFlowLoadDiffusionModel8bit", unet_name=FILES["flux"])
+    elif kind == "native int8":
+        if not has_native_int8(server):
+            pytest.skip("int8 files of ComfyUI's own came with 0.27")
+        eight_bit = node("GMFlowLoadDiffusionModel8bit", unet_name=FILES["flux"])
+        save = node("GMFlowSaveDiffusionModel8bit", model=["base", 0], filename_prefix="diffusion_models/flux_native")
+        (path,) = server.run({"base": eight_bit, "save": save}).outputs["save"]["text"]
+        server.object_info()
+        prompt["base"]["inputs"]["unet_name"] = Path(path).name
+    else:
+        if "UnetLoaderGGUF" not in server.object_info():
+            pytest.skip(f"no ComfyUI-GGUF: {GGUF_HOW_TO}")
+        write_gguf(models / FILES["flux"], models / "flux1-dev-Q8_0.gguf")
+        server.object_info()
+        prompt["base"] = node("UnetLoaderGGUF", unet_name="flux1-dev-Q8_0.gguf")
+    result, exact = latent_of(server, prompt), latent_of(server, graph())
+    assert 0 < (result - exact).std() < 0.1 * exact.std()
+
+
+def has_native_int8(server: Comfy) -> bool:
+    """Whether this is ComfyUI 0.27 or newer."""
+    version = server.get("/system_stats")["system"]["comfyui_version"]
+    return tuple(int(part) for part in version.split(".")[:2]) >= (0, 27)
+
+
+REFERENCES = {
+    "flux": ["offset", "index"],
+    "qwen": ["index", "index_timestep_zero"],
+    "flux2": ["index", "index_timestep_zero"],
+}
+
+
+@pytest.mark.parametrize(("base", "method"), [(base, method) for base, methods in REFERENCES.items() for method in methods])
+def test_reference_images_are_no_part_of_the_mixture(server: Comfy, base: str, method: str) -> None:
+    """As Kontext and Qwen-Image-Edit have them: further tokens behind the image's, some with an embedding of their own."""
+    if "FluxKontextMultiReferenceLatentMethod" not in server.object_info():
+        pytest.skip("this ComfyUI has no methods for reference latents")
+    prompt = graph(base, stochasticity=0.5)
+    prompt["first"] = graph(base, seed=9)["sample"]
+    prompt["small"] = node(EMPTY[base], width=48, height=80, batch_size=1)
+    prompt["first"]["inputs"]["latent_image"] = ["small", 0]
+    prompt["reference"] = node("ReferenceLatent", conditioning=["positive", 0], latent=["first", 0])
+    prompt["method"] = node(
+        "FluxKontextMultiReferenceLatentMethod", conditioning=["reference", 0], reference_latents_method=method
+    )
+    prompt["sample"]["inputs"]["positive"] = ["method", 0]
+    latent, plain = latent_of(server, prompt), latent_of(server, graph(base, stochasticity=0.5))
+    assert latent.isfinite().all()
+    assert latent.shape == plain.shape
+    assert not near(latent, plain, 0.01)
+
+
+def test_comfyui_sees_no_weights_of_the_head(server: Comfy) -> None:
+    """Its memory managers would back them up under names that are gone when another clone is loaded: the size of the loaded
+    model is that of the base."""
+    sizes = []
+    for prompt in (graph(seed=55), stock({**graph(), "model": node("LoraLoaderModelOnly", **PLAIN_LORA)}, seed=55)):
+        server.post("/free", {"unload_models": True, "free_memory": True})
+        time.sleep(1.5)
+        before = len(server.log())
+        server.run(prompt)
+        sizes += re.findall(r"Requested to load Flux\n.*?(\d+\.\d+) (?:MB loaded|True)", server.log()[before:])
+    assert len(sizes) == 2
+    assert sizes[0] < sizes[1]  # without the last layer that the head replaces
+
+
+PLAIN_LORA = {"model": ["base", 0], "lora_name": "flux_style.safetensors", "strength_model": 0.0}
 
 
 def test_the_strength_is_the_loras(server: Comfy) -> None:

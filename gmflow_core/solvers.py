@@ -188,7 +188,7 @@ def sample_gm_policy(
     """
     intervals = _intervals(sigmas)
     if temperature is None:
-        temperature = min(1.0, 0.1 * (len(intervals) - 1))
+        temperature = usual_temperature(len(intervals))
     elif not 0 < temperature <= 1:
         raise ValueError(f"temperature {temperature} must be above 0 and at most 1, which leaves the mixture as it is")
     if not stochasticity >= 0:
@@ -211,6 +211,11 @@ def sample_gm_policy(
             if constrain is not None:
                 x = constrain(x, x.new_tensor(sigma_next))
     return x
+
+
+def usual_temperature(steps: int) -> float:
+    """pi-Flow's temperature for the GM policy; a single step takes none."""
+    return min(1.0, 0.1 * (steps - 1)) if steps > 1 else 1.0
 
 
 def _kept_noise(sigma: float, sigma_next: float, stochasticity: float) -> float:

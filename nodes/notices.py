@@ -7,20 +7,41 @@ import sys
 
 from comfy_execution.utils import get_executing_context
 
+NOTHING = " "  # the page ignores an empty text
 _said: tuple[str | None, dict] = (None, {})  # of the prompt that runs: (node, message), in order
+_shown: set[str] = set()  # nodes that have a text on them
 
 
 def notice(message: str, level: int = logging.WARNING) -> None:
     """Say it once for each run of a node; on the node itself where the ComfyUI server runs."""
+    node = _running_node()
+    if (node, message) in _said[1]:
+        return
+    _said[1][node, message] = True
+    logging.log(level, "GMFlow: %s", message)
+    _show(node, "\n".join(text for at, text in _said[1] if at == node))
+
+
+def clear() -> None:
+    """Take off the running node what it said in an earlier prompt."""
+    node = _running_node()
+    if node in _shown and not any(at == node for at, _ in _said[1]):
+        _show(node, NOTHING)
+        _shown.discard(node)
+
+
+def _running_node() -> str | None:
+    """The node that runs; what was said in an earlier prompt is forgotten."""
     global _said
     context = get_executing_context()
     prompt, node = (context.prompt_id, context.node_id) if context is not None else (None, None)
     if _said[0] != prompt:
         _said = (prompt, {})
-    if (node, message) in _said[1]:
-        return
-    _said[1][node, message] = True
-    logging.log(level, "GMFlow: %s", message)
+    return node
+
+
+def _show(node: str | None, text: str) -> None:
     server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
     if node is not None and server is not None:
-        server.send_progress_text("\n".join(text for at, text in _said[1] if at == node), node)
+        _shown.add(node)
+        server.send_progress_text(text, node)

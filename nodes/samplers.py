@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import comfy.model_management
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ..gmflow_core import DXPolicy, flow_sigmas, unshift_time
 from ..gmflow_core.policy import Policy
-from ..gmflow_core.solvers import SOLVERS, solve
+from ..gmflow_core.solvers import SOLVERS, SUBSTEPS, solve, usual_temperature
 from .guidance import TIPS as GUIDANCE_TIPS
 from .guidance import gm_guider, guided
 from .notices import notice
@@ -66,6 +67,12 @@ def gm_sampler(solver: str, batch_index: list[int] | None = None, shift: float =
         time_shift = shift or mixtures.own_shift
         if mixtures.adapter is not None:
             check_steps(mixtures.adapter, sigmas, time_shift)
+        if solver == "gm-policy":
+            steps = len(sigmas) - 1
+            temperature, substeps = settings.get("temperature"), settings.get("substeps") or SUBSTEPS[solver]
+            temperature = usual_temperature(steps) if temperature is None else temperature
+            about = f"{steps} steps, shift {time_shift:.3g}, temperature {temperature:.3g}, {substeps} substeps"
+            notice(about, logging.DEBUG)
 
         def report(step: int, x: Tensor, x0: Tensor) -> None:
             if callback is not None:

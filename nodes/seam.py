@@ -25,7 +25,7 @@ from ..gmflow_core import DXPolicy, DXVelocity, GaussianMixture, predict_x0
 from ..gmflow_core.guidance import Guidance, within
 from ..gmflow_core.models.heads import Head, HeadLayout
 from ..gmflow_core.policy import Policy
-from .notices import notice
+from .notices import clear, notice
 
 RECORDER = "gmflow_mixture_recorder"  # key in transformer_options
 ADAPTER = "gmflow_adapter"  # likewise
@@ -243,6 +243,7 @@ def adapter_of(model_options: dict | None) -> Adapter | None:
 def check_guidance(executor, *args, **kwargs):
     """Say so if a conditioning asks for another distilled guidance than the adapter's; a wrapper for ComfyUI's OUTER_SAMPLE, so
     that it is said with stock samplers too."""
+    clear()
     guider = executor.class_obj
     adapter = adapter_of(guider.model_options)
     values = {cond.get("guidance") for conds in getattr(guider, "conds", {}).values() for cond in conds or []}

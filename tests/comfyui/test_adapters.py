@@ -395,26 +395,34 @@ def test_parts_of_a_prompt_fall_back_to_the_mean(server: Comfy, base: str) -> No
 
 
 def test_settings_that_do_not_fit_the_adapter_are_said(server: Comfy) -> None:
-    assert "sample" not in server.run(graph(seed=3)).texts
+    fitting = "4 steps, shift 3.2, temperature 0.3, 32 substeps"
+    assert server.run(graph(seed=3)).texts["sample"] == fitting
     prompt = graph(seed=3)
     prompt["distilled"] = node("FluxGuidance", conditioning=["positive", 0], guidance=3.5)
     prompt["sample"]["inputs"]["positive"] = ["distilled", 0]
-    assert "sample" not in server.run(prompt).texts
+    assert server.run(prompt).texts["sample"] == fitting
     prompt["distilled"]["inputs"]["guidance"] = 2.0
     said = "made with a guidance of 3.5, and the conditioning asks for 2"
     assert said in server.run(prompt).texts["sample"]
-    prompt["positive"], prompt["text"] = prompt["distilled"], prompt["positive"]
-    prompt["positive"]["inputs"]["conditioning"] = ["text", 0]
-    assert said in server.run(stock(prompt, seed=4)).texts["sample"]
     assert "made for 4 steps or more" in server.run(graph(steps=3)).texts["sample"]
-    assert "sample" not in server.run(graph(steps=3, denoise=0.7)).texts
+    assert server.run(graph(steps=3, denoise=0.7)).texts["sample"].startswith("3 steps, ")
     prompt = graph(steps=4)
     prompt["model"]["inputs"]["adapter_name"] = "gmflux_k8_piid_8step.safetensors"
     assert "made for 8 steps or more" in server.run(prompt).texts["sample"]
     prompt["sample"]["inputs"]["steps"] = 8
-    assert "sample" not in server.run(prompt).texts
+    assert server.run(prompt).texts["sample"].startswith("8 steps, ")
     prompt["base"]["inputs"]["unet_name"] = "flux1-schnell.safetensors"
     assert "no guidance embedding" in server.run(prompt).texts["model"]
+
+
+def test_stock_samplers_say_it_too_and_take_it_back(server: Comfy) -> None:
+    prompt = stock({**graph(), "text": graph()["positive"]})
+    prompt["positive"] = node("FluxGuidance", conditioning=["text", 0], guidance=2.0)
+    assert "made with a guidance of 3.5" in server.run(prompt).texts["sample"]
+    prompt["positive"]["inputs"]["guidance"] = 3.5
+    assert server.run(prompt).texts["sample"] == " "
+    prompt["sample"]["inputs"]["seed"] = 5
+    assert "sample" not in server.run(prompt).texts
 
 
 def test_the_shift_is_the_models_own(server: Comfy) -> None:

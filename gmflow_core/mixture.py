@@ -107,6 +107,14 @@ class GaussianMixture:
         fields = (self.means, self.log_weights, self.log_std)
         return [GaussianMixture(*parts) for parts in zip(*(field.chunk(chunks) for field in fields), strict=True)]
 
+    def fits(self, x: Tensor) -> bool:
+        """Whether it is a mixture of tensors of the shape of x, (B, C, *S)."""
+        return (self.means.shape[0], *self.means.shape[2:]) == tuple(x.shape)
+
+    def to(self, device: torch.device) -> GaussianMixture:
+        """The mixture on another device."""
+        return GaussianMixture(self.means.to(device), self.log_weights.to(device), self.log_std.to(device))
+
     def moved(self, by: Tensor) -> GaussianMixture:
         """The mixture moved as a whole, by (B, C, *S)."""
         return GaussianMixture(self.means + by.unsqueeze(1), self.log_weights, self.log_std)

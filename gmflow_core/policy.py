@@ -7,6 +7,7 @@ at some times of the coming segment.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -45,15 +46,24 @@ class DXVelocity:
     def __post_init__(self):
         if self.mode not in DX_MODES:
             raise ValueError(f"DX policy of mode {self.mode!r}; this version knows {', '.join(DX_MODES)}")
-        if not 0 < self.segment_size <= 1 or not self.shift > 0:
+        numbers = [isinstance(value, int | float) and value > 0 for value in (self.segment_size, self.shift)]
+        if not all(numbers) or not self.segment_size <= 1 or not math.isfinite(self.shift):
             raise ValueError(
-                f"DX policy with segment_size {self.segment_size} and shift {self.shift}; the size must be in (0, 1] and the "
-                "shift positive"
+                f"DX policy with segment_size {self.segment_size!r} and shift {self.shift!r}; the size must be a number in "
+                "(0, 1] and the shift a positive one"
             )
 
     def mean(self) -> Tensor:
         """The velocity at the time of the call, (B, C, *S): what a sampler that knows no policies follows."""
         return self.velocities[:, -1 if self.mode == "grid" else 0].float()
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether these are velocities of tensors of the shape of x, (B, C, *S)."""
+        return (self.velocities.shape[0], *self.velocities.shape[2:]) == tuple(x.shape)
+
+    def to(self, device: torch.device) -> DXVelocity:
+        """The velocities on another device."""
+        return replace(self, velocities=self.velocities.to(device))
 
     def chunk(self, chunks: int) -> list[DXVelocity]:
         """The batch in equal parts."""

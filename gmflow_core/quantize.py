@@ -18,7 +18,8 @@ from torch import Tensor
 
 GROUPS = (256, 64, 16)  # sizes of a rotation: powers of 4
 LEVELS = 127  # of an int8 on either side of 0
-CHUNK = 2**18  # entries of a weight that are in float32 at a time
+CHUNK = {"cpu": 2**18}  # entries of a weight that are in float32 at a time: on a CPU what its cache holds
+GPU_CHUNK = 2**24
 SMALLEST = 1e-30  # scale of a row of zeros
 MIN_ROWS = 17  # cuBLAS wants more than 16 rows of int8
 
@@ -37,15 +38,15 @@ class Int8Weight:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight (N, K) that the int8 values stand for, without the rotation."""
         out = torch.empty(self.values.shape, dtype=dtype, device=self.values.device)
-        for rows in row_slices(self.values):
+        for rows in row_slices(self.values, self.values.device):
             part = self.values[rows].float() * (self.scale[rows] if len(self.scale) > 1 else self.scale)
             out[rows] = rotate(part, self.group)  # H is its own inverse
         return out
 
 
-def row_slices(weight: Tensor) -> list[slice]:
-    """Slices of about CHUNK entries each that cover the rows of `weight` (N, K)."""
-    rows = max(1, CHUNK // max(1, weight.shape[1]))
+def row_slices(weight: Tensor, device: torch.device) -> list[slice]:
+    """Slices that cover the rows of `weight` (N, K), as large as is good for work on that device."""
+    rows = max(1, CHUNK.get(device.type, GPU_CHUNK) // max(1, weight.shape[1]))
     return [slice(start, start + rows) for start in range(0, len(weight), rows)]
 
 
@@ -61,13 +62,18 @@ def hadamard(size: int, dtype: torch.dtype = torch.float32, device: torch.device
     Raises:
         ValueError: `size` is not a power of 4.
     """
+    with torch.inference_mode(False):  # kept, so that training can use it as well
+        return _hadamard(size).to(device, dtype)
+
+
+def _hadamard(size: int) -> Tensor:
     four = torch.ones(4, 4) - 2 * torch.eye(4).flip(0)
     matrix = torch.ones(1, 1)
     while len(matrix) < size:
         matrix = torch.kron(matrix, four) / 2
     if len(matrix) != size:
         raise ValueError(f"a regular Hadamard matrix of size {size} is asked for; sizes are powers of 4")
-    return matrix.to(device, dtype)
+    return matrix
 
 
 def rotate(x: Tensor, group: int) -> Tensor:
@@ -103,7 +109,7 @@ def quantize_rows(
     generator = None if seed is None else torch.Generator(device).manual_seed(seed % 2**63)
     values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scale = torch.empty(len(weight), 1, dtype=torch.float32, device=weight.device)
-    for rows in row_slices(weight):
+    for rows in row_slices(weight, device):
         part = rotate(weight[rows].to(device, torch.float32), group)
         part_values, part_scale = _round_rows(part, generator)
         values[rows], scale[rows] = part_values.to(weight.device), part_scale.to(weight.device)

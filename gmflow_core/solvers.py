@@ -176,8 +176,8 @@ def sample_gm_policy(
         denoiser: as for `sample_gm_ode`, or one that gives DX policies.
         substeps: Euler substeps for the whole of [0, 1] in unshifted time; a step gets its share, and 1 at least.
         shift: the time shift of the sigmas, so that a step's substeps are of equal size in unshifted time.
-        temperature: of the mixture, in (0, 1], at every step but the last: below 1 it sharpens. None is pi-Flow's
-            min(1, 0.1 (steps - 1)). A DX policy has none.
+        temperature: of the mixture, in (0, 1], at every step but one that ends at 0: below 1 it sharpens. None is pi-Flow's
+            min(1, 0.1 (steps - 1)), of the steps of this call. A DX policy has none.
         stochasticity: h >= 0. 0 is deterministic; above it each step goes to a lower sigma and adds noise back; 1 is as
             stochastic as the SDE of DDPM.
         noise: a generator (a CPU one gives the same numbers on every device), or one for each sample.
@@ -199,7 +199,7 @@ def sample_gm_policy(
         policy = denoiser(x, _batch_sigma(x, sigma))
         if callback is not None:
             callback(index, x, policy.mean())
-        if temperature < 1 and index < len(intervals) - 1 and not isinstance(policy, DXPolicy):
+        if temperature < 1 and sigma_next > 0 and not isinstance(policy, DXPolicy):
             policy = policy.with_temperature(temperature)
         kept = _kept_noise(sigma, sigma_next, stochasticity)
         signal = (1 - sigma_next) + sigma_next * kept

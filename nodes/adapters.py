@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..gmflow_core.models.heads import GMHead, HeadLayout, build_head, is_head_key
 from .notices import notice
-from .seam import Adapter, adapter_of, with_head
+from .seam import Adapter, ShiftedFlow, adapter_of, with_head
 
 FOLDER = "loras"
 SHIFT = 3.2  # the time shift of all published adapters; those with a DX policy say so in their metadata
@@ -37,6 +37,7 @@ class Base:
         mark: pattern of a LoRA module that only its adapters have, in the names of diffusers.
         guidance: that it is distilled with, if it is.
         renamed: LoRA modules that ComfyUI does not know by their name in diffusers, and their names in ComfyUI.
+        multiplier: of sigma, in the unit of time that its network is fed.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Base:
     mark: str
     guidance: float | None = None
     renamed: dict[str, str] = field(default_factory=dict)
+    multiplier: float = 1.0
 
 
 BASES = (
@@ -121,22 +123,66 @@ def with_adapter(model, tensors: dict[str, Tensor], metadata: dict[str, str] | N
             "head (proj_out_means and the like); use Load LoRA for ordinary LoRAs, and for adapters a file such as "
             "gmflux_k8_piid_4step of Lakonik/pi-FLUX.1"
         )
+    broken = [key for key, t in tensors.items() if t.ndim == 0 or not t.is_floating_point() or not t.float().isfinite().all()]
+    if broken:
+        raise ValueError(f"{name}: no finite float arrays: {', '.join(broken[:8])}; the file is damaged, download it again")
+    policy = policy_of(metadata, tensors, name)
     try:
-        policy = json.loads((metadata or {}).get("policy_config", "{}"))
         head = build_head(tensors, policy, base.layout, getattr(network, base.width))
     except ValueError as error:
         raise ValueError(f"{name} on {base.name}: {error}") from error
     lora = {key: tensor for key, tensor in tensors.items() if not is_head_key(key)}
     model = with_lora(model, base, lora, strength, name)
-    made_for = re.findall(r"(\d+)[ _-]?steps?", name.lower())
-    steps = int(made_for[-1]) if made_for else STEPS
-    if policy.get("type") == "DX" and "segment_size" in policy:
-        steps = round(1 / policy["segment_size"] + 1 - FINAL_STEP_SIZE)
-    adapter = Adapter(os.path.basename(name), base.layout, steps, FINAL_STEP_SIZE, guidance_of(base, model))
+    steps = steps_of(name)
+    if policy["type"] == "DX":
+        steps = max(1, round(1 / policy["segment_size"] + 1 - FINAL_STEP_SIZE))
+    elif steps is None:
+        steps = STEPS
+        notice(
+            f"the name {name} does not say how many steps the adapter was made for; taken as {STEPS}. Keep the name of its "
+            "folder (such as gmflux_k8_piid_8step) in the file's"
+        )
+    adapter = Adapter(os.path.basename(name), base.layout, steps, FINAL_STEP_SIZE, guidance_of(base, model), base.layers)
     kind = f"GM policy, K = {head.num_gaussians}" if isinstance(head, GMHead) else f"DX policy, {head.num_times} times"
     pairs = len(lora) // 2
     notice(f"{base.name}, {kind}, {steps} steps or more, {pairs} LoRA pairs at {strength:g}", logging.INFO)
-    return with_head(model, head, base.layers, policy.get("shift", SHIFT), adapter)
+    return with_head(model, head, base.layers, ShiftedFlow(policy.get("shift", SHIFT), base.multiplier), adapter)
+
+
+def steps_of(name: str) -> int | None:
+    """How many steps an adapter was made for, by the name of its file or folder: "..._8step..."."""
+    found = re.search(r"(?<!\d)([1-9]\d?)[ _-]?steps?(?![a-z0-9])", name.lower())
+    return int(found[1]) if found else None
+
+
+def policy_of(metadata: dict[str, str] | None, tensors: dict[str, Tensor], name: str) -> dict:
+    """What the metadata of an adapter say of its policy; the GM policy if they say nothing.
+
+    Raises:
+        ValueError: they cannot be read, or leave out what a DX policy needs.
+    """
+    text = (metadata or {}).get("policy_config")
+    try:
+        policy = {} if text is None else json.loads(text)
+    except ValueError:
+        policy = None
+    if not isinstance(policy, dict):
+        raise ValueError(f"{name}: policy_config in its metadata is {text!r}, which is no JSON object; the file is damaged")
+    if text is None and "proj_out.weight" in tensors:
+        raise ValueError(
+            f"{name} has the head of a DX policy (proj_out) but no policy_config in its metadata, which tells its segment size "
+            "and shift; take the file as it was published"
+        )
+    policy = {"type": "GMFlow", **policy}
+    missing = [key for key in ("segment_size", "shift") if policy["type"] == "DX" and key not in policy]
+    shift = policy.get("shift", SHIFT)
+    if missing or isinstance(shift, bool) or not isinstance(shift, int | float) or not 0.01 <= shift <= 100:
+        raise ValueError(
+            f"{name}: policy_config in its metadata is {text}, "
+            f"{f'without {missing[0]}' if missing else 'whose shift is no number from 0.01 to 100'}; take the file as it was "
+            "published"
+        )
+    return policy
 
 
 def guidance_of(base: Base, model) -> float | None:
@@ -211,11 +257,13 @@ class GMFlowAdapter(io.ComfyNode):
             node_id="GMFlowAdapter",
             display_name="GM Adapter",
             category="GMFlow",
-            description="Makes a FLUX.1, Qwen-Image or FLUX.2 model predict a Gaussian mixture, so that the GM Policy Sampler "
-            "needs 4 steps. The model may come from any loader (fp8, int8, GGUF), with LoRA loaders before or after; to stock "
-            "samplers it is an ordinary model.",
+            description="Makes a FLUX.1 or Qwen-Image model (or FLUX.2, see the README) predict a Gaussian mixture, so that "
+            "the GM Policy Sampler needs 4 steps. The model may come from any loader (fp8, int8, GGUF), with LoRA loaders "
+            "before or after; to stock samplers it is an ordinary model.",
             inputs=[
-                io.Model.Input("model", tooltip="A FLUX.1 dev, Qwen-Image or FLUX.2 model from any loader."),
+                io.Model.Input(
+                    "model", tooltip="A FLUX.1 dev or Qwen-Image model from any loader; FLUX.2 as far as its adapter is known."
+                ),
                 io.Combo.Input(
                     "adapter_name",
                     options=folder_paths.get_filename_list(FOLDER),
@@ -238,9 +286,9 @@ class GMFlowAdapter(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, adapter_name: str, **kwargs) -> list:
-        """A file that was replaced is loaded again."""
-        path = folder_paths.get_full_path(FOLDER, adapter_name)
+    def fingerprint_inputs(cls, adapter_name: str | None, **kwargs) -> list:
+        """A file that was replaced is loaded again. A name that comes over a wire is not known yet."""
+        path = folder_paths.get_full_path(FOLDER, adapter_name) if adapter_name else None
         return [os.stat(path).st_mtime, os.stat(path).st_size] if path else []
 
     @classmethod
@@ -248,5 +296,8 @@ class GMFlowAdapter(io.ComfyNode):
         path = folder_paths.get_full_path_or_raise(FOLDER, adapter_name)
         if not adapter_name.endswith((".safetensors", ".sft")):
             raise ValueError(f"{adapter_name} is not a safetensors file; GM adapters are published as such")
-        tensors, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
+        try:
+            tensors, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
+        except Exception as error:
+            raise ValueError(f"{adapter_name} cannot be read ({error}). An incomplete download has to be repeated") from error
         return io.NodeOutput(with_adapter(model, tensors, metadata, strength, adapter_name))

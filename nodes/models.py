@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..gmflow_core import GaussianMixture
 from ..gmflow_core.models import GMDiT
-from .seam import RECORDER, to_latent, to_points
+from .seam import add_recording, is_awaited, offer, to_latent, to_points
 
 LABELS = "gmflow_labels"  # key in a conditioning: integers (n,)
 NO_CLASS = -1  # among them, whatever the model
@@ -23,8 +23,7 @@ CHUNK = 8_192  # points that go through a 2-D network at a time: few enough for 
 
 
 class GMNetwork(nn.Module):
-    """A network that predicts mixtures as a ComfyUI diffusion model: it gives the mean velocity, and the mixture to the
-    recorder of the call, if there is one.
+    """A network that predicts mixtures as a ComfyUI diffusion model: it gives the mean velocity, and offers the mixture.
 
     Args:
         network: one of `gmflow_core.models`.
@@ -46,10 +45,9 @@ class GMNetwork(nn.Module):
 
     def forward(self, x: Tensor, timesteps: Tensor, transformer_options: dict | None = None, **conds) -> Tensor:
         """Mean velocity (B, C, H, W) at x and sigma = timesteps (B,)."""
-        recorder = (transformer_options or {}).get(RECORDER)
-        mean, mixture = self.predict(x, timesteps, conds, keep=recorder is not None)
-        if recorder is not None:
-            recorder.record(mixture, transformer_options)
+        mean, mixture = self.predict(x, timesteps, conds, keep=is_awaited())
+        if mixture is not None:
+            offer(mixture)
         return mean
 
     def predict(self, x: Tensor, sigma: Tensor, conds: dict, keep: bool) -> tuple[Tensor, GaussianMixture | None]:
@@ -183,11 +181,13 @@ def gm_model(network: nn.Module, data: dict[str, Any] | None = None) -> comfy.mo
         latent_format, wrapped = PointLatent(), PointNetwork(network)
     flow = comfy.model_base.ModelType.FLOW
     model = GMModel(GMModelConfig(latent_format), model_type=flow, unet_model=lambda **settings: wrapped)
-    return comfy.model_patcher.ModelPatcher(
+    patcher = comfy.model_patcher.ModelPatcher(
         model,
         load_device=comfy.model_management.get_torch_device(),
         offload_device=comfy.model_management.unet_offload_device(),
     )
+    add_recording(patcher)
+    return patcher
 
 
 def image_latent(channels: int, data: dict[str, Any]) -> comfy.latent_formats.LatentFormat:

@@ -37,6 +37,7 @@ from ..gmflow_core.quantize import (
     quantize_rows,
     unpack,
 )
+from .seam import adapter_of
 
 FOLDER = "diffusion_models"
 FORMAT = "int8_tensorwise"  # ComfyUI's name of the layout; its scales may be one a row
@@ -127,6 +128,17 @@ def int8_operations(compute: str, dtype: torch.dtype, advance: Callable[[], None
     return type("Operations", (comfy.ops.manual_cast,), {"Linear": linear_class})
 
 
+def check_shape(layer: nn.Module, state_dict: StateDict, prefix: str) -> None:
+    """
+    Raises:
+        ValueError: a layer in a block has no weight in its state dict, or one of another shape.
+    """
+    key, expected = f"{prefix}weight", (layer.out_features, layer.in_features)
+    found = tuple(state_dict[key].shape) if key in state_dict else "none"
+    if found != expected and (key in state_dict or is_block_layer(key)):
+        raise ValueError(f"the weight {key!r} does not fit: expected {expected}, found {found}; the file is damaged")
+
+
 def native_operations(compute: str, dtype: torch.dtype, quantise: Callable[[StateDict, str], None]) -> type:
     """ComfyUI's own operations for quantised layers, which are given a state dict that `quantise` has gone over."""
     from comfy.quant_ops import QuantizedTensor
@@ -137,6 +149,7 @@ def native_operations(compute: str, dtype: torch.dtype, quantise: Callable[[Stat
         class Linear(native.Linear):
             def _load_from_state_dict(self, state_dict: StateDict, prefix: str, *args) -> None:
                 quantise(state_dict, prefix)
+                check_shape(self, state_dict, prefix)
                 super()._load_from_state_dict(state_dict, prefix, *args)
 
             def _forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -172,15 +185,14 @@ class Int8Linear(nn.Module, comfy.ops.CastWeightBiasOp):
 
     def _load_from_state_dict(self, state_dict: StateDict, prefix: str, local_metadata, strict, missing, unexpected, errors):
         self.quantise(state_dict, prefix)
+        check_shape(self, state_dict, prefix)
         key = f"{prefix}weight"
         weight, scale, mark = (state_dict.pop(f"{prefix}{name}", None) for name in ("weight", "weight_scale", MARK))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
         if weight is None:
             return
         missing.remove(key)
-        if weight.shape != (self.out_features, self.in_features):
-            errors.append(f"{key} is {tuple(weight.shape)}, not {(self.out_features, self.in_features)}")
-        elif mark is not None:
+        if mark is not None:
             self.group = read_layout(mark)[1]
             self.weight = nn.Parameter(pack(Int8Weight(weight, scale.float().reshape(-1, 1), self.group)), requires_grad=False)
         else:
@@ -279,6 +291,8 @@ def load_8bit(path: str, compute: str = "16 bit", disable_dynamic: bool = False)
         ValueError: the file cannot be read, is no diffusion model, has nothing to quantise, or is quantised otherwise.
     """
     name = os.path.basename(path)
+    if name.lower().endswith(".gguf"):
+        raise ValueError(f"{name!r} is a GGUF file, which is quantised already; load it with ComfyUI-GGUF's Unet Loader (GGUF)")
     try:
         state_dict, metadata = comfy.utils.load_torch_file(path, return_metadata=True)
     except Exception as error:
@@ -337,11 +351,15 @@ def saved_state(model: comfy.model_patcher.ModelPatcher) -> StateDict:
     """The state dict of an 8-bit model with its LoRAs, in the names that published files use.
 
     Raises:
-        ValueError: the model is not in 8 bit.
+        ValueError: the model is not in 8 bit, or has a GM adapter.
     """
+    adapter = adapter_of(model.model_options)
+    if adapter is not None:
+        raise ValueError(
+            f"this model has the GM adapter {adapter.name} on it, and a file of its base with the adapter's LoRA but without "
+            "its head would be of no use; connect the model before GM Adapter"
+        )
     model = model.clone()
-    for key in [key for key in model.object_patches if key.startswith("diffusion_model.")]:
-        del model.object_patches[key]  # layers that an adapter put in; the file is of the base
     if getattr(model, "is_dynamic", bool)():
         comfy.model_management.load_models_gpu([model])
         state = model.model_state_dict_for_saving(model.model.diffusion_model, "diffusion_model.")
@@ -393,15 +411,17 @@ class GMFlowLoadDiffusionModel8bit(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, unet_name: str) -> bool | str:
-        """The file must exist; older versions of ComfyUI do not look."""
-        if folder_paths.get_full_path(FOLDER, unet_name):
+    def validate_inputs(cls, unet_name: str | None = None) -> bool | str:
+        """The file must exist; older versions of ComfyUI do not look. A name that comes over a wire is not known yet."""
+        if unet_name is None or folder_paths.get_full_path(FOLDER, unet_name):
             return True
         return f"there is no file {unet_name!r} in {folder_paths.get_folder_paths(FOLDER)}; put it there and press R"
 
     @classmethod
-    def fingerprint_inputs(cls, unet_name: str, compute: str = "16 bit") -> list:
+    def fingerprint_inputs(cls, unet_name: str | None, compute: str = "16 bit") -> list:
         """A file that was replaced is loaded again."""
+        if unet_name is None:
+            return []
         stat = os.stat(folder_paths.get_full_path_or_raise(FOLDER, unet_name))
         return [unet_name, compute, stat.st_mtime, stat.st_size]
 
@@ -423,7 +443,7 @@ class GMFlowSaveDiffusionModel8bit(io.ComfyNode):
             "int8 layout. Load Diffusion Model (8-bit) reads it in any version; ComfyUI 0.27 and newer also with Load "
             "Diffusion Model.",
             inputs=[
-                io.Model.Input("model", tooltip="A model in 8 bit. A head that GM Adapter put on it is left out."),
+                io.Model.Input("model", tooltip="A model in 8 bit, from before GM Adapter."),
                 io.String.Input(
                     "filename_prefix",
                     default="diffusion_models/ComfyUI_int8",

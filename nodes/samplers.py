@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Sequence
+import zlib
 
 import comfy.model_management
 import comfy.sample
@@ -19,11 +20,13 @@ from ..gmflow_core.policy import Policy
 from ..gmflow_core.solvers import SOLVERS, SUBSTEPS, solve, usual_temperature
 from .guidance import TIPS as GUIDANCE_TIPS
 from .guidance import gm_guider, guided
+from .models import GMModel
 from .notices import notice
 from .seam import Adapter, MixtureModel, PointShape, has_probabilistic_guidance, own_shift
 
 NOTHING = [[torch.zeros(1, 1, 1), {}]]  # CONDITIONING for models that take none; others ask for labels
 
+RATIOS = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # keys of a LATENT
 OWN = 0  # of a setting: the model's, or the solver's, own value
 TIPS = {
     "order": "2 corrects every mixture with the one before it; 1 takes them as they are. For gm-ode and gm-sde.",
@@ -44,12 +47,11 @@ TIPS = {
 }
 
 
-def gm_sampler(solver: str, batch_index: list[int] | None = None, shift: float = OWN, **settings) -> comfy.samplers.KSAMPLER:
+def gm_sampler(solver: str, shift: float = OWN, **settings) -> comfy.samplers.KSAMPLER:
     """A SAMPLER that runs a solver of gmflow_core.
 
     Args:
         solver: one of SOLVERS.
-        batch_index: of a LATENT: where in its batch each image was; in order if None.
         shift: time shift of the sigmas; the model's own if 0.
         settings: for `solve`.
     """
@@ -57,10 +59,11 @@ def gm_sampler(solver: str, batch_index: list[int] | None = None, shift: float =
     def run(model, x: Tensor, sigmas: Tensor, extra_args: dict | None = None, callback=None, disable=None) -> Tensor:
         if len(sigmas) < 2:
             return x
-        if not sigmas.max() <= 1 or (sigmas.diff() >= 0).any():
+        if not 0 <= sigmas.min() <= sigmas.max() <= 1 or (sigmas.diff() >= 0).any():
             raise ValueError(
-                f"GM samplers need sigmas that fall from at most 1 to 0, and these go from {sigmas[0]:.4g} to "
-                f"{sigmas[-1]:.4g} in {len(sigmas) - 1} steps; use GM Sigmas, or Basic Scheduler with fewer steps"
+                f"GM samplers need sigmas that fall in every step, from at most 1 to 0, and these {len(sigmas) - 1} steps go "
+                f"from {sigmas[0]:.4g} to {sigmas[-1]:.4g}, lowest {sigmas.min():.4g}; use GM Sigmas or GM Policy Sigmas, or "
+                "Basic Scheduler with fewer steps"
             )
         extra_args = extra_args or {}
         mixtures = MixtureModel(model, x.shape, extra_args)
@@ -89,9 +92,9 @@ def gm_sampler(solver: str, batch_index: list[int] | None = None, shift: float =
             return policy
 
         # not the seed itself: ComfyUI drew the initial noise with it
-        noise = torch.Generator().manual_seed(((extra_args.get("seed") or 0) + 1) % 2**64)
-        if not isinstance(mixtures.shape, PointShape):
-            noise = image_generators(noise, batch_index or range(len(x)))
+        seed = ((extra_args.get("seed") or 0) + 1) % 2**64
+        one_for_all = isinstance(mixtures.shape, PointShape)
+        noise = torch.Generator().manual_seed(seed) if one_for_all else image_generators(seed, model.noise)
         given = {"shift": time_shift, "spectrum": mixtures.spectrum, "noise": noise, **settings}
         hooks = {"callback": report, "constrain": mixtures.constrain}
         return mixtures.from_solver(solve(solver, denoise, mixtures.to_solver(x), sigmas, **given, **hooks))
@@ -106,15 +109,18 @@ def check_steps(adapter: Adapter, sigmas: Tensor, shift: float) -> None:
     if longest > 1.01 * usual:
         notice(
             f"the adapter {adapter.name} was made for {adapter.steps} steps or more, each at most {usual:.3f} of the way, and "
-            f"the longest of these {len(sigmas) - 1} goes {longest:.3f}: expect artefacts. Take more steps (or, with denoise "
-            "below 1, the same share of them)"
+            f"the longest of these {len(sigmas) - 1} goes {longest:.3f}: expect artefacts. Take GM Policy Sigmas with more "
+            "steps (or, with denoise below 1, the same share of them)"
         )
 
 
-def image_generators(source: torch.Generator, batch_index: Sequence[int]) -> list[torch.Generator]:
-    """One generator for each image, so that its noise does not depend on what else is in its batch."""
-    seeds = [torch.randint(2**62, (), generator=source).item() for _ in range(max(batch_index) + 1)]
-    return [torch.Generator().manual_seed(seeds[index]) for index in batch_index]
+def image_generators(seed: int, noise: Tensor) -> list[torch.Generator]:
+    """One generator for each image of a batch. It is made from the seed and the image's own initial noise, (B, ...), which
+    ComfyUI draws by the image's index: so it does not depend on what else is in the batch."""
+    keys = [zlib.crc32(image.float().cpu().numpy().tobytes()) for image in noise]
+    if not noise.any():  # switched off
+        keys = list(range(len(noise)))
+    return [torch.Generator().manual_seed((seed + (key << 31)) % 2**63) for key in keys]
 
 
 def gm_sigmas(steps: int, shift: float = 1.0, denoise: float = 1.0, final_step_size: float = 1.0) -> Tensor:
@@ -215,22 +221,9 @@ class GMFlowPolicySigmas(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, steps: int, shift: float, final_step_size: float, denoise: float) -> io.NodeOutput:
-        return io.NodeOutput(gm_sigmas(steps, shift or shift_of(model), denoise, final_step_size))
-
-
-def shift_of(model) -> float:
-    """The time shift of a MODEL.
-
-    Raises:
-        ValueError: it is no flow model.
-    """
-    sampling = model.get_model_object("model_sampling")
-    if not 0 < float(sampling.sigma_max) <= 1:
-        raise ValueError(
-            f"GM samplers are for flow models, with sigmas up to 1, and this one's go up to {float(sampling.sigma_max):.4g}; "
-            "connect a model from Load GM Model or GM Adapter"
+        return io.NodeOutput(
+            gm_sigmas(steps, shift or own_shift(model.get_model_object("model_sampling")), denoise, final_step_size)
         )
-    return own_shift(sampling)
 
 
 class GMFlowSigmas(io.ComfyNode):
@@ -366,12 +359,17 @@ class GMFlowSampler(io.ComfyNode):
         temperature=0.0,
         stochasticity=0.0,
     ) -> io.NodeOutput:
-        shift = shift or shift_of(model)
+        shift = shift or own_shift(model.get_model_object("model_sampling"))
         final_step_size = final_step_size or (0.5 if solver == "gm-policy" else 1.0)
         sigmas = gm_sigmas(steps, shift, denoise, final_step_size)
         if not len(sigmas):
             return io.NodeOutput(latent_image)
-        samples = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
+        if positive is None and not isinstance(model.model, GMModel):
+            raise ValueError(
+                f"this model ({type(model.model).__name__}) is conditioned on text; connect a prompt (CLIPTextEncode) to "
+                f"positive"
+            )
+        samples = fitting_latent(model, latent_image)
         batch_index = latent_image.get("batch_index")
         noise = comfy.sample.prepare_noise(samples, seed, batch_index)
         if guidance and not has_probabilistic_guidance(model):
@@ -385,11 +383,21 @@ class GMFlowSampler(io.ComfyNode):
         samples = gm_guider(model, NOTHING if positive is None else positive, negative, guidance).sample(
             noise,
             samples,
-            gm_sampler(solver, batch_index, shift, **settings),
+            gm_sampler(solver, shift, **settings),
             sigmas,
             denoise_mask=latent_image.get("noise_mask"),
             callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
             disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
             seed=seed,
         )
-        return io.NodeOutput({**latent_image, "samples": samples.to(comfy.model_management.intermediate_device())})
+        result = {key: value for key, value in latent_image.items() if key not in RATIOS}
+        return io.NodeOutput({**result, "samples": samples.to(comfy.model_management.intermediate_device())})
+
+
+def fitting_latent(model, latent: dict) -> Tensor:
+    """The samples of a LATENT in the model's channels, dimensions and, if they are empty, size of a latent pixel."""
+    ratios = {key: latent[key] for key in RATIOS if key in latent}  # newer versions of ComfyUI have them, and a use for them
+    known = inspect.signature(comfy.sample.fix_empty_latent_channels).parameters
+    return comfy.sample.fix_empty_latent_channels(
+        model, latent["samples"], **{key: value for key, value in ratios.items() if key in known}
+    )

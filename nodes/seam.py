@@ -1,16 +1,18 @@
 """The seam to ComfyUI's sampling: the one file that knows its hooks.
 
 A GM model (see `models.py`), or a model with a GM adapter (see `adapters.py`), is an ordinary MODEL. What wants more than its
-mean velocity leaves a `MixtureRecorder` in the transformer options of the call; the network, or the wrapper around the adapted
-one, finds it there and hands it the whole prediction (a plain object passes through ComfyUI's copies of the options by
-reference). Nothing is kept between two calls.
+mean velocity leaves a `MixtureRecorder` in the transformer options of the call (a plain object passes through ComfyUI's copies
+of the options by reference); a wrapper around the model finds it there, waits for what the network offers, and hands it over.
+Nothing is kept between two calls.
 """
 
 from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import comfy.model_base
 import comfy.model_management
@@ -29,6 +31,7 @@ from .notices import clear, notice
 
 RECORDER = "gmflow_mixture_recorder"  # key in transformer_options
 ADAPTER = "gmflow_adapter"  # likewise
+DEFAULT_GUIDANCE = 3.5  # what ComfyUI feeds FLUX models where a conditioning says nothing of it
 ROUNDING = 1e-4  # two means that differ by less, relatively, are the same
 PARTIAL = ("area", "mask", "timestep_start", "timestep_end")  # what limits a conditioning to a part of the latent or the steps
 NO_MIXTURE = (
@@ -54,18 +57,75 @@ class MixtureRecorder:
             self.predictions.setdefault(uuid, chunk)
 
     def x0_policy(self, conds: list[dict] | None, x: Tensor, sigma: Tensor) -> Policy | None:
-        """The policy in x_0 for a guider's positive conditioning, at x in a solver's shape; None where that is not a single
-        conditioning for the whole latent and all steps, as then there are several predictions or none.
+        """The policy in x_0 for a guider's positive conditioning, at x in a solver's shape; None where there is no single
+        prediction for the whole latent, for which `why_not_single` has the reason.
 
         Raises:
             ValueError: the model predicts no mixture.
         """
         absent = any(cond.get(key) is not None for cond in conds or [] for key in ("timestep_start", "timestep_end"))
-        if why_not_single(conds) and (self.predictions or absent):
-            return None
-        if why_not_single(conds) or conds[0]["uuid"] not in self.predictions:
+        if not self.predictions and not absent:
             raise ValueError(NO_MIXTURE)
-        return predict_x0(self.predictions[conds[0]["uuid"]], x, sigma)
+        if self.why_not_single(conds, x):
+            return None
+        if conds[0]["uuid"] not in self.predictions:
+            raise ValueError(NO_MIXTURE)
+        return predict_x0(self.predictions[conds[0]["uuid"]].to(x.device), x, sigma)
+
+    def why_not_single(self, conds: list[dict] | None, x: Tensor) -> str:
+        """What was predicted, or asked for, that is more or less than one thing for the whole latent and all steps; "" if
+        nothing."""
+        partial = [key for cond in conds or [] for key in PARTIAL if cond.get(key) is not None]
+        if len(conds or []) != 1:
+            return f"{len(conds or [])} positive conditionings"
+        if partial:
+            return f"a positive conditioning with {', '.join(partial)}"
+        prediction = self.predictions.get(conds[0]["uuid"])
+        if prediction is not None and not prediction.fits(x):
+            return "predictions for parts of the latent (context windows, tiles)"
+        return ""
+
+
+_waiting = threading.local()  # .predictions: a list while `add_recording`'s wrapper waits in this thread
+
+
+def is_awaited() -> bool:
+    """Whether somebody waits for the whole prediction of the network that runs."""
+    return getattr(_waiting, "predictions", None) is not None
+
+
+def offer(prediction: object) -> None:
+    """Hand a prediction to whoever waits for it. Thread-local, as compiled networks are not traced anew for other options."""
+    if is_awaited():
+        _waiting.predictions.append(prediction)
+
+
+def add_recording(
+    model: comfy.model_patcher.ModelPatcher,
+    finish: Callable[[Any, torch.Size], GaussianMixture | DXVelocity] = lambda prediction, shape: prediction,
+) -> None:
+    """Let recorders get what the model's network offers.
+
+    Args:
+        finish: makes of it, and of the latents' shape, a prediction in the solver's shape.
+    """
+
+    def apply_model_recorded(
+        executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs
+    ) -> Tensor:
+        """A wrapper for ComfyUI's APPLY_MODEL."""
+        options = transformer_options or {}
+        recorder = options.get(RECORDER)
+        _waiting.predictions = predictions = None if recorder is None else []
+        try:
+            result = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        finally:
+            _waiting.predictions = None
+        if predictions:
+            recorder.record(finish(predictions[0], x.shape), options)
+        return result
+
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, RECORDER, apply_model_recorded)
 
 
 def why_not_single(conds: list[dict] | None) -> str:
@@ -155,6 +215,7 @@ class Adapter:
         steps: the fewest that it was made for.
         final_step_size: of the last of them, relative to the others.
         guidance: the guidance that its base model was distilled with, which it expects; None if the base has none.
+        replaced: names of the base model's layers that its head stands in for.
     """
 
     name: str
@@ -162,75 +223,80 @@ class Adapter:
     steps: int
     final_step_size: float
     guidance: float | None
+    replaced: tuple[str, ...]
 
 
-class HeadInPlace(nn.Module):
-    """A head where ComfyUI's model has its last layer: it gives the mean velocity on, and the prediction to whoever waits for
-    it in `_waiting`.
+class HeadForward:
+    """The forward of a base model's last layer, with a head in its stead: it gives the mean velocity on, and the prediction to
+    whoever waits for it.
 
-    The head is no submodule: ComfyUI's memory managers back up and restore weights by their place in the model, and this place
-    is gone when another clone of the model is loaded. A head is small enough to be sent to the GPU in each call.
+    The layer itself stays where it is: ComfyUI's memory managers, LoRA loaders and savers know weights by their place in the
+    model, which all its clones share. The head is none of their weights; it is small enough to be sent to the GPU in each call.
     """
 
     def __init__(self, head: Head):
-        super().__init__()
-        self.hidden = (head,)
+        self.head = head
 
-    @property
-    def head(self) -> Head:
-        """The head."""
-        return self.hidden[0]
-
-    def forward(self, tokens: Tensor, embedding: Tensor, modulation_dims: object = None) -> Tensor:
-        """Mean velocity tokens (B, N, C p^2).
+    def __call__(self, tokens: Tensor, embedding: Tensor, modulation_dims: object = None) -> Tensor:
+        """Mean velocity tokens (B, N, C p^2), in float32.
 
         Args:
             embedding: (B, D), or (B, M, D) where tokens of reference images have one of their own; the first is the image's,
                 and what becomes of the other tokens does not matter, as the base model drops them.
         """
         prediction = self.head(tokens, embedding if embedding.ndim == 2 else embedding[:, 0])
-        waiting = getattr(_waiting, "predictions", None)
-        if waiting is not None:
-            waiting.append(prediction)
-        return self.head.layout.to_tokens(prediction.mean()).to(tokens.dtype)
+        offer(prediction)
+        return self.head.layout.to_tokens(prediction.mean())
+
+
+def pass_on(tokens: Tensor) -> Tensor:
+    """The forward of a layer that falls away."""
+    return tokens
 
 
 class ShiftedFlow(comfy.model_sampling.ModelSamplingFlux, comfy.model_sampling.CONST):
-    """Flow matching whose time shift is exp(`shift`), for stock schedulers."""
+    """Flow matching with a time shift, for stock schedulers.
 
+    Its table of sigmas is no buffer: ComfyUI's memory managers would back it up and restore it under the name that the base
+    model's table has, too.
 
-_waiting = threading.local()  # .predictions: a list while `apply_model_recorded` waits in this thread
+    Args:
+        time_shift: see `gmflow_core.path.shift_time`.
+        multiplier: of sigma, for networks that want another unit of time.
+    """
+
+    def __init__(self, time_shift: float, multiplier: float = 1.0):
+        super().__init__()
+        self.multiplier = multiplier
+        self.set_parameters(shift=math.log(time_shift))
+        self.complete = True
+
+    def register_buffer(self, name: str, tensor: Tensor, persistent: bool = True) -> None:
+        """Keep the table as an attribute, and let nobody else put one in."""
+        if not getattr(self, "complete", False):
+            object.__setattr__(self, name, tensor)
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """What the network is fed."""
+        return sigma * self.multiplier
 
 
 def with_head(
-    model: comfy.model_patcher.ModelPatcher, head: Head, layers: tuple[str, ...], shift: float, adapter: Adapter
+    model: comfy.model_patcher.ModelPatcher,
+    head: Head,
+    layers: tuple[str, ...],
+    sampling: ShiftedFlow,
+    adapter: Adapter,
 ) -> comfy.model_patcher.ModelPatcher:
-    """A clone of `model` with `head` in the place of the layers of its network that these names lead to: the head in the first,
-    nothing in the others; and with this time shift."""
+    """A clone of `model` that computes `head` in the place of the layers of its network that these names lead to: the head in
+    the first, nothing in the others."""
     model = model.clone()
     for name in layers:
-        model.add_object_patch(f"diffusion_model.{name}", HeadInPlace(head) if name == layers[0] else nn.Identity())
-
-    def apply_model_recorded(
-        executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs
-    ) -> Tensor:
-        """Hand the recorder of the call, if there is one, what the head predicts in it; a wrapper for ComfyUI's APPLY_MODEL."""
-        options = transformer_options or {}
-        recorder = options.get(RECORDER)
-        _waiting.predictions = predictions = None if recorder is None else []
-        try:
-            result = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
-        finally:
-            _waiting.predictions = None
-        if predictions:
-            recorder.record(head.to_image(predictions[0], adapter.layout.image_size(x.shape)), options)
-        return result
-
-    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, RECORDER, apply_model_recorded)
-    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, RECORDER, check_guidance)
+        forward = HeadForward(head) if name == layers[0] else pass_on
+        model.add_object_patch(f"diffusion_model.{name}.forward", forward)
+    add_recording(model, lambda prediction, shape: head.to_image(prediction, adapter.layout.image_size(shape)))
+    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, RECORDER, check_settings)
     model.model_options["transformer_options"][ADAPTER] = adapter
-    sampling = ShiftedFlow()
-    sampling.set_parameters(shift=math.log(shift))
     model.add_object_patch("model_sampling", sampling)
     return model
 
@@ -240,26 +306,49 @@ def adapter_of(model_options: dict | None) -> Adapter | None:
     return (model_options or {}).get("transformer_options", {}).get(ADAPTER)
 
 
-def check_guidance(executor, *args, **kwargs):
-    """Say so if a conditioning asks for another distilled guidance than the adapter's; a wrapper for ComfyUI's OUTER_SAMPLE, so
-    that it is said with stock samplers too."""
+def check_settings(executor, *args, **kwargs):
+    """Say so if what is sampled does not fit the adapter; a wrapper for ComfyUI's OUTER_SAMPLE, so that it is said with stock
+    samplers too."""
     clear()
     guider = executor.class_obj
     adapter = adapter_of(guider.model_options)
-    values = {cond.get("guidance") for conds in getattr(guider, "conds", {}).values() for cond in conds or []}
-    wrong = sorted(value for value in values if value is not None and value != adapter.guidance)
-    if adapter.guidance is not None and wrong:
+    if adapter.guidance is not None:
+        conds = [cond for conds in getattr(guider, "conds", {}).values() for cond in conds or []]
+        values = {cond.get("guidance", DEFAULT_GUIDANCE) for cond in conds} - {adapter.guidance}
+        if values:
+            asked = ", ".join(sorted("none at all" if value is None else f"{value:g}" for value in values))
+            notice(
+                f"the adapter {adapter.name} was made with a guidance of {adapter.guidance:g}, and the conditioning asks for "
+                f"{asked}, which gives poor images; set FluxGuidance to {adapter.guidance:g}"
+            )
+        cfg = getattr(guider, "cfg", 1.0)
+        if cfg != (0.0 if has_probabilistic_guidance(guider.model_patcher) else 1.0):
+            notice(
+                f"this base model has its guidance built in (distilled) and never learned what a negative prompt is: with a "
+                f"guidance of {cfg:g} on top expect poor images; take Basic Guider, or cfg 1"
+            )
+    places = tuple(f"diffusion_model.{name}." for name in adapter.replaced)
+    lost = sorted(key for key in guider.model_patcher.patches if key.startswith(places))
+    if lost:
         notice(
-            f"the adapter {adapter.name} was made with a guidance of {adapter.guidance:g}, and the conditioning asks for "
-            f"{', '.join(f'{value:g}' for value in wrong)}, which gives poor images; set FluxGuidance to {adapter.guidance:g}, "
-            "or remove it"
+            f"a LoRA on this model changes {', '.join(lost)}, which the head of {adapter.name} stands in for: that part of the "
+            "LoRA has no effect"
         )
     return executor(*args, **kwargs)
 
 
 def own_shift(model_sampling) -> float:
-    """The time shift of a flow model's sampling, however it is parametrised: the odds of sigma half-way."""
-    half = float(model_sampling.percent_to_sigma(0.5))
+    """The time shift of a flow model's sampling, however it is parametrised: the odds of sigma half-way.
+
+    Raises:
+        ValueError: it is no flow model's.
+    """
+    highest, half = float(model_sampling.sigma_max), float(model_sampling.percent_to_sigma(0.5))
+    if not 0 < half < highest <= 1:
+        raise ValueError(
+            f"GM samplers are for flow models, with sigmas up to 1, and this one's go up to {highest:.4g}; connect a model "
+            "from Load GM Model or GM Adapter, and remove nodes such as ModelSamplingDiscrete"
+        )
     return half / (1 - half)
 
 
@@ -305,7 +394,8 @@ class ProbabilisticCFG:
         x, uncond = shape.to_solver(latent), shape.to_solver(args["uncond_denoised"])
         cond = recorder.x0_policy(args["input_cond"], x, sigma.repeat_interleave(len(x) // len(sigma)))
         if cond is None:
-            notice(f"found {why_not_single(args['input_cond'])}, so there is no single mixture to guide: nothing is guided")
+            why = recorder.why_not_single(args["input_cond"], x)
+            notice(f"found {why}, so there is no single mixture to guide: nothing is guided")
             return args["cond"]
         if isinstance(cond, DXPolicy):
             raise ValueError(
@@ -434,8 +524,8 @@ class MixtureModel:
             policy = recorder.x0_policy(conds, x, sigma)
             if policy is None:
                 notice(
-                    f"found {why_not_single(conds)}, so there is no single mixture: the sampler follows the mean, as stock "
-                    "samplers do. One prompt for the whole image and all steps makes use of the mixture"
+                    f"found {recorder.why_not_single(conds, x)}, so there is no single mixture: the sampler follows the mean, "
+                    "as stock samplers do. One prompt for the whole image and all steps makes use of the mixture"
                 )
                 return point_mass(mean)
         shift = mean - policy.mean()

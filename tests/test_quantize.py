@@ -101,7 +101,7 @@ def test_rounds_to_the_nearest_of_255_levels(dtype: torch.dtype, group: int | No
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = normal(50, 64)
     whole = quantize_rows(weight)
-    monkeypatch.setattr(quantize, "CHUNK", 7 * 64 + 3)
+    monkeypatch.setattr(quantize, "CHUNK", {"cpu": 7 * 64 + 3})
     parts = quantize_rows(weight, device="cpu")
     assert torch.equal(whole.values, parts.values)
     assert torch.allclose(whole.scale, parts.scale, rtol=1e-6)
@@ -112,7 +112,7 @@ def test_small_float32_copies_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """No float32 tensor larger than a chunk is made, whatever the size of the weight."""
     sizes = []
     real = quantize.rotate
-    monkeypatch.setattr(quantize, "CHUNK", 1024)
+    monkeypatch.setattr(quantize, "CHUNK", {"cpu": 1024})
     monkeypatch.setattr(quantize, "rotate", lambda x, group: sizes.append(x.numel()) or real(x, group))
     quantize_rows(normal(64, 256).bfloat16()).dequantize()
     assert sizes

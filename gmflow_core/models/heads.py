@@ -191,7 +191,8 @@ def build_head(tensors: Mapping[str, Tensor], policy: Mapping[str, object], layo
     with torch.device("meta"):
         if kind == "GMFlow":
             count = _rows(found, "proj_out_logweights", layout.patch**2)
-            rows = {int(name.split(".")[1]): t.shape[0] for name, t in found.items() if name.startswith("proj_out_logstds.")}
+            parts = {name.split(".")[1]: t.shape[0] for name, t in found.items() if name.startswith("proj_out_logstds.")}
+            rows = {int(part): size for part, size in parts.items() if part.isdigit()}
             hidden = tuple(rows[index] for index in sorted(rows)[:-1]) if rows else (1024,)
             head = GMHead(width, layout, count, hidden)
         elif kind == "DX":

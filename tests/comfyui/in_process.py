@@ -38,8 +38,8 @@ def main(comfyui: Path, work: Path, cases: Path, out: Path) -> None:
     if not asyncio.run(nodes.load_custom_node(str(REPOSITORY))):
         raise RuntimeError("the extension did not load")
     adapter, sampler = (nodes.NODE_CLASS_MAPPINGS[name] for name in ("GMFlowAdapter", "GMFlowSampler"))
-    # all images of a batch from one generator, as ComfyUI-piFlow has it
-    sys.modules[sampler.__module__].image_generators = lambda source, batch_index: source
+    # the noise of stochastic steps as ComfyUI-piFlow draws it: for the whole batch from one generator
+    sys.modules[sampler.__module__].image_generators = lambda seed, noise: torch.Generator().manual_seed(seed)
 
     results, models = {}, {}
     for name, case in json.loads(cases.read_text()).items():

@@ -231,21 +231,36 @@ def test_reference_images_are_no_part_of_the_mixture(server: Comfy, base: str, m
     assert not near(latent, plain, 0.01)
 
 
-def test_comfyui_sees_no_weights_of_the_head(server: Comfy) -> None:
-    """Its memory managers would back them up under names that are gone when another clone is loaded: the size of the loaded
-    model is that of the base."""
-    sizes = []
-    for prompt in (graph(seed=55), stock({**graph(), "model": node("LoraLoaderModelOnly", **PLAIN_LORA)}, seed=55)):
-        server.post("/free", {"unload_models": True, "free_memory": True})
-        time.sleep(1.5)
-        before = len(server.log())
-        server.run(prompt)
-        sizes += re.findall(r"Requested to load Flux\n.*?(\d+\.\d+) (?:MB loaded|True)", server.log()[before:])
-    assert len(sizes) == 2
-    assert sizes[0] < sizes[1]  # without the last layer that the head replaces
+LAST_LAYERS = {"flux": "final_layer.linear", "qwen": "proj_out", "flux2": "final_layer.linear"}
 
 
-PLAIN_LORA = {"model": ["base", 0], "lora_name": "flux_style.safetensors", "strength_model": 0.0}
+@pytest.mark.parametrize("base", FILES)
+def test_the_base_models_weights_stay_where_they_are(server: Comfy, base: str) -> None:
+    """While an adapted clone is loaded, LoRAs on the base's last layer still find it; on the adapted model, where the head
+    stands in for that layer, the node says that the LoRA has no effect."""
+    models, layer = server.base / "models", LAST_LAYERS[base]
+    shape = load_file(models / "diffusion_models" / FILES[base])[f"{layer}.weight"].shape
+    up, down = torch.randn(shape[0], 2), torch.randn(2, shape[1])
+    prefix = f"diffusion_model.{layer}"
+    save_file({f"{prefix}.lora_B.weight": up, f"{prefix}.lora_A.weight": down}, models / "loras" / f"{base}_last.safetensors")
+    server.object_info()
+    lora = {"lora_name": f"{base}_last.safetensors", "strength_model": 0.1}
+    plain = stock(graph(base))
+    plain["sample"]["inputs"]["model"] = ["base", 0]
+    with_lora = inserted(plain, "lora", node("LoraLoaderModelOnly", **lora), "sample")
+    server.post("/free", {"unload_models": True, "free_memory": True})
+    time.sleep(1.5)
+    fresh = latent_of(server, with_lora)
+    assert not near(fresh, latent_of(server, plain), 0.01)
+    server.post("/free", {"unload_models": True, "free_memory": True})
+    time.sleep(1.5)
+    adapted = latent_of(server, graph(base))
+    assert torch.equal(latent_of(server, with_lora), fresh)
+    for before in ("model", "sample"):
+        prompt = inserted(graph(base), "lora", node("LoraLoaderModelOnly", **lora), before)
+        assert near(latent_of(server, prompt), adapted)
+        prompt["sample"]["inputs"]["seed"] += 1
+        assert f"a LoRA on this model changes {prefix}.weight" in server.run(prompt).texts["sample"]
 
 
 def test_the_strength_is_the_loras(server: Comfy) -> None:
@@ -256,6 +271,28 @@ def test_the_strength_is_the_loras(server: Comfy) -> None:
         results.append(latent_of(server, prompt))
     assert not near(results[0], results[1], 0.01)
     assert not near(results[1], results[2], 0.01)
+
+
+def test_the_noise_of_the_sampler_node_is_the_images_own(server: Comfy) -> None:
+    sampler = node("GMFlowPolicySampler", substeps=32, temperature=0.0, stochasticity=0.7)
+    both = latent_of(server, custom(graph(batch=2), sampler))
+    assert not near(both[:1], both[1:], 0.1)
+    prompt = custom(graph(batch=2), sampler)
+    prompt["one"] = node("LatentFromBatch", samples=["latent", 0], batch_index=1, length=1)
+    prompt["sample"]["inputs"]["latent_image"] = ["one", 0]
+    assert near(latent_of(server, prompt), both[1:], 1e-3)
+
+
+def test_sigmas_split_over_two_samplers(server: Comfy) -> None:
+    """With a temperature of its own, as the automatic one counts the steps of a sampler."""
+    sampler = node("GMFlowPolicySampler", substeps=32, temperature=0.3, stochasticity=0.0)
+    whole = custom(graph(), sampler)
+    split = custom(graph(), sampler)
+    split["two"] = node("SplitSigmas", sigmas=["sigmas", 0], step=2)
+    split["first"] = {**split["sample"], "inputs": {**split["sample"]["inputs"], "sigmas": ["two", 0]}}
+    split["quiet"] = node("DisableNoise")
+    split["sample"]["inputs"] |= {"sigmas": ["two", 1], "noise": ["quiet", 0], "latent_image": ["first", 0]}
+    assert near(latent_of(server, split), latent_of(server, whole), 1e-3)
 
 
 @pytest.mark.parametrize("base", FILES)
@@ -344,33 +381,35 @@ def test_dx_adapters(server: Comfy) -> None:
 # Guidance
 
 
-def test_guiders_find_the_positive_conditioning(server: Comfy) -> None:
+@pytest.mark.parametrize("base", ["flux", "qwen"])
+def test_guiders_find_the_positive_conditioning(server: Comfy, base: str) -> None:
     """Classifier-free guidance of scale 1, and one whose other branch is the same prompt, are the plain prediction; a scale of
     its own and a negative prompt change it, the same in every guider."""
-    plain = latent_of(server, custom(graph()))
+    plain = latent_of(server, custom(graph(base)))
     both = {"positive": ["positive", 0], "negative": ["negative", 0]}
-    assert near(latent_of(server, custom(graph(), guider=node("CFGGuider", model=["model", 0], cfg=1.0, **both))), plain)
+    assert near(latent_of(server, custom(graph(base), guider=node("CFGGuider", model=["model", 0], cfg=1.0, **both))), plain)
     same = {"positive": ["positive", 0], "negative": ["positive", 0]}
-    assert near(latent_of(server, custom(graph(), guider=node("CFGGuider", model=["model", 0], cfg=3.0, **same))), plain)
-    cfg = latent_of(server, custom(graph(), guider=node("CFGGuider", model=["model", 0], cfg=3.0, **both)))
+    assert near(latent_of(server, custom(graph(base), guider=node("CFGGuider", model=["model", 0], cfg=3.0, **same))), plain)
+    cfg = latent_of(server, custom(graph(base), guider=node("CFGGuider", model=["model", 0], cfg=3.0, **both)))
     assert not near(cfg, plain, 0.05)
     dual = {"cond1": ["positive", 0], "cond2": ["negative", 0], "negative": ["negative", 0], "style": "regular"}
     guider = node("DualCFGGuider", model=["model", 0], cfg_conds=3.0, cfg_cond2_negative=1.0, **dual)
-    assert near(latent_of(server, custom(graph(), guider=guider)), cfg, 1e-3)
+    assert near(latent_of(server, custom(graph(base), guider=guider)), cfg, 1e-3)
 
 
-def test_probabilistic_guidance(server: Comfy) -> None:
-    guided = graph(guidance=0.3)
+@pytest.mark.parametrize("base", ["flux", "qwen"])
+def test_probabilistic_guidance(server: Comfy, base: str) -> None:
+    guided = graph(base, guidance=0.3)
     with pytest.raises(PromptError, match=r"weight 0\.3 needs a negative conditioning"):
         server.run(guided)
     guided["sample"]["inputs"]["negative"] = ["negative", 0]
     latent = latent_of(server, guided)
-    assert not near(latent, latent_of(server, graph()), 0.02)
+    assert not near(latent, latent_of(server, graph(base)), 0.02)
     settings = {"orthogonal": 1.0, "start_percent": 0.0, "end_percent": 1.0}
     both = {"positive": ["positive", 0], "negative": ["negative", 0]}
     guider = node("GMFlowGuider", model=["model", 0], scale=0.3, **settings, **both)
-    assert near(latent_of(server, custom(graph(), guider=guider)), latent)
-    patched = custom(graph(), guider=node("CFGGuider", model=["model", 0], cfg=0.3, **both))
+    assert near(latent_of(server, custom(graph(base), guider=guider)), latent)
+    patched = custom(graph(base), guider=node("CFGGuider", model=["model", 0], cfg=0.3, **both))
     patched = inserted(patched, "guided", node("GMFlowProbabilisticGuidance", **settings), "guider")
     assert near(latent_of(server, patched), latent)
 
@@ -389,6 +428,17 @@ def test_parts_of_a_prompt_fall_back_to_the_mean(server: Comfy, base: str) -> No
     euler = {**prompt["sample"]["inputs"], "solver": "euler", "final_step_size": 0.5}
     mean = latent_of(server, {**prompt, "sample": node("GMFlowSampler", **euler)})
     assert near(latent_of(server, prompt), mean)
+
+
+def test_predictions_for_windows_fall_back_to_the_mean(server: Comfy) -> None:
+    if "ContextWindowsManual" not in server.object_info():
+        pytest.skip("this ComfyUI has no context windows")
+    about = server.object_info()["ContextWindowsManual"]["input"]["required"]
+    defaults = {key: options[0].get("default") for key, (_, *options) in about.items() if options and "default" in options[0]}
+    windows = node("ContextWindowsManual", **{**defaults, "context_length": 8, "context_overlap": 2, "dim": 2})
+    prompt = inserted(graph(width=64, height=128), "windows", windows, "sample")
+    assert "parts of the latent (context windows" in server.run(prompt).texts["sample"]
+    assert latent_of(server, prompt).isfinite().all()
 
 
 # Settings
@@ -415,6 +465,18 @@ def test_settings_that_do_not_fit_the_adapter_are_said(server: Comfy) -> None:
     assert "no guidance embedding" in server.run(prompt).texts["model"]
 
 
+def test_guidance_on_a_distilled_model_is_said(server: Comfy) -> None:
+    both = {"model": ["model", 0], "positive": ["positive", 0], "negative": ["negative", 0]}
+    said = "has its guidance built in"
+    assert said in server.run(custom(graph(seed=3), guider=node("CFGGuider", cfg=3.0, **both))).texts["sample"]
+    assert said not in server.run(custom(graph(seed=3), guider=node("CFGGuider", cfg=1.0, **both))).texts["sample"]
+    assert said not in server.run(custom(graph("qwen", seed=3), guider=node("CFGGuider", cfg=3.0, **both))).texts["sample"]
+    disabled = graph(seed=3)
+    disabled["none"] = node("FluxDisableGuidance", conditioning=["positive", 0])
+    disabled["sample"]["inputs"]["positive"] = ["none", 0]
+    assert "asks for none at all" in server.run(disabled).texts["sample"]
+
+
 def test_stock_samplers_say_it_too_and_take_it_back(server: Comfy) -> None:
     prompt = stock({**graph(), "text": graph()["positive"]})
     prompt["positive"] = node("FluxGuidance", conditioning=["text", 0], guidance=2.0)
@@ -429,8 +491,10 @@ def test_the_shift_is_the_models_own(server: Comfy) -> None:
     latent = latent_of(server, graph())
     assert near(latent_of(server, graph(shift=3.2)), latent)
     assert not near(latent_of(server, graph(shift=1.0)), latent, 0.02)
-    other = inserted(graph(), "shift", node("ModelSamplingAuraFlow", shift=1.0), "sample")  # units of its own, too
-    assert latent_of(server, other).isfinite().all()
+    flux = {"max_shift": 1.0, "base_shift": 1.0, "width": 1024, "height": 1024}  # of the logarithm
+    other = inserted(graph(), "shift", node("ModelSamplingFlux", **flux), "sample")
+    assert "shift 2.72," in server.run(other).texts["sample"]
+    assert near(latent_of(server, other), latent_of(server, graph(shift=2.718281828)))
 
 
 # What does not fit
@@ -469,6 +533,43 @@ def test_damaged_adapters_are_refused_with_the_key(server: Comfy, name: str, cha
         server.run(prompt)
     assert f"{name}.safetensors" in str(error.value)
     assert latent_of(server, graph()).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("policy", "complaint"),
+    [
+        ("{GMFlow", r"policy_config in its metadata is '\{GMFlow', which is no JSON object"),
+        ("[1]", "which is no JSON object"),
+        ('{"type": "Flow3"}', "this version knows GMFlow and DX"),
+        ('{"type": "DX", "segment_size": 0.25}', "without shift"),
+        ('{"type": "DX", "segment_size": "0.25", "shift": 3.2}', "segment_size '0.25'"),
+        ('{"type": "GMFlow", "shift": 0}', r"whose shift is no number from 0\.01 to 100"),
+        (None, r"head of a DX policy \(proj_out\) but no policy_config"),
+    ],
+)
+def test_bad_metadata_is_quoted(server: Comfy, policy: str | None, complaint: str) -> None:
+    metadata = {} if policy is None else {"policy_config": policy}
+    write_adapter(server.base / "models" / "loras" / "bad_4step.safetensors", policy="DX", metadata=metadata)
+    server.object_info()
+    prompt = graph()
+    prompt["model"]["inputs"]["adapter_name"] = "bad_4step.safetensors"
+    with pytest.raises(PromptError, match=f"bad_4step.*{complaint}"):
+        server.run(prompt)
+
+
+def test_unreadable_files_and_names_without_steps(server: Comfy) -> None:
+    loras, prompt = server.base / "models" / "loras", graph()
+    (loras / "short_4step.safetensors").write_bytes((loras / ADAPTERS["flux"]).read_bytes()[:5000])
+    write_adapter(loras / "diffusion_pytorch_model.safetensors")
+    server.object_info()
+    prompt["model"]["inputs"]["adapter_name"] = "short_4step.safetensors"
+    with pytest.raises(PromptError, match=r"short_4step\.safetensors cannot be read"):
+        server.run(prompt)
+    prompt["model"]["inputs"]["adapter_name"] = "diffusion_pytorch_model.safetensors"
+    assert "does not say how many steps" in server.run(prompt).texts["model"]
+    del prompt["sample"]["inputs"]["positive"]
+    with pytest.raises(PromptError, match=r"conditioned on text; connect a prompt .* to positive"):
+        server.run(prompt)
 
 
 def test_wrong_pairings_are_refused(server: Comfy) -> None:

@@ -1,5 +1,6 @@
 """Policies and their sampler: closed forms, and the reference's figures (LakonLab's GMFlow and DX policies, FlowMapSDE)."""
 
+import itertools
 import math
 
 import pytest
@@ -140,6 +141,44 @@ def test_the_temperature_sharpens_all_steps_but_the_last():
     automatic = sample_gm_policy(denoise, x, sigmas)  # 0.1 (3 - 1)
     assert is_near(automatic, sample_gm_policy(cooled, x, sigmas, temperature=1.0), 1e-12)
     assert (automatic - sample_gm_policy(denoise, x, sigmas, temperature=1.0)).abs().max() > 0.01
+
+
+def test_a_split_run_sharpens_as_the_whole_one():
+    """With a temperature given, it makes no difference where the sigmas are cut: only a step that ends at 0 is not "
+    "sharpened."""
+    denoise, x, sigmas = exact_denoiser(mixture_data(2)), normal(9, 2, dtype=F64), flow_sigmas(4)
+    settings = {"temperature": 0.3, "substeps": 32}
+    first = sample_gm_policy(denoise, x, sigmas[:3], **settings)
+    assert is_near(
+        sample_gm_policy(denoise, first, sigmas[2:], **settings), sample_gm_policy(denoise, x, sigmas, **settings), 1e-9
+    )
+
+
+def test_a_dx_policy_is_followed_and_knows_no_temperature():
+    x, sigmas = normal(2, 3, 4, 4), flow_sigmas(3, SHIFT)
+    velocity, seen = DXVelocity(normal(2, 5, 3, 4, 4, seed=2), 0.4, SHIFT), []
+
+    def denoise(x, sigma):
+        return predict_x0(velocity, x, sigma)
+
+    def callback(step, x, x0):
+        seen.append((step, x, x0))
+
+    result = sample_gm_policy(denoise, x, sigmas, substeps=24, shift=SHIFT, temperature=0.2, callback=callback)
+    for step, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
+        policy = denoise(x, sigma.expand(2))
+        assert seen[step][0] == step
+        assert is_near(seen[step][1], x)
+        assert is_near(seen[step][2], policy.mean())
+        x = rollout(policy, x, float(sigma), float(sigma_next), 8, shift=SHIFT)
+    assert is_near(result, x)
+
+
+@pytest.mark.parametrize("start", [1.0, 0.6])
+def test_grids_begin_where_they_are_asked_to(start):
+    sigmas = flow_sigmas(3, SHIFT, start=start, final_step_size=0.5)
+    expected = torch.tensor([1.0, 0.6, 0.2, 0.0]) * start
+    assert is_near(sigmas, shift_time(expected, SHIFT))
 
 
 def test_a_step_gets_its_share_of_the_substeps_and_constrain_sees_all():

@@ -434,7 +434,10 @@ def test_predictions_for_windows_fall_back_to_the_mean(server: Comfy) -> None:
     if "ContextWindowsManual" not in server.object_info():
         pytest.skip("this ComfyUI has no context windows")
     about = server.object_info()["ContextWindowsManual"]["input"]["required"]
-    defaults = {key: options[0].get("default") for key, (_, *options) in about.items() if options and "default" in options[0]}
+    defaults = {}
+    for key, (kind, *options) in about.items():
+        default = (options or [{}])[0].get("default", kind[0] if isinstance(kind, list) else None)
+        defaults |= {} if default is None else {key: default}
     windows = node("ContextWindowsManual", **{**defaults, "context_length": 8, "context_overlap": 2, "dim": 2})
     prompt = inserted(graph(width=64, height=128), "windows", windows, "sample")
     assert "parts of the latent (context windows" in server.run(prompt).texts["sample"]

@@ -1,0 +1,31 @@
+"""An adapted model under the memory manager that newer versions of ComfyUI have for NVIDIA cards."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from .bases import write_adapter, write_flux
+from .conftest import COMFYUI, comfyui_python
+
+
+def test_base_and_adapter_do_not_touch_each_other(tmp_path: Path) -> None:
+    """Loaded in turn, both keep their own time grid, and the model its weights: sigma half-way is that of the shifts e^1.15 and
+    3.2."""
+    write_flux(tmp_path / "flux.safetensors", dtype=torch.float32)
+    write_adapter(tmp_path / "adapter.safetensors")
+    command = [comfyui_python(), str(Path(__file__).with_name("dynamic_memory.py")), str(COMFYUI), str(tmp_path)]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    if "missing" in found:
+        pytest.skip("this ComfyUI has no dynamic memory manager")
+    assert len(found["half_way"]) == 6
+    for base, adapter in found["half_way"]:
+        assert base == pytest.approx(3.1582 / 4.1582, abs=1e-4)
+        assert adapter == pytest.approx(3.2 / 4.2, abs=1e-4)

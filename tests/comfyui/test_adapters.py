@@ -436,7 +436,9 @@ def test_predictions_for_windows_fall_back_to_the_mean(server: Comfy) -> None:
     about = server.object_info()["ContextWindowsManual"]["input"]["required"]
     defaults = {}
     for key, (kind, *options) in about.items():
-        default = (options or [{}])[0].get("default", kind[0] if isinstance(kind, list) else None)
+        settings = options[0] if options else {}
+        choices = kind if isinstance(kind, list) else settings.get("options")
+        default = settings.get("default", choices[0] if choices else None)
         defaults |= {} if default is None else {key: default}
     windows = node("ContextWindowsManual", **{**defaults, "context_length": 8, "context_overlap": 2, "dim": 2})
     prompt = inserted(graph(width=64, height=128), "windows", windows, "sample")

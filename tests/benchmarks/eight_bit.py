@@ -121,9 +121,19 @@ def conditioning(seed: int, tokens: int = 64) -> list:
     return [[torch.randn(1, tokens, 4096, generator=generator), {"pooled_output": pooled, "guidance": 3.5}]]
 
 
-def child_error(quantized: Any, path: str, seeds: int, steps: int) -> dict[str, list[float]]:
-    """Relative error of the latent after `steps` Euler steps, for each seed."""
+def child_error(quantized: Any, path: str, seeds: int, steps: int, adapter: str | None = None) -> dict[str, list[float]]:
+    """Relative error of the latent after `steps` Euler steps, for each seed; with the LoRA of a GM adapter merged into the
+    weights of all, if there is one."""
     import comfy.sample
+    import comfy.sd
+    import comfy.utils
+
+    def loaded(variant: str) -> Any:
+        model = load(quantized, variant, path)
+        if adapter is None:
+            return model
+        lora = {f"transformer.{key}": w for key, w in comfy.utils.load_torch_file(adapter).items() if ".lora_" in key}
+        return comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)[0]
 
     def sample(model: Any, seed: int) -> Tensor:
         noise = torch.randn(1, 16, 32, 32, generator=torch.Generator().manual_seed(seed))
@@ -132,16 +142,18 @@ def child_error(quantized: Any, path: str, seeds: int, steps: int) -> dict[str, 
             model, noise, steps, 1.0, "euler", "simple", words, words, torch.zeros_like(noise), disable_pbar=True, seed=seed
         )
 
-    exact = [sample(load(quantized, "bf16", path), seed) for seed in range(seeds)]
+    exact = [sample(loaded("bf16"), seed) for seed in range(seeds)]
 
     def errors(model: Any) -> list[float]:
         return [relative(sample(model, seed), exact[seed]) for seed in range(seeds)]
 
-    found = {variant: errors(load(quantized, variant, path)) for variant in VARIANTS[2:]}
+    found = {variant: errors(loaded(variant)) for variant in VARIANTS[2:]}
+    if adapter is not None:
+        return found
     rounded = quantized.quantize_rows
     quantized.quantize_rows = lambda weight, group=None, **options: rounded(weight, 0, **options)
     for variant in VARIANTS[3:]:
-        found[f"{variant}, no rotation"] = errors(load(quantized, variant, path))
+        found[f"{variant}, no rotation"] = errors(loaded(variant))
     return found
 
 
@@ -214,13 +226,15 @@ def measure_memory(folder: Path) -> dict:
 
 
 def measure_error(folder: Path) -> dict:
-    from tests.comfyui.bases import flux_shapes, random_weights, write
+    from tests.comfyui.bases import flux_shapes, random_weights, write, write_adapter
 
+    adapter = write_adapter(folder / "adapter.safetensors", hidden=512, depth=2, single=4, rank=32, strength=0.1)
     weights = random_weights(flux_shapes(512, 2, 4), 0, torch.bfloat16)
     found = {}
     for kind in ("none", "weights", "activations", "both"):
         path = write(folder / f"outliers_{kind}.safetensors", with_outliers(weights, kind))
         found[kind] = run_child("error", path=str(path), seeds=4, steps=4)
+        found[f"{kind}, with a LoRA"] = run_child("error", path=str(path), seeds=4, steps=4, adapter=str(adapter))
     return found
 
 

@@ -480,6 +480,7 @@ class MixtureModel:
     def __init__(self, model, latent_shape: torch.Size, extra_args: dict):
         self.model, self.guider, self.latent_shape, self.extra_args = model, model.inner_model, latent_shape, extra_args
         self.shape = solver_shape(self.guider.inner_model, extra_args.get("model_options"))
+        self.mask: Tensor | None = None  # of the step that runs
 
     @property
     def spectrum(self) -> nn.Module | None:
@@ -517,6 +518,7 @@ class MixtureModel:
         """
         options, recorder = recording(self.extra_args.get("model_options"))
         latent_sigma = sigma[:1].expand(self.latent_shape[0])
+        self.mask = self.mask_at(latent_sigma)
         denoised = self.guider(self.from_solver(x), latent_sigma, model_options=options, seed=self.extra_args.get("seed"))
         mean, policy = self.to_solver(denoised), recorder.guided
         if policy is None:
@@ -533,23 +535,26 @@ class MixtureModel:
             return recorder.guided  # nothing came after
         return policy.moved(shift)
 
+    def mask_at(self, sigma: Tensor) -> Tensor | None:
+        """The noise mask at (B,) equal sigmas, where a node may have put a function of it in; None if there is none."""
+        mask, options = self.extra_args.get("denoise_mask"), self.extra_args.get("model_options", {})
+        if mask is None or "denoise_mask_function" not in options:
+            return mask
+        extra = {"model": self.guider, "sigmas": self.model.sigmas}
+        return options["denoise_mask_function"](sigma, mask, extra_options=extra)
+
     def constrain(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """What every substep has to respect: the user's interruption, and the noise mask, outside of which x is the original
-        latent at that sigma."""
+        """What every substep has to respect: the user's interruption, and the noise mask of the step, outside of which x is the
+        original latent at that sigma."""
         comfy.model_management.throw_exception_if_processing_interrupted()
-        mask = self.extra_args.get("denoise_mask")
-        if mask is None:
+        if self.mask is None:
             return x
         sigma = sigma.reshape(-1)[:1].expand(self.latent_shape[0])
-        options = self.extra_args.get("model_options", {})
-        if "denoise_mask_function" in options:
-            extra = {"model": self.guider, "sigmas": self.model.sigmas}
-            mask = options["denoise_mask_function"](sigma, mask, extra_options=extra)
         latent = self.from_solver(x)
         original = self.guider.inner_model.scale_latent_inpaint(
             x=latent, sigma=sigma, noise=self.model.noise, latent_image=self.model.latent_image
         )
-        return self.to_solver(latent * mask + original * (1 - mask))
+        return self.to_solver(latent * self.mask + original * (1 - self.mask))
 
 
 def point_mass(mean: Tensor) -> GaussianMixture:

@@ -329,6 +329,27 @@ def test_outside_of_a_mask_nothing_changes(server: Comfy, base: str, stochastici
     assert (result[..., :half] - source[..., :half]).abs().mean() > 0.1
 
 
+def test_differential_diffusion_makes_a_soft_mask_a_schedule(server: Comfy) -> None:
+    """Its node turns the mask on or off by sigma; in the substeps, too."""
+    source = latent_of(server, graph(seed=9))
+    prompt = graph()
+    prompt.update(
+        first=graph(seed=9)["sample"],
+        soft=node("SolidMask", value=0.5, width=64, height=64),
+        change=node("SolidMask", value=0.5, width=32, height=64),
+        mask=node("MaskComposite", destination=["soft", 0], source=["change", 0], x=0, y=0, operation="subtract"),
+        masked=node("SetLatentNoiseMask", samples=["first", 0], mask=["mask", 0]),
+    )
+    prompt["sample"]["inputs"]["latent_image"] = ["masked", 0]
+    blended = latent_of(server, prompt)
+    strength = server.object_info()["DifferentialDiffusion"]["input"].get("optional", {})
+    about = node("DifferentialDiffusion", **({"strength": 1.0} if "strength" in strength else {}))
+    scheduled = latent_of(server, inserted(prompt, "soft steps", about, "sample"))
+    assert near(scheduled[..., :4], source[..., :4], 1e-5)  # mask 0
+    assert near(blended[..., :4], source[..., :4], 1e-5)
+    assert not near(scheduled[..., 4:], blended[..., 4:], 0.05)
+
+
 @pytest.mark.parametrize("base", FILES)
 def test_image_to_image_keeps_more_the_less_is_denoised(server: Comfy, base: str) -> None:
     source, distances = latent_of(server, graph(base, seed=9)), []

@@ -16,6 +16,20 @@ from torch import Tensor
 Generator = torch.Generator | Sequence[torch.Generator]  # one for all samples, or one for each
 
 LOG_2PI = math.log(2 * math.pi)
+SHORT = 32  # terms of a sum that are added one after another
+
+
+def _sum_of_products(a: Tensor, b: Tensor, dim: int) -> Tensor:
+    """(a * b).sum(dim, keepdim=True), without the product in memory where the sum is short: what is added up stays in the
+    cache."""
+    if a.shape[dim] > SHORT:
+        return (a * b).sum(dim, keepdim=True)
+    pairs = zip(a.split(1, dim), b.expand(*b.shape[:dim], a.shape[dim], *b.shape[dim + 1 :]).split(1, dim), strict=True)
+    first, *others = pairs
+    total = first[0] * first[1]
+    for left, right in others:
+        total = torch.addcmul(total, left, right)
+    return total
 
 
 def _float(tensor: Tensor) -> Tensor:
@@ -170,6 +184,22 @@ class GaussianMixture:
             log_weights=(self.log_weights + gain).log_softmax(1),
             log_std=self.log_std + 0.5 * scale.log(),
         )
+
+    def tilted_means(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """A function (linear, quadratic) -> the mean (B, C, *S) of `tilt(linear, quadratic)`, for many tilts of one mixture:
+        what does not depend on them is computed once, and no component is moved."""
+        origin, var = self.mean(), self.var.squeeze(1)
+        means = self.means - origin.unsqueeze(1)
+        half_norms = 0.5 * means.square().sum(2, keepdim=True)  # (B, K, 1, *S)
+
+        def mean(linear: Tensor, quadratic: Tensor) -> Tensor:
+            linear = linear - quadratic * origin
+            scale = (1 + var * quadratic).clamp(min=1e-6).reciprocal()
+            gain = _sum_of_products(means, linear.unsqueeze(1), 2) - quadratic.unsqueeze(1) * half_norms
+            weights = (self.log_weights + gain * scale.unsqueeze(1)).softmax(1)
+            return origin + (_sum_of_products(means, weights, 1).squeeze(1) + var * linear) * scale
+
+        return mean
 
     def times(self, gaussian: IsotropicGaussian, over: IsotropicGaussian | None = None) -> GaussianMixture:
         """The renormalised product with `gaussian`, or with the quotient `gaussian / over`.

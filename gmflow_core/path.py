@@ -6,6 +6,8 @@ sigma it may be a number, one value per sample (B,), or a tensor that broadcasts
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -138,14 +140,22 @@ def posterior(x0: GaussianMixture, x_src: Tensor, sigma_src: Sigma, x: Tensor, s
     quadratic term (a / sigma)^2 - (a_src / sigma_src)^2 and the linear one a x / sigma^2 - a_src x_src / sigma_src^2;
     kept as differences of ratios these stay accurate down to sigma = 0.
     """
-    src, dst = expand_sigma(sigma_src, x).clamp(min=MIN_SIGMA), expand_sigma(sigma, x).clamp(min=MIN_SIGMA)
-    signal_src, signal = (1 - src) / src, (1 - dst) / dst
-    return x0.tilt(
-        linear=signal * x / dst - signal_src * x_src / src,
-        quadratic=signal.square() - signal_src.square(),
-    )
+    return x0.tilt(*_likelihood_ratio(x_src, sigma_src, x, sigma))
 
 
 def posterior_mean(x0: GaussianMixture, x_src: Tensor, sigma_src: Sigma, x: Tensor, sigma: Sigma) -> Tensor:
     """E[x_0 | x, sigma], (B, C, *S), from the mixture of x_0 given (x_src, sigma_src); see `posterior`."""
-    return posterior(x0, x_src, sigma_src, x, sigma).mean()
+    return posterior_means(x0, x_src, sigma_src)(x, sigma)
+
+
+def posterior_means(x0: GaussianMixture, x_src: Tensor, sigma_src: Sigma) -> Callable[[Tensor, Sigma], Tensor]:
+    """`posterior_mean` as a function of (x, sigma), for many of them."""
+    mean = x0.tilted_means()
+    return lambda x, sigma: mean(*_likelihood_ratio(x_src, sigma_src, x, sigma))
+
+
+def _likelihood_ratio(x_src: Tensor, sigma_src: Sigma, x: Tensor, sigma: Sigma) -> tuple[Tensor, Tensor]:
+    """The linear and the quadratic term of `posterior`, for `GaussianMixture.tilt`."""
+    src, dst = expand_sigma(sigma_src, x).clamp(min=MIN_SIGMA), expand_sigma(sigma, x).clamp(min=MIN_SIGMA)
+    signal_src, signal = (1 - src) / src, (1 - dst) / dst
+    return signal * x / dst - signal_src * x_src / src, signal.square() - signal_src.square()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from .path import MIN_SIGMA, Sigma, expand_sigma, posterior_mean, shift_time, unshift_time
+from .path import MIN_SIGMA, Sigma, expand_sigma, posterior_means, shift_time, unshift_time
 from .policy import DXPolicy, Policy
 
 Constrain = Callable[[Tensor, Tensor], Tensor]
@@ -43,17 +43,22 @@ def rollout(
     """
     if substeps < 1:
         raise ValueError(f"substeps is {substeps}; at least 1 is needed")
-    start, end, source = expand_sigma(sigma, x), expand_sigma(sigma_end, x), x
+    start, end = expand_sigma(sigma, x), expand_sigma(sigma_end, x)
     first, last = unshift_time(start, shift), unshift_time(end, shift)
     now = start
+    later_mean = _means_along(x0, x, start) if substeps > 1 else None
     for substep in range(substeps):
-        if isinstance(x0, DXPolicy):
-            mean = x0.at(now)
-        else:
-            mean = x0.mean() if substep == 0 else posterior_mean(x0, source, start, x, now)
+        mean = x0.mean() if substep == 0 else later_mean(x, now)
         following = end if substep == substeps - 1 else shift_time(first + (last - first) * ((substep + 1) / substeps), shift)
         x = mean + (following / now.clamp(min=MIN_SIGMA)) * (x - mean)
         now = following
         if constrain is not None:
             x = constrain(x, now)
     return x
+
+
+def _means_along(x0: Policy, x: Tensor, sigma: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """The mean of x_0 as a function of (x, sigma), from a policy predicted at (x, sigma)."""
+    if isinstance(x0, DXPolicy):
+        return lambda x, sigma: x0.at(sigma)
+    return posterior_means(x0, x, sigma)

@@ -349,3 +349,16 @@ def test_golden_quantiles():
         x = mixture_quantile(figures["gm1d.means"], figures["gm1d.logstds"].exp(), figures["gm1d.logweights"], z[:, draw])
         error = (x - figures["inverse_cdf.n16"][:, draw]).abs()
         assert (error <= 2e-6 + 2e-7 / figures["pdf_at_n16"][:, draw]).all()  # the reference rounds probabilities near 1
+
+
+@pytest.mark.parametrize("components", [1, 4, 40])  # short sums and long ones
+@pytest.mark.parametrize("space", SPACES)
+def test_means_of_many_tilts_are_those_of_each(components, space):
+    mixture = random_mixture(components=components, space=space, dtype=F64)
+    means = mixture.tilted_means()
+    for seed, quadratic in ((1, 0.7), (2, -0.5), (3, 0.0)):
+        linear, quadratic = (
+            normal(2, 3, *space, seed=seed, dtype=F64),
+            torch.full((2, 1, *[1] * len(space)), quadratic, dtype=F64),
+        )
+        assert is_near(means(linear, quadratic), mixture.tilt(linear, quadratic).mean(), 1e-12)

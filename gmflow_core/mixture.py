@@ -114,6 +114,12 @@ class GaussianMixture:
         """The components' common variance, shaped as `log_std`."""
         return (2 * self.log_std).exp()
 
+    @classmethod
+    def point_mass(cls, mean: Tensor) -> GaussianMixture:
+        """One component without a spread at (B, C, *S): ordinary flow matching."""
+        mean = mean.unsqueeze(1)
+        return cls(mean, torch.zeros_like(mean[:, :, :1]), mean.new_full((len(mean), *[1] * (mean.ndim - 1)), -30.0))
+
     # Parts and moves
 
     def chunk(self, chunks: int) -> list[GaussianMixture]:

@@ -16,13 +16,13 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..gmflow_core.models.heads import GMHead, HeadLayout, build_head, is_head_key
+from ..gmflow_core.solvers import FINAL_STEP_SIZE
 from .notices import notice
 from .seam import Adapter, ShiftedFlow, adapter_of, with_head
 
 FOLDER = "loras"
 SHIFT = 3.2  # the time shift of all published adapters; those with a DX policy say so in their metadata
 STEPS = 4  # of an adapter whose name does not say
-FINAL_STEP_SIZE = 0.5
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def with_adapter(model, tensors: dict[str, Tensor], metadata: dict[str, str] | N
             f"the name {name} does not say how many steps the adapter was made for; taken as {STEPS}. Keep the name of its "
             "folder (such as gmflux_k8_piid_8step) in the file's"
         )
-    adapter = Adapter(os.path.basename(name), base.layout, steps, FINAL_STEP_SIZE, guidance_of(base, model), base.layers)
+    adapter = Adapter(os.path.basename(name), base.layout, steps, guidance_of(base, model), base.layers)
     kind = f"GM policy, K = {head.num_gaussians}" if isinstance(head, GMHead) else f"DX policy, {head.num_times} times"
     pairs = len(lora) // 2
     notice(f"{base.name}, {kind}, {steps} steps or more, {pairs} LoRA pairs at {strength:g}", logging.INFO)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..gmflow_core import DXPolicy, flow_sigmas, unshift_time
 from ..gmflow_core.policy import Policy
-from ..gmflow_core.solvers import SOLVERS, SUBSTEPS, solve, usual_temperature
+from ..gmflow_core.solvers import FINAL_STEP_SIZE, SOLVERS, SUBSTEPS, solve, usual_temperature
 from .guidance import TIPS as GUIDANCE_TIPS
 from .guidance import gm_guider, guided
 from .models import GMModel
@@ -39,7 +39,7 @@ TIPS = {
     "extension, 3.2 with a GM adapter.",
     "final_step_size": "Size of the last step beside the others. Models with a GM adapter are made for 0.5.",
     "temperature": "Below 1 it sharpens the mixture at all steps but the last. 0 is automatic: a tenth of the steps but one, "
-    "at most 1 (0.3 for 4 steps).",
+    "at most 1 (0.3 for 4 steps). Where the sigmas are split over several samplers set it, as each counts its own steps.",
     "stochasticity": "0 is deterministic. Above it every step goes further and adds fresh noise; 1 is as stochastic as the SDE "
     "of DDPM.",
     "denoise": "1 starts from pure noise; less starts from the latent with that share of noise added (image to image).",
@@ -105,7 +105,7 @@ def gm_sampler(solver: str, shift: float = OWN, **settings) -> comfy.samplers.KS
 def check_steps(adapter: Adapter, sigmas: Tensor, shift: float) -> None:
     """Say so if a step is longer, in unshifted time, than those that the adapter was made for."""
     times = unshift_time(sigmas.double().cpu(), shift)
-    longest, usual = float(-times.diff().min()), 1 / (adapter.steps - 1 + adapter.final_step_size)
+    longest, usual = float(-times.diff().min()), 1 / (adapter.steps - 1 + FINAL_STEP_SIZE)
     if longest > 1.01 * usual:
         notice(
             f"the adapter {adapter.name} was made for {adapter.steps} steps or more, each at most {usual:.3f} of the way, and "
@@ -213,7 +213,9 @@ class GMFlowPolicySigmas(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model that is sampled: its time shift counts."),
                 io.Int.Input("steps", default=4, min=1, max=1000, tooltip=TIPS["steps"]),
                 io.Float.Input("shift", default=0.0, min=0.0, max=100.0, step=0.01, tooltip=TIPS["shift"]),
-                io.Float.Input("final_step_size", default=0.5, min=0.01, max=1.0, step=0.01, tooltip=TIPS["final_step_size"]),
+                io.Float.Input(
+                    "final_step_size", default=FINAL_STEP_SIZE, min=0.01, max=1.0, step=0.01, tooltip=TIPS["final_step_size"]
+                ),
                 io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=TIPS["denoise"]),
             ],
             outputs=[io.Sigmas.Output(tooltip="For SamplerCustomAdvanced or SamplerCustom.")],
@@ -360,14 +362,14 @@ class GMFlowSampler(io.ComfyNode):
         stochasticity=0.0,
     ) -> io.NodeOutput:
         shift = shift or own_shift(model.get_model_object("model_sampling"))
-        final_step_size = final_step_size or (0.5 if solver == "gm-policy" else 1.0)
+        final_step_size = final_step_size or (FINAL_STEP_SIZE if solver == "gm-policy" else 1.0)
         sigmas = gm_sigmas(steps, shift, denoise, final_step_size)
         if not len(sigmas):
             return io.NodeOutput(latent_image)
         if positive is None and not isinstance(model.model, GMModel):
             raise ValueError(
-                f"this model ({type(model.model).__name__}) is conditioned on text; connect a prompt (CLIPTextEncode) to "
-                f"positive"
+                f"this model ({type(model.model).__name__}) is conditioned on text; connect a prompt (CLIPTextEncode) "
+                "to positive"
             )
         samples = fitting_latent(model, latent_image)
         batch_index = latent_image.get("batch_index")

@@ -128,14 +128,6 @@ def add_recording(
     model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, RECORDER, apply_model_recorded)
 
 
-def why_not_single(conds: list[dict] | None) -> str:
-    """What is in a guider's conditioning that is more, or less, than one for the whole latent and all steps; "" if nothing."""
-    partial = [key for cond in conds or [] for key in PARTIAL if cond.get(key) is not None]
-    if len(conds or []) != 1:
-        return f"{len(conds or [])} positive conditionings"
-    return f"a positive conditioning with {', '.join(partial)}" if partial else ""
-
-
 def recording(model_options: dict | None) -> tuple[dict, MixtureRecorder]:
     """Model options with a recorder in them, and that: the one that is there already, or a new one."""
     options = (model_options or {}).get("transformer_options", {})
@@ -213,7 +205,6 @@ class Adapter:
     Args:
         layout: of the base model's tokens.
         steps: the fewest that it was made for.
-        final_step_size: of the last of them, relative to the others.
         guidance: the guidance that its base model was distilled with, which it expects; None if the base has none.
         replaced: names of the base model's layers that its head stands in for.
     """
@@ -221,7 +212,6 @@ class Adapter:
     name: str
     layout: HeadLayout
     steps: int
-    final_step_size: float
     guidance: float | None
     replaced: tuple[str, ...]
 
@@ -529,7 +519,7 @@ class MixtureModel:
                     f"found {recorder.why_not_single(conds, x)}, so there is no single mixture: the sampler follows the mean, "
                     "as stock samplers do. One prompt for the whole image and all steps makes use of the mixture"
                 )
-                return point_mass(mean)
+                return GaussianMixture.point_mass(mean)
         shift = mean - policy.mean()
         if recorder.guided is not None and shift.abs().max() <= ROUNDING * (1 + mean.abs().max()):
             return recorder.guided  # nothing came after
@@ -555,9 +545,3 @@ class MixtureModel:
             x=latent, sigma=sigma, noise=self.model.noise, latent_image=self.model.latent_image
         )
         return self.to_solver(latent * self.mask + original * (1 - self.mask))
-
-
-def point_mass(mean: Tensor) -> GaussianMixture:
-    """A mixture of one component without a spread at (B, C, *S): ordinary flow matching."""
-    mean = mean.unsqueeze(1)
-    return GaussianMixture(mean, torch.zeros_like(mean[:, :, :1]), mean.new_full((len(mean), *[1] * (mean.ndim - 1)), -30.0))

@@ -23,12 +23,6 @@ from tests.test_solvers import exact_denoiser, mixture_data
 SHIFT = 3.2  # of the recorded runs
 
 
-def point_mass(x0):
-    """A policy that is sure of x_0."""
-    means = x0.unsqueeze(1)
-    return GaussianMixture(means, torch.zeros_like(means[:, :, :1]), torch.full_like(means[:, :, :1], -30.0))
-
-
 def recorded_policy(sample):
     """The recorded GM policy of one sample, with where it starts."""
     figures = golden("policies")
@@ -102,7 +96,7 @@ def test_golden_steps_of_the_flow_map_sde(case, stochasticity):
     figures = golden("schedulers")
     x, destination, sigmas = figures["x"], figures["m"], figures[f"flowmap{case}.sigmas"][1:3]
     ratio = figures[f"flowmap{case}.timesteps_dst"][1] / 1000 / sigmas[0]
-    policy = point_mass((destination - ratio * x) / (1 - ratio))
+    policy = GaussianMixture.point_mass((destination - ratio * x) / (1 - ratio))
     settings = {"stochasticity": stochasticity, "noise": torch.Generator().manual_seed(3)}
     result = sample_gm_policy(lambda x, sigma: policy, x, sigmas, **settings)
     drawn = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))

@@ -100,8 +100,6 @@ class GMHead(Head):
         log_std_widths: of the hidden layers between the embedding and the standard deviation, which is one per image.
     """
 
-    policy = "GMFlow"
-
     def __init__(
         self,
         width: int,
@@ -147,8 +145,6 @@ class DXHead(Head):
     Args:
         settings: keyword arguments for `DXVelocity`.
     """
-
-    policy = "DX"
 
     def __init__(self, width: int, layout: HeadLayout, num_times: int, settings: dict):
         super().__init__(width, layout)

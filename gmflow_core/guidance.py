@@ -7,25 +7,34 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .mixture import GaussianMixture, IsotropicGaussian
+from .mixture import GaussianMixture, IsotropicGaussian, TiltedMixture, Tilts
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class GuidedMixture(GaussianMixture):
+class GuidedMixture(TiltedMixture):
     """A guided mixture that remembers what it was made of, so that a second-order solver can fuse its own correction with
     the guidance into one update of `cond` (see `gmflow_core.solvers.second_order`).
 
     Args:
         cond: the conditional mixture before guidance.
+        tilts: of `cond`.
+        var: of its moment-matched Gaussian, averaged over the image: (B, 1, *1).
         bias: what guidance adds to the mean of `cond`, (B, C, *S).
         scale: the guidance weight w, broadcastable to (B, 1, *1).
+
+    Attributes:
         gaussian: what the moment-matched Gaussian of `cond` was moved to: mean (B, C, *S), var (B, 1, *1).
     """
 
-    cond: GaussianMixture
-    bias: Tensor
-    scale: Tensor
-    gaussian: IsotropicGaussian
+    def __init__(self, cond: GaussianMixture, tilts: Tilts, var: Tensor, bias: Tensor, scale: Tensor):
+        narrowing = 1 - scale.square()
+        super().__init__(tilts, *moving_terms(bias, var, narrowing))
+        gaussian = IsotropicGaussian(tilts.origin + bias, var * narrowing)
+        self.__dict__.update(cond=cond, cond_var=var, bias=bias, scale=scale, gaussian=gaussian)
+
+
+def moving_terms(bias: Tensor, var: Tensor, narrowing: Tensor) -> tuple[Tensor, Tensor]:
+    """Slope and quadratic term, for `Tilts`, of N(origin + bias, narrowing var) / N(origin, var)."""
+    return bias / (narrowing * var), (1 / narrowing - 1) / var
 
 
 def probabilistic_guidance(
@@ -48,16 +57,14 @@ def probabilistic_guidance(
         ValueError: `scale` (when a number) or `orthogonal` is out of range.
     """
     _check_scale(scale, orthogonal)
-    gaussian = image_gaussian(cond)
-    mean, var = gaussian.mean, gaussian.var
-    scale = torch.as_tensor(scale, dtype=mean.dtype, device=mean.device).reshape(-1, *[1] * (mean.ndim - 1))
+    tilts = Tilts(cond)
+    mean, var = tilts.origin, image_mean(tilts.moment_match().var)
+    scale = _per_sample(scale, mean)
     bias = mean - uncond_mean
     parallel = image_mean(bias * mean) / image_mean(mean.square()).clamp(min=1e-6)
-    bias = bias - orthogonal * parallel * mean
+    bias = torch.addcmul(bias, parallel, mean, value=-orthogonal)
     bias = bias * (scale * (var / image_mean(bias.square()).clamp(min=1e-6)).sqrt())
-    target = IsotropicGaussian(mean + bias, var * (1 - scale.square()))
-    guided = cond.times(target, over=gaussian)
-    return GuidedMixture(guided.means, guided.log_weights, guided.log_std, cond=cond, bias=bias, scale=scale, gaussian=target)
+    return GuidedMixture(cond, tilts, var, bias, scale)
 
 
 def classifier_free_guidance(cond: GaussianMixture, uncond_mean: Tensor, scale: float | Tensor) -> GaussianMixture:
@@ -69,8 +76,8 @@ def classifier_free_guidance(cond: GaussianMixture, uncond_mean: Tensor, scale: 
         uncond_mean: unconditional mean of x_0, (B, C, *S).
         scale: a number or one per sample (B,); 1 leaves `cond` as it is.
     """
-    scale = torch.as_tensor(scale, dtype=cond.means.dtype, device=cond.means.device)
-    return cond.moved((scale.reshape(-1, *[1] * (uncond_mean.ndim - 1)) - 1) * (cond.mean() - uncond_mean))
+    mean = cond.mean()
+    return cond.moved((_per_sample(scale, mean) - 1) * (mean - uncond_mean))
 
 
 GUIDANCE_KINDS = ("probabilistic", "cfg")
@@ -135,6 +142,12 @@ def _check_scale(scale: float | Tensor, orthogonal: float) -> None:
         raise ValueError(f"guidance scale {scale} is outside [0, 1); probabilistic guidance is not classifier-free guidance")
     if not 0 <= orthogonal <= 1:
         raise ValueError(f"orthogonal is {orthogonal}; it must be in [0, 1]")
+
+
+def _per_sample(scale: float | Tensor, like: Tensor) -> Tensor:
+    """A number or one per sample (B,), broadcastable to `like`; a number without waiting for a GPU."""
+    shape = [-1] + [1] * (like.ndim - 1)
+    return scale.to(like).reshape(shape) if isinstance(scale, Tensor) else like.new_full([1] * like.ndim, scale)
 
 
 def image_mean(x: Tensor) -> Tensor:

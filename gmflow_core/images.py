@@ -31,10 +31,8 @@ def class_denoiser(network: nn.Module, labels: Tensor, guidance: Guidance | None
         if guidance is None or not guidance.acts_at(sigma):
             return velocity_to_x0(network(x, sigma, labels.to(x.device)), x, sigma)
         both = torch.cat([labels, torch.full_like(labels, null)]).to(x.device)
-        x2, sigma2 = torch.cat([x, x]), torch.cat([sigma, sigma])
-        x0 = velocity_to_x0(network(x2, sigma2, both), x2, sigma2)
-        cond, uncond = x0.chunk(2)
-        return guidance(cond, uncond.mean())
+        cond, uncond = network(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
+        return guidance(velocity_to_x0(cond, x, sigma), velocity_to_x0(uncond.mean(), x, sigma))
 
     return denoise
 

@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from .mixture import LOG_2PI, GaussianMixture
-from .path import Sigma, reverse_transition, velocity_to_x0
+from .density import LOG_2PI, log_density
+from .mixture import GaussianMixture
+from .path import MIN_SIGMA, Sigma, bridge, bridge_log_std, expand_sigma
 from .spectral import hartley
 
 MIN_STD = 1e-4  # a predicted standard deviation counts as at least this, or rounding errors of x would dominate the loss
@@ -17,8 +18,7 @@ MIN_STD = 1e-4  # a predicted standard deviation counts as at least this, or rou
 def nll(mixture: GaussianMixture, target: Tensor) -> Tensor:
     """Negative log-likelihood of target (B, C, *S) per pixel, (B, *S): in nats, summed over channels, without the
     constant C/2 log 2 pi. With the mixture of velocities and the target u it is the loss of GMFlow's minimal trainer."""
-    mixture = GaussianMixture(mixture.means, mixture.log_weights, mixture.log_std.clamp(min=math.log(MIN_STD)))
-    return -mixture.log_prob(target) - 0.5 * target.shape[1] * LOG_2PI
+    return _nll(target, mixture, mixture.log_std)
 
 
 def transition_nll(velocity: GaussianMixture, x_low: Tensor, x_high: Tensor, sigma_low: Sigma, sigma_high: Sigma) -> Tensor:
@@ -32,8 +32,18 @@ def transition_nll(velocity: GaussianMixture, x_low: Tensor, x_high: Tensor, sig
     Returns:
         (B, *S) in nats, summed over channels, without the constant C/2 log 2 pi.
     """
-    x0 = velocity_to_x0(velocity, x_high, sigma_high)
-    return nll(reverse_transition(x0, x_high, sigma_low, sigma_high), x_low)
+    c1, c2, c3 = bridge(x_high, sigma_low, sigma_high)
+    high = expand_sigma(sigma_high, x_high)
+    # x_0 = x_high - high u gives x_low's components the means (c1 + c2) x_high - c2 high u: no mixture is made of them
+    log_std = bridge_log_std(velocity.log_std + high.clamp(min=MIN_SIGMA).log().unsqueeze(1), c2.unsqueeze(1), c3.unsqueeze(1))
+    return _nll(x_low - (c1 + c2) * x_high, velocity, log_std, gain=(-c2 * high).unsqueeze(1))
+
+
+def _nll(target: Tensor, mixture: GaussianMixture, log_std: Tensor, gain: Tensor | None = None) -> Tensor:
+    """`nll` under the components N(gain means_k, std^2 I) with the mixture's means and weights."""
+    log_std = log_std.clamp(min=math.log(MIN_STD))
+    density = log_density(target, mixture.means, mixture.log_weights, log_std, gain)
+    return -density - 0.5 * target.shape[1] * LOG_2PI
 
 
 def spectral_nll(velocity: GaussianMixture, target: Tensor, log_power: Tensor) -> Tensor:

@@ -9,17 +9,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from .density import log_density
+from .transport import mixture_quantile, normal_score
+
 Generator = torch.Generator | Sequence[torch.Generator]  # one for all samples, or one for each
 
-LOG_2PI = math.log(2 * math.pi)
 SHORT = 32  # terms of a sum that are added one after another
 
 
-def _sum_of_products(a: Tensor, b: Tensor, dim: int) -> Tensor:
+def sum_of_products(a: Tensor, b: Tensor, dim: int) -> Tensor:
     """(a * b).sum(dim, keepdim=True), without the product in memory where the sum is short: what is added up stays in the
     cache."""
     if a.shape[dim] > SHORT:
@@ -143,7 +146,7 @@ class GaussianMixture:
 
     def mean(self) -> Tensor:
         """E[x], (B, C, *S)."""
-        return (self.weights * self.means).sum(1)
+        return sum_of_products(self.means, self.weights, 1).squeeze(1)
 
     def moment_match(self) -> IsotropicGaussian:
         """The isotropic Gaussian with the mixture's mean and, per pixel, its variance averaged over channels.
@@ -151,17 +154,21 @@ class GaussianMixture:
         Returns:
             mean (B, C, *S), var (B, 1, *S).
         """
-        mean = self.mean()
-        spread = (self.weights * (self.means - mean.unsqueeze(1)).square()).sum(1).mean(1, keepdim=True)
-        return IsotropicGaussian(mean, spread + self.var.squeeze(1))
+        return Tilts(self).moment_match()
 
-    def covariance(self) -> Tensor:
-        """Full covariance over the channels, per pixel: (B, *S, C, C)."""
-        diff = (self.means - self.mean().unsqueeze(1)).movedim(2, -1)  # (B, K, *S, C)
-        weighted = diff * self.weights.movedim(2, -1)
-        between = torch.einsum("bk...c,bk...d->b...cd", weighted, diff)
-        within = self.var[:, 0, 0, ..., None, None]  # (B, *S, 1, 1)
-        return between + within * torch.eye(self.means.shape[2], dtype=between.dtype, device=between.device)
+    def covariance(self, average: bool = False) -> Tensor:
+        """Full covariance over the channels, per pixel, or averaged over space: (B, *S or *1, C, C)."""
+        channels, *space = self.means.shape[2:]
+        within = self.var[:, 0, 0, ..., None, None]  # (B, *S or *1, 1, 1)
+        diff = (self.means - self.mean().unsqueeze(1)) * (0.5 * self.log_weights).exp()
+        if average and space:
+            diff = diff.flatten(3)  # (B, K, C, n)
+            between = (diff @ diff.mT).sum(1).div(diff.shape[-1]).unflatten(0, (-1, *[1] * len(space)))
+            within = within.mean(tuple(range(1, 1 + len(space))), keepdim=True)
+        else:
+            diff = diff.movedim((2, 1), (-2, -1))  # (B, *S, C, K)
+            between = diff @ diff.mT
+        return between + within * torch.eye(channels, dtype=diff.dtype, device=diff.device)
 
     # Products
 
@@ -178,34 +185,14 @@ class GaussianMixture:
             quadratic: broadcastable to (B, 1, *S). Where 1 + v quadratic is not positive no normalisable product
                 exists; it is clamped at 1e-6.
         """
-        var = self.var
-        quadratic = quadratic.unsqueeze(1)
-        origin = self.mean().unsqueeze(1)  # (B, 1, C, *S)
-        means = self.means - origin
-        linear = linear.unsqueeze(1) - quadratic * origin
-        scale = (1 + var * quadratic).clamp(min=1e-6).reciprocal()
-        gain = (means * (linear - 0.5 * quadratic * means)).sum(2, keepdim=True) * scale  # (B, K, 1, *S)
-        return GaussianMixture(
-            means=origin + (means + var * linear) * scale,
-            log_weights=(self.log_weights + gain).log_softmax(1),
-            log_std=self.log_std + 0.5 * scale.log(),
-        )
+        tilts = Tilts(self)
+        return TiltedMixture(tilts, tilts.slope(linear, quadratic), quadratic)
 
     def tilted_means(self) -> Callable[[Tensor, Tensor], Tensor]:
         """A function (linear, quadratic) -> the mean (B, C, *S) of `tilt(linear, quadratic)`, for many tilts of one mixture:
         what does not depend on them is computed once, and no component is moved."""
-        origin, var = self.mean(), self.var.squeeze(1)
-        means = self.means - origin.unsqueeze(1)
-        half_norms = 0.5 * means.square().sum(2, keepdim=True)  # (B, K, 1, *S)
-
-        def mean(linear: Tensor, quadratic: Tensor) -> Tensor:
-            linear = linear - quadratic * origin
-            scale = (1 + var * quadratic).clamp(min=1e-6).reciprocal()
-            gain = _sum_of_products(means, linear.unsqueeze(1), 2) - quadratic.unsqueeze(1) * half_norms
-            weights = (self.log_weights + gain * scale.unsqueeze(1)).softmax(1)
-            return origin + (_sum_of_products(means, weights, 1).squeeze(1) + var * linear) * scale
-
-        return mean
+        tilts = Tilts(self)
+        return lambda linear, quadratic: tilts.mean(tilts.slope(linear, quadratic), quadratic)
 
     def times(self, gaussian: IsotropicGaussian, over: IsotropicGaussian | None = None) -> GaussianMixture:
         """The renormalised product with `gaussian`, or with the quotient `gaussian / over`.
@@ -237,10 +224,7 @@ class GaussianMixture:
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log-density per pixel in nats, with the 2 pi term: x (B, C, *S) -> (B, *S)."""
-        channels = self.means.shape[2]
-        distance = ((x.unsqueeze(1) - self.means) * (-self.log_std).exp()).square().sum(2, keepdim=True)
-        log_density = self.log_weights - 0.5 * distance - channels * (self.log_std + 0.5 * LOG_2PI)
-        return log_density.logsumexp(1).squeeze(1)
+        return log_density(x, self.means, self.log_weights, self.log_std)
 
     def sample(
         self, generator: Generator | None = None, *, component: Tensor | None = None, noise: Tensor | None = None
@@ -272,12 +256,10 @@ class GaussianMixture:
                 over space, (B, *1, C, C).
         """
         with torch.no_grad():
-            covariance = self.covariance()
-            space = tuple(range(1, covariance.ndim - 2))
-            if space and not per_pixel:
-                covariance = covariance.mean(space, keepdim=True)
+            covariance = self.covariance(average=not per_pixel)
             finite = covariance.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
-            covariance = torch.where(finite, covariance, torch.eye(covariance.shape[-1]).to(covariance))  # or LAPACK gives up
+            channels = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
+            covariance = torch.where(finite, covariance, channels)  # or LAPACK gives up
             return torch.linalg.eigh(covariance).eigenvectors.flip(-1)
 
     def to_normal(self, x: Tensor, axes: Tensor | None = None) -> Tensor:
@@ -292,31 +274,95 @@ class GaussianMixture:
             (B, C, *S), channel i along axis i.
         """
         axes = self.principal_axes() if axes is None else axes
-        means, std = (
-            _rotate(self.means, axes.unsqueeze(1), channel=2),
-            self.log_std.squeeze(2).exp(),
-        )  # (B, K, C, *S), (B, 1, *S)
-        x = _rotate(x, axes)
-        log_weights = self.log_weights.squeeze(2)
-        normal = []
-        for axis in range(x.shape[1]):
-            offset = (x[:, axis : axis + 1] - means[:, :, axis]) / std  # (B, K, *S)
-            normal.append(_normal_score(log_weights, offset))
-            log_weights = (log_weights - 0.5 * offset.square()).log_softmax(1)
+        offsets = (_rotate(x.unsqueeze(1) - self.means, axes) / self.log_std.exp()).unbind(2)  # C of (B, K, *S)
+        log_weights, normal = self.log_weights.squeeze(2), []
+        for offset in offsets:
+            normal.append(normal_score(log_weights.softmax(1), offset))
+            log_weights = _given(log_weights, offset)
         return torch.stack(normal, 1)
 
     def from_normal(self, z: Tensor, axes: Tensor | None = None) -> Tensor:
         """Inverse of `to_normal`: standard normal samples (B, C, *S), channel i along axis i, to samples of the mixture.
         Differentiable in z and in the mixture (by the implicit function theorem)."""
         axes = self.principal_axes() if axes is None else axes
-        means, std = _rotate(self.means, axes.unsqueeze(1), channel=2), self.log_std.squeeze(2).exp()
-        log_weights = self.log_weights.squeeze(2)
-        x = []
-        for axis in range(z.shape[1]):
-            x.append(mixture_quantile(means[:, :, axis], std, log_weights, z[:, axis]))
-            offset = (x[-1].unsqueeze(1) - means[:, :, axis]) / std
-            log_weights = (log_weights - 0.5 * offset.square()).log_softmax(1)
-        return _rotate(torch.stack(x, 1), axes.transpose(-1, -2))
+        batch, _, channels, *space = self.means.shape
+        means = _rotate(self.means, axes).movedim((2, 1), (0, 1)).flatten(2).unsqueeze(1)  # (C, 1, K, n), n pixels in all
+        log_weights = self.log_weights.movedim(1, 0).flatten(1).unsqueeze(0)  # (1, K, n)
+        std = self.log_std.exp().expand(batch, 1, 1, *space).reshape(1, 1, -1)
+        z = z.movedim(1, 0).reshape(channels, 1, -1)
+        x = [mixture_quantile(means[0], std, log_weights, z[0])]
+        for axis in range(1, channels):
+            log_weights = _given(log_weights, (x[-1].unsqueeze(1) - means[axis - 1]) / std)
+            x.append(mixture_quantile(means[axis], std, log_weights, z[axis]))
+        x = torch.stack(x, 1).unflatten(2, (batch, *space)).movedim(2, 0)  # (B, 1, C, *S)
+        return _rotate(x, axes.mT).squeeze(1)
+
+
+class Tilts:
+    """The products of one mixture with exp(slope . (x - origin) - quadratic |x - origin|^2 / 2), where `origin` is its mean:
+    the formulas of `GaussianMixture.tilt`, with what several tilts share computed once. Arguments are shaped as there."""
+
+    def __init__(self, mixture: GaussianMixture):
+        self.log_weights, self.log_std, self.weights = mixture.log_weights, mixture.log_std, mixture.weights
+        self.var = mixture.var.squeeze(1)
+        self.origin = sum_of_products(mixture.means, self.weights, 1).squeeze(1)
+        self.means = mixture.means - self.origin.unsqueeze(1)
+        self.half_norms = 0.5 * sum_of_products(self.means, self.means, 2)  # (B, K, 1, *S)
+
+    def moment_match(self) -> IsotropicGaussian:
+        """See `GaussianMixture.moment_match`."""
+        spread = sum_of_products(self.weights, self.half_norms, 1).squeeze(1) * (2 / self.means.shape[2])
+        return IsotropicGaussian(self.origin, spread + self.var)
+
+    def slope(self, linear: Tensor, quadratic: Tensor) -> Tensor:
+        """At the origin, of exp(linear . x - quadratic |x|^2 / 2)."""
+        return torch.addcmul(linear, quadratic, self.origin, value=-1)
+
+    def mean(self, slope: Tensor, quadratic: Tensor) -> Tensor:
+        """(B, C, *S)."""
+        logits, scale = self._logits(slope, quadratic)
+        moved = torch.addcmul(sum_of_products(self.means, logits.softmax(1), 1).squeeze(1), self.var, slope)
+        return torch.addcmul(self.origin, moved, scale)
+
+    def mixture(self, slope: Tensor, quadratic: Tensor) -> GaussianMixture:
+        """Component k becomes N((mean_k + var slope) scale, var scale), relative to the origin."""
+        logits, scale = self._logits(slope, quadratic)
+        move, factor = self.var * scale * slope, scale.unsqueeze(1)
+        return GaussianMixture(
+            means=torch.addcmul(move.unsqueeze(1), self.means, factor).add_(self.origin.unsqueeze(1)),
+            log_weights=logits.log_softmax(1),
+            log_std=self.log_std + 0.5 * factor.log(),
+        )
+
+    def _logits(self, slope: Tensor, quadratic: Tensor) -> tuple[Tensor, Tensor]:
+        """The log-weights up to a constant, (B, K, 1, *S), and what the variance is multiplied by."""
+        scale = (1 + self.var * quadratic).clamp(min=1e-6).reciprocal()
+        logits = torch.addcmul(self.log_weights, scale.unsqueeze(1), sum_of_products(self.means, slope.unsqueeze(1), 2))
+        return torch.addcmul(logits, (scale * quadratic).unsqueeze(1), self.half_norms, value=-1), scale
+
+
+class TiltedMixture(GaussianMixture):
+    """A product of `Tilts` as a mixture. Its components are computed when they are asked for: its mean, and that of its own
+    tilts, come without."""
+
+    def __init__(self, tilts: Tilts, slope: Tensor, quadratic: Tensor):
+        self.__dict__.update(tilts=tilts, slope=slope, quadratic=quadratic)  # frozen, as all mixtures
+
+    means = property(lambda self: self._components.means)
+    log_weights = property(lambda self: self._components.log_weights)
+    log_std = property(lambda self: self._components.log_std)
+
+    @cached_property
+    def _components(self) -> GaussianMixture:
+        with torch.enable_grad():  # whoever asks first
+            return self.tilts.mixture(self.slope, self.quadratic)
+
+    def mean(self) -> Tensor:
+        return self.tilts.mean(self.slope, self.quadratic)
+
+    def tilted_means(self) -> Callable[[Tensor, Tensor], Tensor]:
+        tilts = self.tilts
+        return lambda linear, quadratic: tilts.mean(self.slope + tilts.slope(linear, quadratic), self.quadratic + quadratic)
 
 
 def standard_normal(shape: tuple[int, ...], generator: Generator | None, *, like: Tensor) -> Tensor:
@@ -332,65 +378,19 @@ def _draw(distribution: Callable[..., Tensor], shape: tuple[int, ...], generator
             raise ValueError(f"{len(generator)} generators do not fit a batch of {shape[0]}; give one for each sample")
         return torch.stack([_draw(distribution, shape[1:], each, like) for each in generator])
     device = like.device if generator is None else generator.device
-    return distribution(shape, generator=generator, device=device).to(like)
+    pinned = like.is_cuda and device.type == "cpu"  # so that the copy is not waited for
+    return distribution(shape, generator=generator, device=device, pin_memory=pinned).to(like, non_blocking=True)
 
 
-def mixture_quantile(means: Tensor, std: Tensor, log_weights: Tensor, z: Tensor, steps: int = 32) -> Tensor:
-    """The quantile of a 1-D mixture at level Phi(z), by Newton's method inside a shrinking bracket.
-
-    With one common std the quantile lies between the smallest and the largest component quantile mean_k + std z; a
-    Newton step that would leave the bracket is replaced by bisection, so that gaps without density do no harm.
-    Gradients in all arguments come from one last, exact Newton step (implicit function theorem).
-
-    Args:
-        means, log_weights: (B, K, *S); std: broadcastable to (B, 1, *S); z: (B, *S).
-        steps: iterations; Newton doubles the digits each time once it is near.
-
-    Returns:
-        (B, *S).
-    """
-    with torch.no_grad():
-        quantiles = means + std * z.unsqueeze(1)
-        low, high = quantiles.amin(1), quantiles.amax(1)
-        x = (log_weights.exp() * quantiles).sum(1).clamp(low, high)
-        for _ in range(steps):
-            excess, density = _cdf_excess(means, std, log_weights, x, z)
-            low, high = torch.where(excess > 0, low, x), torch.where(excess > 0, x, high)
-            newton = x - excess / density
-            x = torch.where((newton >= low) & (newton <= high), newton, 0.5 * (low + high))
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (means, std, log_weights, z)):
-        excess, density = _cdf_excess(means, std, log_weights, x, z)
-        x = x - (excess - excess.detach()) / density.detach().clamp(min=1e-30)
-    return x
+def _given(log_weights: Tensor, offset: Tensor) -> Tensor:
+    """The log-weights (B, K, *S), up to a constant, once a coordinate is known: `offset` standard deviations from the
+    components'."""
+    return torch.addcmul(log_weights, offset, offset, value=-0.5)
 
 
-def _cdf_excess(means: Tensor, std: Tensor, log_weights: Tensor, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    """(F(x) - Phi(z) to first order, F'(x)) of a 1-D mixture. The difference is that of the logarithms, times F, in whichever
-    tail z lies: it has the sign and, at the root, the derivatives of the plain one, and Newton's steps on it go far where the
-    tail is thin."""
-    offset = (x.unsqueeze(1) - means) / std
-    weights = log_weights.exp()
-    side = torch.where(z < 0, 1.0, -1.0)
-    tail = (weights * normal_cdf(side.unsqueeze(1) * offset)).sum(1).clamp(min=torch.finfo(x.dtype).tiny)
-    density = (weights * (-0.5 * (offset.square() + LOG_2PI)).exp() / std).sum(1)
-    return side * tail * (tail.log() - torch.special.log_ndtr(side * z)), density
-
-
-def normal_cdf(x: Tensor) -> Tensor:
-    """Phi(x), exact in the lower tail too (torch's own ndtr is 0 below -5.5 in float32)."""
-    return 0.5 * torch.erfc(x * -math.sqrt(0.5))
-
-
-def _normal_score(log_weights: Tensor, offset: Tensor) -> Tensor:
-    """Phi^-1(sum_k w_k Phi(offset_k)), through the nearer tail: (B, K, *S) -> (B, *S)."""
-    weights = log_weights.exp()
-    below = (weights * normal_cdf(offset)).sum(1)
-    above = (weights * normal_cdf(-offset)).sum(1)
-    tiny = torch.finfo(below.dtype).tiny
-    score = torch.special.ndtri(torch.minimum(below, above).clamp(min=tiny))
-    return torch.where(below < above, score, -score)
-
-
-def _rotate(x: Tensor, axes: Tensor, channel: int = 1) -> Tensor:
-    """Coordinates of x, whose dimension `channel` holds C, along the columns of axes (..., C, C)."""
-    return torch.einsum("...c,...cd->...d", x.movedim(channel, -1), axes).movedim(-1, channel)
+def _rotate(x: Tensor, axes: Tensor) -> Tensor:
+    """(B, K, C, *S) in the coordinates along the columns of axes (B, *S or *1, C, C)."""
+    space = x.shape[3:]
+    if axes.shape[1:-2].numel() == 1 and space:  # shared by the pixels
+        return (axes.reshape(-1, 1, *axes.shape[-2:]).mT @ x.flatten(3)).unflatten(3, space)
+    return (x.movedim((1, 2), (-2, -1)) @ axes).movedim((-2, -1), (1, 2))

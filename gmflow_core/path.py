@@ -24,7 +24,10 @@ def expand_sigma(sigma: Sigma, x: Tensor) -> Tensor:
     Raises:
         ValueError: its shape does not fit x.
     """
-    sigma = torch.as_tensor(sigma, dtype=x.dtype if x.dtype == torch.float64 else torch.float32, device=x.device)
+    dtype = x.dtype if x.dtype == torch.float64 else torch.float32
+    if not isinstance(sigma, Tensor):
+        return torch.full([1] * x.ndim, sigma, dtype=dtype, device=x.device)  # a fill: as_tensor would wait for the GPU
+    sigma = sigma.to(x.device, dtype)
     if sigma.ndim == 1 and sigma.shape[0] in (1, x.shape[0]):
         return sigma.reshape(-1, *[1] * (x.ndim - 1))
     if sigma.ndim == 0:
@@ -86,7 +89,7 @@ def velocity_to_x0(
         return IsotropicGaussian(x - sigma * velocity.mean, sigma.clamp(min=MIN_SIGMA).square() * velocity.var)
     sigma = sigma.unsqueeze(1)
     return GaussianMixture(
-        means=x.unsqueeze(1) - sigma * velocity.means,
+        means=torch.addcmul(x.unsqueeze(1), sigma, velocity.means, value=-1),
         log_weights=velocity.log_weights,
         log_std=velocity.log_std + sigma.clamp(min=MIN_SIGMA).log(),
     )
@@ -114,22 +117,31 @@ def reverse_transition(
         x_high: (B, C, *S).
         noise: standard normal (B, C, *S), for a sample; None gives the bridge's mean.
     """
-    low, high = expand_sigma(sigma_low, x_high), expand_sigma(sigma_high, x_high).clamp(min=MIN_SIGMA)
-    shrink = low / high
-    decay = (1 - high) / (1 - low).clamp(min=MIN_SIGMA)
-    bridge = 1 - (shrink * decay).square()
-    c1, c2, c3 = shrink.square() * decay, bridge * (1 - low), bridge * low.square()
+    c1, c2, c3 = bridge(x_high, sigma_low, sigma_high)
     if isinstance(x0, Tensor):
         mean = c1 * x_high + c2 * x0
         return mean if noise is None else mean + c3.sqrt() * noise
     c1, c2, c3 = c1.unsqueeze(1), c2.unsqueeze(1), c3.unsqueeze(1)
-    tiny = torch.finfo(c2.dtype).tiny
-    log_var = torch.logaddexp(2 * (x0.log_std + c2.clamp(min=tiny).log()), c3.clamp(min=tiny).log())
     return GaussianMixture(
         means=c1 * x_high.unsqueeze(1) + c2 * x0.means,
         log_weights=x0.log_weights,
-        log_std=0.5 * log_var,
+        log_std=bridge_log_std(x0.log_std, c2, c3),
     )
+
+
+def bridge(x_high: Tensor, sigma_low: Sigma, sigma_high: Sigma) -> tuple[Tensor, Tensor, Tensor]:
+    """c1, c2, c3 of `reverse_transition`, broadcastable to x_high."""
+    low, high = expand_sigma(sigma_low, x_high), expand_sigma(sigma_high, x_high).clamp(min=MIN_SIGMA)
+    shrink = low / high
+    decay = (1 - high) / (1 - low).clamp(min=MIN_SIGMA)
+    weight = 1 - (shrink * decay).square()
+    return shrink.square() * decay, weight * (1 - low), weight * low.square()
+
+
+def bridge_log_std(log_std: Tensor, c2: Tensor, c3: Tensor) -> Tensor:
+    """The log-std of x_low, from that of x_0."""
+    tiny = torch.finfo(c2.dtype).tiny
+    return 0.5 * torch.logaddexp(2 * (log_std + c2.clamp(min=tiny).log()), c3.clamp(min=tiny).log())
 
 
 def posterior(x0: GaussianMixture, x_src: Tensor, sigma_src: Sigma, x: Tensor, sigma: Sigma) -> GaussianMixture:

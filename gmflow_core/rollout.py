@@ -1,15 +1,36 @@
-"""What happens between two network calls: every pixel follows the ODE of its own mixture. The hot path."""
+"""What happens between two network calls: every pixel follows the ODE of its own mixture. The hot path.
+
+`rollout` has one meaning and several ways there, METHODS:
+
+- plain: the definition, one substep after the other over the whole tensor. It has gradients, and constraints between substeps.
+- tiled: on its way x stays in the span of the source point and the K means, so that a substep needs their inner products only,
+  not the means. They are computed once for a tile of pixels, whose whole rollout then stays in the cache. Plain torch.
+- compiled: tiled, with the substep compiled by torch.compile (on a CPU that takes a C++ compiler and some seconds, once).
+- triton: all substeps of a block of pixels in one kernel, on a GPU that Triton knows.
+"""
 
 from __future__ import annotations
 
+import functools
+import logging
+import os
 from collections.abc import Callable
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from .mixture import GaussianMixture, TiltedMixture, sum_of_products
 from .path import MIN_SIGMA, Sigma, expand_sigma, posterior_means, shift_time, unshift_time
 from .policy import DXPolicy, Policy
 
 Constrain = Callable[[Tensor, Tensor], Tensor]
+Check = Callable[[], None]
+
+METHODS = ("plain", "tiled", "compiled", "triton")
+METHOD_VARIABLE = "GMFLOW_ROLLOUT"  # of the environment
+FEW = 4  # substeps from a tilted mixture that are done sooner than its components are computed
+TILE = {"cpu": 1 << 15, "gpu": 1 << 20}  # pixels times components: on a CPU a thread's, which torch splits no further
 
 
 def rollout(
@@ -21,6 +42,8 @@ def rollout(
     *,
     shift: float = 1.0,
     constrain: Constrain | None = None,
+    check: Check | None = None,
+    method: str | None = None,
 ) -> Tensor:
     """Integrate dx / dsigma = (x - E[x_0 | x, sigma]) / sigma from sigma down to sigma_end in Euler steps, with the posterior
     mean that the mixture predicted at the start implies on the way (GM-ODE of GMFlow, ICML 2025; the GM policy of pi-Flow), or
@@ -29,32 +52,82 @@ def rollout(
     Args:
         x0: mixture of x_0 given (x, sigma), or a DX policy predicted there.
         x: (B, C, *S) at sigma.
-        sigma, sigma_end: numbers, one per sample, or broadcastable to x.
+        sigma, sigma_end: numbers, one per sample, or broadcastable to (B, 1, *S).
         substeps: number of Euler steps, at least 1; with 1 only the mixture's mean matters.
         shift: the steps are equal in unshifted time, see `shift_time`.
-        constrain: called as constrain(x, sigma) after every substep; returns the x to go on with. For masks, and the
-            place to raise from when the user interrupts.
+        constrain: called as constrain(x, sigma) after every substep; returns the x to go on with. For masks.
+        check: called often; what it raises ends the rollout. For the user's interruption.
+        method: one of METHODS; None takes the environment's GMFLOW_ROLLOUT, or else the fastest for the tensors' device that
+            compiles nothing on a CPU. Gradients, constraints, DX policies and single steps are always plain. Where a method
+            cannot run, the log says so once and another takes its place.
 
     Returns:
         x at sigma_end, (B, C, *S).
 
     Raises:
-        ValueError: `substeps` is below 1.
+        ValueError: `substeps` is below 1, or there is no such method.
     """
     if substeps < 1:
         raise ValueError(f"substeps is {substeps}; at least 1 is needed")
-    start, end = expand_sigma(sigma, x), expand_sigma(sigma_end, x)
-    first, last = unshift_time(start, shift), unshift_time(end, shift)
-    now = start
-    later_mean = _means_along(x0, x, start) if substeps > 1 else None
+    method = method or os.environ.get(METHOD_VARIABLE) or None
+    if method is not None and method not in METHODS:
+        known = ", ".join(METHODS)
+        raise ValueError(
+            f"rollout method {method!r} (of the argument, or of {METHOD_VARIABLE}) is unknown; take one of {known}"
+        )
+    if substeps == 1 or constrain is not None or isinstance(x0, DXPolicy) or _has_gradient(x0, x, sigma, sigma_end):
+        method = "plain"
+    if method is None and isinstance(x0, TiltedMixture) and substeps <= FEW and not x.is_cuda:
+        method = "plain"
+    if method == "plain":
+        return _plain(x0, x, sigma, sigma_end, substeps, shift, constrain, check)
+    if method == "triton" or (method is None and x.is_cuda):
+        done = _by_triton(x0, x, sigma, sigma_end, substeps, shift)
+        if done is not None:
+            return done
+    code = _compiled_code(x.device.type) if method == "compiled" else EAGER
+    return _tiled(x0, x, sigma, sigma_end, substeps, shift, check, code)
+
+
+def _has_gradient(x0: GaussianMixture, *others: Sigma) -> bool:
+    """Whether autograd follows the rollout."""
+    if not torch.is_grad_enabled():
+        return False
+    tensors = (x0.means, x0.log_weights, x0.log_std, *others)
+    return any(isinstance(each, Tensor) and each.requires_grad for each in tensors)
+
+
+# The definition
+
+
+def _plain(
+    x0: Policy,
+    x: Tensor,
+    sigma: Sigma,
+    sigma_end: Sigma,
+    substeps: int,
+    shift: float,
+    constrain: Constrain | None,
+    check: Check | None,
+) -> Tensor:
+    sigmas = _substep_sigmas(expand_sigma(sigma, x), expand_sigma(sigma_end, x), substeps, shift)
+    later_mean = _means_along(x0, x, sigmas[0]) if substeps > 1 else None
     for substep in range(substeps):
+        now, following = sigmas[substep], sigmas[substep + 1]
         mean = x0.mean() if substep == 0 else later_mean(x, now)
-        following = end if substep == substeps - 1 else shift_time(first + (last - first) * ((substep + 1) / substeps), shift)
         x = mean + (following / now.clamp(min=MIN_SIGMA)) * (x - mean)
-        now = following
         if constrain is not None:
-            x = constrain(x, now)
+            x = constrain(x, following)
+        if check is not None:
+            check()
     return x
+
+
+def _substep_sigmas(start: Tensor, end: Tensor, substeps: int, shift: float) -> list[Tensor]:
+    """The substeps + 1 sigmas, equidistant in unshifted time."""
+    first, last = unshift_time(start, shift), unshift_time(end, shift)
+    between = [shift_time(first + (last - first) * (substep / substeps), shift) for substep in range(1, substeps)]
+    return [start, *between, end]
 
 
 def _means_along(x0: Policy, x: Tensor, sigma: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
@@ -62,3 +135,229 @@ def _means_along(x0: Policy, x: Tensor, sigma: Tensor) -> Callable[[Tensor, Tens
     if isinstance(x0, DXPolicy):
         return lambda x, sigma: x0.at(sigma)
     return posterior_means(x0, x, sigma)
+
+
+# In tiles
+#
+# With o the mixture's mean at the start, D_k = mean_k - o, and x = (1 - sigma) o + z, the posterior mean is
+# o + scale (sum_k w_k D_k + var (alpha z - beta z_start)). So z = source z_start + r with a number `source` and r in the span
+# of the D_k, and the logits of the weights w need <D_k, z_start>, which is known, and <D_k, r>. Where K <= C the coordinates
+# c_k of r = sum_k c_k D_k are followed, and <D_k, r> comes from the K x K Gram matrix of the D_k; else r itself.
+
+
+def _tiled(
+    x0: GaussianMixture,
+    x: Tensor,
+    sigma: Sigma,
+    sigma_end: Sigma,
+    substeps: int,
+    shift: float,
+    check: Check | None,
+    code: Code,
+) -> Tensor:
+    batch, components, channels = x0.means.shape[:3]
+    pixels = x.shape[2:].numel()
+    means = x0.means.reshape(batch, components, channels, pixels)
+    log_weights = x0.log_weights.reshape(batch, components, pixels)
+    points = x.to(torch.promote_types(x.dtype, means.dtype)).reshape(batch, channels, pixels)
+    idle = -(substeps - 1) % code.together  # substeps that do nothing, so that all are taken in whole groups
+    numbers = [_per_pixel(each, x) for each in (expand_sigma(sigma, x), expand_sigma(sigma_end, x), x0.log_std.squeeze(1))]
+    settings = substeps, idle, shift, means.dtype
+    coefficients = _coefficients(*numbers, *settings) if all(each.numel() == 1 for each in numbers) else None
+    gram = (components + 1) / 2 * channels + substeps * components < 2 * substeps * channels  # the fewer multiplications
+    size = TILE["cpu"] * torch.get_num_threads() if x.device.type == "cpu" else TILE["gpu"]
+    size = max(1, size // components)
+    samples = max(1, size // pixels)
+    result = torch.empty_like(points)
+    for b in range(0, batch, samples):
+        for p in range(0, pixels, size):
+            tile = slice(b, b + samples), slice(p, p + size)
+            out = _part(result, tile)
+            own = coefficients or _coefficients(*(_part(each, tile) for each in numbers), *settings)
+            parts = (_pixels_last(_part(each, tile)) for each in (means, log_weights, points))
+            x_end = _roll_tile(*parts, *own, out.shape[::2], gram, code, check)
+            out.copy_(x_end.unflatten(-1, out.shape[::2]).movedim(-2, 0))
+            del x_end, own
+    return result.reshape(x.shape)
+
+
+def _per_pixel(values: Tensor, x: Tensor) -> Tensor:
+    """Broadcastable to (B, 1, *S) -> (B or 1, pixels or 1), in double precision where the device has it."""
+    if values.shape[2:].numel() > 1:
+        values = values.expand(-1, 1, *x.shape[2:])
+    return values.reshape(len(values), -1).to(torch.float32 if x.device.type == "mps" else torch.float64)
+
+
+def _part(values: Tensor, tile: tuple[slice, slice]) -> Tensor:
+    """A tile of (B or 1, ..., pixels or 1)."""
+    values = values[tile[0]] if values.shape[0] > 1 else values
+    return values[..., tile[1]] if values.shape[-1] > 1 else values
+
+
+def _pixels_last(values: Tensor) -> Tensor:
+    """(samples, ..., pixels) -> (..., n), side by side in memory."""
+    values = values.movedim(0, -2).flatten(-2)
+    return values if values.stride(-1) == 1 else values.contiguous()
+
+
+def _roll_tile(
+    means: Tensor,
+    log_weights: Tensor,
+    x: Tensor,
+    steps: Tensor,
+    frame: Tensor,
+    shape: tuple[int, int],
+    gram: bool,
+    code: Code,
+    check: Check | None,
+) -> Tensor:
+    """The rollout of a tile of n pixels of `shape` (samples, pixels of each).
+
+    Args:
+        means: (K, C, n); log_weights: (K, n); x: (C, n).
+        steps, frame: of `_coefficients`, (substeps, 5, s, p) and (3, s, p), with s and p as in `shape` or 1.
+        gram: follow the coordinates c (K, n) instead of r (C, n).
+    """
+    signal, signal_end, source = _of_pixels(frame, shape)
+    origin, z, *inner_products = code.prepare(means, log_weights, x, signal, gram)
+    state = torch.zeros_like(log_weights if gram else x)
+    for coefficients in steps[1:].split(code.together):  # at the first the posterior is the mixture itself, and r stays 0
+        state = code.advance(state, *inner_products, log_weights, _of_pixels(coefficients, shape), gram)
+        if check is not None:
+            check()
+    end = source * z
+    if not gram:
+        return end.addcmul_(origin, signal_end).add_(state)
+    end.addcmul_(origin, signal_end - state.sum(0))
+    for mean, coordinate in zip(means, state, strict=True):
+        end.addcmul_(mean, coordinate)
+    return end
+
+
+def _prepare(
+    means: Tensor, log_weights: Tensor, x: Tensor, signal: Tensor, gram: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """o and z_start, (C, n); the Gram matrix (K, K, n) or else D_k as (C, K, n); |D_k|^2 and <D_k, z_start>, (K, n)."""
+    components, channels, count = means.shape
+    origin = sum_of_products(means, log_weights.exp().unsqueeze(1), 0).squeeze(0)
+    z = x - signal * origin
+    along = means.new_zeros(components, count)
+    if not gram:
+        inner = means.transpose(0, 1) - origin.unsqueeze(1)
+        norms = torch.zeros_like(along)
+        for c in range(channels):
+            along.addcmul_(inner[c], z[c])
+            norms.addcmul_(inner[c], inner[c])
+        return origin, z, inner, norms, along
+    rows = [means.new_zeros(components - k, count) for k in range(components)]  # of the upper triangle
+    for c in range(channels):
+        offsets = means[:, c] - origin[c]
+        along.addcmul_(offsets, z[c])
+        for k, row in enumerate(rows):
+            row.addcmul_(offsets[k:], offsets[k])
+    inner = torch.stack([rows[min(k, j)][abs(k - j)] for k in range(components) for j in range(components)])
+    return origin, z, inner.unflatten(0, (components, components)), torch.stack([row[0] for row in rows]), along
+
+
+def _advance(
+    state: Tensor, inner: Tensor, norms: Tensor, along: Tensor, log_weights: Tensor, coefficients: Tensor, gram: bool
+) -> Tensor:
+    """c (K, n) or r (C, n) after as many Euler steps as there are `coefficients`, (T, 5, 1 or n); others as of `_prepare`."""
+    for of_norm, of_source, of_state, decay, gain in (each.unbind(0) for each in coefficients.unbind(0)):
+        logits = torch.addcmul(log_weights, norms, of_norm).addcmul_(along, of_source)
+        for row, factor in zip(inner.unbind(0), (state * of_state).unbind(0), strict=True):
+            logits.addcmul_(row, factor)
+        weights = logits.softmax(0)
+        drift = weights if gram else (inner * weights).sum(1)
+        state = torch.addcmul(state * decay, drift, gain)
+    return state
+
+
+class Code(NamedTuple):
+    """`_prepare` and `_advance`, and how many substeps the latter is to take together."""
+
+    prepare: Callable[..., tuple[Tensor, ...]]
+    advance: Callable[..., Tensor]
+    together: int
+
+
+EAGER = Code(_prepare, _advance, 1)
+
+
+@functools.cache
+def _compiled_code(device: str) -> Code:
+    """Compiled by torch.compile, or eager where that does not work."""
+    code = Code(torch.compile(_prepare), torch.compile(_advance), 4)
+    ones = torch.ones(2, 2, 16, device=device)
+    try:
+        code.advance(
+            ones[0], *code.prepare(ones, ones[0], ones[0], ones[0, 0, :1], True)[2:], ones[0], ones[:, 0, :5, None], True
+        )
+    except Exception as error:  # torch.compile fails in as many ways as there are compilers
+        _fall_back("compiled", device, error)
+        return EAGER
+    return code
+
+
+def _coefficients(
+    start: Tensor, end: Tensor, log_std: Tensor, substeps: int, idle: int, shift: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """What the substeps of a rollout need besides the mixture's means and weights, from numbers (s, p) or (1, 1).
+
+    Returns:
+        steps (substeps + idle, 5, s, p): the factors in the logits of |D_k|^2, <D_k, z_start> and <D_k, r>; and r after the
+        substep is (the 4th) r + (the 5th) sum_k w_k D_k.
+        frame (3, s, p): 1 - sigma, 1 - sigma_end, and `source` at the end.
+    """
+    var = (2 * log_std).exp()
+    sigmas = torch.stack(torch.broadcast_tensors(*_substep_sigmas(start, end, substeps, shift)))
+    now, following = sigmas[:-1].clamp(min=MIN_SIGMA), sigmas[1:]
+    signal, ratio = (1 - now) / now, following / now
+    alpha, quadratic = signal / now, signal.square() - signal[:1].square()
+    beta = alpha[0]
+    scale = (1 + var * quadratic).clamp(min=1e-6).reciprocal()
+    gain = (1 - ratio) * scale
+    decay, pull = ratio + gain * var * alpha, gain * var * beta
+    source = [torch.ones_like(decay[0])]
+    for each_decay, each_pull in zip(decay, pull, strict=True):
+        source.append(each_decay * source[-1] - each_pull)
+    of_source = scale * (alpha * torch.stack(source[:-1]) - beta)
+    steps = torch.stack(torch.broadcast_tensors(-0.5 * scale * quadratic, of_source, scale * alpha, decay, gain), 1)
+    frame = torch.stack(torch.broadcast_tensors(1 - now[0], 1 - end, source[-1]))
+    if idle:
+        nothing = torch.zeros_like(steps[:1])
+        nothing[:, 3] = 1
+        steps = torch.cat([steps, nothing.expand(idle, -1, -1, -1)])
+    return steps.to(dtype), frame.to(dtype)
+
+
+def _of_pixels(values: Tensor, shape: tuple[int, int]) -> Tensor:
+    """(..., s, p) -> (..., n), or (..., 1) where all pixels share it."""
+    shared = values.shape[-2:] == (1, 1)
+    return values[..., 0] if shared else values.expand(*values.shape[:-2], *shape).flatten(-2)
+
+
+# Triton
+
+_broken: set[tuple[str, str]] = set()  # methods and the kinds of device where they have failed
+
+
+def _by_triton(x0: GaussianMixture, x: Tensor, sigma: Sigma, sigma_end: Sigma, substeps: int, shift: float) -> Tensor | None:
+    """The rollout, or None where Triton, or this GPU for it, is missing."""
+    if ("triton", x.device.type) in _broken:
+        return None
+    try:
+        from .rollout_triton import rollout_in_one_kernel
+
+        return rollout_in_one_kernel(x0, x, sigma, sigma_end, substeps, shift)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:  # not installed, a GPU that it does not know, a compiler that is missing
+        _fall_back("triton", x.device.type, error)
+        return None
+
+
+def _fall_back(method: str, device: str, error: Exception) -> None:
+    _broken.add((method, device))
+    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    logging.warning("GMFlow: no rollouts by %s on this machine's %s (%s); tiled ones do the same", method, device, reason)

@@ -15,11 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .guidance import GuidedMixture, image_gaussian, image_mean
-from .mixture import GaussianMixture, Generator, IsotropicGaussian, standard_normal
+from .guidance import GuidedMixture, image_gaussian, image_mean, moving_terms
+from .mixture import GaussianMixture, Generator, IsotropicGaussian, TiltedMixture, Tilts, standard_normal
 from .path import posterior_mean, reverse_transition, unshift_time, velocity_to_x0
 from .policy import DXPolicy, Policy
-from .rollout import Constrain, rollout
+from .rollout import Check, Constrain, rollout
 from .spectral import sample_with_spectrum
 
 Denoiser = Callable[[Tensor, Tensor], GaussianMixture]
@@ -72,6 +72,7 @@ def sample_gm_ode(
     substeps: int = 4,
     callback: Callback | None = None,
     constrain: Constrain | None = None,
+    check: Check | None = None,
 ) -> Tensor:
     """GM-ODE (GMFlow, ICML 2025): deterministic; between two network calls x follows the ODE of the predicted mixture.
 
@@ -80,7 +81,7 @@ def sample_gm_ode(
         order: 1, or 2 for the second-order correction of every mixture but the first.
         substeps: Euler substeps between two network calls.
         callback: called as callback(step, x, x0_mean) after each network call.
-        constrain: see `rollout`.
+        constrain, check: see `rollout`.
 
     Returns:
         x at sigmas[-1].
@@ -93,7 +94,7 @@ def sample_gm_ode(
         mixture, _, previous = _predict(denoiser, x, sigma, sigma_next, order, previous)
         if callback is not None:
             callback(index, x, mixture.mean())
-        x = rollout(mixture, x, sigma, sigma_next, substeps, constrain=constrain)
+        x = rollout(mixture, x, sigma, sigma_next, substeps, constrain=constrain, check=check)
     return x
 
 
@@ -107,6 +108,7 @@ def sample_gm_sde(
     noise: Generator | Sequence[Draws | SpectralDraws] | None = None,
     callback: Callback | None = None,
     constrain: Constrain | None = None,
+    check: Check | None = None,
 ) -> Tensor:
     """GM-SDE (GMFlow, ICML 2025): at each step draw x_0 from the predicted mixture, then x at the next sigma given both.
 
@@ -140,7 +142,9 @@ def sample_gm_sde(
             transition_noise = standard_normal(x.shape, noise, like=x0) if sigma_next > 0 else None
         x = reverse_transition(x0, x, sigma_next, sigma, transition_noise)
         if constrain is not None:
-            x = constrain(x, x.new_tensor(sigma_next))
+            x = constrain(x, x.new_full((), sigma_next))
+        if check is not None:
+            check()
     return x
 
 
@@ -151,9 +155,10 @@ def sample_euler(
     *,
     callback: Callback | None = None,
     constrain: Constrain | None = None,
+    check: Check | None = None,
 ) -> Tensor:
     """Euler steps along the mixture's mean velocity, as for any flow-matching model; arguments as `sample_gm_ode`."""
-    return sample_gm_ode(denoiser, x, sigmas, order=1, substeps=1, callback=callback, constrain=constrain)
+    return sample_gm_ode(denoiser, x, sigmas, order=1, substeps=1, callback=callback, constrain=constrain, check=check)
 
 
 def sample_gm_policy(
@@ -168,6 +173,7 @@ def sample_gm_policy(
     noise: Generator | None = None,
     callback: Callback | None = None,
     constrain: Constrain | None = None,
+    check: Check | None = None,
 ) -> Tensor:
     """The policy sampler of pi-Flow (Chen et al. 2025, arXiv 2510.14974): between two network calls x follows the policy that
     the first one predicted.
@@ -205,11 +211,11 @@ def sample_gm_policy(
         signal = (1 - sigma_next) + sigma_next * kept
         target = sigma_next * kept / signal  # where the rollout ends; what is missing to sigma_next is fresh noise
         count = max(1, round((unshift_time(sigma, shift) - unshift_time(target, shift)) * substeps))
-        x = rollout(policy, x, sigma, target, count, shift=shift, constrain=constrain)
+        x = rollout(policy, x, sigma, target, count, shift=shift, constrain=constrain, check=check)
         if kept < 1 and sigma_next > 0:
             x = signal * x + sigma_next * math.sqrt(1 - kept**2) * standard_normal(x.shape, noise, like=x)
             if constrain is not None:
-                x = constrain(x, x.new_tensor(sigma_next))
+                x = constrain(x, x.new_full((), sigma_next))
     return x
 
 
@@ -232,6 +238,7 @@ def sample_dpmpp_2m(
     *,
     callback: Callback | None = None,
     constrain: Constrain | None = None,
+    check: Check | None = None,
 ) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022) on the mixture's mean, the usual second-order solver with one network call a step; the
     first two steps (log alpha / sigma is infinite at sigma = 1) and one that ends at 0 are of first order. Arguments as
@@ -250,7 +257,9 @@ def sample_dpmpp_2m(
         x = kept * x + ((1 - sigma_next) - kept * (1 - sigma)) * target
         previous, log_snr_previous = mean, log_snr
         if constrain is not None:
-            x = constrain(x, x.new_tensor(sigma_next))
+            x = constrain(x, x.new_full((), sigma_next))
+        if check is not None:
+            check()
     return x
 
 
@@ -274,6 +283,7 @@ def solve(
     noise: Generator | None = None,
     callback: Callback | None = None,
     constrain: Constrain | None = None,
+    check: Check | None = None,
 ) -> Tensor:
     """The solver of that name, for users who choose one from a list; it takes of the settings what it knows.
 
@@ -284,7 +294,7 @@ def solve(
     Raises:
         ValueError: `solver` is not one of SOLVERS; or as the solvers.
     """
-    shared = {"callback": callback, "constrain": constrain}
+    shared = {"callback": callback, "constrain": constrain, "check": check}
     substeps = SUBSTEPS.get(solver) if substeps is None else substeps
     if solver == "gm-ode":
         return sample_gm_ode(denoiser, x, sigmas, order=order, substeps=substeps, **shared)
@@ -319,18 +329,22 @@ def second_order(
         The corrected mixture, and the Gaussian it was moved to: mean (B, C, *S), var (B, 1, *1).
     """
     if isinstance(mixture, GuidedMixture):
-        base, guidance_bias, scale = mixture.cond, mixture.bias, mixture.scale
+        tilts, var, scale = mixture.tilts, mixture.cond_var, mixture.scale
     else:
-        base, guidance_bias, scale = mixture, 0.0, 0.0
-    gaussian = image_gaussian(base)
-    var = gaussian.var
+        tilts = Tilts(mixture)
+        var, scale = image_mean(tilts.moment_match().var), 0.0
     predicted = posterior_mean(previous.mixture, previous.x, previous.sigma, x, sigma)
     error = var * ((scale * cb) ** 2 + ca) / previous.size**2
-    bias = (mixture.mean() - predicted) * ((1 - error).clamp(min=0).sqrt() * (0.5 * size / previous.size)) + guidance_bias
+    gain = (1 - error).clamp(min=0).sqrt() * (0.5 * size / previous.size)
+    if isinstance(mixture, GuidedMixture):
+        bias = torch.addcmul(mixture.bias, mixture.mean() - predicted, gain)
+    else:
+        bias = (tilts.origin - predicted) * gain
     power = image_mean(bias.square())
     bias = bias * (var / power.clamp(min=1e-6)).clamp(max=1).sqrt()
-    target = IsotropicGaussian(gaussian.mean + bias, var * (1 - power / var.clamp(min=1e-6)).clamp(min=1e-6))
-    return base.times(target, over=gaussian), target
+    narrowing = (1 - power / var.clamp(min=1e-6)).clamp(min=1e-6)
+    corrected = TiltedMixture(tilts, *moving_terms(bias, var, narrowing))
+    return corrected, IsotropicGaussian(tilts.origin + bias, var * narrowing)
 
 
 def _predict(

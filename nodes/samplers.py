@@ -96,7 +96,11 @@ def gm_sampler(solver: str, shift: float = OWN, **settings) -> comfy.samplers.KS
         one_for_all = isinstance(mixtures.shape, PointShape)
         noise = torch.Generator().manual_seed(seed) if one_for_all else image_generators(seed, model.noise)
         given = {"shift": time_shift, "spectrum": mixtures.spectrum, "noise": noise, **settings}
-        hooks = {"callback": report, "constrain": mixtures.constrain}
+        hooks = {
+            "callback": report,
+            "constrain": mixtures.constrain if mixtures.masked else None,
+            "check": comfy.model_management.throw_exception_if_processing_interrupted,
+        }
         return mixtures.from_solver(solve(solver, denoise, mixtures.to_solver(x), sigmas, **given, **hooks))
 
     return comfy.samplers.KSAMPLER(run)

@@ -533,12 +533,14 @@ class MixtureModel:
         extra = {"model": self.guider, "sigmas": self.model.sigmas}
         return options["denoise_mask_function"](sigma, mask, extra_options=extra)
 
+    @property
+    def masked(self) -> bool:
+        """Whether there is a noise mask."""
+        return self.extra_args.get("denoise_mask") is not None
+
     def constrain(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """What every substep has to respect: the user's interruption, and the noise mask of the step, outside of which x is the
-        original latent at that sigma."""
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        if self.mask is None:
-            return x
+        """What every substep has to respect: the noise mask of the step, outside of which x is the original latent at that
+        sigma."""
         sigma = sigma.reshape(-1)[:1].expand(self.latent_shape[0])
         latent = self.from_solver(x)
         original = self.guider.inner_model.scale_latent_inpaint(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gmflow_core import GaussianMixture
 
@@ -80,3 +81,22 @@ def normal_score(log_weights, offset):
     tail = torch.minimum(below, above)
     score = bisect(lambda z: torch.special.log_ndtr(z) - tail, torch.full_like(tail, -40.0), torch.full_like(tail, 1e-9))
     return torch.where(below < above, score, -score)
+
+
+WAITING = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.equal", "aten._linalg_eigh")
+COPYING = ("aten.lift_fresh",)  # of numbers of Python's, which on a GPU is a copy that is waited for
+
+
+class Waits(TorchDispatchMode):
+    """Notes what would make Python wait for a GPU: values that are read, and shapes that depend on them."""
+
+    def __init__(self, names=WAITING):
+        super().__init__()
+        self.names, self.found = names, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function.overloadpacket)
+        by_mask = name == "aten.index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if by_mask or name in self.names:
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
-from gmflow_core import GaussianMixture, IsotropicGaussian
-from gmflow_core.mixture import mixture_quantile
+from gmflow_core import GaussianMixture, IsotropicGaussian, transport
+from gmflow_core.transport import mixture_quantile
 from tests.helpers import (
     F64,
     SPACES,
@@ -88,6 +88,26 @@ def test_products_keep_their_digits_when_the_variance_is_small_beside_the_means(
     product = mixture.times(factor)
     assert (product.means - exact.means).abs().max() < 4e-5  # numbers near 300 are 3e-5 apart,
     assert (product.weights - exact.weights).abs().max() < 1e-3  # which moves the log-weights by this much
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_means_that_a_tilted_mixture_has_without_its_components_are_theirs(space):
+    mixture = random_mixture(space=space, dtype=F64)
+    factors = [(normal(2, 3, *space, seed=seed, dtype=F64), torch.tensor(0.3 * seed)) for seed in (1, 2)]
+    first, second = ((linear, quadratic.expand(2, 1, *[1] * len(space))) for linear, quadratic in factors)
+    tilted = mixture.tilt(*first)
+    components = GaussianMixture(tilted.means, tilted.log_weights, tilted.log_std)
+    assert is_near(tilted.mean(), components.mean(), 1e-12)
+    assert is_near(tilted.tilted_means()(*second), components.tilt(*second).mean(), 1e-12)
+
+
+def test_a_tilted_mixtures_components_have_gradients_whoever_asks_first():
+    mixture = random_mixture()
+    means = mixture.means.clone().requires_grad_()
+    tilted = GaussianMixture(means, mixture.log_weights, mixture.log_std).tilt(normal(2, 3, 2, 3), torch.ones(2, 1, 1, 1))
+    with torch.no_grad():
+        assert tilted.covariance().isfinite().all()
+    assert torch.autograd.grad(tilted.means.sum(), means)[0].abs().min() > 0
 
 
 @pytest.mark.parametrize("temperature", [0.3, 2.0])
@@ -243,6 +263,29 @@ def test_quantiles_agree_with_bisection(components, spread):
     score = normal_score(log_weights, (single.unsqueeze(1) - means) / std)
     rounding = 3e-6 + 3e-7 * (means.abs().amax(1) / std.squeeze(1))  # the positions' own last digit, in standard deviations
     assert ((score - z).abs() <= rounding).all()
+
+
+def hard_mixtures():
+    """Means and log-weights (n, K) in standard deviations, and levels (n,)."""
+    n, drawn, levels = 1000, partial(normal, dtype=F64), normal(1000, seed=3, dtype=F64)
+    yield 1e4 * drawn(n, 64), drawn(n, 64, seed=2).log_softmax(1), levels  # far apart
+    yield 30 * drawn(n, 8), (3 * drawn(n, 8, seed=2)).log_softmax(1), 9 * torch.linspace(-1, 1, n, dtype=F64)  # the tails
+    yield 5 * drawn(n, 8), (-14 * drawn(n, 8, seed=2).sigmoid()).log_softmax(1), levels  # weights down to 1e-6
+    two = torch.tensor([[-20.0, 20.0]], dtype=F64).expand(n, 2)
+    yield two, torch.full_like(two, 0.5).log(), levels.sign() * 10 ** (-6 * levels.abs().tanh())  # a gap
+
+
+@pytest.mark.parametrize("drop_out", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_quantiles_of_hard_mixtures_converge(drop_out, dtype, monkeypatch):
+    solve = transport._quantile
+    monkeypatch.setattr(transport, "_quantile", lambda *args, **_: solve(*args, drop_out=drop_out))
+    for case in hard_mixtures():
+        means, log_weights, z = (each.to(dtype).double() for each in case)
+        x = transport.mixture_quantile(means.to(dtype), torch.ones(1, 1, dtype=dtype), log_weights.to(dtype), z.to(dtype))
+        score = normal_score(log_weights - log_weights.logsumexp(1, keepdim=True), x.double().unsqueeze(1) - means)
+        eps = torch.finfo(dtype).eps
+        assert ((score - z).abs() <= 16 * eps + 2 * eps * x.double().abs()).all()
 
 
 def test_a_quantile_in_a_gap_without_density_lies_between_the_components():

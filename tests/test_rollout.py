@@ -1,12 +1,40 @@
 """The substep loop against a slow, obvious one: a float64 loop over pixels with the posterior in plain Bayes form."""
 
+import importlib
+import importlib.util
+import logging
 import math
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from gmflow_core import GaussianMixture, rollout
 from tests.helpers import F64, SPACES, cast, is_near, normal, random_mixture
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NO_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton: pip install triton (Linux)")
+NO_COMPILER = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
+METHODS = ["plain", "tiled", pytest.param("triton", marks=NO_TRITON)]
+ways = importlib.import_module("gmflow_core.rollout")  # the package's attribute of that name is the function
+
+
+@pytest.fixture(autouse=True)
+def tiles_of_a_few_pixels_and_no_silent_fallback(monkeypatch):
+    monkeypatch.setattr(ways, "TILE", {"cpu": 20, "gpu": 20})
+    monkeypatch.setattr(ways, "_fall_back", lambda method, device, error: pytest.fail(f"{method} on {device}: {error}"))
+    monkeypatch.setattr(ways, "_broken", set())
+
+
+def same_way(method, mixture, x, *args, **options):
+    """A rollout in float32 on the device where that method is at home, as float64 on the CPU."""
+    device = DEVICE if method == "triton" else "cpu"
+    args = [each.to(device, torch.float32) if isinstance(each, torch.Tensor) else each for each in args]
+    mixture = cast(mixture, torch.float32).to(device)
+    return rollout(mixture, x.float().to(device), *args, **options, method=method).double().cpu()
 
 
 def posterior_mean_of_a_pixel(means, log_weights, var, x_src, s_src, x, s):
@@ -43,45 +71,129 @@ def slow_rollout(mixture, x, sigma, sigma_end, substeps, constrain=None):
     return out.reshape(x.shape)
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("space", [*SPACES, (1, 7)])
-@pytest.mark.parametrize("components", [1, 5])
-@pytest.mark.parametrize(("sigma", "sigma_end", "substeps"), [(1.0, 0.0, 7), (0.8, 0.3, 4), (0.3, 0.0, 1), (0.05, 0.04, 16)])
-def test_rollout_agrees_with_the_slow_loop(space, components, sigma, sigma_end, substeps):
-    mixture = random_mixture(batch=3, components=components, space=space, dtype=F64)
-    x = normal(3, 3, *space, dtype=F64)
+@pytest.mark.parametrize("size", [(1, 3), (5, 3), (3, 4)])  # components and channels: of the last the Gram matrix is taken
+@pytest.mark.parametrize(("sigma", "sigma_end", "substeps"), [(1.0, 0.0, 7), (0.3, 0.0, 1), (0.05, 0.04, 16)])
+def test_rollout_agrees_with_the_slow_loop(method, space, size, sigma, sigma_end, substeps):
+    components, channels = size
+    mixture = random_mixture(batch=3, components=components, channels=channels, space=space, dtype=F64)
+    x = normal(3, channels, *space, dtype=F64)
     ones = torch.ones(3, 1, *space, dtype=F64)
     expected = slow_rollout(mixture, x, sigma * ones, sigma_end * ones, substeps)
-    assert is_near(rollout(mixture, x, sigma, sigma_end, substeps), expected, 1e-11)
-    assert is_near(rollout(cast(mixture, torch.float32), x.float(), sigma, sigma_end, substeps).double(), expected, 3e-6)
+    if method != "triton":
+        assert is_near(rollout(mixture, x, sigma, sigma_end, substeps, method=method), expected, 1e-11)
+    assert is_near(same_way(method, mixture, x, sigma, sigma_end, substeps), expected, 3e-6)
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("per_pixel", [False, True])
-def test_every_sample_or_pixel_may_have_its_own_sigmas_and_variance(per_pixel):
+@pytest.mark.parametrize("substeps", [2, 15])
+def test_every_sample_or_pixel_may_have_its_own_sigmas_and_variance(method, per_pixel, substeps):
     mixture, x = random_mixture(dtype=F64), normal(2, 3, 2, 3, dtype=F64)
     if per_pixel:
         log_std = normal(2, 1, 1, 2, 3, dtype=F64) - 1
         mixture = GaussianMixture(mixture.means, mixture.log_weights, log_std)
         start = 0.5 + 0.5 * normal(2, 1, 2, 3, seed=4, dtype=F64).sigmoid()
         end = start * normal(2, 1, 2, 3, seed=5, dtype=F64).sigmoid()
-        found = rollout(mixture, x, start, end, 5)
+        given = start, end
     else:
         start, end = (torch.tensor(s, dtype=F64).reshape(2, 1, 1, 1) for s in ([1.0, 0.4], [0.5, 0.0]))
-        found = rollout(mixture, x, start.flatten(), end.flatten(), 5)
-    assert is_near(found, slow_rollout(mixture, x, start, end, 5), 1e-11)
+        given = start.flatten(), end.flatten()
+    expected = slow_rollout(mixture, x, start, end, substeps)
+    if method != "triton":
+        assert is_near(rollout(mixture, x, *given, substeps, method=method), expected, 1e-11)
+    assert is_near(same_way(method, mixture, x, *given, substeps), expected, 3e-6)
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("components", [3, 6])
 @pytest.mark.parametrize("log_std", [-8.0, -20.0])
-def test_nearly_certain_components_act_as_atoms(log_std):
+def test_nearly_certain_components_act_as_atoms(method, components, log_std):
     """Without variance the posterior keeps the means and weighs them by the likelihood of x; rounding must not grow either."""
-    mixture, x = random_mixture(seed=2, dtype=F64), normal(2, 3, 2, 3, dtype=F64)
+    mixture, x = random_mixture(seed=2, components=components, dtype=F64), normal(2, 3, 2, 3, dtype=F64)
     mixture = GaussianMixture(mixture.means, mixture.log_weights, torch.full_like(mixture.log_std, log_std))
     expected = x
     for sigma in (1.0, 0.75, 0.5, 0.25):
         distance = (expected.unsqueeze(1) - (1 - sigma) * mixture.means).square().sum(2, keepdim=True)
         shares = (mixture.log_weights - 0.5 * distance / sigma**2).softmax(1)
         expected = expected - 0.25 * (expected - (shares * mixture.means).sum(1)) / sigma
-    assert is_near(rollout(mixture, x, 1.0, 0.0, 4), expected, 10 * math.exp(2 * log_std) + 1e-12)
-    assert is_near(rollout(cast(mixture, torch.float32), x.float(), 1.0, 0.0, 4).double(), expected, 5e-6)
+    if method != "triton":
+        assert is_near(rollout(mixture, x, 1.0, 0.0, 4, method=method), expected, 10 * math.exp(2 * log_std) + 1e-12)
+    assert is_near(same_way(method, mixture, x, 1.0, 0.0, 4), expected, 5e-6)
+
+
+@NO_COMPILER
+def test_the_compiled_substep_agrees():
+    for size in ((5, 3), (3, 4)):
+        mixture, x = random_mixture(components=size[0], channels=size[1], dtype=F64), normal(2, size[1], 2, 3, dtype=F64)
+        assert is_near(same_way("compiled", mixture, x, 0.9, 0.1, 5), rollout(mixture, x, 0.9, 0.1, 5, method="plain"), 3e-6)
+
+
+@NO_TRITON
+def test_the_kernel_compiles_and_keeps_a_pixel_in_registers():
+    """For GPUs that need not be there: of compute capability 8.0 and 9.0."""
+    source = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from gmflow_core.rollout_triton import _kernel
+for K, C, columns, gram in ((8, 16, 8, True), (8, 4, 4, False)):
+    sizes = dict(K=K, C=C, ROWS=8, COLUMNS=columns, GRAM=gram, NUMBERS=True, PER_PIXEL=False, BLOCK=32)
+    types = dict.fromkeys(_kernel.arg_names, "*fp32") | dict.fromkeys(("start", "end", "shift"), "fp32")
+    types |= dict.fromkeys(("substeps", "count", "pixels"), "i32") | dict.fromkeys(sizes, "constexpr")
+    for capability in (80, 90):
+        made = compile(ASTSource(_kernel, types, sizes), target=GPUTarget("cuda", capability, 32), options=dict(num_warps=1))
+        code = made.asm["ptx"]
+        print("shared", made.metadata.shared, "local", code.count(".local"), "shuffles", code.count("shfl"))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", source], env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines() == ["shared 0 local 0 shuffles 0"] * 4, done.stderr[-3000:]
+
+
+def test_gradients_are_those_of_the_definition():
+    mixture, x = random_mixture(dtype=F64), normal(2, 3, 2, 3, dtype=F64).requires_grad_()
+    means, log_weights, log_std = (each.requires_grad_() for each in (mixture.means, mixture.log_weights, mixture.log_std))
+    assert torch.autograd.gradcheck(
+        lambda *parts: rollout(GaussianMixture(*parts[:3]), parts[3], 0.9, 0.2, 3), (means, log_weights, log_std, x)
+    )
+
+
+def test_the_method_is_chosen_and_falls_back(monkeypatch, caplog):
+    mixture, x, taken = random_mixture(), normal(2, 3, 2, 3), []
+    for name in ("_plain", "_tiled"):
+        way = getattr(ways, name)
+        monkeypatch.setattr(ways, name, lambda *args, name=name, way=way: taken.append(name) or way(*args))
+    expected = rollout(mixture, x, 1.0, 0.0, 3)
+    monkeypatch.setenv("GMFLOW_ROLLOUT", "plain")
+    rollout(mixture, x, 1.0, 0.0, 3)
+    assert taken == ["_tiled", "_plain"]
+    monkeypatch.setenv("GMFLOW_ROLLOUT", "fast")
+    with pytest.raises(ValueError, match=r"'fast'.*GMFLOW_ROLLOUT.*plain, tiled, compiled, triton"):
+        rollout(mixture, x, 1.0, 0.0, 3)
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "gmflow_core.rollout_triton", None)  # as if it could not be imported
+    monkeypatch.setattr(ways, "_broken", set())
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(rollout(mixture, x, 1.0, 0.0, 3, method="triton"), rollout(mixture, x, 1.0, 0.0, 3, method="triton"))
+    assert is_near(rollout(mixture, x, 1.0, 0.0, 3, method="triton"), expected)
+    assert [record.message.split(" (")[0] for record in caplog.records] == [
+        "GMFlow: no rollouts by triton on this machine's cpu"
+    ]
+
+
+@pytest.mark.parametrize("method", ["plain", "tiled"])
+def test_check_ends_a_rollout_soon(method):
+    calls = []
+
+    def check():
+        calls.append(1)
+        if len(calls) == 5:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        rollout(random_mixture(), normal(2, 3, 2, 3), 1.0, 0.0, 1000, check=check, method=method)
 
 
 def test_constrain_acts_after_every_substep():

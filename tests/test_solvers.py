@@ -25,10 +25,24 @@ from gmflow_core import (
     sample_gm_ode,
     sample_gm_sde,
     second_order,
+    velocity_to_x0,
 )
 from gmflow_core.models.mlp import GMFlowMLP, GMFlowMLPConfig
-from gmflow_core.solvers import Draws, Step
-from tests.helpers import F64, bisect, cast, golden, golden_mixture, is_near, normal, random_mixture, same_mixture
+from gmflow_core.solvers import SOLVERS, Draws, Step, solve
+from tests.helpers import (
+    COPYING,
+    F64,
+    WAITING,
+    Waits,
+    bisect,
+    cast,
+    golden,
+    golden_mixture,
+    is_near,
+    normal,
+    random_mixture,
+    same_mixture,
+)
 
 
 def mixture_data(channels, components=3):
@@ -307,3 +321,18 @@ def test_golden_toy_runs_within_their_sensitivity_to_rounding(run, least, most):
     sensitivity = max((sample(x * (1 + 1e-7 * normal(7, 2, seed=seed))) - out).abs().max().item() for seed in range(8))
     assert least <= sensitivity <= most
     assert (out - figures[f"{run}.out"].flatten(1)).abs().max() <= 2 * sensitivity
+
+
+@pytest.mark.parametrize("method", ["plain", "tiled"])
+@pytest.mark.parametrize("solver", [*SOLVERS])
+def test_a_step_waits_for_no_gpu(solver, method, monkeypatch):
+    """By construction: on a CPU nothing waits, but the same operations are dispatched."""
+    monkeypatch.setenv("GMFLOW_ROLLOUT", method)
+    velocity, mean = random_mixture(), normal(2, 3, 2, 3)
+
+    def denoiser(x, sigma):
+        return probabilistic_guidance(velocity_to_x0(velocity, x, sigma), velocity_to_x0(mean, x, sigma), 0.3)
+
+    with Waits(WAITING + COPYING) as waits:
+        solve(solver, denoiser, normal(2, 3, 2, 3), [1.0, 0.7, 0.4, 0.0], substeps=8, shift=2.0, noise=torch.Generator())
+    assert waits.found == []

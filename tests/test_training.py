@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from gmflow_core import load_checkpoint, read_metadata, save_checkpoint
 from gmflow_core.models.mlp import GMFlowMLP, GMFlowMLPConfig
+from tests.helpers import Waits
 from training.checkerboard import PRESETS, Config, Trainer, draw_batch, loss_of, main, parse
 from training.checkerboard_report import write_report
 from training.trainer import learning_rate
@@ -104,6 +105,13 @@ def test_resumed_run_repeats_the_losses(tmp_path):
     again = Trainer(config)
     assert again.step == 10
     assert [again.iterate()["loss"].item() for _ in range(10)] == losses[10:]
+
+
+def test_an_iteration_waits_for_no_device(tmp_path):
+    trainer = Trainer(parse([*SMALL, "--out", str(tmp_path)]))
+    with Waits() as waits:
+        trainer.iterate()
+    assert not waits.found
 
 
 def test_another_configuration_is_not_resumed(tmp_path):

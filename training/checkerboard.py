@@ -35,6 +35,7 @@ from gmflow_core.pictures import density_picture
 from gmflow_core.points import sample_points
 from training import trainer
 from training.checkerboard_report import MIN_SIGMA, write_report
+from training.devices import to_device
 from training.trainer import TrainerConfig, require
 
 MODULE = "training.checkerboard"
@@ -131,7 +132,7 @@ class Trainer(trainer.Trainer):
     def backward(self) -> dict[str, Tensor]:
         acc = self.accelerator
         share = slice(acc.process_index, None, acc.num_processes)
-        batch = {k: v[share].to(acc.device) for k, v in draw_batch(self.config, self.generator).items()}
+        batch = {k: to_device(v[share], acc.device) for k, v in draw_batch(self.config, self.generator).items()}
 
         def network(x: Tensor, sigma: Tensor) -> GaussianMixture:
             with self.autocast():

@@ -31,10 +31,11 @@ from torch.utils.data import DataLoader
 from gmflow_core.checkpoint import read_metadata, save_checkpoint
 from gmflow_core.images import sample_images
 from gmflow_core.losses import nll, spectral_nll, transition_nll
-from gmflow_core.mixture import GaussianMixture, normal_cdf
+from gmflow_core.mixture import GaussianMixture
 from gmflow_core.models.gmdit import GMDiT, GMDiTConfig
 from gmflow_core.path import diffuse, forward_transition, velocity_to_x0
 from gmflow_core.pictures import image_grid, to_image
+from gmflow_core.transport import normal_cdf
 from training import trainer
 from training.latents import LatentDataset, to_pixels
 from training.trainer import TrainerConfig, require
@@ -178,13 +179,13 @@ class Order:
         epoch, order = -1, None
         for step in itertools.count(self.first):
             for rows in pieces_of(self.rows, self.pieces):
-                indices = []
-                for row in rows:
-                    at, position = divmod(step * self.batch_size + row, self.count)
+                indices: list[int] = []
+                while len(indices) < len(rows):
+                    at, position = divmod(step * self.batch_size + rows.start + len(indices), self.count)
                     if at != epoch:
                         generator = torch.Generator().manual_seed(seed_of(self.seed, at))
                         epoch, order = at, torch.randperm(self.count, generator=generator)
-                    indices.append(int(order[position]))
+                    indices += order[position : position + len(rows) - len(indices)].tolist()
                 yield indices
 
 

@@ -30,7 +30,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from gmflow_core.checkpoint import load_checkpoint, load_training_state, read_metadata, save_checkpoint
-from training.devices import on_cpu
+from training.devices import keep_freed_memory, on_cpu
 
 MAX_BAD_STEPS = 10  # this many steps in a row without a finite gradient end a run
 
@@ -110,6 +110,8 @@ class Trainer:
         self.config = config
         self.accelerator = Accelerator(cpu=on_cpu(config.device), mixed_precision="no")  # the trainer's own autocast does it
         check_accelerate(self.accelerator)
+        if self.accelerator.device.type == "cpu":
+            keep_freed_memory()
         self.path = config.out / "model.safetensors"
         torch.manual_seed(config.seed)
         self.model = self.new_model().to(self.accelerator.device)
@@ -118,6 +120,7 @@ class Trainer:
         self.step = 0
         self.skipped = 0  # steps without a finite gradient, in all
         self.bad_steps = 0  # and in a row
+        self.finite: list[Tensor] = []  # whether the gradient was, in the steps that are not in these counts yet
         self.stop = False  # set by a signal, obeyed between iterations
         self.starts: list[dict] = []  # every command that this run was started with, and at which iteration
         self.seconds = 0.0  # spent training, over all the starts of this run
@@ -189,12 +192,15 @@ class Trainer:
                 while self.step < config.iterations and not self.stop:
                     started = time.perf_counter()
                     pending.append(self.iterate())
-                    self.seconds += time.perf_counter() - started
                     bar.update()
                     last = self.step == config.iterations
-                    if last or self.step % config.log_every == 0:
+                    log = last or self.step % config.log_every == 0
+                    if log:
+                        self.count_skipped()
                         means = self.mean_losses(pending)
                         pending.clear()
+                    self.seconds += time.perf_counter() - started
+                    if log:
                         bar.set_postfix(loss=f"{means['loss']:.4f}", skipped=self.skipped)
                         if writer:
                             for name, value in means.items():
@@ -218,40 +224,56 @@ class Trainer:
 
     def iterate(self) -> dict[str, Tensor]:
         """One optimiser step; returns its losses, not yet averaged over the processes. Without a finite gradient the weights
-        stay as they are, and the step counts as skipped.
-
-        Raises:
-            FloatingPointError: there was none for `MAX_BAD_STEPS` steps in a row.
-        """
+        stay as they are, and the step counts as skipped. But for 8-bit and sharded optimisers nothing here waits for a GPU."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step)
         self.optimizer.zero_grad()
         with math_attention() if self.accelerator.device.type == "cpu" else nullcontext():
             losses = self.backward()
-        norm = whole(self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip))
-        if math.isfinite(norm):
-            self.update()
-            self.bad_steps = 0
-        else:
-            self.skipped += 1
-            self.bad_steps += 1
+        self.update(self.clip_gradient().isfinite())
         self.step += 1
-        if self.bad_steps == MAX_BAD_STEPS:
-            raise FloatingPointError(
-                f"the gradient was not finite for {MAX_BAD_STEPS} steps in a row, the last at iteration {self.step} with loss "
-                f"{losses['loss'].item()}; "
-                + (f"{self.path} still holds the last good checkpoint: " if self.path.exists() else "nothing is saved yet: ")
-                + "lower --lr (in another --out), use --precision fp32, or look for broken values in the data"
-            )
         return losses
 
-    def update(self) -> None:
-        """Move the weights, and their average, by the gradient of iteration `self.step`."""
-        self.optimizer.step()
+    def clip_gradient(self) -> Tensor:
+        """Scale the gradient down to the norm `clip` where it is larger; its norm before."""
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
+        if self.clip < math.inf:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
+        return norm
+
+    def update(self, finite: Tensor) -> None:
+        """Move the weights by the gradient of iteration `self.step`, if it is finite, and their average."""
+        self.finite.append(finite)
+        kernel_looks = self.optimizer.defaults.get("fused") and self.accelerator.device.type in ("cpu", "cuda")
+        if kernel_looks and not self.config.shard:
+            self.optimizer.found_inf = (~finite).float()
+            self.optimizer.step()
+        elif finite:
+            self.optimizer.step()
         if self.average is not None:
             pairs = zip(self.average, self.model.parameters(), strict=True)
             average, current = zip(*((local(a), local(p.detach())) for a, p in pairs), strict=True)
             torch._foreach_lerp_(average, current, 1 - self.decay(self.step + 1))
+
+    def count_skipped(self) -> None:
+        """Bring `skipped` and `bad_steps` up to date.
+
+        Raises:
+            FloatingPointError: there was no finite gradient for `MAX_BAD_STEPS` steps in a row.
+        """
+        most = 0
+        for finite in torch.stack(self.finite).tolist() if self.finite else []:
+            self.skipped += not finite
+            self.bad_steps = 0 if finite else self.bad_steps + 1
+            most = max(most, self.bad_steps)
+        self.finite.clear()
+        if most >= MAX_BAD_STEPS:
+            raise FloatingPointError(
+                f"the gradient was not finite for {MAX_BAD_STEPS} steps in a row before iteration {self.step}; "
+                + (f"{self.path} still holds the last good checkpoint: " if self.path.exists() else "nothing is saved yet: ")
+                + "lower --lr (in another --out), use --precision fp32, or look for broken values in the data"
+            )
 
     def mean_losses(self, losses: list[dict[str, Tensor]]) -> dict[str, float]:
         """The mean of each loss over the iterations that have a finite one, and over all processes; NaN if none has."""
@@ -316,6 +338,7 @@ class Trainer:
     def save(self) -> None:
         """Write the checkpoint: all processes gather it, the main one writes. Nothing is written if the weights are not finite,
         so that the last good state stays."""
+        self.count_skipped()
         if self.bad_steps and not all(local(p.detach()).isfinite().all() for p in self.model.parameters()):
             return
         names = {id(p): name for name, p in self.model.named_parameters()}

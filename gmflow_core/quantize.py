@@ -77,10 +77,18 @@ def _hadamard(size: int) -> Tensor:
 
 
 def rotate(x: Tensor, group: int) -> Tensor:
-    """x (..., K) times the Hadamard matrix, in groups of `group` of its last dimension; 0 leaves it as it is."""
+    """x (..., K) times the Hadamard matrix, in groups of `group` of its last dimension; 0 leaves it as it is.
+
+    The matrix is a Kronecker product, so that in float32 two small products do instead of a large one; of coarser types the
+    number between the two would be rounded once more.
+    """
     if not group:
         return x
-    return (x.unflatten(-1, (-1, group)) @ hadamard(group, x.dtype, x.device)).flatten(-2)
+    if x.dtype != torch.float32:
+        return (x.unflatten(-1, (-1, group)) @ hadamard(group, x.dtype, x.device)).flatten(-2)
+    right = min(16, group // 4)
+    parts = x.reshape(-1, group // right, right) @ hadamard(right, x.dtype, x.device)
+    return (hadamard(group // right, x.dtype, x.device) @ parts).reshape(x.shape)
 
 
 def quantize_rows(

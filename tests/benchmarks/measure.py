@@ -1,0 +1,244 @@
+"""Time, memory and error of functions that compute the same, and what the machine could do at best."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's start and stop are no news
+REPOSITORY = Path(__file__).resolve().parents[2]
+SHORTEST = 0.005  # seconds that a reading takes at least; quick functions are called several times for one
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc's malloc to keep what is freed. By default it may give the memory of large tensors back and fetch it anew,
+    page by page, in every operation, or may not, depending on what the process has done before: the same code then takes
+    between once and six times as long. Other allocators are left as they are."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        for option, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, value)
+
+
+def wait(device: str) -> None:
+    """Until the device has done all it was told."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(function: Callable, device: str, count: int = 1) -> float:
+    """Seconds of one of `count` calls in a row; on a GPU between two events of its own clock."""
+    wait(device)
+    if device == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(count):
+            function()
+        end.record()
+        wait(device)
+        return start.elapsed_time(end) / 1000 / count
+    start = time.perf_counter()
+    for _ in range(count):
+        function()
+    return (time.perf_counter() - start) / count
+
+
+def take_turns(
+    functions: dict[str, Callable], device: str, budget: float, least: int = 5, most: int = 30
+) -> dict[str, list[float]]:
+    """Seconds of every function in every repeat. They take turns, every other time in reverse, so that what else the machine
+    does meets all of them; the number of repeats is what fits `budget` seconds, between `least` and `most`."""
+    counts, total = {}, 0.0
+    for name, function in functions.items():
+        for _ in range(3):  # the first calls compile
+            once = seconds(function, device)
+        counts[name] = max(1, math.ceil(SHORTEST / max(once, 1e-9)))
+        total += counts[name] * once
+    found: dict[str, list[float]] = {name: [] for name in functions}
+    for repeat in range(min(most, max(least, int(budget / total)))):
+        for name in list(functions)[:: 1 if repeat % 2 == 0 else -1]:
+            found[name].append(seconds(functions[name], device, counts[name]))
+    return found
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """The lower quartile, the median and the upper quartile."""
+    if len(values) == 1:
+        return (values[0],) * 3
+    return tuple(statistics.quantiles(values, n=4, method="inclusive"))
+
+
+def ratios(slow: Sequence[float], fast: Sequence[float]) -> tuple[float, float, float]:
+    """Quartiles of slow / fast over paired repeats: above 1 where `fast` deserves its name."""
+    return quartiles([a / b for a, b in zip(slow, fast, strict=True)])
+
+
+def extra_memory(function: Callable, device: str) -> int:
+    """Bytes that a call holds at its peak beyond what there was before it, its result included: on a CPU by the profiler's
+    record of the allocations, on a GPU by the allocator's statistics."""
+    function()
+    if device == "cuda":
+        wait(device)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = function()
+        wait(device)
+        del result
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        function()
+    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def relative_error(x: Tensor, exact: Tensor) -> float:
+    """The largest error, relative to the largest exact value."""
+    return ((x.double() - exact).abs().max() / exact.abs().max()).item()
+
+
+def products_of(function: Callable) -> int:
+    """Floating-point operations of the matrix products in a call."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def floor(rates: dict[str, float], bytes_moved: float, flops: float) -> dict:
+    """The least time at these rates for so many bytes read and written and so many floating-point operations."""
+    times = {"memory": bytes_moved / rates["bytes_per_second"], "arithmetic": flops / rates["flops_per_second"]}
+    bound = max(times, key=times.get)
+    return {"seconds": times[bound], "bound": bound, "bytes": bytes_moved, "flops": flops}
+
+
+def measure_rates(device: str, quick: bool = False) -> dict[str, float]:
+    """What the device does at best: bytes read and written in a second (the faster of a copy and a sum of a large tensor), and
+    operations in a second of a float32 matrix product; and the seconds of the smallest call."""
+    count, side = {"cpu": (2**26, 1024), "cuda": (2**29, 8192)}[device]
+    count, side = (count // 16, side // 4) if quick else (count, side)
+    source, target = torch.ones(2, count, device=device)
+    a, b, out = torch.randn(3, side, side, device=device)
+    one = torch.ones(1, device=device)
+
+    def best(function: Callable, calls: int = 1) -> float:
+        seconds(function, device)
+        return min(seconds(function, device, calls) for _ in range(5))
+
+    moved = max(8 * count / best(lambda: target.copy_(source)), 4 * count / best(source.sum))
+    product = best(lambda: torch.mm(a, b, out=out))
+    return {
+        "bytes_per_second": moved,
+        "flops_per_second": 2 * side**3 / product,
+        "seconds_of_a_call": best(lambda: one.add_(1), 1000),
+    }
+
+
+def machine(device: str) -> dict:
+    """What the figures were measured on."""
+    about = {"device": torch.cuda.get_device_name() if device == "cuda" else processor(), "cores": os.cpu_count()}
+    about |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
+    return about | {"date": datetime.now(timezone.utc).strftime("%Y-%m-%d"), "revision": revision()}
+
+
+def processor() -> str:
+    """The CPU's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def revision() -> str | None:
+    """The commit that is checked out, with "+" if files differ from it; None outside of git."""
+    try:
+        answer = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
+            cwd=REPOSITORY, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return answer.stdout.strip()
+
+
+class Bench:
+    """One device, and how long each row may take.
+
+    Args:
+        device: "cpu" or "cuda".
+        quick: tiny sizes and few repeats, to see that everything runs.
+        compiled: also measure what torch.compile makes.
+    """
+
+    def __init__(self, device: str, quick: bool = False, compiled: bool = True):
+        self.device, self.quick, self.compiled = device, quick, compiled
+        self.rates = measure_rates(device, quick)
+        self.problems: dict[str, str] = {}  # why methods of rollouts do not run here; the log says it once
+
+    def size(self, usual: tuple, quick: tuple) -> tuple:
+        return quick if self.quick else usual
+
+    def compare(
+        self,
+        row: str,
+        case: str,
+        forms: dict[str, Callable | str],
+        *,
+        work: tuple[float, float],
+        unit: tuple[str, float] = ("", 0),
+        exact: Callable[[], Tensor] | None = None,
+        results: dict[str, Callable[[], Tensor]] | None = None,
+        reference: str = "naive",
+        gradient: bool = False,
+    ) -> dict:
+        """A line of the table.
+
+        Args:
+            forms: what is compared, by name; a text says why there is nothing to call. "ours" is among them.
+            work: bytes that have to be read and written, and floating-point operations that have to be done.
+            unit: of the extra memory: its name and bytes.
+            exact: the result in float64.
+            results: a form's result for the error, where the form itself gives another.
+            reference: the form that all are compared with.
+        """
+        line = {"row": row, "case": case, "device": self.device, "reference": reference, "unit": unit[0], "forms": {}}
+        line["floor"] = floor(self.rates, *work)
+        results = {**{name: form for name, form in forms.items() if callable(form)}, **(results or {})}
+        with torch.inference_mode(not gradient):
+            errors = {}
+            if exact is not None:
+                expected = exact()
+                errors = {name: relative_error(result(), expected) for name, result in results.items()}
+            ready = {name: form for name, form in forms.items() if callable(form)}
+            limits = {"budget": 0.2, "least": 2} if self.quick else {"budget": 8.0}
+            times = take_turns(ready, self.device, **limits)
+            for name, form in forms.items():
+                if not callable(form):
+                    line["forms"][name] = {"not_run": form}
+                    continue
+                about = {"seconds": times[name], "median": quartiles(times[name])[1]}
+                if reference in times:
+                    about["ratio"] = ratios(times[reference], times[name])
+                about["over_ours"] = ratios(times[name], times["ours"])
+                if unit[1]:
+                    about["memory"] = extra_memory(form, self.device) / unit[1]
+                if name in errors:
+                    about["error"] = errors[name]
+                line["forms"][name] = about
+        return line

@@ -28,15 +28,18 @@ from .solvers import (
     sample_gm_sde,
     second_order,
 )
+from .source import GaussianMixtureSource, ModeFrame, load_source, save_source
 from .spectral import hartley, sample_with_spectrum
 
 __all__ = [
     "DXPolicy",
     "DXVelocity",
     "GaussianMixture",
+    "GaussianMixtureSource",
     "Guidance",
     "GuidedMixture",
     "IsotropicGaussian",
+    "ModeFrame",
     "class_denoiser",
     "classifier_free_guidance",
     "denoiser_of",
@@ -45,6 +48,7 @@ __all__ = [
     "forward_transition",
     "hartley",
     "load_checkpoint",
+    "load_source",
     "nll",
     "posterior",
     "posterior_mean",
@@ -61,6 +65,7 @@ __all__ = [
     "sample_images",
     "sample_with_spectrum",
     "save_checkpoint",
+    "save_source",
     "second_order",
     "shift_time",
     "spectral_nll",

@@ -25,6 +25,7 @@ from .published import is_published, published_metadata, published_weights
 
 FORMAT = "gmflow-1"
 TRAINING = "training."
+SOURCE_CLASS = "GaussianMixtureSource"  # in the place of a model's class, see source.py
 SHIPPED = Path(__file__).parent / "shipped"  # models that come with the package
 
 
@@ -46,10 +47,12 @@ def save_checkpoint(
         dtype: stored type of the weights; their own if None.
         data: JSON-able record of what the model's samples are, returned by `read_metadata`. Free-form; these entries are known:
             `labels`: list of the labels' names, by number;
-            `space`: "pixels" for RGB in [-1, 1], "sd-vae" for latents of Stable Diffusion's VAE;
-            `scaling_factor`: what the VAE's latents are multiplied by (0.18215 for Stable Diffusion's).
+            `space`: "pixels" for RGB in [-1, 1], "sd-vae" for latents of Stable Diffusion's VAE, "rae" for those of
+            a representation autoencoder;
+            `scaling_factor`: what the VAE's latents are multiplied by (0.18215 for Stable Diffusion's);
+            `source`: of a model that was trained with a `GaussianMixtureSource`: its `num_modes` and `shape`, the `coupling`,
+            and `conditioning`, "mode" if the labels are its modes, else "hidden".
     """
-    path = Path(path)
     metadata = {
         "format": FORMAT,
         "model_class": type(model).__name__,
@@ -57,8 +60,14 @@ def save_checkpoint(
         "training": json.dumps(facts or {}),
         "data": json.dumps(data or {}),
     }
-    tensors = {name: _copy(t, dtype or t.dtype) for name, t in model.state_dict().items()}
-    tensors.update({TRAINING + name: _copy(t, t.dtype) for name, t in (state or {}).items()})
+    tensors = {name: stored(t, dtype or t.dtype) for name, t in model.state_dict().items()}
+    tensors.update({TRAINING + name: stored(t, t.dtype) for name, t in (state or {}).items()})
+    write_tensors(tensors, path, metadata)
+
+
+def write_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file, atomically: it is either the old one or the whole new one, even after a power cut."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(handle)
@@ -86,7 +95,7 @@ def read_metadata(source: str | Path) -> dict[str, Any]:
     """
     if is_published(source):
         return published_metadata(source)
-    with _open(source) as file:
+    with open_checkpoint(source) as file:
         return _metadata(file, source)
 
 
@@ -122,7 +131,7 @@ def load_checkpoint(
     with ExitStack() as stack:
         places = {}  # name in the model -> file, name there
         for prefix, path in published_weights(source) if is_published(source) else [("", source)]:
-            file = stack.enter_context(_open(path))
+            file = stack.enter_context(open_checkpoint(path))
             places.update({prefix + name: (file, name) for name in file.keys() if not name.startswith(TRAINING)})
         try:
             found = {name: tuple(file.get_slice(key).get_shape()) for name, (file, key) in places.items()}
@@ -143,17 +152,17 @@ def load_checkpoint(
 
 def load_training_state(path: str | Path) -> dict[str, Tensor]:
     """The `state` of `save_checkpoint`; empty for a checkpoint that holds weights only."""
-    with _open(path) as file:
+    with open_checkpoint(path) as file:
         _metadata(file, path)
         return {name.removeprefix(TRAINING): file.get_tensor(name) for name in file.keys() if name.startswith(TRAINING)}
 
 
-def _copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """On the CPU, in memory of its own, as save_file wants it."""
     return tensor.detach().to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
 
 
-def _open(path: str | Path):
+def open_checkpoint(path: str | Path):
     """safe_open with errors a user can act on."""
     path = Path(path)
     if not path.exists():
@@ -182,6 +191,8 @@ def _metadata(file, path) -> dict[str, Any]:
             f"{path} is a safetensors file but not a GMFlow checkpoint (its metadata has no GMFlow format); "
             "load other models with their own loader"
         )
+    if raw.get("model_class") == SOURCE_CLASS:
+        raise ValueError(f"{path} holds a Gaussian-mixture source, not a model; give it where a source is asked for")
     if raw["format"] != FORMAT or raw.get("model_class") not in MODELS:
         raise ValueError(
             f"{path} holds a {raw.get('model_class')} in format {raw['format']}; this version knows {sorted(MODELS)} "

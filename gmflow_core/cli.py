@@ -17,10 +17,11 @@ from .checkpoint import SHIPPED, load_checkpoint, read_metadata, save_checkpoint
 from .guidance import Guidance
 from .images import sample_images
 from .labels import find_label
-from .models import GMDiT
+from .models.output import MixtureOutput
 from .pictures import density_picture, image_grid, to_image
 from .points import compare_solvers, comparison_sheet, sample_points
 from .solvers import SOLVERS
+from .source import load_source
 
 DEMO_MODEL = SHIPPED / "checkerboard_k64.safetensors"
 DTYPES = {"keep": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -54,7 +55,7 @@ def sample(args: argparse.Namespace) -> None:
         raise ValueError(f"--out {args.out} must end in .png (a picture) or .safetensors (the numbers)")
     data = read_metadata(args.checkpoint)["data"]
     network, _ = load_checkpoint(args.checkpoint, device=args.device)
-    draw = sample_class_images if isinstance(network, GMDiT) else sample_density
+    draw = sample_class_images if isinstance(network, MixtureOutput) else sample_density
     tensors, picture = draw(args, network, data)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     if args.out.suffix == ".png":
@@ -87,7 +88,7 @@ def sample_density(args: argparse.Namespace, network: torch.nn.Module, data: dic
     return {"points": points}, density_picture(points, outline=args.outline)
 
 
-def sample_class_images(args: argparse.Namespace, network: GMDiT, data: dict[str, Any]) -> tuple[dict, torch.Tensor]:
+def sample_class_images(args: argparse.Namespace, network: MixtureOutput, data: dict[str, Any]) -> tuple[dict, torch.Tensor]:
     """Images of the labels, a row for each, and the grid of them."""
     names, classes = data.get("labels", []), network.config.num_classes
     if args.out.suffix == ".png" and data.get("space") != "pixels":
@@ -100,15 +101,22 @@ def sample_class_images(args: argparse.Namespace, network: GMDiT, data: dict[str
     if count < 1:
         raise ValueError(f"--count is {count}; it must be at least 1")
     labels = torch.tensor([find_label(text, names, classes) for text in wanted]).repeat_interleave(count)
+    trained = data.get("source")
+    if (trained is None) != (args.source is None):
+        hint = "with a mixture source; give it as --source" if trained else "without a mixture source; leave --source out"
+        raise ValueError(f"{args.checkpoint} was trained {hint}")
+    known = trained is not None and trained.get("conditioning") == "mode"
     x = sample_images(
         network,
-        labels,
+        None if known else labels,
+        source=None if args.source is None else load_source(args.source, args.device),
+        modes=labels if known else None,
         solver=args.solver,
         steps=args.steps,
         order=args.order,
         substeps=args.substeps,
         shift=args.shift,
-        guidance=Guidance(args.guidance),
+        guidance=Guidance(args.guidance) if args.guidance else None,
         seeds=range(args.seed, args.seed + len(labels)),
         callback=lambda step, x, x0: progress(step + 1, args.steps),
     ).cpu()
@@ -193,6 +201,7 @@ def main(arguments: list[str] | None = None) -> None:
     p.add_argument("--shift", type=float, default=1.0, help="time shift, above 1 for more steps at high noise (default 1)")
     p.add_argument("--count", type=int, help="number of points (default 100000), or images of each label (default 8)")
     p.add_argument("--labels", nargs="+", metavar="LABEL", help="classes, by name or number (default: the first ten)")
+    p.add_argument("--source", help="mixture source that the model was trained with: a file, folder or hub id")
     p.add_argument("--guidance", type=float, default=0.0, help="weight of probabilistic guidance, in [0, 1) (default 0)")
     p.add_argument("--outline", action="store_true", help="draw the checkerboard's squares over the picture")
     p.add_argument("--out", type=Path, default=Path("samples.png"), help=".png or .safetensors (default samples.png)")

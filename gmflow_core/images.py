@@ -1,4 +1,4 @@
-"""Class-conditional image models: guided denoisers, and samples whose noise depends on their own seed only."""
+"""Image models: guided denoisers, and samples whose noise depends on their own seed only."""
 
 from __future__ import annotations
 
@@ -7,25 +7,32 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .guidance import Guidance
+from .guidance import Guidance, classifier_free_guidance
 from .mixture import GaussianMixture, standard_normal
 from .path import flow_sigmas, velocity_to_x0
-from .solvers import Callback, Denoiser, solve
+from .solvers import MEAN_SOLVERS, Callback, Denoiser, denoiser_of, solve
+from .source import GaussianMixtureSource
 
 
 def class_denoiser(network: nn.Module, labels: Tensor, guidance: Guidance | None = None) -> Denoiser:
     """The denoiser of a class-conditional network, with cond and uncond in one batch where guidance acts.
 
     Args:
-        network: a `GMDiT`, called as network(x, sigma, labels).
+        network: a `GMDiT` or `DiTDH`, called as network(x, sigma, labels).
         labels: (B,) integers.
 
     Raises:
         ValueError: a label is out of range.
     """
-    null = network.config.num_classes
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) <= null:
+    config = network.config
+    null = config.num_classes  # the label for none, where there is one
+    largest = null if getattr(config, "null_class", True) else null - 1
+    if null and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) <= largest:
         raise ValueError(f"labels between {int(labels.min())} and {int(labels.max())} do not fit a model of {null} classes")
+    if guidance is not None and not guidance.idle and largest != null:
+        raise ValueError(
+            "guidance needs a model that knows of no label, and this one always has one; take autoguidance instead"
+        )
 
     def denoise(x: Tensor, sigma: Tensor) -> GaussianMixture:
         if guidance is None or not guidance.acts_at(sigma):
@@ -37,10 +44,16 @@ def class_denoiser(network: nn.Module, labels: Tensor, guidance: Guidance | None
     return denoise
 
 
+def autoguided(denoiser: Denoiser, guide: Denoiser, scale: float) -> Denoiser:
+    """Autoguidance (Karras et al. 2024): away from a weaker model of the same thing, as `classifier_free_guidance` is away from
+    the unconditional one; `scale` 1 leaves the denoiser as it is."""
+    return lambda x, sigma: classifier_free_guidance(denoiser(x, sigma), guide(x, sigma).mean(), scale)
+
+
 @torch.inference_mode()
 def sample_images(
     network: nn.Module,
-    labels: Tensor,
+    labels: Tensor | None,
     *,
     solver: str = "gm-ode",
     steps: int = 8,
@@ -50,28 +63,67 @@ def sample_images(
     guidance: Guidance | None = None,
     seeds: Sequence[int] | None = None,
     size: tuple[int, int] | None = None,
+    sigmas: Tensor | None = None,
+    source: GaussianMixtureSource | None = None,
+    modes: Tensor | None = None,
+    guide: nn.Module | None = None,
+    guide_scale: float = 1.5,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Samples (B, C, h, w) of a class-conditional model in its own space (latents, or pixels in [-1, 1]), on its device.
+    """Samples (B, C, h, w) of an image model in its own space (latents, or pixels in [-1, 1]), on its device.
 
     Args:
-        network: a `GMDiT`; its spectrum network, if it has one, serves "gm-sde".
-        labels: (B,) integers; `num_classes` for no class.
+        network: a `GMDiT` or `DiTDH`; its spectrum network, if it has one, serves "gm-sde".
+        labels: (B,) integers; `num_classes` for no class. None: the labels are the modes of the source.
         solver, order, substeps, callback: see `gmflow_core.solvers.solve`.
         steps, shift: see `flow_sigmas`; one network call a step.
         seeds: one for each image; all of its noise comes from it alone. 0 to B - 1 if None.
         size: (h, w) of the latents; the model's own if None.
+        sigmas: the times, instead of those of `steps` and `shift`.
+        source: where the noise comes from, if the model was trained with it.
+        modes: (B,) of the source, one for each image; drawn by their weights if None.
+        guide, guide_scale: a weaker network for `autoguided`, which shares labels and modes.
 
     Raises:
-        ValueError: a setting is out of range.
+        ValueError: a setting is out of range, or the solver needs modes that the network knows and that are spherical.
     """
     config, device = network.config, next(network.parameters()).device
-    seeds = range(len(labels)) if seeds is None else seeds
-    if len(seeds) != len(labels):
-        raise ValueError(f"{len(seeds)} seeds do not fit {len(labels)} labels; give one for each image")
-    shape = (len(labels), config.channels, *(size or (config.latent_size, config.latent_size)))
+    given = next((each for each in (labels, modes, seeds) if each is not None), None)
+    if given is None or (labels is None and source is None):
+        raise ValueError("give labels; or a source whose modes are the labels, and the modes or seeds")
+    seeds = range(len(given)) if seeds is None else seeds
+    if any(len(each) != len(seeds) for each in (labels, modes) if each is not None):
+        raise ValueError(f"{len(seeds)} seeds do not fit {len(given)} labels or modes; give one for each image")
+    shape = (len(seeds), config.channels, *(size or (config.latent_size, config.latent_size)))
     generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-    x = standard_normal(shape, generators, like=torch.empty(0, device=device))
-    denoiser = class_denoiser(network, labels.to(device), guidance)
-    settings = {"order": order, "substeps": substeps, "shift": shift, "spectrum": network.spectrum_net, "noise": generators}
-    return solve(solver, denoiser, x, flow_sigmas(steps, shift), **settings, callback=callback)
+    noise = standard_normal(shape, generators, like=torch.empty(0, device=device))
+    frame, x = None, noise
+    if labels is None and guidance is not None and not guidance.idle:
+        raise ValueError("a network whose labels are modes knows of none, which guidance needs; take autoguidance")
+    if source is not None:
+        source.require_shape(shape[1:])
+        modes = source.draw_modes(len(seeds), generators) if modes is None else modes
+        source = source.to(device)
+        if labels is None and source.is_spherical:
+            frame = source.frame(modes)
+        elif solver not in MEAN_SOLVERS:
+            why = "the network does not know the modes" if labels is not None else "its modes are diagonal"
+            raise ValueError(
+                f"{solver} has no closed form for this mixture source, as {why}; take one of {', '.join(MEAN_SOLVERS)}"
+            )
+        else:
+            x = source.draw(modes, noise=noise)
+        labels = modes if labels is None else labels
+    labels = labels.to(device)
+    networks = [network] if guide is None else [network, guide]
+    if frame is None:
+        denoisers = [class_denoiser(each, labels, guidance) for each in networks]
+    else:
+        for each in networks:
+            class_denoiser(each, labels, guidance)  # checks the labels
+        denoisers = [denoiser_of(frame.network(lambda x, sigma, each=each: each(x, sigma, labels))) for each in networks]
+    denoiser = denoisers[0] if guide is None else autoguided(*denoisers, guide_scale)
+    spectrum = network.spectrum_net if source is None else None
+    settings = {"order": order, "substeps": substeps, "shift": shift, "spectrum": spectrum, "noise": generators}
+    x = solve(solver, denoiser, x, flow_sigmas(steps, shift) if sigmas is None else sigmas, **settings, callback=callback)
+    return x if frame is None else frame.leave(x, 0.0 if sigmas is None else float(sigmas[-1]))

@@ -35,7 +35,7 @@ def sum_of_products(a: Tensor, b: Tensor, dim: int) -> Tensor:
     return total
 
 
-def _float(tensor: Tensor) -> Tensor:
+def at_least_float(tensor: Tensor) -> Tensor:
     """Half-precision values in float32; float32 and float64 as they are."""
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
@@ -61,8 +61,8 @@ class IsotropicGaussian:
                 f"IsotropicGaussian: mean {tuple(self.mean.shape)} and var {tuple(self.var.shape)} need the same number "
                 "of dimensions; give var as (B, 1, *S), with 1 where it is shared"
             )
-        object.__setattr__(self, "mean", _float(self.mean))
-        object.__setattr__(self, "var", _float(self.var))
+        object.__setattr__(self, "mean", at_least_float(self.mean))
+        object.__setattr__(self, "var", at_least_float(self.var))
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +100,7 @@ class GaussianMixture:
                 "it is shared by all components and channels"
             )
         for name in ("means", "log_weights", "log_std"):
-            object.__setattr__(self, name, _float(getattr(self, name)))
+            object.__setattr__(self, name, at_least_float(getattr(self, name)))
 
     @property
     def num_components(self) -> int:
@@ -237,7 +237,7 @@ class GaussianMixture:
             noise: recorded standard normal noise (B, C, *S) to use instead of a draw.
         """
         if component is None:
-            uniform = _draw(torch.rand, (self.means.shape[0], *self.means.shape[3:]), generator, self.means)
+            uniform = draw_like(torch.rand, (self.means.shape[0], *self.means.shape[3:]), generator, self.means)
             edges = self.weights.squeeze(2).cumsum(1)[:, :-1]  # (B, K - 1, *S)
             component = (uniform.unsqueeze(1) >= edges).sum(1)
         if noise is None:
@@ -369,14 +369,15 @@ def standard_normal(shape: tuple[int, ...], generator: Generator | None, *, like
     """N(0, 1) draws with the device and dtype of `like`, drawn where the generator lives (so that a CPU generator gives
     the same numbers whatever the device of the maths). With one generator for each sample, a sample's numbers do not
     depend on what else is in its batch."""
-    return _draw(torch.randn, shape, generator, like)
+    return draw_like(torch.randn, shape, generator, like)
 
 
-def _draw(distribution: Callable[..., Tensor], shape: tuple[int, ...], generator: Generator | None, like: Tensor) -> Tensor:
+def draw_like(distribution: Callable[..., Tensor], shape: tuple[int, ...], generator: Generator | None, like: Tensor) -> Tensor:
+    """As `standard_normal`, of another distribution: torch.rand, for example."""
     if isinstance(generator, Sequence):
         if len(generator) != shape[0]:
             raise ValueError(f"{len(generator)} generators do not fit a batch of {shape[0]}; give one for each sample")
-        return torch.stack([_draw(distribution, shape[1:], each, like) for each in generator])
+        return torch.stack([draw_like(distribution, shape[1:], each, like) for each in generator])
     device = like.device if generator is None else generator.device
     pinned = like.is_cuda and device.type == "cpu"  # so that the copy is not waited for
     return distribution(shape, generator=generator, device=device, pin_memory=pinned).to(like, non_blocking=True)

@@ -72,7 +72,7 @@ def published_metadata(source: str | Path) -> dict[str, Any]:
         ValueError: it is not a GM-DiT that our network can be; the message quotes the setting.
         OSError: the hub has no such model, or cannot be reached.
     """
-    return _metadata(_folder(source, CONFIG_FILES), source)
+    return _metadata(folder_of(source, CONFIG_FILES), source)
 
 
 def published_weights(source: str | Path) -> list[tuple[str, Path]]:
@@ -83,11 +83,11 @@ def published_weights(source: str | Path) -> list[tuple[str, Path]]:
         OSError: as `published_metadata`.
     """
     patterns = CONFIG_FILES + [f"{part}/{files}" for part in PREFIXES for files in WEIGHT_FILES[".bf16"]]
-    folder = _folder(source, patterns)
+    folder = folder_of(source, patterns)
     parts = [part for part in PREFIXES if (folder / part).is_dir()]
     without = [part for part in parts if not any(path.exists() for path in _part_files(folder, part))]
     if without and folder != Path(source):  # the hub has them in full precision only
-        folder = _folder(source, patterns + [f"{part}/{files}" for part in without for files in WEIGHT_FILES[""]])
+        folder = folder_of(source, patterns + [f"{part}/{files}" for part in without for files in WEIGHT_FILES[""]])
     files = []
     for part in parts:
         found = _part_files(folder, part)
@@ -116,7 +116,7 @@ def _hub_id(source: str | Path) -> tuple[str, str | None] | None:
     return match and match.groups()
 
 
-def _folder(source: str | Path, patterns: list[str]) -> Path:
+def folder_of(source: str | Path, patterns: list[str]) -> Path:
     """`source` if it is a folder; else where its snapshot from the hub is, with the files that match."""
     if Path(source).is_dir():
         return Path(source)

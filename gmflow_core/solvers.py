@@ -264,6 +264,7 @@ def sample_dpmpp_2m(
 
 
 SOLVERS = ("gm-ode", "gm-sde", "gm-policy", "euler", "dpmpp-2m")
+MEAN_SOLVERS = ("euler", "dpmpp-2m")  # that follow the mean only
 SUBSTEPS = {"gm-ode": 8, "gm-policy": 128}  # a usual number: between two network calls, and over all of [0, 1]
 FINAL_STEP_SIZE = 0.5  # of the last step beside the others, in the time grids that pi-Flow's adapters are made for
 

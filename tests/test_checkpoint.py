@@ -154,7 +154,7 @@ METADATA = {  # None removes an entry
     "newer format": ({"format": "gmflow-2"}, "gmflow-2; this version knows .* gmflow-1; update GMFlow"),
     "unknown class": (
         {"model_class": "GMFlowX"},
-        "holds a GMFlowX .*; this version knows .'GMDiT', 'GMFlowMLP'.*; update GMFlow",
+        "holds a GMFlowX .*; this version knows .'DiTDH', 'GMDiT', 'GMFlowMLP'.*; update GMFlow",
     ),
     "unknown key": (retrained(num_heads=4), f"num_heads.*; {UPDATE}"),
     "value out of range": (retrained(num_components=0), f"num_components is 0.*; {UPDATE}"),

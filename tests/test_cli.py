@@ -5,10 +5,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from gmflow_core import load_checkpoint, read_metadata
+from gmflow_core import GaussianMixtureSource, load_checkpoint, read_metadata, sample_images, save_checkpoint, save_source
 from gmflow_core.checkerboard import draw_checkerboard, on_board, total_variation
 from gmflow_core.checkpoint import SHIPPED
 from gmflow_core.cli import DEMO_MODEL, main
+from gmflow_core.models.gmdit import GMDiT, GMDiTConfig
 from gmflow_core.pictures import density_picture
 from gmflow_core.points import sample_points
 
@@ -123,3 +124,23 @@ def test_labels_and_guidance_that_do_not_fit_are_quoted(arguments, message, tmp_
     checkpoint, *rest = arguments
     with pytest.raises(SystemExit, match=message):
         main(["sample", str(SHIPPED / checkpoint), *rest, "--out", str(tmp_path / "a.png")])
+
+
+def test_sample_from_a_mixture_source(tmp_path):
+    source = GaussianMixtureSource(torch.randn(4, 3, 8, 8), torch.full((4, 1, 1, 1), 0.5), torch.full((4,), 0.25).log())
+    save_source(source, tmp_path / "source.safetensors")
+    about = {"num_modes": 4, "shape": [3, 8, 8], "coupling": "soft", "conditioning": "mode"}
+    network = GMDiT(
+        GMDiTConfig(num_components=2, channels=3, latent_size=8, num_classes=4, num_layers=1, num_heads=1, head_dim=8)
+    )
+    data = {"space": "pixels", "labels": [f"mode {m}" for m in range(4)], "source": about}
+    save_checkpoint(network, tmp_path / "model.safetensors", data=data)
+    command = ["sample", str(tmp_path / "model.safetensors"), "--steps", "1", "--device", "cpu", "--count", "2"]
+    command += ["--labels", "1", "mode 3", "--out", str(tmp_path / "x.safetensors")]
+    with pytest.raises(SystemExit, match="with a mixture source; give it as --source"):
+        main(command)
+    main([*command, "--source", str(tmp_path / "source.safetensors")])
+    found = load_file(tmp_path / "x.safetensors")
+    assert found["labels"].tolist() == [1, 1, 3, 3]
+    expected = sample_images(network.eval(), None, steps=1, source=source, modes=found["labels"], seeds=range(4))
+    assert torch.allclose(found["samples"], expected, atol=1e-5)

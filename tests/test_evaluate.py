@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gmflow_core import Guidance, load_checkpoint, sample_images, save_checkpoint
+from gmflow_core import GaussianMixtureSource, Guidance, load_checkpoint, sample_images, save_checkpoint, save_source
 from gmflow_core.models.gmdit import GMDiT, GMDiTConfig
 from gmflow_core.models.mlp import GMFlowMLP, GMFlowMLPConfig
 from training import evaluate
@@ -494,3 +494,23 @@ def test_measures_without_labels_have_none():
     one = Measures(torch.zeros(2, 3), torch.zeros(2, 2), torch.zeros(2))
     assert Measures.cat([one, one]).labels is None
     assert len(Measures.cat([one, one])) == 4
+
+
+def test_models_of_a_mixture_source(place, tmp_path):
+    source = GaussianMixtureSource(0.3 * torch.randn(5, 3, 8, 8), torch.full((5, 1, 1, 1), 0.5), torch.full((5,), 0.2).log())
+    save_source(source, tmp_path / "source.safetensors")
+    about = {"space": "pixels", "source": {"num_modes": 5, "shape": [3, 8, 8], "coupling": "soft", "conditioning": "mode"}}
+    model = write_model(tmp_path / "modes.safetensors", data=about, num_classes=5)
+    weak = write_model(tmp_path / "weak.safetensors", seed=1, data=about, num_classes=5)
+    with pytest.raises(ValueError, match=r"modes.safetensors was trained with one; give --source"):
+        run(place, tmp_path / "out", "--checkpoint", str(model))
+    with pytest.raises(ValueError, match=r"tiny.safetensors was trained without a mixture source, so leave --source out"):
+        run(place, tmp_path / "out", "--source", str(tmp_path / "source.safetensors"))
+    more = ["--checkpoint", str(model), "--source", str(tmp_path / "source.safetensors")]
+    [row] = run(place, tmp_path / "out", *more)["results"]
+    assert row["frechet_distance"] > 0
+    assert row["class_accuracy"] is None  # modes are no classes
+    [guided] = run(place, tmp_path / "guided", *more, "--guide", str(weak))["results"]
+    [idle] = run(place, tmp_path / "idle", *more, "--guide", str(weak), "--guide-scale", "1")["results"]
+    assert idle["frechet_distance"] == pytest.approx(row["frechet_distance"], rel=1e-3)
+    assert guided["frechet_distance"] != pytest.approx(row["frechet_distance"], rel=1e-3)

@@ -4,24 +4,30 @@ import functools
 import itertools
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gmflow_core import (
+    GaussianMixtureSource,
     diffuse,
     forward_transition,
     load_checkpoint,
+    load_source,
     nll,
     read_metadata,
+    save_source,
     spectral_nll,
     transition_nll,
     velocity_to_x0,
@@ -29,8 +35,8 @@ from gmflow_core import (
 from gmflow_core.checkpoint import load_training_state
 from gmflow_core.images import sample_images
 from tests.helpers import Waits
-from training.imagenet import PRESETS, Order, Trainer, draw_noise, main, parse, pieces_of
-from training.latents import FORMAT, write_index, write_shard
+from training.imagenet import PRESETS, ModeWeights, Order, Trainer, draw_noise, main, parse, pieces_of
+from training.latents import FORMAT, LatentDataset, write_index, write_shard
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--num-layers", "2", "--num-heads", "2", "--head-dim", "8", "--log-std-dim", "8", "-k", "3", "--device", "cpu"]
@@ -365,3 +371,103 @@ def test_what_accelerate_would_do_behind_the_trainers_back_is_refused(data, tmp_
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     with pytest.raises(ValueError, match=r"4 gradient accumulation steps.*--accumulate"):
         new_trainer(data, tmp_path, 10)
+
+
+# A mixture source
+
+
+@pytest.fixture(scope="module")
+def source(data) -> Path:
+    """Three modes, one for each colour."""
+    x, labels = LatentDataset(data).__getitems__(range(48))
+    means = torch.stack([x[labels == label].mean(0) for label in range(3)])
+    save_source(
+        GaussianMixtureSource(means, torch.full((3, 1, 1, 1), 0.2), torch.full((3,), 1 / 3).log()), data / "source.safetensors"
+    )
+    return data / "source.safetensors"
+
+
+def modes_trainer(data: Path, source: Path, out: Path, *more: str) -> Trainer:
+    given = ["--preset", "digits_modes", *SMALL, "--data", str(data), "--source", str(source), "--out", str(out)]
+    return Trainer(parse([*given, "--iterations", "10", "--picture-every", "5", *more]))
+
+
+def test_noise_comes_from_the_samples_mode_which_is_its_label(data, source, tmp_path):
+    trainer = modes_trainer(data, source, tmp_path)
+    x0, labels = trainer.dataset.__getitems__(range(16))
+    assert torch.equal(trainer.draw_modes(x0, range(16)), labels)  # colours lie far apart
+    independent = modes_trainer(data, source, tmp_path / "independent", "--coupling", "independent")
+    shares = torch.cat([independent.draw_modes(torch.cat([x0] * 40), range(640))]).bincount() / 640
+    assert (shares - 1 / 3).abs().max() < 0.08
+    seen = {}
+    trainer.prepared.register_forward_pre_hook(lambda _, args: seen.update(labels=args[1], moments=args[5], x0=args[0]))
+    trainer.iterate()
+    assert (seen["moments"][0] - seen["x0"]).square().mean() < 0.05
+    assert torch.equal(seen["moments"][0].mean((2, 3)).argmax(1), seen["labels"])
+    trainer.run()
+    assert read_metadata(trainer.path)["data"]["source"] == {
+        "num_modes": 3, "shape": [3, 4, 4], "coupling": "soft", "conditioning": "mode",
+    }  # fmt: skip
+    assert len(list((tmp_path / "samples").glob("*.png"))) == 2
+
+
+FLOW_MATCHING = ["-k", "1", "--constant-log-std", "0", "--transition-ratio", "None"]
+DITDH = ["--network", "ditdh", "--patch-size", "1", "--ddt-layers", "1", "--ddt-width", "32", "--ddt-heads", "2"]
+
+
+@pytest.mark.parametrize(
+    "more", [[*FLOW_MATCHING, "--mode-weighting"], [*FLOW_MATCHING, "--no-mode-conditional", "--class-dropout", "0.2"], DITDH]
+)
+def test_runs_with_a_source_resume_exactly(more, data, source, tmp_path, monkeypatch):
+    monkeypatch.setattr(ModeWeights, "WARMUP", 3)
+    whole = modes_trainer(data, source, tmp_path / "whole", *more)
+    losses = losses_of(whole, 8)
+    stopped = modes_trainer(data, source, tmp_path / "stopped", *more)
+    losses_of(stopped, 5)
+    stopped.save()
+    assert losses_of(modes_trainer(data, source, tmp_path / "stopped", *more), 3) == losses[5:]
+
+
+def test_focal_weights_grow_with_the_loss_of_a_mode():
+    weights, modes = ModeWeights(3), torch.tensor([0, 0, 1, 2])
+    assert torch.equal(weights(modes, 0), torch.ones(4))
+    for _ in range(20_000):
+        weights.update(modes, torch.tensor([1.0, 3.0, 1.0, 2.0]), lambda sums: sums)
+    assert weights.losses == pytest.approx(torch.tensor([2.0, 1.0, 2.0]), rel=1e-3)
+    assert weights(modes, 10**4) == pytest.approx(torch.tensor([4.0, 4.0, 1.0, 4.0]) / 3, rel=1e-3)
+
+
+def test_tokens_choose_the_modes(data, source, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(data, folder)
+    _, labels = LatentDataset(data).__getitems__(range(48))
+    tokens = torch.eye(3)[labels.roll(1)]  # of other colours than their own
+    save_file({"tokens": tokens}, folder / "tokens.safetensors", {"format": "gmflow-tokens-1"})
+    assigner = GaussianMixtureSource(torch.eye(3), torch.full((3, 1), 0.1), torch.full((3,), 1 / 3).log())
+    save_source(replace(load_source(source), assigner=assigner), folder / "source.safetensors")
+    trainer, seen = modes_trainer(folder, folder / "source.safetensors", tmp_path / "out"), {}
+    trainer.prepared.register_forward_pre_hook(lambda _, args: seen.update(labels=args[1], x0=args[0]))
+    trainer.iterate()
+    colours = seen["x0"].mean((2, 3)).argmax(1)
+    assert torch.equal(seen["labels"], (colours - 1) % 3)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--no-mode-conditional"], r"--transition-ratio .* must be None with --source, unless"),
+        (["--mode-weighting"], r"--mode-weighting .* must be off for a mixture"),
+        (["--spectrum-layers", "8"], r"--spectrum-layers .* must be None with --source"),
+    ],
+)
+def test_settings_that_a_source_does_not_go_with(more, message, data, source, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        modes_trainer(data, source, tmp_path, *more)
+    assert re.search(message, " ".join(capsys.readouterr().err.replace("│", " ").split()))
+
+
+def test_a_source_of_another_shape_is_refused(data, source, tmp_path):
+    other = GaussianMixtureSource(torch.zeros(2, 3, 8, 8), torch.ones(2, 1, 1, 1), torch.full((2,), 0.5).log())
+    save_source(other, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"samples are \(3, 8, 8\), but the latents are \(3, 4, 4\)"):
+        modes_trainer(data, tmp_path / "other.safetensors", tmp_path)

@@ -1,9 +1,18 @@
 """Class-conditional sampling: the reference's trajectories, guidance and its interval, noise that belongs to the image."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from gmflow_core import GaussianMixture, flow_sigmas, sample_gm_ode, sample_gm_sde, velocity_to_x0
+from gmflow_core import (
+    GaussianMixture,
+    GaussianMixtureSource,
+    flow_sigmas,
+    sample_gm_ode,
+    sample_gm_sde,
+    velocity_to_x0,
+)
 from gmflow_core.guidance import Guidance
 from gmflow_core.images import class_denoiser, sample_images
 from gmflow_core.solvers import SOLVERS, SpectralDraws
@@ -104,3 +113,74 @@ def test_what_does_not_fit_is_quoted():
     mixture = GaussianMixture(torch.zeros(3, 1, 2), torch.zeros(3, 1, 1), torch.zeros(3, 1, 1))
     with pytest.raises(ValueError, match="2 generators do not fit a batch of 3"):
         mixture.sample([torch.Generator(), torch.Generator()])
+
+
+CENTRES, WIDTHS = torch.tensor([-2.0, 1.0, 3.0]), torch.tensor([0.5, 0.2, 0.3])  # of the data of each mode
+SOURCE = GaussianMixtureSource(
+    torch.tensor([-1.5, 0.5, 2.5])[:, None, None, None].expand(3, 2, 4, 4),
+    torch.tensor([0.8, 0.4, 1.5])[:, None, None, None],
+    torch.tensor([0.5, 0.25, 0.25]).log(),
+)
+
+
+class ExactNetwork(torch.nn.Module):
+    """The velocity's exact law where the data of mode m are N(CENTRES[m], WIDTHS[m]^2) and noise comes from the same mode."""
+
+    config = SimpleNamespace(channels=2, latent_size=4, num_classes=3, null_class=False)
+    spectrum_net = None
+
+    def __init__(self):
+        super().__init__()
+        self.nothing = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, x, sigma, labels):
+        sigma, centre, width = (t.reshape(-1, 1, 1, 1) for t in (sigma, CENTRES[labels], WIDTHS[labels]))
+        mean, std = SOURCE.moments(labels)
+        var = ((1 - sigma) * width).square() + (sigma * std).square()
+        x0 = centre + (1 - sigma) * width.square() / var * (x - (1 - sigma) * centre - sigma * mean)
+        log_std = (width * std).log() - 0.5 * var.log()
+        return GaussianMixture(((x - x0) / sigma).unsqueeze(1), torch.zeros_like(x0[:, None, :1]), log_std.unsqueeze(1))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_noise_of_known_modes_becomes_the_data_of_these_modes(solver):
+    steps, order = (24, 1) if solver in ("euler", "dpmpp-2m", "gm-sde") else (2, 1)
+    modes = torch.arange(3).repeat_interleave(60)
+    settings = {"steps": steps, "order": order, "substeps": 64, "source": SOURCE}
+    x = sample_images(ExactNetwork(), None, solver=solver, modes=modes, **settings).unflatten(0, (3, 60)).flatten(1)
+    assert is_near(x.mean(1), CENTRES, 0.02)
+    if solver not in ("euler", "dpmpp-2m"):
+        assert (x.std(1) / WIDTHS - 1).abs().max() < (0.2 if solver == "gm-policy" else 0.06)  # which sharpens
+
+
+def test_modes_come_by_weight_and_from_each_seed():
+    network = ExactNetwork()
+    x = sample_images(network, None, steps=2, source=SOURCE, seeds=range(400))
+    shares = (x.mean((1, 2, 3)).unsqueeze(1) - CENTRES).abs().argmin(1).bincount() / 400
+    assert is_near(shares, SOURCE.weights, 0.12)
+    assert is_near(sample_images(network, None, steps=2, source=SOURCE, seeds=[7, 5]), x[[7, 5]])
+
+
+def test_autoguidance_moves_the_mean():
+    network, guide = ExactNetwork(), ExactNetwork()
+    guide.forward = lambda x, sigma, labels: ExactNetwork.forward(guide, x, sigma, labels.roll(1))
+    settings = {"modes": torch.tensor([0, 1]), "source": SOURCE, "solver": "euler", "steps": 1}
+    plain, weak = (sample_images(each, None, **settings) for each in (network, guide))
+    assert is_near(sample_images(network, None, guide=guide, guide_scale=1.5, **settings), weak + 1.5 * (plain - weak), 1e-5)
+
+
+def test_hidden_or_diagonal_modes_and_wrong_shapes_are_refused():
+    network, labels = ExactNetwork(), torch.zeros(2, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"gm-ode .* does not know the modes; take one of euler, dpmpp-2m"):
+        sample_images(network, labels, source=SOURCE)
+    diagonal = GaussianMixtureSource(SOURCE.means, SOURCE.std.expand_as(SOURCE.means), SOURCE.log_weights)
+    with pytest.raises(ValueError, match=r"gm-sde .* its modes are diagonal; take one of euler"):
+        sample_images(network, None, solver="gm-sde", source=diagonal, modes=labels)
+    settings = {"solver": "euler", "steps": 2, "modes": labels}
+    same = [sample_images(network, None, source=source, **settings) for source in (SOURCE, diagonal)]
+    assert is_near(*same, 1e-6)
+    with pytest.raises(ValueError, match=r"samples are \(2, 4, 4\), but the latents are \(2, 2, 2\)"):
+        sample_images(network, None, source=SOURCE, size=(2, 2), **settings)
+    for given in ({"labels": labels}, {"labels": None, "source": SOURCE, "modes": labels}):
+        with pytest.raises(ValueError, match="take autoguidance"):
+            sample_images(network, **given, guidance=Guidance(0.3))

@@ -50,6 +50,7 @@ from gmflow_core.guidance import Guidance
 from gmflow_core.images import sample_images
 from gmflow_core.published import is_published, published_weights
 from gmflow_core.solvers import SOLVERS, SUBSTEPS
+from gmflow_core.source import GaussianMixtureSource, load_source
 from training.devices import on_cpu
 from training.digits import saturation_distance
 from training.evaluate_report import METRICS, sheet, write_csv, write_plots
@@ -107,6 +108,12 @@ class Config:
     """Order of GM-ODE and GM-SDE."""
     shift: float = 1.0
     """Shift of the time grid."""
+    source: str | None = None
+    """The mixture source that the models were trained with: file, folder or hub id; modes by weight."""
+    guide: str | None = None
+    """A weaker model for autoguidance, with the same labels or modes."""
+    guide_scale: float = 1.5
+    """Of autoguidance; 1 is none."""
     vae: str | None = None
     """For latents: the VAE's folder or its name on the hub; by default what the data was prepared with."""
     seed: int = 0
@@ -287,12 +294,12 @@ class Space:
         """
         metadata = read_metadata(source)
         config, data = metadata["config"], metadata["data"]
-        kind = {"pixels": "pixels", "sd-vae": "latents"}.get(data.get("space"))
+        kind = {"pixels": "pixels", "sd-vae": "latents", "rae": "latents"}.get(data.get("space"))
         if kind is None or "num_classes" not in config:
             raise ValueError(f"{source} does not say what its samples are; give --data, the prepared data of its training")
         classes = data.get("labels") or [str(label) for label in range(config["num_classes"])]
         shape = (config["channels"], config["latent_size"], config["latent_size"])
-        return cls(source, kind, shape, tuple(classes), SD_VAE if kind == "latents" else None)
+        return cls(source, kind, shape, tuple(classes), SD_VAE if data["space"] == "sd-vae" else None)
 
 
 class Model:
@@ -301,12 +308,13 @@ class Model:
     def __init__(self, source: str, data: Space):
         path = data.name
         metadata = read_metadata(source)
-        if metadata["model_class"] != "GMDiT":
-            raise ValueError(f"{source} holds a {metadata['model_class']}; this command samples class-conditional GMDiT models")
+        if metadata["model_class"] not in ("GMDiT", "DiTDH"):
+            raise ValueError(f"{source} holds a {metadata['model_class']}; this command samples image models (GMDiT, DiTDH)")
         config = metadata["config"]
         self.source, self.classes = source, config["num_classes"]
+        self.conditioning = metadata["data"].get("source", {}).get("conditioning")  # by modes, or they are hidden, or None
         self.num_components, self.shape = config["num_components"], (config["channels"], *[config["latent_size"]] * 2)
-        if self.classes != len(data.classes):
+        if self.classes != len(data.classes) and self.conditioning != "mode":
             raise ValueError(
                 f"{source} knows {self.classes} classes, but {path} has {len(data.classes)}; give --data what it was trained on"
             )
@@ -330,6 +338,14 @@ class Model:
 
     def load(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         return load_checkpoint(self.source, device, dtype)[0]
+
+
+def source_digest(source: GaussianMixtureSource) -> str:
+    """What a source's samples depend on, in short."""
+    digest = hashlib.sha256()
+    for tensor in (source.means, source.std, source.log_weights):
+        digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 class Chunks:
@@ -489,6 +505,12 @@ class Evaluation:
         data = Space.of_checkpoint(config.checkpoint[0]) if config.data is None else Space.of_data(config.data)
         self.space, self.settings = data, settings_of(config)
         self.models = [Model(source, data) for source in config.checkpoint]
+        self.guide = None if config.guide is None else Model(config.guide, data)
+        self.source = None if config.source is None else load_source(config.source, self.device)
+        for model in [*self.models, *([self.guide] if self.guide else [])]:
+            if (model.conditioning is None) != (self.source is None):
+                trained = "without a mixture source, so leave --source out" if self.source else "with one; give --source"
+                raise ValueError(f"{model.source} was trained {trained}")
         if self.main:
             self.clean()
         self.state.wait_for_everyone()
@@ -591,6 +613,7 @@ class Evaluation:
                     network = None  # the old one goes before the new one comes
                     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
                     network, loaded = self.models[setting.model].load(self.device, dtype), setting.model
+                    self.guide_network = None if self.guide is None else self.guide.load(self.device, dtype)
                 row = self.evaluate(setting, network, reference, bar)
                 if self.main:
                     rows[setting.name] = row
@@ -665,6 +688,10 @@ class Evaluation:
             "precision": config.precision,
             "vae": self.vae_name,
         }
+        if self.source is not None:
+            key["source"] = source_digest(self.source)
+        if self.guide is not None:
+            key["guide"] = [self.guide.fingerprint, config.guide_scale]
         return Chunks(config.out / "samples" / setting.name, key, config.count, config.chunk_size)
 
     def my_chunks(self, chunks: Chunks) -> range:
@@ -711,7 +738,7 @@ class Evaluation:
             "scale": setting.scale,
             "network_calls": setting.steps,
             "count": self.config.count,
-            **self.score(Measures.cat(parts), reference),
+            **self.score(Measures.cat(parts), reference, labelled=self.models[setting.model].conditioning != "mode"),
             "out_of_range": None if self.vae else sum(f["out_of_range"] for f in facts) / sum(f["values"] for f in facts),
             "seconds": round(sum(f["seconds"] for f in facts), 2),
             "key": key_digest(samples.key),
@@ -737,10 +764,14 @@ class Evaluation:
         parts, all_labels, outside, values = [], [], 0, 0
         for start in range(images.start, images.stop, config.batch_size):
             seeds = image_seeds(config.seed, range(start, min(start + config.batch_size, images.stop)))
-            labels = image_labels(seeds, network.config.num_classes)
+            modes = None
+            if self.source is not None:
+                modes = self.source.draw_modes(len(seeds), [torch.Generator().manual_seed(seed) for seed in seeds])
+            known = self.models[setting.model].conditioning == "mode"
+            labels = modes.cpu() if known else image_labels(seeds, max(1, network.config.num_classes))
             x = sample_images(
                 network,
-                labels,
+                None if known else labels,
                 solver=setting.solver,
                 steps=setting.steps,
                 order=config.order,
@@ -748,6 +779,10 @@ class Evaluation:
                 shift=config.shift,
                 guidance=guidance,
                 seeds=seeds,
+                source=self.source,
+                modes=modes,
+                guide=self.guide_network,
+                guide_scale=config.guide_scale,
             )
             if not x.isfinite().all():
                 bad = next(seed for seed, image in zip(seeds, x, strict=True) if not image.isfinite().all())
@@ -761,9 +796,10 @@ class Evaluation:
         facts = {"seconds": time.perf_counter() - started, "out_of_range": outside, "values": values}
         return {"images": torch.cat(parts), "labels": torch.cat(all_labels)}, facts
 
-    def score(self, measures: Measures, reference: Reference) -> dict[str, Any]:
+    def score(self, measures: Measures, reference: Reference, labelled: bool = True) -> dict[str, Any]:
+        """The figures; `labelled`: whether the labels are classes."""
         known = saturation_distance if self.config.saturation == "digits" else None
-        figures = score(measures, reference, classes=self.extractor.classes, known=known)
+        figures = score(measures, reference, classes=self.extractor.classes if labelled else None, known=known)
         return {name: figures[name] for name in METRICS}
 
     def measure_source(self, source: ImageSource, name: str) -> Measures:

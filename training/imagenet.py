@@ -1,9 +1,11 @@
-"""Train a class-conditional GM-DiT on data that training.prepare wrote, from the repository's root:
+"""Train an image model, GM-DiT or DiTDH, on data that training.prepare wrote, from the repository's root:
 
     python -m training.imagenet --preset digits --data data/digits_train          # small; one CPU is enough
     python -m training.imagenet --data data/imagenet_256 --accumulate 16          # GMFlow's ImageNet model, on one large GPU
     python -m training.imagenet --data data/imagenet_256 --preset gmdit_s_k8 --batch-size 256
     python -m training.imagenet --data DATA -k 1 --constant-log-std 0 --transition-ratio None   # flow matching: the baseline
+    python -m training.imagenet --preset digits_modes --source outputs/digits_source      # from a mixture source (MM-FM)
+    torchrun --nproc-per-node 8 -m training.imagenet --preset ditdh_xl --data data/imagenet_rae --source outputs/source
     torchrun --nproc-per-node 8 -m training.imagenet --data data/imagenet_256     # DDP; more nodes: --nnodes, --rdzv-endpoint
     torchrun --nproc-per-node 8 -m training.imagenet --data data/imagenet_256 --shard      # FSDP: weights shared out
 
@@ -26,20 +28,23 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from gmflow_core.checkpoint import read_metadata, save_checkpoint
 from gmflow_core.images import sample_images
 from gmflow_core.losses import nll, spectral_nll, transition_nll
 from gmflow_core.mixture import GaussianMixture
+from gmflow_core.models.ddt import DiTDH, DiTDHConfig
 from gmflow_core.models.gmdit import GMDiT, GMDiTConfig
-from gmflow_core.path import diffuse, forward_transition, velocity_to_x0
+from gmflow_core.path import diffuse, forward_transition, shift_time, velocity_to_x0
 from gmflow_core.pictures import image_grid, to_image
+from gmflow_core.source import ModeFrame, load_source
 from gmflow_core.transport import normal_cdf
 from training import trainer
 from training.latents import LatentDataset, to_pixels
+from training.tokens import read_tokens
 from training.trainer import TrainerConfig, require
-from training.vae import VAE, load_vae
+from training.vae import load_vae
 
 MODULE = "training.imagenet"
 MIN_SIGMA = 1e-4  # sigmas are drawn from [MIN_SIGMA, 1]
@@ -50,12 +55,16 @@ NOISE_BLOCK = 16  # samples whose noise comes from one seed, so that it does not
 class Config(TrainerConfig):
     """GM-DiT training. The defaults shown are those of the chosen preset."""
 
-    preset: Literal["gmdit_xl_k8", "gmdit_b_k8", "gmdit_s_k8", "digits", "digits_flow_matching"] = "gmdit_xl_k8"
+    preset: Literal[
+        "gmdit_xl_k8", "gmdit_b_k8", "gmdit_s_k8", "ditdh_xl", "ditdh_s", "digits", "digits_flow_matching", "digits_modes"
+    ] = "gmdit_xl_k8"
     """Where the other defaults come from."""
     data: Path = Path("data/imagenet_256")
     """Folder that training.prepare wrote."""
     out: Path = Path("outputs/imagenet")
     """Folder for the checkpoint, the TensorBoard logs and the pictures; a run found there is resumed."""
+    network: Literal["gmdit", "ditdh"] = "gmdit"
+    """GM-DiT, or the DiT with a decoupled head (RAE's and MM-FM's)."""
     num_components: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 8
     """K, the number of Gaussians."""
     constant_log_std: float | None = None
@@ -66,6 +75,12 @@ class Config(TrainerConfig):
     """Attention heads."""
     head_dim: int = 72
     """Features of a head."""
+    ddt_layers: int = 2
+    """Transformer blocks of DiTDH's head."""
+    ddt_width: int = 2048
+    """Their features."""
+    ddt_heads: int = 16
+    """Their attention heads."""
     patch_size: int = 2
     """Side of a token's patch."""
     log_std_dim: int = 1024
@@ -76,6 +91,16 @@ class Config(TrainerConfig):
     """How far down the transition loss looks, (sigma_high - sigma_low) / sigma_high in (0, 1]; None: plain velocity NLL."""
     time_sampling: Literal["logit-normal", "uniform"] = "logit-normal"
     """Distribution of sigma."""
+    time_shift: float = 1.0
+    """Shift of sigma towards noise: shift t / (1 + (shift - 1) t); sqrt(dimensions / 4096) for latents of many (RAE)."""
+    source: str | None = None
+    """Mixture source of the noise: what training.fit_source wrote, or the hub id of such a folder. None: N(0, I)."""
+    coupling: Literal["soft", "hard", "independent"] = "soft"
+    """The mode of a sample's noise: drawn from its posterior, the most probable one, or drawn by weight."""
+    mode_conditional: bool = False
+    """Give the network the mode as its label; the classes are not used then."""
+    mode_weighting: bool = False
+    """Weigh the loss by mode, more where it is large (MM-FM's focal weights); for flow matching only."""
     loss_weight: float = 2.0
     """Weight of the transition loss (nats per pixel, summed over channels)."""
     spectral_weight: float = 1.0
@@ -111,6 +136,20 @@ class Config(TrainerConfig):
         require(0 <= self.class_dropout < 1, "class_dropout", self.class_dropout, "in [0, 1)")
         require(self.clip > 0, "clip", self.clip, "positive")
         require(self.workers >= 0, "workers", self.workers, "0 or more")
+        require(self.time_shift > 0, "time_shift", self.time_shift, "positive")
+        if self.source is None:
+            for name in ("mode_conditional", "mode_weighting"):
+                require(not getattr(self, name), name, True, "off without --source")
+            return
+        require(self.spectrum_layers is None, "spectrum_layers", self.spectrum_layers, "None with --source")
+        no_class = self.mode_conditional and self.class_dropout > 0
+        require(not no_class, "class_dropout", self.class_dropout, "0 with --mode-conditional, whose labels are never dropped")
+        known = self.mode_conditional or self.transition_ratio is None
+        require(known, "transition_ratio", ratio, "None with --source, unless the network knows the modes (--mode-conditional)")
+        flow_matching = self.num_components == 1 and self.constant_log_std is not None
+        require(
+            flow_matching or not self.mode_weighting, "mode_weighting", True, "off for a mixture (-k 1 --constant-log-std 0)"
+        )
 
 
 _DIGITS = Config(
@@ -133,10 +172,30 @@ _DIGITS = Config(
     checkpoint_every=500,
     picture_every=1000,
 )
+_DITDH_XL = Config(
+    preset="ditdh_xl",
+    data=Path("data/imagenet_rae"),
+    out=Path("outputs/ditdh_xl"),
+    network="ditdh",
+    num_components=1,
+    constant_log_std=0.0,
+    patch_size=1,
+    transition_ratio=None,
+    spectrum_layers=None,
+    time_shift=(768 * 16 * 16 / 4096) ** 0.5,
+    batch_size=1024,
+    lr=2e-4,
+    weight_decay=0.0,
+    clip=1.0,
+)
 PRESETS = {
     "gmdit_xl_k8": Config(),
     "gmdit_b_k8": Config(preset="gmdit_b_k8", num_layers=12, num_heads=12, head_dim=64),
     "gmdit_s_k8": Config(preset="gmdit_s_k8", num_layers=12, num_heads=6, head_dim=64),
+    "ditdh_xl": _DITDH_XL,
+    "ditdh_s": dataclasses.replace(
+        _DITDH_XL, preset="ditdh_s", out=Path("outputs/ditdh_s"), num_layers=12, num_heads=6, head_dim=64
+    ),
     "digits": _DIGITS,
     "digits_flow_matching": dataclasses.replace(
         _DIGITS,
@@ -145,6 +204,15 @@ PRESETS = {
         num_components=1,
         constant_log_std=0.0,
         transition_ratio=None,
+        spectrum_layers=None,
+    ),
+    "digits_modes": dataclasses.replace(
+        _DIGITS,
+        preset="digits_modes",
+        out=Path("outputs/digits_modes"),
+        source="outputs/digits_source",
+        mode_conditional=True,
+        class_dropout=0.0,
         spectrum_layers=None,
     ),
 }
@@ -207,34 +275,52 @@ def draw_noise(seed: int, step: int, rows: range, shape: tuple[int, ...], device
 
 
 class Objective(nn.Module):
-    """GMFlow's losses of a class-conditional network (ICML 2025): the transition NLL, and the spectral loss."""
+    """GMFlow's losses of an image network (ICML 2025): the transition NLL, and the spectral loss. With a mixture source whose
+    modes the network knows, the transitions are those of the coordinates where its noise is N(0, I) (`ModeFrame`)."""
 
-    def __init__(self, network: GMDiT, config: Config, autocast):
+    def __init__(self, network: GMDiT | DiTDH, config: Config, autocast):
         super().__init__()
         self.network, self.config, self.autocast = network, config, autocast
         self.predict = torch.compile(network.forward) if config.compile else network.forward
 
-    def forward(self, x0: Tensor, labels: Tensor, sigma: Tensor, noise_low: Tensor, noise_high: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self,
+        x0: Tensor,
+        labels: Tensor,
+        sigma: Tensor,
+        noise_low: Tensor,
+        noise_high: Tensor,
+        moments: tuple[Tensor, Tensor] | None = None,
+        weights: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """
         Args:
             x0, noise_low, noise_high: (B, C, h, w); labels: (B,), already dropped out; sigma: (B,), in [0, 1].
+            moments: mean (B, C, h, w) and standard deviation (B, ...) of each sample's mode.
+            weights: (B,) of the samples in the loss.
 
         Returns:
             Means over the batch and its pixels: "loss", what to minimise; "nll" and, with a spectrum network, "spectral",
-            in nats, summed over channels.
+            in nats, summed over channels. "each": (B,), the NLL of every sample.
         """
         config = self.config
         if config.transition_ratio is None:
-            x = diffuse(x0, sigma, noise_low)
+            noise = noise_low if moments is None else moments[0] + moments[1] * noise_low
+            x = diffuse(x0, sigma, noise)
             velocity = self.mixture(x, sigma, labels)
-            flow = nll(velocity, noise_low - x0).mean()
+            each = nll(velocity, noise - x0)
         else:
+            frame = None if moments is None else ModeFrame(*moments)
+            y0 = x0 if frame is None else frame.enter(x0, 0.0)
             sigma_low = sigma * (1 - config.transition_ratio)
-            x_low = diffuse(x0, sigma_low, noise_low)
-            x = forward_transition(x_low, sigma_low, sigma, noise_high)
+            y_low = diffuse(y0, sigma_low, noise_low)
+            y = forward_transition(y_low, sigma_low, sigma, noise_high)
+            x = y if frame is None else frame.leave(y, sigma)
             velocity = self.mixture(x, sigma, labels)
-            flow = transition_nll(velocity, x_low, x, sigma_low, sigma).mean()
-        losses = {"loss": config.loss_weight * flow, "nll": flow}
+            each = transition_nll(velocity if frame is None else frame.velocity(velocity), y_low, y, sigma_low, sigma)
+        each = each.flatten(1).mean(1)
+        flow = (each if weights is None else weights * each).mean()
+        losses = {"loss": config.loss_weight * flow, "nll": each.mean(), "each": each.detach()}
         if self.network.spectrum_net is not None:
             constant = GaussianMixture(velocity.means.detach(), velocity.log_weights.detach(), velocity.log_std.detach())
             log_power = self.network.spectrum_net(velocity_to_x0(constant.moment_match(), x, sigma))
@@ -249,6 +335,49 @@ class Objective(nn.Module):
             return self.predict(x, sigma, labels)
 
 
+class ModeWeights:
+    """Weights of the samples in the loss by their mode: (average loss of the mode / that of all)^2, between 0.3 and 3, with
+    mean 1 over the modes (MM-FM's focal weights; all 1 in the first iterations).
+
+    Args:
+        modes: M.
+    """
+
+    POWER, LOWEST, HIGHEST, DECAY, WARMUP = 2.0, 0.3, 3.0, 0.9995, 2500
+
+    def __init__(self, modes: int):
+        self.losses = torch.ones(modes)
+
+    def __call__(self, modes: Tensor, step: int) -> Tensor:
+        """(B,) for samples of these modes, at iteration `step`."""
+        if step < self.WARMUP:
+            return torch.ones(len(modes), device=self.losses.device)
+        weights = (self.losses / self.losses.mean()).pow(self.POWER)
+        return (weights / weights.mean()).clamp(self.LOWEST, self.HIGHEST)[modes]
+
+    def update(self, modes: Tensor, losses: Tensor, reduce: Callable[[Tensor], Tensor]) -> None:
+        """Take in what was found for samples (B,); `reduce` adds up over the processes."""
+        sums = torch.zeros(2, len(self.losses), device=self.losses.device)
+        sums[0].index_add_(0, modes, losses)
+        sums[1].index_add_(0, modes, torch.ones_like(losses))
+        total, count = reduce(sums)
+        mean = torch.where(count > 0, total / count.clamp(min=1), self.losses)
+        self.losses = torch.where(mean.isfinite(), self.losses.lerp(mean, 1 - self.DECAY**count), self.losses)
+
+
+class WithTokens(Dataset):
+    """A prepared folder's samples, each with the token that says its mode."""
+
+    def __init__(self, dataset: LatentDataset, tokens: Tensor):
+        self.dataset, self.tokens = dataset, tokens
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        return *self.dataset.__getitems__(indices), self.tokens[indices].float()
+
+
 class Trainer(trainer.Trainer):
     """A GM-DiT run."""
 
@@ -259,6 +388,12 @@ class Trainer(trainer.Trainer):
 
     def __init__(self, config: Config):
         self.dataset = LatentDataset(config.data)
+        self.source = None if config.source is None else load_source(config.source)
+        if self.source is not None:
+            self.source.require_shape(self.dataset.shape)
+            if config.transition_ratio is not None:
+                self.source.frame([0])  # that it has spherical modes
+        self.mode_weights = ModeWeights(self.source.num_modes) if config.mode_weighting else None
         super().__init__(config)
         acc = self.accelerator
         if config.batch_size % (acc.num_processes * config.accumulate):
@@ -267,31 +402,54 @@ class Trainer(trainer.Trainer):
                 f"{config.accumulate} pieces each; make it a multiple of {acc.num_processes * config.accumulate}"
             )
         share = config.batch_size // acc.num_processes
-        self.vae: VAE | None = None
+        self.source = None if self.source is None else self.source.to(acc.device)
+        if self.mode_weights is not None:
+            self.mode_weights.losses = self.mode_weights.losses.to(acc.device)
+        self.samples: Dataset = self.dataset
+        if self.source is not None and self.source.assigner is not None and config.coupling != "independent":
+            self.samples = WithTokens(self.dataset, read_tokens(config.data))
+        self.vae: Any = None
         if config.vae is not None and self.dataset.kind == "latents" and acc.is_main_process:
             self.vae = load_vae(config.vae, acc.device)
         self.rows = range(acc.process_index * share, (acc.process_index + 1) * share)
         self.batches: Iterator | None = None
 
-    def new_model(self) -> GMDiT:
+    @property
+    def num_labels(self) -> int:
+        """Of the network: classes, or modes."""
+        return self.source.num_modes if self.config.mode_conditional else len(self.dataset.classes)
+
+    def new_model(self) -> GMDiT | DiTDH:
         config, (channels, height, width) = self.config, self.dataset.shape
         if height != width:
-            raise ValueError(f"{config.data} holds samples of {height} x {width}; GM-DiT is trained on square ones")
-        model = GMDiT(
-            GMDiTConfig(
-                num_components=config.num_components,
-                channels=channels,
-                latent_size=height,
-                patch_size=config.patch_size,
-                num_classes=len(self.dataset.classes),
-                num_layers=config.num_layers,
-                num_heads=config.num_heads,
-                head_dim=config.head_dim,
-                log_std_dim=config.log_std_dim,
-                constant_log_std=config.constant_log_std,
-                spectrum_layers=config.spectrum_layers,
+            raise ValueError(f"{config.data} holds samples of {height} x {width}; the networks are trained on square ones")
+        shared = {
+            "num_components": config.num_components,
+            "channels": channels,
+            "latent_size": height,
+            "patch_size": config.patch_size,
+            "num_classes": self.num_labels,
+            "log_std_dim": config.log_std_dim,
+            "constant_log_std": config.constant_log_std,
+            "spectrum_layers": config.spectrum_layers,
+        }
+        if config.network == "ditdh":
+            model = DiTDH(
+                DiTDHConfig(
+                    **shared,
+                    null_class=config.class_dropout > 0,
+                    trunk_layers=config.num_layers,
+                    trunk_width=config.num_heads * config.head_dim,
+                    trunk_heads=config.num_heads,
+                    head_layers=config.ddt_layers,
+                    head_width=config.ddt_width,
+                    head_heads=config.ddt_heads,
+                )
             )
-        )
+        else:
+            model = GMDiT(
+                GMDiTConfig(**shared, num_layers=config.num_layers, num_heads=config.num_heads, head_dim=config.head_dim)
+            )
         model.gradient_checkpointing = config.gradient_checkpointing
         return model
 
@@ -346,7 +504,7 @@ class Trainer(trainer.Trainer):
             order = Order(len(self.dataset), config.batch_size, self.rows, config.accumulate, config.seed, self.step)
             self.batches = iter(
                 DataLoader(
-                    self.dataset,
+                    self.samples,
                     batch_sampler=order,
                     num_workers=config.workers,
                     collate_fn=_identity,
@@ -355,10 +513,20 @@ class Trainer(trainer.Trainer):
             )
         totals: dict[str, Tensor] = {}
         for piece, rows in enumerate(pieces_of(self.rows, config.accumulate)):
-            x0, labels = (t.to(acc.device, non_blocking=True) for t in next(self.batches))
+            x0, labels, *token = (t.to(acc.device, non_blocking=True) for t in next(self.batches))
+            drawn = self.draw(labels, x0.shape[1:], rows)
+            modes = self.draw_modes(token[0] if token else x0, rows)
+            moments = weights = None
+            if modes is not None:
+                moments = self.source.moments(modes)
+                drawn = (modes, *drawn[1:]) if config.mode_conditional else drawn
+                weights = None if self.mode_weights is None else self.mode_weights(modes, self.step)
             with self.gradient_of_piece(last=piece + 1 == config.accumulate):
-                losses = self.prepared(x0, *self.draw(labels, x0.shape[1:], rows))
+                losses = self.prepared(x0, *drawn, moments, weights)
                 acc.backward(losses["loss"] / config.accumulate)
+            each = losses.pop("each")
+            if self.mode_weights is not None:
+                self.mode_weights.update(modes, each, lambda sums: acc.reduce(sums, "sum"))
             for name, value in losses.items():
                 totals[name] = totals.get(name, 0) + value.detach() / config.accumulate
         return totals
@@ -370,7 +538,24 @@ class Trainer(trainer.Trainer):
         time, drop, low, high = noise.split([1, 1, size, size], 1)
         labels = torch.where(normal_cdf(drop[:, 0]) < config.class_dropout, len(self.dataset.classes), labels)
         sigma = time[:, 0].sigmoid() if config.time_sampling == "logit-normal" else normal_cdf(time[:, 0])
-        return labels, sigma.clamp(min=MIN_SIGMA), low.unflatten(1, shape), high.unflatten(1, shape)
+        sigma = shift_time(sigma, config.time_shift).clamp(min=MIN_SIGMA)
+        return labels, sigma, low.unflatten(1, shape), high.unflatten(1, shape)
+
+    def draw_modes(self, x: Tensor, rows: range) -> Tensor | None:
+        """The modes (B,) that the noise of these rows comes from; x are the samples, or their tokens."""
+        if self.source is None:
+            return None
+        uniform = normal_cdf(draw_noise(self.config.seed + 1, self.step, rows, (1,), x.device)[:, 0])
+        if self.config.coupling == "independent":
+            return self.source.draw_modes(len(x), uniform=uniform)
+        return self.source.posterior_modes(x, self.config.coupling, uniform=uniform)
+
+    def extra_state(self) -> dict[str, Tensor]:
+        return {} if self.mode_weights is None else {"mode_losses": self.mode_weights.losses}
+
+    def load_extra_state(self, state: dict[str, Tensor]) -> None:
+        if self.mode_weights is not None:
+            self.mode_weights.losses = state["mode_losses"].to(self.mode_weights.losses)
 
     def decay(self, step: int) -> float:
         """Half-life of 30 million images, or a twentieth of those seen if that is less (Karras et al. 2022)."""
@@ -380,10 +565,14 @@ class Trainer(trainer.Trainer):
         model = self.sampling_model()
         if not self.accelerator.is_main_process:
             return None
-        rows, classes = 4, min(10, len(self.dataset.classes))
-        labels = torch.linspace(0, len(self.dataset.classes) - 1, classes).long().repeat(rows)
+        rows, classes, config = 4, min(10, self.num_labels), self.config
+        labels = torch.linspace(0, self.num_labels - 1, classes).long().repeat(rows)
+        modes = labels if config.mode_conditional else None
+        closed_forms = self.source is None or (config.mode_conditional and self.source.is_spherical)
+        solver = config.picture_solver if closed_forms else "euler"
         model.forward = autocast_of(model.forward, self.autocast)
-        images = self.decode(sample_images(model, labels, solver=self.config.picture_solver))
+        settings = {"solver": solver, "shift": config.time_shift, "source": self.source, "modes": modes}
+        images = self.decode(sample_images(model, None if config.mode_conditional else labels, **settings))
         picture = image_grid(images, columns=classes, scale=max(1, 64 // images.shape[-1]))
         path = self.config.out / "samples" / f"{self.step:07d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -402,10 +591,19 @@ class Trainer(trainer.Trainer):
 
     def data(self) -> dict[str, Any]:
         index = self.dataset.index
-        space = {"space": "pixels"} if self.dataset.kind == "pixels" else {"space": "sd-vae"}
+        space = {"space": "pixels" if self.dataset.kind == "pixels" else index.get("space", "sd-vae")}
         if index.get("scaling_factor") is not None:
             space["scaling_factor"] = index["scaling_factor"]
-        return {"labels": self.dataset.classes, **space}
+        if self.source is None:
+            return {"labels": self.dataset.classes, **space}
+        known, config = self.config.mode_conditional, self.config
+        space["source"] = {
+            "num_modes": self.source.num_modes,
+            "shape": self.source.shape,
+            "coupling": config.coupling,
+            "conditioning": "mode" if known else "hidden",
+        }
+        return {"labels": [f"mode {m}" for m in range(self.source.num_modes)] if known else self.dataset.classes, **space}
 
     def export(self) -> None:
         """Write the weights to share."""

@@ -62,7 +62,7 @@ class Config:
     flip: bool = True
     """Mirror every other image, by chance."""
     vae: str = SD_VAE
-    """The VAE: a folder in diffusers' layout, or its name on the hub."""
+    """The VAE: a folder in diffusers' layout, or its name on the hub; or an RAE (see training/rae.py), such as rae-dinov2-b."""
     class_names: Path | None = None
     """JSON file of readable names: a list in the order of the class folders, or {folder: name}, or {"0": name}."""
     batch_size: int = 32
@@ -220,7 +220,7 @@ class ImageCrops(Dataset):
 
     Args:
         images: from `list_images`.
-        noise_shape: (C, h, w) of a latent; None for pixels.
+        noise_shape: (C, h, w) of a latent; None if it needs no noise, and for pixels.
     """
 
     def __init__(self, images: ImageList, size: int, flip: bool, seed: int, noise_shape: tuple[int, ...] | None):
@@ -331,14 +331,15 @@ def write_shards(
         KeyboardInterrupt: Ctrl-C or SIGTERM came, and the batch under way is done.
     """
     shape = (3, config.size, config.size) if vae is None else vae.latent_shape(config.size, config.size)
-    crops = ImageCrops(images, config.size, config.flip, config.seed, None if vae is None else shape)
+    noise_shape = shape if vae is not None and vae.needs_noise else None
+    crops = ImageCrops(images, config.size, config.flip, config.seed, noise_shape)
     batches = [part for number in numbers for part in _parts(shard_range(number, plan), config.batch_size)]
     workers = config.workers
     if workers is None:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
         workers = min(8, (os.cpu_count() or 1) // local)
     loader = iter(
-        DataLoader(crops, batch_sampler=batches, num_workers=workers, collate_fn=collate, worker_init_fn=_leave_signals_to_main)
+        DataLoader(crops, batch_sampler=batches, num_workers=workers, collate_fn=collate, worker_init_fn=leave_signals_to_main)
     )
     left = sum(len(batch) for batch in batches)
     one_of = f" (process 1 of {state.num_processes})" if state.num_processes > 1 else ""
@@ -393,7 +394,8 @@ def encode(vae: VAE, batch: Batch, config: Config, device: torch.device) -> Tens
     Raises:
         FloatingPointError: they are not finite.
     """
-    latents = vae.encode(to_model(batch.pixels.to(device)), batch.noise.to(device)).cpu()
+    noise = None if batch.noise is None else batch.noise.to(device)
+    latents = vae.encode(to_model(batch.pixels.to(device)), noise).cpu()
     if not latents.isfinite().all():
         raise FloatingPointError(
             f"the VAE {config.vae} gives latents that are not finite; its weights are damaged: get them again"
@@ -406,7 +408,7 @@ def _parts(members: range, size: int) -> Iterator[list[int]]:
         yield list(range(start, min(start + size, members.stop)))
 
 
-def _leave_signals_to_main(_: int) -> None:
+def leave_signals_to_main(_: int) -> None:
     """Ctrl-C reaches every process of the terminal; only the main one should speak of it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -445,6 +447,7 @@ def make_index(config: Config, images: ImageList, plan: dict, shards: int, vae: 
         "flip": config.flip,
         "seed": config.seed,
         "vae": plan["vae"],
+        "space": "pixels" if vae is None else vae.space,
         "scaling_factor": None if vae is None else vae.scaling_factor,
     }
 

@@ -1,14 +1,21 @@
 """The autoencoder between images and latents: diffusers' AutoencoderKL, from a folder or the hub.
 
-Another kind of autoencoder needs the same few names: `latent_shape`, `scaling_factor`, `encode` and `decode`.
+The other kind, `training.rae.RAE`, has the same few names: `latent_shape`, `factor`, `space`, `scaling_factor`, `needs_noise`,
+`encode` and `decode`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from training.rae import RAE
 
 SD_VAE = "stabilityai/sd-vae-ft-ema"
 WEIGHTS = "diffusion_pytorch_model"
@@ -16,6 +23,9 @@ WEIGHTS = "diffusion_pytorch_model"
 
 class VAE(nn.Module):
     """AutoencoderKL in float32, frozen; latents are scaled to about unit variance by its own `scaling_factor`."""
+
+    space = "sd-vae"
+    needs_noise = True  # latents are samples of a posterior
 
     def __init__(self, network: nn.Module):
         super().__init__()
@@ -54,18 +64,25 @@ class VAE(nn.Module):
         return self.network.decode(latents.float() / self.scaling_factor + self.shift_factor).sample
 
 
-def load_vae(source: str | Path = SD_VAE, device: str | torch.device = "cpu") -> VAE:
-    """Read an AutoencoderKL.
+def load_vae(source: str | Path = SD_VAE, device: str | torch.device = "cpu") -> VAE | RAE:
+    """Read an AutoencoderKL, or an RAE.
 
     Args:
         source: a folder in diffusers' layout, with config.json or with a subfolder vae, or the hub's name of one. Weights
-            are safetensors, in float32 or as the variants fp16 and bf16.
+            are safetensors, in float32 or as the variants fp16 and bf16. RAEs: see `training.rae`.
 
     Raises:
-        ModuleNotFoundError: diffusers is not installed.
+        ModuleNotFoundError: diffusers, or for an RAE transformers, is not installed.
         FileNotFoundError: there is no VAE at `source`, or the hub cannot be reached; the message says what to do.
         ValueError: the files there are not an AutoencoderKL.
     """
+    from training.rae import is_rae, load_rae
+
+    if is_rae(source):
+        return load_rae(source, device)
+    folder = Path(source) if Path(source).is_dir() else download(str(source))
+    if is_rae(folder):
+        return load_rae(folder, device)
     try:
         from diffusers import AutoencoderKL
     except (ImportError, RuntimeError) as error:  # diffusers imports lazily, and says RuntimeError of what it depends on
@@ -73,7 +90,6 @@ def load_vae(source: str | Path = SD_VAE, device: str | torch.device = "cpu") ->
             f'the VAE needs diffusers, which does not import ({error}); pip install -e ".[train]", and if torchvision is named '
             "above, uninstall it or take the build that fits torch"
         ) from error
-    folder = Path(source) if Path(source).is_dir() else _download(str(source))
     if not (folder / "config.json").exists() and (folder / "vae" / "config.json").exists():
         folder = folder / "vae"
     if not (folder / "config.json").exists():
@@ -107,20 +123,29 @@ def _weights(variant: str | None) -> str:
     return f"{WEIGHTS}.{variant}.safetensors" if variant else f"{WEIGHTS}.safetensors"
 
 
-def _download(name: str) -> Path:
+def download(name: str) -> Path:
     """The VAE's files of a hub repository, from the cache if they are there."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     patterns = [f"{sub}{file}" for sub in ("", "vae/") for file in ("config.json", f"{WEIGHTS}*.safetensors")]
-    try:
+    with hub_errors(name):
         return Path(snapshot_download(name, allow_patterns=patterns))
+
+
+@contextmanager
+def hub_errors(name: str, file: str = "") -> Iterator[None]:
+    """Errors of the hub about a repository, or a file of it, become a FileNotFoundError that says what to do."""
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    whole = f"{name} {file}".rstrip()
+    try:
+        yield
     except (HFValidationError, RepositoryNotFoundError) as error:
         raise FileNotFoundError(
             f"--vae {name} is neither a folder here nor a repository on huggingface.co; give one of the two, e.g. {SD_VAE}"
         ) from error
     except (LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
-            f"the VAE {name} is not on this machine and the hub cannot be reached; download it elsewhere "
-            f"(hf download {name} --local-dir FOLDER), copy the folder here, and give --vae FOLDER"
+            f"the VAE {whole} is not on this machine and the hub cannot be reached, or does not have it; download it elsewhere "
+            f"(hf download {whole} --local-dir FOLDER), copy the folder here, and give --vae FOLDER"
         ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..mixture import GaussianMixture
 from .features import grid_features, time_features
+from .output import MixtureOutput, log_std_head
 from .spectrum import SpectrumMLP
 
 TIME_FEATURES = 256
@@ -69,7 +69,7 @@ class GMDiTConfig:
         return self.num_heads * self.head_dim
 
 
-class GMDiT(nn.Module):
+class GMDiT(MixtureOutput, nn.Module):
     """DiT (Peebles & Xie 2023) with GMFlow's output: means and log-weights for every pixel, one log-std for the image.
 
     Its parameters are named as in the published checkpoints; those of the spectrum network begin with `spectrum_net.`. Set
@@ -96,21 +96,12 @@ class GMDiT(nn.Module):
         self.norm_out = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.proj_out_1 = nn.Linear(width, 2 * width)
         self.proj_out_2 = nn.Linear(width, patch * patch * config.num_components * (config.channels + 1))
-        self.gm_out = nn.ModuleDict()
-        if config.constant_log_std is None:
-            widths = [width] + [config.log_std_dim] * (config.log_std_layers - 1) + [1]
-            layers = [(nn.SiLU(), nn.Linear(a, b)) for a, b in itertools.pairwise(widths)]
-            self.gm_out["logstd_layers"] = nn.Sequential(*[module for layer in layers for module in layer])
+        self.gm_out = log_std_head(config, width)
         self.spectrum_net = None
         if config.spectrum_layers is not None:
             base_size = (config.channels, config.latent_size, config.latent_size)
             self.spectrum_net = SpectrumMLP(base_size, config.spectrum_layers)
         self.reset_parameters()
-
-    @property
-    def channels(self) -> int:
-        """C."""
-        return self.config.channels
 
     def reset_parameters(self):
         """As DiT: Xavier, with every modulation zero, so that the blocks begin as identities."""
@@ -157,29 +148,7 @@ class GMDiT(nn.Module):
                 tokens = block(tokens, condition)
         shift, scale = self.proj_out_1(F.silu(condition)).unsqueeze(1).chunk(2, -1)
         tokens = self.proj_out_2(self.norm_out(tokens) * (1 + scale) + shift)
-        # (B, rows * columns, p * p * channels) -> (B, channels, rows * p, columns * p)
-        output = tokens.float().unflatten(2, (patch, patch, -1)).unflatten(1, (rows, columns))
-        output = output.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, *x.shape[2:])
-        means, logits = output.split([config.num_components * config.channels, config.num_components], 1)
-        return GaussianMixture(
-            means=means.unflatten(1, (config.num_components, config.channels)),
-            log_weights=logits.log_softmax(1).unsqueeze(2),
-            log_std=self.log_std(condition),
-        )
-
-    def check_size(self, shape: torch.Size) -> None:
-        """
-        Raises:
-            ValueError: latents of this shape (B, C, h, w) cannot go through the network.
-        """
-        config = self.config
-        if len(shape) != 4 or shape[1] != config.channels:
-            raise ValueError(f"GMDiT works on latents (B, {config.channels}, h, w), not {tuple(shape)}")
-        if max(shape[2:]) > config.latent_size or shape[2] % config.patch_size or shape[3] % config.patch_size:
-            raise ValueError(
-                f"latents of {shape[2]} x {shape[3]} do not fit this model: sides must be multiples of "
-                f"{config.patch_size}, up to {config.latent_size}"
-            )
+        return self.mixture(tokens, x.shape, condition)
 
     def condition(self, sigma: Tensor, labels: Tensor) -> Tensor:
         """The sum of the time's and the label's embedding: (B,), (B,) -> (B, width)."""
@@ -187,14 +156,6 @@ class GMDiT(nn.Module):
         features = time_features(sigma, TIME_FEATURES).to(embedder["linear_1"].weight.dtype)
         time = embedder["linear_2"](F.silu(embedder["linear_1"](features)))
         return time + self.emb["class_embedder"]["embedding_table"](labels.to(time.device)).to(time.dtype)
-
-    def log_std(self, condition: Tensor) -> Tensor:
-        """(B, width) -> (B, 1, 1, 1, 1); the transformer learns nothing from it."""
-        if self.config.constant_log_std is not None:
-            return torch.full((1, 1, 1, 1, 1), self.config.constant_log_std, device=condition.device).expand(
-                len(condition), -1, -1, -1, -1
-            )
-        return self.gm_out["logstd_layers"](condition.detach()).float()[:, :, None, None, None]
 
 
 class Block(nn.Module):

@@ -1,0 +1,277 @@
+"""Published mixtures in .pkl files, read without running anything that is in them.
+
+A pickle is a program. Here it can make plain containers, numbers and arrays of numbers; an object of any other class becomes
+an inert record of its attributes, and what belongs to Python itself (os.system and the like) is refused. Neither NumPy nor
+scikit-learn takes part: the names that a pickle asks for are answered with stand-ins from this file.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .source import GaussianMixtureSource
+
+MEANS = ("means_", "means", "mean", "mu")
+WEIGHTS = ("weights_", "weights", "pi")
+LOG_WEIGHTS = ("log_weights",)
+VARIANCES = ("covariances_", "covariances", "covs", "variances", "vars", "variance", "var")
+STDS = ("stds", "std")
+NUMBERS = "biuf"  # kinds of NumPy's types
+
+
+class Record:
+    """An object of a class that is not loaded: its attributes, and what it was made from."""
+
+    def __new__(cls, *parts: Any, **attributes: Any) -> Record:  # which pickles call without __init__
+        self = super().__new__(cls)
+        self.parts, self.attributes = parts, attributes
+        return self
+
+    def __init__(self, *_: Any, **__: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        for part in state if isinstance(state, tuple) else (state,):  # of __slots__ too
+            if isinstance(part, dict):
+                self.attributes.update(part)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.attributes[key] = value
+
+    def append(self, item: Any) -> None:
+        self.parts = (*self.parts, item)
+
+
+class _Type:
+    """numpy.dtype."""
+
+    order = "="
+
+    def __init__(self, code: str, *_: Any):
+        self.code = str(code)
+
+    def __setstate__(self, state: tuple) -> None:
+        self.order = state[1] if state[1] in ("<", ">") else "="
+
+    @property
+    def dtype(self) -> np.dtype | None:
+        """NumPy's, of numbers; None for others."""
+        code = self.code.lstrip("<>=|")
+        return np.dtype(self.order + code) if code[:1] in NUMBERS and code[1:].isdigit() else None
+
+
+class _Array:
+    """numpy.ndarray, before it is known."""
+
+    array: np.ndarray | None = None
+
+    def __init__(self, *_: Any):
+        pass
+
+    def __setstate__(self, state: tuple) -> None:
+        shape, kind, fortran, raw = state[-4:]
+        self.array = _array(raw, kind, shape, "F" if fortran else "C")
+
+
+class _Inline:
+    """joblib's NumpyArrayWrapper, whose array lies in the file behind it."""
+
+    array: np.ndarray | None = None
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+
+    def read(self, file: io.BufferedIOBase) -> None:
+        if getattr(self, "numpy_array_alignment_bytes", None) is not None:
+            file.read(int.from_bytes(file.read(1), "little"))
+        if self.dtype.dtype is None:
+            raise ValueError(f"it has an array of type {self.dtype.code!r}, which is not of numbers")
+        dtype, shape = self.dtype.dtype, tuple(int(n) for n in self.shape)
+        self.array = _array(file.read(int(np.prod(shape, dtype=object)) * dtype.itemsize), self.dtype, shape, self.order)
+
+
+def _array(raw: Any, kind: _Type, shape: tuple[int, ...], order: str = "C") -> np.ndarray | None:
+    """None for what is not numbers."""
+    if kind.dtype is None:
+        return None
+    raw = raw.encode("latin-1") if isinstance(raw, str) else bytes(raw)
+    return np.frombuffer(raw, kind.dtype).reshape(shape, order=order)
+
+
+def _reconstruct(*_: Any) -> _Array:
+    return _Array()
+
+
+def _reconstructor(cls: Callable, *_: Any) -> Any:
+    return cls()
+
+
+def _frombuffer(raw: Any, kind: _Type, shape: tuple[int, ...], order: str) -> np.ndarray | None:
+    return _array(raw, kind, shape, order)
+
+
+def _scalar(kind: _Type, raw: Any) -> Any:
+    array = _array(raw, kind, ())
+    return None if array is None else array.item()
+
+
+def _encode(text: str, encoding: str = "latin1") -> bytes:
+    if encoding not in ("latin1", "latin-1"):
+        raise ValueError(f"text in the encoding {encoding!r} is in it")
+    return text.encode("latin-1")
+
+
+ALLOWED: dict[tuple[str, str], Any] = {
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _Type,
+    ("joblib.numpy_pickle", "NumpyArrayWrapper"): _Inline,
+    ("_codecs", "encode"): _encode,
+    ("copyreg", "_reconstructor"): _reconstructor,
+    ("copy_reg", "_reconstructor"): _reconstructor,
+    ("builtins", "object"): Record,
+    ("__builtin__", "object"): Record,
+    ("builtins", "set"): set,
+    ("builtins", "frozenset"): frozenset,
+    ("builtins", "bytearray"): bytearray,
+    ("builtins", "complex"): complex,
+    ("collections", "OrderedDict"): dict,
+    **{(f"numpy.{core}.multiarray", "_reconstruct"): _reconstruct for core in ("core", "_core")},
+    **{(f"numpy.{core}.multiarray", "scalar"): _scalar for core in ("core", "_core")},
+    **{(f"numpy.{core}.numeric", "_frombuffer"): _frombuffer for core in ("core", "_core")},
+}
+PYTHON = (sys.stdlib_module_names | {"__builtin__", "copy_reg", "commands"}) - {"__main__"}  # some of Python 2's too
+
+
+class _Unpickler(pickle._Unpickler):  # the one in Python, so that arrays can be read from between two objects
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in ALLOWED:
+            return ALLOWED[module, name]
+        if module.split(".")[0] in PYTHON:
+            raise ValueError(f"it asks for Python's {module}.{name}, which no mixture needs, so it may be an attack")
+        return Record
+
+    def persistent_load(self, pid: Any) -> Any:
+        raise ValueError("it refers to data outside of it, as files of torch.save do")
+
+    def load_build(self) -> None:
+        if not isinstance(self.stack[-2], (Record, _Type, _Array, _Inline)):
+            raise ValueError(f"it changes a {type(self.stack[-2]).__name__}")
+        pickle._Unpickler.load_build(self)
+        if isinstance(self.stack[-1], _Inline):
+            self.stack[-1].read(self._file)
+
+    dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}
+
+    def __init__(self, file: io.BufferedIOBase):
+        super().__init__(file, encoding="latin1")
+        self._file = file
+
+
+def read_pickle(path: str | Path) -> Any:
+    """What is in a pickle, with a `Record` for every object of an unknown class and a stand-in with an `array` for every array.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it asks for what is not allowed, or is no whole pickle.
+    """
+    raw = Path(path).read_bytes()
+    if raw[:2] == b"PK":
+        raise ValueError(
+            f"{path} is a file of torch.save; only pickles of NumPy arrays are read: save it as one, or as safetensors"
+        )
+    try:
+        return _Unpickler(io.BytesIO(raw)).load()
+    except Exception as error:  # a broken pickle can end in any of them
+        reason = str(error) or type(error).__name__
+        raise ValueError(
+            f"{path} is refused: {reason}; get the mixture from where you trust, as arrays (.npz, .safetensors)"
+        ) from error
+
+
+def convert_pickle(path: str | Path, assigner: GaussianMixtureSource | None = None) -> GaussianMixtureSource:
+    """The source in a pickle: an estimator of scikit-learn (or of a class with its attributes), or a dict of arrays.
+
+    Means (M, *shape) are called means_, means, mean or mu; variances covariances_, covariances, covs, variances, vars or var
+    (or their roots std, stds), one for each mode or for each of its dimensions; weights weights_, weights or pi.
+
+    Args:
+        assigner: the mixture of the tokens, for one of latents; its weights are taken where the file has none.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is refused, or holds no such mixture; the message says what it holds.
+    """
+    content = read_pickle(path)
+    for fields in _candidates(content):
+        means, squares, stds = (_field(fields, names) for names in (MEANS, VARIANCES, STDS))
+        if means is not None and (squares is not None or stds is not None):
+            break
+    else:
+        found = sorted({str(name) for fields in _candidates(content) for name in fields})
+        raise ValueError(f"{path} holds no mixture: it has {found[:20]}, and means with variances are needed")
+    kind = fields.get("covariance_type", "diag")
+    if kind not in ("diag", "spherical"):
+        raise ValueError(f"{path} has covariances of the type {kind!r}; a source is diagonal or spherical: fit one of these")
+    std = _std(squares if stds is None else stds.square(), means, path)
+    weights, log_weights = _field(fields, WEIGHTS), _field(fields, LOG_WEIGHTS)
+    if log_weights is None and weights is not None:
+        log_weights = weights.log()
+    if log_weights is None and assigner is not None:
+        log_weights = assigner.log_weights.double()
+    if log_weights is None:
+        raise ValueError(f"{path} has no weights of its modes; give the mixture of the tokens, which has them, with --assigner")
+    return GaussianMixtureSource(means.float(), std.float(), log_weights.flatten().float(), assigner)
+
+
+def _candidates(content: Any) -> Iterator[dict[str, Any]]:
+    """The dicts and the records' attributes in what a pickle holds, from the outside in, each once."""
+    left, seen = deque([content]), set()
+    while left:
+        value = left.popleft()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        value = value.attributes if isinstance(value, Record) else value
+        if isinstance(value, dict):
+            yield value
+            left.extend(value.values())
+        elif isinstance(value, (list, tuple)):
+            left.extend(value)
+
+
+def _array_of(value: Any) -> Any:
+    """The array that a stand-in holds."""
+    return value.array if isinstance(value, (_Array, _Inline)) else value
+
+
+def _field(fields: dict[str, Any], names: tuple[str, ...]) -> Tensor | None:
+    for name in names:
+        value = _array_of(fields.get(name))
+        if isinstance(value, list) and value:
+            parts = [_array_of(part) for part in value]
+            value = np.array(parts) if all(isinstance(part, (int, float, np.ndarray)) for part in parts) else None
+        if isinstance(value, np.ndarray):
+            return torch.from_numpy(value.astype(np.float64))
+    return None
+
+
+def _std(var: Tensor, means: Tensor, path: str | Path) -> Tensor:
+    """Standard deviations that broadcast to the means, from one variance for each mode, or for each of its dimensions."""
+    if var.numel() == len(means):
+        var = var.reshape(-1, *[1] * (means.ndim - 1))
+    if var.ndim != means.ndim or any(n not in (1, size) for n, size in zip(var.shape, means.shape, strict=True)):
+        raise ValueError(
+            f"{path} has variances {tuple(var.shape)} for means {tuple(means.shape)}; a spherical source has one for each "
+            "mode, a diagonal one has one for each of its dimensions"
+        )
+    return var.sqrt()

@@ -1,0 +1,292 @@
+"""Tokens: one vector for each sample, from array files or from a frozen encoder; and `tokens.safetensors`, which keeps those of
+a prepared folder beside its latents, in the same order."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from training.latents import LatentDataset, to_model, whole_file
+from training.prepare import ImageCrops, ImageList, collate, leave_signals_to_main, list_images
+
+FORMAT = "gmflow-tokens-1"
+FILE = "tokens.safetensors"  # in a prepared folder
+NAME = "tokens"  # of the array in it
+CHUNK = 2**24  # elements that are read at a time
+PART = 4096  # images; what a stop can lose
+ENCODERS = {
+    "dinov2": "facebook/dinov2-with-registers-base",
+    "siglip2": "google/siglip2-base-patch16-256",
+    "mae": "facebook/vit-mae-base",
+}
+
+
+class TokenFiles:
+    """Samples (n, *shape) in array files, one file after the other, as chunks (m, D), as often as it is iterated.
+
+    Args:
+        paths: .npy (read from disk piece by piece), .npz (read as a whole) or .safetensors files, each with one such array, or
+            with one called "tokens".
+        rows: which samples; all of them if None.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file holds no such array, or they do not fit each other.
+    """
+
+    def __init__(self, paths: Sequence[Path], rows: range | None = None):
+        self.paths = list(paths)
+        self.arrays = [_open_array(path) for path in self.paths]
+        shapes = {tuple(_shape(array)[1:]) for array in self.arrays}
+        if len(shapes) != 1:
+            raise ValueError(f"{self.paths[0]} and its companions hold samples of different shapes: {sorted(shapes)}")
+        self.shape: tuple[int, ...] = shapes.pop()
+        self.total = sum(_shape(array)[0] for array in self.arrays)
+        self.rows = range(self.total) if rows is None else rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def share(self, state: PartialState) -> TokenFiles:
+        """The part of one process; the parts follow each other in the order of the processes."""
+        return TokenFiles(self.paths, share_of(len(self), state))
+
+    def __iter__(self) -> Iterator[Tensor]:
+        step, start = max(1, CHUNK // math.prod(self.shape)), 0
+        for array in self.arrays:
+            size = _shape(array)[0]
+            for low in range(max(start, self.rows.start), min(start + size, self.rows.stop), step):
+                rows = array[low - start : min(low + step, start + size, self.rows.stop) - start]
+                yield (rows if isinstance(rows, Tensor) else torch.from_numpy(np.array(rows))).flatten(1)
+            start += size
+
+
+def share_of(count: int, state: PartialState) -> range:
+    """This process's part of `count` samples."""
+    edges = [count * i // state.num_processes for i in (state.process_index, state.process_index + 1)]
+    return range(*edges)
+
+
+def _shape(array: Any) -> list[int]:
+    return list(array.shape if isinstance(array, np.ndarray) else array.get_shape())
+
+
+def _open_array(path: Path) -> Any:
+    """A NumPy array, or a slice of safetensors."""
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {path}; give a .npy, .npz or .safetensors file of samples (n, D)")
+    try:
+        if path.suffix == ".safetensors":
+            file = safe_open(path, framework="pt")
+            found = {name: file.get_slice(name) for name in file.keys()}
+        else:
+            loaded = np.load(path, mmap_mode="r", allow_pickle=False)
+            found = {NAME: loaded} if isinstance(loaded, np.ndarray) else {name: loaded[name] for name in loaded.files}
+    except (SafetensorError, ValueError, OSError, EOFError) as error:
+        raise ValueError(
+            f"{path} is no whole array file ({error}); give .npy, .npz or .safetensors, without Python objects"
+        ) from error
+    arrays = {name: array for name, array in found.items() if len(_shape(array)) >= 2 and math.prod(_shape(array))}
+    if NAME not in arrays and len(arrays) != 1:
+        held = {name: _shape(array) for name, array in found.items()}
+        raise ValueError(f'{path} holds {held}; it must have one array of samples (n, D), or one called "{NAME}"')
+    return arrays[NAME] if NAME in arrays else next(iter(arrays.values()))
+
+
+def read_tokens(folder: Path) -> Tensor:
+    """The tokens (n, D) of a prepared folder, in the order of its samples, in memory.
+
+    Raises:
+        FileNotFoundError: there are none.
+        ValueError: the file is damaged, or of another number of samples.
+    """
+    if not (folder / FILE).exists():
+        raise FileNotFoundError(
+            f"there is no {folder / FILE}; python -m training.fit_source --data {folder} --encoder ... makes it"
+        )
+    files, count = TokenFiles([folder / FILE]), len(LatentDataset(folder, in_memory=False))
+    check_count(files, count, folder)
+    return torch.cat(list(files))
+
+
+def check_count(tokens: TokenFiles, count: int, folder: Path) -> None:
+    """
+    Raises:
+        ValueError: there is not one token for each of the `count` samples.
+    """
+    if len(tokens) != count or len(tokens.shape) != 1:
+        raise ValueError(
+            f"{tokens.paths[0]} holds {len(tokens)} tokens of {tokens.shape}, but {folder} has {count} samples; give one "
+            "vector for each sample, in their order"
+        )
+
+
+def keep_tokens(tokens: TokenFiles, folder: Path) -> None:
+    """Write them as `FILE` into a prepared folder, unless they come from there.
+
+    Raises:
+        ValueError: other tokens are there.
+    """
+    path = folder / FILE
+    if any(source.resolve() == path.resolve() for source in tokens.paths):
+        return
+    record = {"format": FORMAT, "files": [str(source) for source in tokens.paths], "count": len(tokens)}
+    check_record(path, record)
+    if not path.exists():
+        write_tokens(path, torch.cat([chunk.float() for chunk in tokens]), record)
+
+
+def check_record(path: Path, record: dict[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: the file is there, with tokens that were made otherwise.
+    """
+    found = read_record(path)
+    if found is None and path.exists():
+        raise ValueError(f"{path} is damaged, or was not made by GMFlow; remove it, or give it as --tokens")
+    differ = [
+        f"{key}: {found.get(key)} there, {value} here" for key, value in record.items() if found and found.get(key) != value
+    ]
+    if differ:
+        raise ValueError(f"{path} holds other tokens ({'; '.join(differ)}); remove it, or give it as --tokens")
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """How the tokens in `path` were made; None if the file is missing or damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(json.loads((file.metadata() or {})["gmflow"]))
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError):
+        return None
+
+
+def write_tokens(path: Path, tokens: Tensor, record: dict[str, Any]) -> None:
+    """Write tokens (n, D), atomically."""
+    with whole_file(path) as temporary:
+        save_file({NAME: tokens.contiguous()}, temporary, {"gmflow": json.dumps(record)})
+
+
+def images_of(dataset: LatentDataset, root: Path | None) -> tuple[ImageList, list[int]]:
+    """The images that a prepared folder was made from, below `root` or where they were then, and which of them are its
+    samples, in order.
+
+    Raises:
+        FileNotFoundError, ValueError: they are not there, or not the same.
+    """
+    root = Path(dataset.index["source"]) if root is None else root
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f"{dataset.folder} was made from images in {root}, which is no folder here; give it as --images"
+        )
+    images = list_images(root)
+    skipped = {entry["file"] for entry in dataset.index["skipped"]}
+    kept = [number for number, file in enumerate(images.files) if file not in skipped]
+    if [images.labels[number] for number in kept] != dataset.labels.tolist():
+        raise ValueError(
+            f"the {len(kept)} images in {root} are not the {len(dataset)} that {dataset.folder} was made from; give their "
+            "folder as --images"
+        )
+    return images, kept
+
+
+def encode_images(
+    images: ImageList,
+    kept: Sequence[int],
+    path: Path,
+    state: PartialState,
+    *,
+    encoder: str,
+    input_size: int | None = None,
+    size: int = 256,
+    batch_size: int = 64,
+    workers: int | None = None,
+) -> TokenFiles:
+    """Write one token of each image to `path`, unless they are there. Every process does its share; parts that are done are
+    kept beside `path`, so that a run that was stopped goes on.
+
+    Args:
+        kept: which of the images, in order.
+        encoder: one of `ENCODERS`, or the folder or hub id of one.
+        input_size: side of the pictures that the encoder is given; that of its kind if None.
+        size: side of the centre crops.
+
+    Raises:
+        FileNotFoundError, ValueError, ModuleNotFoundError: the encoder or an image cannot be had.
+    """
+    listing = hashlib.sha256("\n".join(images.files[number] for number in kept).encode("utf-8", "surrogateescape")).hexdigest()
+    record = {
+        "format": FORMAT, "encoder": ENCODERS.get(encoder, encoder), "input_size": input_size, "size": size, "count": len(kept),
+        "files": listing,
+    }  # fmt: skip
+    check_record(path, record)
+    state.wait_for_everyone()
+    if path.exists():
+        return TokenFiles([path])
+    parts = [range(start, min(start + PART, len(kept))) for start in range(0, len(kept), PART)]
+    folder = path.parent / f"{path.stem}.parts"
+    files = [folder / f"{number:05d}.safetensors" for number in range(len(parts))]
+    missing = [number for number, file in enumerate(files) if read_record(file) != record]
+    state.wait_for_everyone()
+    mine = missing[state.process_index :: state.num_processes]
+    if mine:
+        _encode_parts(images, kept, [(parts[n], files[n]) for n in mine], record, state, batch_size, workers)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        write_tokens(path, torch.cat(list(TokenFiles(files))), record)
+        for file in files:
+            file.unlink()
+        folder.rmdir()
+    state.wait_for_everyone()
+    return TokenFiles([path])
+
+
+def _encode_parts(
+    images: ImageList,
+    kept: Sequence[int],
+    parts: list[tuple[range, Path]],
+    record: dict[str, Any],
+    state: PartialState,
+    batch_size: int,
+    workers: int | None,
+) -> None:
+    from training.rae import load_encoder
+
+    with state.local_main_process_first():
+        network = load_encoder(record["encoder"], record["input_size"]).to(state.device)
+    if workers is None:
+        workers = min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes)))
+    crops = ImageCrops(images, record["size"], flip=False, seed=0, noise_shape=None)
+    batches = [
+        [kept[n] for n in range(low, min(low + batch_size, part.stop))]
+        for part, _ in parts
+        for low in range(part.start, part.stop, batch_size)
+    ]
+    loader = iter(
+        DataLoader(crops, batch_sampler=batches, num_workers=workers, collate_fn=collate, worker_init_fn=leave_signals_to_main)
+    )
+    bar = tqdm(total=sum(map(len, batches)), unit="img", desc="tokens", disable=not state.is_main_process, dynamic_ncols=True)
+    with bar:
+        for part, file in parts:
+            tokens = []
+            for _ in range(part.start, part.stop, batch_size):
+                batch = next(loader)
+                if batch.failed:
+                    failed = batch.failed[0]
+                    raise ValueError(f"{images.root / images.files[failed.index]} cannot be read ({failed.reason}); mend it")
+                tokens.append(network.token(network(to_model(batch.pixels.to(state.device)))).cpu())
+                bar.update(len(tokens[-1]))
+            write_tokens(file, torch.cat(tokens), record)

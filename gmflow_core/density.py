@@ -15,7 +15,8 @@ LARGE = 2**18  # elements of the means from which saving memory also saves time:
 
 
 def log_density(x: Tensor, means: Tensor, log_weights: Tensor, log_std: Tensor, gain: Tensor | None = None) -> Tensor:
-    """log sum_k w_k N(x; gain means_k, std^2 I) per pixel in nats, with the 2 pi term: (B, *S).
+    """log sum_k w_k N(x; gain means_k, std^2 I) per pixel in nats, with the 2 pi term: (B, *S). Differentiable twice; large
+    mixtures not in forward mode.
 
     Args:
         x: (B, C, *S).

@@ -5,7 +5,8 @@
 - plain: the definition, one substep after the other over the whole tensor. It has gradients, and constraints between substeps.
 - tiled: on its way x stays in the span of the source point and the K means, so that a substep needs their inner products only,
   not the means. They are computed once for a tile of pixels, whose whole rollout then stays in the cache. Plain torch.
-- compiled: tiled, with the substep compiled by torch.compile (on a CPU that takes a C++ compiler and some seconds, once).
+- compiled: tiled, with the inner parts compiled by torch.compile: on a CPU with a C++ compiler, and tens of seconds for each
+  kind of mixture.
 - triton: all substeps of a block of pixels in one kernel, on a GPU that Triton knows.
 """
 
@@ -56,7 +57,8 @@ def rollout(
         substeps: number of Euler steps, at least 1; with 1 only the mixture's mean matters.
         shift: the steps are equal in unshifted time, see `shift_time`.
         constrain: called as constrain(x, sigma) after every substep; returns the x to go on with. For masks.
-        check: called often; what it raises ends the rollout. For the user's interruption.
+        check: called often, or once after a kernel that does it all; what it raises ends the rollout. For the user's
+            interruption.
         method: one of METHODS; None takes the environment's GMFLOW_ROLLOUT, or else the fastest for the tensors' device that
             compiles nothing on a CPU. Gradients, constraints, DX policies and single steps are always plain. Where a method
             cannot run, the log says so once and another takes its place.
@@ -75,25 +77,30 @@ def rollout(
         raise ValueError(
             f"rollout method {method!r} (of the argument, or of {METHOD_VARIABLE}) is unknown; take one of {known}"
         )
-    if substeps == 1 or constrain is not None or isinstance(x0, DXPolicy) or _has_gradient(x0, x, sigma, sigma_end):
+    simple = substeps == 1 or constrain is not None or isinstance(x0, DXPolicy) or not x.numel()
+    if simple or _has_gradient(x0, x, sigma, sigma_end):
         method = "plain"
     if method is None and isinstance(x0, TiltedMixture) and substeps <= FEW and not x.is_cuda:
         method = "plain"
     if method == "plain":
         return _plain(x0, x, sigma, sigma_end, substeps, shift, constrain, check)
+    sigma, sigma_end = (expand_sigma(each, x) if isinstance(each, Tensor) else each for each in (sigma, sigma_end))
     if method == "triton" or (method is None and x.is_cuda):
         done = _by_triton(x0, x, sigma, sigma_end, substeps, shift)
         if done is not None:
+            if check is not None:
+                check()
             return done
-    code = _compiled_code(x.device.type) if method == "compiled" else EAGER
-    return _tiled(x0, x, sigma, sigma_end, substeps, shift, check, code)
+    return _tiled(x0, x, sigma, sigma_end, substeps, shift, check, _compiled() if method == "compiled" else EAGER)
 
 
 def _has_gradient(x0: GaussianMixture, *others: Sigma) -> bool:
     """Whether autograd follows the rollout."""
     if not torch.is_grad_enabled():
         return False
-    tensors = (x0.means, x0.log_weights, x0.log_std, *others)
+    tilted = isinstance(x0, TiltedMixture)  # whose own tensors would be computed for the question
+    mixture, terms = (x0.tilts, (x0.slope, x0.quadratic)) if tilted else (x0, ())
+    tensors = (mixture.means, mixture.log_weights, mixture.log_std, *terms, *others)
     return any(isinstance(each, Tensor) and each.requires_grad for each in tensors)
 
 
@@ -141,8 +148,8 @@ def _means_along(x0: Policy, x: Tensor, sigma: Tensor) -> Callable[[Tensor, Tens
 #
 # With o the mixture's mean at the start, D_k = mean_k - o, and x = (1 - sigma) o + z, the posterior mean is
 # o + scale (sum_k w_k D_k + var (alpha z - beta z_start)). So z = source z_start + r with a number `source` and r in the span
-# of the D_k, and the logits of the weights w need <D_k, z_start>, which is known, and <D_k, r>. Where K <= C the coordinates
-# c_k of r = sum_k c_k D_k are followed, and <D_k, r> comes from the K x K Gram matrix of the D_k; else r itself.
+# of the D_k, and the logits of the weights w need <D_k, z_start>, which is known, and <D_k, r>. Either r itself is followed, or
+# the coordinates c_k of r = sum_k c_k D_k, and <D_k, r> comes from the K x K Gram matrix of the D_k: what multiplies less.
 
 
 def _tiled(
@@ -285,18 +292,27 @@ EAGER = Code(_prepare, _advance, 1)
 
 
 @functools.cache
-def _compiled_code(device: str) -> Code:
-    """Compiled by torch.compile, or eager where that does not work."""
-    code = Code(torch.compile(_prepare), torch.compile(_advance), 4)
-    ones = torch.ones(2, 2, 16, device=device)
-    try:
-        code.advance(
-            ones[0], *code.prepare(ones, ones[0], ones[0], ones[0, 0, :1], True)[2:], ones[0], ones[:, 0, :5, None], True
-        )
-    except Exception as error:  # torch.compile fails in as many ways as there are compilers
-        _fall_back("compiled", device, error)
-        return EAGER
-    return code
+def _compiled() -> Code:
+    """By torch.compile; each kind of mixture (K, C, what varies in a batch) is compiled on its own."""
+    return Code(_or_eager(_prepare), _or_eager(_advance), 4)
+
+
+def _or_eager(function: Callable) -> Callable:
+    """`function` compiled, or as it is from the first time on that this fails."""
+    used = torch.compile(function)
+
+    def run(*arguments):
+        nonlocal used
+        try:
+            return used(*arguments)
+        except Exception as error:  # torch.compile fails in as many ways as there are compilers
+            if used is function:
+                raise
+            _say_once("compiled", error)
+            used = function
+            return function(*arguments)
+
+    return run
 
 
 def _coefficients(
@@ -317,13 +333,14 @@ def _coefficients(
     beta = alpha[0]
     scale = (1 + var * quadratic).clamp(min=1e-6).reciprocal()
     gain = (1 - ratio) * scale
-    decay, pull = ratio + gain * var * alpha, gain * var * beta
-    source = [torch.ones_like(decay[0])]
-    for each_decay, each_pull in zip(decay, pull, strict=True):
-        source.append(each_decay * source[-1] - each_pull)
-    of_source = scale * (alpha * torch.stack(source[:-1]) - beta)
-    steps = torch.stack(torch.broadcast_tensors(-0.5 * scale * quadratic, of_source, scale * alpha, decay, gain), 1)
-    frame = torch.stack(torch.broadcast_tensors(1 - now[0], 1 - end, source[-1]))
+    decay = ratio + gain * var * alpha
+    source, ahead = torch.ones_like(decay[0]), []
+    for substep in range(substeps):
+        ahead.append(alpha[substep] * source - beta)  # small, so that what follows keeps its digits
+        source = ratio[substep] * source + (gain[substep] * var) * ahead[-1]
+    steps = (-0.5 * scale * quadratic, scale * torch.stack(ahead), scale * alpha, decay, gain)
+    steps = torch.stack(torch.broadcast_tensors(*steps), 1)
+    frame = torch.stack(torch.broadcast_tensors(1 - now[0], 1 - end, source))
     if idle:
         nothing = torch.zeros_like(steps[:1])
         nothing[:, 3] = 1
@@ -339,12 +356,13 @@ def _of_pixels(values: Tensor, shape: tuple[int, int]) -> Tensor:
 
 # Triton
 
-_broken: set[tuple[str, str]] = set()  # methods and the kinds of device where they have failed
+_declined: set[tuple[str, int, int]] = set()  # kinds of device, K and C that the kernel does not serve
 
 
 def _by_triton(x0: GaussianMixture, x: Tensor, sigma: Sigma, sigma_end: Sigma, substeps: int, shift: float) -> Tensor | None:
-    """The rollout, or None where Triton, or this GPU for it, is missing."""
-    if ("triton", x.device.type) in _broken:
+    """The rollout, or None where Triton, or what this takes of it, is missing."""
+    kind = (x.device.type, *x0.means.shape[1:3])
+    if kind in _declined:
         return None
     try:
         from .rollout_triton import rollout_in_one_kernel
@@ -352,12 +370,16 @@ def _by_triton(x0: GaussianMixture, x: Tensor, sigma: Sigma, sigma_end: Sigma, s
         return rollout_in_one_kernel(x0, x, sigma, sigma_end, substeps, shift)
     except torch.cuda.OutOfMemoryError:
         raise
-    except Exception as error:  # not installed, a GPU that it does not know, a compiler that is missing
-        _fall_back("triton", x.device.type, error)
+    except Exception as error:  # not installed, a GPU that it does not know, a compiler that is missing, too large a mixture
+        _declined.add(kind)
+        _say_once("triton", error)
         return None
 
 
-def _fall_back(method: str, device: str, error: Exception) -> None:
-    _broken.add((method, device))
-    reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    logging.warning("GMFlow: no rollouts by %s on this machine's %s (%s); tiled ones do the same", method, device, reason)
+def _say_once(method: str, error: Exception) -> None:
+    _log_once(f"GMFlow: no rollout by {method} ({type(error).__name__}: {error}".splitlines()[0] + "); tiles do the same")
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    logging.warning(message)

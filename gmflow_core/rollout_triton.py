@@ -11,20 +11,25 @@ from torch import Tensor
 from .mixture import GaussianMixture
 from .path import MIN_SIGMA, Sigma, expand_sigma
 
-LARGEST = 128  # inner products of a pixel that are kept in registers
+LARGEST = 256  # numbers of a pixel that fit a thread's registers
 BLOCK = 32  # pixels of a block: one warp, so that sums over components stay inside a thread
 SMALLEST = tl.constexpr(MIN_SIGMA)
 
 
 def rollout_in_one_kernel(
     x0: GaussianMixture, x: Tensor, sigma: Sigma, sigma_end: Sigma, substeps: int, shift: float
-) -> Tensor | None:
-    """As `rollout`, without gradients or constraints; None where the mixture has too many components or is not in float32."""
+) -> Tensor:
+    """As `rollout` of at least two substeps, without gradients or constraints.
+
+    Raises:
+        ValueError: the mixture does not fit the registers, or is not in float32.
+    """
     batch, components, channels = x0.means.shape[:3]
     gram = components <= channels
     rows, columns = triton.next_power_of_2(components), triton.next_power_of_2(components if gram else channels)
-    if rows * columns > LARGEST or x0.means.dtype != torch.float32 or x.dtype == torch.float64:
-        return None
+    if rows * columns + 6 * rows > LARGEST or x0.means.dtype != torch.float32 or x.dtype == torch.float64:
+        kind = f"K = {components}, C = {channels} in {torch.promote_types(x0.means.dtype, x.dtype)}"
+        raise ValueError(f"a mixture of {kind} does not fit the kernel's registers")
     pixels = x.shape[2:].numel()
     source = x.float().contiguous()
     result = torch.empty_like(source)
@@ -33,27 +38,28 @@ def rollout_in_one_kernel(
     log_std = x0.log_std.squeeze(1)
     per_pixel = log_std.shape[2:].numel() > 1
     log_std = _full(log_std, x) if per_pixel else log_std.expand(batch, *log_std.shape[1:]).contiguous()
-    _kernel[(triton.cdiv(batch * pixels, BLOCK),)](
-        x0.means.contiguous(),
-        x0.log_weights.contiguous(),
-        log_std,
-        source,
-        result,
-        *times,
-        float(shift),
-        substeps,
-        batch * pixels,
-        pixels,
-        K=components,
-        C=channels,
-        ROWS=rows,
-        COLUMNS=columns,
-        GRAM=gram,
-        NUMBERS=numbers,
-        PER_PIXEL=per_pixel,
-        BLOCK=BLOCK,
-        num_warps=1,
-    )
+    with torch.cuda.device_of(x):  # where Triton launches
+        _kernel[(triton.cdiv(batch * pixels, BLOCK),)](
+            x0.means.contiguous(),
+            x0.log_weights.contiguous(),
+            log_std,
+            source,
+            result,
+            *times,
+            float(shift),
+            substeps,
+            batch * pixels,
+            pixels,
+            K=components,
+            C=channels,
+            ROWS=rows,
+            COLUMNS=columns,
+            GRAM=gram,
+            NUMBERS=numbers,
+            PER_PIXEL=per_pixel,
+            BLOCK=BLOCK,
+            num_warps=1,
+        )
     return result
 
 
@@ -79,9 +85,15 @@ def _step_numbers(now, following, var, signal_start, beta, source):
     scale = 1 / tl.maximum(1 + var * quadratic, 1e-6)
     ratio = following / now
     gain = (1 - ratio) * scale
-    decay = ratio + gain * var * alpha
-    of_source = scale * (alpha * source - beta)
-    return -0.5 * scale * quadratic, of_source, scale * alpha, decay, gain, decay * source - gain * var * beta
+    ahead = alpha * source - beta
+    return (
+        -0.5 * scale * quadratic,
+        scale * ahead,
+        scale * alpha,
+        ratio + gain * var * alpha,
+        gain,
+        ratio * source + gain * var * ahead,
+    )
 
 
 @triton.jit
@@ -109,6 +121,7 @@ def _kernel(
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < count
     sample, pixel = index // pixels, index % pixels
+    stride = tl.zeros((), tl.int64) + pixels  # of a channel
     if NUMBERS:
         sigma, sigma_end = start + tl.zeros((BLOCK,), tl.float32), end + tl.zeros((BLOCK,), tl.float32)
     else:
@@ -121,19 +134,19 @@ def _kernel(
 
     k = tl.arange(0, ROWS)[:, None]
     there = (k < K) & inside[None, :]
-    base_weights = tl.load(log_weights + (sample * K * pixels + pixel)[None, :] + k * pixels, there, 0.0)
+    base_weights = tl.load(log_weights + (sample * K * stride + pixel)[None, :] + k * stride, there, 0.0)
     base_weights = tl.where(k < K, base_weights, float("-inf"))
     weights = tl.exp(base_weights)
-    point = sample * C * pixels + pixel  # of x, in channel 0
-    mean = sample * K * C * pixels + pixel  # of component 0, in channel 0
+    point = sample * C * stride + pixel  # of x, in channel 0
+    mean = sample * K * C * stride + pixel  # of component 0, in channel 0
 
     if GRAM:
         inner = tl.zeros((ROWS, COLUMNS, BLOCK), tl.float32)
         norms, along = tl.zeros((ROWS, BLOCK), tl.float32), tl.zeros((ROWS, BLOCK), tl.float32)
         for c in range(C):
-            component = tl.load(means + mean[None, :] + (k * C + c) * pixels, there, 0.0)
+            component = tl.load(means + mean[None, :] + (k * C + c) * stride, there, 0.0)
             origin = tl.sum(weights * component, 0)
-            z = tl.load(x + point + c * pixels, inside, 0.0) - (1 - now) * origin
+            z = tl.load(x + point + c * stride, inside, 0.0) - (1 - now) * origin
             offset = tl.where(k < K, component - origin[None, :], 0.0)
             norms += offset * offset
             along += offset * z[None, :]
@@ -141,15 +154,15 @@ def _kernel(
     else:
         row, c = tl.arange(0, ROWS)[:, None, None], tl.arange(0, COLUMNS)[None, :, None]
         known = (row < K) & (c < C) & inside[None, None, :]
-        component = tl.load(means + mean[None, None, :] + (row * C + c) * pixels, known, 0.0)
+        component = tl.load(means + mean[None, None, :] + (row * C + c) * stride, known, 0.0)
         origin = tl.sum(weights[:, None, :] * component, 0)
         channel = tl.arange(0, COLUMNS)[:, None]
         within = (channel < C) & inside[None, :]
-        z = tl.load(x + point[None, :] + channel * pixels, within, 0.0) - (1 - now)[None, :] * origin
+        z = tl.load(x + point[None, :] + channel * stride, within, 0.0) - (1 - now)[None, :] * origin
         inner = tl.where(row < K, component - origin[None, :, :], 0.0)
         norms, along = tl.sum(inner * inner, 1), tl.sum(inner * z[None, :, :], 1)
 
-    following = tl.where(substeps == 1, sigma_end, _time(first, last, 1.0, substeps, shift))
+    following = _time(first, last, 1.0, substeps, shift)
     source = tl.full((BLOCK,), 1.0, tl.float32)
     _norm, _source, _state, _decay, _gain, source = _step_numbers(sigma, following, var, signal_start, beta, source)
     state = tl.zeros((COLUMNS, BLOCK), tl.float32)  # of r: at the first substep it stays 0
@@ -167,11 +180,11 @@ def _kernel(
     if GRAM:
         total = tl.sum(state, 0)
         for c in range(C):
-            component = tl.load(means + mean[None, :] + (k * C + c) * pixels, there, 0.0)
+            component = tl.load(means + mean[None, :] + (k * C + c) * stride, there, 0.0)
             origin = tl.sum(weights * component, 0)
-            z = tl.load(x + point + c * pixels, inside, 0.0) - (1 - now) * origin
+            z = tl.load(x + point + c * stride, inside, 0.0) - (1 - now) * origin
             value = source * z + (1 - sigma_end - total) * origin + tl.sum(state * component, 0)
-            tl.store(result + point + c * pixels, value, inside)
+            tl.store(result + point + c * stride, value, inside)
     else:
         value = source[None, :] * z + (1 - sigma_end)[None, :] * origin + state
-        tl.store(result + point[None, :] + channel * pixels, value, within)
+        tl.store(result + point[None, :] + channel * stride, value, within)

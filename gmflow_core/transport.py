@@ -55,9 +55,9 @@ def _quantile(means: Tensor, weights: Tensor, std: Tensor, unit: Tensor, z: Tens
     """x with sum_k w_k erfc((x - mean_k) / unit) = goal: (B, K, *S) twice, else broadcastable to (B, 1, *S), as the result is.
 
     Chebyshev's method (Newton's and the curvature) on the logarithm of the tail, from the quantile of the moment-matched
-    Gaussian; two or three evaluations as a rule. x lies between the smallest and the largest of the components' own quantiles
-    mean_k + std z, and every evaluation narrows that bracket; a step of more than half of it (as in a gap without density) is
-    replaced by bisection.
+    Gaussian; two or three evaluations as a rule. x lies between the smallest and the largest of the own quantiles
+    mean_k + std z of the components that matter, and every evaluation narrows that bracket; a step of more than half of it
+    (as in a gap without density) is replaced by bisection.
 
     Args:
         drop_out: pixels leave when they have converged. To know them a GPU has to be waited for; without, all take STEPS steps.
@@ -69,7 +69,9 @@ def _quantile(means: Tensor, weights: Tensor, std: Tensor, unit: Tensor, z: Tens
     distance, density = torch.empty_like(means), torch.empty_like(means)  # room to work in
     mean = torch.mul(means, weights, out=distance).sum(0)
     var = torch.sub(means, mean, out=distance).square_().mul_(weights).sum(0) + std * std
-    low, high = torch.addcmul(means.amin(0), std, z), torch.addcmul(means.amax(0), std, z)
+    gone = weights <= goal * (eps / len(means))  # and would stretch the bracket over a gap that Newton's steps do not cross
+    lowest, highest = (means.masked_fill(gone, end) for end in (math.inf, -math.inf))
+    low, high = torch.addcmul(lowest.amin(0), std, z), torch.addcmul(highest.amax(0), std, z)
     state = torch.stack([torch.addcmul(mean, var.sqrt_(), z).clamp_(low, high), low, high, unit, 1 / unit, goal])
     x, low, high, unit, rate, goal = state
     result, pixels = x, None

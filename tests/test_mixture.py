@@ -273,6 +273,9 @@ def hard_mixtures():
     yield 5 * drawn(n, 8), (-14 * drawn(n, 8, seed=2).sigmoid()).log_softmax(1), levels  # weights down to 1e-6
     two = torch.tensor([[-20.0, 20.0]], dtype=F64).expand(n, 2)
     yield two, torch.full_like(two, 0.5).log(), levels.sign() * 10 ** (-6 * levels.abs().tanh())  # a gap
+    for log_weight in (-86.0, -torch.inf):  # far from the rest and without weight, as after a coordinate is known
+        means = torch.tensor([[-500.0, 500.0, 5000.0]], dtype=F64).expand(n, 3)
+        yield means, torch.tensor([[0.0, 0.0, log_weight]], dtype=F64).log_softmax(1).expand(n, 3), levels
 
 
 @pytest.mark.parametrize("drop_out", [True, False])

@@ -224,7 +224,8 @@ class Trainer:
 
     def iterate(self) -> dict[str, Tensor]:
         """One optimiser step; returns its losses, not yet averaged over the processes. Without a finite gradient the weights
-        stay as they are, and the step counts as skipped. But for 8-bit and sharded optimisers nothing here waits for a GPU."""
+        stay as they are (their average goes on towards them), and the step will count as skipped: `count_skipped` looks at the
+        next log or checkpoint, as nothing here waits for a GPU but 8-bit and sharded optimisers."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step)
         self.optimizer.zero_grad()

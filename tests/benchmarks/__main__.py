@@ -1,6 +1,6 @@
 """Measures the hot paths against naive forms, other implementations and what the machine can do at best.
 
-    python -m tests.benchmarks                                  # everything, some 5 minutes on one CPU thread; and the GPU
+    python -m tests.benchmarks                                  # everything, 5 to 10 minutes on one CPU thread; and the GPU
     python -m tests.benchmarks --only rollout loss --threads 4  # some of the rows
     python -m tests.benchmarks --quick --out /tmp/quick         # tiny sizes: does it all run?
     GMFLOW_PATH=... LAKONLAB_PATH=... PIFLOW_PATH=... python -m tests.benchmarks    # with checkouts of the peers, see peers.py
@@ -25,8 +25,10 @@ from pathlib import Path
 
 import torch
 
+from training.devices import keep_freed_memory
+
 from . import loops, report, rows
-from .measure import REPOSITORY, Bench, keep_freed_memory, machine
+from .measure import REPOSITORY, Bench, machine
 
 ROWS = {**rows.ROWS, **loops.ROWS}
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import math
 import os
 import platform
@@ -22,15 +20,6 @@ from torch.utils.flop_counter import FlopCounterMode
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's start and stop are no news
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHORTEST = 0.005  # seconds that a reading takes at least; quick functions are called several times for one
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc's malloc to keep what is freed. By default it may give the memory of large tensors back and fetch it anew,
-    page by page, in every operation, or may not, depending on what the process has done before: the same code then takes
-    between once and six times as long. Other allocators are left as they are."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        for option, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, value)
 
 
 def wait(device: str) -> None:

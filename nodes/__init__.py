@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
 from .adapters import GMFlowAdapter
+from .autoguidance import GMFlowAutoguidance
 from .conditioning import GMFlowClassLabels, GMFlowUnconditional
 from .guidance import GMFlowGuider, GMFlowProbabilisticGuidance
 from .loaders import GMFlowLoader, register_model_folder
@@ -16,6 +17,7 @@ from .samplers import (
     GMFlowSDESampler,
     GMFlowSigmas,
 )
+from .sources import GMFlowSourceLoader, GMFlowSourceNoise, register_source_folder
 from .views import GMFlowDensity, GMFlowPixels
 
 
@@ -25,6 +27,7 @@ class GMFlowExtension(ComfyExtension):
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         register_model_folder()  # here, as older versions never call on_load
+        register_source_folder()
         return [
             GMFlowLoader,
             GMFlowSampler,
@@ -40,6 +43,9 @@ class GMFlowExtension(ComfyExtension):
             GMFlowUnconditional,
             GMFlowGuider,
             GMFlowProbabilisticGuidance,
+            GMFlowAutoguidance,
+            GMFlowSourceLoader,
+            GMFlowSourceNoise,
             GMFlowDensity,
             GMFlowPixels,
         ]

@@ -30,17 +30,25 @@ def settings_inputs() -> list[io.Input]:
     ]
 
 
-def guided(model, orthogonal: float = 1.0, start_percent: float = 0.0, end_percent: float = 1.0):
-    """A clone of the MODEL whose `cfg` is the weight of probabilistic guidance.
-
+def check_interval(start_percent: float, end_percent: float) -> None:
+    """
     Raises:
-        ValueError: the interval is empty.
+        ValueError: it is empty.
     """
     if start_percent > end_percent:
         raise ValueError(
             f"start_percent {start_percent:g} comes after end_percent {end_percent:g}; sampling goes from 0 to 1, so the start "
             "must be the smaller one"
         )
+
+
+def guided(model, orthogonal: float = 1.0, start_percent: float = 0.0, end_percent: float = 1.0):
+    """A clone of the MODEL whose `cfg` is the weight of probabilistic guidance.
+
+    Raises:
+        ValueError: the interval is empty.
+    """
+    check_interval(start_percent, end_percent)
     sampling = model.get_model_object("model_sampling")
     if not 0 < float(sampling.sigma_max) <= 1:
         raise ValueError(

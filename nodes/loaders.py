@@ -44,8 +44,14 @@ def installed_models() -> dict[str, str]:
                 inside.clear()
     names = folder_paths.get_filename_list(FOLDER)
     files = [name for name in names if not any(name.startswith(folder + os.sep) for folder in folders)]
-    models = {name: path for name in files if (path := folder_paths.get_full_path(FOLDER, name))}
+    found = {name: path for name in files if (path := folder_paths.get_full_path(FOLDER, name))}
+    models = {name: path for name, path in found.items() if path not in shipped_sources()}
     return dict(sorted({**models, **folders}.items()))
+
+
+def shipped_sources() -> list[str]:
+    """Paths of the mixture sources that come with the extension, among the models."""
+    return [str(path) for path in sorted(SHIPPED.glob("*source*.safetensors"))]
 
 
 def class_names() -> list[str]:

@@ -11,13 +11,13 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.supported_models_base
 import torch
+from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 
 from ..gmflow_core import GaussianMixture
-from ..gmflow_core.models import GMDiT
-from .seam import add_recording, is_awaited, offer, to_latent, to_points
+from ..gmflow_core.models import GMFlowMLP
+from .seam import LABELS, RECORDER, SOURCE, add_recording, check_noise, is_awaited, offer, to_latent, to_points
 
-LABELS = "gmflow_labels"  # key in a conditioning: integers (n,)
 NO_CLASS = -1  # among them, whatever the model
 CHUNK = 8_192  # points that go through a 2-D network at a time: few enough for the cache
 
@@ -27,15 +27,16 @@ class GMNetwork(nn.Module):
 
     Args:
         network: one of `gmflow_core.models`.
-        label_names: of its classes, by number; empty if unknown.
+        data: what its samples are, see `gmflow_core.save_checkpoint`.
     """
 
     of_points = False  # whether every latent pixel is a sample of its own
 
-    def __init__(self, network: nn.Module, label_names: list[str] | None = None):
+    def __init__(self, network: nn.Module, data: dict[str, Any]):
         super().__init__()
         self.network = network
-        self.label_names = label_names or []
+        self.label_names: list[str] = data.get("labels") or []  # of its classes, by number; empty if unknown
+        self.source: dict[str, Any] | None = data.get("source")
         self.dtype = next(network.parameters()).dtype
 
     @property
@@ -81,10 +82,10 @@ class PointNetwork(GMNetwork):
 
 
 class ImageNetwork(GMNetwork):
-    """A class-conditional network of images."""
+    """A network of images, of classes or modes if it knows any."""
 
     def predict(self, x: Tensor, sigma: Tensor, conds: dict, keep: bool) -> tuple[Tensor, GaussianMixture | None]:
-        mixture = self.network(x, sigma, conds["labels"])
+        mixture = self.network(x, sigma, conds.get("labels"))
         return mixture.mean(), mixture
 
     def check_conds(self, noise: Tensor, **conds) -> dict[str, comfy.conds.CONDRegular]:
@@ -99,6 +100,9 @@ class ImageNetwork(GMNetwork):
         except ValueError as error:
             raise ValueError(f"{error}. {use}") from error
         labels, num_classes = conds.get(LABELS), self.network.config.num_classes
+        self.check_source(conds.get(SOURCE))
+        if not num_classes:
+            return {}
         if labels is None:
             raise ValueError(
                 f"this model generates classes, and the {conds.get('prompt_type', '')} conditioning holds no class labels "
@@ -111,6 +115,11 @@ class ImageNetwork(GMNetwork):
             raise ValueError(
                 "class labels cannot be concatenated or combined with text; give 'GM Class Labels' all the labels, one per line"
             )
+        if not getattr(self.network.config, "null_class", True) and (labels == NO_CLASS).any():
+            raise ValueError(
+                "this model was trained without a label for none: there is no negative conditioning for it. Use Basic Guider, "
+                "or 'Autoguidance' with a weaker model"
+            )
         if not NO_CLASS <= int(labels.min()) <= int(labels.max()) < num_classes:
             raise ValueError(f"labels {labels.tolist()} do not fit a model of {num_classes} classes. {use}")
         if noise.shape[0] % len(labels):
@@ -119,6 +128,27 @@ class ImageNetwork(GMNetwork):
                 f"multiple. {use}"
             )
         return {"labels": comfy.conds.CONDRegular(torch.where(labels == NO_CLASS, num_classes, labels))}
+
+    def check_source(self, noise: Any) -> None:
+        """
+        Raises:
+            ValueError: a conditioning names modes of a source, and the network was not trained to know them.
+        """
+        if noise is None:
+            return
+        if self.source is None or self.source["conditioning"] != "mode":
+            raise ValueError(
+                "the conditioning names modes of a mixture source, and this model was not trained to know them; connect 'GM "
+                "Class Labels' or 'GM Unconditional' instead"
+                + (" (the noise may stay: the model was trained with a mixture source)" if self.source else "")
+            )
+        made = (self.source["num_modes"], tuple(self.source["shape"]))
+        found = (noise.source.num_modes, noise.source.shape)
+        if made != found:
+            raise ValueError(
+                f"the source has {found[0]} modes of {found[1]}, and this model was trained with one of {made[0]} modes of "
+                f"{made[1]}; choose that one in 'Load Mixture Source'"
+            )
 
 
 class PointLatent(comfy.latent_formats.LatentFormat):
@@ -174,11 +204,10 @@ def gm_model(network: nn.Module, data: dict[str, Any] | None = None) -> comfy.mo
         ValueError: they are of a kind that is unknown here.
     """
     data = data or {}
-    if isinstance(network, GMDiT):
-        latent_format = image_latent(network.channels, data)
-        wrapped = ImageNetwork(network, data.get("labels"))
+    if isinstance(network, GMFlowMLP):
+        latent_format, wrapped = PointLatent(), PointNetwork(network, data)
     else:
-        latent_format, wrapped = PointLatent(), PointNetwork(network)
+        latent_format, wrapped = image_latent(network.channels, data), ImageNetwork(network, data)
     flow = comfy.model_base.ModelType.FLOW
     model = GMModel(GMModelConfig(latent_format), model_type=flow, unet_model=lambda **settings: wrapped)
     patcher = comfy.model_patcher.ModelPatcher(
@@ -187,17 +216,20 @@ def gm_model(network: nn.Module, data: dict[str, Any] | None = None) -> comfy.mo
         offload_device=comfy.model_management.unet_offload_device(),
     )
     add_recording(patcher)
+    if wrapped.source is not None:
+        patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, RECORDER, check_noise)
     return patcher
 
 
 def image_latent(channels: int, data: dict[str, Any]) -> comfy.latent_formats.LatentFormat:
-    """The latent format of an image model; Stable Diffusion's, with which the stock VAE nodes work, or pixels."""
+    """The latent format of an image model: Stable Diffusion's, with which the stock VAE nodes work; or as they are, pixels and
+    the latents of representation autoencoders."""
     space = data.get("space") or ("sd-vae" if channels == 4 else "pixels")
-    if space == "pixels":
+    if space in ("pixels", "rae"):
         return PixelLatent(channels)
     if space == "sd-vae" and channels == 4:
         return comfy.latent_formats.SD15(data.get("scaling_factor", 0.18215))
     raise ValueError(
-        f"the checkpoint's samples are {space!r} with {channels} channels; this version knows 'pixels', and 'sd-vae' with "
-        "4 channels; update GMFlow"
+        f"the checkpoint's samples are {space!r} with {channels} channels; this version knows 'pixels', 'rae', and 'sd-vae' "
+        "with 4 channels; update GMFlow"
     )

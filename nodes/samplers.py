@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import logging
 import zlib
+from collections.abc import Iterable
+from dataclasses import replace
 
 import comfy.model_management
 import comfy.sample
@@ -17,12 +19,12 @@ from torch import Tensor
 
 from ..gmflow_core import DXPolicy, flow_sigmas, unshift_time
 from ..gmflow_core.policy import Policy
-from ..gmflow_core.solvers import FINAL_STEP_SIZE, SOLVERS, SUBSTEPS, solve, usual_temperature
+from ..gmflow_core.solvers import FINAL_STEP_SIZE, MEAN_SOLVERS, SOLVERS, SUBSTEPS, solve, usual_temperature
 from .guidance import TIPS as GUIDANCE_TIPS
 from .guidance import gm_guider, guided
 from .models import GMModel
 from .notices import notice
-from .seam import Adapter, MixtureModel, PointShape, has_probabilistic_guidance, own_shift
+from .seam import SOURCE, Adapter, MixtureModel, PointShape, has_probabilistic_guidance, own_shift
 
 NOTHING = [[torch.zeros(1, 1, 1), {}]]  # CONDITIONING for models that take none; others ask for labels
 
@@ -67,6 +69,8 @@ def gm_sampler(solver: str, shift: float = OWN, **settings) -> comfy.samplers.KS
             )
         extra_args = extra_args or {}
         mixtures = MixtureModel(model, x.shape, extra_args)
+        if solver not in MEAN_SOLVERS:
+            mixtures.enter_modes(solver)
         time_shift = shift or mixtures.own_shift
         if mixtures.adapter is not None:
             check_steps(mixtures.adapter, sigmas, time_shift)
@@ -79,7 +83,7 @@ def gm_sampler(solver: str, shift: float = OWN, **settings) -> comfy.samplers.KS
 
         def report(step: int, x: Tensor, x0: Tensor) -> None:
             if callback is not None:
-                state = {"x": mixtures.from_solver(x), "denoised": mixtures.from_solver(x0)}
+                state = {"x": mixtures.from_solver(x, sigmas[step]), "denoised": mixtures.from_solver(x0, 0.0)}
                 callback({"i": step, "sigma": sigmas[step], "sigma_hat": sigmas[step], **state})
 
         def denoise(x: Tensor, sigma: Tensor) -> Policy:
@@ -95,13 +99,15 @@ def gm_sampler(solver: str, shift: float = OWN, **settings) -> comfy.samplers.KS
         seed = ((extra_args.get("seed") or 0) + 1) % 2**64
         one_for_all = isinstance(mixtures.shape, PointShape)
         noise = torch.Generator().manual_seed(seed) if one_for_all else image_generators(seed, model.noise)
-        given = {"shift": time_shift, "spectrum": mixtures.spectrum, "noise": noise, **settings}
+        spectrum = None if mixtures.has_source else mixtures.spectrum
+        given = {"shift": time_shift, "spectrum": spectrum, "noise": noise, **settings}
         hooks = {
             "callback": report,
             "constrain": mixtures.constrain if mixtures.masked else None,
             "check": comfy.model_management.throw_exception_if_processing_interrupted,
         }
-        return mixtures.from_solver(solve(solver, denoise, mixtures.to_solver(x), sigmas, **given, **hooks))
+        result = solve(solver, denoise, mixtures.to_solver(x, sigmas[0]), sigmas, **given, **hooks)
+        return mixtures.from_solver(result, sigmas[-1])
 
     return comfy.samplers.KSAMPLER(run)
 
@@ -124,7 +130,12 @@ def image_generators(seed: int, noise: Tensor) -> list[torch.Generator]:
     keys = [zlib.crc32(image.float().cpu().numpy().tobytes()) for image in noise]
     if not noise.any():  # switched off
         keys = list(range(len(noise)))
-    return [torch.Generator().manual_seed((seed + (key << 31)) % 2**63) for key in keys]
+    return generators(seed, keys)
+
+
+def generators(seed: int, keys: Iterable[int]) -> list[torch.Generator]:
+    """One generator for each key of 32 bits. A CPU generator reads no more than 32 bits of its seed."""
+    return [torch.Generator().manual_seed(zlib.crc32(seed.to_bytes(8, "little"), key)) for key in keys]
 
 
 def gm_sigmas(steps: int, shift: float = 1.0, denoise: float = 1.0, final_step_size: float = 1.0) -> Tensor:
@@ -377,7 +388,11 @@ class GMFlowSampler(io.ComfyNode):
             )
         samples = fitting_latent(model, latent_image)
         batch_index = latent_image.get("batch_index")
-        noise = comfy.sample.prepare_noise(samples, seed, batch_index)
+        source = (positive or NOTHING)[0][1].get(SOURCE)
+        if source is None:
+            noise = comfy.sample.prepare_noise(samples, seed, batch_index)
+        else:
+            noise = replace(source, seed=seed).generate_noise({**latent_image, "samples": samples})
         if guidance and not has_probabilistic_guidance(model):
             model = guided(model)
         settings = {

@@ -23,7 +23,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 
-from ..gmflow_core import DXPolicy, DXVelocity, GaussianMixture, predict_x0
+from ..gmflow_core import DXPolicy, DXVelocity, GaussianMixture, ModeFrame, predict_x0
 from ..gmflow_core.guidance import Guidance, within
 from ..gmflow_core.models.heads import Head, HeadLayout
 from ..gmflow_core.policy import Policy
@@ -31,6 +31,8 @@ from .notices import clear, notice
 
 RECORDER = "gmflow_mixture_recorder"  # key in transformer_options
 ADAPTER = "gmflow_adapter"  # likewise
+SOURCE = "gmflow_source"  # key in a conditioning: the SourceNoise whose modes it names
+LABELS = "gmflow_labels"  # likewise: integers (n,)
 DEFAULT_GUIDANCE = 3.5  # what ComfyUI feeds FLUX models where a conditioning says nothing of it
 ROUNDING = 1e-4  # two means that differ by less, relatively, are the same
 PARTIAL = ("area", "mask", "timestep_start", "timestep_end")  # what limits a conditioning to a part of the latent or the steps
@@ -133,6 +135,38 @@ def recording(model_options: dict | None) -> tuple[dict, MixtureRecorder]:
     options = (model_options or {}).get("transformer_options", {})
     recorder = options.get(RECORDER) or MixtureRecorder()
     return {**(model_options or {}), "transformer_options": {**options, RECORDER: recorder}}, recorder
+
+
+# Mixture sources
+
+
+def mark_noise(noise: Tensor, drawn: object) -> Tensor:
+    """Leave a note on a noise tensor of what it was drawn by, for `check_noise`."""
+    noise.gmflow_source = drawn
+    return noise
+
+
+def check_noise(executor, noise: Tensor, *args, **kwargs):
+    """Say so if a model that was trained with a mixture source gets other noise, or that of other modes than those it is told;
+    a wrapper for ComfyUI's OUTER_SAMPLE, so that it is said with stock samplers too."""
+    clear()
+    guider = executor.class_obj
+    record = guider.model_patcher.model.diffusion_model.source
+    drawn = getattr(noise, "gmflow_source", None)
+    if drawn is None and noise.any():  # or it is switched off
+        notice(
+            f"this model was trained with noise from a mixture source of {record['num_modes']} modes, and this noise is not: "
+            "expect poor images. Connect 'Mixture Source Noise' to noise of SamplerCustomAdvanced"
+            + (", and its modes to the positive conditioning" if record["conditioning"] == "mode" else "")
+        )
+    conds = getattr(guider, "conds", {}).get("positive") or []
+    told = [cond[LABELS].tolist() for cond in conds if cond.get(LABELS) is not None]
+    if drawn is not None and record["conditioning"] == "mode" and told not in ([], [drawn.modes.tolist()]):
+        notice(
+            f"the noise is of the modes {drawn.modes.tolist()}, and the conditioning says {told[0]}: expect poor images. "
+            "Connect both from the same 'Mixture Source Noise'"
+        )
+    return executor(noise, *args, **kwargs)
 
 
 # The solver's shape
@@ -471,6 +505,7 @@ class MixtureModel:
         self.model, self.guider, self.latent_shape, self.extra_args = model, model.inner_model, latent_shape, extra_args
         self.shape = solver_shape(self.guider.inner_model, extra_args.get("model_options"))
         self.mask: Tensor | None = None  # of the step that runs
+        self.frame: ModeFrame | None = None  # what the solver works in
 
     @property
     def spectrum(self) -> nn.Module | None:
@@ -487,16 +522,63 @@ class MixtureModel:
         """The model's time shift."""
         return own_shift(self.guider.inner_model.model_sampling)
 
-    def to_solver(self, latent: Tensor) -> Tensor:
-        """A latent in the solver's shape."""
-        return self.shape.to_solver(latent)
+    @property
+    def has_source(self) -> bool:
+        """Whether the model was trained with a mixture source."""
+        return self._source is not None
 
-    def from_solver(self, x: Tensor) -> Tensor:
+    @property
+    def _source(self) -> dict | None:
+        return getattr(self.guider.inner_model.diffusion_model, "source", None)
+
+    def enter_modes(self, solver: str) -> None:
+        """Let the solver work in the coordinates in which the noise of the modes is N(0, I), if the model was trained with a
+        mixture source: its closed forms hold there only.
+
+        The positive conditioning knows the modes; the noise, which a sampler gets as a tensor, does not. So they are those that
+        the network is told, whatever the guider and the nodes before it.
+
+        Raises:
+            ValueError: the network does not know the modes, or the conditioning does not say them.
+        """
+        record = self._source
+        if record is None:
+            return
+        if record["conditioning"] != "mode":
+            raise ValueError(
+                f"{solver} has no closed form for a model that was trained with a mixture source and does not know the modes; "
+                "choose euler (KSamplerSelect, or solver euler of GM Sampler) or another sampler that follows the mean"
+            )
+        conds = getattr(self.guider, "conds", {}).get("positive") or []
+        if len(conds) != 1 or conds[0].get(SOURCE) is None:
+            raise ValueError(
+                f"{solver} needs to know the modes of the noise, with their means: connect 'modes' of 'Mixture Source Noise', "
+                "alone, to the positive conditioning; or choose euler, for which numbers from GM Class Labels are enough"
+            )
+        self.frame = conds[0][SOURCE].frame(self.latent_shape[0], self.guider.model_patcher.load_device)
+
+    def to_solver(self, latent: Tensor, sigma: Tensor | float) -> Tensor:
+        """A latent at sigma in the solver's shape and coordinates."""
+        x = self.shape.to_solver(latent)
+        return x if self.frame is None else self.frame.enter(x, sigma)
+
+    def from_solver(self, x: Tensor, sigma: Tensor | float) -> Tensor:
         """The inverse of `to_solver`."""
-        return self.shape.from_solver(x, self.latent_shape)
+        return self.shape.from_solver(x if self.frame is None else self.frame.leave(x, sigma), self.latent_shape)
 
     def denoise(self, x: Tensor, sigma: Tensor) -> Policy:
-        """The policy in x_0 that the guider makes; a denoiser for gmflow_core.
+        """The policy in x_0 that the guider makes; a denoiser for gmflow_core, in the solver's coordinates.
+
+        Raises:
+            ValueError: the model predicts no mixture.
+        """
+        if self.frame is None:
+            return self.guided(x, sigma)
+        mixture, std = self.guided(self.frame.leave(x, sigma), sigma), self.frame.std.unsqueeze(1)
+        return GaussianMixture(mixture.means / std, mixture.log_weights, mixture.log_std - std.log())
+
+    def guided(self, x: Tensor, sigma: Tensor) -> Policy:
+        """The same at x in the latents' coordinates and the solver's shape.
 
         With probabilistic guidance it is the guided mixture. Any other guider, and nodes that change the guided prediction
         afterwards, say a mean only: the policy is moved there as a whole. For a CFG Guider that is classifier-free guidance as
@@ -509,8 +591,9 @@ class MixtureModel:
         options, recorder = recording(self.extra_args.get("model_options"))
         latent_sigma = sigma[:1].expand(self.latent_shape[0])
         self.mask = self.mask_at(latent_sigma)
-        denoised = self.guider(self.from_solver(x), latent_sigma, model_options=options, seed=self.extra_args.get("seed"))
-        mean, policy = self.to_solver(denoised), recorder.guided
+        latent = self.shape.from_solver(x, self.latent_shape)
+        denoised = self.guider(latent, latent_sigma, model_options=options, seed=self.extra_args.get("seed"))
+        mean, policy = self.shape.to_solver(denoised), recorder.guided
         if policy is None:
             conds = getattr(self.guider, "conds", {}).get("positive")
             policy = recorder.x0_policy(conds, x, sigma)
@@ -542,8 +625,8 @@ class MixtureModel:
         """What every substep has to respect: the noise mask of the step, outside of which x is the original latent at that
         sigma."""
         sigma = sigma.reshape(-1)[:1].expand(self.latent_shape[0])
-        latent = self.from_solver(x)
+        latent = self.from_solver(x, sigma)
         original = self.guider.inner_model.scale_latent_inpaint(
             x=latent, sigma=sigma, noise=self.model.noise, latent_image=self.model.latent_image
         )
-        return self.to_solver(latent * self.mask + original * (1 - self.mask))
+        return self.to_solver(latent * self.mask + original * (1 - self.mask), sigma)

@@ -23,6 +23,7 @@ class GMFlowMLPConfig:
         hidden_dim, num_layers: width and number of hidden layers.
         min_period, max_period: shortest and longest period of the position features, in units of x.
         constant_log_std: fixes the mixture's log-std instead of predicting it.
+        num_classes: number of labels that the network is told, such as the modes of a source; 0 for a network without.
 
     Raises:
         ValueError: a value is out of range.
@@ -35,6 +36,7 @@ class GMFlowMLPConfig:
     min_period: float = 0.005
     max_period: float = 50.0
     constant_log_std: float | None = None
+    num_classes: int = 0
 
     def __post_init__(self):
         for name in ("num_components", "embed_dim", "hidden_dim", "num_layers"):
@@ -42,6 +44,8 @@ class GMFlowMLPConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.embed_dim % 4:
             raise ValueError(f"embed_dim is {self.embed_dim}; it must be divisible by 4 (sine and cosine of x and y)")
+        if self.num_classes < 0:
+            raise ValueError(f"num_classes is {self.num_classes}; it must be 0 or more")
         if not 0 < self.min_period < self.max_period:
             raise ValueError(f"periods must satisfy 0 < {self.min_period} < {self.max_period}")
 
@@ -58,13 +62,15 @@ class GMFlowMLP(nn.Module):
     def __init__(self, config: GMFlowMLPConfig = GMFlowMLPConfig()):
         super().__init__()
         self.config = config
-        widths = [2 * config.embed_dim] + [config.hidden_dim] * config.num_layers
+        widths = [(3 if config.num_classes else 2) * config.embed_dim] + [config.hidden_dim] * config.num_layers
         layers = [(nn.Linear(a, b), nn.SiLU()) for a, b in itertools.pairwise(widths)]
         self.net = nn.Sequential(*[module for layer in layers for module in layer])
         self.out_means = nn.Linear(config.hidden_dim, 2 * config.num_components)
         self.out_logweights = nn.Linear(config.hidden_dim, config.num_components)
         if config.constant_log_std is None:
             self.out_logstds = nn.Linear(config.hidden_dim, 1)
+        if config.num_classes:
+            self.embed_labels = nn.Embedding(config.num_classes, config.embed_dim)
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -76,23 +82,29 @@ class GMFlowMLP(nn.Module):
         if self.config.constant_log_std is None:
             nn.init.zeros_(self.out_logstds.weight)
 
-    def forward(self, x: Tensor, sigma: Tensor) -> GaussianMixture:
+    def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> GaussianMixture:
         """
         Args:
             x: (B, 2, *S) noisy points; every pixel of *S is a point of its own.
             sigma: (B,) or a scalar, in [0, 1].
+            labels: (B,) integers below `num_classes`, if there are any.
 
         Returns:
             The mixture of velocities: means (B, K, 2, *S), log_weights (B, K, 1, *S), log_std (B, 1, 1, *S); float32.
 
         Raises:
-            ValueError: x does not have two channels.
+            ValueError: x does not have two channels; labels are missing, or too many.
         """
         if x.ndim < 2 or x.shape[1] != self.channels:
             raise ValueError(f"GMFlowMLP works on 2-D points: x must be (B, 2, ...), not {tuple(x.shape)}")
+        if (labels is None) != (self.config.num_classes == 0):
+            came = "no labels came" if labels is None else "labels came"
+            raise ValueError(f"this GMFlowMLP knows {self.config.num_classes} labels, but {came}; they belong together")
         points = x.movedim(1, -1)  # (B, *S, 2)
         sigma = torch.as_tensor(sigma, device=x.device).expand(x.shape[0])
-        time = time_features(sigma, self.config.embed_dim, include_end=True)  # (B, E)
+        time = time_features(sigma, self.config.embed_dim, include_end=True)  # (B, E); with the label's embedding (B, 2 E)
+        if labels is not None:
+            time = torch.cat([time, self.embed_labels(labels).to(time)], -1)
         time = time.reshape(x.shape[0], *[1] * (x.ndim - 2), -1).expand(*points.shape[:-1], -1)
         features = torch.cat([time, self.position_features(points)], -1).to(self.out_means.weight.dtype)
         hidden = self.net(features)  # (B, *S, H)

@@ -81,7 +81,7 @@ def custom(prompt: dict, guider: dict, sampler: dict, steps: int = 4) -> dict:
     return {**prompt, **nodes, "sample": node("SamplerCustomAdvanced", latent_image=["labels", 2], **wires)}
 
 
-ODE = node("GMFlowODESampler", order=2, substeps=4)
+ODE, SDE = node("GMFlowODESampler", order=2, substeps=4), node("GMFlowSDESampler", order=2)
 WIRES = {"positive": ["labels", 0], "negative": ["labels", 1]}
 
 
@@ -98,7 +98,7 @@ def outside(
     shape = (len(labels), config.channels, config.latent_size, config.latent_size)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     keys = [zlib.crc32(image.numpy().tobytes()) for image in x]  # every image's own
-    noise = [torch.Generator().manual_seed((1 + (key << 31)) % 2**63) for key in keys]
+    noise = [torch.Generator().manual_seed(zlib.crc32((1).to_bytes(8, "little"), key)) for key in keys]
     denoiser = class_denoiser(network, torch.tensor(labels), guidance)
     settings = {"substeps": 4, "spectrum": network.spectrum_net, "noise": noise}
     return solve(solver, denoiser, x, flow_sigmas(4), **settings)
@@ -161,6 +161,14 @@ def test_an_image_does_not_depend_on_its_batch(comfy: Comfy, pixels: Path) -> No
     prompt["sample"]["inputs"] |= {"positive": ["one", 0], "latent_image": ["part", 0]}
     assert close(latent_of(comfy, prompt), whole[2:])
     assert not close(whole[0], whole[1])
+
+
+def test_every_image_has_stochastic_noise_of_its_own(comfy: Comfy, pixels: Path) -> None:
+    """Nothing else tells the four apart: the same class, and no initial noise."""
+    prompt = custom(graph([2], repeat=4), node("BasicGuider", model=["model", 0], conditioning=["labels", 0]), SDE)
+    prompt["noise"] = node("DisableNoise")
+    images = latent_of(comfy, prompt).flatten(1)
+    assert torch.pdist(images).min() > 0.1
 
 
 @pytest.mark.parametrize("solver", ["gm-ode", "gm-sde"])

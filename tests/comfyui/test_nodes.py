@@ -26,6 +26,7 @@ from .graphs import NOT_FITTING, latent_of
 
 API = sorted((WORKFLOWS / "api").glob("*.json"))
 PICTURES = {
+    "autoguidance": 2,
     "checkerboard_custom_sampling": 2,
     "checkerboard_quickstart": 2,
     "digits_guidance": 3,
@@ -36,6 +37,7 @@ PICTURES = {
     "flux_lora_stack": 1,
     "flux_text_to_image": 1,
     "imagenet_256": 4,
+    "mixture_source": 2,
     "qwen_image_text_to_image": 1,
 }
 PIXELS = 8  # image pixels a side to one latent pixel
@@ -90,7 +92,7 @@ def levels_of(picture: np.ndarray) -> Tensor:
 def test_extension_loads(comfy: Comfy) -> None:
     assert not re.search("IMPORT FAILED.*custom_nodes", comfy.log())
     nodes = {name: node for name, node in comfy.object_info().items() if node["category"].startswith("GMFlow")}
-    assert len(nodes) == 16
+    assert len(nodes) == 19
     for name, node in nodes.items():
         assert node["description"], name
         for group in ("required", "optional"):

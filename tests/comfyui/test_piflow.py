@@ -2,8 +2,9 @@
 last version it works on: tiny FLUX.1 and Qwen-Image models in float32, with GM and DX adapters.
 
 tests/golden/piflow.safetensors holds its output latents, and the settings of each case in its metadata. Relative to a latent's
-largest value most cases agree to 1e-5, all to 2e-5 but those of a single step, whose 128 substeps all read one mixture: its own
-rounding is of that order, with two threads instead of one its latents move by up to 6e-5, and by 2.4e-4 in a single step.
+largest value most cases agree to 1e-5, all to 2e-5 but those of a single step, whose 128 substeps all read one mixture: plain
+float32 substeps are 4e-5 from float64 there (ours, in tiles, 3e-6), and with two threads instead of one its latents move by up
+to 2.4e-4.
 
 Stochastic cases get ComfyUI-piFlow's noise, which it draws for the whole batch at once; ours is each image's own. Masks with
 fresh noise in every step are not among the cases: there ComfyUI-piFlow adds it outside of the mask, too, where we
@@ -55,4 +56,4 @@ def test_same_latent_as_comfyui_piflow(ours: dict[str, Tensor], name: str) -> No
     expected = load_file(GOLDEN)[name]
     assert ours[name].shape == expected.shape
     error = (ours[name] - expected).abs().max() / expected.abs().max()
-    assert error <= (5e-5 if CASES[name]["steps"] == 1 else 2e-5)
+    assert error <= (1e-4 if CASES[name]["steps"] == 1 else 2e-5)

@@ -28,6 +28,7 @@ from training.metrics import (
     histogram_distance,
     inception_score,
     measure,
+    nearest_distance,
     precision_recall,
     read_npz,
     score,
@@ -112,6 +113,11 @@ def test_precision_and_recall():
         precision_recall(wide[:3], wide)
 
 
+def test_nearest_distance():
+    reference = torch.tensor([[0.0, 0.0], [10.0, 0.0]])
+    assert nearest_distance(torch.tensor([[0.0, 3.0], [10.0, 4.0], [4.0, 0.0]]), reference) == pytest.approx(11 / 3)
+
+
 def test_inception_score():
     """The number of classes if every image is sure of its class and all are alike often; 1 if all images look the same."""
     assert inception_score(torch.eye(5).repeat(40, 1)) == pytest.approx(5, rel=0.02)
@@ -151,7 +157,7 @@ def test_saturation_and_accuracy(place):
     assert found["class_accuracy"] == (both.probabilities.argmax(1) == 0).double().mean().item()
     assert len(Reference(reference.statistics, both, limit=7).radii) == 7
     found = score(both, Reference(reference.statistics), classes=None, known=lambda values: values.sum().item())
-    assert found["precision"] is found["recall"] is found["class_accuracy"] is None
+    assert found["precision"] is found["recall"] is found["class_accuracy"] is found["nearest_distance"] is None
     assert found["saturation_distance"] == 10
     assert histogram_distance(torch.zeros(3), torch.tensor([0.01, 0.04, 1.0])) == pytest.approx(1 / 3)
 

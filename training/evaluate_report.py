@@ -14,7 +14,16 @@ from torch import Tensor
 from training.features import InceptionFeatures
 from training.latents import whole_file
 
-METRICS = ("frechet_distance", "inception_score", "precision", "recall", "class_accuracy", "saturation", "saturation_distance")
+METRICS = (
+    "frechet_distance",
+    "inception_score",
+    "precision",
+    "recall",
+    "nearest_distance",
+    "class_accuracy",
+    "saturation",
+    "saturation_distance",
+)
 COLUMNS = ("name", "checkpoint", "num_components", "solver", "steps", "substeps", "guidance", "scale", "network_calls")
 COLUMNS += ("count", *METRICS, "out_of_range", "seconds")
 

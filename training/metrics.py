@@ -172,6 +172,12 @@ def share_inside(points: Tensor, centres: Tensor, radii: Tensor) -> float:
     return torch.cat([(d <= radii).any(1) for d in _distances(points, centres)]).double().mean().item()
 
 
+def nearest_distance(samples: Tensor, reference: Tensor) -> float:
+    """The mean distance of samples (N, D) to the nearest of the features (M, D): of a model that has learnt images by
+    heart it lies well below that of images that it was not trained on."""
+    return torch.cat([d.amin(1) for d in _distances(samples, reference)]).double().mean().item()
+
+
 def _distances(a: Tensor, b: Tensor) -> Iterator[Tensor]:
     """Rows of the (N, M) distances, as many at a time as fit the memory; where there is a GPU, it computes them."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -201,12 +207,13 @@ def score(measures: Measures, reference: Reference, *, classes: tuple[str, ...] 
 
     Returns:
         `frechet_distance` (the FID, where the features are Inception's), `inception_score`, `precision`, `recall`,
-        `class_accuracy`, `saturation` (mean), `saturation_distance` (total variation of 20-bin histograms); None for what
-        cannot be known.
+        `nearest_distance` (see there), `class_accuracy`, `saturation` (mean), `saturation_distance` (total variation of 20-bin
+        histograms); None for what cannot be known.
     """
     images = reference.measures
-    precision = recall = accuracy = distance = None
+    precision = recall = nearest = accuracy = distance = None
     if images is not None:
+        nearest = nearest_distance(measures.features, images.features)
         precision, recall = precision_recall(measures.features, reference.neighbours, reference.radii)
     if measures.labels is not None and classes is not None:
         accuracy = class_accuracy(measures.probabilities, measures.labels)
@@ -219,6 +226,7 @@ def score(measures: Measures, reference: Reference, *, classes: tuple[str, ...] 
         "inception_score": inception_score(measures.probabilities),
         "precision": precision,
         "recall": recall,
+        "nearest_distance": nearest,
         "class_accuracy": accuracy,
         "saturation": measures.saturation.double().mean().item(),
         "saturation_distance": distance,

@@ -102,14 +102,16 @@ def sample_class_images(args: argparse.Namespace, network: MixtureOutput, data: 
         raise ValueError(f"--count is {count}; it must be at least 1")
     labels = torch.tensor([find_label(text, names, classes) for text in wanted]).repeat_interleave(count)
     trained = data.get("source")
-    if (trained is None) != (args.source is None):
-        hint = "with a mixture source; give it as --source" if trained else "without a mixture source; leave --source out"
-        raise ValueError(f"{args.checkpoint} was trained {hint}")
+    source = None if args.source is None else load_source(args.source, args.device)
+    if source is not None:
+        source.require_record(trained, args.checkpoint)
+    elif trained is not None:
+        raise ValueError(f"{args.checkpoint} was trained with a mixture source; give it as --source")
     known = trained is not None and trained.get("conditioning") == "mode"
     x = sample_images(
         network,
         None if known else labels,
-        source=None if args.source is None else load_source(args.source, args.device),
+        source=source,
         modes=labels if known else None,
         solver=args.solver,
         steps=args.steps,

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from .guidance import Guidance, classifier_free_guidance
 from .mixture import GaussianMixture, standard_normal
 from .path import flow_sigmas, velocity_to_x0
-from .solvers import MEAN_SOLVERS, Callback, Denoiser, denoiser_of, solve
-from .source import GaussianMixtureSource
+from .solvers import MEAN_SOLVERS, Callback, Denoiser, solve
+from .source import GaussianMixtureSource, ModeFrame
 
 
 def class_denoiser(network: nn.Module, labels: Tensor, guidance: Guidance | None = None) -> Denoiser:
@@ -42,6 +42,11 @@ def class_denoiser(network: nn.Module, labels: Tensor, guidance: Guidance | None
         return guidance(velocity_to_x0(cond, x, sigma), velocity_to_x0(uncond.mean(), x, sigma))
 
     return denoise
+
+
+def _framed(denoiser: Denoiser, frame: ModeFrame) -> Denoiser:
+    """A denoiser of x as one of the frame's y."""
+    return lambda y, sigma: frame.x0(denoiser(frame.leave(y, sigma), sigma))
 
 
 def autoguided(denoiser: Denoiser, guide: Denoiser, scale: float) -> Denoiser:
@@ -98,6 +103,15 @@ def sample_images(
     generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
     noise = standard_normal(shape, generators, like=torch.empty(0, device=device))
     frame, x = None, noise
+    if modes is not None:
+        modes = torch.as_tensor(modes)
+        if source is None:
+            raise ValueError("modes are those of a source; give the source, too")
+    if labels is None and config.num_classes != source.num_modes:
+        raise ValueError(
+            f"a network of {config.num_classes} labels does not know the {source.num_modes} modes of this source; give labels "
+            "(zeros for an unconditional network) to sample one whose modes are hidden"
+        )
     if labels is None and guidance is not None and not guidance.idle:
         raise ValueError("a network whose labels are modes knows of none, which guidance needs; take autoguidance")
     if source is not None:
@@ -115,15 +129,18 @@ def sample_images(
             x = source.draw(modes, noise=noise)
         labels = modes if labels is None else labels
     labels = labels.to(device)
-    networks = [network] if guide is None else [network, guide]
-    if frame is None:
-        denoisers = [class_denoiser(each, labels, guidance) for each in networks]
-    else:
-        for each in networks:
-            class_denoiser(each, labels, guidance)  # checks the labels
-        denoisers = [denoiser_of(frame.network(lambda x, sigma, each=each: each(x, sigma, labels))) for each in networks]
+    denoisers = [class_denoiser(each, labels, guidance) for each in ([network] if guide is None else [network, guide])]
+    report = callback
+    if frame is not None:
+        denoisers = [_framed(each, frame) for each in denoisers]
+        times = (flow_sigmas(steps, shift) if sigmas is None else sigmas).tolist()
+
+        def report(step: int, x: Tensor, x0: Tensor) -> None:
+            if callback is not None:
+                callback(step, frame.leave(x, times[step]), x0 * frame.std)
+
     denoiser = denoisers[0] if guide is None else autoguided(*denoisers, guide_scale)
     spectrum = network.spectrum_net if source is None else None
     settings = {"order": order, "substeps": substeps, "shift": shift, "spectrum": spectrum, "noise": generators}
-    x = solve(solver, denoiser, x, flow_sigmas(steps, shift) if sigmas is None else sigmas, **settings, callback=callback)
+    x = solve(solver, denoiser, x, flow_sigmas(steps, shift) if sigmas is None else sigmas, **settings, callback=report)
     return x if frame is None else frame.leave(x, 0.0 if sigmas is None else float(sigmas[-1]))

@@ -50,13 +50,16 @@ def unshift_time(sigma: Sigma, shift: float) -> Sigma:
     return sigma / (shift + (1 - shift) * sigma)
 
 
-def flow_sigmas(steps: int, shift: float = 1.0, *, start: float = 1.0, final_step_size: float = 1.0) -> Tensor:
-    """`steps` + 1 times from `start` down to 0, before the time shift.
+def flow_sigmas(
+    steps: int, shift: float = 1.0, *, start: float = 1.0, final_step_size: float = 1.0, end: float = 0.0
+) -> Tensor:
+    """`steps` + 1 times from `start` down to `end`, before the time shift.
 
     Args:
         shift: see `shift_time`.
         start: in (0, 1]; below 1 for changing an image instead of making one.
         final_step_size: of the last step, in (0, 1], relative to the others, which are equal (pi-Flow takes 0.5).
+        end: in [0, start); MM-FM stops its 49 steps at 0.001, and takes x there for the sample.
 
     Raises:
         ValueError: an argument is out of range.
@@ -68,8 +71,10 @@ def flow_sigmas(steps: int, shift: float = 1.0, *, start: float = 1.0, final_ste
     for name, value in (("start", start), ("final_step_size", final_step_size)):
         if not 0 < value <= 1:
             raise ValueError(f"{name} is {value}; it must be above 0 and at most 1")
+    if not 0 <= end < start:
+        raise ValueError(f"end is {end}; it must be at least 0 and below start, {start}")
     times = 1 - torch.arange(steps + 1, dtype=torch.float64) / (steps - 1 + final_step_size)
-    return shift_time(start * times.clamp(min=0), shift).float()
+    return shift_time(end + (start - end) * times.clamp(min=0), shift).float()
 
 
 def diffuse(x0: Tensor, sigma: Sigma, noise: Tensor) -> Tensor:

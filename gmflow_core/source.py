@@ -6,9 +6,11 @@ mixture is one per pixel. `source_fit.py` makes sources; `source_convert.py` rea
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -121,6 +123,33 @@ class GaussianMixtureSource:
             raise ValueError(
                 f"the source's samples are {self.shape}, but the latents are {tuple(shape)}; take latents of {self.shape}, or "
                 f"a source fitted on data of {tuple(shape)}: {FIT}"
+            )
+
+    @cached_property
+    def digest(self) -> str:
+        """A fingerprint of what it draws, to tell sources of one shape apart."""
+        tensors = (self.means, self.std, self.log_weights)
+        parts = [hashlib.sha256(t.detach().cpu().contiguous().numpy().tobytes()).digest() for t in tensors]
+        return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+
+    def record(self, coupling: str, known: bool) -> dict[str, Any]:
+        """What a model's checkpoint says of the source it was trained with, see `save_checkpoint`."""
+        about = {"num_modes": self.num_modes, "shape": self.shape, "digest": self.digest}
+        return {**about, "coupling": coupling, "conditioning": "mode" if known else "hidden"}
+
+    def require_record(self, record: dict[str, Any] | None, model: str) -> None:
+        """
+        Raises:
+            ValueError: the model with that `record` was trained without a source, or with another.
+        """
+        if record is None:
+            raise ValueError(f"{model} was trained without a mixture source; leave the source out")
+        made = record["num_modes"], tuple(record["shape"]), record.get("digest", self.digest)
+        mine = self.num_modes, self.shape, self.digest
+        if made != mine:
+            raise ValueError(
+                f"{model} was trained with a source of {made[0]} modes of {made[1]} (fingerprint {made[2]}), and this one has "
+                f"{mine[0]} modes of {mine[1]} ({mine[2]}); give that one"
             )
 
     # Draws
@@ -283,6 +312,11 @@ class ModeFrame:
         mean, std = self.mean.unsqueeze(1), self.std.unsqueeze(1)
         return GaussianMixture((u.means - mean) / std, u.log_weights, u.log_std - std.log())
 
+    def x0(self, x0: GaussianMixture) -> GaussianMixture:
+        """The mixture of y's x_0, which is x's over s."""
+        std = self.std.unsqueeze(1)
+        return GaussianMixture(x0.means / std, x0.log_weights, x0.log_std - std.log())
+
     def network(self, network: Callable[[Tensor, Tensor], GaussianMixture]) -> Callable[[Tensor, Tensor], GaussianMixture]:
         """A network (x, sigma) -> mixture of velocities as one on y."""
         return lambda y, sigma: self.velocity(network(self.leave(y, sigma), sigma))
@@ -321,7 +355,7 @@ def _choose(weights: Tensor, count: int, generator: Generator | None, uniform: T
     uniform numbers."""
     edges = weights.cumsum(-1, dtype=widest(weights.device))
     uniform = draw_like(torch.rand, (count,), generator, edges) if uniform is None else uniform.to(edges)
-    uniform = uniform * edges[..., -1]
+    uniform = uniform.clamp(max=1 - torch.finfo(edges.dtype).eps) * edges[..., -1]  # 1 would be behind the last
     if weights.ndim == 1:
         return torch.searchsorted(edges, uniform, right=True)
     return torch.searchsorted(edges, uniform.unsqueeze(1), right=True).squeeze(1)

@@ -75,7 +75,7 @@ def gm_guider(model, positive, negative=None, scale: float = 0.0) -> comfy.sampl
             "prompt, or set the weight to 0"
         )
     guider = comfy.samplers.CFGGuider(model)
-    guider.set_conds(positive, negative or (unconditional() if of_classes else positive))
+    guider.set_conds(positive, negative or (unconditional() if of_classes and scale else positive))
     guider.set_cfg(scale if has_probabilistic_guidance(model) else 1.0)
     return guider
 

@@ -115,7 +115,8 @@ class ImageNetwork(GMNetwork):
             raise ValueError(
                 "class labels cannot be concatenated or combined with text; give 'GM Class Labels' all the labels, one per line"
             )
-        if not getattr(self.network.config, "null_class", True) and (labels == NO_CLASS).any():
+        told_modes = self.source is not None and self.source["conditioning"] == "mode"  # which are never dropped in training
+        if (told_modes or not getattr(self.network.config, "null_class", True)) and (labels == NO_CLASS).any():
             raise ValueError(
                 "this model was trained without a label for none: there is no negative conditioning for it. Use Basic Guider, "
                 "or 'Autoguidance' with a weaker model"
@@ -142,13 +143,7 @@ class ImageNetwork(GMNetwork):
                 "Class Labels' or 'GM Unconditional' instead"
                 + (" (the noise may stay: the model was trained with a mixture source)" if self.source else "")
             )
-        made = (self.source["num_modes"], tuple(self.source["shape"]))
-        found = (noise.source.num_modes, noise.source.shape)
-        if made != found:
-            raise ValueError(
-                f"the source has {found[0]} modes of {found[1]}, and this model was trained with one of {made[0]} modes of "
-                f"{made[1]}; choose that one in 'Load Mixture Source'"
-            )
+        noise.source.require_record(self.source, "this model")
 
 
 class PointLatent(comfy.latent_formats.LatentFormat):

@@ -574,8 +574,7 @@ class MixtureModel:
         """
         if self.frame is None:
             return self.guided(x, sigma)
-        mixture, std = self.guided(self.frame.leave(x, sigma), sigma), self.frame.std.unsqueeze(1)
-        return GaussianMixture(mixture.means / std, mixture.log_weights, mixture.log_std - std.log())
+        return self.frame.x0(self.guided(self.frame.leave(x, sigma), sigma))
 
     def guided(self, x: Tensor, sigma: Tensor) -> Policy:
         """The same at x in the latents' coordinates and the solver's shape.

@@ -17,7 +17,7 @@ from gmflow_core import GaussianMixtureSource, Guidance, load_checkpoint, sample
 from gmflow_core.models.gmdit import GMDiT, GMDiTConfig
 from gmflow_core.models.mlp import GMFlowMLP, GMFlowMLPConfig
 from training import evaluate
-from training.evaluate import Config, Evaluation, image_labels, image_seeds, main, parse, settings_of, short_names
+from training.evaluate import Config, Evaluation, image_labels, image_modes, image_seeds, main, parse, settings_of, short_names
 from training.features import Classifier, ClassifierConfig, ClassifierFeatures, InceptionFeatures, fidelity, train_classifier
 from training.latents import FORMAT, to_pixels, write_index, write_shard
 from training.metrics import (
@@ -508,9 +508,9 @@ def test_models_of_a_mixture_source(place, tmp_path):
     about = {"space": "pixels", "source": {"num_modes": 5, "shape": [3, 8, 8], "coupling": "soft", "conditioning": "mode"}}
     model = write_model(tmp_path / "modes.safetensors", data=about, num_classes=5)
     weak = write_model(tmp_path / "weak.safetensors", seed=1, data=about, num_classes=5)
-    with pytest.raises(ValueError, match=r"modes.safetensors was trained with one; give --source"):
+    with pytest.raises(ValueError, match=r"modes.safetensors was trained with a mixture source; give --source"):
         run(place, tmp_path / "out", "--checkpoint", str(model))
-    with pytest.raises(ValueError, match=r"tiny.safetensors was trained without a mixture source, so leave --source out"):
+    with pytest.raises(ValueError, match=r"tiny.safetensors was trained without a mixture source; leave the source out"):
         run(place, tmp_path / "out", "--source", str(tmp_path / "source.safetensors"))
     more = ["--checkpoint", str(model), "--source", str(tmp_path / "source.safetensors")]
     [row] = run(place, tmp_path / "out", *more)["results"]
@@ -520,3 +520,17 @@ def test_models_of_a_mixture_source(place, tmp_path):
     [idle] = run(place, tmp_path / "idle", *more, "--guide", str(weak), "--guide-scale", "1")["results"]
     assert idle["frechet_distance"] == pytest.approx(row["frechet_distance"], rel=1e-3)
     assert guided["frechet_distance"] != pytest.approx(row["frechet_distance"], rel=1e-3)
+    [early] = run(place, tmp_path / "early", *more, "--end", "0.3")["results"]
+    assert early["frechet_distance"] != pytest.approx(row["frechet_distance"], rel=1e-3)
+    other = write_model(tmp_path / "other.safetensors", data={**about, "source": {**about["source"], "conditioning": "hidden"}})
+    with pytest.raises(ValueError, match="have other labels; a guide is told what the model is told"):
+        run(place, tmp_path / "wrong", *more, "--guide", str(other))
+
+
+def test_modes_say_nothing_of_the_noise():
+    source = GaussianMixtureSource(torch.zeros(8, 2), torch.ones(8, 1), torch.full((8,), 1 / 8).log())
+    seeds = image_seeds(0, range(2000))
+    modes = image_modes(seeds, source)
+    noise = torch.stack([torch.randn(16, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    among = torch.stack([noise.square()[modes == mode].mean(0) for mode in range(8)])
+    assert (among - 1).abs().max() < 0.45  # 250 of each: five standard errors

@@ -405,9 +405,8 @@ def test_noise_comes_from_the_samples_mode_which_is_its_label(data, source, tmp_
     assert (seen["moments"][0] - seen["x0"]).square().mean() < 0.05
     assert torch.equal(seen["moments"][0].mean((2, 3)).argmax(1), seen["labels"])
     trainer.run()
-    assert read_metadata(trainer.path)["data"]["source"] == {
-        "num_modes": 3, "shape": [3, 4, 4], "coupling": "soft", "conditioning": "mode",
-    }  # fmt: skip
+    record = {"num_modes": 3, "shape": [3, 4, 4], "coupling": "soft", "conditioning": "mode"}
+    assert read_metadata(trainer.path)["data"]["source"] == {**record, "digest": load_source(source).digest}
     assert len(list((tmp_path / "samples").glob("*.png"))) == 2
 
 
@@ -429,12 +428,15 @@ def test_runs_with_a_source_resume_exactly(more, data, source, tmp_path, monkeyp
 
 
 def test_focal_weights_grow_with_the_loss_of_a_mode():
-    weights, modes = ModeWeights(3), torch.tensor([0, 0, 1, 2])
-    assert torch.equal(weights(modes, 0), torch.ones(4))
+    weights, modes = ModeWeights(3), torch.tensor([0, 0, 0, 1, 2])
+    assert torch.equal(weights(modes, 0), torch.ones(5))
+    weights.update(modes, torch.full((5,), 7.0), lambda sums: sums)
+    assert weights(modes, 10**4) == pytest.approx(torch.ones(5))  # however often they come
     for _ in range(20_000):
-        weights.update(modes, torch.tensor([1.0, 3.0, 1.0, 2.0]), lambda sums: sums)
-    assert weights.losses == pytest.approx(torch.tensor([2.0, 1.0, 2.0]), rel=1e-3)
-    assert weights(modes, 10**4) == pytest.approx(torch.tensor([4.0, 4.0, 1.0, 4.0]) / 3, rel=1e-3)
+        weights.update(modes, torch.tensor([1.0, 3.0, 2.0, 1.0, torch.nan]), lambda sums: sums)
+    assert weights.losses == pytest.approx(torch.tensor([2.0, 1.0, 7.0]), rel=0.03)
+    focal = torch.tensor([4.0, 1.0, 49.0]) / 18
+    assert weights(torch.arange(3), 10**4) == pytest.approx(focal.clamp(0.3, 3), rel=0.05)
 
 
 def test_tokens_choose_the_modes(data, source, tmp_path):
@@ -464,6 +466,14 @@ def test_settings_that_a_source_does_not_go_with(more, message, data, source, tm
     with pytest.raises(SystemExit):
         modes_trainer(data, source, tmp_path, *more)
     assert re.search(message, " ".join(capsys.readouterr().err.replace("│", " ").split()))
+
+
+def test_a_run_goes_on_with_its_own_source_only(data, source, tmp_path):
+    modes_trainer(data, source, tmp_path).save()
+    again = load_source(source)
+    save_source(replace(again, means=again.means + 0.1), tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"was trained with a source of 3 modes .* give that one"):
+        modes_trainer(data, tmp_path / "other.safetensors", tmp_path)
 
 
 def test_a_source_of_another_shape_is_refused(data, source, tmp_path):

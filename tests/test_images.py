@@ -153,6 +153,13 @@ def test_noise_of_known_modes_becomes_the_data_of_these_modes(solver):
         assert (x.std(1) / WIDTHS - 1).abs().max() < (0.2 if solver == "gm-policy" else 0.06)  # which sharpens
 
 
+def test_previews_are_those_of_the_samples():
+    seen, settings = [], {"source": SOURCE, "modes": [0, 2], "steps": 3}
+    x = sample_images(ExactNetwork(), None, **settings, callback=lambda step, x, x0: seen.append((x, x0)))
+    assert is_near(seen[0][0], SOURCE.draw([0, 2], noise=seen[0][0].sub(SOURCE.means[[0, 2]]) / SOURCE.std[[0, 2]]), 1e-5)
+    assert (seen[-1][1] - x).abs().max() < 1  # in the data's own units
+
+
 def test_modes_come_by_weight_and_from_each_seed():
     network = ExactNetwork()
     x = sample_images(network, None, steps=2, source=SOURCE, seeds=range(400))
@@ -171,6 +178,12 @@ def test_autoguidance_moves_the_mean():
 
 def test_hidden_or_diagonal_modes_and_wrong_shapes_are_refused():
     network, labels = ExactNetwork(), torch.zeros(2, dtype=torch.long)
+    other = ExactNetwork()
+    other.config = SimpleNamespace(**{**vars(network.config), "num_classes": 2})
+    with pytest.raises(ValueError, match="a network of 2 labels does not know the 3 modes"):
+        sample_images(other, None, source=SOURCE, modes=labels)
+    with pytest.raises(ValueError, match="give the source, too"):
+        sample_images(network, labels, modes=labels)
     with pytest.raises(ValueError, match=r"gm-ode .* does not know the modes; take one of euler, dpmpp-2m"):
         sample_images(network, labels, source=SOURCE)
     diagonal = GaussianMixtureSource(SOURCE.means, SOURCE.std.expand_as(SOURCE.means), SOURCE.log_weights)

@@ -261,3 +261,11 @@ def test_broken_pickles_and_cycles(tmp_path):
         (tmp_path / "mixture.pkl").write_bytes(raw[:end])
         with pytest.raises(ValueError, match="refused"):
             convert_pickle(tmp_path / "mixture.pkl")
+
+
+def test_the_largest_uniform_number_is_a_mode_too():
+    weights = torch.tensor([0.5, 0.5, 0.0]).log()  # the last is never drawn
+    source = GaussianMixtureSource(torch.tensor([[0.0], [9.0], [20.0]]), torch.ones(3, 1), weights)
+    ones = torch.ones(4)
+    assert source.draw_modes(4, uniform=ones).tolist() == [1] * 4
+    assert source.posterior_modes(torch.full((4, 1), 9.0), uniform=ones).tolist() == [1] * 4

@@ -30,6 +30,7 @@ import math
 import shutil
 import sys
 import time
+import zlib
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -48,6 +49,7 @@ from tqdm import tqdm
 from gmflow_core.checkpoint import load_checkpoint, read_metadata
 from gmflow_core.guidance import Guidance
 from gmflow_core.images import sample_images
+from gmflow_core.path import flow_sigmas
 from gmflow_core.published import is_published, published_weights
 from gmflow_core.solvers import SOLVERS, SUBSTEPS
 from gmflow_core.source import GaussianMixtureSource, load_source
@@ -114,6 +116,8 @@ class Config:
     """A weaker model for autoguidance, with the same labels or modes."""
     guide_scale: float = 1.5
     """Of autoguidance; 1 is none."""
+    end: float = 0.0
+    """Last time of the grid, before the shift; MM-FM takes 0.001, with 49 steps."""
     vae: str | None = None
     """For latents: the VAE's folder or its name on the hub; by default what the data was prepared with."""
     seed: int = 0
@@ -312,7 +316,8 @@ class Model:
             raise ValueError(f"{source} holds a {metadata['model_class']}; this command samples image models (GMDiT, DiTDH)")
         config = metadata["config"]
         self.source, self.classes = source, config["num_classes"]
-        self.conditioning = metadata["data"].get("source", {}).get("conditioning")  # by modes, or they are hidden, or None
+        self.record = metadata["data"].get("source")  # of the mixture source it was trained with
+        self.conditioning = (self.record or {}).get("conditioning")  # by modes, or they are hidden, or None
         self.num_components, self.shape = config["num_components"], (config["channels"], *[config["latent_size"]] * 2)
         if self.classes != len(data.classes) and self.conditioning != "mode":
             raise ValueError(
@@ -340,12 +345,9 @@ class Model:
         return load_checkpoint(self.source, device, dtype)[0]
 
 
-def source_digest(source: GaussianMixtureSource) -> str:
-    """What a source's samples depend on, in short."""
-    digest = hashlib.sha256()
-    for tensor in (source.means, source.std, source.log_weights):
-        digest.update(tensor.cpu().numpy().tobytes())
-    return digest.hexdigest()
+def image_modes(seeds: Sequence[int], source: GaussianMixtureSource) -> Tensor:
+    """The mode (n,) of each image, by weight, from its own seed, but of other random numbers than its noise."""
+    return source.draw_modes(len(seeds), [torch.Generator().manual_seed(zlib.crc32(b"mode %d" % seed)) for seed in seeds])
 
 
 class Chunks:
@@ -508,9 +510,12 @@ class Evaluation:
         self.guide = None if config.guide is None else Model(config.guide, data)
         self.source = None if config.source is None else load_source(config.source, self.device)
         for model in [*self.models, *([self.guide] if self.guide else [])]:
-            if (model.conditioning is None) != (self.source is None):
-                trained = "without a mixture source, so leave --source out" if self.source else "with one; give --source"
-                raise ValueError(f"{model.source} was trained {trained}")
+            if self.source is not None:
+                self.source.require_record(model.record, model.source)
+            elif model.record is not None:
+                raise ValueError(f"{model.source} was trained with a mixture source; give --source")
+            if self.guide and (self.guide.conditioning, self.guide.classes) != (model.conditioning, model.classes):
+                raise ValueError(f"{config.guide} and {model.source} have other labels; a guide is told what the model is told")
         if self.main:
             self.clean()
         self.state.wait_for_everyone()
@@ -688,8 +693,10 @@ class Evaluation:
             "precision": config.precision,
             "vae": self.vae_name,
         }
+        if config.end:
+            key["end"] = config.end
         if self.source is not None:
-            key["source"] = source_digest(self.source)
+            key["source"] = self.source.digest
         if self.guide is not None:
             key["guide"] = [self.guide.fingerprint, config.guide_scale]
         return Chunks(config.out / "samples" / setting.name, key, config.count, config.chunk_size)
@@ -764,9 +771,7 @@ class Evaluation:
         parts, all_labels, outside, values = [], [], 0, 0
         for start in range(images.start, images.stop, config.batch_size):
             seeds = image_seeds(config.seed, range(start, min(start + config.batch_size, images.stop)))
-            modes = None
-            if self.source is not None:
-                modes = self.source.draw_modes(len(seeds), [torch.Generator().manual_seed(seed) for seed in seeds])
+            modes = None if self.source is None else image_modes(seeds, self.source)
             known = self.models[setting.model].conditioning == "mode"
             labels = modes.cpu() if known else image_labels(seeds, max(1, network.config.num_classes))
             x = sample_images(
@@ -776,7 +781,7 @@ class Evaluation:
                 steps=setting.steps,
                 order=config.order,
                 substeps=setting.substeps(config),
-                shift=config.shift,
+                sigmas=flow_sigmas(setting.steps, config.shift, end=config.end),
                 guidance=guidance,
                 seeds=seeds,
                 source=self.source,

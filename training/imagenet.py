@@ -53,7 +53,7 @@ NOISE_BLOCK = 16  # samples whose noise comes from one seed, so that it does not
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(TrainerConfig):
-    """GM-DiT training. The defaults shown are those of the chosen preset."""
+    """Training of image models. The defaults shown are those of the chosen preset."""
 
     preset: Literal[
         "gmdit_xl_k8", "gmdit_b_k8", "gmdit_s_k8", "ditdh_xl", "ditdh_s", "digits", "digits_flow_matching", "digits_modes"
@@ -91,6 +91,8 @@ class Config(TrainerConfig):
     """How far down the transition loss looks, (sigma_high - sigma_low) / sigma_high in (0, 1]; None: plain velocity NLL."""
     time_sampling: Literal["logit-normal", "uniform"] = "logit-normal"
     """Distribution of sigma."""
+    time_max: float = 1.0
+    """Largest time that is drawn, before the shift."""
     time_shift: float = 1.0
     """Shift of sigma towards noise: shift t / (1 + (shift - 1) t); sqrt(dimensions / 4096) for latents of many (RAE)."""
     source: str | None = None
@@ -137,6 +139,7 @@ class Config(TrainerConfig):
         require(self.clip > 0, "clip", self.clip, "positive")
         require(self.workers >= 0, "workers", self.workers, "0 or more")
         require(self.time_shift > 0, "time_shift", self.time_shift, "positive")
+        require(MIN_SIGMA < self.time_max <= 1, "time_max", self.time_max, f"above {MIN_SIGMA} and at most 1")
         if self.source is None:
             for name in ("mode_conditional", "mode_weighting"):
                 require(not getattr(self, name), name, True, "off without --source")
@@ -146,7 +149,7 @@ class Config(TrainerConfig):
         require(not no_class, "class_dropout", self.class_dropout, "0 with --mode-conditional, whose labels are never dropped")
         known = self.mode_conditional or self.transition_ratio is None
         require(known, "transition_ratio", ratio, "None with --source, unless the network knows the modes (--mode-conditional)")
-        flow_matching = self.num_components == 1 and self.constant_log_std is not None
+        flow_matching = self.num_components == 1 and self.constant_log_std == 0
         require(
             flow_matching or not self.mode_weighting, "mode_weighting", True, "off for a mixture (-k 1 --constant-log-std 0)"
         )
@@ -182,7 +185,9 @@ _DITDH_XL = Config(
     patch_size=1,
     transition_ratio=None,
     spectrum_layers=None,
+    time_max=0.999,
     time_shift=(768 * 16 * 16 / 4096) ** 0.5,
+    loss_weight=2 / 768,  # the mean squared error, for which the clip is
     batch_size=1024,
     lr=2e-4,
     weight_decay=0.0,
@@ -336,8 +341,8 @@ class Objective(nn.Module):
 
 
 class ModeWeights:
-    """Weights of the samples in the loss by their mode: (average loss of the mode / that of all)^2, between 0.3 and 3, with
-    mean 1 over the modes (MM-FM's focal weights; all 1 in the first iterations).
+    """Weights of the samples in the loss by their mode: (average loss of the mode / mean of these)^2, brought to a mean of 1
+    over the modes, then between 0.3 and 3 (MM-FM's focal weights; all 1 in the first iterations). Old losses are forgotten.
 
     Args:
         modes: M.
@@ -346,23 +351,29 @@ class ModeWeights:
     POWER, LOWEST, HIGHEST, DECAY, WARMUP = 2.0, 0.3, 3.0, 0.9995, 2500
 
     def __init__(self, modes: int):
-        self.losses = torch.ones(modes)
+        self.sums = torch.zeros(2, modes)  # of the losses, and how many
+
+    @property
+    def losses(self) -> Tensor:
+        """The average loss (M,) of each mode; of one that never came, that of the others."""
+        total, count = self.sums
+        return torch.where(count > 0, total / count.clamp(min=1e-30), total.sum() / count.sum().clamp(min=1e-30))
 
     def __call__(self, modes: Tensor, step: int) -> Tensor:
         """(B,) for samples of these modes, at iteration `step`."""
         if step < self.WARMUP:
-            return torch.ones(len(modes), device=self.losses.device)
-        weights = (self.losses / self.losses.mean()).pow(self.POWER)
+            return torch.ones(len(modes), device=self.sums.device)
+        losses = self.losses
+        weights = (losses / losses.mean()).pow(self.POWER)
         return (weights / weights.mean()).clamp(self.LOWEST, self.HIGHEST)[modes]
 
     def update(self, modes: Tensor, losses: Tensor, reduce: Callable[[Tensor], Tensor]) -> None:
-        """Take in what was found for samples (B,); `reduce` adds up over the processes."""
-        sums = torch.zeros(2, len(self.losses), device=self.losses.device)
-        sums[0].index_add_(0, modes, losses)
-        sums[1].index_add_(0, modes, torch.ones_like(losses))
-        total, count = reduce(sums)
-        mean = torch.where(count > 0, total / count.clamp(min=1), self.losses)
-        self.losses = torch.where(mean.isfinite(), self.losses.lerp(mean, 1 - self.DECAY**count), self.losses)
+        """Take in what an iteration found for samples (B,); `reduce` adds up over the processes."""
+        found = torch.zeros_like(self.sums)
+        finite = losses.isfinite()
+        found[0].index_add_(0, modes, torch.where(finite, losses, 0))
+        found[1].index_add_(0, modes, finite.to(found))
+        self.sums = self.DECAY * self.sums + reduce(found)
 
 
 class WithTokens(Dataset):
@@ -379,7 +390,7 @@ class WithTokens(Dataset):
 
 
 class Trainer(trainer.Trainer):
-    """A GM-DiT run."""
+    """A run."""
 
     module = MODULE
     free_to_change = trainer.Trainer.free_to_change | {
@@ -404,7 +415,7 @@ class Trainer(trainer.Trainer):
         share = config.batch_size // acc.num_processes
         self.source = None if self.source is None else self.source.to(acc.device)
         if self.mode_weights is not None:
-            self.mode_weights.losses = self.mode_weights.losses.to(acc.device)
+            self.mode_weights.sums = self.mode_weights.sums.to(acc.device)
         self.samples: Dataset = self.dataset
         if self.source is not None and self.source.assigner is not None and config.coupling != "independent":
             self.samples = WithTokens(self.dataset, read_tokens(config.data))
@@ -488,7 +499,10 @@ class Trainer(trainer.Trainer):
         return {**super().settings(), "optimizer": self.optimizer_name}
 
     def resume(self) -> None:
-        found, mine = read_metadata(self.path)["config"], dataclasses.asdict(self.model.config)
+        metadata = read_metadata(self.path)
+        if self.source is not None:
+            self.source.require_record(metadata["data"].get("source"), str(self.path))
+        found, mine = metadata["config"], dataclasses.asdict(self.model.config)
         differ = [k for k, v in mine.items() if found.get(k) != (list(v) if isinstance(v, tuple) else v)]
         if differ:
             changes = ", ".join(f"{k}: {found.get(k)} there, {mine[k]} here" for k in differ)
@@ -512,6 +526,7 @@ class Trainer(trainer.Trainer):
                 )
             )
         totals: dict[str, Tensor] = {}
+        seen = []
         for piece, rows in enumerate(pieces_of(self.rows, config.accumulate)):
             x0, labels, *token = (t.to(acc.device, non_blocking=True) for t in next(self.batches))
             drawn = self.draw(labels, x0.shape[1:], rows)
@@ -524,11 +539,11 @@ class Trainer(trainer.Trainer):
             with self.gradient_of_piece(last=piece + 1 == config.accumulate):
                 losses = self.prepared(x0, *drawn, moments, weights)
                 acc.backward(losses["loss"] / config.accumulate)
-            each = losses.pop("each")
-            if self.mode_weights is not None:
-                self.mode_weights.update(modes, each, lambda sums: acc.reduce(sums, "sum"))
+            seen.append((modes, losses.pop("each")))
             for name, value in losses.items():
                 totals[name] = totals.get(name, 0) + value.detach() / config.accumulate
+        if self.mode_weights is not None:
+            self.mode_weights.update(*map(torch.cat, zip(*seen, strict=True)), lambda sums: acc.reduce(sums, "sum"))
         return totals
 
     def draw(self, labels: Tensor, shape: tuple[int, ...], rows: range) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -538,7 +553,7 @@ class Trainer(trainer.Trainer):
         time, drop, low, high = noise.split([1, 1, size, size], 1)
         labels = torch.where(normal_cdf(drop[:, 0]) < config.class_dropout, len(self.dataset.classes), labels)
         sigma = time[:, 0].sigmoid() if config.time_sampling == "logit-normal" else normal_cdf(time[:, 0])
-        sigma = shift_time(sigma, config.time_shift).clamp(min=MIN_SIGMA)
+        sigma = shift_time(sigma.clamp(max=config.time_max), config.time_shift).clamp(min=MIN_SIGMA)
         return labels, sigma, low.unflatten(1, shape), high.unflatten(1, shape)
 
     def draw_modes(self, x: Tensor, rows: range) -> Tensor | None:
@@ -551,11 +566,11 @@ class Trainer(trainer.Trainer):
         return self.source.posterior_modes(x, self.config.coupling, uniform=uniform)
 
     def extra_state(self) -> dict[str, Tensor]:
-        return {} if self.mode_weights is None else {"mode_losses": self.mode_weights.losses}
+        return {} if self.mode_weights is None else {"mode_losses": self.mode_weights.sums}
 
     def load_extra_state(self, state: dict[str, Tensor]) -> None:
         if self.mode_weights is not None:
-            self.mode_weights.losses = state["mode_losses"].to(self.mode_weights.losses)
+            self.mode_weights.sums = state["mode_losses"].to(self.mode_weights.sums)
 
     def decay(self, step: int) -> float:
         """Half-life of 30 million images, or a twentieth of those seen if that is less (Karras et al. 2022)."""
@@ -596,13 +611,8 @@ class Trainer(trainer.Trainer):
             space["scaling_factor"] = index["scaling_factor"]
         if self.source is None:
             return {"labels": self.dataset.classes, **space}
-        known, config = self.config.mode_conditional, self.config
-        space["source"] = {
-            "num_modes": self.source.num_modes,
-            "shape": self.source.shape,
-            "coupling": config.coupling,
-            "conditioning": "mode" if known else "hidden",
-        }
+        known = self.config.mode_conditional
+        space["source"] = self.source.record(self.config.coupling, known)
         return {"labels": [f"mode {m}" for m in range(self.source.num_modes)] if known else self.dataset.classes, **space}
 
     def export(self) -> None:

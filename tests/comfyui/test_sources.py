@@ -297,7 +297,7 @@ def test_other_noise_is_noticed(server: Comfy) -> None:
         ({"choice": "of the image: drawn", "latent_image": ["empty", 2]}, "the latent is empty; connect VAE Encode"),
         ({"latent_image": ["big", 0]}, r"samples are \(3, 8, 8\), but the latents are \(3, 16, 16\)"),
         ({"source": ["latents", 0]}, r"samples are \(4, 8, 8\), but the latents are \(3, 8, 8\)"),
-        ({"source": ["two", 0]}, r"source has 2 modes of .* trained with one of 5 modes of \(3, 8, 8\); choose that one"),
+        ({"source": ["two", 0]}, r"trained with a source of 5 modes .* and this one has 2 modes of .*; give that one"),
     ],
 )
 def test_what_does_not_fit_is_named(server: Comfy, noise: dict, complaint: str) -> None:

@@ -527,6 +527,16 @@ def test_models_of_a_mixture_source(place, tmp_path):
         run(place, tmp_path / "wrong", *more, "--guide", str(other))
 
 
+def test_samples_without_a_label(place, tmp_path):
+    [row] = run(place, tmp_path / "out", "--unlabelled")["results"]
+    assert row["class_accuracy"] is None
+    found = samples_of(place, tmp_path / "samples", "--unlabelled")
+    network, _ = load_checkpoint(place / "tiny.safetensors")
+    seeds = image_seeds(0, range(len(found)))
+    expected = sample_images(network, torch.full((len(found),), 2), steps=2, seeds=seeds, substeps=64)
+    assert (found.float() - to_pixels(expected).float()).abs().max() <= 1
+
+
 def test_modes_say_nothing_of_the_noise():
     source = GaussianMixtureSource(torch.zeros(8, 2), torch.ones(8, 1), torch.full((8,), 1 / 8).log())
     seeds = image_seeds(0, range(2000))

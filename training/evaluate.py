@@ -112,6 +112,8 @@ class Config:
     """Shift of the time grid."""
     source: str | None = None
     """The mixture source that the models were trained with: file, folder or hub id; modes by weight."""
+    unlabelled: bool = False
+    """Sample with the label for none; models of a source that hides its modes, which classes do not know of, are sampled so."""
     guide: str | None = None
     """A weaker model for autoguidance, with the same labels or modes."""
     guide_scale: float = 1.5
@@ -695,6 +697,8 @@ class Evaluation:
         }
         if config.end:
             key["end"] = config.end
+        if config.unlabelled:
+            key["labels"] = "none"
         if self.source is not None:
             key["source"] = self.source.digest
         if self.guide is not None:
@@ -745,7 +749,7 @@ class Evaluation:
             "scale": setting.scale,
             "network_calls": setting.steps,
             "count": self.config.count,
-            **self.score(Measures.cat(parts), reference, labelled=self.models[setting.model].conditioning != "mode"),
+            **self.score(Measures.cat(parts), reference, labelled=self.labelled(setting)),
             "out_of_range": None if self.vae else sum(f["out_of_range"] for f in facts) / sum(f["values"] for f in facts),
             "seconds": round(sum(f["seconds"] for f in facts), 2),
             "key": key_digest(samples.key),
@@ -774,6 +778,8 @@ class Evaluation:
             modes = None if self.source is None else image_modes(seeds, self.source)
             known = self.models[setting.model].conditioning == "mode"
             labels = modes.cpu() if known else image_labels(seeds, max(1, network.config.num_classes))
+            if config.unlabelled and not known:
+                labels = torch.full_like(labels, network.config.num_classes)
             x = sample_images(
                 network,
                 None if known else labels,
@@ -800,6 +806,10 @@ class Evaluation:
             all_labels.append(labels)
         facts = {"seconds": time.perf_counter() - started, "out_of_range": outside, "values": values}
         return {"images": torch.cat(parts), "labels": torch.cat(all_labels)}, facts
+
+    def labelled(self, setting: Setting) -> bool:
+        """Whether the samples' labels are classes."""
+        return not self.config.unlabelled and self.models[setting.model].conditioning != "mode"
 
     def score(self, measures: Measures, reference: Reference, labelled: bool = True) -> dict[str, Any]:
         """The figures; `labelled`: whether the labels are classes."""

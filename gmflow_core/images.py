@@ -11,7 +11,7 @@ from .guidance import Guidance, classifier_free_guidance
 from .mixture import GaussianMixture, standard_normal
 from .path import flow_sigmas, velocity_to_x0
 from .solvers import MEAN_SOLVERS, Callback, Denoiser, solve
-from .source import GaussianMixtureSource, ModeFrame
+from .source import GaussianMixtureSource
 
 
 def class_denoiser(network: nn.Module, labels: Tensor, guidance: Guidance | None = None) -> Denoiser:
@@ -42,11 +42,6 @@ def class_denoiser(network: nn.Module, labels: Tensor, guidance: Guidance | None
         return guidance(velocity_to_x0(cond, x, sigma), velocity_to_x0(uncond.mean(), x, sigma))
 
     return denoise
-
-
-def _framed(denoiser: Denoiser, frame: ModeFrame) -> Denoiser:
-    """A denoiser of x as one of the frame's y."""
-    return lambda y, sigma: frame.x0(denoiser(frame.leave(y, sigma), sigma))
 
 
 def autoguided(denoiser: Denoiser, guide: Denoiser, scale: float) -> Denoiser:
@@ -130,10 +125,10 @@ def sample_images(
         labels = modes if labels is None else labels
     labels = labels.to(device)
     denoisers = [class_denoiser(each, labels, guidance) for each in ([network] if guide is None else [network, guide])]
+    sigmas = flow_sigmas(steps, shift) if sigmas is None else sigmas
     report = callback
     if frame is not None:
-        denoisers = [_framed(each, frame) for each in denoisers]
-        times = (flow_sigmas(steps, shift) if sigmas is None else sigmas).tolist()
+        denoisers, times = [frame.denoiser(each) for each in denoisers], sigmas.tolist()
 
         def report(step: int, x: Tensor, x0: Tensor) -> None:
             if callback is not None:
@@ -142,5 +137,5 @@ def sample_images(
     denoiser = denoisers[0] if guide is None else autoguided(*denoisers, guide_scale)
     spectrum = network.spectrum_net if source is None else None
     settings = {"order": order, "substeps": substeps, "shift": shift, "spectrum": spectrum, "noise": generators}
-    x = solve(solver, denoiser, x, flow_sigmas(steps, shift) if sigmas is None else sigmas, **settings, callback=report)
-    return x if frame is None else frame.leave(x, 0.0 if sigmas is None else float(sigmas[-1]))
+    x = solve(solver, denoiser, x, sigmas, **settings, callback=report)
+    return x if frame is None else frame.leave(x, times[-1])

@@ -312,10 +312,15 @@ class ModeFrame:
         mean, std = self.mean.unsqueeze(1), self.std.unsqueeze(1)
         return GaussianMixture((u.means - mean) / std, u.log_weights, u.log_std - std.log())
 
-    def x0(self, x0: GaussianMixture) -> GaussianMixture:
-        """The mixture of y's x_0, which is x's over s."""
+    def denoiser(self, denoiser: Callable[[Tensor, Tensor], GaussianMixture]) -> Callable[[Tensor, Tensor], GaussianMixture]:
+        """A denoiser (x, sigma) -> mixture of x_0 as one on y, whose x_0 is x's over s."""
         std = self.std.unsqueeze(1)
-        return GaussianMixture(x0.means / std, x0.log_weights, x0.log_std - std.log())
+
+        def denoise(y: Tensor, sigma: Sigma) -> GaussianMixture:
+            x0 = denoiser(self.leave(y, sigma), sigma)
+            return GaussianMixture(x0.means / std, x0.log_weights, x0.log_std - std.log())
+
+        return denoise
 
     def network(self, network: Callable[[Tensor, Tensor], GaussianMixture]) -> Callable[[Tensor, Tensor], GaussianMixture]:
         """A network (x, sigma) -> mixture of velocities as one on y."""

@@ -572,9 +572,8 @@ class MixtureModel:
         Raises:
             ValueError: the model predicts no mixture.
         """
-        if self.frame is None:
-            return self.guided(x, sigma)
-        return self.frame.x0(self.guided(self.frame.leave(x, sigma), sigma))
+        denoiser = self.guided if self.frame is None else self.frame.denoiser(self.guided)
+        return denoiser(x, sigma)
 
     def guided(self, x: Tensor, sigma: Tensor) -> Policy:
         """The same at x in the latents' coordinates and the solver's shape.

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 from collections.abc import Callable
 from typing import NamedTuple
@@ -132,9 +133,13 @@ def _plain(
 
 def _substep_sigmas(start: Tensor, end: Tensor, substeps: int, shift: float) -> list[Tensor]:
     """The substeps + 1 sigmas, equidistant in unshifted time."""
+    return [start, *(_sigma_between(start, end, substep / substeps, shift) for substep in range(1, substeps)), end]
+
+
+def _sigma_between(start: Tensor, end: Tensor, part: float | Tensor, shift: float) -> Tensor:
+    """sigma after that part of the way from start to end in unshifted time."""
     first, last = unshift_time(start, shift), unshift_time(end, shift)
-    between = [shift_time(first + (last - first) * (substep / substeps), shift) for substep in range(1, substeps)]
-    return [start, *between, end]
+    return shift_time(first + (last - first) * part, shift)
 
 
 def _means_along(x0: Policy, x: Tensor, sigma: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
@@ -171,10 +176,13 @@ def _tiled(
     numbers = [_per_pixel(each, x) for each in (expand_sigma(sigma, x), expand_sigma(sigma_end, x), x0.log_std.squeeze(1))]
     settings = substeps, idle, shift, means.dtype
     coefficients = _coefficients(*numbers, *settings) if all(each.numel() == 1 for each in numbers) else None
-    gram = (components + 1) / 2 * channels + substeps * components < 2 * substeps * channels  # the fewer multiplications
+    gram = code.gram(components, channels, substeps)
     size = TILE["cpu"] * torch.get_num_threads() if x.device.type == "cpu" else TILE["gpu"]
     size = max(1, size // components)
     samples = max(1, size // pixels)
+    size = 16 * math.ceil(pixels / math.ceil(pixels / size) / 16)  # as equal as whole vectors of numbers allow
+    if size % 256 == 0:
+        size += 16  # or all rows of a tile would compete for the same places of the cache
     result = torch.empty_like(points)
     for b in range(0, batch, samples):
         for p in range(0, pixels, size):
@@ -226,19 +234,13 @@ def _roll_tile(
         gram: follow the coordinates c (K, n) instead of r (C, n).
     """
     signal, signal_end, source = _of_pixels(frame, shape)
-    origin, z, *inner_products = code.prepare(means, log_weights, x, signal, gram)
+    origin, z, *products = code.prepare(means, log_weights, x, signal, gram)
     state = torch.zeros_like(log_weights if gram else x)
     for coefficients in steps[1:].split(code.together):  # at the first the posterior is the mixture itself, and r stays 0
-        state = code.advance(state, *inner_products, log_weights, _of_pixels(coefficients, shape), gram)
+        state = code.advance(state, tuple(products), log_weights, _of_pixels(coefficients, shape), gram)
         if check is not None:
             check()
-    end = source * z
-    if not gram:
-        return end.addcmul_(origin, signal_end).add_(state)
-    end.addcmul_(origin, signal_end - state.sum(0))
-    for mean, coordinate in zip(means, state, strict=True):
-        end.addcmul_(mean, coordinate)
-    return end
+    return code.finish(state, origin, z, means, signal_end, source, gram)
 
 
 def _prepare(
@@ -266,10 +268,9 @@ def _prepare(
     return origin, z, inner.unflatten(0, (components, components)), torch.stack([row[0] for row in rows]), along
 
 
-def _advance(
-    state: Tensor, inner: Tensor, norms: Tensor, along: Tensor, log_weights: Tensor, coefficients: Tensor, gram: bool
-) -> Tensor:
-    """c (K, n) or r (C, n) after as many Euler steps as there are `coefficients`, (T, 5, 1 or n); others as of `_prepare`."""
+def _advance(state: Tensor, products: tuple[Tensor, ...], log_weights: Tensor, coefficients: Tensor, gram: bool) -> Tensor:
+    """c (K, n) or r (C, n) after as many Euler steps as there are `coefficients`, (T, 5, 1 or n); products: `_prepare`'s."""
+    inner, norms, along = products
     for of_norm, of_source, of_state, decay, gain in (each.unbind(0) for each in coefficients.unbind(0)):
         logits = torch.addcmul(log_weights, norms, of_norm).addcmul_(along, of_source)
         for row, factor in zip(inner.unbind(0), (state * of_state).unbind(0), strict=True):
@@ -280,39 +281,44 @@ def _advance(
     return state
 
 
+def _finish(state: Tensor, origin: Tensor, z: Tensor, means: Tensor, signal_end: Tensor, source: Tensor, gram: bool) -> Tensor:
+    """x at the end, (C, n)."""
+    end = source * z
+    if not gram:
+        return end.addcmul_(origin, signal_end).add_(state)
+    end.addcmul_(origin, signal_end - state.sum(0))
+    for mean, coordinate in zip(means, state, strict=True):
+        end.addcmul_(mean, coordinate)
+    return end
+
+
+def _fewer_with_gram(components: int, channels: int, substeps: int) -> bool:
+    """Whether the Gram matrix saves multiplications."""
+    return (components + 1) / 2 * channels + substeps * components < 2 * substeps * channels
+
+
 class Code(NamedTuple):
-    """`_prepare` and `_advance`, and how many substeps the latter is to take together."""
+    """`_prepare`, `_advance` and `_finish`; whether they are to follow the coordinates, by K, C and the number of substeps; and
+    how many substeps the second is to take together."""
 
     prepare: Callable[..., tuple[Tensor, ...]]
     advance: Callable[..., Tensor]
+    finish: Callable[..., Tensor]
+    gram: Callable[[int, int, int], bool]
     together: int
 
 
-EAGER = Code(_prepare, _advance, 1)
+EAGER = Code(_prepare, _advance, _finish, _fewer_with_gram, 1)
 
 
 @functools.cache
 def _compiled() -> Code:
     """By torch.compile; each kind of mixture (K, C, what varies in a batch) is compiled on its own."""
-    return Code(_or_eager(_prepare), _or_eager(_advance), 4)
+    from . import rollout_compiled as fused
 
-
-def _or_eager(function: Callable) -> Callable:
-    """`function` compiled, or as it is from the first time on that this fails."""
-    used = torch.compile(function)
-
-    def run(*arguments):
-        nonlocal used
-        try:
-            return used(*arguments)
-        except Exception as error:  # torch.compile fails in as many ways as there are compilers
-            if used is function:
-                raise
-            _say_once("compiled", error)
-            used = function
-            return function(*arguments)
-
-    return run
+    say = functools.partial(_say_once, "compiled")
+    parts = (fused.compiled(function, say) for function in (fused.prepare, fused.advance, fused.finish))
+    return Code(*parts, fused.few_enough, fused.TOGETHER)
 
 
 def _coefficients(
@@ -326,7 +332,9 @@ def _coefficients(
         frame (3, s, p): 1 - sigma, 1 - sigma_end, and `source` at the end.
     """
     var = (2 * log_std).exp()
-    sigmas = torch.stack(torch.broadcast_tensors(*_substep_sigmas(start, end, substeps, shift)))
+    parts = torch.arange(1, substeps, dtype=start.dtype, device=start.device).div(substeps).reshape(-1, 1, 1)
+    start, end = torch.broadcast_tensors(start, end)
+    sigmas = torch.cat([start[None], _sigma_between(start, end, parts, shift), end[None]])
     now, following = sigmas[:-1].clamp(min=MIN_SIGMA), sigmas[1:]
     signal, ratio = (1 - now) / now, following / now
     alpha, quadratic = signal / now, signal.square() - signal[:1].square()
@@ -334,11 +342,12 @@ def _coefficients(
     scale = (1 + var * quadratic).clamp(min=1e-6).reciprocal()
     gain = (1 - ratio) * scale
     decay = ratio + gain * var * alpha
-    source, ahead = torch.ones_like(decay[0]), []
-    for substep in range(substeps):
-        ahead.append(alpha[substep] * source - beta)  # small, so that what follows keeps its digits
-        source = ratio[substep] * source + (gain[substep] * var) * ahead[-1]
-    steps = (-0.5 * scale * quadratic, scale * torch.stack(ahead), scale * alpha, decay, gain)
+    # source' = decay source - gain var beta, from 1 on, solved by the products of the decays
+    kept = decay[:-1].cumprod(0)
+    source = torch.cat([torch.ones_like(decay[:1]), kept * (1 - beta * (gain[:-1] * var / kept).cumsum(0))])
+    ahead = alpha * source - beta
+    source = ratio[-1] * source[-1] + gain[-1] * var * ahead[-1]  # after the last, which decays to 0 at sigma 0
+    steps = (-0.5 * scale * quadratic, scale * ahead, scale * alpha, decay, gain)
     steps = torch.stack(torch.broadcast_tensors(*steps), 1)
     frame = torch.stack(torch.broadcast_tensors(1 - now[0], 1 - end, source))
     if idle:

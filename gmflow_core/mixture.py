@@ -31,7 +31,7 @@ def sum_of_products(a: Tensor, b: Tensor, dim: int) -> Tensor:
     first, *others = pairs
     total = first[0] * first[1]
     for left, right in others:
-        total = torch.addcmul(total, left, right)
+        total.addcmul_(left, right)
     return total
 
 
@@ -172,7 +172,7 @@ class GaussianMixture:
 
     # Products
 
-    def tilt(self, linear: Tensor, quadratic: Tensor) -> GaussianMixture:
+    def tilt(self, linear: Tensor, quadratic: Tensor | float) -> GaussianMixture:
         """The mixture times exp(linear . x - quadratic |x|^2 / 2), renormalised: multiplication by a Gaussian, a quotient
         of Gaussians, or a likelihood, in information form. `quadratic` 0 and `linear` 0 give the mixture back.
 
@@ -182,7 +182,7 @@ class GaussianMixture:
 
         Args:
             linear: (B, C, *S), or broadcastable.
-            quadratic: broadcastable to (B, 1, *S). Where 1 + v quadratic is not positive no normalisable product
+            quadratic: a number, or broadcastable to (B, 1, *S). Where 1 + v quadratic is not positive no normalisable product
                 exists; it is clamped at 1e-6.
         """
         tilts = Tilts(self)
@@ -314,17 +314,17 @@ class Tilts:
         spread = sum_of_products(self.weights, self.half_norms, 1).squeeze(1) * (2 / self.means.shape[2])
         return IsotropicGaussian(self.origin, spread + self.var)
 
-    def slope(self, linear: Tensor, quadratic: Tensor) -> Tensor:
+    def slope(self, linear: Tensor, quadratic: Tensor | float) -> Tensor:
         """At the origin, of exp(linear . x - quadratic |x|^2 / 2)."""
-        return torch.addcmul(linear, quadratic, self.origin, value=-1)
+        return linear - quadratic * self.origin
 
-    def mean(self, slope: Tensor, quadratic: Tensor) -> Tensor:
+    def mean(self, slope: Tensor, quadratic: Tensor | float) -> Tensor:
         """(B, C, *S)."""
         logits, scale = self._logits(slope, quadratic)
         moved = torch.addcmul(sum_of_products(self.means, logits.softmax(1), 1).squeeze(1), self.var, slope)
         return torch.addcmul(self.origin, moved, scale)
 
-    def mixture(self, slope: Tensor, quadratic: Tensor) -> GaussianMixture:
+    def mixture(self, slope: Tensor, quadratic: Tensor | float) -> GaussianMixture:
         """Component k becomes N((mean_k + var slope) scale, var scale), relative to the origin."""
         logits, scale = self._logits(slope, quadratic)
         move, factor = self.var * scale * slope, scale.unsqueeze(1)
@@ -334,7 +334,7 @@ class Tilts:
             log_std=self.log_std + 0.5 * factor.log(),
         )
 
-    def _logits(self, slope: Tensor, quadratic: Tensor) -> tuple[Tensor, Tensor]:
+    def _logits(self, slope: Tensor, quadratic: Tensor | float) -> tuple[Tensor, Tensor]:
         """The log-weights up to a constant, (B, K, 1, *S), and what the variance is multiplied by."""
         scale = (1 + self.var * quadratic).clamp(min=1e-6).reciprocal()
         logits = torch.addcmul(self.log_weights, scale.unsqueeze(1), sum_of_products(self.means, slope.unsqueeze(1), 2))
@@ -345,7 +345,7 @@ class TiltedMixture(GaussianMixture):
     """A product of `Tilts` as a mixture. Its components are computed when they are asked for: its mean, and that of its own
     tilts, come without."""
 
-    def __init__(self, tilts: Tilts, slope: Tensor, quadratic: Tensor):
+    def __init__(self, tilts: Tilts, slope: Tensor, quadratic: Tensor | float):
         self.__dict__.update(tilts=tilts, slope=slope, quadratic=quadratic)  # frozen, as all mixtures
 
     means = property(lambda self: self._components.means)

@@ -171,8 +171,11 @@ def posterior_means(x0: GaussianMixture, x_src: Tensor, sigma_src: Sigma) -> Cal
     return lambda x, sigma: mean(*_likelihood_ratio(x_src, sigma_src, x, sigma))
 
 
-def _likelihood_ratio(x_src: Tensor, sigma_src: Sigma, x: Tensor, sigma: Sigma) -> tuple[Tensor, Tensor]:
+def _likelihood_ratio(x_src: Tensor, sigma_src: Sigma, x: Tensor, sigma: Sigma) -> tuple[Tensor, Sigma]:
     """The linear and the quadratic term of `posterior`, for `GaussianMixture.tilt`."""
-    src, dst = expand_sigma(sigma_src, x).clamp(min=MIN_SIGMA), expand_sigma(sigma, x).clamp(min=MIN_SIGMA)
+    src, dst = (
+        expand_sigma(each, x).clamp(min=MIN_SIGMA) if isinstance(each, Tensor) else max(each, MIN_SIGMA)
+        for each in (sigma_src, sigma)
+    )
     signal_src, signal = (1 - src) / src, (1 - dst) / dst
-    return signal * x / dst - signal_src * x_src / src, signal.square() - signal_src.square()
+    return (signal / dst) * x - (signal_src / src) * x_src, signal * signal - signal_src * signal_src

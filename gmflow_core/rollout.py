@@ -118,31 +118,29 @@ def _plain(
     constrain: Constrain | None,
     check: Check | None,
 ) -> Tensor:
-    sigmas = _substep_sigmas(expand_sigma(sigma, x), expand_sigma(sigma_end, x), substeps, shift)
-    later_mean = _means_along(x0, x, sigmas[0]) if substeps > 1 else None
+    if isinstance(sigma, Tensor) or isinstance(sigma_end, Tensor):
+        sigma, sigma_end = expand_sigma(sigma, x), expand_sigma(sigma_end, x)
+    sigmas = [sigma, *(_sigma_between(sigma, sigma_end, i / substeps, shift) for i in range(1, substeps)), sigma_end]
+    later_mean = _means_along(x0, x, sigma) if substeps > 1 else None
     for substep in range(substeps):
         now, following = sigmas[substep], sigmas[substep + 1]
         mean = x0.mean() if substep == 0 else later_mean(x, now)
-        x = mean + (following / now.clamp(min=MIN_SIGMA)) * (x - mean)
+        kept = following / (now.clamp(min=MIN_SIGMA) if isinstance(now, Tensor) else max(now, MIN_SIGMA))
+        x = mean + kept * (x - mean)
         if constrain is not None:
-            x = constrain(x, following)
+            x = constrain(x, expand_sigma(following, x))
         if check is not None:
             check()
     return x
 
 
-def _substep_sigmas(start: Tensor, end: Tensor, substeps: int, shift: float) -> list[Tensor]:
-    """The substeps + 1 sigmas, equidistant in unshifted time."""
-    return [start, *(_sigma_between(start, end, substep / substeps, shift) for substep in range(1, substeps)), end]
-
-
-def _sigma_between(start: Tensor, end: Tensor, part: float | Tensor, shift: float) -> Tensor:
+def _sigma_between(start: Sigma, end: Sigma, part: float | Tensor, shift: float) -> Sigma:
     """sigma after that part of the way from start to end in unshifted time."""
     first, last = unshift_time(start, shift), unshift_time(end, shift)
     return shift_time(first + (last - first) * part, shift)
 
 
-def _means_along(x0: Policy, x: Tensor, sigma: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+def _means_along(x0: Policy, x: Tensor, sigma: Sigma) -> Callable[[Tensor, Sigma], Tensor]:
     """The mean of x_0 as a function of (x, sigma), from a policy predicted at (x, sigma)."""
     if isinstance(x0, DXPolicy):
         return lambda x, sigma: x0.at(sigma)

@@ -8,6 +8,7 @@ import operator
 from collections.abc import Callable, Sequence
 
 import torch
+import torch._inductor
 from torch import Tensor
 
 TOGETHER = 4  # substeps of one call
@@ -83,7 +84,8 @@ def few_enough(components: int, channels: int, substeps: int) -> bool:
 
 def compiled(function: Callable, say: Callable[[Exception], None]) -> Callable:
     """`function` by torch.compile; or as it is, from the first time on that this fails, which is said."""
-    used = torch.compile(function, fullgraph=True, options=OPTIONS)
+    known = torch._inductor.list_options()  # of this version of torch
+    used = torch.compile(function, fullgraph=True, options={name: value for name, value in OPTIONS.items() if name in known})
 
     def run(*arguments):
         nonlocal used

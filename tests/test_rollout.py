@@ -132,6 +132,26 @@ def test_the_compiled_substep_agrees():
         assert is_near(same_way("compiled", mixture, x, 0.9, 0.1, 5), rollout(mixture, x, 0.9, 0.1, 5, method="plain"), 3e-6)
 
 
+def test_what_does_not_compile_runs_as_it_is(monkeypatch, caplog):
+    monkeypatch.undo()
+
+    def no_compiler(function, **options):
+        def run(*arguments):
+            raise RuntimeError("no C++ compiler was found")
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    monkeypatch.setattr(ways, "_compiled", ways._compiled.__wrapped__)
+    ways._log_once.cache_clear()
+    mixture, x = random_mixture(), normal(2, 3, 2, 3)
+    with caplog.at_level(logging.WARNING):
+        assert is_near(rollout(mixture, x, 1.0, 0.0, 6, method="compiled"), rollout(mixture, x, 1.0, 0.0, 6), 3e-6)
+    assert [record.message for record in caplog.records] == [
+        "GMFlow: no rollout by compiled (RuntimeError: no C++ compiler was found); tiles do the same"
+    ]
+
+
 @NO_TRITON
 def test_the_kernel_compiles_and_keeps_a_pixel_in_registers(tmp_path):
     """For GPUs that need not be there: of compute capability 8.0 and 9.0."""

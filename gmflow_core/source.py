@@ -207,6 +207,18 @@ class GaussianMixtureSource:
 
     # Assignment
 
+    @cached_property
+    def _log_joints(self) -> tuple[Tensor, list[LogJoint]]:
+        """The point (D,) that they are centred at, and those of a part of the modes each. They stay for as long as the source
+        does, and hold as much as its means, or twice that for diagonal modes."""
+        means = self.means.flatten(1)
+        std = self.std.expand(self.num_modes, *self.std.shape[1:])
+        std = std.flatten(1) if self.is_spherical else std.expand_as(self.means).flatten(1)
+        origin = self.weights @ means
+        modes = max(1, BLOCK // means.shape[1])
+        parts = zip(means.split(modes), std.split(modes), self.log_weights.split(modes), strict=True)
+        return origin, [LogJoint(mean - origin, std.square(), weight) for mean, std, weight in parts]
+
     def log_joint(self, x: Tensor) -> Tensor:
         """log w_m + log N(x; mode m) of the source itself, (B, M), with the 2 pi term: x (B, *shape).
 
@@ -214,14 +226,9 @@ class GaussianMixtureSource:
             ValueError: x does not have the samples' shape.
         """
         self.require_shape(x.shape[1:])
-        x, means = x.to(self.means).flatten(1), self.means.flatten(1)
-        std = self.std.expand(self.num_modes, *self.std.shape[1:])
-        std = std.flatten(1) if self.is_spherical else std.expand_as(self.means).flatten(1)
-        origin = self.weights @ means
-        x = x - origin
-        modes = max(1, BLOCK // means.shape[1])
-        parts = zip(means.split(modes), std.split(modes), self.log_weights.split(modes), strict=True)
-        return torch.cat([LogJoint(mean - origin, std.square(), weight)(x) for mean, std, weight in parts], 1)
+        origin, parts = self._log_joints
+        x = x.to(self.means).flatten(1) - origin
+        return torch.cat([part(x) for part in parts], 1)
 
     def responsibilities(self, x: Tensor) -> Tensor:
         """p(m | x), (B, M), by the assigner if there is one.
@@ -230,7 +237,8 @@ class GaussianMixtureSource:
             x: samples (B, *shape), or tokens (B, D) for the assigner.
 
         Raises:
-            ValueError: x is of another shape, or not finite; the message says which rows.
+            ValueError: x is of another shape; or, on a CPU, not finite (the message says which rows). Elsewhere such rows are
+                NaN, as looking would wait for the device: look for them where the data come in.
         """
         judge = self.assigner or self
         if self.assigner is not None and tuple(x.shape[1:]) != judge.shape:
@@ -239,8 +247,7 @@ class GaussianMixtureSource:
                 "of the encoder that it was fitted with, or choose the modes by weight or by number"
             )
         posterior = judge.log_joint(x).softmax(1)
-        bad = posterior.isnan().any(1)
-        if bad.any():
+        if posterior.device.type == "cpu" and (bad := posterior.isnan().any(1)).any():
             rows = bad.nonzero().flatten().tolist()
             raise ValueError(
                 f"rows {listed(rows)} of {len(x)} are not finite, so they belong to no mode; look for broken values in what "
@@ -363,7 +370,8 @@ def _choose(weights: Tensor, count: int, generator: Generator | None, uniform: T
     uniform = uniform.clamp(max=1 - torch.finfo(edges.dtype).eps) * edges[..., -1]  # 1 would be behind the last
     if weights.ndim == 1:
         return torch.searchsorted(edges, uniform, right=True)
-    return torch.searchsorted(edges, uniform.unsqueeze(1), right=True).squeeze(1)
+    chosen = torch.searchsorted(edges, uniform.unsqueeze(1), right=True).squeeze(1)
+    return chosen.clamp_(max=weights.shape[1] - 1)  # where a row is NaN too
 
 
 def widest(device: torch.device) -> torch.dtype:

@@ -102,15 +102,18 @@ class AutoGuider(comfy.samplers.CFGGuider):
         if self.call_guide is None or not within(self.interval, timestep):
             self.use(self.model_patcher, x)
             return super().predict_noise(x, timestep, model_options, seed)
-        if self.in_turn and self.inner_model.current_patcher is self.guide.model_patcher:  # it is loaded: save a turn
-            guided = guide()
-            predicted = main()
-        else:
-            predicted = main()
-            guided = guide()
-        conds = {"cond": positive, "uncond": self.guide.conds["positive"]}
-        return comfy.samplers.cfg_function(
-            self.inner_model, predicted, guided, self.scale, x, timestep, model_options=model_options, **conds
+
+        def both(_: dict) -> list[Tensor]:
+            """In place of ComfyUI's own two calls; what is patched to change predictions, before guidance or after, applies."""
+            if self.in_turn and self.inner_model.current_patcher is self.guide.model_patcher:  # it is loaded: save a turn
+                guided = guide()
+                return [main(), guided]
+            return [main(), guide()]
+
+        options = {**model_options, "sampler_calc_cond_batch_function": both}
+        guide_positive = self.guide.conds["positive"]
+        return comfy.samplers.sampling_function(
+            self.inner_model, x, timestep, guide_positive, positive, self.scale, model_options=options, seed=seed
         )
 
     def use(self, patcher: comfy.model_patcher.ModelPatcher, x: Tensor) -> None:

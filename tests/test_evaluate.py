@@ -17,7 +17,9 @@ from gmflow_core import GaussianMixtureSource, Guidance, load_checkpoint, sample
 from gmflow_core.models.gmdit import GMDiT, GMDiTConfig
 from gmflow_core.models.mlp import GMFlowMLP, GMFlowMLPConfig
 from training import evaluate
-from training.evaluate import Config, Evaluation, image_labels, image_modes, image_seeds, main, parse, settings_of, short_names
+from training.evaluate import Evaluation, main, parse
+from training.evaluate_config import Config, settings_of, short_names
+from training.evaluate_models import image_labels, image_modes, image_seeds
 from training.features import Classifier, ClassifierConfig, ClassifierFeatures, InceptionFeatures, fidelity, train_classifier
 from training.latents import FORMAT, to_pixels, write_index, write_shard
 from training.metrics import (
@@ -522,6 +524,11 @@ def test_models_of_a_mixture_source(place, tmp_path):
     assert guided["frechet_distance"] != pytest.approx(row["frechet_distance"], rel=1e-3)
     [early] = run(place, tmp_path / "early", *more, "--end", "0.3")["results"]
     assert early["frechet_distance"] != pytest.approx(row["frechet_distance"], rel=1e-3)
+    given = arguments(place, tmp_path / "alone", *more, "--reference", str(place / "train"), "--test-data", str(place / "test"))
+    at = given.index("--data")
+    report = Evaluation(parse(given[:at] + given[at + 2 :])).run()  # without the data, whose classes it does not know
+    assert report["results"][0]["frechet_distance"] == pytest.approx(row["frechet_distance"], rel=1e-4)
+    assert report["floor"]["frechet_distance"] < row["frechet_distance"]
     other = write_model(tmp_path / "other.safetensors", data={**about, "source": {**about["source"], "conditioning": "hidden"}})
     with pytest.raises(ValueError, match="have other labels; a guide is told what the model is told"):
         run(place, tmp_path / "wrong", *more, "--guide", str(other))

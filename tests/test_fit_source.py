@@ -3,6 +3,9 @@
 import math
 import os
 import pickle
+import re
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -452,3 +455,63 @@ def test_encoding_goes_on_where_it_was_stopped(images, tmp_path, monkeypatch):
     source = fit(config(data, tmp_path / "out", **settings))
     assert written == ["00002.safetensors", "tokens.safetensors"]
     assert (source.shape, source.is_spherical) == ((16,), False)
+
+
+# Encoders in several processes
+
+AVERAGES = """
+import torch
+from training import fit_source, tokens
+
+class Average(torch.nn.Module):
+    def forward(self, images):
+        return images.mean(3).flatten(1)
+
+    def token(self, hidden):
+        return hidden
+
+tokens.PART = 20
+tokens.load_encoder = lambda *_: Average()
+fit_source.main()
+"""
+
+
+def by_two(*options):
+    """Exit status and what was said of each of two processes, which nobody watches over."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", AVERAGES, *map(str, options), "--encoder", "average", "--image-size", "16"]
+    processes = []
+    for rank in "01":
+        environment = {**os.environ, **where, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        settings = {"cwd": ROOT, "env": environment, "stderr": subprocess.PIPE, "text": True}
+        processes.append(subprocess.Popen([*command, "--device", "cpu", "--workers", "0"], **settings))
+    try:
+        return [(process.communicate(timeout=120)[1], process.returncode) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def test_a_process_may_have_no_part(images, tmp_path):
+    """One image for two processes: one encodes, fits and adds up nothing."""
+    (tmp_path / "images" / "left").mkdir(parents=True)
+    shutil.copy(images / "left" / "00.png", tmp_path / "images" / "left")
+    settings = {"size": 16, "pixels": True, "workers": 0, "device": "cpu", "flip": False}
+    prepare(PrepareConfig(data=tmp_path / "images", out=tmp_path / "prepared", **settings))
+    for said, status in by_two("--data", tmp_path / "prepared", "--out", tmp_path / "out", "--modes", "1"):
+        assert status == 0, said
+    source, (x, _) = load_source(tmp_path / "out"), LatentDataset(tmp_path / "prepared").__getitems__([0])
+    assert torch.allclose(source.means, x)
+    assert torch.allclose(source.assigner.means, x.mean(3).flatten(1), atol=1e-6)
+    assert torch.equal(source.weights, torch.ones(1))
+
+
+def test_an_error_of_one_process_ends_all(images, tmp_path):
+    """The broken picture is in the first one's part."""
+    ends = by_two("--data", images, "--out", tmp_path / "out", "--modes", "2")
+    for said, status in ends:
+        assert status == 1
+        assert re.search(r"15b\.png cannot be read", said), said
+    assert "Traceback" not in "".join(said for said, _ in ends)

@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -35,8 +36,11 @@ from gmflow_core import (
 from gmflow_core.checkpoint import load_training_state
 from gmflow_core.images import sample_images
 from tests.helpers import Waits
-from training.imagenet import PRESETS, ModeWeights, Order, Trainer, draw_noise, main, parse, pieces_of
+from training.batches import Order, draw_noise, pieces_of
+from training.imagenet import PRESETS, Trainer, main, parse
 from training.latents import FORMAT, LatentDataset, write_index, write_shard
+from training.modes import ModeWeights, WithTokens
+from training.tokens import SETTINGS, write_tokens
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--num-layers", "2", "--num-heads", "2", "--head-dim", "8", "--log-std-dim", "8", "-k", "3", "--device", "cpu"]
@@ -452,6 +456,68 @@ def test_tokens_choose_the_modes(data, source, tmp_path):
     trainer.iterate()
     colours = seen["x0"].mean((2, 3)).argmax(1)
     assert torch.equal(seen["labels"], (colours - 1) % 3)
+
+
+def write_with_tokens(data: Path, source: Path, folder: Path, tokens: torch.Tensor, facts: dict, made: dict) -> Path:
+    """The data with these tokens, and a source with an assigner that was fitted as `facts` say; the source's path."""
+    shutil.copytree(data, folder)
+    write_tokens(folder / "tokens.safetensors", tokens, made)
+    assigner = GaussianMixtureSource(torch.eye(3), torch.full((3, 1), 0.1), torch.full((3,), 1 / 3).log())
+    path = folder / "source.safetensors"
+    save_source(replace(load_source(source), assigner=assigner), path, facts={"config": facts})
+    return path
+
+
+def test_tokens_of_another_encoder_are_refused(data, source, tmp_path):
+    facts = {"encoder": "dinov2", "encoder_size": None, "image_size": 256}
+    made = dict(zip(SETTINGS, ("facebook/dinov2-with-registers-base", None, 256), strict=True))
+    tokens = torch.eye(3)[torch.arange(48) % 3]
+    path = write_with_tokens(data, source, tmp_path / "same", tokens, facts, made)
+    modes_trainer(path.parent, path, tmp_path / "out").iterate()
+    path = write_with_tokens(data, source, tmp_path / "other", tokens, {**facts, "encoder": "mae"}, {**made, "size": 224})
+    with pytest.raises(ValueError, match=r"tokens of encoder \S+dinov2\S+, size 224, but .* of encoder \S+mae-base, size 256;"):
+        modes_trainer(path.parent, path, tmp_path / "other_out")
+
+
+def mapped(path: Path) -> list[range]:
+    """The addresses where a file is in this process's memory."""
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    return [range(*(int(end, 16) for end in line[0].split("-"))) for line in lines if line[-1] == str(path)]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux only")
+def test_tokens_are_mapped_and_looked_at(data, source, tmp_path):
+    tokens = torch.eye(3)[torch.arange(48) % 3]
+    path = write_with_tokens(data, source, tmp_path / "data", tokens, {}, {})
+    samples = WithTokens(LatentDataset(path.parent))
+    for each in (samples, pickle.loads(pickle.dumps(samples))):  # noqa: S301
+        assert torch.equal(each.__getitems__([3, 1])[2], tokens[[3, 1]])
+        assert any(each.tokens.data_ptr() in addresses for addresses in mapped(path.parent / "tokens.safetensors"))
+    tokens[[2, 47], 1] = torch.tensor([torch.nan, torch.inf])
+    path = write_with_tokens(data, source, tmp_path / "broken", tokens, {}, {})
+    with pytest.raises(ValueError, match=r"rows 2, 47 of .*tokens\.safetensors are not finite"):
+        modes_trainer(path.parent, path, tmp_path / "out")
+
+
+HIDDEN = ["--no-mode-conditional", "-k", "1", "--constant-log-std", "0", "--transition-ratio", "None"]
+
+
+@pytest.mark.parametrize(
+    ("more", "noted"),
+    [
+        ([*HIDDEN, "--class-dropout", "0.1"], True),
+        ([*HIDDEN, "--class-dropout", "1"], False),
+        ([*HIDDEN, "--coupling", "independent"], False),
+        ([], False),
+    ],
+)
+def test_classes_beside_hidden_modes_are_noted(more, noted, data, source, tmp_path, capsys):
+    trainer = modes_trainer(data, source, tmp_path, *more)
+    assert ("note: a sample's noise" in capsys.readouterr().out) == noted
+    if trainer.config.class_dropout == 1:
+        labels, *_ = trainer.draw(torch.zeros(4096, dtype=torch.long), (3, 4, 4), range(4096))
+        assert set(labels.tolist()) == {3}
+        assert trainer.draw_picture() is not None
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from tests.helpers import golden, is_near, normal
 from training import prepare
 from training.latents import LatentDataset
-from training.rae import PARTS, RAE, Decoder, RunningStatistics, load_rae, load_statistics, main, read_tensors
+from training.rae import RunningStatistics, main
+from training.rae_files import PARTS, load_rae, load_statistics, read_tensors
+from training.rae_networks import RAE, Decoder
 from training.vae import load_vae
 
 SIZES = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}

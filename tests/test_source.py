@@ -1,6 +1,7 @@
 """The Gaussian-mixture source: draws, assignment, files, and published mixtures in pickles."""
 
 import builtins
+import copy
 import dataclasses
 import os
 import pickle
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from gmflow_core.source import GaussianMixtureSource, load_source, read_source_metadata, save_source
+from gmflow_core.source import GaussianMixtureSource, LogJoint, _choose, load_source, read_source_metadata, save_source
 from gmflow_core.source_convert import convert_pickle
 from tests.helpers import F64, normal
 
@@ -67,7 +68,33 @@ def test_responsibilities_against_brute_force(spherical, dtype, monkeypatch):
     found, exact = shifted.responsibilities(x), exact_responsibilities(shifted, x)
     assert (found - exact).abs().max() < tolerance
     monkeypatch.setattr("gmflow_core.source.BLOCK", 2 * 15)  # two modes at a time
-    assert (shifted.responsibilities(x) - exact).abs().max() < tolerance
+    again = dataclasses.replace(shifted)
+    assert (again.responsibilities(x) - exact).abs().max() < tolerance
+    assert len(again._log_joints[1]) == 4
+
+
+def test_what_a_posterior_needs_of_the_source_is_computed_once(monkeypatch):
+    source, made = random_source(assigner=random_source(modes=5, shape=(6,), seed=9)), []
+    monkeypatch.setattr(LogJoint, "__init__", lambda self, *a, made=made, of=LogJoint.__init__: made.append(1) or of(self, *a))
+    for _ in range(3):
+        source.posterior_modes(normal(8, 6))
+    assert len(made) == 1
+    moved = source.to(dtype=F64)  # has its own
+    assert moved.responsibilities(normal(8, 6)).dtype == F64
+    assert len(made) == 2
+
+
+def test_a_posterior_waits_for_no_device():
+    """On the device "meta", whose tensors have no values to read; samples that are not finite still get a mode."""
+    source, away = random_source(), copy.copy(random_source())  # a copy, as what makes a source looks at its values
+    for name in ("means", "std", "log_weights"):
+        object.__setattr__(away, name, getattr(source, name).to("meta"))
+    for coupling in ("soft", "hard"):
+        modes = away.posterior_modes(torch.empty(4, 3, 4, 4, device="meta"), coupling, uniform=torch.empty(4, device="meta"))
+        assert (modes.shape, modes.device.type) == ((4,), "meta")
+        assert away.moments(modes)[0].shape == (4, 3, 4, 4)
+    lost = _choose(torch.full((1, 5), torch.nan), 1, None, torch.tensor([0.5]))
+    assert 0 <= lost.item() < 5
 
 
 def test_posterior_modes_are_drawn_from_the_posterior():

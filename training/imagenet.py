@@ -18,8 +18,6 @@ bfloat16. Several machines need a shared OUT.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -38,17 +36,18 @@ from gmflow_core.models.ddt import DiTDH, DiTDHConfig
 from gmflow_core.models.gmdit import GMDiT, GMDiTConfig
 from gmflow_core.path import diffuse, forward_transition, shift_time, velocity_to_x0
 from gmflow_core.pictures import image_grid, to_image
-from gmflow_core.source import ModeFrame, load_source
+from gmflow_core.source import ModeFrame, load_source, read_source_metadata
 from gmflow_core.transport import normal_cdf
 from training import trainer
+from training.batches import Order, draw_noise, pieces_of
 from training.latents import LatentDataset, to_pixels
-from training.tokens import read_tokens
+from training.modes import ModeWeights, WithTokens
+from training.tokens import check_encoder
 from training.trainer import TrainerConfig, require
 from training.vae import load_vae
 
 MODULE = "training.imagenet"
 MIN_SIGMA = 1e-4  # sigmas are drawn from [MIN_SIGMA, 1]
-NOISE_BLOCK = 16  # samples whose noise comes from one seed, so that it does not depend on the number of processes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,7 +107,7 @@ class Config(TrainerConfig):
     spectral_weight: float = 1.0
     """Weight of the spectral loss."""
     class_dropout: float = 0.1
-    """Share of the labels that are replaced by "none"."""
+    """Share of the labels that are replaced by "none"; 1 trains a model without classes."""
     accumulate: int = 1
     """Pieces that each process's part of a batch is divided into, to fit its memory."""
     optimizer: Literal["auto", "adamw8bit", "adamw"] = "auto"
@@ -135,7 +134,7 @@ class Config(TrainerConfig):
         ratio = self.transition_ratio
         require(ratio is None or 0 < ratio <= 1, "transition_ratio", ratio, "in (0, 1], or None")
         require(self.accumulate >= 1, "accumulate", self.accumulate, "at least 1")
-        require(0 <= self.class_dropout < 1, "class_dropout", self.class_dropout, "in [0, 1)")
+        require(0 <= self.class_dropout <= 1, "class_dropout", self.class_dropout, "in [0, 1]")
         require(self.clip > 0, "clip", self.clip, "positive")
         require(self.workers >= 0, "workers", self.workers, "0 or more")
         require(self.time_shift > 0, "time_shift", self.time_shift, "positive")
@@ -228,57 +227,6 @@ def parse(arguments: list[str]) -> Config:
     return trainer.parse(PRESETS, MODULE, __doc__, arguments)
 
 
-def seed_of(*parts: int) -> int:
-    """A seed for a generator, different for different numbers."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
-
-
-class Order:
-    """Which samples this process sees, piece by piece, from iteration `first` on, for ever: each epoch is a permutation of the
-    data, and the batch of an iteration is the same whatever the number of processes.
-
-    Args:
-        count: samples in the data.
-        rows: this process's part of the batch's rows, 0 to `batch_size` - 1.
-        pieces: how many pieces that part comes in.
-    """
-
-    def __init__(self, count: int, batch_size: int, rows: range, pieces: int, seed: int, first: int):
-        self.count, self.batch_size, self.rows, self.pieces, self.seed, self.first = (
-            count, batch_size, rows, pieces, seed, first,
-        )  # fmt: skip
-
-    def __iter__(self) -> Iterator[list[int]]:
-        epoch, order = -1, None
-        for step in itertools.count(self.first):
-            for rows in pieces_of(self.rows, self.pieces):
-                indices: list[int] = []
-                while len(indices) < len(rows):
-                    at, position = divmod(step * self.batch_size + rows.start + len(indices), self.count)
-                    if at != epoch:
-                        generator = torch.Generator().manual_seed(seed_of(self.seed, at))
-                        epoch, order = at, torch.randperm(self.count, generator=generator)
-                    indices += order[position : position + len(rows) - len(indices)].tolist()
-                yield indices
-
-
-def pieces_of(rows: range, pieces: int) -> list[range]:
-    """`rows` in `pieces` equal parts."""
-    size = len(rows) // pieces
-    return [rows[i * size : (i + 1) * size] for i in range(pieces)]
-
-
-def draw_noise(seed: int, step: int, rows: range, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Standard normal (len(rows), *shape) for these rows of iteration `step`'s batch, whatever other rows are drawn."""
-    blocks = range(rows.start // NOISE_BLOCK, (rows.stop - 1) // NOISE_BLOCK + 1)
-    noise = []
-    for block in blocks:
-        generator = torch.Generator(device).manual_seed(seed_of(seed, step, block))
-        noise.append(torch.randn(NOISE_BLOCK, *shape, generator=generator, device=device))
-    offset = rows.start - blocks.start * NOISE_BLOCK
-    return torch.cat(noise)[offset : offset + len(rows)]
-
-
 class Objective(nn.Module):
     """GMFlow's losses of an image network (ICML 2025): the transition NLL, and the spectral loss. With a mixture source whose
     modes the network knows, the transitions are those of the coordinates where its noise is N(0, I) (`ModeFrame`)."""
@@ -340,55 +288,6 @@ class Objective(nn.Module):
             return self.predict(x, sigma, labels)
 
 
-class ModeWeights:
-    """Weights of the samples in the loss by their mode: (average loss of the mode / mean of these)^2, brought to a mean of 1
-    over the modes, then between 0.3 and 3 (MM-FM's focal weights; all 1 in the first iterations). Old losses are forgotten.
-
-    Args:
-        modes: M.
-    """
-
-    POWER, LOWEST, HIGHEST, DECAY, WARMUP = 2.0, 0.3, 3.0, 0.9995, 2500
-
-    def __init__(self, modes: int):
-        self.sums = torch.zeros(2, modes)  # of the losses, and how many
-
-    @property
-    def losses(self) -> Tensor:
-        """The average loss (M,) of each mode; of one that never came, that of the others."""
-        total, count = self.sums
-        return torch.where(count > 0, total / count.clamp(min=1e-30), total.sum() / count.sum().clamp(min=1e-30))
-
-    def __call__(self, modes: Tensor, step: int) -> Tensor:
-        """(B,) for samples of these modes, at iteration `step`."""
-        if step < self.WARMUP:
-            return torch.ones(len(modes), device=self.sums.device)
-        losses = self.losses
-        weights = (losses / losses.mean()).pow(self.POWER)
-        return (weights / weights.mean()).clamp(self.LOWEST, self.HIGHEST)[modes]
-
-    def update(self, modes: Tensor, losses: Tensor, reduce: Callable[[Tensor], Tensor]) -> None:
-        """Take in what an iteration found for samples (B,); `reduce` adds up over the processes."""
-        found = torch.zeros_like(self.sums)
-        finite = losses.isfinite()
-        found[0].index_add_(0, modes, torch.where(finite, losses, 0))
-        found[1].index_add_(0, modes, finite.to(found))
-        self.sums = self.DECAY * self.sums + reduce(found)
-
-
-class WithTokens(Dataset):
-    """A prepared folder's samples, each with the token that says its mode."""
-
-    def __init__(self, dataset: LatentDataset, tokens: Tensor):
-        self.dataset, self.tokens = dataset, tokens
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        return *self.dataset.__getitems__(indices), self.tokens[indices].float()
-
-
 class Trainer(trainer.Trainer):
     """A run."""
 
@@ -418,7 +317,15 @@ class Trainer(trainer.Trainer):
             self.mode_weights.sums = self.mode_weights.sums.to(acc.device)
         self.samples: Dataset = self.dataset
         if self.source is not None and self.source.assigner is not None and config.coupling != "independent":
-            self.samples = WithTokens(self.dataset, read_tokens(config.data))
+            check_encoder(config.data, read_source_metadata(config.source)["training"], config.source)
+            self.samples = WithTokens(self.dataset)
+        hidden = self.source is not None and not config.mode_conditional and config.coupling != "independent"
+        told = config.class_dropout < 1 and len(self.dataset.classes) > 1
+        if hidden and told and acc.is_main_process:
+            print(
+                "note: a sample's noise comes from its own mode, which the network is not told, but its class is: in sampling "
+                "the two would be drawn apart, and contradict each other; give --mode-conditional, or --class-dropout 1"
+            )
         self.vae: Any = None
         if config.vae is not None and self.dataset.kind == "latents" and acc.is_main_process:
             self.vae = load_vae(config.vae, acc.device)
@@ -551,7 +458,7 @@ class Trainer(trainer.Trainer):
         config, size = self.config, torch.Size(shape).numel()
         noise = draw_noise(config.seed, self.step, rows, (2 + 2 * size,), labels.device)
         time, drop, low, high = noise.split([1, 1, size, size], 1)
-        labels = torch.where(normal_cdf(drop[:, 0]) < config.class_dropout, len(self.dataset.classes), labels)
+        labels = torch.where(normal_cdf(drop[:, 0]) <= config.class_dropout, len(self.dataset.classes), labels)
         sigma = time[:, 0].sigmoid() if config.time_sampling == "logit-normal" else normal_cdf(time[:, 0])
         sigma = shift_time(sigma.clamp(max=config.time_max), config.time_shift).clamp(min=MIN_SIGMA)
         return labels, sigma, low.unflatten(1, shape), high.unflatten(1, shape)
@@ -583,6 +490,8 @@ class Trainer(trainer.Trainer):
         rows, classes, config = 4, min(10, self.num_labels), self.config
         labels = torch.linspace(0, self.num_labels - 1, classes).long().repeat(rows)
         modes = labels if config.mode_conditional else None
+        if config.class_dropout == 1:
+            labels = torch.full_like(labels, self.num_labels)
         closed_forms = self.source is None or (config.mode_conditional and self.source.is_spherical)
         solver = config.picture_solver if closed_forms else "euler"
         model.forward = autocast_of(model.forward, self.autocast)

@@ -20,14 +20,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from gmflow_core.source import listed
 from training.latents import LatentDataset, to_model, whole_file
 from training.prepare import ImageCrops, ImageList, collate, leave_signals_to_main, list_images
+from training.processes import together
+from training.rae_files import load_encoder
+from training.rae_networks import Encoder
 
 FORMAT = "gmflow-tokens-1"
 FILE = "tokens.safetensors"  # in a prepared folder
 NAME = "tokens"  # of the array in it
 CHUNK = 2**24  # elements that are read at a time
 PART = 4096  # images; what a stop can lose
+SETTINGS = ("encoder", "input_size", "size")  # in the record of tokens: what made them
 ENCODERS = {
     "dinov2": "facebook/dinov2-with-registers-base",
     "siglip2": "google/siglip2-base-patch16-256",
@@ -36,7 +41,8 @@ ENCODERS = {
 
 
 class TokenFiles:
-    """Samples (n, *shape) in array files, one file after the other, as chunks (m, D), as often as it is iterated.
+    """Samples (n, *shape) in array files, one file after the other, as chunks (m, D), as often as it is iterated; at least one
+    chunk, without rows if there are none.
 
     Args:
         paths: .npy (read from disk piece by piece), .npz (read as a whole) or .safetensors files, each with one such array, or
@@ -66,6 +72,8 @@ class TokenFiles:
         return TokenFiles(self.paths, share_of(len(self), state))
 
     def __iter__(self) -> Iterator[Tensor]:
+        if not self.rows:  # the part of a process that is left over
+            yield torch.empty(0, math.prod(self.shape))
         step, start = max(1, CHUNK // math.prod(self.shape)), 0
         for array in self.arrays:
             size = _shape(array)[0]
@@ -108,19 +116,28 @@ def _open_array(path: Path) -> Any:
 
 
 def read_tokens(folder: Path) -> Tensor:
-    """The tokens (n, D) of a prepared folder, in the order of its samples, in memory.
+    """The tokens (n, D) of a prepared folder, in the order of its samples. The file is mapped: processes of one machine share
+    the memory, and only what is looked at is read.
 
     Raises:
         FileNotFoundError: there are none.
-        ValueError: the file is damaged, or of another number of samples.
+        ValueError: the file is damaged, of another number of samples, or has values that are not finite.
     """
-    if not (folder / FILE).exists():
-        raise FileNotFoundError(
-            f"there is no {folder / FILE}; python -m training.fit_source --data {folder} --encoder ... makes it"
+    path = folder / FILE
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {path}; python -m training.fit_source --data {folder} --encoder ... makes it")
+    files = TokenFiles([path])
+    check_count(files, len(LatentDataset(folder, in_memory=False)), folder)
+    tokens = files.arrays[0][:]
+    bad, done = [], 0
+    for chunk in files:
+        bad += (done + (~chunk.isfinite().all(1)).nonzero().flatten()).tolist()
+        done += len(chunk)
+    if bad:
+        raise ValueError(
+            f"rows {listed(bad)} of {path} are not finite, so their samples belong to no mode; remove the file and make it anew"
         )
-    files, count = TokenFiles([folder / FILE]), len(LatentDataset(folder, in_memory=False))
-    check_count(files, count, folder)
-    return torch.cat(list(files))
+    return tokens
 
 
 def check_count(tokens: TokenFiles, count: int, folder: Path) -> None:
@@ -136,18 +153,51 @@ def check_count(tokens: TokenFiles, count: int, folder: Path) -> None:
 
 
 def keep_tokens(tokens: TokenFiles, folder: Path) -> None:
-    """Write them as `FILE` into a prepared folder, unless they come from there.
+    """Write them as `FILE` into a prepared folder, with what they say of their encoder, unless they come from there.
 
     Raises:
         ValueError: other tokens are there.
     """
     path = folder / FILE
-    if any(source.resolve() == path.resolve() for source in tokens.paths):
+    if any(given.resolve() == path.resolve() for given in tokens.paths):
         return
-    record = {"format": FORMAT, "files": [str(source) for source in tokens.paths], "count": len(tokens)}
+    made = read_record(tokens.paths[0]) or {}
+    record = {"format": FORMAT, "files": [str(given) for given in tokens.paths], "count": len(tokens)}
+    record |= {name: made[name] for name in SETTINGS if name in made}
     check_record(path, record)
     if not path.exists():
         write_tokens(path, torch.cat([chunk.float() for chunk in tokens]), record)
+
+
+def check_encoder(folder: Path, fitted: dict[str, Any], source: str) -> None:
+    """See that a prepared folder's tokens are such as a source tells its modes apart by, as far as both say what made them.
+
+    Args:
+        fitted: how the source was fitted, the "training" of its metadata.
+        source: its name.
+
+    Raises:
+        ValueError: they were made by another encoder, or with other settings.
+    """
+    here, config = read_record(folder / FILE) or {}, fitted.get("config") or {}
+    if config.get("encoder") is None or "encoder" not in here:
+        return
+    there = encoder_settings(config["encoder"], config.get("encoder_size"), config.get("image_size"))
+    here = {name: here.get(name) for name in SETTINGS}
+    if here != there:
+        raise ValueError(
+            f"{folder / FILE} holds tokens of {_told(here)}, but {source} tells its modes apart by tokens of {_told(there)}; "
+            "give a source that was fitted to the former, or remove the file and make the latter: training.fit_source --encoder"
+        )
+
+
+def encoder_settings(encoder: str, input_size: int | None, size: int | None) -> dict[str, Any]:
+    """What the record of tokens says of what made them; see `encode_images`."""
+    return dict(zip(SETTINGS, (ENCODERS.get(encoder, encoder), input_size, size), strict=True))
+
+
+def _told(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
 
 
 def check_record(path: Path, record: dict[str, Any]) -> None:
@@ -228,10 +278,7 @@ def encode_images(
         FileNotFoundError, ValueError, ModuleNotFoundError: the encoder or an image cannot be had.
     """
     listing = hashlib.sha256("\n".join(images.files[number] for number in kept).encode("utf-8", "surrogateescape")).hexdigest()
-    record = {
-        "format": FORMAT, "encoder": ENCODERS.get(encoder, encoder), "input_size": input_size, "size": size, "count": len(kept),
-        "files": listing,
-    }  # fmt: skip
+    record = {"format": FORMAT, **encoder_settings(encoder, input_size, size), "count": len(kept), "files": listing}
     check_record(path, record)
     state.wait_for_everyone()
     if path.exists():
@@ -241,20 +288,26 @@ def encode_images(
     files = [folder / f"{number:05d}.safetensors" for number in range(len(parts))]
     missing = [number for number, file in enumerate(files) if read_record(file) != record]
     state.wait_for_everyone()
-    mine = missing[state.process_index :: state.num_processes]
-    if mine:
-        _encode_parts(images, kept, [(parts[n], files[n]) for n in mine], record, state, batch_size, workers)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        write_tokens(path, torch.cat(list(TokenFiles(files))), record)
-        for file in files:
-            file.unlink()
-        folder.rmdir()
-    state.wait_for_everyone()
+    mine = [(parts[number], files[number]) for number in missing[state.process_index :: state.num_processes]]
+    network = None
+    for first in (True, False):  # of a machine: it fetches the encoder for the others
+        with together(state):
+            if mine and state.is_local_main_process == first:
+                network = load_encoder(record["encoder"], input_size).to(state.device)
+    with together(state):
+        if mine:
+            _encode_parts(network, images, kept, mine, record, state, batch_size, workers)
+    with together(state):
+        if state.is_main_process:
+            write_tokens(path, torch.cat(list(TokenFiles(files))), record)
+            for file in files:
+                file.unlink()
+            folder.rmdir()
     return TokenFiles([path])
 
 
 def _encode_parts(
+    network: Encoder,
     images: ImageList,
     kept: Sequence[int],
     parts: list[tuple[range, Path]],
@@ -263,10 +316,6 @@ def _encode_parts(
     batch_size: int,
     workers: int | None,
 ) -> None:
-    from training.rae import load_encoder
-
-    with state.local_main_process_first():
-        network = load_encoder(record["encoder"], record["input_size"]).to(state.device)
     if workers is None:
         workers = min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes)))
     crops = ImageCrops(images, record["size"], flip=False, seed=0, noise_shape=None)

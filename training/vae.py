@@ -1,7 +1,7 @@
 """The autoencoder between images and latents: diffusers' AutoencoderKL, from a folder or the hub.
 
-The other kind, `training.rae.RAE`, has the same few names: `latent_shape`, `factor`, `space`, `scaling_factor`, `needs_noise`,
-`encode` and `decode`.
+The other kind, `training.rae_networks.RAE`, has the same few names: `latent_shape`, `factor`, `space`, `scaling_factor`,
+`needs_noise`, `encode` and `decode`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from training.rae import RAE
+    from training.rae_networks import RAE
 
 SD_VAE = "stabilityai/sd-vae-ft-ema"
 WEIGHTS = "diffusion_pytorch_model"
@@ -76,7 +76,7 @@ def load_vae(source: str | Path = SD_VAE, device: str | torch.device = "cpu") ->
         FileNotFoundError: there is no VAE at `source`, or the hub cannot be reached; the message says what to do.
         ValueError: the files there are not an AutoencoderKL.
     """
-    from training.rae import is_rae, load_rae
+    from training.rae_files import is_rae, load_rae
 
     if is_rae(source):
         return load_rae(source, device)

@@ -475,6 +475,20 @@ def test_the_guide_can_have_a_conditioning_of_its_own(flux: Comfy) -> None:
     assert close(latent_of(flux, other), weak + 1.5 * (main - weak))
 
 
+def test_what_is_patched_before_guidance_applies(flux: Comfy) -> None:
+    """Adaptive Projected Guidance: the part of their difference that is orthogonal to the main one, and the main one."""
+    prompt = flux_graph(steps=1)
+    main = latent_of(flux, prompt)
+    prompt["guider"]["inputs"]["model"] = ["guide", 0]
+    difference = main - latent_of(flux, prompt)
+    direction = torch.nn.functional.normalize(main - 0.1159, dim=(1, 2, 3))  # of the latent as FLUX sees it
+    parallel = (difference * direction).sum((1, 2, 3), keepdim=True) * direction
+    prompt = auto(flux_graph(steps=1))
+    prompt["apg"] = node("APG", model=["model", 0], eta=0.0, norm_threshold=0.0, momentum=0.0)
+    prompt["guider"]["inputs"]["model"] = ["apg", 0]
+    assert close(latent_of(flux, prompt), main + 1.5 * (difference - parallel), atol=1e-3)
+
+
 def test_models_that_do_not_go_together(flux: Comfy) -> None:
     prompt = flux_graph()
     prompt["guide"] = node("GMFlowLoader", model_name="known.safetensors")

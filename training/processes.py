@@ -1,0 +1,33 @@
+"""Several processes of one command."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+
+@contextmanager
+def together(state: PartialState) -> Iterator[None]:
+    """All processes leave the block together, or with an error if one of them has one: the others would wait for it, which
+    only some launchers notice. Nothing in the block may wait for other processes.
+
+    Raises:
+        ValueError: another process had an error; the message is its own.
+    """
+    if state.num_processes == 1:
+        yield
+        return
+    mine: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        mine = error
+    found = gather_object([None if mine is None else str(mine) or type(mine).__name__])
+    if mine is not None:
+        raise mine
+    others = [f"process {number}: {message}" for number, message in enumerate(found) if message]
+    if others:
+        raise ValueError("; ".join(others))

@@ -464,7 +464,7 @@ def write_with_tokens(data: Path, source: Path, folder: Path, tokens: torch.Tens
     write_tokens(folder / "tokens.safetensors", tokens, made)
     assigner = GaussianMixtureSource(torch.eye(3), torch.full((3, 1), 0.1), torch.full((3,), 1 / 3).log())
     path = folder / "source.safetensors"
-    save_source(replace(load_source(source), assigner=assigner), path, facts={"config": facts})
+    save_source(replace(load_source(source), assigner=assigner), path, facts=facts)
     return path
 
 
@@ -472,11 +472,13 @@ def test_tokens_of_another_encoder_are_refused(data, source, tmp_path):
     facts = {"encoder": "dinov2", "encoder_size": None, "image_size": 256}
     made = dict(zip(SETTINGS, ("facebook/dinov2-with-registers-base", None, 256), strict=True))
     tokens = torch.eye(3)[torch.arange(48) % 3]
-    path = write_with_tokens(data, source, tmp_path / "same", tokens, facts, made)
+    path = write_with_tokens(data, source, tmp_path / "same", tokens, {"config": facts}, made)
     modes_trainer(path.parent, path, tmp_path / "out").iterate()
-    path = write_with_tokens(data, source, tmp_path / "other", tokens, {**facts, "encoder": "mae"}, {**made, "size": 224})
-    with pytest.raises(ValueError, match=r"tokens of encoder \S+dinov2\S+, size 224, but .* of encoder \S+mae-base, size 256;"):
-        modes_trainer(path.parent, path, tmp_path / "other_out")
+    other = {**made, "encoder": "facebook/vit-mae-base", "size": None}
+    for folder, facts in (("encoder", {"config": {**facts, "encoder": "mae"}}), ("file", {"config": {}, "tokens": other})):
+        path = write_with_tokens(data, source, tmp_path / folder, tokens, facts, {**made, "size": 224})
+        with pytest.raises(ValueError, match=r"tokens of encoder \S+dinov2\S+, size 224, but .* of encoder \S+mae-base"):
+            modes_trainer(path.parent, path, tmp_path / f"{folder}_out")
 
 
 def mapped(path: Path) -> list[range]:

@@ -39,6 +39,7 @@ from training.devices import on_cpu, to_device
 from training.evaluate_report import figure
 from training.latents import INDEX, PLAN, LatentDataset, to_pixels, whole_file
 from training.prepare import list_images
+from training.processes import together
 from training.tokens import (
     FILE,
     TokenFiles,
@@ -46,6 +47,7 @@ from training.tokens import (
     encode_images,
     images_of,
     keep_tokens,
+    read_record,
     share_of,
 )
 
@@ -194,9 +196,9 @@ class Fitting:
         """The mixture of the tokens, then that of the samples of its modes."""
         config, state = self.config, self.state
         check_count(tokens, len(dataset), config.data)
-        if state.is_main_process:
-            keep_tokens(tokens, config.data)
-        state.wait_for_everyone()
+        with together(state):
+            if state.is_main_process:
+                keep_tokens(tokens, config.data)
         mine = tokens.share(state)
         assigner = self.em(mine, config.assigner_covariance, "tokens")
         judge = assigner.to(state.device)
@@ -267,12 +269,12 @@ def fit(config: Config) -> GaussianMixtureSource:
             )
         samples = TokenFiles([config.data])
         source = shaped(fitting.em(samples.share(state), config.covariance, "samples"), samples.shape)
-    if state.is_main_process:
-        save_source(source, config.out / "source.safetensors", facts=facts(config, fitting, flip), data=space_of(dataset))
-        path = draw_report(source, fitting.log_likelihoods, dataset, config.out / "report.png")
-        kind = "spherical" if source.is_spherical else "diagonal"
-        print(f"{config.out / 'source.safetensors'}: {source.num_modes} {kind} modes of {source.shape}; see {path}")
-    state.wait_for_everyone()
+    with together(state):
+        if state.is_main_process:
+            save_source(source, config.out / "source.safetensors", facts=facts(config, fitting, flip), data=space_of(dataset))
+            path = draw_report(source, fitting.log_likelihoods, dataset, config.out / "report.png")
+            kind = "spherical" if source.is_spherical else "diagonal"
+            print(f"{config.out / 'source.safetensors'}: {source.num_modes} {kind} modes of {source.shape}; see {path}")
     return source
 
 
@@ -285,7 +287,8 @@ def shaped(source: GaussianMixtureSource, shape: tuple[int, ...]) -> GaussianMix
 def facts(config: Config, fitting: Fitting, flip: bool) -> dict[str, Any]:
     """How the source was made, for its metadata."""
     values = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
-    return {"config": values, "flip": flip, "log_likelihoods": fitting.log_likelihoods, "torch": torch.__version__}
+    tokens = {} if config.tokens is None else {"tokens": read_record(config.tokens) or {}}
+    return {"config": values, **tokens, "flip": flip, "log_likelihoods": fitting.log_likelihoods, "torch": torch.__version__}
 
 
 def space_of(dataset: LatentDataset | None) -> dict[str, Any]:

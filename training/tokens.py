@@ -179,11 +179,12 @@ def check_encoder(folder: Path, fitted: dict[str, Any], source: str) -> None:
     Raises:
         ValueError: they were made by another encoder, or with other settings.
     """
-    here, config = read_record(folder / FILE) or {}, fitted.get("config") or {}
-    if config.get("encoder") is None or "encoder" not in here:
+    here, config, there = read_record(folder / FILE) or {}, fitted.get("config") or {}, fitted.get("tokens") or {}
+    if config.get("encoder") is not None:
+        there = encoder_settings(config["encoder"], config.get("encoder_size"), config.get("image_size"))
+    if "encoder" not in here or "encoder" not in there:
         return
-    there = encoder_settings(config["encoder"], config.get("encoder_size"), config.get("image_size"))
-    here = {name: here.get(name) for name in SETTINGS}
+    here, there = ({name: record.get(name) for name in SETTINGS} for record in (here, there))
     if here != there:
         raise ValueError(
             f"{folder / FILE} holds tokens of {_told(here)}, but {source} tells its modes apart by tokens of {_told(there)}; "

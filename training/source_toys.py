@@ -1,18 +1,20 @@
 """What a Gaussian-mixture source does for flow matching in 2-D: the source, the coupling, and both mixtures at once.
 
-    python -m training.source_toys                    # 18 small networks on one CPU thread, some 25 minutes
+    python -m training.source_toys                    # 22 small networks on one CPU thread, some 30 minutes
     python -m training.source_toys --preset quick     # seconds; the figures mean nothing
     python -m training.source_toys --seeds 4 --out outputs/source_toys
 
 Two experiments, on data of unit variance and with everything but the named thing alike:
 
-- source: the checkerboard and 8 Gaussians, from N(0, I) and from a mixture fitted to the data, whose noise is of an independent
-  mode or of the point's own (drawn from its posterior). The network predicts the mean velocity and is not told the mode; Euler.
+- source: the checkerboard and 8 Gaussians, from N(0, I) and from mixtures of M modes fitted to the data, whose noise is of an
+  independent mode or of the point's own (drawn from its posterior). The network predicts the mean velocity and is not told the
+  mode; Euler.
 - corners, on the checkerboard: {N(0, I), mixture source} x {mean, mixture output}. With the mixture source the network is told
   the mode, so that everything happens in the mode's frame (`ModeFrame`).
 
 The distance is `sliced_wasserstein` to fresh data. "0 calls" is the source itself: a flow that does not beat it has learnt
-nothing. Networks and sources are kept in OUT, so that the command, started again, goes on where it was stopped.
+nothing. A mixture is the likeliest of several starts of EM. Networks and sources are kept in OUT, so that the command, started
+again, goes on where it was stopped.
 OUT/source_toys.csv, .json and .md hold the figures, OUT/source_toys.png and OUT/source_toys_corners.png the samples.
 """
 
@@ -52,14 +54,16 @@ from training.trainer import require
 MODULE = "training.source_toys"
 SCALE = EXTENT / math.sqrt(3)  # the checkerboard's standard deviation along each axis
 RING_STD = 0.1  # of each of the 8 Gaussians
-MODES = {"checkerboard": 8, "8-gaussians": 4}  # M
+MODES = {"checkerboard": (8,), "8-gaussians": (4, 8)}  # M
 SOURCE_CALLS, CORNER_CALLS = (1, 2, 4, 8, 16), (1, 2, 4, 8)
 DIRECTIONS = 64
 FIT_SAMPLES = 20_000
+FIT_TOLERANCE = 1e-3  # nats a sample that EM stops at, and that a better start must gain
 SOLVER_TITLES = {"": "0 calls", "euler": "Euler", "gm-ode": "GM-ODE 2", "gm-sde": "GM-SDE 2"}
 SOURCES = {"gaussian": "N(0, I)", "independent": "mixture", "mode": "mixture", "known": "mixture"}
 COUPLINGS = {"gaussian": "none", "independent": "independent", "mode": "mode", "known": "mode, known"}
-COLUMNS = ("data", "source", "coupling", "output", "solver", "calls", "sliced_w1", "smallest", "largest", "off_board")
+CASE = ("data", "source", "modes", "coupling", "output", "solver", "calls")
+COLUMNS = (*CASE, "sliced_w1", "smallest", "largest", "off_board")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,6 +76,8 @@ class Config:
     """Folder for the networks, the sources and the figures; what is found there is not trained again."""
     seeds: int = 2
     """Networks of each kind."""
+    starts: int = 10
+    """Starts of EM for each source; the likeliest fit is taken."""
     iterations: int = 5000
     """Training iterations of each network."""
     batch_size: int = 1024
@@ -88,14 +94,14 @@ class Config:
     """Throw away the networks and sources found in OUT."""
 
     def __post_init__(self):
-        for name in ("seeds", "iterations", "batch_size", "width", "num_components", "samples"):
+        for name in ("seeds", "starts", "iterations", "batch_size", "width", "num_components", "samples"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(self.lr > 0, "lr", self.lr, "positive")
 
 
 PRESETS = {
     "full": Config(),
-    "quick": Config(preset="quick", seeds=1, iterations=20, batch_size=256, width=32, num_components=4, samples=1000),
+    "quick": Config(preset="quick", seeds=1, starts=2, iterations=20, batch_size=256, width=32, num_components=4, samples=1000),
 }
 
 
@@ -106,10 +112,12 @@ class Run:
     Args:
         noise: "gaussian"; or of a mixture source, with the mode "independent" of the point, the point's own ("mode"), or the
             point's own and the network told so ("known").
+        modes: M of the mixture source; 1 for N(0, I).
     """
 
     toy: Literal["checkerboard", "8-gaussians"]
     noise: Literal["gaussian", "independent", "mode", "known"]
+    modes: int = 1
     mixture_output: bool = False
 
     @property
@@ -117,15 +125,28 @@ class Run:
         return ("gm-ode", "gm-sde") if self.mixture_output else ("euler",)
 
     def file(self, seed: int) -> str:
-        return f"{self.toy}_{self.noise}_{'mixture' if self.mixture_output else 'mean'}_{seed}.safetensors"
+        source = self.noise if self.noise == "gaussian" else f"{self.noise}{self.modes}"
+        return f"{self.toy}_{source}_{'mixture' if self.mixture_output else 'mean'}_{seed}.safetensors"
 
-    def about(self) -> dict[str, str]:
-        output = "mixture" if self.mixture_output else "mean"
-        return {"data": self.toy, "source": SOURCES[self.noise], "coupling": COUPLINGS[self.noise], "output": output}
+    @property
+    def title(self) -> str:
+        return SOURCES[self.noise] if self.noise == "gaussian" else f"{SOURCES[self.noise]} of {self.modes}"
+
+    def about(self) -> dict[str, str | int]:
+        return {
+            "data": self.toy, "source": SOURCES[self.noise], "modes": self.modes, "coupling": COUPLINGS[self.noise],
+            "output": "mixture" if self.mixture_output else "mean",
+        }  # fmt: skip
 
 
-TABLE = [Run(toy, noise) for toy in MODES for noise in ("gaussian", "independent", "mode")]
-CORNERS = [Run("checkerboard", noise, output) for noise in ("gaussian", "known") for output in (False, True)]
+TABLE = [
+    Run(toy, noise, modes)
+    for toy, sizes in MODES.items()
+    for modes, noise in [(1, "gaussian"), *itertools.product(sizes, ("independent", "mode"))]
+]
+CORNERS = [
+    Run("checkerboard", noise, modes, output) for noise, modes in (("gaussian", 1), ("known", 8)) for output in (False, True)
+]
 CORNER_ROWS = [(run, solver) for run in CORNERS for solver in run.solvers]
 
 
@@ -145,7 +166,9 @@ def sliced_wasserstein(x: Tensor, y: Tensor, directions: int = DIRECTIONS) -> fl
     return ((x @ axes).sort(0).values - (y @ axes).sort(0).values).abs().mean().item()
 
 
-def loss_of(network: GMFlowMLP, run: Run, source: GaussianMixtureSource, x0: Tensor, generator: torch.Generator) -> Tensor:
+def loss_of(
+    network: GMFlowMLP, run: Run, source: GaussianMixtureSource | None, x0: Tensor, generator: torch.Generator
+) -> Tensor:
     """Mean NLL of the velocity at uniform sigmas, in nats per point without the 2 pi constant: half the squared error, up to a
     constant, for the mean output."""
     sigma = torch.rand(len(x0), generator=generator).clamp(min=MIN_SIGMA)
@@ -164,7 +187,7 @@ def loss_of(network: GMFlowMLP, run: Run, source: GaussianMixtureSource, x0: Ten
 
 @torch.inference_mode()
 def sample(
-    network: GMFlowMLP | None, run: Run, source: GaussianMixtureSource, count: int, solver: str, calls: int, seed: int
+    network: GMFlowMLP | None, run: Run, source: GaussianMixtureSource | None, count: int, solver: str, calls: int, seed: int
 ) -> Tensor:
     """`count` samples (count, 2); 0 calls give the noise itself."""
     generator = torch.Generator().manual_seed(seed)
@@ -207,20 +230,29 @@ def require_same(path: Path, found: dict, settings: dict) -> None:
         raise ValueError(f"{path} was made with other settings ({'; '.join(differ)}); give another --out, or --restart")
 
 
-def source_of(toy: str, seed: int, config: Config) -> GaussianMixtureSource:
-    """The mixture of M spherical modes fitted to `FIT_SAMPLES` points, from OUT if it is there."""
-    path = config.out / f"{toy}_source_{seed}.safetensors"
-    settings = {"seed": seed, "samples": FIT_SAMPLES, "modes": MODES[toy]}
+def source_of(toy: str, modes: int, seed: int, config: Config) -> GaussianMixtureSource:
+    """The mixture of spherical modes fitted to `FIT_SAMPLES` points, from OUT if it is there."""
+    path = config.out / f"{toy}_source{modes}_{seed}.safetensors"
+    settings = {"seed": seed, "samples": FIT_SAMPLES, "modes": modes, "starts": config.starts}
     if path.exists() and not config.restart:
         require_same(path, read_source_metadata(path)["training"], settings)
         return load_source(path)
     data = draw_data(toy, FIT_SAMPLES, torch.Generator().manual_seed(1000 + seed))
-    source = fit_mixture(data, MODES[toy], spherical=True, seed=seed).source
-    save_source(source, path, facts=settings)
+    source, log_likelihoods = likeliest_fit(data, modes, seed, config.starts)
+    save_source(source, path, facts=settings | {"log_likelihoods": log_likelihoods})
     return source
 
 
-def network_of(run: Run, seed: int, config: Config, source: GaussianMixtureSource) -> GMFlowMLP:
+def likeliest_fit(data: Tensor, modes: int, seed: int, starts: int) -> tuple[GaussianMixtureSource, list[float]]:
+    """The first fit that is as likely as the best up to `FIT_TOLERANCE`, and the log-likelihoods of all, in nats a sample."""
+    seeds = range(seed, seed + starts)
+    fits = [fit_mixture(data, modes, spherical=True, seed=start, tolerance=FIT_TOLERANCE) for start in seeds]
+    ends = [fit.log_likelihoods[-1] for fit in fits]
+    best = next(fit for fit, end in zip(fits, ends, strict=True) if end >= max(ends) - FIT_TOLERANCE)
+    return best.source, ends
+
+
+def network_of(run: Run, seed: int, config: Config, source: GaussianMixtureSource | None) -> GMFlowMLP:
     """The trained network, from OUT if it is there."""
     path, settings = config.out / run.file(seed), settings_of(config, seed)
     if path.exists() and not config.restart:
@@ -228,19 +260,22 @@ def network_of(run: Run, seed: int, config: Config, source: GaussianMixtureSourc
         return load_checkpoint(path)[0]
     torch.manual_seed(seed)
     output = {"num_components": config.num_components} if run.mixture_output else {"num_components": 1, "constant_log_std": 0.0}
-    labels = source.num_modes if run.noise == "known" else 0
+    labels = run.modes if run.noise == "known" else 0
     network = GMFlowMLP(
         GMFlowMLPConfig(embed_dim=64, hidden_dim=config.width, num_layers=3, min_period=0.2, num_classes=labels, **output)
     )
     train(network, run, seed, config, source)
-    coupling = "independent" if run.noise == "independent" else "soft"
-    kind = {"num_modes": source.num_modes, "shape": source.shape, "coupling": coupling}
-    data = {} if run.noise == "gaussian" else {"source": kind | {"conditioning": "mode" if labels else "hidden"}}
+    data = {}
+    if source is not None:
+        coupling = "independent" if run.noise == "independent" else "soft"
+        data["source"] = {
+            "num_modes": run.modes, "shape": source.shape, "coupling": coupling, "conditioning": "mode" if labels else "hidden"
+        }  # fmt: skip
     save_checkpoint(network, path, facts=settings, data=data)
     return network.eval()
 
 
-def train(network: GMFlowMLP, run: Run, seed: int, config: Config, source: GaussianMixtureSource) -> None:
+def train(network: GMFlowMLP, run: Run, seed: int, config: Config, source: GaussianMixtureSource | None) -> None:
     generator = torch.Generator().manual_seed(2000 + seed)
     optimizer = torch.optim.Adam(network.parameters(), lr=config.lr, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.iterations)
@@ -276,15 +311,16 @@ def measure(config: Config) -> tuple[list[dict], dict[str, list[float]], dict[tu
     points, floor = {}, {}
     bar = tqdm(total=config.seeds * len(calls), desc="networks", dynamic_ncols=True)
     for seed in range(config.seeds):
-        sources = {toy: source_of(toy, seed, config) for toy in MODES}
+        sources = {(toy, modes): source_of(toy, modes, seed, config) for toy, sizes in MODES.items() for modes in sizes}
         generator = torch.Generator().manual_seed(3000 + seed)
         data = {toy: draw_data(toy, config.samples, generator) for toy in MODES}
         for toy in MODES:
             floor.setdefault(toy, []).append(sliced_wasserstein(draw_data(toy, config.samples, generator), data[toy]))
         for run in calls:
-            network = network_of(run, seed, config, sources[run.toy])
+            source = sources.get((run.toy, run.modes))
+            network = network_of(run, seed, config, source)
             for solver, n in cases(run, calls[run]):
-                x = sample(network, run, sources[run.toy], config.samples, solver, n, 4000 + seed)
+                x = sample(network, run, source, config.samples, solver, n, 4000 + seed)
                 off = 1 - on_board(x * SCALE, slack=0.05).double().mean().item()
                 figures.setdefault((run, solver, n), []).append((sliced_wasserstein(x, data[run.toy]), off))
                 points.setdefault((run, solver, n), x)
@@ -308,7 +344,7 @@ def markdown(lines: list[dict]) -> str:
             about = run.about()
             of = {line["calls"]: line for line in lines if about.items() <= line.items() and line["solver"] in ("", solver)}
             cells = [f"{of[n]['sliced_w1']:.3f}" + (f" ({of[n]['off_board']:.1%})" if shares else "") for n in calls]
-            name = f"{about['data']}, {about['source']}, {about['coupling']}"
+            name = f"{about['data']}, {run.title}, {about['coupling']}"
             if shares:
                 name = f"{about['source']} to {about['output']}, {SOLVER_TITLES[solver]}"
             text.append("| " + " | ".join([name, *cells]) + " |")
@@ -323,7 +359,7 @@ def sheet(
     config: Config, title: str,
 ):  # fmt: skip
     """Samples of the first seed, a row for each (caption, run, solver); the captions give the distance, averaged over seeds."""
-    w1 = {tuple(line[name] for name in COLUMNS[:6]): line["sliced_w1"] for line in lines}
+    w1 = {tuple(line[name] for name in CASE): line["sliced_w1"] for line in lines}
     data = draw_data("checkerboard", config.samples, torch.Generator().manual_seed(5000))
 
     def picture(x: Tensor, toy: str) -> Tensor:
@@ -351,15 +387,15 @@ def write(config: Config) -> list[dict]:
         writer.writeheader()
         writer.writerows({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in line.items()} for line in lines)
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("out", "restart")}
-    settings |= {"directions": DIRECTIONS, "modes": MODES, "fit_samples": FIT_SAMPLES}
+    settings |= {"directions": DIRECTIONS, "modes": MODES, "fit_samples": FIT_SAMPLES, "fit_tolerance": FIT_TOLERANCE}
     record = {"settings": settings, "data_against_data": floor, "lines": lines}
     path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
     text = markdown(lines)
     path.with_suffix(".md").write_text(text)
     seeds = f"mean over {config.seeds} seed{'s' * (config.seeds > 1)}"
     title = f"W1: sliced Wasserstein distance to the data,\n{config.samples:,} points, {seeds}. Lower is better."
-    names = {"gaussian": "N(0, I)", "independent": "mixture,\nany mode", "mode": "mixture,\nown mode"}
-    rows = [(names[run.noise], run, "euler") for run in TABLE]
+    names = {"gaussian": "", "independent": ",\nany mode", "mode": ",\nown mode"}
+    rows = [(run.title + names[run.noise], run, "euler") for run in TABLE]
     sheet(rows, (0, *SOURCE_CALLS), lines, points, config, title).save(path.with_suffix(".png"))
     rows = [
         (f"{SOURCES[run.noise]}\nto {run.about()['output']},\n{SOLVER_TITLES[solver]}", run, solver)

@@ -122,6 +122,8 @@ def substep_rows(bench: Bench) -> Iterator[dict]:
         "ours": lambda count: rollout(mixture, x, START, END, count),
         "naive": lambda count: naive.rollout(mixture, x, START, END, count),
     }
+    if callable(our_rollouts(bench, mixture, x, counts[0], bench.compiled)["ours, compiled"]):
+        forms["ours, compiled"] = lambda count: rollout(mixture, x, START, END, count, method="compiled")
     calls = {(name, count): lambda form=form, count=count: form(count) for name, form in forms.items() for count in counts}
     with torch.inference_mode():
         times = take_turns(calls, bench.device, budget=0.2 if bench.quick else 8.0, least=2 if bench.quick else 3)

@@ -5,7 +5,7 @@
 - plain: the definition, one substep after the other over the whole tensor. It has gradients, and constraints between substeps.
 - tiled: on its way x stays in the span of the source point and the K means, so that a substep needs their inner products only,
   not the means. They are computed once for a tile of pixels, whose whole rollout then stays in the cache. Plain torch.
-- compiled: tiled, with the inner parts compiled by torch.compile: on a CPU with a C++ compiler, and tens of seconds for each
+- compiled: tiled, with the inner parts compiled by torch.compile: on a CPU with a C++ compiler, and some ten seconds for each
   kind of mixture.
 - triton: all substeps of a block of pixels in one kernel, on a GPU that Triton knows.
 """
@@ -31,7 +31,7 @@ Check = Callable[[], None]
 
 METHODS = ("plain", "tiled", "compiled", "triton")
 METHOD_VARIABLE = "GMFLOW_ROLLOUT"  # of the environment
-FEW = 4  # substeps from a tilted mixture that are done sooner than its components are computed
+FEW, FEW_TILTED = 2, 4  # substeps that are done sooner than the inner products (and a tilted mixture's components) are computed
 TILE = {"cpu": 1 << 15, "gpu": 1 << 20}  # pixels times components: on a CPU a thread's, which torch splits no further
 
 
@@ -81,7 +81,7 @@ def rollout(
     simple = substeps == 1 or constrain is not None or isinstance(x0, DXPolicy) or not x.numel()
     if simple or _has_gradient(x0, x, sigma, sigma_end):
         method = "plain"
-    if method is None and isinstance(x0, TiltedMixture) and substeps <= FEW and not x.is_cuda:
+    if method is None and substeps <= (FEW_TILTED if isinstance(x0, TiltedMixture) else FEW) and not x.is_cuda:
         method = "plain"
     if method == "plain":
         return _plain(x0, x, sigma, sigma_end, substeps, shift, constrain, check)

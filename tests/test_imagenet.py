@@ -475,8 +475,8 @@ def test_tokens_of_another_encoder_are_refused(data, source, tmp_path):
     path = write_with_tokens(data, source, tmp_path / "same", tokens, {"config": facts}, made)
     modes_trainer(path.parent, path, tmp_path / "out").iterate()
     other = {**made, "encoder": "facebook/vit-mae-base", "size": None}
-    for folder, facts in (("encoder", {"config": {**facts, "encoder": "mae"}}), ("file", {"config": {}, "tokens": other})):
-        path = write_with_tokens(data, source, tmp_path / folder, tokens, facts, {**made, "size": 224})
+    for folder, made_by in (("encoder", {"config": {**facts, "encoder": "mae"}}), ("file", {"config": {}, "tokens": other})):
+        path = write_with_tokens(data, source, tmp_path / folder, tokens, made_by, {**made, "size": 224})
         with pytest.raises(ValueError, match=r"tokens of encoder \S+dinov2\S+, size 224, but .* of encoder \S+mae-base"):
             modes_trainer(path.parent, path, tmp_path / f"{folder}_out")
 

@@ -225,7 +225,11 @@ def transport_rows(bench: Bench) -> Iterator[dict]:
 def guided_rows(bench: Bench) -> Iterator[dict]:
     """GM-ODE 2 with probabilistic guidance and 4 substeps, all but the network, whose outputs are made beforehand: a call of
     four steps (the first has no correction)."""
-    batch, components, channels, *space = bench.size((8, 8, 4, 32, 32), (2, 4, 3, 6, 8))
+    for shape in (bench.size((8, 8, 4, 32, 32), (2, 4, 3, 6, 8)), bench.size((1, 8, 16, 96, 170), (1, 4, 5, 6, 8))):
+        yield compare_guided_steps(bench, *shape)
+
+
+def compare_guided_steps(bench: Bench, batch: int, components: int, channels: int, *space: int) -> dict:
     sigmas, substeps = flow_sigmas(4).tolist(), 4
     outputs = [random_mixture(seed, 2 * batch, components, channels, space, spread=1.0) for seed in range(4)]
     outputs = [output.to(bench.device) for output in outputs]
@@ -242,7 +246,7 @@ def guided_rows(bench: Bench) -> Iterator[dict]:
         return sample_gm_ode(denoiser, x, sigmas, order=2, substeps=substeps)
 
     least = [rollout_work(outputs[0], substeps)] * 4
-    yield bench.compare(
+    return bench.compare(
         "guided steps",
         describe(outputs[0].chunk(2)[0], ", 4 steps of 4 substeps"),
         {

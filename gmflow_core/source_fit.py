@@ -26,7 +26,7 @@ from torch import Tensor
 from .checkpoint import open_checkpoint, stored, write_tensors
 from .source import GaussianMixtureSource, LogJoint, listed, widest
 
-FORMAT = "gmflow-source-fit-1"
+FORMAT, MOMENTS = "gmflow-source-fit-1", "gmflow-moments-1"
 BLOCK = 2**22  # elements of (rows, modes) and (rows, dimensions) at a time
 START_ROWS = (32, 2**16)  # rows that k-means++ looks at: so many for each mode, and at least so many in all
 LOG_NOTHING = -60.0  # least log-responsibility: a billion of such weigh nothing, and denormal numbers would take their time
@@ -336,6 +336,27 @@ class RunningMoments:
         spread = (num_modes, *[1] * len(shape)) if spherical else (num_modes, *shape)
         self.squares = torch.zeros(spread, dtype=widest(self.means.device) if spherical else torch.float32, device=device)
 
+    def save(self, path: str | Path, settings: dict[str, Any]) -> None:
+        """Keep what came until now, to go on with after a stop; `settings` are to tell what it belongs to."""
+        tensors = {name: stored(getattr(self, name), getattr(self, name).dtype) for name in ("means", "squares", "counts")}
+        write_tensors(tensors, path, {"format": MOMENTS, "settings": json.dumps(settings)})
+
+    def restore(self, path: str | Path, settings: dict[str, Any]) -> int:
+        """Take over what `save` kept, if there is such a file; how many samples that were.
+
+        Raises:
+            ValueError: the file belongs to something else.
+        """
+        if not Path(path).exists():
+            return 0
+        with open_checkpoint(path) as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != MOMENTS or json.loads(metadata["settings"]) != settings:
+                raise ValueError(f"{path} is of another fit, or of other processes; remove it to begin anew")
+            for name in ("means", "squares", "counts"):
+                getattr(self, name).copy_(file.get_tensor(name))
+        return int(self.counts.sum())
+
     def add(self, x: Tensor, modes: Tensor) -> None:
         """Take up samples (n, *shape) of the modes (n,).
 
@@ -438,6 +459,7 @@ def fit_given_modes(
     flip: bool = False,
     assigner: GaussianMixtureSource | None = None,
     device: str | torch.device = "cpu",
+    moments: RunningMoments | None = None,
 ) -> GaussianMixtureSource:
     """The mixture of samples whose modes are known, in one pass; over all processes, each with its own samples.
 
@@ -446,11 +468,13 @@ def fit_given_modes(
         spherical: one variance for each mode, that of its dimensions on average.
         flip: count the width-flipped twin of each sample too.
         assigner: who knew the modes; its weights are taken, and it becomes the source's.
+        moments: where they are added up, for a caller that keeps them from time to time; it may hold some samples already.
 
     Raises:
         ValueError: as `RunningMoments`.
     """
-    moments = RunningMoments(num_modes, shape, spherical=spherical, device=device)
+    if moments is None:
+        moments = RunningMoments(num_modes, shape, spherical=spherical, device=device)
     for x, modes in samples:
         moments.add(x, modes)
     moments.add_up_processes()

@@ -21,6 +21,7 @@ from gmflow_core import source_fit
 from gmflow_core.source import GaussianMixtureSource, load_source, read_source_metadata
 from gmflow_core.source_fit import RunningMoments, fit_given_modes, fit_mixture, kmeans_plus_plus
 from tests.helpers import F64, normal
+from training import fit_source
 from training.fit_source import Config, fit, main
 from training.latents import LatentDataset
 from training.prepare import Config as PrepareConfig
@@ -328,6 +329,31 @@ def test_command_with_tokens_of_another_file(prepared, tmp_path):
     np.save(tmp_path / "more.npy", sides.numpy())
     with pytest.raises(ValueError, match="holds other tokens"):
         fit(config(prepared, tmp_path / "other", modes=2, tokens=tmp_path / "more.npy"))
+
+
+def test_a_pass_over_the_samples_goes_on_where_it_was_stopped(prepared, tmp_path, monkeypatch):
+    np.save(tmp_path / "tokens.npy", clusters(count=60, modes=3, dims=4).numpy())
+    given = {"tokens": tmp_path / "tokens.npy"}
+    whole = fit(config(prepared, tmp_path / "whole", **given))
+    read, size = [], 3 * 16 * 16
+    monkeypatch.setattr(fit_source, "KEEP_EVERY", -1.0)
+    monkeypatch.setattr(fit_source, "CHUNK", 16 * size)  # four chunks of samples
+
+    def to_device(x, device):
+        read.append(len(x))
+        if len(read) == 3:
+            raise KeyboardInterrupt
+        return x
+
+    monkeypatch.setattr(fit_source, "to_device", to_device)
+    with pytest.raises(KeyboardInterrupt):
+        fit(config(prepared, tmp_path / "out", **given))
+    with pytest.raises(ValueError, match=r"moments_0\.safetensors is of another fit"):
+        fit(config(prepared, tmp_path / "out", covariance="diagonal", **given))
+    source = fit(config(prepared, tmp_path / "out", **given))
+    assert read == [16, 16, 16, 16, 12]
+    same_source(source, whole, 1e-6)
+    assert not list((tmp_path / "out").glob("moments_*"))
 
 
 def test_two_processes_find_what_one_finds(prepared, tmp_path):

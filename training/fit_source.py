@@ -12,14 +12,15 @@ or from a file, EM fits a mixture to the tokens, each sample belongs to the mode
 gives the modes' means and variances; the tokens stay in DATA/tokens.safetensors for training. OUT/source.safetensors is the
 source, with the mixture of the tokens in it; OUT/report.png shows its modes.
 
-Stopped in any way and started again with the same command, it keeps the tokens that are made and goes on at the last iteration
-of EM. Several machines need a shared OUT and DATA.
+Stopped in any way and started again with the same command, it keeps the tokens that are made, goes on at the last iteration of
+EM, and loses ten minutes of the pass over the samples at most. Several machines need a shared OUT and DATA.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import sys
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -34,7 +35,7 @@ from tqdm import tqdm
 from gmflow_core.pictures import image_grid
 from gmflow_core.source import GaussianMixtureSource, load_source, save_source
 from gmflow_core.source_convert import convert_pickle
-from gmflow_core.source_fit import fit_given_modes, fit_mixture
+from gmflow_core.source_fit import RunningMoments, fit_given_modes, fit_mixture
 from training.devices import on_cpu, to_device
 from training.evaluate_report import figure
 from training.latents import INDEX, PLAN, LatentDataset, to_pixels, whole_file
@@ -55,6 +56,7 @@ Covariance = Literal["diagonal", "spherical"]
 PRECISIONS = {"fp32": torch.float32, "fp64": torch.float64}
 CHUNK = 2**24  # elements of samples that are read at a time
 SHOWN = 64  # modes in the picture
+KEEP_EVERY = 600.0  # seconds after which the sums over the samples are written down
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -203,25 +205,38 @@ class Fitting:
         assigner = self.em(mine, config.assigner_covariance, "tokens")
         judge = assigner.to(state.device)
         modes = torch.cat([hardest(judge, chunk.to(state.device)) for chunk in mine])
-        bar = tqdm(total=len(mine), desc="samples", unit="img", disable=not state.is_main_process, dynamic_ncols=True)
+        moments = RunningMoments(config.modes, dataset.shape, spherical=config.covariance == "spherical", device=state.device)
+        path = moments_file(config, state)
+        settings = {
+            "assigner": assigner.digest, "covariance": config.covariance, "rows": [mine.rows.start, mine.rows.stop],
+        }  # fmt: skip
+        with together(state):
+            if config.restart:
+                path.unlink(missing_ok=True)
+            begun = moments.restore(path, settings)
+        bar = tqdm(
+            total=len(mine), initial=begun, desc="samples", unit="img", disable=not state.is_main_process, dynamic_ncols=True
+        )
 
         def samples() -> Iterator[tuple[Tensor, Tensor]]:
-            done = 0
-            for x in Latents(dataset, mine.rows):
+            done, kept = begun, time.monotonic()
+            for x in Latents(dataset, mine.rows[begun:]):
                 yield to_device(x, state.device), modes[done : done + len(x)]
                 done += len(x)
                 bar.update(len(x))
+                if time.monotonic() - kept > KEEP_EVERY:
+                    moments.save(path, settings)
+                    kept = time.monotonic()
 
         with bar:
             return fit_given_modes(
-                samples(),
-                config.modes,
-                dataset.shape,
-                spherical=config.covariance == "spherical",
-                flip=flip,
-                assigner=assigner,
-                device=state.device,
+                samples(), config.modes, dataset.shape, flip=flip, assigner=assigner, device=state.device, moments=moments
             )
+
+
+def moments_file(config: Config, state: PartialState) -> Path:
+    """Where a process keeps its sums over the samples until the source is written."""
+    return config.out / f"moments_{state.process_index}.safetensors"
 
 
 def hardest(judge: GaussianMixtureSource, tokens: Tensor) -> Tensor:
@@ -275,6 +290,7 @@ def fit(config: Config) -> GaussianMixtureSource:
             path = draw_report(source, fitting.log_likelihoods, dataset, config.out / "report.png")
             kind = "spherical" if source.is_spherical else "diagonal"
             print(f"{config.out / 'source.safetensors'}: {source.num_modes} {kind} modes of {source.shape}; see {path}")
+    moments_file(config, state).unlink(missing_ok=True)
     return source
 
 

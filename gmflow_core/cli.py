@@ -72,8 +72,8 @@ def progress(done: int, total: int) -> None:
 
 def sample_density(args: argparse.Namespace, network: torch.nn.Module, data: dict[str, Any]) -> tuple[dict, torch.Tensor]:
     """Points of a 2-D model, and a picture of their density."""
-    if args.labels or args.guidance:
-        raise ValueError(f"{args.checkpoint} is a 2-D model without classes; leave out --labels and --guidance")
+    if args.labels or args.unlabelled or args.guidance:
+        raise ValueError(f"{args.checkpoint} is a 2-D model without classes; leave out --labels, --unlabelled and --guidance")
     points = sample_points(
         network,
         100_000 if args.count is None else args.count,
@@ -96,18 +96,28 @@ def sample_class_images(args: argparse.Namespace, network: MixtureOutput, data: 
             f"{args.checkpoint} makes latents ({data.get('space', 'of an unknown kind')}), which need a VAE to be seen: "
             "give an --out that ends in .safetensors, or use the model in ComfyUI"
         )
-    wanted = args.labels or [str(label) for label in range(min(10, classes))]
     count = 8 if args.count is None else args.count
     if count < 1:
         raise ValueError(f"--count is {count}; it must be at least 1")
-    labels = torch.tensor([find_label(text, names, classes) for text in wanted]).repeat_interleave(count)
     trained = data.get("source")
+    known = trained is not None and trained.get("conditioning") == "mode"
+    if args.unlabelled or (data.get("unlabelled") and not args.labels):
+        if args.labels or known:
+            has = (
+                f"--labels {' '.join(args.labels)}"
+                if args.labels
+                else f"{args.checkpoint}, whose labels are modes of its source"
+            )
+            raise ValueError(f"--unlabelled does not go with {has}")
+        labels = torch.full((count,), classes)
+    else:
+        wanted = args.labels or [str(label) for label in range(min(10, classes))]
+        labels = torch.tensor([find_label(text, names, classes) for text in wanted]).repeat_interleave(count)
     source = None if args.source is None else load_source(args.source, args.device)
     if source is not None:
         source.require_record(trained, args.checkpoint)
     elif trained is not None:
         raise ValueError(f"{args.checkpoint} was trained with a mixture source; give it as --source")
-    known = trained is not None and trained.get("conditioning") == "mode"
     x = sample_images(
         network,
         None if known else labels,
@@ -203,6 +213,7 @@ def main(arguments: list[str] | None = None) -> None:
     p.add_argument("--shift", type=float, default=1.0, help="time shift, above 1 for more steps at high noise (default 1)")
     p.add_argument("--count", type=int, help="number of points (default 100000), or images of each label (default 8)")
     p.add_argument("--labels", nargs="+", metavar="LABEL", help="classes, by name or number (default: the first ten)")
+    p.add_argument("--unlabelled", action="store_true", help="images of no class, --count of them")
     p.add_argument("--source", help="mixture source that the model was trained with: a file, folder or hub id")
     p.add_argument("--guidance", type=float, default=0.0, help="weight of probabilistic guidance, in [0, 1) (default 0)")
     p.add_argument("--outline", action="store_true", help="draw the checkerboard's squares over the picture")

@@ -76,7 +76,7 @@ def sample_images(
         network: a `GMDiT` or `DiTDH`; its spectrum network, if it has one, serves "gm-sde".
         labels: (B,) integers; `num_classes` for no class. None: the labels are the modes of the source.
         solver, order, substeps, callback: see `gmflow_core.solvers.solve`.
-        steps, shift: see `flow_sigmas`; one network call a step.
+        steps, shift: see `flow_sigmas`; one network call a step. 0 steps give the noise itself.
         seeds: one for each image; all of its noise comes from it alone. 0 to B - 1 if None.
         size: (h, w) of the latents; the model's own if None.
         sigmas: the times, instead of those of `steps` and `shift`.
@@ -123,6 +123,8 @@ def sample_images(
         else:
             x = source.draw(modes, noise=noise)
         labels = modes if labels is None else labels
+    if steps == 0 and sigmas is None:
+        return x if frame is None else frame.leave(x, 1.0)
     labels = labels.to(device)
     denoisers = [class_denoiser(each, labels, guidance) for each in ([network] if guide is None else [network, guide])]
     sigmas = flow_sigmas(steps, shift) if sigmas is None else sigmas

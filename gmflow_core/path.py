@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .mixture import GaussianMixture, IsotropicGaussian
+from .mixture import GaussianMixture, IsotropicGaussian, at_least_float
 
 MIN_SIGMA = 1e-6  # divisions by sigma stop here: below it x_sigma is x_0 to float32 accuracy
 
@@ -173,6 +173,7 @@ def posterior_means(x0: GaussianMixture, x_src: Tensor, sigma_src: Sigma) -> Cal
 
 def _likelihood_ratio(x_src: Tensor, sigma_src: Sigma, x: Tensor, sigma: Sigma) -> tuple[Tensor, Sigma]:
     """The linear and the quadratic term of `posterior`, for `GaussianMixture.tilt`."""
+    x_src, x = at_least_float(x_src), at_least_float(x)
     src, dst = (
         expand_sigma(each, x).clamp(min=MIN_SIGMA) if isinstance(each, Tensor) else max(each, MIN_SIGMA)
         for each in (sigma_src, sigma)

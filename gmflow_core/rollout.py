@@ -70,8 +70,8 @@ def rollout(
     Raises:
         ValueError: `substeps` is below 1, or there is no such method.
     """
-    if substeps < 1:
-        raise ValueError(f"substeps is {substeps}; at least 1 is needed")
+    if not isinstance(substeps, int) or substeps < 1:
+        raise ValueError(f"substeps is {substeps}; a whole number, at least 1, is needed")
     method = method or os.environ.get(METHOD_VARIABLE) or None
     if method is not None and method not in METHODS:
         known = ", ".join(METHODS)
@@ -92,7 +92,12 @@ def rollout(
             if check is not None:
                 check()
             return done
-    return _tiled(x0, x, sigma, sigma_end, substeps, shift, check, _compiled() if method == "compiled" else EAGER)
+    arguments = x0, x, sigma, sigma_end, substeps, shift, check
+    if method == "compiled":
+        done = _compiled(*arguments)
+        if done is not None:
+            return done
+    return _tiled(*arguments, EAGER)
 
 
 def _has_gradient(x0: GaussianMixture, *others: Sigma) -> bool:
@@ -309,16 +314,6 @@ class Code(NamedTuple):
 EAGER = Code(_prepare, _advance, _finish, _fewer_with_gram, 1)
 
 
-@functools.cache
-def _compiled() -> Code:
-    """By torch.compile; each kind of mixture (K, C, what varies in a batch) is compiled on its own."""
-    from . import rollout_compiled as fused
-
-    say = functools.partial(_say_once, "compiled")
-    parts = (fused.compiled(function, say) for function in (fused.prepare, fused.advance, fused.finish))
-    return Code(*parts, fused.few_enough, fused.TOGETHER)
-
-
 def _coefficients(
     start: Tensor, end: Tensor, log_std: Tensor, substeps: int, idle: int, shift: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -340,9 +335,9 @@ def _coefficients(
     scale = (1 + var * quadratic).clamp(min=1e-6).reciprocal()
     gain = (1 - ratio) * scale
     decay = ratio + gain * var * alpha
-    # source' = decay source - gain var beta, from 1 on, solved by the products of the decays
-    kept = decay[:-1].cumprod(0)
-    source = torch.cat([torch.ones_like(decay[:1]), kept * (1 - beta * (gain[:-1] * var / kept).cumsum(0))])
+    # source' = decay source - gain var beta from the first ratio on, before which it is 1: solved by the products of the decays
+    kept, one = decay[1:-1].cumprod(0), torch.ones_like(decay[:1])
+    source = torch.cat([one, one * ratio[:1], kept * (ratio[0] - beta * (gain[1:-1] * var / kept).cumsum(0))])
     ahead = alpha * source - beta
     source = ratio[-1] * source[-1] + gain[-1] * var * ahead[-1]  # after the last, which decays to 0 at sigma 0
     steps = (-0.5 * scale * quadratic, scale * ahead, scale * alpha, decay, gain)
@@ -361,14 +356,48 @@ def _of_pixels(values: Tensor, shape: tuple[int, int]) -> Tensor:
     return values[..., 0] if shared else values.expand(*values.shape[:-2], *shape).flatten(-2)
 
 
-# Triton
+# With compilers
 
-_declined: set[tuple[str, int, int]] = set()  # kinds of device, K and C that the kernel does not serve
+_declined: set[tuple] = set()  # kinds that a method does not serve
+
+
+def _compiled(
+    x0: GaussianMixture,
+    x: Tensor,
+    sigma: Sigma,
+    sigma_end: Sigma,
+    substeps: int,
+    shift: float,
+    check: Check | None,
+) -> Tensor | None:
+    """The rollout, or None where torch.compile fails."""
+    from .rollout_compiled import NotCompiled
+
+    kind = ("compiled", *x0.means.shape[1:3])
+    if kind in _declined:
+        return None
+    try:
+        return _tiled(x0, x, sigma, sigma_end, substeps, shift, check, _compiled_code(*kind[1:]))
+    except NotCompiled as error:
+        _declined.add(kind)
+        _say_once("compiled", error)
+        return None
+
+
+@functools.cache
+def _compiled_code(components: int, channels: int) -> Code:
+    """For mixtures of so many components and channels."""
+    from . import rollout_compiled as fused
+
+    logging.info(
+        "GMFlow: compiling rollouts of K = %d, C = %d: this takes a while, now and for a second size", components, channels
+    )
+    return Code(*map(fused.compiled, (fused.prepare, fused.advance, fused.finish)), fused.few_enough, fused.TOGETHER)
 
 
 def _by_triton(x0: GaussianMixture, x: Tensor, sigma: Sigma, sigma_end: Sigma, substeps: int, shift: float) -> Tensor | None:
     """The rollout, or None where Triton, or what this takes of it, is missing."""
-    kind = (x.device.type, *x0.means.shape[1:3])
+    kind = ("triton", x.device.type, *x0.means.shape[1:3])
     if kind in _declined:
         return None
     try:
@@ -379,12 +408,12 @@ def _by_triton(x0: GaussianMixture, x: Tensor, sigma: Sigma, sigma_end: Sigma, s
         raise
     except Exception as error:  # not installed, a GPU that it does not know, a compiler that is missing, too large a mixture
         _declined.add(kind)
-        _say_once("triton", error)
+        _say_once("triton", f"{type(error).__name__}: {error}".splitlines()[0])
         return None
 
 
-def _say_once(method: str, error: Exception) -> None:
-    _log_once(f"GMFlow: no rollout by {method} ({type(error).__name__}: {error}".splitlines()[0] + "); tiles do the same")
+def _say_once(method: str, why: object) -> None:
+    _log_once(f"GMFlow: no rollout by {method} ({why}); tiles do the same")
 
 
 @functools.cache

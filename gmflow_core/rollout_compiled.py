@@ -5,6 +5,7 @@ are explained there, but for `pairs`: the K (K + 1) / 2 different entries of the
 from __future__ import annotations
 
 import operator
+import types
 from collections.abc import Callable, Sequence
 
 import torch
@@ -82,20 +83,26 @@ def few_enough(components: int, channels: int, substeps: int) -> bool:
     return components <= MOST
 
 
-def compiled(function: Callable, say: Callable[[Exception], None]) -> Callable:
-    """`function` by torch.compile; or as it is, from the first time on that this fails, which is said."""
+class NotCompiled(RuntimeError):
+    """torch.compile failed, for one of its many reasons."""
+
+
+def compiled(function: Callable) -> Callable:
+    """`function` by torch.compile: compiled at the first call, and again for sizes and layouts that are new to it, of which
+    each copy has its own count.
+
+    Raises (when called):
+        NotCompiled: torch.compile failed.
+    """
     known = torch._inductor.list_options()  # of this version of torch
-    used = torch.compile(function, fullgraph=True, options={name: value for name, value in OPTIONS.items() if name in known})
+    options = {name: value for name, value in OPTIONS.items() if name in known}
+    copy = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    used = torch.compile(copy, fullgraph=True, options=options)
 
     def run(*arguments):
-        nonlocal used
         try:
             return used(*arguments)
-        except Exception as error:  # torch.compile fails in as many ways as there are compilers
-            if used is function:
-                raise
-            say(error)
-            used = function
-            return function(*arguments)
+        except Exception as error:
+            raise NotCompiled(f"{type(error).__name__}: {error}".splitlines()[0]) from error
 
     return run

@@ -66,6 +66,11 @@ class GaussianMixtureSource:
             )
         for name in ("means", "std", "log_weights"):
             object.__setattr__(self, name, at_least_float(getattr(self, name)))
+        if not self.means.isfinite().all():
+            bad = (~self.means.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
+            raise ValueError(
+                f"GaussianMixtureSource: the means of the modes {listed(bad)} are not finite; fit the source again"
+            )
         if not (self.std.isfinite() & (self.std > 0)).all():
             raise ValueError("GaussianMixtureSource: a standard deviation is not finite or not positive; fit the source again")
         total = self.log_weights.logsumexp(0).exp().item()
@@ -188,13 +193,13 @@ class GaussianMixtureSource:
         Raises:
             ValueError: a mode is out of range; of modes on a GPU CUDA says so itself, as looking would wait for it.
         """
-        modes = torch.as_tensor(modes, dtype=torch.int64)
-        if modes.device.type == "cpu" and modes.numel() and not 0 <= int(modes.min()) <= int(modes.max()) < self.num_modes:
+        numbers = modes.flatten().tolist() if isinstance(modes, Tensor) and modes.device.type == "cpu" else modes
+        if not isinstance(numbers, Tensor) and len(numbers) and not 0 <= min(numbers) <= max(numbers) < self.num_modes:
             raise ValueError(
-                f"modes between {int(modes.min())} and {int(modes.max())} do not fit a source of {self.num_modes} modes; give "
-                f"0 to {self.num_modes - 1}"
+                f"modes between {min(numbers)} and {max(numbers)} do not fit a source of {self.num_modes} modes; give 0 to "
+                f"{self.num_modes - 1}"
             )
-        modes = modes.to(self.means.device)
+        modes = torch.as_tensor(modes, dtype=torch.int64, device=self.means.device)
         return self.means[modes], self.std.expand(self.num_modes, *self.std.shape[1:])[modes]
 
     def frame(self, modes: Tensor | Sequence[int]) -> ModeFrame:

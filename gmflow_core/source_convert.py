@@ -184,6 +184,8 @@ def read_pickle(path: str | Path) -> Any:
         FileNotFoundError: there is no such file.
         ValueError: it asks for what is not allowed, or is no whole pickle.
     """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}; give the pickle of a mixture")
     raw = Path(path).read_bytes()
     if raw[:2] == b"PK":
         raise ValueError(
@@ -230,7 +232,10 @@ def convert_pickle(path: str | Path, assigner: GaussianMixtureSource | None = No
         log_weights = assigner.log_weights.double()
     if log_weights is None:
         raise ValueError(f"{path} has no weights of its modes; give the mixture of the tokens, which has them, with --assigner")
-    return GaussianMixtureSource(means.float(), std.float(), log_weights.flatten().float(), assigner)
+    try:
+        return GaussianMixtureSource(means.float(), std.float(), log_weights.flatten().float(), assigner)
+    except ValueError as error:
+        raise ValueError(f"{path} holds a mixture that is none ({error})") from error
 
 
 def _candidates(content: Any) -> Iterator[dict[str, Any]]:

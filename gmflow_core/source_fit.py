@@ -85,8 +85,8 @@ def fit_mixture(
         progress: called as progress(iterations done, log-likelihood) after every iteration.
 
     Raises:
-        ValueError: the tokens are not (n, D), or not finite (the message says which rows), or fewer than the modes; the state
-            is of another fit.
+        ValueError: the tokens are not (n, D), or not finite (the message says which rows), fewer than the modes, or too
+            large; the state is of another fit.
     """
     device = torch.device(device)
     tokens = _chunks(tokens)
@@ -101,6 +101,11 @@ def fit_mixture(
         em = _start(start, tokens, survey, settings, origin)
     while not (converged := em.converged(tolerance)) and len(em.log_likelihoods) < max_iterations:
         em = em.update(_blocks(tokens, rows_of(num_modes, len(origin)), device, dtype, origin), survey.count, reg_covar, dtype)
+        if not math.isfinite(em.log_likelihoods[-1]):
+            raise ValueError(
+                f"the log-likelihood is {em.log_likelihoods[-1]} at iteration {len(em.log_likelihoods)}: the data's values are "
+                "too large to be squared, or too far apart; scale them, or compute with float64"
+            )
         if state is not None and rank() == 0:
             _save_state(state, em, settings, survey.mean)
         if progress is not None:

@@ -47,7 +47,7 @@ def mixture_quantile(means: Tensor, std: Tensor, log_weights: Tensor, z: Tensor)
         distance = (x - means) / unit
         slope = (weights * (-distance.square()).exp()).sum(1, keepdim=True) * (2 / math.sqrt(math.pi))
         excess = (weights * distance.erfc()).sum(1, keepdim=True) - level.erfc()
-        x = x + (excess - excess.detach()) * (unit / slope.clamp(min=1e-30)).detach()
+        x = x + (excess - excess.detach()) * (unit / slope.clamp(min=torch.finfo(slope.dtype).tiny)).detach()
     return (x + std * (z - near)).squeeze(1)
 
 

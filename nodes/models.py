@@ -211,8 +211,7 @@ def gm_model(network: nn.Module, data: dict[str, Any] | None = None) -> comfy.mo
         offload_device=comfy.model_management.unet_offload_device(),
     )
     add_recording(patcher)
-    if wrapped.source is not None:
-        patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, RECORDER, check_noise)
+    patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, RECORDER, check_noise)
     return patcher
 
 

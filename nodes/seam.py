@@ -147,25 +147,33 @@ def mark_noise(noise: Tensor, drawn: object) -> Tensor:
 
 
 def check_noise(executor, noise: Tensor, *args, **kwargs):
-    """Say so if a model that was trained with a mixture source gets other noise, or that of other modes than those it is told;
-    a wrapper for ComfyUI's OUTER_SAMPLE, so that it is said with stock samplers too."""
+    """Say so if a model gets noise of another kind than it was trained with (N(0, I), or a mixture source), or of other modes
+    than those it is told; a wrapper for ComfyUI's OUTER_SAMPLE, so that it is said with stock samplers too."""
     clear()
     guider = executor.class_obj
     record = guider.model_patcher.model.diffusion_model.source
     drawn = getattr(noise, "gmflow_source", None)
-    if drawn is None and noise.any():  # or it is switched off
+    knows = record is not None and record["conditioning"] == "mode"
+    if record is None and drawn is not None:
         notice(
-            f"this model was trained with noise from a mixture source of {record['num_modes']} modes, and this noise is not: "
-            "expect poor images. Connect 'Mixture Source Noise' to noise of SamplerCustomAdvanced"
-            + (", and its modes to the positive conditioning" if record["conditioning"] == "mode" else "")
+            "connect 'RandomNoise' to noise: this noise is from a mixture source, and the model was trained with noise from "
+            "N(0, I). Expect poor images"
         )
-    conds = getattr(guider, "conds", {}).get("positive") or []
-    told = [cond[LABELS].tolist() for cond in conds if cond.get(LABELS) is not None]
-    if drawn is not None and record["conditioning"] == "mode" and told not in ([], [drawn.modes.tolist()]):
+    if record is not None and drawn is None and noise.any():  # or it is switched off
+        modes = ", and its modes to positive" if knows else ""
         notice(
-            f"the noise is of the modes {drawn.modes.tolist()}, and the conditioning says {told[0]}: expect poor images. "
-            "Connect both from the same 'Mixture Source Noise'"
+            f"connect 'Mixture Source Noise' to noise of SamplerCustomAdvanced{modes}: the model was trained with noise from a "
+            f"mixture source of {record['num_modes']} modes, and this is not. Expect poor images"
         )
+    if knows and drawn is not None:
+        conds = getattr(guider, "conds", {}).get("positive") or []
+        told = [cond[LABELS].tolist() for cond in conds if cond.get(LABELS) is not None]
+        wrong = [modes for modes in told if modes != drawn.modes.tolist()]
+        if wrong:
+            notice(
+                "connect noise and modes from the same 'Mixture Source Noise': the noise is of the modes "
+                f"{drawn.modes.tolist()}, and the conditioning says {wrong[0]}. Expect poor images"
+            )
     return executor(noise, *args, **kwargs)
 
 

@@ -78,12 +78,12 @@ class LoadedSource:
         Raises:
             ValueError: there is no image, or it does not fit the source.
         """
+        self.source.require_shape(latent.shape[1:])
         if not latent.any():
             raise ValueError(
                 "the modes of an image were asked for, and the latent is empty; connect VAE Encode to latent_image, or choose "
                 f"{BY_WEIGHT!r}"
             )
-        self.source.require_shape(latent.shape[1:])
         images = image_latent(self.source.shape[0], self.data).process_in(latent.float().cpu())
         return replace(self.source, assigner=None).posterior_modes(images, coupling, noise)
 

@@ -126,6 +126,21 @@ def test_labels_and_guidance_that_do_not_fit_are_quoted(arguments, message, tmp_
         main(["sample", str(SHIPPED / checkpoint), *rest, "--out", str(tmp_path / "a.png")])
 
 
+def test_sample_without_a_label(tmp_path):
+    sizes = {"num_components": 2, "channels": 3, "latent_size": 8, "num_layers": 1, "num_heads": 1, "head_dim": 8}
+    network, about = GMDiT(GMDiTConfig(num_classes=4, **sizes)), {"space": "pixels", "labels": list("abcd")}
+    for name, data, options in (("labelled", about, ["--unlabelled"]), ("unlabelled", {**about, "unlabelled": True}, [])):
+        save_checkpoint(network, tmp_path / f"{name}.safetensors", data=data)
+        command = ["sample", str(tmp_path / f"{name}.safetensors"), "--steps", "1", "--device", "cpu", "--count", "2"]
+        command += ["--out", str(tmp_path / "x.safetensors")]
+        main([*command, *options])
+        assert load_file(tmp_path / "x.safetensors")["labels"].tolist() == [4, 4]
+        with pytest.raises(SystemExit, match="--unlabelled does not go with --labels a"):
+            main([*command, "--unlabelled", "--labels", "a"])
+    main([*command, "--labels", "b"])
+    assert load_file(tmp_path / "x.safetensors")["labels"].tolist() == [1, 1]
+
+
 def test_sample_from_a_mixture_source(tmp_path):
     source = GaussianMixtureSource(torch.randn(4, 3, 8, 8), torch.full((4, 1, 1, 1), 0.5), torch.full((4,), 0.25).log())
     save_source(source, tmp_path / "source.safetensors")

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -452,7 +453,7 @@ def test_latents_are_decoded(tmp_path, monkeypatch):
     ("wrong", "message"),
     [
         ({"count": 1}, "--count is 1"),
-        ({"steps": (8, 0)}, "--steps has 0"),
+        ({"steps": (8, -1)}, "--steps has -1"),
         ({"solver": ("heun",)}, "--solver heun is unknown"),
         ({"guidance": (1.5,)}, "is it a --cfg scale"),
         ({"cfg": (0.5,)}, "is it a --guidance weight"),
@@ -532,6 +533,8 @@ def test_models_of_a_mixture_source(place, tmp_path):
     other = write_model(tmp_path / "other.safetensors", data={**about, "source": {**about["source"], "conditioning": "hidden"}})
     with pytest.raises(ValueError, match="have other labels; a guide is told what the model is told"):
         run(place, tmp_path / "wrong", *more, "--guide", str(other))
+    with pytest.raises(ValueError, match=r"--unlabelled does not go with .*whose labels are the modes"):
+        run(place, tmp_path / "wrong", *more, "--unlabelled")
 
 
 def test_samples_without_a_label(place, tmp_path):
@@ -542,6 +545,23 @@ def test_samples_without_a_label(place, tmp_path):
     seeds = image_seeds(0, range(len(found)))
     expected = sample_images(network, torch.full((len(found),), 2), steps=2, seeds=seeds, substeps=64)
     assert (found.float() - to_pixels(expected).float()).abs().max() <= 1
+    write_model(tmp_path / "unlabelled.safetensors", data={"space": "pixels", "unlabelled": True})
+    [row] = run(place, tmp_path / "by_itself", "--checkpoint", str(tmp_path / "unlabelled.safetensors"))["results"]
+    assert row["class_accuracy"] is None
+
+
+def test_no_steps_give_the_noise(place, tmp_path):
+    found = samples_of(place, tmp_path, "--steps", "0")
+    noise = torch.stack([torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(len(found))])
+    assert (found.float() - to_pixels(noise).float()).abs().max() <= 1
+    source = GaussianMixtureSource(3 + torch.randn(4, 3, 8, 8), torch.full((4, 1, 1, 1), 0.5), torch.full((4,), 0.25).log())
+    modes = torch.tensor([2, 0, 3])
+    network = SimpleNamespace(
+        config=SimpleNamespace(channels=3, latent_size=8, num_classes=4), parameters=lambda: iter([noise])
+    )
+    for labels, solver in ((None, "gm-ode"), (torch.zeros(3), "euler")):
+        x = sample_images(network, labels, solver=solver, steps=0, source=source, modes=modes, seeds=range(3))
+        assert torch.allclose(x, source.draw(modes, noise=noise[:3]), atol=1e-6)
 
 
 def test_modes_say_nothing_of_the_noise():

@@ -170,6 +170,8 @@ def test_bad_tokens_are_named():
         fit_mixture([x, x[:, :4]], 4)
     with pytest.raises(ValueError, match="only once"):
         fit_mixture(iter([x]), 4)
+    with pytest.raises(ValueError, match=r"the log-likelihood is (nan|-inf) at iteration 1: .* too large"):
+        fit_mixture(1e25 * x, 4)
 
 
 # Given modes
@@ -393,6 +395,13 @@ def test_convert_command(tmp_path):
     source = load_source(out)
     assert (source.shape, source.assigner.shape) == ((2, 4, 4), (5,))
     assert np.allclose(source.weights, tokens.weights_)
+    (tmp_path / "short.pkl").write_bytes(pickle.dumps({**latents, "weights": np.ones(2) / 2}))
+    for name, message in (
+        ("short", r"short\.pkl holds a mixture that is none .*not one for each of 3 modes"),
+        ("none", "there is no file"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            main(["convert", str(tmp_path / f"{name}.pkl"), "--out", str(out)])
     (tmp_path / "evil.pkl").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     with pytest.raises(SystemExit, match=r"refused: it asks for Python's os\.system"):
         main(["convert", str(tmp_path / "evil.pkl"), "--out", str(out)])

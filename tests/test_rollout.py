@@ -27,7 +27,7 @@ ways = importlib.import_module("gmflow_core.rollout")  # the package's attribute
 @pytest.fixture(autouse=True)
 def tiles_of_a_few_pixels_and_no_silent_fallback(monkeypatch):
     monkeypatch.setattr(ways, "TILE", {"cpu": 20, "gpu": 20})
-    monkeypatch.setattr(ways, "_say_once", lambda method, error: pytest.fail(f"{method}: {error}"))
+    monkeypatch.setattr(ways, "_say_once", lambda method, why: pytest.fail(f"{method}: {why}"))
     monkeypatch.setattr(ways, "_declined", set())
 
 
@@ -142,11 +142,13 @@ def test_what_does_not_compile_runs_as_it_is(monkeypatch, caplog):
         return run
 
     monkeypatch.setattr(torch, "compile", no_compiler)
-    monkeypatch.setattr(ways, "_compiled", ways._compiled.__wrapped__)
+    monkeypatch.setattr(ways, "_compiled_code", ways._compiled_code.__wrapped__)
+    monkeypatch.setattr(ways, "_declined", set())
     ways._log_once.cache_clear()
     mixture, x = random_mixture(), normal(2, 3, 2, 3)
     with caplog.at_level(logging.WARNING):
-        assert is_near(rollout(mixture, x, 1.0, 0.0, 6, method="compiled"), rollout(mixture, x, 1.0, 0.0, 6), 3e-6)
+        for _ in range(2):
+            assert torch.equal(rollout(mixture, x, 1.0, 0.0, 6, method="compiled"), rollout(mixture, x, 1.0, 0.0, 6))
     assert [record.message for record in caplog.records] == [
         "GMFlow: no rollout by compiled (RuntimeError: no C++ compiler was found); tiles do the same"
     ]
@@ -203,6 +205,23 @@ def test_wide_components_beside_a_small_sigma_keep_their_digits(method):
     mixture = GaussianMixture(mixture.means, mixture.log_weights, torch.full_like(mixture.log_std, 3.0))
     ones = torch.ones(2, 1, 2, 3, dtype=F64)
     assert is_near(same_way(method, mixture, x, 0.02, 0.005, 3), slow_rollout(mixture, x, 0.02 * ones, 0.005 * ones, 3), 5e-6)
+
+
+def test_very_wide_components_beside_a_tiny_sigma_in_double_precision():
+    mixture, x = random_mixture(seed=3, dtype=F64), normal(2, 3, 2, 3, dtype=F64)
+    mixture = GaussianMixture(mixture.means, mixture.log_weights, torch.full_like(mixture.log_std, math.log(1e3)))
+    expected = rollout(mixture, x, 1e-4, 1e-5, 50, method="plain")
+    assert is_near(rollout(mixture, x, 1e-4, 1e-5, 50, method="tiled"), expected, 1e-9)
+
+
+@pytest.mark.parametrize("method", ["plain", "tiled"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_precision_x_is_computed_in_single(method, dtype):
+    mixture, x = random_mixture(), normal(2, 3, 2, 3).to(dtype)
+    mixture = GaussianMixture(mixture.means, mixture.log_weights, mixture.log_std - 2)
+    for sigma in (0.1, torch.tensor([0.1])):
+        expected = rollout(mixture, x.float(), sigma, 0.0, 6, method="plain")
+        assert is_near(rollout(mixture, x, sigma, 0.0, 6, method=method), expected, 1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -275,5 +294,6 @@ def test_rollout_leaves_its_arguments_alone_and_refuses_no_substeps():
     assert all(
         torch.equal(*pair) for pair in zip(copies, (x, mixture.means, mixture.log_weights, mixture.log_std), strict=True)
     )
-    with pytest.raises(ValueError, match="substeps is 0"):
-        rollout(mixture, x, 1.0, 0.0, 0)
+    for substeps in (0, 2.5):
+        with pytest.raises(ValueError, match=f"substeps is {substeps}"):
+            rollout(mixture, x, 1.0, 0.0, substeps)

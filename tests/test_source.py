@@ -183,6 +183,8 @@ def test_errors_say_what_fits():
     x[[1, 3], 0, 0, 0] = torch.tensor([torch.nan, torch.inf])
     with pytest.raises(ValueError, match=r"rows 1, 3 of 5 are not finite"):
         source.responsibilities(x)
+    with pytest.raises(ValueError, match=r"means of the modes 1, 3 are not finite"):
+        GaussianMixtureSource(x, source.std, source.log_weights)
     means = torch.zeros(3, 2)
     with pytest.raises(ValueError, match=r"weights add up to 3 instead of 1"):
         GaussianMixtureSource(means, torch.ones(3, 1), torch.zeros(3))

@@ -90,6 +90,8 @@ class Evaluation:
                 self.source.require_record(model.record, model.checkpoint)
             elif model.record is not None:
                 raise ValueError(f"{model.checkpoint} was trained with a mixture source; give --source")
+            if config.unlabelled and model.conditioning == "mode":
+                raise ValueError(f"--unlabelled does not go with {model.checkpoint}, whose labels are the modes of its source")
             if self.guide and (self.guide.conditioning, self.guide.classes) != (model.conditioning, model.classes):
                 raise ValueError(
                     f"{config.guide} and {model.checkpoint} have other labels; a guide is told what the model is told"
@@ -274,7 +276,7 @@ class Evaluation:
         }
         if config.end:
             key["end"] = config.end
-        if config.unlabelled:
+        if self.unlabelled(setting):
             key["labels"] = "none"
         if self.source is not None:
             key["source"] = self.source.digest
@@ -355,7 +357,7 @@ class Evaluation:
             modes = None if self.source is None else image_modes(seeds, self.source)
             known = self.models[setting.model].conditioning == "mode"
             labels = modes.cpu() if known else image_labels(seeds, max(1, network.config.num_classes))
-            if config.unlabelled and not known:
+            if self.unlabelled(setting):
                 labels = torch.full_like(labels, network.config.num_classes)
             x = sample_images(
                 network,
@@ -364,7 +366,7 @@ class Evaluation:
                 steps=setting.steps,
                 order=config.order,
                 substeps=setting.substeps(config),
-                sigmas=flow_sigmas(setting.steps, config.shift, end=config.end),
+                sigmas=flow_sigmas(setting.steps, config.shift, end=config.end) if setting.steps else None,
                 guidance=guidance,
                 seeds=seeds,
                 source=self.source,
@@ -384,9 +386,13 @@ class Evaluation:
         facts = {"seconds": time.perf_counter() - started, "out_of_range": outside, "values": values}
         return {"images": torch.cat(parts), "labels": torch.cat(all_labels)}, facts
 
+    def unlabelled(self, setting: Setting) -> bool:
+        """Whether the samples are of no class."""
+        return self.config.unlabelled or self.models[setting.model].unlabelled
+
     def labelled(self, setting: Setting) -> bool:
         """Whether the samples' labels are classes."""
-        return not self.config.unlabelled and self.models[setting.model].conditioning != "mode"
+        return not self.unlabelled(setting) and self.models[setting.model].conditioning != "mode"
 
     def score(self, measures: Measures, reference: Reference, labelled: bool = True) -> dict[str, Any]:
         """The figures; `labelled`: whether the labels are classes."""

@@ -46,7 +46,7 @@ class Config:
     solver: tuple[Literal["gm-ode", "gm-sde", "euler", "dpmpp-2m"], ...] = ("gm-ode",)
     """Solvers; euler and dpmpp-2m follow the mixture's mean."""
     steps: tuple[int, ...] = (8,)
-    """Numbers of steps, each of one network call."""
+    """Numbers of steps, each of one network call; 0 for the noise itself, which a flow has to be better than."""
     guidance: tuple[float, ...] = ()
     """Weights of probabilistic guidance, in [0, 1); 0 is none."""
     cfg: tuple[float, ...] = ()
@@ -101,8 +101,8 @@ class Config:
         for solver in self.solver:
             if solver not in SOLVERS:
                 raise ValueError(f"--solver {solver} is unknown; choose of {', '.join(SOLVERS)}")
-        if min(self.steps) < 1:
-            raise ValueError(f"--steps has {min(self.steps)}; each must be at least 1")
+        if min(self.steps) < 0:
+            raise ValueError(f"--steps has {min(self.steps)}; each must be at least 0")
         for weight in self.guidance:
             if not 0 <= weight < 1:
                 raise ValueError(
@@ -156,7 +156,7 @@ class Setting:
 
     def substeps(self, config: Config) -> int | None:
         """GM-ODE's substeps in a step, the GM policy's in all; None for other solvers."""
-        if self.solver not in SUBSTEPS:
+        if self.solver not in SUBSTEPS or not self.steps:
             return None
         if self.solver == "gm-policy":
             return config.substeps or SUBSTEPS["gm-policy"]

@@ -98,6 +98,7 @@ class Model:
         config = metadata["config"]
         self.checkpoint, self.classes = checkpoint, config["num_classes"]
         self.record = metadata["data"].get("source")  # of the mixture source it was trained with
+        self.unlabelled = bool(metadata["data"].get("unlabelled"))  # trained without classes
         self.conditioning = (self.record or {}).get("conditioning")  # by modes, or they are hidden, or None
         self.num_components, self.shape = config["num_components"], (config["channels"], *[config["latent_size"]] * 2)
         if self.conditioning != "mode" and data.classes is not None and self.classes != len(data.classes):

@@ -518,6 +518,8 @@ class Trainer(trainer.Trainer):
         space = {"space": "pixels" if self.dataset.kind == "pixels" else index.get("space", "sd-vae")}
         if index.get("scaling_factor") is not None:
             space["scaling_factor"] = index["scaling_factor"]
+        if self.config.class_dropout == 1:
+            space["unlabelled"] = True
         if self.source is None:
             return {"labels": self.dataset.classes, **space}
         known = self.config.mode_conditional

@@ -276,19 +276,36 @@ def test_other_noise_is_noticed(server: Comfy) -> None:
     prompt = graph(**BY_LIST)
     prompt["random"] = node("RandomNoise", noise_seed=1)
     prompt["sample"]["inputs"]["noise"] = ["random", 0]
-    assert "Connect 'Mixture Source Noise' to noise" in server.run(prompt).texts["sample"]
+    assert "connect 'Mixture Source Noise' to noise" in server.run(prompt).texts["sample"]
     prompt = graph(**BY_LIST)
     prompt["labels"] = node("GMFlowClassLabels", model=["model", 0], label="2", repeat=3)
     prompt["guider"]["inputs"]["conditioning"] = ["labels", 0]
     assert "conditioning says [2, 2, 2]" in server.run(prompt).texts["sample"]
+    both = graph(**BY_LIST)
+    both["labels"] = prompt["labels"]
+    both["both"] = node("ConditioningCombine", conditioning_1=["noise", 1], conditioning_2=["labels", 0])
+    both["guider"]["inputs"]["conditioning"] = ["both", 0]
+    assert "conditioning says [2, 2, 2]" in server.run(both).texts["sample"]
     prompt["sampler"] = ODE
     with pytest.raises(PromptError, match="connect 'modes' of 'Mixture Source Noise'"):
         server.run(prompt)
 
 
+def test_noise_of_a_source_is_noticed_by_a_model_without_one(server: Comfy) -> None:
+    prompt = graph(**BY_LIST)
+    prompt["model"]["inputs"]["model_name"] = "digits_k8.safetensors"
+    prompt["labels"] = node("GMFlowClassLabels", model=["model", 0], label="2", repeat=3)
+    prompt["guider"]["inputs"]["conditioning"] = ["labels", 0]
+    assert "connect 'RandomNoise' to noise" in server.run(prompt).texts["sample"]
+    prompt["random"] = node("RandomNoise", noise_seed=1)
+    prompt["sample"]["inputs"]["noise"] = ["random", 0]
+    assert not server.run(prompt).texts.get("sample", "").strip()
+
+
 @pytest.mark.parametrize(
     ("noise", "complaint"),
     [
+        ({"choice": "from the list", "modes": "9" * 20}, "modes between 9{20} and 9{20} do not fit a source of 5 modes"),
         ({"choice": "from the list", "modes": "1, 5"}, "modes between 1 and 5 do not fit a source of 5 modes; give 0 to 4"),
         ({"choice": "from the list", "modes": "1, x"}, "'x' in the list of modes is no mode"),
         ({"choice": "from the list", "modes": "3-1"}, "'3-1' in the list of modes"),

@@ -5,8 +5,8 @@
 - plain: the definition, one substep after the other over the whole tensor. It has gradients, and constraints between substeps.
 - tiled: on its way x stays in the span of the source point and the K means, so that a substep needs their inner products only,
   not the means. They are computed once for a tile of pixels, whose whole rollout then stays in the cache. Plain torch.
-- compiled: tiled, with the inner parts compiled by torch.compile: on a CPU with a C++ compiler, and some ten seconds for each
-  kind of mixture.
+- compiled: tiled, with the inner parts compiled by torch.compile: on a CPU with a C++ compiler, and ten to thirty seconds
+  for each K and C, in the first rollout and again when a second size comes.
 - triton: all substeps of a block of pixels in one kernel, on a GPU that Triton knows.
 """
 

@@ -152,7 +152,10 @@ def plot_calls(report: dict[str, Any], path: Path) -> Path:
                 ax.plot(calls, [best[n][metric] for n in calls], label=label, color=colour, marker="o", markersize=4)
         if floor and floor[metric] is not None:
             ax.axhline(floor[metric], color="black", linewidth=1, linestyle=(0, (1, 2)), label="real images")
-        ax.set(xscale="log")
+        if 0 in ticks:
+            ax.set_xscale("symlog", linthresh=1)  # logarithmic from 1 on
+        else:
+            ax.set_xscale("log")
         ax.set_xticks(ticks, [str(n) for n in ticks])
         ax.minorticks_off()
         if r == 0:

@@ -547,6 +547,6 @@ def test_an_error_of_one_process_ends_all(images, tmp_path):
     """The broken picture is in the first one's part."""
     ends = by_two("--data", images, "--out", tmp_path / "out", "--modes", "2")
     for said, status in ends:
-        assert status == 1
+        assert status == 1, said
         assert re.search(r"15b\.png cannot be read", said), said
     assert "Traceback" not in "".join(said for said, _ in ends)

@@ -52,6 +52,7 @@ from training.evaluate_report import METRICS, sheet, write_csv, write_plots
 from training.features import ClassifierFeatures, Extractor, InceptionFeatures, train_classifier
 from training.latents import INDEX, whole_file
 from training.metrics import Measures, Reference, Statistics, measure, read_npz, score, statistics
+from training.processes import leave
 from training.real_images import ArrayImages, FolderImages, PreparedImages, RealImages, to_images
 from training.vae import load_vae
 
@@ -495,8 +496,8 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("\nstopped; run the same command again to go on", file=sys.stderr)
         raise SystemExit(130) from None
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    finally:
+        leave()
 
 
 if __name__ == "__main__":

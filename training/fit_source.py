@@ -40,7 +40,7 @@ from training.devices import on_cpu, to_device
 from training.evaluate_report import figure
 from training.latents import INDEX, PLAN, LatentDataset, to_pixels, whole_file
 from training.prepare import list_images
-from training.processes import together
+from training.processes import leave, together
 from training.tokens import (
     FILE,
     TokenFiles,
@@ -377,8 +377,8 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("\nstopped; run the same command again to go on", file=sys.stderr)
         raise SystemExit(130) from None
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    finally:
+        leave()
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ from tqdm import tqdm
 
 from training.devices import on_cpu
 from training.latents import DTYPES, FORMAT, INDEX, PLAN, read_record, shard_name, to_model, write_index, write_shard
+from training.processes import leave
 from training.vae import SD_VAE, VAE, load_vae
 
 SPLITS = {"train", "test", "val", "valid", "validation"}
@@ -526,8 +527,8 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("\nstopped; run the same command again to go on", file=sys.stderr)
         raise SystemExit(130) from None
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    finally:
+        leave()
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
@@ -31,3 +32,9 @@ def together(state: PartialState) -> Iterator[None]:
     others = [f"process {number}: {message}" for number, message in enumerate(found) if message]
     if others:
         raise ValueError("; ".join(others))
+
+
+def leave() -> None:
+    """End the process group, if there is one: a process that ends with it may be aborted when another ends first."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -34,6 +34,7 @@ from gmflow_core.models.ddt import DiTDH
 from training.devices import on_cpu
 from training.latents import to_model, whole_file
 from training.prepare import ImageCrops, collate, list_images
+from training.processes import leave
 from training.rae_files import COLLECTION, load_rae, read_tensors
 from training.rae_networks import RAE
 
@@ -155,8 +156,8 @@ def main(arguments: list[str] | None = None) -> None:
         )
     except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
         raise SystemExit(f"error: {error}") from error
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    finally:
+        leave()
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def rollout(
         x at sigma_end, (B, C, *S).
 
     Raises:
-        ValueError: `substeps` is below 1, or there is no such method.
+        ValueError: `substeps` is no whole number or below 1, or there is no such method.
     """
     if not isinstance(substeps, int) or substeps < 1:
         raise ValueError(f"substeps is {substeps}; a whole number, at least 1, is needed")
@@ -361,15 +361,7 @@ def _of_pixels(values: Tensor, shape: tuple[int, int]) -> Tensor:
 _declined: set[tuple] = set()  # kinds that a method does not serve
 
 
-def _compiled(
-    x0: GaussianMixture,
-    x: Tensor,
-    sigma: Sigma,
-    sigma_end: Sigma,
-    substeps: int,
-    shift: float,
-    check: Check | None,
-) -> Tensor | None:
+def _compiled(x0: GaussianMixture, *arguments) -> Tensor | None:
     """The rollout, or None where torch.compile fails."""
     from .rollout_compiled import NotCompiled
 
@@ -377,7 +369,7 @@ def _compiled(
     if kind in _declined:
         return None
     try:
-        return _tiled(x0, x, sigma, sigma_end, substeps, shift, check, _compiled_code(*kind[1:]))
+        return _tiled(x0, *arguments, _compiled_code(*kind[1:]))
     except NotCompiled as error:
         _declined.add(kind)
         _say_once("compiled", error)

@@ -52,7 +52,7 @@ from training.evaluate_report import METRICS, sheet, write_csv, write_plots
 from training.features import ClassifierFeatures, Extractor, InceptionFeatures, train_classifier
 from training.latents import INDEX, whole_file
 from training.metrics import Measures, Reference, Statistics, measure, read_npz, score, statistics
-from training.processes import leave
+from training.processes import command
 from training.real_images import ArrayImages, FolderImages, PreparedImages, RealImages, to_images
 from training.vae import load_vae
 
@@ -489,15 +489,8 @@ def read_measures(chunks: Chunks, number: int) -> tuple[Measures, dict[str, Any]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    try:
+    with command():
         Evaluation(parse(sys.argv[1:] if arguments is None else arguments)).run()
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        raise SystemExit(f"error: {error}") from error
-    except KeyboardInterrupt:
-        print("\nstopped; run the same command again to go on", file=sys.stderr)
-        raise SystemExit(130) from None
-    finally:
-        leave()
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from training.devices import on_cpu, to_device
 from training.evaluate_report import figure
 from training.latents import INDEX, PLAN, LatentDataset, to_pixels, whole_file
 from training.prepare import list_images
-from training.processes import leave, together
+from training.processes import command, together
 from training.tokens import (
     FILE,
     TokenFiles,
@@ -367,18 +367,11 @@ def convert(config: ConvertConfig) -> GaussianMixtureSource:
 def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     prog = "python -m training.fit_source"
-    try:
+    with command():
         if arguments[:1] == ["convert"]:
             convert(tyro.cli(ConvertConfig, args=arguments[1:], prog=f"{prog} convert"))
             return
         fit(tyro.cli(Config, args=arguments, prog=prog, description=__doc__))
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        raise SystemExit(f"error: {error}") from error
-    except KeyboardInterrupt:
-        print("\nstopped; run the same command again to go on", file=sys.stderr)
-        raise SystemExit(130) from None
-    finally:
-        leave()
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ import io
 import json
 import os
 import signal
-import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -41,7 +40,7 @@ from tqdm import tqdm
 
 from training.devices import on_cpu
 from training.latents import DTYPES, FORMAT, INDEX, PLAN, read_record, shard_name, to_model, write_index, write_shard
-from training.processes import leave
+from training.processes import command
 from training.vae import SD_VAE, VAE, load_vae
 
 SPLITS = {"train", "test", "val", "valid", "validation"}
@@ -519,16 +518,9 @@ def report(config: Config, index: dict) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    try:
+    with command():
         config = tyro.cli(Config, args=arguments, prog="python -m training.prepare", description=__doc__)
         prepare(config)
-    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
-        raise SystemExit(f"error: {error}") from error
-    except KeyboardInterrupt:
-        print("\nstopped; run the same command again to go on", file=sys.stderr)
-        raise SystemExit(130) from None
-    finally:
-        leave()
 
 
 if __name__ == "__main__":

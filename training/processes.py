@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -32,6 +33,20 @@ def together(state: PartialState) -> Iterator[None]:
     others = [f"process {number}: {message}" for number, message in enumerate(found) if message]
     if others:
         raise ValueError("; ".join(others))
+
+
+@contextmanager
+def command() -> Iterator[None]:
+    """What a command does, with errors that a user can act on in a line, and status 130 where the user stops it."""
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from error
+    except KeyboardInterrupt:
+        print("\nstopped; run the same command again to go on", file=sys.stderr)
+        raise SystemExit(130) from None
+    finally:
+        leave()
 
 
 def leave() -> None:

@@ -149,7 +149,6 @@ def convert(source: Path, out: Path, null_class: bool = True) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-
     try:
         tyro.extras.subcommand_cli_from_dict(
             {"statistics": statistics, "convert": convert}, prog="python -m training.rae", description=__doc__, args=arguments

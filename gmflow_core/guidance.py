@@ -7,34 +7,44 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .fusing import fusible
 from .mixture import GaussianMixture, IsotropicGaussian, TiltedMixture, Tilts
+from .path import Sigma, velocity_to_x0
 
 
-class GuidedMixture(TiltedMixture):
-    """A guided mixture that remembers what it was made of, so that a second-order solver can fuse its own correction with
-    the guidance into one update of `cond` (see `gmflow_core.solvers.second_order`).
+class MovedMixture(TiltedMixture):
+    """A mixture times the quotient of two Gaussians, N(mean + bias, narrowing var) / N(mean, var): the second is the
+    moment-matched one, with its variance averaged over the image, and becomes the first.
 
     Args:
-        cond: the conditional mixture before guidance.
-        tilts: of `cond`.
-        var: of its moment-matched Gaussian, averaged over the image: (B, 1, *1).
-        bias: what guidance adds to the mean of `cond`, (B, C, *S).
-        scale: the guidance weight w, broadcastable to (B, 1, *1).
-
-    Attributes:
-        gaussian: what the moment-matched Gaussian of `cond` was moved to: mean (B, C, *S), var (B, 1, *1).
+        tilts: of the mixture.
+        var: (B, 1, *1).
+        bias: (B, C, *S).
+        narrowing: in (0, 1], broadcastable to (B, 1, *1).
     """
 
-    def __init__(self, cond: GaussianMixture, tilts: Tilts, var: Tensor, bias: Tensor, scale: Tensor):
-        narrowing = 1 - scale.square()
-        super().__init__(tilts, *moving_terms(bias, var, narrowing))
-        gaussian = IsotropicGaussian(tilts.origin + bias, var * narrowing)
-        self.__dict__.update(cond=cond, cond_var=var, bias=bias, scale=scale, gaussian=gaussian)
+    def __init__(self, tilts: Tilts, var: Tensor, bias: Tensor, narrowing: Tensor):
+        super().__init__(tilts, bias / (narrowing * var), (1 / narrowing - 1) / var)
+        self.__dict__.update(original_var=var, bias=bias, narrowing=narrowing)
+
+    @property
+    def gaussian(self) -> IsotropicGaussian:
+        """What the moment-matched Gaussian was moved to: mean (B, C, *S), var (B, 1, *1)."""
+        return IsotropicGaussian(self.tilts.origin + self.bias, self.original_var * self.narrowing)
 
 
-def moving_terms(bias: Tensor, var: Tensor, narrowing: Tensor) -> tuple[Tensor, Tensor]:
-    """Slope and quadratic term, for `Tilts`, of N(origin + bias, narrowing var) / N(origin, var)."""
-    return bias / (narrowing * var), (1 / narrowing - 1) / var
+class GuidedMixture(MovedMixture):
+    """A mixture moved by guidance. It remembers the weight, so that a second-order solver can fuse its own correction with the
+    guidance into one move of the conditional mixture (see `gmflow_core.solvers.second_order`).
+
+    Args:
+        scale: the guidance weight w, broadcastable to (B, 1, *1).
+        Others: of `MovedMixture`; narrowing is 1 - w^2.
+    """
+
+    def __init__(self, tilts: Tilts, var: Tensor, bias: Tensor, scale: Tensor):
+        super().__init__(tilts, var, bias, 1 - scale.square())
+        self.__dict__.update(scale=scale)
 
 
 def probabilistic_guidance(
@@ -57,14 +67,28 @@ def probabilistic_guidance(
         ValueError: `scale` (when a number) or `orthogonal` is out of range.
     """
     _check_scale(scale, orthogonal)
+    return _guided(cond, uncond_mean, scale, orthogonal)
+
+
+@fusible
+def _guided(cond: GaussianMixture, uncond_mean: Tensor, scale: float | Tensor, orthogonal: float) -> GuidedMixture:
+    """See `probabilistic_guidance`."""
     tilts = Tilts(cond)
     mean, var = tilts.origin, image_mean(tilts.moment_match().var)
     scale = _per_sample(scale, mean)
     bias = mean - uncond_mean
     parallel = image_mean(bias * mean) / image_mean(mean.square()).clamp(min=1e-6)
-    bias = torch.addcmul(bias, parallel, mean, value=-orthogonal)
+    bias = torch.addcmul(bias, parallel * -orthogonal, mean)
     bias = bias * (scale * (var / image_mean(bias.square()).clamp(min=1e-6)).sqrt())
-    return GuidedMixture(cond, tilts, var, bias, scale)
+    return GuidedMixture(tilts, var, bias, scale)
+
+
+@fusible
+def _guided_velocities(
+    cond: GaussianMixture, uncond: GaussianMixture, x: Tensor, sigma: Sigma, scale: float, orthogonal: float
+) -> GuidedMixture:
+    """See `Guidance.of_velocities`."""
+    return _guided(velocity_to_x0(cond, x, sigma), velocity_to_x0(uncond.mean(), x, sigma), scale, orthogonal)
 
 
 def classifier_free_guidance(cond: GaussianMixture, uncond_mean: Tensor, scale: float | Tensor) -> GaussianMixture:
@@ -128,6 +152,12 @@ class Guidance:
         if self.kind == "cfg":
             return classifier_free_guidance(cond, uncond_mean, self.scale)
         return probabilistic_guidance(cond, uncond_mean, self.scale, self.orthogonal)
+
+    def of_velocities(self, cond: GaussianMixture, uncond: GaussianMixture, x: Tensor, sigma: Sigma) -> GaussianMixture:
+        """The guided mixture of x_0, from the two mixtures of velocities that were predicted at (x, sigma)."""
+        if self.kind == "cfg":
+            return self(velocity_to_x0(cond, x, sigma), velocity_to_x0(uncond.mean(), x, sigma))
+        return _guided_velocities(cond, uncond, x, sigma, self.scale, self.orthogonal)
 
 
 def within(interval: tuple[float, float], sigma: float | Tensor) -> bool:

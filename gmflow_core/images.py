@@ -39,7 +39,7 @@ def class_denoiser(network: nn.Module, labels: Tensor, guidance: Guidance | None
             return velocity_to_x0(network(x, sigma, labels.to(x.device)), x, sigma)
         both = torch.cat([labels, torch.full_like(labels, null)]).to(x.device)
         cond, uncond = network(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
-        return guidance(velocity_to_x0(cond, x, sigma), velocity_to_x0(uncond.mean(), x, sigma))
+        return guidance.of_velocities(cond, uncond, x, sigma)
 
     return denoise
 

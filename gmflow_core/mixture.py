@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .density import log_density
+from .fusing import Parts, fusible
 from .transport import mixture_quantile, normal_score
 
 Generator = torch.Generator | Sequence[torch.Generator]  # one for all samples, or one for each
@@ -24,8 +25,8 @@ SHORT = 32  # terms of a sum that are added one after another
 
 def sum_of_products(a: Tensor, b: Tensor, dim: int) -> Tensor:
     """(a * b).sum(dim, keepdim=True), without the product in memory where the sum is short: what is added up stays in the
-    cache."""
-    if a.shape[dim] > SHORT:
+    cache. A compiler keeps it out of memory by itself."""
+    if a.shape[dim] > SHORT or torch.compiler.is_compiling():
         return (a * b).sum(dim, keepdim=True)
     pairs = zip(a.split(1, dim), b.expand(*b.shape[:dim], a.shape[dim], *b.shape[dim + 1 :]).split(1, dim), strict=True)
     first, *others = pairs
@@ -41,7 +42,7 @@ def at_least_float(tensor: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class IsotropicGaussian:
+class IsotropicGaussian(Parts):
     """N(mean, var I) per pixel.
 
     Args:
@@ -66,7 +67,7 @@ class IsotropicGaussian:
 
 
 @dataclass(frozen=True, eq=False)
-class GaussianMixture:
+class GaussianMixture(Parts):
     """sum_k w_k N(means_k, std^2 I) per pixel, the standard deviation shared by all components and channels.
 
     Half-precision inputs are converted to float32, so that all mathematics below runs in float32 (or float64).
@@ -298,7 +299,7 @@ class GaussianMixture:
         return _rotate(x, axes.mT).squeeze(1)
 
 
-class Tilts:
+class Tilts(Parts):
     """The products of one mixture with exp(slope . (x - origin) - quadratic |x - origin|^2 / 2), where `origin` is its mean:
     the formulas of `GaussianMixture.tilt`, with what several tilts share computed once. Arguments are shaped as there."""
 
@@ -318,12 +319,14 @@ class Tilts:
         """At the origin, of exp(linear . x - quadratic |x|^2 / 2)."""
         return linear - quadratic * self.origin
 
+    @fusible
     def mean(self, slope: Tensor, quadratic: Tensor | float) -> Tensor:
         """(B, C, *S)."""
         logits, scale = self._logits(slope, quadratic)
         moved = torch.addcmul(sum_of_products(self.means, logits.softmax(1), 1).squeeze(1), self.var, slope)
         return torch.addcmul(self.origin, moved, scale)
 
+    @fusible
     def mixture(self, slope: Tensor, quadratic: Tensor | float) -> GaussianMixture:
         """Component k becomes N((mean_k + var slope) scale, var scale), relative to the origin."""
         logits, scale = self._logits(slope, quadratic)

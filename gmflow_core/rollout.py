@@ -6,7 +6,7 @@
 - tiled: on its way x stays in the span of the source point and the K means, so that a substep needs their inner products only,
   not the means. They are computed once for a tile of pixels, whose whole rollout then stays in the cache. Plain torch.
 - compiled: tiled, with the inner parts compiled by torch.compile: on a CPU with a C++ compiler, and ten to thirty seconds
-  for each K and C, in the first rollout and again when a second size comes.
+  for each K and C, in the first rollout and again when a second size comes. With few substeps, the definition compiled.
 - triton: all substeps of a block of pixels in one kernel, on a GPU that Triton knows.
 """
 
@@ -15,13 +15,13 @@ from __future__ import annotations
 import functools
 import logging
 import math
-import os
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .fusing import NotCompiled, chosen_method, compiled, declined, fusible, log_once
 from .mixture import GaussianMixture, TiltedMixture, sum_of_products
 from .path import MIN_SIGMA, Sigma, expand_sigma, posterior_means, shift_time, unshift_time
 from .policy import DXPolicy, Policy
@@ -29,8 +29,6 @@ from .policy import DXPolicy, Policy
 Constrain = Callable[[Tensor, Tensor], Tensor]
 Check = Callable[[], None]
 
-METHODS = ("plain", "tiled", "compiled", "triton")
-METHOD_VARIABLE = "GMFLOW_ROLLOUT"  # of the environment
 FEW, FEW_TILTED = 2, 4  # substeps that are done sooner than the inner products (and a tilted mixture's components) are computed
 TILE = {"cpu": 1 << 15, "gpu": 1 << 20}  # pixels times components: on a CPU a thread's, which torch splits no further
 
@@ -60,7 +58,7 @@ def rollout(
         constrain: called as constrain(x, sigma) after every substep; returns the x to go on with. For masks.
         check: called often, or once after a kernel that does it all; what it raises ends the rollout. For the user's
             interruption.
-        method: one of METHODS; None takes the environment's GMFLOW_ROLLOUT, or else the fastest for the tensors' device that
+        method: one of METHODS; None takes the environment's GMFLOW_METHOD, or else the fastest for the tensors' device that
             compiles nothing on a CPU. Gradients, constraints, DX policies and single steps are always plain. Where a method
             cannot run, the log says so once and another takes its place.
 
@@ -72,12 +70,7 @@ def rollout(
     """
     if not isinstance(substeps, int) or substeps < 1:
         raise ValueError(f"substeps is {substeps}; a whole number, at least 1, is needed")
-    method = method or os.environ.get(METHOD_VARIABLE) or None
-    if method is not None and method not in METHODS:
-        known = ", ".join(METHODS)
-        raise ValueError(
-            f"rollout method {method!r} (of the argument, or of {METHOD_VARIABLE}) is unknown; take one of {known}"
-        )
+    method = chosen_method(method)
     simple = substeps == 1 or constrain is not None or isinstance(x0, DXPolicy) or not x.numel()
     if simple or _has_gradient(x0, x, sigma, sigma_end):
         method = "plain"
@@ -85,6 +78,11 @@ def rollout(
         method = "plain"
     if method == "plain":
         return _plain(x0, x, sigma, sigma_end, substeps, shift, constrain, check)
+    if method == "compiled" and substeps <= FEW_TILTED:
+        x = _few.compiled(x0, x, sigma, sigma_end, substeps, shift)
+        if check is not None:
+            check()
+        return x
     sigma, sigma_end = (expand_sigma(each, x) if isinstance(each, Tensor) else each for each in (sigma, sigma_end))
     if method == "triton" or (method is None and x.is_cuda):
         done = _by_triton(x0, x, sigma, sigma_end, substeps, shift)
@@ -137,6 +135,12 @@ def _plain(
         if check is not None:
             check()
     return x
+
+
+@fusible
+def _few(x0: GaussianMixture, x: Tensor, sigma: Sigma, sigma_end: Sigma, substeps: int, shift: float) -> Tensor:
+    """A rollout of few substeps, which are written out."""
+    return _plain(x0, x, sigma, sigma_end, substeps, shift, None, None)
 
 
 def _sigma_between(start: Sigma, end: Sigma, part: float | Tensor, shift: float) -> Sigma:
@@ -358,20 +362,16 @@ def _of_pixels(values: Tensor, shape: tuple[int, int]) -> Tensor:
 
 # With compilers
 
-_declined: set[tuple] = set()  # kinds that a method does not serve
-
 
 def _compiled(x0: GaussianMixture, *arguments) -> Tensor | None:
     """The rollout, or None where torch.compile fails."""
-    from .rollout_compiled import NotCompiled
-
     kind = ("compiled", *x0.means.shape[1:3])
-    if kind in _declined:
+    if kind in declined:
         return None
     try:
         return _tiled(x0, *arguments, _compiled_code(*kind[1:]))
     except NotCompiled as error:
-        _declined.add(kind)
+        declined.add(kind)
         _say_once("compiled", error)
         return None
 
@@ -384,13 +384,13 @@ def _compiled_code(components: int, channels: int) -> Code:
     logging.info(
         "GMFlow: compiling rollouts of K = %d, C = %d: this takes a while, now and for a second size", components, channels
     )
-    return Code(*map(fused.compiled, (fused.prepare, fused.advance, fused.finish)), fused.few_enough, fused.TOGETHER)
+    return Code(*map(compiled, (fused.prepare, fused.advance, fused.finish)), fused.few_enough, fused.TOGETHER)
 
 
 def _by_triton(x0: GaussianMixture, x: Tensor, sigma: Sigma, sigma_end: Sigma, substeps: int, shift: float) -> Tensor | None:
     """The rollout, or None where Triton, or what this takes of it, is missing."""
     kind = ("triton", x.device.type, *x0.means.shape[1:3])
-    if kind in _declined:
+    if kind in declined:
         return None
     try:
         from .rollout_triton import rollout_in_one_kernel
@@ -399,15 +399,10 @@ def _by_triton(x0: GaussianMixture, x: Tensor, sigma: Sigma, sigma_end: Sigma, s
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:  # not installed, a GPU that it does not know, a compiler that is missing, too large a mixture
-        _declined.add(kind)
+        declined.add(kind)
         _say_once("triton", f"{type(error).__name__}: {error}".splitlines()[0])
         return None
 
 
 def _say_once(method: str, why: object) -> None:
-    _log_once(f"GMFlow: no rollout by {method} ({why}); tiles do the same")
-
-
-@functools.cache
-def _log_once(message: str) -> None:
-    logging.warning(message)
+    log_once(f"GMFlow: no rollout by {method} ({why}); tiles do the same")

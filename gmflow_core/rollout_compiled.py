@@ -5,16 +5,13 @@ are explained there, but for `pairs`: the K (K + 1) / 2 different entries of the
 from __future__ import annotations
 
 import operator
-import types
 from collections.abc import Callable, Sequence
 
 import torch
-import torch._inductor
 from torch import Tensor
 
 TOGETHER = 4  # substeps of one call
 MOST = 8  # components whose pairs are compiled in seconds
-OPTIONS = {"max_fusion_size": 512, "cpp.enable_floating_point_contract_flag": "fast"}
 
 
 def prepare(means: Tensor, log_weights: Tensor, x: Tensor, signal: Tensor, gram: bool) -> tuple[Tensor, ...]:
@@ -81,28 +78,3 @@ def finish(state: Tensor, origin: Tensor, z: Tensor, means: Tensor, signal_end: 
 def few_enough(components: int, channels: int, substeps: int) -> bool:
     """Whether to follow the coordinates, in one loop."""
     return components <= MOST
-
-
-class NotCompiled(RuntimeError):
-    """torch.compile failed, for one of its many reasons."""
-
-
-def compiled(function: Callable) -> Callable:
-    """`function` by torch.compile: compiled at the first call, and again for sizes and layouts that are new to it, of which
-    each copy has its own count.
-
-    Raises (when called):
-        NotCompiled: torch.compile failed.
-    """
-    known = torch._inductor.list_options()  # of this version of torch
-    options = {name: value for name, value in OPTIONS.items() if name in known}
-    copy = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-    used = torch.compile(copy, fullgraph=True, options=options)
-
-    def run(*arguments):
-        try:
-            return used(*arguments)
-        except Exception as error:
-            raise NotCompiled(f"{type(error).__name__}: {error}".splitlines()[0]) from error
-
-    return run

@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .guidance import GuidedMixture, image_gaussian, image_mean, moving_terms
-from .mixture import GaussianMixture, Generator, IsotropicGaussian, TiltedMixture, Tilts, standard_normal
+from .fusing import Parts, fusible
+from .guidance import GuidedMixture, MovedMixture, image_gaussian, image_mean
+from .mixture import GaussianMixture, Generator, IsotropicGaussian, Tilts, standard_normal
 from .path import posterior_mean, reverse_transition, unshift_time, velocity_to_x0
 from .policy import DXPolicy, Policy
 from .rollout import Check, Constrain, rollout
@@ -48,7 +49,7 @@ class SpectralDraws(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Step:
+class Step(Parts):
     """What the second-order correction needs of the step before: its first-order (guided, uncorrected) mixture of x_0, where
     that was predicted, and the step's size."""
 
@@ -91,7 +92,7 @@ def sample_gm_ode(
     """
     previous = None
     for index, (sigma, sigma_next) in enumerate(_intervals(sigmas)):
-        mixture, _, previous = _predict(denoiser, x, sigma, sigma_next, order, previous)
+        mixture, previous = _predict(denoiser, x, sigma, sigma_next, order, previous)
         if callback is not None:
             callback(index, x, mixture.mean())
         x = rollout(mixture, x, sigma, sigma_next, substeps, constrain=constrain, check=check)
@@ -124,12 +125,12 @@ def sample_gm_sde(
     if recorded and len(noise) != len(intervals):
         raise ValueError(f"{len(noise)} recorded draws do not fit {len(intervals)} steps; give one for each")
     for index, (sigma, sigma_next) in enumerate(intervals):
-        mixture, gaussian, previous = _predict(denoiser, x, sigma, sigma_next, order, previous)
+        mixture, previous = _predict(denoiser, x, sigma, sigma_next, order, previous)
         if callback is not None:
             callback(index, x, mixture.mean())
         if spectrum is not None:
             draws = noise[index] if recorded else SpectralDraws(standard_normal(x.shape, noise, like=x), None, None)
-            log_power = spectrum(image_gaussian(mixture) if gaussian is None else gaussian)
+            log_power = spectrum(mixture.gaussian if isinstance(mixture, MovedMixture) else image_gaussian(mixture))
             x0 = sample_with_spectrum(mixture, log_power, draws.spectral_noise, draws.axes)
         elif recorded:
             draws = noise[index]
@@ -313,7 +314,7 @@ def solve(
 
 def second_order(
     mixture: GaussianMixture, previous: Step, x: Tensor, sigma: float, size: float, ca: float = 0.005, cb: float = 1.0
-) -> tuple[GaussianMixture, IsotropicGaussian]:
+) -> MovedMixture:
     """The second-order correction of GM-ODE and GM-SDE (GMFlow, ICML 2025), fused with probabilistic guidance.
 
     The last step's mixture, carried to (x, sigma), predicts a mean; half the difference to the new mean, scaled by the
@@ -325,12 +326,17 @@ def second_order(
         previous: the step before.
         size: sigma minus the next sigma.
         ca, cb: network error relative to V, without guidance and per guidance weight.
-
-    Returns:
-        The corrected mixture, and the Gaussian it was moved to: mean (B, C, *S), var (B, 1, *1).
     """
+    return _corrected(mixture, previous, x, sigma, size, ca, cb)
+
+
+@fusible
+def _corrected(
+    mixture: GaussianMixture, previous: Step, x: Tensor, sigma: float, size: float, ca: float, cb: float
+) -> MovedMixture:
+    """The formulas of `second_order`."""
     if isinstance(mixture, GuidedMixture):
-        tilts, var, scale = mixture.tilts, mixture.cond_var, mixture.scale
+        tilts, var, scale = mixture.tilts, mixture.original_var, mixture.scale
     else:
         tilts = Tilts(mixture)
         var, scale = image_mean(tilts.moment_match().var), 0.0
@@ -343,26 +349,22 @@ def second_order(
         bias = (tilts.origin - predicted) * gain
     power = image_mean(bias.square())
     bias = bias * (var / power.clamp(min=1e-6)).clamp(max=1).sqrt()
-    narrowing = (1 - power / var.clamp(min=1e-6)).clamp(min=1e-6)
-    corrected = TiltedMixture(tilts, *moving_terms(bias, var, narrowing))
-    return corrected, IsotropicGaussian(tilts.origin + bias, var * narrowing)
+    return MovedMixture(tilts, var, bias, (1 - power / var.clamp(min=1e-6)).clamp(min=1e-6))
 
 
 def _predict(
     denoiser: Denoiser, x: Tensor, sigma: float, sigma_next: float, order: int, previous: Step | None
-) -> tuple[GaussianMixture, IsotropicGaussian | None, Step | None]:
-    """One network call, corrected if `order` is 2: the mixture, the Gaussian that guidance or the correction moved it to (None
-    without either), and what the next correction needs."""
+) -> tuple[GaussianMixture, Step | None]:
+    """One network call, corrected if `order` is 2: the mixture, and what the next correction needs."""
     if order not in (1, 2):
         raise ValueError(f"order is {order}; it can be 1 or 2")
     mixture = denoiser(x, _batch_sigma(x, sigma))
-    gaussian = mixture.gaussian if isinstance(mixture, GuidedMixture) else None
     if order == 1:
-        return mixture, gaussian, None
+        return mixture, None
     step = Step(mixture, x, sigma, sigma - sigma_next)
     if previous is not None:
-        mixture, gaussian = second_order(mixture, previous, x, sigma, step.size)
-    return mixture, gaussian, step
+        mixture = second_order(mixture, previous, x, sigma, step.size)
+    return mixture, step
 
 
 def _batch_sigma(x: Tensor, sigma: float) -> Tensor:

@@ -147,7 +147,7 @@ def test_second_order_corrections(case, sigmas, guided):
     mixture = probabilistic_guidance(case.mixture, case.y, 0.4) if guided else case.mixture
     previous = Step(velocity_to_x0(case.mixture, case.x, high), case.x, high, high - low)
     for size in (low, 0.5 * low, 1e-6):
-        corrected, target = second_order(mixture, previous, case.y, low, size)
-        assert finite(target.mean, case.points)
-        assert (target.var > 0).all()
+        corrected = second_order(mixture, previous, case.y, low, size)
+        assert finite(corrected.gaussian.mean, case.points)
+        assert (corrected.gaussian.var > 0).all()
         assert finite_mixture(corrected, case.mixture)

@@ -28,7 +28,7 @@ ways = importlib.import_module("gmflow_core.rollout")  # the package's attribute
 def tiles_of_a_few_pixels_and_no_silent_fallback(monkeypatch):
     monkeypatch.setattr(ways, "TILE", {"cpu": 20, "gpu": 20})
     monkeypatch.setattr(ways, "_say_once", lambda method, why: pytest.fail(f"{method}: {why}"))
-    monkeypatch.setattr(ways, "_declined", set())
+    monkeypatch.setattr(ways, "declined", set())
 
 
 def same_way(method, mixture, x, *args, **options):
@@ -143,8 +143,8 @@ def test_what_does_not_compile_runs_as_it_is(monkeypatch, caplog):
 
     monkeypatch.setattr(torch, "compile", no_compiler)
     monkeypatch.setattr(ways, "_compiled_code", ways._compiled_code.__wrapped__)
-    monkeypatch.setattr(ways, "_declined", set())
-    ways._log_once.cache_clear()
+    monkeypatch.setattr(ways, "declined", set())
+    ways.log_once.cache_clear()
     mixture, x = random_mixture(), normal(2, 3, 2, 3)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
@@ -188,7 +188,7 @@ for K, C, columns, gram in ((8, 16, 8, True), (8, 4, 4, False)):
 @NO_TRITON
 def test_mixtures_that_do_not_fit_a_thread_are_told_once(monkeypatch, caplog):
     monkeypatch.undo()
-    ways._log_once.cache_clear()
+    ways.log_once.cache_clear()
     mixture, x = random_mixture(components=64), normal(2, 3, 2, 3)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
@@ -245,16 +245,16 @@ def test_the_method_is_chosen_and_falls_back(monkeypatch, caplog):
         way = getattr(ways, name)
         monkeypatch.setattr(ways, name, lambda *args, name=name, way=way: taken.append(name) or way(*args))
     expected = rollout(mixture, x, 1.0, 0.0, 3)
-    monkeypatch.setenv("GMFLOW_ROLLOUT", "plain")
+    monkeypatch.setenv("GMFLOW_METHOD", "plain")
     rollout(mixture, x, 1.0, 0.0, 3)
     assert taken == ["_tiled", "_plain"]
-    monkeypatch.setenv("GMFLOW_ROLLOUT", "fast")
-    with pytest.raises(ValueError, match=r"'fast'.*GMFLOW_ROLLOUT.*plain, tiled, compiled, triton"):
+    monkeypatch.setenv("GMFLOW_METHOD", "fast")
+    with pytest.raises(ValueError, match=r"'fast'.*GMFLOW_METHOD.*plain, tiled, compiled, triton"):
         rollout(mixture, x, 1.0, 0.0, 3)
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "gmflow_core.rollout_triton", None)  # as if it could not be imported
-    monkeypatch.setattr(ways, "_declined", set())
-    ways._log_once.cache_clear()
+    monkeypatch.setattr(ways, "declined", set())
+    ways.log_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         assert torch.equal(rollout(mixture, x, 1.0, 0.0, 3, method="triton"), rollout(mixture, x, 1.0, 0.0, 3, method="triton"))
     assert is_near(rollout(mixture, x, 1.0, 0.0, 3, method="triton"), expected)

@@ -208,13 +208,12 @@ class Bench:
         """
         line = {"row": row, "case": case, "device": self.device, "reference": reference, "unit": unit[0], "forms": {}}
         line["floor"] = floor(self.rates, *work)
-        results = {**{name: form for name, form in forms.items() if callable(form)}, **(results or {})}
+        ready = {name: form for name, form in forms.items() if callable(form)}
         with torch.inference_mode(not gradient):
             errors = {}
             if exact is not None:
-                expected = exact()
-                errors = {name: relative_error(result(), expected) for name, result in results.items()}
-            ready = {name: form for name, form in forms.items() if callable(form)}
+                expected, results = exact(), {**ready, **(results or {})}
+                errors = {name: relative_error(results[name](), expected) for name in ready}
             limits = {"budget": 0.2, "least": 2} if self.quick else {"budget": 8.0}
             times = take_turns(ready, self.device, **limits)
             for name, form in forms.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import statistics
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor
 
 from gmflow_core import GaussianMixture, flow_sigmas, sample_gm_ode, transition_nll
+from gmflow_core.fusing import METHOD_VARIABLE, METHODS
 from gmflow_core.guidance import Guidance
 from gmflow_core.images import class_denoiser
-from gmflow_core.rollout import METHODS, rollout
+from gmflow_core.rollout import rollout
 from gmflow_core.spectral import sample_with_spectrum
 from tests.helpers import F64, cast, normal, random_mixture
 
@@ -178,6 +180,31 @@ def growth_rows(bench: Bench) -> Iterator[dict]:
 # Solver steps
 
 
+def compiled(function: Callable) -> Callable:
+    """`function` with the method that compiles."""
+
+    def run() -> Tensor:
+        before = os.environ.get(METHOD_VARIABLE)
+        os.environ[METHOD_VARIABLE] = "compiled"
+        try:
+            return function()
+        finally:
+            del os.environ[METHOD_VARIABLE]
+            if before is not None:
+                os.environ[METHOD_VARIABLE] = before
+
+    return run
+
+
+def with_compiled(bench: Bench, function: Callable) -> dict[str, Callable | str]:
+    """`function` as "ours", and compiled."""
+    form = compiled(function)
+    said = "not asked for"
+    if bench.compiled:
+        said = said_by(lambda: [form() for _ in range(3)])  # the first call does not compile yet
+    return {"ours": function, "ours, compiled": f"not run: {said}" if said else form}
+
+
 def transport_rows(bench: Bench) -> Iterator[dict]:
     """GM-SDE's draw: the axes, and the inverse Knothe-Rosenblatt map, without and with a spectrum."""
     mixture, z = inputs(bench, *bench.size((8, 8, 4, 32, 32), (2, 4, 3, 6, 8)))
@@ -193,7 +220,7 @@ def transport_rows(bench: Bench) -> Iterator[dict]:
         "transport",
         describe(mixture, ", from_normal"),
         {
-            "ours": lambda: mixture.from_normal(z),
+            **with_compiled(bench, lambda: mixture.from_normal(z)),
             "naive": lambda: naive.from_normal(mixture, z),
             **peers.transports(mixture, z),
         },
@@ -201,6 +228,7 @@ def transport_rows(bench: Bench) -> Iterator[dict]:
         exact=lambda: exact.from_normal(z.to(F64), exact_axes),
         results={  # with the same axes, whose signs are arbitrary
             "ours": lambda: mixture.from_normal(z, axes),
+            "ours, compiled": compiled(lambda: mixture.from_normal(z, axes)),
             "naive": lambda: naive.from_normal(mixture, z, straight.to(z)),
         },
         **shared,
@@ -209,13 +237,14 @@ def transport_rows(bench: Bench) -> Iterator[dict]:
         "transport",
         describe(mixture, ", sample_with_spectrum"),
         {
-            "ours": lambda: sample_with_spectrum(mixture, log_power, z),
+            **with_compiled(bench, lambda: sample_with_spectrum(mixture, log_power, z)),
             "naive": lambda: naive.sample_with_spectrum(mixture, log_power, z),
         },
         work=(work[0] + size_of(log_power), work[1]),
         exact=lambda: sample_with_spectrum(exact, log_power.to(F64), z.to(F64), exact_axes),
         results={
             "ours": lambda: sample_with_spectrum(mixture, log_power, z, axes),
+            "ours, compiled": compiled(lambda: sample_with_spectrum(mixture, log_power, z, axes)),
             "naive": lambda: naive.sample_with_spectrum(mixture, log_power, z, straight.to(z)),
         },
         **shared,
@@ -250,7 +279,7 @@ def compare_guided_steps(bench: Bench, batch: int, components: int, channels: in
         "guided steps",
         describe(outputs[0].chunk(2)[0], ", 4 steps of 4 substeps"),
         {
-            "ours": lambda: ours(outputs, x),
+            **with_compiled(bench, lambda: ours(outputs, x)),
             "naive": lambda: naive.guided_gm_ode(outputs, x, sigmas, substeps, WEIGHT),
             **peers.guided_gm_odes(outputs, x, sigmas, substeps, WEIGHT),
         },

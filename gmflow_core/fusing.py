@@ -1,0 +1,216 @@
+"""How what happens between two network calls is computed: the user's choice of a method, and torch.compile where that is it.
+
+`fusible` marks a function whose operations torch.compile makes a few loops of. It takes and gives tensors, numbers, and objects
+made of tensors (`Parts`). Its code is written once: it runs as it stands, or compiled.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import types
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+METHODS = ("plain", "tiled", "compiled", "triton")  # see `gmflow_core.rollout`; all but the third are of rollouts only
+METHOD_VARIABLE = "GMFLOW_METHOD"  # of the environment
+OPTIONS = {  # of torch.compile's inductor
+    "max_fusion_size": 512,
+    "cpp.enable_floating_point_contract_flag": "fast",
+    "size_asserts": False,
+}
+
+
+def chosen_method(method: str | None = None) -> str | None:
+    """`method`, else the environment's GMFLOW_METHOD, else None for the usual way.
+
+    Raises:
+        ValueError: there is no such method.
+    """
+    method = method or os.environ.get(METHOD_VARIABLE) or None
+    if method is not None and method not in METHODS:
+        known = ", ".join(METHODS)
+        raise ValueError(f"method {method!r} (of the argument, or of {METHOD_VARIABLE}) is unknown; take one of {known}")
+    return method
+
+
+class Parts:
+    """An object that is its attributes: tensors, numbers, or Parts. What is cached in one has a name that begins with "_"."""
+
+
+def fusible(function: Callable) -> Callable:
+    """A function that is compiled where the method is "compiled" and no gradient is asked for: from the second call with
+    arguments of a kind on, and again for sizes that are new to it. Its results are made of tensors only. Numbers reach the
+    compiled code as tensors without dimensions, but for integers, which are part of the kind. Where torch.compile fails, the
+    log says so once and the function runs as it stands.
+    """
+
+    @functools.wraps(function)
+    def run(*arguments: Any) -> Any:
+        if torch.compiler.is_compiling() or chosen_method() != "compiled" or _resting.get():
+            return function(*arguments)
+        return run.compiled(*arguments)
+
+    run.compiled = functools.partial(_run_compiled, function)  # whatever was chosen
+    return run
+
+
+_resting: ContextVar[bool] = ContextVar("resting", default=False)  # while all is part of what will be compiled
+
+
+class _Program:
+    """A function compiled for arguments like these, with a result like this one."""
+
+    def __init__(self, function: Callable, arguments: tuple, result: Any):
+        template = _template(arguments)
+
+        def of_tensors(numbers: Tensor | None, *tensors: Tensor) -> list[Tensor]:
+            given = _put_together(template, iter(tensors), iter(() if numbers is None else numbers.unbind()))
+            found: list[Tensor] = []
+            _take_apart(function(*given), found, [], [])
+            return found
+
+        self.code, self.result = compiled(of_tensors), _template(result)
+
+
+_programs: dict[tuple, _Program] = {}
+
+
+def _run_compiled(function: Callable, *arguments: Any) -> Any:
+    tensors, numbers, kind = [], [], [function]
+    _take_apart(arguments, tensors, numbers, kind)
+    kind = tuple(kind)
+    followed = torch.is_grad_enabled() and any(each.requires_grad for each in tensors)
+    if kind in declined or followed or not tensors[0].numel():
+        return function(*arguments)
+    program = _programs.get(kind)
+    if program is None:  # what the result is made of is seen in the first
+        logging.info("GMFlow: %s will be compiled when it comes again: this takes a while", function.__qualname__)
+        token = _resting.set(True)
+        try:
+            result = function(*arguments)
+        finally:
+            _resting.reset(token)
+        _programs[kind] = _Program(function, arguments, result)
+        return result
+    try:
+        found = program.code(_in_one_tensor(numbers, tensors[0].device), *tensors)
+        return _put_together(program.result, iter(found), iter(()))
+    except NotCompiled as error:
+        declined.add(kind)
+        log_once(f"GMFlow: {function.__qualname__} is not compiled ({error}); it runs as it stands")
+        return function(*arguments)
+
+
+def _in_one_tensor(numbers: list[float], device: torch.device) -> Tensor | None:
+    """In double precision where the device has it."""
+    if not numbers:
+        return None
+    if device.type == "cpu":
+        return torch.tensor(numbers, dtype=torch.float64)
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    return torch.stack([torch.full((), each, dtype=dtype, device=device) for each in numbers])  # fills, which wait for nothing
+
+
+def _take_apart(value: Any, tensors: list[Tensor], numbers: list[float], kind: list) -> None:
+    """Adds the tensors and the numbers of `value`, and what is the same for all values that one program serves."""
+    if type(value) is Tensor or isinstance(value, Tensor):
+        tensors.append(value)
+        kind.append(Tensor)
+    elif isinstance(value, float):
+        numbers.append(value)
+        kind.append(float)
+    elif isinstance(value, tuple):
+        kind.append(len(value))
+        for each in value:
+            _take_apart(each, tensors, numbers, kind)
+    elif isinstance(value, Parts):
+        kind.append(type(value))
+        for name, each in value.__dict__.items():
+            if name == "means":
+                kind.append(each.shape[1:3])  # K and C, for which code is made
+            if name[0] != "_":
+                _take_apart(each, tensors, numbers, kind)
+    else:
+        kind.append(value)
+
+
+def _template(value: Any) -> Any:
+    """`value` without its tensors and numbers, for `_put_together`."""
+    if isinstance(value, Tensor | float):
+        return Tensor if isinstance(value, Tensor) else float
+    if isinstance(value, tuple):
+        return tuple, (), tuple([_template(each) for each in value])
+    if isinstance(value, Parts):
+        names = tuple([name for name in value.__dict__ if name[0] != "_"])
+        return type(value), names, tuple([_template(value.__dict__[name]) for name in names])
+    return None, value, ()
+
+
+def _put_together(template: Any, tensors: Iterator[Tensor], numbers: Iterator[Tensor]) -> Any:
+    """A value like that of the template, with other tensors and numbers."""
+    if template is Tensor:
+        return next(tensors)
+    if template is float:
+        return next(numbers)
+    kind, about, parts = template
+    if kind is None:
+        return about
+    values = [_put_together(part, tensors, numbers) for part in parts]
+    if kind is tuple:
+        return tuple(values)
+    made = object.__new__(kind)
+    made.__dict__.update(zip(about, values, strict=True))
+    return made
+
+
+# torch.compile
+
+
+class NotCompiled(RuntimeError):
+    """torch.compile failed, for one of its many reasons."""
+
+
+def compiled(function: Callable) -> Callable:
+    """`function` by torch.compile: compiled at the first call, and again for sizes and layouts that are new to it, of which
+    each copy has its own count.
+
+    Raises (when called):
+        NotCompiled: torch.compile failed.
+    """
+    from torch._inductor import list_options  # seconds, and not in every build
+
+    known = list_options()  # of this version of torch
+    options = {name: value for name, value in OPTIONS.items() if name in known}
+    if hasattr(torch.compiler, "keep_tensor_guards_unsafe"):
+        # of what a call is checked against: the functions' own code and settings do not change, and take longer to look at
+        options["guard_filter_fn"] = torch.compiler.keep_tensor_guards_unsafe
+    copy = types.FunctionType(
+        function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    used = torch.compile(copy, fullgraph=True, options=options)
+
+    def run(*arguments):
+        try:
+            return used(*arguments)
+        except Exception as error:
+            raise NotCompiled(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+
+    return run
+
+
+# What is told
+
+
+declined: set[tuple] = set()  # kinds that a method does not serve
+
+
+@functools.cache
+def log_once(message: str) -> None:
+    """A warning in the log, the first time."""
+    logging.warning(message)

@@ -7,6 +7,7 @@ made of tensors (`Parts`). Its code is written once: it runs as it stands, or co
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import os
 import types
@@ -42,6 +43,10 @@ def chosen_method(method: str | None = None) -> str | None:
 class Parts:
     """An object that is its attributes: tensors, numbers, or Parts. What is cached in one has a name that begins with "_"."""
 
+    def settled(self) -> Parts:
+        """The same, where something that was computed since can take its place."""
+        return self
+
 
 def fusible(function: Callable) -> Callable:
     """A function that is compiled where the method is "compiled" and no gradient is asked for: from the second call with
@@ -64,11 +69,9 @@ _resting: ContextVar[bool] = ContextVar("resting", default=False)  # while all i
 
 
 class _Program:
-    """A function compiled for arguments like these, with a result like this one."""
+    """A function compiled for arguments of this template, with a result like this one."""
 
-    def __init__(self, function: Callable, arguments: tuple, result: Any):
-        template = _template(arguments)
-
+    def __init__(self, function: Callable, template: Any, result: Any):
         def of_tensors(numbers: Tensor | None, *tensors: Tensor) -> list[Tensor]:
             given = _put_together(template, iter(tensors), iter(() if numbers is None else numbers.unbind()))
             found: list[Tensor] = []
@@ -85,18 +88,18 @@ def _run_compiled(function: Callable, *arguments: Any) -> Any:
     tensors, numbers, kind = [], [], [function]
     _take_apart(arguments, tensors, numbers, kind)
     kind = tuple(kind)
-    followed = torch.is_grad_enabled() and any(each.requires_grad for each in tensors)
-    if kind in declined or followed or not tensors[0].numel():
+    if kind in declined or _any_followed(tensors) or not tensors[0].numel():
         return function(*arguments)
     program = _programs.get(kind)
     if program is None:  # what the result is made of is seen in the first
         logging.info("GMFlow: %s will be compiled when it comes again: this takes a while", function.__qualname__)
+        template = _template(arguments)  # now: the function may settle some
         token = _resting.set(True)
         try:
             result = function(*arguments)
         finally:
             _resting.reset(token)
-        _programs[kind] = _Program(function, arguments, result)
+        _programs[kind] = _Program(function, template, result)
         return result
     try:
         found = program.code(_in_one_tensor(numbers, tensors[0].device), *tensors)
@@ -105,6 +108,17 @@ def _run_compiled(function: Callable, *arguments: Any) -> Any:
         declined.add(kind)
         log_once(f"GMFlow: {function.__qualname__} is not compiled ({error}); it runs as it stands")
         return function(*arguments)
+
+
+def followed(*values: Any) -> bool:
+    """Whether autograd follows a tensor, or one in a tuple or in Parts."""
+    tensors: list[Tensor] = []
+    _take_apart(values, tensors, [], [])
+    return _any_followed(tensors)
+
+
+def _any_followed(tensors: list[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(each.requires_grad for each in tensors)
 
 
 def _in_one_tensor(numbers: list[float], device: torch.device) -> Tensor | None:
@@ -119,7 +133,18 @@ def _in_one_tensor(numbers: list[float], device: torch.device) -> Tensor | None:
 
 def _take_apart(value: Any, tensors: list[Tensor], numbers: list[float], kind: list) -> None:
     """Adds the tensors and the numbers of `value`, and what is the same for all values that one program serves."""
-    if type(value) is Tensor or isinstance(value, Tensor):
+    if isinstance(value, Parts):
+        value = value.settled()
+        kind.append(type(value))
+        for name, each in value.__dict__.items():
+            if name[0] == "_":
+                continue
+            if type(each) is Tensor:  # most are, and this is called often
+                tensors.append(each)
+                kind.append(each.shape[1:3] if name == "means" else None)  # K and C, for which code is made
+            else:
+                _take_apart(each, tensors, numbers, kind)
+    elif isinstance(value, Tensor):
         tensors.append(value)
         kind.append(Tensor)
     elif isinstance(value, float):
@@ -129,13 +154,6 @@ def _take_apart(value: Any, tensors: list[Tensor], numbers: list[float], kind: l
         kind.append(len(value))
         for each in value:
             _take_apart(each, tensors, numbers, kind)
-    elif isinstance(value, Parts):
-        kind.append(type(value))
-        for name, each in value.__dict__.items():
-            if name == "means":
-                kind.append(each.shape[1:3])  # K and C, for which code is made
-            if name[0] != "_":
-                _take_apart(each, tensors, numbers, kind)
     else:
         kind.append(value)
 
@@ -147,6 +165,7 @@ def _template(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple, (), tuple([_template(each) for each in value])
     if isinstance(value, Parts):
+        value = value.settled()
         names = tuple([name for name in value.__dict__ if name[0] != "_"])
         return type(value), names, tuple([_template(value.__dict__[name]) for name in names])
     return None, value, ()
@@ -176,6 +195,9 @@ class NotCompiled(RuntimeError):
     """torch.compile failed, for one of its many reasons."""
 
 
+_copies = itertools.count()
+
+
 def compiled(function: Callable) -> Callable:
     """`function` by torch.compile: compiled at the first call, and again for sizes and layouts that are new to it, of which
     each copy has its own count.
@@ -190,8 +212,13 @@ def compiled(function: Callable) -> Callable:
     if hasattr(torch.compiler, "keep_tensor_guards_unsafe"):
         # of what a call is checked against: the functions' own code and settings do not change, and take longer to look at
         options["guard_filter_fn"] = torch.compiler.keep_tensor_guards_unsafe
+    name = f"{function.__name__}_{next(_copies)}"  # by file, line and name torch.compile remembers which sizes change
     copy = types.FunctionType(
-        function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__, function.__closure__
+        function.__code__.replace(co_name=name),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
     )
     used = torch.compile(copy, fullgraph=True, options=options)
 

@@ -34,11 +34,12 @@ def class_denoiser(network: nn.Module, labels: Tensor, guidance: Guidance | None
             "guidance needs a model that knows of no label, and this one always has one; take autoguidance instead"
         )
 
+    both = torch.cat([labels, torch.full_like(labels, null)])
+
     def denoise(x: Tensor, sigma: Tensor) -> GaussianMixture:
         if guidance is None or not guidance.acts_at(sigma):
             return velocity_to_x0(network(x, sigma, labels.to(x.device)), x, sigma)
-        both = torch.cat([labels, torch.full_like(labels, null)]).to(x.device)
-        cond, uncond = network(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
+        cond, uncond = network(torch.cat([x, x]), torch.cat([sigma, sigma]), both.to(x.device)).chunk(2)
         return guidance.of_velocities(cond, uncond, x, sigma)
 
     return denoise

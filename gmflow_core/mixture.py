@@ -161,7 +161,7 @@ class GaussianMixture(Parts):
         """Full covariance over the channels, per pixel, or averaged over space: (B, *S or *1, C, C)."""
         channels, *space = self.means.shape[2:]
         within = self.var[:, 0, 0, ..., None, None]  # (B, *S or *1, 1, 1)
-        diff = (self.means - self.mean().unsqueeze(1)) * (0.5 * self.log_weights).exp()
+        diff = _root_weighted(self.means, self.log_weights)
         if average and space:
             diff = diff.flatten(3)  # (B, K, C, n)
             between = (diff @ diff.mT).sum(1).div(diff.shape[-1]).unflatten(0, (-1, *[1] * len(space)))
@@ -293,7 +293,7 @@ class GaussianMixture(Parts):
         z = z.movedim(1, 0).reshape(channels, 1, -1)
         x = [mixture_quantile(means[0], std, log_weights, z[0])]
         for axis in range(1, channels):
-            log_weights = _given(log_weights, (x[-1].unsqueeze(1) - means[axis - 1]) / std)
+            log_weights = _given_point(log_weights, x[-1], means[axis - 1], std)
             x.append(mixture_quantile(means[axis], std, log_weights, z[axis]))
         x = torch.stack(x, 1).unflatten(2, (batch, *space)).movedim(2, 0)  # (B, 1, C, *S)
         return _rotate(x, axes.mT).squeeze(1)
@@ -308,7 +308,13 @@ class Tilts(Parts):
         self.var = mixture.var.squeeze(1)
         self.origin = sum_of_products(mixture.means, self.weights, 1).squeeze(1)
         self.means = mixture.means - self.origin.unsqueeze(1)
-        self.half_norms = 0.5 * sum_of_products(self.means, self.means, 2)  # (B, K, 1, *S)
+
+    @property
+    def half_norms(self) -> Tensor:
+        """Half of |means|^2, (B, K, 1, *S)."""
+        if "_half_norms" not in self.__dict__:  # a cached_property has a lock, which torch.compile refuses
+            self._half_norms = 0.5 * sum_of_products(self.means, self.means, 2)
+        return self._half_norms
 
     def moment_match(self) -> IsotropicGaussian:
         """See `GaussianMixture.moment_match`."""
@@ -340,6 +346,9 @@ class Tilts(Parts):
     def _logits(self, slope: Tensor, quadratic: Tensor | float) -> tuple[Tensor, Tensor]:
         """The log-weights up to a constant, (B, K, 1, *S), and what the variance is multiplied by."""
         scale = (1 + self.var * quadratic).clamp(min=1e-6).reciprocal()
+        if torch.compiler.is_compiling():  # in its loops half_norms are computed sooner than read
+            factors = (scale * slope).unsqueeze(1) - (0.5 * scale * quadratic).unsqueeze(1) * self.means
+            return self.log_weights + sum_of_products(self.means, factors, 2), scale
         logits = torch.addcmul(self.log_weights, scale.unsqueeze(1), sum_of_products(self.means, slope.unsqueeze(1), 2))
         return torch.addcmul(logits, (scale * quadratic).unsqueeze(1), self.half_norms, value=-1), scale
 
@@ -390,6 +399,19 @@ def _given(log_weights: Tensor, offset: Tensor) -> Tensor:
     """The log-weights (B, K, *S), up to a constant, once a coordinate is known: `offset` standard deviations from the
     components'."""
     return torch.addcmul(log_weights, offset, offset, value=-0.5)
+
+
+@fusible
+def _given_point(log_weights: Tensor, x: Tensor, means: Tensor, std: Tensor) -> Tensor:
+    """`_given` with the coordinate itself, (B, *S), and the components' means, (B, K, *S)."""
+    return _given(log_weights, (x.unsqueeze(1) - means) / std)
+
+
+@fusible
+def _root_weighted(means: Tensor, log_weights: Tensor) -> Tensor:
+    """The means relative to their mean, times the roots of the weights, (B, K, C, *S)."""
+    roots = (0.5 * log_weights).exp()
+    return (means - sum_of_products(means, roots.square(), 1)) * roots
 
 
 def _rotate(x: Tensor, axes: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .fusing import NotCompiled, chosen_method, compiled, declined, fusible, log_once
+from .fusing import NotCompiled, chosen_method, compiled, declined, followed, fusible, log_once
 from .mixture import GaussianMixture, TiltedMixture, sum_of_products
 from .path import MIN_SIGMA, Sigma, expand_sigma, posterior_means, shift_time, unshift_time
 from .policy import DXPolicy, Policy
@@ -72,7 +72,7 @@ def rollout(
         raise ValueError(f"substeps is {substeps}; a whole number, at least 1, is needed")
     method = chosen_method(method)
     simple = substeps == 1 or constrain is not None or isinstance(x0, DXPolicy) or not x.numel()
-    if simple or _has_gradient(x0, x, sigma, sigma_end):
+    if simple or followed(x0, x, sigma, sigma_end):
         method = "plain"
     if method is None and substeps <= (FEW_TILTED if isinstance(x0, TiltedMixture) else FEW) and not x.is_cuda:
         method = "plain"
@@ -96,16 +96,6 @@ def rollout(
         if done is not None:
             return done
     return _tiled(*arguments, EAGER)
-
-
-def _has_gradient(x0: GaussianMixture, *others: Sigma) -> bool:
-    """Whether autograd follows the rollout."""
-    if not torch.is_grad_enabled():
-        return False
-    tilted = isinstance(x0, TiltedMixture)  # whose own tensors would be computed for the question
-    mixture, terms = (x0.tilts, (x0.slope, x0.quadratic)) if tilted else (x0, ())
-    tensors = (mixture.means, mixture.log_weights, mixture.log_std, *terms, *others)
-    return any(isinstance(each, Tensor) and each.requires_grad for each in tensors)
 
 
 # The definition

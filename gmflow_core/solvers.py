@@ -312,9 +312,36 @@ def solve(
     raise ValueError(f"solver {solver!r} is unknown; choose one of {', '.join(SOLVERS)}")
 
 
+class CorrectedMixture(MovedMixture):
+    """What `second_order` gives, with its arguments as attributes. It is computed when it is asked for, so that it can be
+    compiled as part of what asks."""
+
+    def __init__(
+        self, first_order: GaussianMixture, previous: Step, x: Tensor, sigma: float, size: float, ca: float, cb: float
+    ):
+        self.__dict__.update(first_order=first_order, previous=previous, x=x, sigma=sigma, size=size, ca=ca, cb=cb)
+
+    tilts = property(lambda self: self._moved.tilts)
+    slope = property(lambda self: self._moved.slope)
+    quadratic = property(lambda self: self._moved.quadratic)
+    original_var = property(lambda self: self._moved.original_var)
+    bias = property(lambda self: self._moved.bias)
+    narrowing = property(lambda self: self._moved.narrowing)
+
+    @property
+    def _moved(self) -> MovedMixture:
+        if "_kept" not in self.__dict__:  # a cached_property has a lock, which torch.compile refuses
+            found = _corrected(self.first_order, self.previous, self.x, self.sigma, self.size, self.ca, self.cb)
+            self.__dict__["_kept"] = found
+        return self.__dict__["_kept"]
+
+    def settled(self) -> MovedMixture:
+        return self.__dict__.get("_kept", self)
+
+
 def second_order(
     mixture: GaussianMixture, previous: Step, x: Tensor, sigma: float, size: float, ca: float = 0.005, cb: float = 1.0
-) -> MovedMixture:
+) -> CorrectedMixture:
     """The second-order correction of GM-ODE and GM-SDE (GMFlow, ICML 2025), fused with probabilistic guidance.
 
     The last step's mixture, carried to (x, sigma), predicts a mean; half the difference to the new mean, scaled by the
@@ -327,7 +354,7 @@ def second_order(
         size: sigma minus the next sigma.
         ca, cb: network error relative to V, without guidance and per guidance weight.
     """
-    return _corrected(mixture, previous, x, sigma, size, ca, cb)
+    return CorrectedMixture(mixture, previous, x, sigma, size, ca, cb)
 
 
 @fusible

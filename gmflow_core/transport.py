@@ -7,9 +7,9 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import hardshrink
+from torch.nn.functional import hardshrink, softshrink
 
-from .fusing import fusible
+from .fusing import chosen_method, fusible
 
 STEPS = 24  # enough for 64 components at 10,000 standard deviations from each other
 FIRST = 2  # of them, which most pixels need
@@ -45,22 +45,20 @@ def mixture_quantile(means: Tensor, std: Tensor, log_weights: Tensor, z: Tensor)
         (B, *S).
     """
     z = z.unsqueeze(1)
-    near, unit, level = _standard(z, std)
     with torch.no_grad():
         x = _quantile(means, std, log_weights, z, drop_out=z.device.type == "cpu")
     if torch.is_grad_enabled() and any(t.requires_grad for t in (means, std, log_weights, z)):
+        unit, level = _standard(z, std)
         weights, distance = log_weights.softmax(1), (x - means) / unit
         slope = (weights * (-distance.square()).exp()).sum(1, keepdim=True) * (2 / math.sqrt(math.pi))
         excess = (weights * distance.erfc()).sum(1, keepdim=True) - level.erfc()
         x = x + (excess - excess.detach()) * (unit / slope.clamp(min=torch.finfo(slope.dtype).tiny)).detach()
-    return (x + std * (z - near)).squeeze(1)
+    return torch.addcmul(x, std, softshrink(z, math.sqrt(2) * (_reach(z) - 1))).squeeze(1)
 
 
-def _standard(z: Tensor, std: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """z short of where probabilities end; the unit in which a component's tail on the side of z is erfc / 2; and its level."""
-    furthest = math.sqrt(2) * (_reach(z) - 1)
-    near = z.clamp(-furthest, furthest)
-    return near, torch.copysign(math.sqrt(2) * std, z), math.sqrt(0.5) * near.abs()
+def _standard(z: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+    """The unit in which a component's tail on the side of z is erfc / 2, and its level, short of where probabilities end."""
+    return torch.copysign(math.sqrt(2) * std, z), (math.sqrt(0.5) * z.abs()).clamp(max=_reach(z) - 1)
 
 
 def _quantile(means: Tensor, std: Tensor, log_weights: Tensor, z: Tensor, drop_out: bool) -> Tensor:
@@ -79,6 +77,7 @@ def _quantile(means: Tensor, std: Tensor, log_weights: Tensor, z: Tensor, drop_o
     means, log_weights = (each.movedim(1, 0).reshape(components, -1) for each in (means, log_weights))
     unit, state, means, weights, far = _start(means, std.expand(shape).reshape(-1), log_weights, z.reshape(-1))
     x, pixels = state[0], None
+    together = 2 if chosen_method() == "compiled" else 1  # where to call costs more than a step of few pixels
     for _ in range((4 * STEPS if drop_out else STEPS) - FIRST):
         if drop_out:
             left = far.nonzero().squeeze(1)
@@ -88,7 +87,7 @@ def _quantile(means: Tensor, std: Tensor, log_weights: Tensor, z: Tensor, drop_o
                 x = state[0] if pixels is None else x.index_copy_(0, pixels, state[0])
                 pixels = left if pixels is None else pixels.index_select(0, left)
                 state, means, weights = (each.index_select(1, left) for each in (state, means, weights))
-        state, far = _improve(state, means, weights)
+        state, far = _improve(state, means, weights, together)
     x = state[0] if pixels is None else x.index_copy_(0, pixels, state[0])
     return (x * unit).reshape(shape)
 
@@ -100,7 +99,7 @@ def _start(means: Tensor, std: Tensor, log_weights: Tensor, z: Tensor) -> tuple[
     Returns:
         the unit (n,); `_improve`'s state, means and weights; and which pixels need more.
     """
-    _, unit, level = _standard(z, std)
+    unit, level = _standard(z, std)
     means, weights = means / unit, log_weights.softmax(0)
     goal, numbers = _erfc(level), torch.finfo(level.dtype)
     mean = (means * weights).sum(0)
@@ -110,22 +109,28 @@ def _start(means: Tensor, std: Tensor, log_weights: Tensor, z: Tensor) -> tuple[
     away = (matter - weights).sign_().clamp_(min=0).mul_(numbers.max / 2)
     low, high = (means + away).amin(0).add_(level), (means - away).amax(0).add_(level)
     state = torch.stack([torch.addcmul(mean, var.mul_(2).sqrt_(), level).clamp_(low, high), low, high, goal])
-    for _ in range(FIRST):
-        state, far = _improve(state, means, weights)
+    state, far = _improve(state, means, weights, FIRST)
     return unit, state, means, weights, far
 
 
 @fusible
-def _improve(state: Tensor, means: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """One step.
+def _improve(state: Tensor, means: Tensor, weights: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """So many steps.
 
     Args:
         state: x, its bracket, and the tail to reach, (4, n).
         means, weights: (K, n).
 
     Returns:
-        the state after it, and whether x was still far from the quantile, (n,).
+        the state after them, and whether x was still far from the quantile before the last, (n,).
     """
+    for _ in range(steps):
+        state, far = _step(state, means, weights)
+    return state, far
+
+
+def _step(state: Tensor, means: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """See `_improve`."""
     x, low, high, goal = state.unbind(0)
     reach, eps = _reach(x), torch.finfo(x.dtype).eps
     close = eps ** (1 / 4)  # the error after a step is about the fourth power of that before

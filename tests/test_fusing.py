@@ -37,23 +37,31 @@ class Network:
         return GaussianMixture(factor * parts[0], *parts[1:])
 
 
-def guided_sample(velocity, x, guidance, substeps):
-    denoiser = class_denoiser(Network(velocity), torch.zeros(len(x), dtype=torch.int64), guidance)
-    return sample_gm_ode(denoiser, x, flow_sigmas(4), order=2, substeps=substeps)
+def guided_sample(velocity, x, weight, watched=False):
+    """A sample, and the means on the way if they are watched."""
+    denoiser, means = class_denoiser(Network(velocity), torch.zeros(len(x), dtype=torch.int64), Guidance(weight)), []
+    watch = (lambda step, x, mean: means.append(mean.double())) if watched else None
+    return sample_gm_ode(denoiser, x, flow_sigmas(4), order=2, substeps=2, callback=watch).double(), means
 
 
 @NO_COMPILER
 def test_guided_steps_are_those_of_the_definition(monkeypatch):
-    """With another weight the same programs serve."""
     velocity, x = random_mixture(channels=2, dtype=F64), normal(2, 2, 2, 3, dtype=F64)
-    for weight in (0.4, 0.4, 0.2):
-        with monkeypatch.context() as patch:
-            patch.delenv("GMFLOW_METHOD")
-            expected = guided_sample(velocity, x, Guidance(weight), substeps=2)
-        found = guided_sample(cast(velocity, torch.float32), x.float(), Guidance(weight), substeps=2)
-        assert is_near(found.double(), expected, 2e-5)
-        assert {kind[0].__name__ for kind in fusing._programs} == {"_guided_velocities", "_corrected", "_few"}
-        assert len(fusing._programs) == 4  # the first step is not corrected
+    with monkeypatch.context() as patch:
+        patch.delenv("GMFLOW_METHOD")
+        expected = {weight: guided_sample(velocity, x, weight, watched=True) for weight in (0.2, 0.4)}
+    velocity, x = cast(velocity, torch.float32), x.float()
+    for weight in (0.4, 0.4, 0.2):  # with another weight the same programs serve
+        assert is_near(guided_sample(velocity, x, weight)[0], expected[weight][0], 2e-5)
+        assert [kind[0].__name__ for kind in fusing._programs] == [
+            "_guided_velocities",
+            "_few",
+            "_few",
+        ]  # the first uncorrected
+    for _ in range(2):
+        found, means = guided_sample(velocity, x, 0.2, watched=True)
+        assert is_near(found, expected[0.2][0], 2e-5)
+        assert all(is_near(*pair, 2e-5) for pair in zip(means, expected[0.2][1], strict=True))
     assert not fusing.declined
 
 
@@ -71,13 +79,15 @@ def test_other_sizes_and_numbers_need_no_other_program():
 
 
 @NO_COMPILER
-def test_draws_by_transport_are_those_of_the_definition():
+def test_draws_by_transport_are_those_of_the_definition(monkeypatch):
     mixture, z = random_mixture(1, 200, 4, 2, (), spread=2.0, dtype=F64), 1.5 * normal(200, 2, dtype=F64)
-    axes = mixture.principal_axes()
-    expected, single = mixture.from_normal(z, axes), cast(mixture, torch.float32)
+    with monkeypatch.context() as patch:
+        patch.delenv("GMFLOW_METHOD")
+        axes = mixture.principal_axes()
+        expected, single = mixture.from_normal(z, axes), cast(mixture, torch.float32)
     for _ in range(2):  # of so many points that some are sorted out
         assert is_near(single.from_normal(z.float(), axes.float()).double(), expected, 1e-4)
-    assert {kind[0].__name__ for kind in fusing._programs} == {"_start", "_improve"}
+    assert {kind[0].__name__ for kind in fusing._programs} == {"_start", "_improve", "_given_point"}
     assert not fusing.declined
 
 
@@ -111,7 +121,7 @@ def test_what_does_not_compile_runs_as_it_stands(monkeypatch, caplog):
         for seed in range(3):
             noise = torch.Generator().manual_seed(seed)
             assert sample_gm_sde(lambda x, sigma: mixture, x, flow_sigmas(3), noise=noise).isfinite().all()
-            assert guided_sample(mixture, x, Guidance(0.3), substeps=2).isfinite().all()
+            assert guided_sample(mixture, x, 0.3)[0].isfinite().all()
     told = [record.message for record in caplog.records]
     assert len(told) == len(set(told))
     assert "GMFlow: _guided_velocities is not compiled (RuntimeError: no C++ compiler was found); it runs as it stands" in told

@@ -13,6 +13,7 @@ import os
 import types
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ class _Program:
             _take_apart(function(*given), found, [], [])
             return found
 
-        self.code, self.result = compiled(of_tensors), _template(result)
+        self.run, self.result = compiled(of_tensors), _template(result)
 
 
 _programs: dict[tuple, _Program] = {}
@@ -102,12 +103,17 @@ def _run_compiled(function: Callable, *arguments: Any) -> Any:
         _programs[kind] = _Program(function, template, result)
         return result
     try:
-        found = program.code(_in_one_tensor(numbers, tensors[0].device), *tensors)
-        return _put_together(program.result, iter(found), iter(()))
+        found = program.run(_in_one_tensor(numbers, tensors[0].device), *tensors)
     except NotCompiled as error:
         declined.add(kind)
         log_once(f"GMFlow: {function.__qualname__} is not compiled ({error}); it runs as it stands")
         return function(*arguments)
+    return _put_together(program.result, iter(found), iter(()))
+
+
+def compiles(*values: Any) -> bool:
+    """Whether a fusible function of these values is compiled."""
+    return chosen_method() == "compiled" and not followed(*values)
 
 
 def followed(*values: Any) -> bool:
@@ -147,8 +153,8 @@ def _take_apart(value: Any, tensors: list[Tensor], numbers: list[float], kind: l
     elif isinstance(value, Tensor):
         tensors.append(value)
         kind.append(Tensor)
-    elif isinstance(value, float):
-        numbers.append(value)
+    elif _is_number(value):
+        numbers.append(float(value))
         kind.append(float)
     elif isinstance(value, tuple):
         kind.append(len(value))
@@ -158,10 +164,16 @@ def _take_apart(value: Any, tensors: list[Tensor], numbers: list[float], kind: l
         kind.append(value)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or (isinstance(value, Real) and not isinstance(value, Integral))
+
+
 def _template(value: Any) -> Any:
     """`value` without its tensors and numbers, for `_put_together`."""
-    if isinstance(value, Tensor | float):
-        return Tensor if isinstance(value, Tensor) else float
+    if isinstance(value, Tensor):
+        return Tensor
+    if _is_number(value):
+        return float
     if isinstance(value, tuple):
         return tuple, (), tuple([_template(each) for each in value])
     if isinstance(value, Parts):
@@ -205,30 +217,42 @@ def compiled(function: Callable) -> Callable:
     Raises (when called):
         NotCompiled: torch.compile failed.
     """
-    from torch._inductor import list_options  # seconds, and not in every build
-
-    known = list_options()  # of this version of torch
-    options = {name: value for name, value in OPTIONS.items() if name in known}
-    if hasattr(torch.compiler, "keep_tensor_guards_unsafe"):
-        # of what a call is checked against: the functions' own code and settings do not change, and take longer to look at
-        options["guard_filter_fn"] = torch.compiler.keep_tensor_guards_unsafe
     name = f"{function.__name__}_{next(_copies)}"  # by file, line and name torch.compile remembers which sizes change
     copy = types.FunctionType(
-        function.__code__.replace(co_name=name),
-        function.__globals__,
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
+        function.__code__.replace(co_name=name), function.__globals__, name, function.__defaults__, function.__closure__
     )
-    used = torch.compile(copy, fullgraph=True, options=options)
+
+    @functools.cache
+    def used() -> Callable:
+        return torch.compile(copy, fullgraph=True, options=_options())
 
     def run(*arguments):
         try:
-            return used(*arguments)
+            return used()(*arguments)
         except Exception as error:
             raise NotCompiled(f"{type(error).__name__}: {error}".splitlines()[0]) from error
 
     return run
+
+
+def _options() -> dict[str, Any]:
+    """Those of OPTIONS that this version of torch knows."""
+    from torch._inductor import list_options  # takes a while, and is not in every build
+
+    known = list_options()
+    options = {name: value for name, value in OPTIONS.items() if name in known}
+    if hasattr(torch.compiler, "keep_tensor_guards_unsafe"):  # versions with such filters
+        options["guard_filter_fn"] = _guards_of_arguments
+    return options
+
+
+OF_THE_CODE = {"BUILTIN_MATCH", "CLASS_MATCH", "CLOSURE_MATCH", "CONSTANT_MATCH", "EQUALS_MATCH", "ID_MATCH", "MODULE_MATCH"}
+
+
+def _guards_of_arguments(guards: list) -> list[bool]:
+    """Which checks before every call are kept: not those of whether a program's own code and constants are still the same, as
+    they are for good, and to look at them takes longer than all the others."""
+    return [guard.guard_type not in OF_THE_CODE for guard in guards]
 
 
 # What is told

@@ -38,8 +38,8 @@ class GuidedMixture(MovedMixture):
     guidance into one move of the conditional mixture (see `gmflow_core.solvers.second_order`).
 
     Args:
-        scale: the guidance weight w, broadcastable to (B, 1, *1).
-        Others: of `MovedMixture`; narrowing is 1 - w^2.
+        scale: the guidance weight w, broadcastable to (B, 1, *1); the narrowing is 1 - w^2.
+        Others: of `MovedMixture`.
     """
 
     def __init__(self, tilts: Tilts, var: Tensor, bias: Tensor, scale: Tensor):

@@ -308,13 +308,15 @@ class Tilts(Parts):
         self.var = mixture.var.squeeze(1)
         self.origin = sum_of_products(mixture.means, self.weights, 1).squeeze(1)
         self.means = mixture.means - self.origin.unsqueeze(1)
+        self._half_norms = self._compute_half_norms()
 
     @property
     def half_norms(self) -> Tensor:
-        """Half of |means|^2, (B, K, 1, *S)."""
-        if "_half_norms" not in self.__dict__:  # a cached_property has a lock, which torch.compile refuses
-            self._half_norms = 0.5 * sum_of_products(self.means, self.means, 2)
-        return self._half_norms
+        """Half of |means|^2, (B, K, 1, *S); what was compiled does not keep it."""
+        return self._half_norms if "_half_norms" in self.__dict__ else self._compute_half_norms()
+
+    def _compute_half_norms(self) -> Tensor:
+        return 0.5 * sum_of_products(self.means, self.means, 2)
 
     def moment_match(self) -> IsotropicGaussian:
         """See `GaussianMixture.moment_match`."""

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .fusing import Parts, fusible
+from .fusing import Parts, compiles, fusible
 from .guidance import GuidedMixture, MovedMixture, image_gaussian, image_mean
 from .mixture import GaussianMixture, Generator, IsotropicGaussian, Tilts, standard_normal
 from .path import posterior_mean, reverse_transition, unshift_time, velocity_to_x0
@@ -313,8 +313,8 @@ def solve(
 
 
 class CorrectedMixture(MovedMixture):
-    """What `second_order` gives, with its arguments as attributes. It is computed when it is asked for, so that it can be
-    compiled as part of what asks."""
+    """What `second_order` gives where it is compiled, with its arguments as attributes. It is computed when it is asked for, so
+    that it is compiled as part of what asks."""
 
     def __init__(
         self, first_order: GaussianMixture, previous: Step, x: Tensor, sigma: float, size: float, ca: float, cb: float
@@ -341,7 +341,7 @@ class CorrectedMixture(MovedMixture):
 
 def second_order(
     mixture: GaussianMixture, previous: Step, x: Tensor, sigma: float, size: float, ca: float = 0.005, cb: float = 1.0
-) -> CorrectedMixture:
+) -> MovedMixture:
     """The second-order correction of GM-ODE and GM-SDE (GMFlow, ICML 2025), fused with probabilistic guidance.
 
     The last step's mixture, carried to (x, sigma), predicts a mean; half the difference to the new mean, scaled by the
@@ -354,7 +354,8 @@ def second_order(
         size: sigma minus the next sigma.
         ca, cb: network error relative to V, without guidance and per guidance weight.
     """
-    return CorrectedMixture(mixture, previous, x, sigma, size, ca, cb)
+    compute = CorrectedMixture if compiles(mixture, previous, x) else _corrected
+    return compute(mixture, previous, x, sigma, size, ca, cb)
 
 
 @fusible

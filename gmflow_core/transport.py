@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink, softshrink
 
-from .fusing import chosen_method, fusible
+from .fusing import compiles, fusible
 
 STEPS = 24  # enough for 64 components at 10,000 standard deviations from each other
 FIRST = 2  # of them, which most pixels need
@@ -77,8 +77,8 @@ def _quantile(means: Tensor, std: Tensor, log_weights: Tensor, z: Tensor, drop_o
     means, log_weights = (each.movedim(1, 0).reshape(components, -1) for each in (means, log_weights))
     unit, state, means, weights, far = _start(means, std.expand(shape).reshape(-1), log_weights, z.reshape(-1))
     x, pixels = state[0], None
-    together = 2 if chosen_method() == "compiled" else 1  # where to call costs more than a step of few pixels
-    for _ in range((4 * STEPS if drop_out else STEPS) - FIRST):
+    together = 2 if compiles() else 1  # where to call costs more than a step of few pixels
+    for _ in range(((4 * STEPS if drop_out else STEPS) - FIRST) // together):
         if drop_out:
             left = far.nonzero().squeeze(1)
             if not len(left):

@@ -67,8 +67,10 @@ def test_guided_steps_are_those_of_the_definition(monkeypatch):
 
 @NO_COMPILER
 def test_other_sizes_and_numbers_need_no_other_program():
-    for size, quadratic in ((4, 0.5), (4, 0.25), (7, 0.5), (9, 2.0)):
+    """Also where a size is 1 that was not, and stands for all."""
+    for size, of_std, quadratic in ((4, 4, 0.5), (4, 4, 0.25), (7, 7, 0.5), (9, 9, 2.0), (6, 1, 0.5), (1, 1, 0.5)):
         mixture, linear = random_mixture(space=(size,), dtype=F64), normal(2, 3, size, dtype=F64)
+        mixture = GaussianMixture(mixture.means, mixture.log_weights, normal(2, 1, 1, of_std, dtype=F64) - 1)
         single = cast(mixture, torch.float32)
         for _ in range(2):
             found = single.tilted_means()(linear.float(), quadratic)
@@ -76,6 +78,15 @@ def test_other_sizes_and_numbers_need_no_other_program():
         assert is_near(found.double(), (components.weights * components.means).sum(1), 1e-5)
     assert [kind[0].__name__ for kind in fusing._programs] == ["mean", "mixture"]
     assert not fusing.declined
+
+
+@NO_COMPILER
+def test_tensors_that_were_one_may_be_two():
+    mixture, x, other = random_mixture(), normal(2, 3, 2, 3), normal(2, 3, 2, 3, seed=5)
+    tilts = mixture.tilt(x, 0.5).tilts
+    for _ in range(2):
+        tilts.mean(tilts.origin, 0.5)
+    assert is_near(tilts.mean(other, 0.5), mixture.tilt(other + 0.5 * tilts.origin, 0.5).moment_match().mean, 1e-5)
 
 
 @NO_COMPILER

@@ -107,7 +107,13 @@ def test_a_tilted_mixtures_components_have_gradients_whoever_asks_first():
     tilted = GaussianMixture(means, mixture.log_weights, mixture.log_std).tilt(normal(2, 3, 2, 3), torch.ones(2, 1, 1, 1))
     with torch.no_grad():
         assert tilted.covariance().isfinite().all()
-    assert torch.autograd.grad(tilted.means.sum(), means)[0].abs().min() > 0
+        assert tilted.mean().isfinite().all()
+    assert torch.autograd.grad(tilted.means.sum(), means, retain_graph=True)[0].abs().min() > 0
+    by_components = (tilted.weights * tilted.means).sum(1).square().sum()
+    expected, found = (
+        torch.autograd.grad(each, means, retain_graph=True)[0] for each in (by_components, tilted.mean().square().sum())
+    )
+    assert is_near(found, expected, 1e-5)
 
 
 @pytest.mark.parametrize("temperature", [0.3, 2.0])

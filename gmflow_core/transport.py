@@ -77,8 +77,8 @@ def _quantile(means: Tensor, std: Tensor, log_weights: Tensor, z: Tensor, drop_o
     means, log_weights = (each.movedim(1, 0).reshape(components, -1) for each in (means, log_weights))
     unit, state, means, weights, far = _start(means, std.expand(shape).reshape(-1), log_weights, z.reshape(-1))
     x, pixels = state[0], None
-    together = 2 if compiles() else 1  # where to call costs more than a step of few pixels
-    for _ in range(((4 * STEPS if drop_out else STEPS) - FIRST) // together):
+    together = 4 if compiles() else 1  # where to call costs more than some steps of few pixels
+    for _ in range(math.ceil(((4 * STEPS if drop_out else STEPS) - FIRST) / together)):
         if drop_out:
             left = far.nonzero().squeeze(1)
             if not len(left):

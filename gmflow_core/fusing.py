@@ -118,6 +118,8 @@ def compiles(*values: Any) -> bool:
 
 def followed(*values: Any) -> bool:
     """Whether autograd follows a tensor, or one in a tuple or in Parts."""
+    if not torch.is_grad_enabled():
+        return False
     tensors: list[Tensor] = []
     _take_apart(values, tensors, [], [])
     return _any_followed(tensors)

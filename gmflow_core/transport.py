@@ -155,8 +155,8 @@ def _step(state: Tensor, means: Tensor, weights: Tensor) -> tuple[Tensor, Tensor
 
 
 def _erfc(x: Tensor, gauss: Tensor | None = None) -> Tensor:
-    """erfc(x), x within `_reach`; `gauss` is exp(-x^2), where it is known. torch's takes as long as the rest of a step, also in
-    what torch.compile makes of it; there, in single precision, another takes its place."""
+    """erfc(x), x within `_reach`; `gauss` is exp(-x^2), where it is known. In what torch.compile makes, torch's takes about as
+    long as the rest of a step; there, in single precision, another takes its place."""
     if torch.compiler.is_compiling() and x.dtype == torch.float32:
         return erfc_by_polynomial(x, (-x * x).exp() if gauss is None else gauss)
     return x.erfc()

@@ -53,11 +53,8 @@ def test_guided_steps_are_those_of_the_definition(monkeypatch):
     velocity, x = cast(velocity, torch.float32), x.float()
     for weight in (0.4, 0.4, 0.2):  # with another weight the same programs serve
         assert is_near(guided_sample(velocity, x, weight)[0], expected[weight][0], 2e-5)
-        assert [kind[0].__name__ for kind in fusing._programs] == [
-            "_guided_velocities",
-            "_few",
-            "_few",
-        ]  # the first uncorrected
+        # the first step is not corrected
+        assert [kind[0].__name__ for kind in fusing._programs] == ["_guided_velocities", "_few", "_few"]
     found, means = guided_sample(velocity, x, 0.2, watched=True)
     assert is_near(found, expected[0.2][0], 2e-5)
     assert all(is_near(*pair, 2e-5) for pair in zip(means, expected[0.2][1], strict=True))

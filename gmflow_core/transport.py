@@ -18,6 +18,9 @@ ERFCX = (  # coefficients of exp(x^2) erfc(x) / t, the lowest first: see `erfc_b
     0.394955968, 0.394244549, 0.306768922, 0.0455754774, 0.127993712, -0.806998324,
     0.649320037, 0.226533396, -0.628884469, 0.365011722, -0.0745210096,
 )  # fmt: skip
+EXP2 = (  # of 2^x: see `exp2_by_polynomial`
+    1.0, 0.693147206, 0.240226469, 0.0555032878, 0.00961848896, 0.00133999312, 0.000153458116,
+)  # fmt: skip
 
 
 def normal_cdf(x: Tensor) -> Tensor:
@@ -77,7 +80,7 @@ def _quantile(means: Tensor, std: Tensor, log_weights: Tensor, z: Tensor, drop_o
     means, log_weights = (each.movedim(1, 0).reshape(components, -1) for each in (means, log_weights))
     unit, state, means, weights, far = _start(means, std.expand(shape).reshape(-1), log_weights, z.reshape(-1))
     x, pixels = state[0], None
-    together = 4 if compiles() else 1  # where to call costs more than some steps of few pixels
+    together = 3 if compiles() else 1  # where to call costs more than some steps of few pixels
     for _ in range(math.ceil(((4 * STEPS if drop_out else STEPS) - FIRST) / together)):
         if drop_out:
             left = far.nonzero().squeeze(1)
@@ -100,13 +103,13 @@ def _start(means: Tensor, std: Tensor, log_weights: Tensor, z: Tensor) -> tuple[
         the unit (n,); `_improve`'s state, means and weights; and which pixels need more.
     """
     unit, level = _standard(z, std)
-    means, weights = means / unit, log_weights.softmax(0)
+    means, weights = means * unit.reciprocal(), log_weights.softmax(0)
     goal, numbers = _erfc(level), torch.finfo(level.dtype)
     mean = (means * weights).sum(0)
     var = (means - mean).square_().mul_(weights).sum(0).add_(0.5)
     # components that do not matter would stretch the bracket over gaps that Newton's steps do not cross
     matter = (goal * (numbers.eps / len(means))).clamp_(min=numbers.tiny)
-    away = (matter - weights).sign_().clamp_(min=0).mul_(numbers.max / 2)
+    away = _positive(matter - weights) * (numbers.max / 2)
     low, high = (means + away).amin(0).add_(level), (means - away).amax(0).add_(level)
     state = torch.stack([torch.addcmul(mean, var.mul_(2).sqrt_(), level).clamp_(low, high), low, high, goal])
     state, far = _improve(state, means, weights, FIRST)
@@ -135,36 +138,71 @@ def _step(state: Tensor, means: Tensor, weights: Tensor) -> tuple[Tensor, Tensor
     reach, eps = _reach(x), torch.finfo(x.dtype).eps
     close = eps ** (1 / 4)  # the error after a step is about the fourth power of that before
     distance = (x - means).clamp_(-reach, reach)
-    gauss = (distance * distance).mul_(-math.log2(math.e)).exp2_()
+    gauss = _gauss(distance)
     density = gauss * weights
     slope, bend, twist = density.sum(0), density.mul_(distance).sum(0), density.mul_(distance).sum(0)
     tail = _erfc(distance, gauss).mul_(weights).sum(0)
     excess = hardshrink((tail / goal).log_(), 2 * eps)  # less is a rounding error
-    newton = tail.div_(slope).mul_(0.5 * math.sqrt(math.pi)).clamp_(max=1e17)  # whose square is finite
-    second = bend.div_(slope).mul_(newton).sub_(0.5)
-    third = twist.div_(slope).mul_(-2).add_(1).mul_(newton).mul_(newton).add_(0.5).div_(3)
+    per_slope = slope.reciprocal_()
+    newton = tail.mul_(per_slope).mul_(0.5 * math.sqrt(math.pi)).clamp_(max=1e17)  # whose square is finite
+    second = bend.mul_(per_slope).mul_(newton).sub_(0.5)
+    third = twist.mul_(per_slope).mul_(-2).add_(1).mul_(newton).mul_(newton).add_(0.5).mul_(1 / 3)
     third = third.add_(second).addcmul_(second, second, value=2)
     move = third.mul_(excess).add_(second).mul_(excess).clamp_(-0.5, 1).add_(1).mul_(newton).mul_(excess)
-    upwards = move.sign().clamp_(min=0)
-    low, high = torch.lerp(low, x, upwards), torch.lerp(x, high, upwards)
+    upwards = _positive(move)
+    low, high = _choose(upwards, x, low), _choose(upwards, high, x)
     halfway, size = torch.lerp(low, high, 0.5), move.abs()
-    bisect = torch.sub(size, (halfway - x).abs_().clamp_(min=close)).sign_().clamp_(min=0)
-    new = torch.lerp(move.add_(x).clamp_(low, high), halfway, bisect)
+    bisect = _positive(torch.sub(size, (halfway - x).abs_().clamp_(min=close)))
+    new = _choose(bisect, halfway, move.add_(x).clamp_(low, high))
     far = (size > close) & (new != x)  # unless the bracket is one of neighbouring numbers
     return torch.stack([new, low, high, goal]), far
 
 
+def _positive(x: Tensor) -> Tensor:
+    """Where x > 0, for `_choose`."""
+    return x > 0 if torch.compiler.is_compiling() else x.sign().clamp_(min=0)
+
+
+def _choose(which: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """There a, elsewhere b. torch.where takes several times as long as this where it is not compiled."""
+    return torch.where(which, a, b) if torch.compiler.is_compiling() else torch.lerp(b, a, which)
+
+
+# In what torch.compile makes, torch's erfc takes about as long as the rest of a step, and exp2 is a call for every few numbers;
+# there, in single precision, others take their place.
+
+
+def _in_loops(x: Tensor) -> bool:
+    return torch.compiler.is_compiling() and x.dtype == torch.float32
+
+
+def _gauss(x: Tensor) -> Tensor:
+    """exp(-x^2), x within `_reach`."""
+    exponent = (x * x).mul_(-math.log2(math.e))
+    return exp2_by_polynomial(exponent) if _in_loops(x) else exponent.exp2_()
+
+
 def _erfc(x: Tensor, gauss: Tensor | None = None) -> Tensor:
-    """erfc(x), x within `_reach`; `gauss` is exp(-x^2), where it is known. In what torch.compile makes, torch's takes about as
-    long as the rest of a step; there, in single precision, another takes its place."""
-    if torch.compiler.is_compiling() and x.dtype == torch.float32:
-        return erfc_by_polynomial(x, (-x * x).exp() if gauss is None else gauss)
+    """erfc(x), x within `_reach`; `gauss` is exp(-x^2), where it is known."""
+    if _in_loops(x):
+        return erfc_by_polynomial(x, _gauss(x) if gauss is None else gauss)
     return x.erfc()
 
 
+def exp2_by_polynomial(x: Tensor) -> Tensor:
+    """2^x in single precision, -126 <= x < 128: a power of two, whose bits are the whole number next to x, times a polynomial
+    in the rest, fitted for the least relative error: 2e-9, and 1e-7 as single precision computes it."""
+    whole = x.round()
+    rest = x - whole
+    value = rest * EXP2[-1] + EXP2[-2]
+    for coefficient in EXP2[-3::-1]:
+        value = value * rest + coefficient
+    return value * ((whole.to(torch.int32) + 127) << 23).view(torch.float32)
+
+
 def erfc_by_polynomial(x: Tensor, gauss: Tensor) -> Tensor:
-    """erfc(x) in single precision, from exp(-x^2): that times a polynomial in t = 1 / (1 + 0.7 |x|). The polynomial was fitted
-    for the least relative error where |x| <= 9.2: 2e-8, and 2.5e-7 as single precision computes it."""
+    """erfc(x) in single precision, from exp(-x^2): that times a polynomial in t = 1 / (1 + 0.7 |x|), fitted for the least
+    relative error where |x| <= 9.2: 2e-8, and 2.5e-7 as single precision computes it."""
     t = 1 / (1 + 0.7 * x.abs())
     value = t * ERFCX[-1]
     for coefficient in ERFCX[-2::-1]:

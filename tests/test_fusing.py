@@ -94,8 +94,18 @@ def test_draws_by_transport_are_those_of_the_definition(monkeypatch):
         expected, single = mixture.from_normal(z, axes), cast(mixture, torch.float32)
     # of so many points that some are sorted out; the second axis is compiled
     assert is_near(single.from_normal(z.float(), axes.float()).double(), expected, 1e-4)
-    assert {kind[0].__name__ for kind in fusing._programs} == {"_start", "_improve", "_given_point"}
+    for _ in range(2):
+        found = single.principal_axes()
+    assert is_near((found.double().mT @ axes).abs(), torch.eye(2, dtype=F64).expand_as(axes), 1e-5)  # but for signs
+    assert {kind[0].__name__ for kind in fusing._programs} == {"_start", "_improve", "_given_point", "_principal_axes"}
     assert not fusing.declined
+
+
+def test_the_polynomial_for_exp2():
+    x = torch.linspace(-126, 127, 20001)
+    exact = x.double().exp2()
+    assert ((transport.exp2_by_polynomial(x).double() / exact - 1).abs() < 1.5e-7).all()
+    assert transport.exp2_by_polynomial(torch.zeros(1)) == 1
 
 
 def test_the_polynomial_for_erfc():

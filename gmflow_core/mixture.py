@@ -21,12 +21,13 @@ from .transport import mixture_quantile, normal_score
 Generator = torch.Generator | Sequence[torch.Generator]  # one for all samples, or one for each
 
 SHORT = 32  # terms of a sum that are added one after another
+SHORT_COMPILED = 7  # torch.compile writes as short a sum out, from products in memory
 
 
 def sum_of_products(a: Tensor, b: Tensor, dim: int) -> Tensor:
     """(a * b).sum(dim, keepdim=True), without the product in memory where the sum is short: what is added up stays in the
-    cache. A compiler keeps it out of memory by itself."""
-    if a.shape[dim] > SHORT or torch.compiler.is_compiling():
+    cache. torch.compile keeps the product of a longer one out of memory by itself."""
+    if a.shape[dim] > (SHORT_COMPILED if torch.compiler.is_compiling() else SHORT):
         return (a * b).sum(dim, keepdim=True)
     pairs = zip(a.split(1, dim), b.expand(*b.shape[:dim], a.shape[dim], *b.shape[dim + 1 :]).split(1, dim), strict=True)
     first, *others = pairs

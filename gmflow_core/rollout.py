@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import math
 from collections.abc import Callable
@@ -79,7 +80,7 @@ def rollout(
     if method == "plain":
         return _plain(x0, x, sigma, sigma_end, substeps, shift, constrain, check)
     if method == "compiled" and substeps <= FEW_TILTED:
-        x = _few.compiled(x0, x, sigma, sigma_end, substeps, shift)
+        x = _few.compiled(x0, x, _sigmas_between(sigma, sigma_end, substeps, shift, x))
         if check is not None:
             check()
         return x
@@ -111,12 +112,21 @@ def _plain(
     constrain: Constrain | None,
     check: Check | None,
 ) -> Tensor:
+    return _follow(x0, x, _sigmas_between(sigma, sigma_end, substeps, shift, x), constrain, check)
+
+
+def _sigmas_between(sigma: Sigma, sigma_end: Sigma, substeps: int, shift: float, x: Tensor) -> tuple[Sigma, ...]:
+    """Before and after every substep."""
     if isinstance(sigma, Tensor) or isinstance(sigma_end, Tensor):
         sigma, sigma_end = expand_sigma(sigma, x), expand_sigma(sigma_end, x)
-    sigmas = [sigma, *(_sigma_between(sigma, sigma_end, i / substeps, shift) for i in range(1, substeps)), sigma_end]
-    later_mean = _means_along(x0, x, sigma) if substeps > 1 else None
-    for substep in range(substeps):
-        now, following = sigmas[substep], sigmas[substep + 1]
+    return sigma, *(_sigma_between(sigma, sigma_end, i / substeps, shift) for i in range(1, substeps)), sigma_end
+
+
+def _follow(
+    x0: Policy, x: Tensor, sigmas: tuple[Sigma, ...], constrain: Constrain | None = None, check: Check | None = None
+) -> Tensor:
+    later_mean = _means_along(x0, x, sigmas[0]) if len(sigmas) > 2 else None
+    for substep, (now, following) in enumerate(itertools.pairwise(sigmas)):
         mean = x0.mean() if substep == 0 else later_mean(x, now)
         kept = following / (now.clamp(min=MIN_SIGMA) if isinstance(now, Tensor) else max(now, MIN_SIGMA))
         x = mean + kept * (x - mean)
@@ -128,9 +138,9 @@ def _plain(
 
 
 @fusible
-def _few(x0: GaussianMixture, x: Tensor, sigma: Sigma, sigma_end: Sigma, substeps: int, shift: float) -> Tensor:
+def _few(x0: GaussianMixture, x: Tensor, sigmas: tuple[Sigma, ...]) -> Tensor:
     """A rollout of few substeps, which are written out."""
-    return _plain(x0, x, sigma, sigma_end, substeps, shift, None, None)
+    return _follow(x0, x, sigmas)
 
 
 def _sigma_between(start: Sigma, end: Sigma, part: float | Tensor, shift: float) -> Sigma:

@@ -258,7 +258,7 @@ class GaussianMixture(Parts):
                 over space, (B, *1, C, C).
         """
         with torch.no_grad():
-            return _principal_axes(self.means, self.log_weights, self.log_std, per_pixel)
+            return _principal_axes(GaussianMixture(self.means, self.log_weights, self.log_std), per_pixel)
 
     def to_normal(self, x: Tensor, axes: Tensor | None = None) -> Tensor:
         """Knothe-Rosenblatt map of samples of the mixture to standard normal ones, axis after axis: the first through its
@@ -407,8 +407,8 @@ def _given_point(log_weights: Tensor, x: Tensor, means: Tensor, std: Tensor) -> 
 
 
 @fusible
-def _principal_axes(means: Tensor, log_weights: Tensor, log_std: Tensor, per_pixel: bool) -> Tensor:
-    covariance = GaussianMixture(means, log_weights, log_std).covariance(average=not per_pixel)
+def _principal_axes(mixture: GaussianMixture, per_pixel: bool) -> Tensor:
+    covariance = mixture.covariance(average=not per_pixel)
     finite = covariance.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
     channels = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
     covariance = torch.where(finite, covariance, channels)  # or LAPACK gives up

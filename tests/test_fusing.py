@@ -95,6 +95,9 @@ def test_draws_by_transport_are_those_of_the_definition(monkeypatch):
     # of so many points that some are sorted out; the second axis is compiled
     assert is_near(single.from_normal(z.float(), axes.float()).double(), expected, 1e-4)
     for _ in range(2):
+        double = mixture.from_normal(z, axes)
+    assert is_near(double, expected, 1e-9)
+    for _ in range(2):
         found = single.principal_axes()
     assert is_near((found.double().mT @ axes).abs(), torch.eye(2, dtype=F64).expand_as(axes), 1e-5)  # but for signs
     assert {kind[0].__name__ for kind in fusing._programs} == {"_start", "_improve", "_given_point", "_principal_axes"}

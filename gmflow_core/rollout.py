@@ -139,7 +139,8 @@ def _follow(
 
 @fusible
 def _few(x0: GaussianMixture, x: Tensor, sigmas: tuple[Sigma, ...]) -> Tensor:
-    """A rollout of few substeps, which are written out."""
+    """A rollout of few substeps, which are written out. What the sigmas are made from stays outside: compiled, it would be
+    computed again for every few pixels."""
     return _follow(x0, x, sigmas)
 
 

@@ -1,11 +1,8 @@
 """GMFlow: Gaussian-mixture flow matching (Chen et al., ICML 2025) in pure torch."""
 
-from .checkpoint import load_checkpoint, read_metadata, save_checkpoint
-from .guidance import Guidance, GuidedMixture, classifier_free_guidance, probabilistic_guidance
-from .images import class_denoiser, sample_images
-from .losses import nll, spectral_nll, transition_nll
-from .mixture import GaussianMixture, IsotropicGaussian
-from .path import (
+from .files.checkpoint import load_checkpoint, read_metadata, save_checkpoint
+from .flow.losses import nll, spectral_nll, transition_nll
+from .flow.path import (
     diffuse,
     flow_sigmas,
     forward_transition,
@@ -17,19 +14,18 @@ from .path import (
     velocity_to_x0,
     x0_to_velocity,
 )
-from .policy import DXPolicy, DXVelocity, predict_x0
-from .rollout import rollout
-from .solvers import (
-    denoiser_of,
-    sample_dpmpp_2m,
-    sample_euler,
-    sample_gm_ode,
-    sample_gm_policy,
-    sample_gm_sde,
-    second_order,
-)
-from .source import GaussianMixtureSource, ModeFrame, load_source, save_source
-from .spectral import hartley, sample_with_spectrum
+from .flow.policy import DXPolicy, DXVelocity, predict_x0
+from .gaussians.mixture import GaussianMixture, IsotropicGaussian
+from .gaussians.spectral import hartley, sample_with_spectrum
+from .sampling.denoisers import class_denoiser
+from .sampling.guidance import Guidance, GuidedMixture, classifier_free_guidance, probabilistic_guidance
+from .sampling.images import sample_images
+from .sampling.rollout import rollout
+from .sampling.second_order import second_order
+from .sampling.solvers import denoiser_of, sample_dpmpp_2m, sample_euler, sample_gm_ode, sample_gm_policy, sample_gm_sde
+from .source.files import load_source, save_source
+from .source.mode_frame import ModeFrame
+from .source.source import GaussianMixtureSource
 
 __all__ = [
     "DXPolicy",

@@ -12,16 +12,17 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from .checkerboard import draw_checkerboard
-from .checkpoint import SHIPPED, load_checkpoint, read_metadata, save_checkpoint
-from .guidance import Guidance
-from .images import sample_images
-from .labels import find_label
-from .models.output import MixtureOutput
-from .pictures import density_picture, image_grid, to_image
-from .points import compare_solvers, comparison_sheet, sample_points
-from .solvers import SOLVERS
-from .source import load_source
+from .files.checkpoint import SHIPPED, load_checkpoint, read_metadata, save_checkpoint
+from .files.labels import find_label
+from .models.mixture_output import MixtureOutput
+from .pictures import image_grid, to_image
+from .sampling.guidance import Guidance
+from .sampling.images import sample_images
+from .sampling.solvers import SOLVERS
+from .source.files import load_source
+from .toys.checkerboard import draw_checkerboard
+from .toys.density_picture import density_picture
+from .toys.points import compare_solvers, comparison_sheet, sample_points
 
 DEMO_MODEL = SHIPPED / "checkerboard_k64.safetensors"
 DTYPES = {"keep": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -4,20 +4,14 @@ from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
 from .adapters import GMFlowAdapter
-from .autoguidance import GMFlowAutoguidance
+from .comfyui.model_folders import register_model_folder
+from .comfyui.source_noise import register_source_folder
 from .conditioning import GMFlowClassLabels, GMFlowUnconditional
-from .guidance import GMFlowGuider, GMFlowProbabilisticGuidance
-from .loaders import GMFlowLoader, register_model_folder
-from .quantized import GMFlowLoadDiffusionModel8bit, GMFlowSaveDiffusionModel8bit
-from .samplers import (
-    GMFlowODESampler,
-    GMFlowPolicySampler,
-    GMFlowPolicySigmas,
-    GMFlowSampler,
-    GMFlowSDESampler,
-    GMFlowSigmas,
-)
-from .sources import GMFlowSourceLoader, GMFlowSourceNoise, register_source_folder
+from .eight_bit import GMFlowLoadDiffusionModel8bit, GMFlowSaveDiffusionModel8bit
+from .guidance import GMFlowAutoguidance, GMFlowGuider, GMFlowProbabilisticGuidance
+from .loaders import GMFlowLoader
+from .mixture_source import GMFlowSourceLoader, GMFlowSourceNoise
+from .samplers import GMFlowODESampler, GMFlowPolicySampler, GMFlowPolicySigmas, GMFlowSampler, GMFlowSDESampler, GMFlowSigmas
 from .views import GMFlowDensity, GMFlowPixels
 
 

@@ -6,21 +6,12 @@ import comfy.model_management
 import torch
 from comfy_api.latest import io
 
-from ..gmflow_core.labels import find_label
-from .loaders import class_names
-from .models import LABELS, NO_CLASS, ImageNetwork
+from ..gmflow_core.files.labels import find_label
+from .comfyui.gm_model import ImageNetwork
+from .comfyui.model_folders import class_names
+from .comfyui.options import class_conditioning, unconditional
 
 ONLY_MORE = "(only more_labels)"
-
-
-def class_conditioning(labels: list[int]) -> list:
-    """CONDITIONING that says nothing but labels. Its tensor is a one, which ConditioningZeroOut turns into "no class"."""
-    return [[torch.ones(1, 1, 1), {LABELS: torch.tensor(labels)}]]
-
-
-def unconditional() -> list:
-    """CONDITIONING that says nothing, to models of any kind."""
-    return class_conditioning([NO_CLASS])
 
 
 class GMFlowUnconditional(io.ComfyNode):

@@ -1,13 +1,70 @@
-"""Probabilistic guidance: as a patch of a MODEL, and as GUIDER."""
+"""Autoguidance (Karras et al. 2024): away from a weaker MODEL of the same thing."""
 
 from __future__ import annotations
 
-import comfy.samplers
 from comfy_api.latest import io
 
-from .conditioning import unconditional
-from .models import GMModel
-from .seam import has_probabilistic_guidance, with_probabilistic_guidance
+from .comfyui.autoguider import AutoGuider
+from .comfyui.guiders import check_interval, gm_guider, guided
+
+
+class GMFlowAutoguidance(io.ComfyNode):
+    """Autoguidance as GUIDER."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        percent = {"min": 0.0, "max": 1.0, "step": 0.001}
+        return io.Schema(
+            node_id="GMFlowAutoguidance",
+            display_name="Autoguidance",
+            category="GMFlow",
+            description="Steers away from what a weaker model of the same thing would do, for SamplerCustomAdvanced: the guide "
+            "is a smaller or less trained model, or the model itself, weakened. It works with any two models of the same "
+            "latents, such as FLUX, and needs no negative conditioning.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model to sample."),
+                io.Model.Input(
+                    "guide",
+                    tooltip="A weaker model of the same latents: smaller, less trained, with a LoRA at negative strength, or "
+                    "with a patch that spoils its attention. One from a file of its own costs memory and no time to change "
+                    "between the two.",
+                ),
+                io.Conditioning.Input("positive", tooltip="What to generate."),
+                io.Float.Input(
+                    "scale",
+                    default=1.5,
+                    min=0.0,
+                    max=100.0,
+                    step=0.05,
+                    tooltip="1 is none, and the guide is not even loaded; 1.5 is what MM-FM was measured with. The prediction "
+                    "is guide + scale * (model - guide).",
+                ),
+                io.Float.Input("start_percent", default=0.0, tooltip=TIPS["start_percent"], **percent),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    tooltip="Guidance ends at this share of the sampling (1 is the finished image). Outside of the interval "
+                    "the guide is not called.",
+                    **percent,
+                ),
+                io.Conditioning.Input(
+                    "guide_positive",
+                    optional=True,
+                    tooltip="Another conditioning for the guide, where it needs one; the same if nothing is connected.",
+                ),
+            ],
+            outputs=[io.Guider.Output(tooltip="For SamplerCustomAdvanced, with any sampler.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, guide, positive, scale: float, start_percent: float, end_percent: float, guide_positive=None
+    ) -> io.NodeOutput:
+        check_interval(start_percent, end_percent)
+        sampling = model.get_model_object("model_sampling")
+        interval = sampling.percent_to_sigma(end_percent), sampling.percent_to_sigma(start_percent)
+        return io.NodeOutput(AutoGuider(model, guide, positive, guide_positive or positive, scale, interval))
+
 
 TIPS = {
     "scale": "The weight w of probabilistic guidance: how many standard deviations of the prediction it shifts the samples "
@@ -28,56 +85,6 @@ def settings_inputs() -> list[io.Input]:
         io.Float.Input("start_percent", default=0.0, tooltip=TIPS["start_percent"], **percent),
         io.Float.Input("end_percent", default=1.0, tooltip=TIPS["end_percent"], **percent),
     ]
-
-
-def check_interval(start_percent: float, end_percent: float) -> None:
-    """
-    Raises:
-        ValueError: it is empty.
-    """
-    if start_percent > end_percent:
-        raise ValueError(
-            f"start_percent {start_percent:g} comes after end_percent {end_percent:g}; sampling goes from 0 to 1, so the start "
-            "must be the smaller one"
-        )
-
-
-def guided(model, orthogonal: float = 1.0, start_percent: float = 0.0, end_percent: float = 1.0):
-    """A clone of the MODEL whose `cfg` is the weight of probabilistic guidance.
-
-    Raises:
-        ValueError: the interval is empty.
-    """
-    check_interval(start_percent, end_percent)
-    sampling = model.get_model_object("model_sampling")
-    if not 0 < float(sampling.sigma_max) <= 1:
-        raise ValueError(
-            f"probabilistic guidance is for flow models, with sigmas up to 1; a node has given this one others, up to "
-            f"{float(sampling.sigma_max):.4g} (ModelSamplingDiscrete, ModelSamplingContinuousEDM and the like): remove it"
-        )
-    interval = sampling.percent_to_sigma(end_percent), sampling.percent_to_sigma(start_percent)
-    return with_probabilistic_guidance(model, orthogonal, interval)
-
-
-def gm_guider(model, positive, negative=None, scale: float = 0.0) -> comfy.samplers.CFGGuider:
-    """A guider with weight `scale` on a model from `guided`, or without guidance on any other.
-
-    Args:
-        negative: no class if None.
-
-    Raises:
-        ValueError: there is none, and the model takes no classes.
-    """
-    of_classes = isinstance(model.model, GMModel)
-    if negative is None and scale and not of_classes:
-        raise ValueError(
-            f"guidance with weight {scale:g} needs a negative conditioning to steer away from: connect one, such as an empty "
-            "prompt, or set the weight to 0"
-        )
-    guider = comfy.samplers.CFGGuider(model)
-    guider.set_conds(positive, negative or (unconditional() if of_classes and scale else positive))
-    guider.set_cfg(scale if has_probabilistic_guidance(model) else 1.0)
-    return guider
 
 
 class GMFlowProbabilisticGuidance(io.ComfyNode):

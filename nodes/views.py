@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from comfy_api.latest import io
 
-from ..gmflow_core.pictures import density_picture, image_grid
-from .seam import to_points
+from ..gmflow_core.pictures import image_grid
+from ..gmflow_core.toys.density_picture import density_picture
+from .comfyui.latent_shapes import to_points
 
 GAP = 4  # between pictures on one sheet
 

@@ -25,18 +25,18 @@ import torch
 import tyro
 from torch import Tensor
 
-from gmflow_core.checkerboard import draw_checkerboard
-from gmflow_core.checkpoint import save_checkpoint
-from gmflow_core.losses import nll, transition_nll
-from gmflow_core.mixture import GaussianMixture
+from gmflow_core.files.checkpoint import save_checkpoint
+from gmflow_core.flow.losses import nll, transition_nll
+from gmflow_core.flow.path import diffuse, forward_transition
+from gmflow_core.gaussians.mixture import GaussianMixture
 from gmflow_core.models.mlp import GMFlowMLP, GMFlowMLPConfig
-from gmflow_core.path import diffuse, forward_transition
-from gmflow_core.pictures import density_picture
-from gmflow_core.points import sample_points
-from training import trainer
-from training.checkerboard_report import MIN_SIGMA, write_report
-from training.devices import to_device
-from training.trainer import TrainerConfig, require
+from gmflow_core.toys.checkerboard import draw_checkerboard
+from gmflow_core.toys.density_picture import density_picture
+from gmflow_core.toys.points import sample_points
+from training.common.devices import to_device
+from training.evaluation.checkerboard_report import MIN_SIGMA, write_report
+from training.loop import trainer
+from training.loop.config import TrainerConfig, parse_preset, require
 
 MODULE = "training.checkerboard"
 PICTURE_SAMPLES = 10_000
@@ -83,7 +83,7 @@ PRESETS = {
 
 def parse(arguments: list[str]) -> Config:
     """The preset, then whatever the command line changes of it."""
-    return trainer.parse(PRESETS, MODULE, __doc__, arguments)
+    return parse_preset(PRESETS, MODULE, __doc__, arguments)
 
 
 def draw_batch(config: Config, generator: torch.Generator) -> dict[str, Tensor]:

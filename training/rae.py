@@ -29,14 +29,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from gmflow_core.checkpoint import save_checkpoint
-from gmflow_core.models.ddt import DiTDH
-from training.devices import on_cpu
-from training.latents import to_model, whole_file
-from training.prepare import ImageCrops, collate, list_images
-from training.processes import leave
-from training.rae_files import COLLECTION, load_rae, read_tensors
-from training.rae_networks import RAE
+from gmflow_core.files.checkpoint import save_checkpoint
+from gmflow_core.models.ditdh import DiTDH
+from training.common.devices import on_cpu
+from training.common.files import whole_file
+from training.common.processes import leave
+from training.data.image_folder import ImageCrops, collate, list_images
+from training.data.shards import to_model
+from training.encoders.rae_files import COLLECTION, load_rae, read_tensors
+from training.encoders.rae_networks import RAE
 
 
 class RunningStatistics:

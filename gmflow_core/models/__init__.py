@@ -1,6 +1,6 @@
 """The networks, by the class name that a checkpoint's metadata carries."""
 
-from .ddt import DiTDH
+from .ditdh import DiTDH
 from .gmdit import GMDiT
 from .mlp import GMFlowMLP
 

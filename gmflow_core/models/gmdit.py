@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..mixture import GaussianMixture
-from .features import grid_features, time_features
-from .output import MixtureOutput, log_std_head
+from ..gaussians.mixture import GaussianMixture
+from .mixture_output import MixtureOutput, log_std_head
+from .position_features import grid_features, time_features
 from .spectrum import SpectrumMLP
 
 TIME_FEATURES = 256

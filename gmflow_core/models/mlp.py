@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..mixture import GaussianMixture
-from .features import time_features
+from ..gaussians.mixture import GaussianMixture
+from .position_features import time_features
 
 
 @dataclass(frozen=True, kw_only=True)

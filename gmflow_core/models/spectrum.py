@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..mixture import IsotropicGaussian
+from ..gaussians.mixture import IsotropicGaussian
 
 
 class SpectrumMLP(nn.Module):

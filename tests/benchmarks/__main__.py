@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from training.devices import keep_freed_memory
+from training.common.devices import keep_freed_memory
 
 from . import loops, report, rows
 from .measure import REPOSITORY, Bench, machine

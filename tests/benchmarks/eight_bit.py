@@ -58,7 +58,7 @@ def child(part: str, options: dict[str, Any]) -> None:
     import comfy.options
 
     comfy.options.enable_args_parsing()
-    quantized = extension("nodes.quantized")
+    quantized = extension("nodes.comfyui.int8_files")
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     with torch.inference_mode():  # as ComfyUI runs its nodes
         print(MARK + json.dumps(globals()[f"child_{part}"](quantized, **options)), flush=True)
@@ -170,8 +170,9 @@ def child_error(quantized: Any, path: str, seeds: int, steps: int, adapter: str 
     found = {variant: errors(loaded(variant)) for variant in VARIANTS[2:]}
     if adapter is not None:
         return found
-    rounded = quantized.quantize_rows
-    quantized.quantize_rows = lambda weight, group=None, **options: rounded(weight, 0, **options)
+    layers = sys.modules[quantized.read_layout.__module__]
+    rounded = layers.quantize_rows
+    layers.quantize_rows = lambda weight, group=None, **options: rounded(weight, 0, **options)
     for variant in VARIANTS[3:]:
         found[f"{variant}, no rotation"] = errors(loaded(variant))
     return found
@@ -267,7 +268,7 @@ def measure_speed(folder: Path) -> dict:
 
 def layer_products() -> dict[str, Callable]:
     """Ways to multiply by a bf16 weight: weight -> (what is kept, function of the input)."""
-    from gmflow_core.quantize import int8_linear, linear, quantize_rows
+    from gmflow_core.quantization.int8 import int8_linear, linear, quantize_rows
 
     return {
         "bf16": lambda w: (w, lambda x, kept: F.linear(x, kept)),

@@ -13,15 +13,16 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from gmflow_core import Guidance, flow_sigmas, probabilistic_guidance
-from gmflow_core.checkerboard import draw_checkerboard
-from gmflow_core.images import sample_images
-from gmflow_core.mixture import GaussianMixture, standard_normal
+from gmflow_core.flow.path import velocity_to_x0
+from gmflow_core.gaussians.draws import standard_normal
+from gmflow_core.gaussians.mixture import GaussianMixture
 from gmflow_core.models.gmdit import GMDiT, GMDiTConfig
-from gmflow_core.path import velocity_to_x0
-from gmflow_core.solvers import solve
+from gmflow_core.sampling.images import sample_images
+from gmflow_core.sampling.solvers import solve
+from gmflow_core.toys.checkerboard import draw_checkerboard
 from tests.comfyui.conftest import COMFYUI
 from training import checkerboard, imagenet
-from training.latents import FORMAT, write_index, write_shard
+from training.data.shards import FORMAT, write_index, write_shard
 
 from . import eight_bit, extension_import, naive
 from .measure import Bench, floor, products_of, quartiles, ratios

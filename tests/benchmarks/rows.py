@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from gmflow_core import GaussianMixture, flow_sigmas, sample_gm_ode, transition_nll
-from gmflow_core.fusing import METHOD_VARIABLE, METHODS
-from gmflow_core.guidance import Guidance
-from gmflow_core.images import class_denoiser
-from gmflow_core.rollout import rollout
-from gmflow_core.spectral import sample_with_spectrum
+from gmflow_core.fast.compiling import METHOD_VARIABLE, METHODS
+from gmflow_core.gaussians.spectral import sample_with_spectrum
+from gmflow_core.sampling.denoisers import class_denoiser
+from gmflow_core.sampling.guidance import Guidance
+from gmflow_core.sampling.rollout import rollout
 from tests.helpers import F64, cast, normal, random_mixture
 
 from . import naive, peers

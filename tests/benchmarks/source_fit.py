@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gmflow_core import source_fit
-from gmflow_core.source import GaussianMixtureSource, LogJoint
+from gmflow_core.source import em as source_fit
+from gmflow_core.source.source import GaussianMixtureSource, LogJoint
 from tests.benchmarks.measure import REPOSITORY, extra_memory, machine, measure_rates, seconds
 
 EM_SIZES = ((256, 192), (512, 384), (1024, 768), (2048, 768))  # modes, dimensions

@@ -39,7 +39,8 @@ def main(comfyui: Path, work: Path, cases: Path, out: Path) -> None:
         raise RuntimeError("the extension did not load")
     adapter, sampler = (nodes.NODE_CLASS_MAPPINGS[name] for name in ("GMFlowAdapter", "GMFlowSampler"))
     # the noise of stochastic steps as ComfyUI-piFlow draws it: for the whole batch from one generator
-    sys.modules[sampler.__module__].image_generators = lambda seed, noise: torch.Generator().manual_seed(seed)
+    gm_sampler = sys.modules[sampler.__module__.replace(".samplers", ".comfyui.gm_sampler")]
+    gm_sampler.image_generators = lambda seed, noise: torch.Generator().manual_seed(seed)
 
     results, models = {}, {}
     for name, case in json.loads(cases.read_text()).items():

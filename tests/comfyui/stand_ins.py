@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tests.diffusers_folder import random_model, write_published_folder
 from tests.helpers import normal
-from tests.published import random_model, write_published_folder
 
 LABELS = {88: "macaw", 207: "golden retriever", 279: "Arctic fox, white fox, Alopex lagopus", 980: "volcano"}
 

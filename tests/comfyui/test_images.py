@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from gmflow_core import flow_sigmas, load_checkpoint, save_checkpoint
-from gmflow_core.guidance import Guidance
-from gmflow_core.images import class_denoiser
-from gmflow_core.solvers import solve
-from tests.published import random_model, write_published_folder
+from gmflow_core.sampling.denoisers import class_denoiser
+from gmflow_core.sampling.guidance import Guidance
+from gmflow_core.sampling.solvers import solve
+from tests.diffusers_folder import random_model, write_published_folder
 
 from .client import Comfy, PromptError
 from .graphs import latent_of, node

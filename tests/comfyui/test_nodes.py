@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gmflow_core import load_checkpoint, save_checkpoint
-from gmflow_core.checkerboard import board_density, draw_checkerboard, on_board, total_variation
 from gmflow_core.cli import DEMO_MODEL
-from gmflow_core.pictures import density_picture
+from gmflow_core.toys.checkerboard import board_density, draw_checkerboard, on_board, total_variation
+from gmflow_core.toys.density_picture import density_picture
 
 from .bases import WORKFLOWS, write_workflow_files
 from .client import Comfy, PromptError

@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -236,7 +237,7 @@ def test_saves_8_bit_models_only(comfy: Comfy, models: Path) -> None:
 
 
 def inside(functions: list[Callable], *arguments: Any) -> Any:
-    """The answer of the last function, called with `arguments` in ComfyUI's Python; it gets the module nodes.quantized
+    """The answer of the last function, called with `arguments` in ComfyUI's Python; it gets the module nodes.comfyui.int8_files
     first. The functions' source is sent there."""
     source = "\n\n".join(inspect.getsource(function) for function in functions)
     script = f"""
@@ -247,7 +248,7 @@ sys.path.insert(0, os.getcwd())
 sys.argv[1:] = ["--cpu", "--disable-api-nodes"]
 import comfy.options
 comfy.options.enable_args_parsing()
-quantized = runpy.run_path({str(BENCHMARK)!r}, run_name="benchmark")["extension"]("nodes.quantized")
+quantized = runpy.run_path({str(BENCHMARK)!r}, run_name="benchmark")["extension"]("nodes.comfyui.int8_files")
 runpy.run_path({str(TEXT_STAND_IN / "__init__.py")!r})
 import torch
 {source}
@@ -329,12 +330,13 @@ def interrupt(quantized: Any, path: str) -> dict[str, bool]:
 
 def everything(quantized: Any, path: str, lora_path: str, names: list[str]) -> dict[str, Any]:
     """All of the above in one process, as its start takes most of the time."""
-    native = quantized.has_native_layout
+    layers = sys.modules[quantized.read_layout.__module__]
+    native = layers.has_native_layout
     about: dict[str, Any] = {"interrupt": interrupt(quantized, path)}
-    about["blocks"] = [quantized.is_block_layer(f"{name}.weight") for name in names]
+    about["blocks"] = [layers.is_block_layer(f"{name}.weight") for name in names]
     for own in (False, True):
-        quantized.has_native_layout = (lambda: False) if own else native
-        for compute in quantized.COMPUTE:
+        quantized.has_native_layout = layers.has_native_layout = (lambda: False) if own else native
+        for compute in layers.COMPUTE:
             about[f"{own} {compute}"] = exercise(quantized, path, lora_path, compute)
     return about
 

@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gmflow_core import GaussianMixtureSource, flow_sigmas, load_checkpoint, load_source, save_checkpoint, save_source
-from gmflow_core.images import autoguided, class_denoiser
-from gmflow_core.solvers import denoiser_of, solve
+from gmflow_core.sampling.denoisers import autoguided, class_denoiser
+from gmflow_core.sampling.solvers import denoiser_of, solve
+from tests.diffusers_folder import random_model
 from tests.helpers import normal
-from tests.published import random_model
 
 from .bases import write_flux, write_lora, write_text_encoder
 from .client import Comfy, PromptError

@@ -1,0 +1,1 @@
+"""Files: checkpoints, class labels, diffusers folders, the hub."""

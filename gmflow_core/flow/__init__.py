@@ -1,0 +1,1 @@
+"""The flow-matching path: conversions, transitions, posteriors, policies, losses."""

@@ -1,0 +1,1 @@
+"""Gaussian mixtures: algebra, draws, density, transport to the standard normal distribution."""

@@ -1,0 +1,1 @@
+"""Quantised weights, a file a format."""

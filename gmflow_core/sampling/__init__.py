@@ -1,0 +1,1 @@
+"""Sampling: solvers, guidance, the rollout between two network calls, image sampling."""

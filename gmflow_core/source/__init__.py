@@ -1,0 +1,1 @@
+"""Gaussian-mixture sources (MM-FM): the source, its mode frame, EM, files."""

@@ -1,0 +1,1 @@
+"""2-D toys: the checkerboard, samples of 2-D models, their pictures."""

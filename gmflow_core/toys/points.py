@@ -1,0 +1,87 @@
+"""2-D models: their samples, and a picture that compares the solvers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ..flow.path import flow_sigmas
+from ..pictures import contact_sheet
+from ..sampling.solvers import denoiser_of, solve
+from .checkerboard import total_variation
+from .density_picture import density_picture
+
+CHUNK = 8_192  # points sampled at a time: few enough for the cache
+SOLVER_TITLES = {"euler": "Euler on\nthe mean", "gm-ode": "GM-ODE 2", "gm-sde": "GM-SDE 2"}
+
+
+def sample_points(
+    network: nn.Module,
+    count: int,
+    *,
+    solver: str = "gm-ode",
+    steps: int = 8,
+    order: int = 2,
+    substeps: int | None = None,
+    shift: float = 1.0,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """`count` samples (count, 2) of a 2-D model, on the CPU.
+
+    Args:
+        network: a `GMFlowMLP`.
+        solver, order, substeps, shift: see `gmflow_core.solvers.solve`.
+        steps: network calls per sample.
+        seed: of the initial noise and of GM-SDE's; the numbers do not depend on the device.
+        progress: called as progress(done, total) with numbers of network calls.
+
+    Raises:
+        ValueError: the network is not one for 2-D points, or a setting is out of range.
+    """
+    if getattr(network, "channels", None) != 2:
+        raise ValueError(f"{type(network).__name__} is not a model of 2-D points")
+    if count < 1:
+        raise ValueError(f"count is {count}; it must be at least 1")
+    device = next(network.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    sigmas, chunks = flow_sigmas(steps, shift), math.ceil(count / CHUNK)
+    points = []
+    for chunk in range(chunks):
+
+        def callback(step: int, x: Tensor, x0: Tensor, done: int = chunk * steps) -> None:
+            if progress is not None:
+                progress(done + step + 1, chunks * steps)
+
+        noise = torch.randn(min(CHUNK, count - chunk * CHUNK), 2, generator=generator).to(device)
+        with torch.inference_mode():
+            settings = {"order": order, "substeps": substeps, "shift": shift, "noise": generator, "callback": callback}
+            points.append(solve(solver, denoiser_of(network), noise, sigmas, **settings).cpu())
+    return torch.cat(points)
+
+
+def compare_solvers(network: nn.Module, steps: list[int], count: int, seed: int = 0) -> Iterator[tuple[str, int, Tensor]]:
+    """(solver, steps, points (count, 2)) for Euler on the mean, GM-ODE 2 and GM-SDE 2; GM-ODE takes 8 substeps between two
+    network calls, and at least 32 in all."""
+    for solver in ("euler", "gm-ode", "gm-sde"):
+        for n in steps:
+            yield solver, n, sample_points(network, count, solver=solver, steps=n, substeps=max(8, 32 // n), seed=seed)
+
+
+def comparison_sheet(samples: list[tuple[str, int, Tensor]], data: Tensor, title: str) -> Image.Image:
+    """The picture of `compare_solvers`, a row for each solver, below one of the data; the captions give the network calls
+    and the total variation distance (TV) to the checkerboard."""
+    rows = []
+    for solver, name in SOLVER_TITLES.items():
+        cells = [
+            (f"{n} step{'s' * (n > 1)}   TV {total_variation(points):.3f}", density_picture(points))
+            for s, n, points in samples
+            if s == solver
+        ]
+        rows.append((name, cells))
+    reference = (f"data   TV {total_variation(data):.3f}", density_picture(data))
+    return contact_sheet(rows, reference, title)

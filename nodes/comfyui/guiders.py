@@ -1,0 +1,59 @@
+"""Make guiders that use probabilistic guidance."""
+
+from __future__ import annotations
+
+import comfy.samplers
+
+from .gm_model import GMModel
+from .options import unconditional
+from .probabilistic_cfg import has_probabilistic_guidance, with_probabilistic_guidance
+
+
+def check_interval(start_percent: float, end_percent: float) -> None:
+    """
+    Raises:
+        ValueError: it is empty.
+    """
+    if start_percent > end_percent:
+        raise ValueError(
+            f"start_percent {start_percent:g} comes after end_percent {end_percent:g}; sampling goes from 0 to 1, so the start "
+            "must be the smaller one"
+        )
+
+
+def guided(model, orthogonal: float = 1.0, start_percent: float = 0.0, end_percent: float = 1.0):
+    """A clone of the MODEL whose `cfg` is the weight of probabilistic guidance.
+
+    Raises:
+        ValueError: the interval is empty.
+    """
+    check_interval(start_percent, end_percent)
+    sampling = model.get_model_object("model_sampling")
+    if not 0 < float(sampling.sigma_max) <= 1:
+        raise ValueError(
+            f"probabilistic guidance is for flow models, with sigmas up to 1; a node has given this one others, up to "
+            f"{float(sampling.sigma_max):.4g} (ModelSamplingDiscrete, ModelSamplingContinuousEDM and the like): remove it"
+        )
+    interval = sampling.percent_to_sigma(end_percent), sampling.percent_to_sigma(start_percent)
+    return with_probabilistic_guidance(model, orthogonal, interval)
+
+
+def gm_guider(model, positive, negative=None, scale: float = 0.0) -> comfy.samplers.CFGGuider:
+    """A guider with weight `scale` on a model from `guided`, or without guidance on any other.
+
+    Args:
+        negative: no class if None.
+
+    Raises:
+        ValueError: there is none, and the model takes no classes.
+    """
+    of_classes = isinstance(model.model, GMModel)
+    if negative is None and scale and not of_classes:
+        raise ValueError(
+            f"guidance with weight {scale:g} needs a negative conditioning to steer away from: connect one, such as an empty "
+            "prompt, or set the weight to 0"
+        )
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(positive, negative or (unconditional() if of_classes and scale else positive))
+    guider.set_cfg(scale if has_probabilistic_guidance(model) else 1.0)
+    return guider

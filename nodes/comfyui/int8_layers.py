@@ -1,0 +1,207 @@
+"""Linear layers with 8-bit weights for ComfyUI."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import comfy.utils
+import torch
+from torch import Tensor, nn
+
+from ...gmflow_core.quantization.int8 import Int8Weight, int8_linear, linear, pack, quantize_rows, unpack
+
+FORMAT = "int8_tensorwise"  # ComfyUI's name of the layout; its scales may be one a row
+MARK = "comfy_quant"  # key of a layer's layout in a state dict, as JSON in bytes
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+COMPUTE = {"16 bit": linear, "int8": int8_linear}
+StateDict = dict[str, Tensor]
+
+
+def is_block_layer(key: str) -> bool:
+    """Whether `key`, such as `double_blocks.0.img_attn.qkv.weight`, is of a layer inside one of the network's numbered
+    blocks. The layers outside (first, last, embeddings of time and text) are few, and errors in them reach everything."""
+    *modules, _, _ = key.split(".")  # the last two: the layer itself and the parameter
+    return any(name.isdigit() for name in modules) and not ("emb" in modules[0] or modules[0].endswith("_in"))
+
+
+def is_quantisable(key: str, weight: Tensor) -> bool:
+    """Whether this entry of a state dict becomes int8: the matrix of a linear layer in a block."""
+    return key.endswith(".weight") and weight.ndim == 2 and weight.dtype in FLOATS and is_block_layer(key)
+
+
+def layout(group: int) -> Tensor:
+    """The layout of a layer, as a state dict holds it."""
+    about = {"format": FORMAT, **({"convrot": True, "convrot_groupsize": group} if group else {})}
+    return torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
+
+
+def read_layout(mark: Tensor) -> tuple[str, int]:
+    """Format and size of the rotation (0: none) of a layer."""
+    about = json.loads(bytes(mark.tolist()))
+    about = {**(about.get("params") or {}), **about}
+    return about.get("format", "unknown"), about.get("convrot_groupsize", 256) if about.get("convrot") else 0
+
+
+# --- operations
+def has_native_layout() -> bool:
+    """Whether this ComfyUI has int8 weights with rotation: 0.27 and newer, with its package comfy_kitchen."""
+    try:
+        from comfy.quant_ops import QUANT_ALGOS, get_layout_class
+
+        params = get_layout_class(QUANT_ALGOS[FORMAT]["comfy_tensor_layout"]).Params
+        return hasattr(comfy.ops, "mixed_precision_ops") and "convrot_groupsize" in params.__dataclass_fields__
+    except (ImportError, AttributeError, KeyError):
+        return False
+
+
+def int8_operations(compute: str, dtype: torch.dtype, advance: Callable[[], None]) -> type:
+    """The operations class whose linear layers round themselves to int8 as they are loaded.
+
+    Args:
+        compute: "16 bit" expands the weights for each product, "int8" rounds the activations too.
+        dtype: type of all other weights.
+        advance: called after each layer.
+    """
+    device = comfy.model_management.get_torch_device()  # that rounds; a layer goes there and back in chunks
+
+    def quantise(state_dict: StateDict, prefix: str) -> None:
+        """Replace a layer's weight in its state dict by int8 values, scales and layout, if it is to be quantised."""
+        key, mark = f"{prefix}weight", f"{prefix}{MARK}"
+        if mark in state_dict:
+            advance()
+        elif key in state_dict and is_quantisable(key, state_dict[key]):
+            try:
+                weight = quantize_rows(state_dict[key], device=device)
+            except ValueError as error:
+                raise ValueError(f"the weight {key!r} cannot be quantised: {error}; the file is damaged") from None
+            state_dict.update({key: weight.values, f"{key}_scale": weight.scale, mark: layout(weight.group)})
+            advance()
+
+    if has_native_layout():
+        return native_operations(compute, dtype, quantise)
+
+    linear_class = type(
+        "Linear", (Int8Linear,), {"product": staticmethod(COMPUTE[compute]), "quantise": staticmethod(quantise)}
+    )
+    return type("Operations", (comfy.ops.manual_cast,), {"Linear": linear_class})
+
+
+def check_shape(layer: nn.Module, state_dict: StateDict, prefix: str) -> None:
+    """
+    Raises:
+        ValueError: a layer in a block has no weight in its state dict, or one of another shape.
+    """
+    key, expected = f"{prefix}weight", (layer.out_features, layer.in_features)
+    found = tuple(state_dict[key].shape) if key in state_dict else "none"
+    if found != expected and (key in state_dict or is_block_layer(key)):
+        raise ValueError(f"the weight {key!r} does not fit: expected {expected}, found {found}; the file is damaged")
+
+
+def native_operations(compute: str, dtype: torch.dtype, quantise: Callable[[StateDict, str], None]) -> type:
+    """ComfyUI's own operations for quantised layers, which are given a state dict that `quantise` has gone over."""
+    from comfy.quant_ops import QuantizedTensor
+
+    native = comfy.ops.mixed_precision_ops({"mixed_ops": True}, dtype)
+
+    class Operations(native):
+        class Linear(native.Linear):
+            def _load_from_state_dict(self, state_dict: StateDict, prefix: str, *args) -> None:
+                quantise(state_dict, prefix)
+                check_shape(self, state_dict, prefix)
+                super()._load_from_state_dict(state_dict, prefix, *args)
+
+            def _forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+                if compute == "int8" or not isinstance(weight, QuantizedTensor):
+                    return super()._forward(x, weight, bias)
+                about = weight._params
+                scale = about.scale.reshape(-1, 1)
+                return linear(x, Int8Weight(weight._qdata, scale, about.convrot_groupsize if about.convrot else 0), bias)
+
+    return Operations
+
+
+class Int8Linear(nn.Module, comfy.ops.CastWeightBiasOp):
+    """A linear layer whose weight is int8 if its state dict says so.
+
+    `weight` is one tensor with values and scales (`pack`), so that ComfyUI, which backs up, moves, pins and restores a
+    layer's `weight`, keeps both. `group` is the size of the rotation, None for a layer that is not quantised.
+    """
+
+    comfy_cast_weights = True  # moves its weights to the input's device by itself
+    product = staticmethod(linear)
+
+    @staticmethod
+    def quantise(state_dict: StateDict, prefix: str) -> None:
+        """What is done with the state dict before it is loaded."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, device=None, dtype=None):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.group: int | None = None
+        self.weight = nn.Parameter(torch.empty(0, device=device, dtype=dtype), requires_grad=False)  # until it is loaded
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype), requires_grad=False) if bias else None
+
+    def _load_from_state_dict(self, state_dict: StateDict, prefix: str, local_metadata, strict, missing, unexpected, errors):
+        self.quantise(state_dict, prefix)
+        check_shape(self, state_dict, prefix)
+        key = f"{prefix}weight"
+        weight, scale, mark = (state_dict.pop(f"{prefix}{name}", None) for name in ("weight", "weight_scale", MARK))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        if weight is None:
+            return
+        missing.remove(key)
+        if mark is not None:
+            self.group = read_layout(mark)[1]
+            self.weight = nn.Parameter(pack(Int8Weight(weight, scale.float().reshape(-1, 1), self.group)), requires_grad=False)
+        else:
+            self.weight = nn.Parameter(weight.to(self.weight.dtype, copy=True), requires_grad=False)
+
+    def _save_to_state_dict(self, destination: StateDict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.group is not None:
+            weight = unpack(self.weight.detach(), self.out_features, self.group)
+            destination.update({f"{prefix}weight": weight.values, f"{prefix}weight_scale": weight.scale})
+            destination[f"{prefix}{MARK}"] = layout(self.group)
+
+    def forward(self, x: Tensor) -> Tensor:
+        move = comfy.model_management.cast_to
+        bias = None if self.bias is None else move(self.bias, x.dtype, x.device)
+        for function in self.bias_function:
+            bias = _patched(bias, function)
+        weight = move(self.weight, x.dtype if self.group is None else None, x.device)
+        if self.group is not None:
+            int8 = unpack(weight, self.out_features, self.group)
+            if not self.weight_function:
+                return self.product(x, int8, bias)
+            weight = int8.dequantize(x.dtype)
+        for function in self.weight_function:
+            weight = _patched(weight, function)
+        return nn.functional.linear(x, weight, bias)
+
+    def convert_weight(self, weight: Tensor, inplace: bool = False, **kwargs) -> Tensor:
+        """The weight that ComfyUI computes LoRA on, from `self.weight` or a copy of it, of whatever type."""
+        return weight if self.group is None else unpack(weight, self.out_features, self.group).dequantize()
+
+    def set_weight(self, weight: Tensor, inplace_update: bool = False, seed=None, return_weight: bool = False, **kwargs):
+        """Take a weight with LoRA, rounded stochastically: rounding to the nearest would lose what is below a step."""
+        if self.group is None:
+            new = comfy.float.stochastic_rounding(weight, self.weight.dtype, seed=seed or 0)
+        else:
+            new = pack(quantize_rows(weight, self.group, seed=seed or 0))
+        if return_weight:
+            return new
+        if inplace_update:
+            self.weight.data.copy_(new)
+        else:
+            self.weight = nn.Parameter(new, requires_grad=False)
+        return None
+
+
+def _patched(weight: Tensor, function: Callable) -> Tensor:
+    """A weight after one of ComfyUI's weight functions. For LoRA on offloaded layers these hold patches; older versions
+    of them would call `convert_weight` and `set_weight` as well, and round the result."""
+    patches = getattr(function, "patches", None)
+    if patches is None:
+        return function(weight)
+    return comfy.lora.calculate_weight(patches[function.key], weight, function.key, intermediate_dtype=weight.dtype)

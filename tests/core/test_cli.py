@@ -1,0 +1,161 @@
+"""The `gmflow` command on the shipped model."""
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from gmflow_core import GaussianMixtureSource, load_checkpoint, read_metadata, sample_images, save_checkpoint, save_source
+from gmflow_core.cli import DEMO_MODEL, main
+from gmflow_core.files.checkpoint import SHIPPED
+from gmflow_core.models.gmdit import GMDiT, GMDiTConfig
+from gmflow_core.toys.checkerboard import draw_checkerboard, on_board, total_variation
+from gmflow_core.toys.density_picture import density_picture
+from gmflow_core.toys.points import sample_points
+
+
+@pytest.mark.parametrize("solver", ["gm-ode", "gm-sde"])
+def test_shipped_model_samples_the_checkerboard(solver):
+    """In four steps: nearly all points within 0.05 of the board, at a distance near that of as many exact samples."""
+    network, _ = load_checkpoint(DEMO_MODEL)
+    points = sample_points(network, 20_000, solver=solver, steps=4)
+    floor = total_variation(draw_checkerboard(20_000, torch.Generator().manual_seed(1)))
+    assert on_board(points, slack=0.05).float().mean() > 0.95
+    assert total_variation(points) < floor + 0.05
+
+
+def test_shipped_model_says_where_it_comes_from():
+    facts = read_metadata(DEMO_MODEL)["training"]
+    assert facts["command"].startswith("python -m training.checkerboard")
+    assert set(facts["report"]) >= {"u_nll", "gm-ode", "gm-sde", "euler"}
+
+
+def test_demo(tmp_path, capsys):
+    main(["demo", "--count", "400", "--out", str(tmp_path / "new" / "demo.png"), "--device", "cpu"])
+    assert str(tmp_path / "new" / "demo.png") in capsys.readouterr().out
+    assert min(Image.open(tmp_path / "new" / "demo.png").size) > 900
+
+
+def test_sample_writes_points_and_pictures(tmp_path):
+    def sample(name, *more):
+        main(
+            [
+                "sample",
+                str(DEMO_MODEL),
+                "--steps",
+                "2",
+                "--count",
+                "500",
+                "--device",
+                "cpu",
+                "--out",
+                str(tmp_path / name),
+                *more,
+            ]
+        )
+        return tmp_path / name
+
+    first = load_file(sample("a.safetensors", "--solver", "gm-sde", "--seed", "3"))["points"]
+    assert first.shape == (500, 2)
+    assert first.isfinite().all()
+    assert torch.equal(first, load_file(sample("b.safetensors", "--solver", "gm-sde", "--seed", "3"))["points"])
+    assert not torch.equal(first, load_file(sample("c.safetensors", "--solver", "gm-sde", "--seed", "4"))["points"])
+    assert Image.open(sample("d.png", "--solver", "euler", "--outline")).size == (512, 512)
+
+
+def test_inspect(capsys):
+    main(["inspect", str(DEMO_MODEL)])
+    out = capsys.readouterr().out
+    assert "GMFlowMLP" in out
+    assert "1,412,289" in out
+    assert '"num_components": 64' in out
+    assert "python -m training.checkerboard" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["inspect", "nowhere.safetensors"], "there is no checkpoint nowhere.safetensors"),
+        (["sample", str(DEMO_MODEL), "--steps", "0"], "steps is 0"),
+        (["sample", str(DEMO_MODEL), "--out", "points.npy"], "must end in .png"),
+        (["sample", str(DEMO_MODEL), "--count", "-1"], "count is -1"),
+        (["sample", str(DEMO_MODEL), "--device", "abacus"], "--device abacus cannot be used"),
+        (["sample", str(DEMO_MODEL), "--seed", "-1"], "--seed -1 must be"),
+        (["demo", "--out", "demo.txt"], "must end in .png"),
+    ],
+)
+def test_errors_are_one_line(arguments, complaint):
+    with pytest.raises(SystemExit, match=complaint):
+        main(arguments)
+
+
+def test_density_picture_puts_points_where_they_are():
+    """y upwards; points outside the frame are left out; bins need not divide the size."""
+    picture = density_picture(torch.tensor([[3.0, -3.0], [99.0, 0.0]]), size=100, bins=30, extent=4.0)
+    assert picture.shape == (100, 100, 3)
+    bright = (picture != picture[0, 0]).any(-1).nonzero().float().mean(0)
+    assert bright[0] > 80
+    assert bright[1] > 80
+    with pytest.raises(ValueError, match=r"\(0, 2\)"):
+        density_picture(torch.zeros(0, 2))
+
+
+def test_sample_draws_the_classes_asked_for(tmp_path):
+    """The shipped digits: each label's own, a row of three."""
+    checkpoint, common = str(SHIPPED / "digits_k8.safetensors"), ["--steps", "4", "--count", "3", "--device", "cpu"]
+    main(["sample", checkpoint, *common, "--labels", "3", "7", "--guidance", "0.1", "--out", str(tmp_path / "digits.png")])
+    assert Image.open(tmp_path / "digits.png").size == (2 + 3 * 66, 2 + 2 * 66)
+    main(["sample", checkpoint, *common, "--solver", "gm-sde", "--out", str(tmp_path / "digits.safetensors")])
+    found = load_file(tmp_path / "digits.safetensors")
+    assert found["labels"].tolist() == [label for label in range(10) for _ in range(3)]
+    assert found["samples"].shape == (30, 3, 8, 8)
+    assert found["samples"].abs().mean() < 1.2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["digits_k8.safetensors", "--labels", "cat"], "no class 'cat'"),
+        (["digits_k8.safetensors", "--guidance", "4"], r"guidance scale 4\.0 is outside \[0, 1\)"),
+        (["checkerboard_k64.safetensors", "--labels", "3"], "without classes"),
+    ],
+)
+def test_labels_and_guidance_that_do_not_fit_are_quoted(arguments, message, tmp_path):
+    checkpoint, *rest = arguments
+    with pytest.raises(SystemExit, match=message):
+        main(["sample", str(SHIPPED / checkpoint), *rest, "--out", str(tmp_path / "a.png")])
+
+
+def test_sample_without_a_label(tmp_path):
+    sizes = {"num_components": 2, "channels": 3, "latent_size": 8, "num_layers": 1, "num_heads": 1, "head_dim": 8}
+    network, about = GMDiT(GMDiTConfig(num_classes=4, **sizes)), {"space": "pixels", "labels": list("abcd")}
+    for name, data, options in (("labelled", about, ["--unlabelled"]), ("unlabelled", {**about, "unlabelled": True}, [])):
+        save_checkpoint(network, tmp_path / f"{name}.safetensors", data=data)
+        command = ["sample", str(tmp_path / f"{name}.safetensors"), "--steps", "1", "--device", "cpu", "--count", "2"]
+        command += ["--out", str(tmp_path / "x.safetensors")]
+        main([*command, *options])
+        assert load_file(tmp_path / "x.safetensors")["labels"].tolist() == [4, 4]
+        with pytest.raises(SystemExit, match="--unlabelled does not go with --labels a"):
+            main([*command, "--unlabelled", "--labels", "a"])
+    main([*command, "--labels", "b"])
+    assert load_file(tmp_path / "x.safetensors")["labels"].tolist() == [1, 1]
+
+
+def test_sample_from_a_mixture_source(tmp_path):
+    source = GaussianMixtureSource(torch.randn(4, 3, 8, 8), torch.full((4, 1, 1, 1), 0.5), torch.full((4,), 0.25).log())
+    save_source(source, tmp_path / "source.safetensors")
+    about = {"num_modes": 4, "shape": [3, 8, 8], "coupling": "soft", "conditioning": "mode"}
+    network = GMDiT(
+        GMDiTConfig(num_components=2, channels=3, latent_size=8, num_classes=4, num_layers=1, num_heads=1, head_dim=8)
+    )
+    data = {"space": "pixels", "labels": [f"mode {m}" for m in range(4)], "source": about}
+    save_checkpoint(network, tmp_path / "model.safetensors", data=data)
+    command = ["sample", str(tmp_path / "model.safetensors"), "--steps", "1", "--device", "cpu", "--count", "2"]
+    command += ["--labels", "1", "mode 3", "--out", str(tmp_path / "x.safetensors")]
+    with pytest.raises(SystemExit, match="with a mixture source; give it as --source"):
+        main(command)
+    main([*command, "--source", str(tmp_path / "source.safetensors")])
+    found = load_file(tmp_path / "x.safetensors")
+    assert found["labels"].tolist() == [1, 1, 3, 3]
+    expected = sample_images(network.eval(), None, steps=1, source=source, modes=found["labels"], seeds=range(4))
+    assert torch.allclose(found["samples"], expected, atol=1e-5)

@@ -1,0 +1,169 @@
+"""The checkerboard trainer: it learns, it resumes exactly after SIGKILL, and it reports."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from gmflow_core import load_checkpoint, read_metadata, save_checkpoint
+from gmflow_core.models.mlp import GMFlowMLP, GMFlowMLPConfig
+from tests.helpers import Waits
+from training.checkerboard import PRESETS, Config, Trainer, draw_batch, loss_of, main, parse
+from training.evaluation.checkerboard_report import write_report
+from training.loop.trainer import learning_rate
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["-k", "4", "--batch-size", "64", "--warmup", "5", "--checkpoint-every", "10", "--log-every", "5", "--device", "cpu"]
+
+
+def train(out: Path, iterations: int, *more: str) -> Trainer:
+    trainer = Trainer(parse([*SMALL, "--out", str(out), "--iterations", str(iterations), *more]))
+    trainer.run()
+    return trainer
+
+
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_loss_falls(preset, tmp_path):
+    trainer = Trainer(parse(["--preset", preset, *SMALL[2:], "--batch-size", "256", "--out", str(tmp_path), "--lr", "1e-3"]))
+    held_out = draw_batch(trainer.config, torch.Generator().manual_seed(123))
+    before = loss_of(trainer.model, held_out).item()
+    for _ in range(30):
+        trainer.iterate()
+    assert loss_of(trainer.model, held_out).item() < before - 0.3
+
+
+def test_resumes_after_sigkill_to_the_same_weights(tmp_path):
+    whole = train(tmp_path / "whole", 60)
+    command = [sys.executable, "-m", "training.checkerboard", *SMALL, "--out", str(tmp_path / "killed")]
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen([*command, "--iterations", "100000"], cwd=ROOT, env={**os.environ, **threads})
+    checkpoint = tmp_path / "killed" / "model.safetensors"
+    try:
+        deadline = time.time() + 120
+        while not checkpoint.exists() and process.poll() is None and time.time() < deadline:
+            time.sleep(0.002)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    reached = read_metadata(checkpoint)["training"]["step"]
+    assert 0 < reached < 60, "the run was killed too late to test anything"
+    resumed = train(tmp_path / "killed", 60)
+    assert resumed.step == 60
+    expected, found = (load_file(t.path) for t in (whole, resumed))
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, found[name]), name
+
+
+@pytest.mark.parametrize("where", ["backward", "optimiser"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_in_the_middle_of_an_iteration_loses_nothing(where, number, tmp_path, monkeypatch):
+    whole = train(tmp_path / "whole", 30)
+    trainer = Trainer(parse([*SMALL, "--out", str(tmp_path / "stopped"), "--iterations", "30"]))
+    owner, name = {"backward": (trainer.accelerator, "backward"), "optimiser": (trainer.optimizer, "step")}[where]
+    function = getattr(owner, name)
+
+    def interrupted(*args):
+        function(*args)
+        if trainer.step == 13:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(owner, name, interrupted)
+    trainer.run()
+    assert trainer.stop
+    assert trainer.step == 14
+    resumed = train(tmp_path / "stopped", 30)
+    expected, found = (load_file(t.path) for t in (whole, resumed))
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+
+
+def test_loss_curve_of_a_resumed_run_has_no_gap(tmp_path):
+    train(tmp_path, 20)
+    train(tmp_path, 30)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [point.step for point in events.Scalars("loss")] == [5, 10, 15, 20, 25, 30]
+    assert read_metadata(tmp_path / "model.safetensors")["training"]["starts"][0]["step"] == 0
+
+
+def test_resumed_run_repeats_the_losses(tmp_path):
+    config = parse([*SMALL, "--out", str(tmp_path), "--iterations", "20"])
+    trainer = Trainer(config)
+    losses = []
+    for step in range(20):
+        losses.append(trainer.iterate()["loss"].item())
+        if step == 9:
+            trainer.save()
+    again = Trainer(config)
+    assert again.step == 10
+    assert [again.iterate()["loss"].item() for _ in range(10)] == losses[10:]
+
+
+def test_an_iteration_waits_for_no_device(tmp_path):
+    trainer = Trainer(parse([*SMALL, "--out", str(tmp_path)]))
+    with Waits() as waits:
+        trainer.iterate()
+    assert not waits.found
+
+
+def test_another_configuration_is_not_resumed(tmp_path):
+    train(tmp_path, 10)
+    with pytest.raises(ValueError, match=r"batch_size: 64 there, 32 here.*--restart"):
+        Trainer(parse([*SMALL, "--out", str(tmp_path), "--batch-size", "32"]))
+    assert Trainer(parse([*SMALL, "--out", str(tmp_path), "--batch-size", "32", "--restart"])).step == 0
+
+
+def test_weights_alone_are_not_overwritten(tmp_path):
+    save_checkpoint(GMFlowMLP(GMFlowMLPConfig(num_components=4)), tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="holds weights only"):
+        Trainer(parse([*SMALL, "--out", str(tmp_path)]))
+
+
+def test_diverged_run_keeps_its_last_good_checkpoint(tmp_path):
+    train(tmp_path, 10)
+    trainer = Trainer(parse([*SMALL, "--out", str(tmp_path), "--iterations", "30"]))
+    with torch.no_grad():
+        trainer.model.net[0].weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="last good checkpoint"):
+        trainer.run()
+    assert all(t.isfinite().all() for t in load_checkpoint(tmp_path / "model.safetensors")[0].parameters())
+
+
+def test_processes_share_the_batch():
+    """Whatever the number of processes, together they see the batch that one would see."""
+    config = Config(batch_size=10)
+    whole = draw_batch(config, torch.Generator().manual_seed(0))["x"]
+    shares = [draw_batch(config, torch.Generator().manual_seed(0))["x"][rank::2] for rank in range(2)]
+    assert torch.equal(torch.stack(shares, 1).reshape(10, 2), whole)
+
+
+def test_learning_rate_and_average():
+    config = Config(lr=1.0, warmup=10, iterations=110, lr_schedule="cosine")
+    assert learning_rate(config, 0) == pytest.approx(0.001)
+    assert learning_rate(config, 10) == 1.0
+    assert learning_rate(config, 60) == pytest.approx(0.5)
+    assert learning_rate(config, 110) == 0
+    assert Trainer.decay(None, 8) == pytest.approx((7 / 8) ** 8)
+
+
+def test_report_and_facts(tmp_path, capsys):
+    main([*SMALL, "--out", str(tmp_path), "--iterations", "10", "--eval-samples", "300"])
+    report = json.loads((tmp_path / "report.json").read_text())
+    for solver in ("euler", "gm-ode", "gm-sde"):
+        assert list(report[solver]) == ["1", "2", "4", "8", "16"]
+        assert all(0 < entry["total_variation"] <= 1 for entry in report[solver].values())
+    assert report["data"]["off_support"] == 0
+    assert (tmp_path / "report.png").stat().st_size > 10_000
+    shared = tmp_path / "weights.safetensors"
+    assert shared.stat().st_size < (tmp_path / "model.safetensors").stat().st_size / 6
+    assert read_metadata(shared)["training"]["report"] == report
+    assert write_report(shared, tmp_path / "again", 300) == report
+    assert "report.png" in capsys.readouterr().out

@@ -1,0 +1,1 @@
+"""What several commands share: devices, processes, files, plots."""

@@ -1,0 +1,1 @@
+"""Training data: image folders, latent shards, tokens, batches."""

@@ -1,0 +1,133 @@
+"""Encode the images of a prepared folder to tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from training.common.processes import together
+from training.data.image_folder import ImageCrops, ImageList, collate, leave_signals_to_main, list_images
+from training.data.shards import LatentDataset, to_model
+from training.data.tokens import FORMAT, TokenFiles, check_record, encoder_settings, read_record, write_tokens
+from training.encoders.encoder import Encoder, load_encoder
+
+PART = 4096  # images; what a stop can lose
+
+
+def images_of(dataset: LatentDataset, root: Path | None) -> tuple[ImageList, list[int]]:
+    """The images that a prepared folder was made from, below `root` or where they were then, and which of them are its
+    samples, in order.
+
+    Raises:
+        FileNotFoundError, ValueError: they are not there, or not the same.
+    """
+    root = Path(dataset.index["source"]) if root is None else root
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f"{dataset.folder} was made from images in {root}, which is no folder here; give it as --images"
+        )
+    images = list_images(root)
+    skipped = {entry["file"] for entry in dataset.index["skipped"]}
+    kept = [number for number, file in enumerate(images.files) if file not in skipped]
+    if [images.labels[number] for number in kept] != dataset.labels.tolist():
+        raise ValueError(
+            f"the {len(kept)} images in {root} are not the {len(dataset)} that {dataset.folder} was made from; give their "
+            "folder as --images"
+        )
+    return images, kept
+
+
+def encode_images(
+    images: ImageList,
+    kept: Sequence[int],
+    path: Path,
+    state: PartialState,
+    *,
+    encoder: str,
+    input_size: int | None = None,
+    size: int = 256,
+    batch_size: int = 64,
+    workers: int | None = None,
+) -> TokenFiles:
+    """Write one token of each image to `path`, unless they are there. Every process does its share; parts that are done are
+    kept beside `path`, so that a run that was stopped goes on.
+
+    Args:
+        kept: which of the images, in order.
+        encoder: one of `ENCODERS`, or the folder or hub id of one.
+        input_size: side of the pictures that the encoder is given; that of its kind if None.
+        size: side of the centre crops.
+
+    Raises:
+        FileNotFoundError, ValueError, ModuleNotFoundError: the encoder or an image cannot be had.
+    """
+    listing = hashlib.sha256("\n".join(images.files[number] for number in kept).encode("utf-8", "surrogateescape")).hexdigest()
+    record = {"format": FORMAT, **encoder_settings(encoder, input_size, size), "count": len(kept), "files": listing}
+    check_record(path, record)
+    state.wait_for_everyone()
+    if path.exists():
+        return TokenFiles([path])
+    parts = [range(start, min(start + PART, len(kept))) for start in range(0, len(kept), PART)]
+    folder = path.parent / f"{path.stem}.parts"
+    files = [folder / f"{number:05d}.safetensors" for number in range(len(parts))]
+    missing = [number for number, file in enumerate(files) if read_record(file) != record]
+    state.wait_for_everyone()
+    mine = [(parts[number], files[number]) for number in missing[state.process_index :: state.num_processes]]
+    network = None
+    for first in (True, False):  # of a machine: it fetches the encoder for the others
+        with together(state):
+            if mine and state.is_local_main_process == first:
+                network = load_encoder(record["encoder"], input_size).to(state.device)
+    with together(state):
+        if mine:
+            _encode_parts(network, images, kept, mine, record, state, batch_size, workers)
+    with together(state):
+        if state.is_main_process:
+            write_tokens(path, torch.cat(list(TokenFiles(files))), record)
+            for file in files:
+                file.unlink()
+            folder.rmdir()
+    return TokenFiles([path])
+
+
+def _encode_parts(
+    network: Encoder,
+    images: ImageList,
+    kept: Sequence[int],
+    parts: list[tuple[range, Path]],
+    record: dict[str, Any],
+    state: PartialState,
+    batch_size: int,
+    workers: int | None,
+) -> None:
+    if workers is None:
+        workers = min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes)))
+    crops = ImageCrops(images, record["size"], flip=False, seed=0, noise_shape=None)
+    batches = [
+        [kept[n] for n in range(low, min(low + batch_size, part.stop))]
+        for part, _ in parts
+        for low in range(part.start, part.stop, batch_size)
+    ]
+    loader = iter(
+        DataLoader(crops, batch_sampler=batches, num_workers=workers, collate_fn=collate, worker_init_fn=leave_signals_to_main)
+    )
+    bar = tqdm(total=sum(map(len, batches)), unit="img", desc="tokens", disable=not state.is_main_process, dynamic_ncols=True)
+    with bar:
+        for part, file in parts:
+            tokens = []
+            for _ in range(part.start, part.stop, batch_size):
+                batch = next(loader)
+                if batch.failed:
+                    failed = batch.failed[0]
+                    raise ValueError(f"{images.root / images.files[failed.index]} cannot be read ({failed.reason}); mend it")
+                tokens.append(network.token(network(to_model(batch.pixels.to(state.device)))).cpu())
+                bar.update(len(tokens[-1]))
+            write_tokens(file, torch.cat(tokens), record)

@@ -1,0 +1,240 @@
+"""Tokens: one vector for each sample, from array files or from a frozen encoder; and `tokens.safetensors`, which keeps those of
+a prepared folder beside its latents, in the same order."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from gmflow_core.source.source import listed
+from training.common.files import whole_file
+from training.data.shards import LatentDataset
+from training.encoders.encoder import ENCODERS
+
+FORMAT = "gmflow-tokens-1"
+FILE = "tokens.safetensors"  # in a prepared folder
+NAME = "tokens"  # of the array in it
+CHUNK = 2**24  # elements that are read at a time
+SETTINGS = ("encoder", "input_size", "size")  # in the record of tokens: what made them
+
+
+class TokenFiles:
+    """Samples (n, *shape) in array files, one file after the other, as chunks (m, D), as often as it is iterated; at least one
+    chunk, without rows if there are none.
+
+    Args:
+        paths: .npy (read from disk piece by piece), .npz (read as a whole) or .safetensors files, each with one such array, or
+            with one called "tokens".
+        rows: which samples; all of them if None.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file holds no such array, or they do not fit each other.
+    """
+
+    def __init__(self, paths: Sequence[Path], rows: range | None = None):
+        self.paths = list(paths)
+        self.arrays = [_open_array(path) for path in self.paths]
+        shapes = {tuple(_shape(array)[1:]) for array in self.arrays}
+        if len(shapes) != 1:
+            raise ValueError(f"{self.paths[0]} and its companions hold samples of different shapes: {sorted(shapes)}")
+        self.shape: tuple[int, ...] = shapes.pop()
+        self.total = sum(_shape(array)[0] for array in self.arrays)
+        self.rows = range(self.total) if rows is None else rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def share(self, state: PartialState) -> TokenFiles:
+        """The part of one process; the parts follow each other in the order of the processes."""
+        return TokenFiles(self.paths, share_of(len(self), state))
+
+    def __iter__(self) -> Iterator[Tensor]:
+        if not self.rows:  # the part of a process that is left over
+            yield torch.empty(0, math.prod(self.shape))
+        step, start = max(1, CHUNK // math.prod(self.shape)), 0
+        for array in self.arrays:
+            size = _shape(array)[0]
+            for low in range(max(start, self.rows.start), min(start + size, self.rows.stop), step):
+                rows = array[low - start : min(low + step, start + size, self.rows.stop) - start]
+                yield (rows if isinstance(rows, Tensor) else torch.from_numpy(np.array(rows))).flatten(1)
+            start += size
+
+
+def share_of(count: int, state: PartialState) -> range:
+    """This process's part of `count` samples."""
+    edges = [count * i // state.num_processes for i in (state.process_index, state.process_index + 1)]
+    return range(*edges)
+
+
+def _shape(array: Any) -> list[int]:
+    return list(array.shape if isinstance(array, np.ndarray) else array.get_shape())
+
+
+def _open_array(path: Path) -> Any:
+    """A NumPy array, or a slice of safetensors."""
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {path}; give a .npy, .npz or .safetensors file of samples (n, D)")
+    try:
+        if path.suffix == ".safetensors":
+            file = safe_open(path, framework="pt")
+            found = {name: file.get_slice(name) for name in file.keys()}
+        else:
+            loaded = np.load(path, mmap_mode="r", allow_pickle=False)
+            found = {NAME: loaded} if isinstance(loaded, np.ndarray) else {name: loaded[name] for name in loaded.files}
+    except (SafetensorError, ValueError, OSError, EOFError) as error:
+        raise ValueError(
+            f"{path} is no whole array file ({error}); give .npy, .npz or .safetensors, without Python objects"
+        ) from error
+    arrays = {name: array for name, array in found.items() if len(_shape(array)) >= 2 and math.prod(_shape(array))}
+    if NAME not in arrays and len(arrays) != 1:
+        held = {name: _shape(array) for name, array in found.items()}
+        raise ValueError(f'{path} holds {held}; it must have one array of samples (n, D), or one called "{NAME}"')
+    return arrays[NAME] if NAME in arrays else next(iter(arrays.values()))
+
+
+def read_tokens(folder: Path) -> Tensor:
+    """The tokens (n, D) of a prepared folder, in the order of its samples. The file is mapped: processes of one machine share
+    the memory, and only what is looked at is read.
+
+    Raises:
+        FileNotFoundError: there are none.
+        ValueError: the file is damaged, of another number of samples, or has values that are not finite.
+    """
+    path = folder / FILE
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {path}; python -m training.fit_source --data {folder} --encoder ... makes it")
+    files = TokenFiles([path])
+    check_count(files, len(LatentDataset(folder, in_memory=False)), folder)
+    tokens = files.arrays[0][:]
+    bad, done = [], 0
+    for chunk in files:
+        bad += (done + (~chunk.isfinite().all(1)).nonzero().flatten()).tolist()
+        done += len(chunk)
+    if bad:
+        raise ValueError(
+            f"rows {listed(bad)} of {path} are not finite, so their samples belong to no mode; remove the file and make it anew"
+        )
+    return tokens
+
+
+def check_count(tokens: TokenFiles, count: int, folder: Path) -> None:
+    """
+    Raises:
+        ValueError: there is not one token for each of the `count` samples.
+    """
+    if len(tokens) != count or len(tokens.shape) != 1:
+        raise ValueError(
+            f"{tokens.paths[0]} holds {len(tokens)} tokens of {tokens.shape}, but {folder} has {count} samples; give one "
+            "vector for each sample, in their order"
+        )
+
+
+def keep_tokens(tokens: TokenFiles, folder: Path) -> None:
+    """Write them as `FILE` into a prepared folder, with what they say of their encoder, unless they come from there.
+
+    Raises:
+        ValueError: other tokens are there.
+    """
+    path = folder / FILE
+    if any(given.resolve() == path.resolve() for given in tokens.paths):
+        return
+    made = read_record(tokens.paths[0]) or {}
+    record = {"format": FORMAT, "files": [str(given) for given in tokens.paths], "count": len(tokens)}
+    record |= {name: made[name] for name in SETTINGS if name in made}
+    check_record(path, record)
+    if not path.exists():
+        write_tokens(path, torch.cat([chunk.float() for chunk in tokens]), record)
+
+
+def check_encoder(folder: Path, fitted: dict[str, Any], source: str) -> None:
+    """See that a prepared folder's tokens are such as a source tells its modes apart by, as far as both say what made them.
+
+    Args:
+        fitted: how the source was fitted, the "training" of its metadata.
+        source: its name.
+
+    Raises:
+        ValueError: they were made by another encoder, or with other settings.
+    """
+    here, config, there = read_record(folder / FILE) or {}, fitted.get("config") or {}, fitted.get("tokens") or {}
+    if config.get("encoder") is not None:
+        there = encoder_settings(config["encoder"], config.get("encoder_size"), config.get("image_size"))
+    if "encoder" not in here or "encoder" not in there:
+        return
+    here, there = ({name: record.get(name) for name in SETTINGS} for record in (here, there))
+    if here != there:
+        raise ValueError(
+            f"{folder / FILE} holds tokens of {_told(here)}, but {source} tells its modes apart by tokens of {_told(there)}; "
+            "give a source that was fitted to the former, or remove the file and make the latter: training.fit_source --encoder"
+        )
+
+
+def encoder_settings(encoder: str, input_size: int | None, size: int | None) -> dict[str, Any]:
+    """What the record of tokens says of what made them; see `encode_images`."""
+    return dict(zip(SETTINGS, (ENCODERS.get(encoder, encoder), input_size, size), strict=True))
+
+
+def _told(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
+
+
+def check_record(path: Path, record: dict[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: the file is there, with tokens that were made otherwise.
+    """
+    found = read_record(path)
+    if found is None and path.exists():
+        raise ValueError(f"{path} is damaged, or was not made by GMFlow; remove it, or give it as --tokens")
+    differ = [
+        f"{key}: {found.get(key)} there, {value} here" for key, value in record.items() if found and found.get(key) != value
+    ]
+    if differ:
+        raise ValueError(f"{path} holds other tokens ({'; '.join(differ)}); remove it, or give it as --tokens")
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """How the tokens in `path` were made; None if the file is missing or damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(json.loads((file.metadata() or {})["gmflow"]))
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError):
+        return None
+
+
+def write_tokens(path: Path, tokens: Tensor, record: dict[str, Any]) -> None:
+    """Write tokens (n, D), atomically."""
+    with whole_file(path) as temporary:
+        save_file({NAME: tokens.contiguous()}, temporary, {"gmflow": json.dumps(record)})
+
+
+class WithTokens(Dataset):
+    """A prepared folder's samples, each with the token that says its mode.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_tokens`.
+    """
+
+    def __init__(self, dataset: LatentDataset):
+        self.dataset, self.tokens = dataset, read_tokens(dataset.folder)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        return *self.dataset.__getitems__(indices), self.tokens[indices].float()
+
+    def __reduce__(self) -> tuple:
+        return WithTokens, (self.dataset,)  # another process maps the file for itself

@@ -1,0 +1,1 @@
+"""Autoencoders and encoders between images and latents."""

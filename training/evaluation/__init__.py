@@ -1,0 +1,1 @@
+"""Evaluation: features, metrics, sweeps, reports."""

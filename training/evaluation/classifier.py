@@ -1,0 +1,244 @@
+"""A small classifier, trained on the data, as feature extractor."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from training.common.files import read_tensors, whole_file
+from training.evaluation.extractors import _checked, _short
+
+FORMAT = "gmflow-features-1"
+LARGEST = 64  # pixels a side that the small classifier takes
+HELD_OUT = 0.1  # share of the images that tests the classifier, when no test set does
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """Hyperparameters of `Classifier`.
+
+    Args:
+        height, width: of the images, 1 to 64.
+        num_classes: at least 2.
+        channels: of the first layer; the next ones have twice and four times as many.
+        features: width of the layer before the last.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    height: int
+    width: int
+    num_classes: int
+    channels: int = 32
+    features: int = 64
+
+    def __post_init__(self):
+        if not (1 <= self.height <= LARGEST and 1 <= self.width <= LARGEST):
+            raise ValueError(
+                f"the small classifier takes images up to {LARGEST} x {LARGEST}, not {self.height} x {self.width}; use "
+                "--features inception"
+            )
+        if self.num_classes < 2:
+            raise ValueError(f"a classifier needs at least 2 classes, not {self.num_classes}")
+
+
+class Classifier(nn.Module):
+    """A small convolutional network: pairs of 3 x 3 convolutions, halving down to about 4 pixels, then two linear layers."""
+
+    def __init__(self, config: ClassifierConfig):
+        super().__init__()
+        self.config = config
+        size, here = max(config.height, config.width), config.channels
+        layers = [nn.Conv2d(3, here, 3, padding=1)]
+        while True:
+            wider = min(2 * here, 4 * config.channels)
+            layers += [nn.GroupNorm(8, here), nn.SiLU(), nn.Conv2d(here, wider, 3, padding=1)]
+            here = wider
+            if size <= 4:
+                break
+            layers.append(nn.AvgPool2d(2, ceil_mode=True))
+            size = (size + 1) // 2
+        layers += [nn.GroupNorm(8, here), nn.SiLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten()]
+        self.body = nn.Sequential(*layers, nn.Linear(16 * here, config.features), nn.SiLU())
+        self.head = nn.Linear(config.features, config.num_classes)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 (B, 3, H, W) -> features (B, features), logits (B, num_classes)."""
+        features = self.body(images.float() / 127.5 - 1)
+        return features, self.head(features)
+
+
+class ClassifierFeatures:
+    """The features of a small classifier of the data: its layer before the last, and its probabilities.
+
+    Args:
+        network: the trained classifier.
+        classes: their names, in the order of the labels.
+        training: how it was trained and how good it is, see `train_classifier`.
+        name: for reports.
+    """
+
+    def __init__(self, network: Classifier, classes: tuple[str, ...], training: dict[str, Any], name: str = "classifier"):
+        self.network, self.classes, self.training, self.name = network.eval().requires_grad_(False), classes, training, name
+        digest = hashlib.sha256()
+        for tensor in network.state_dict().values():
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        self.fingerprint = digest.hexdigest()
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        facts = {"name": self.name, "dimensions": self.network.config.features, "fingerprint": self.fingerprint[:16]}
+        return {**facts, **self.training}
+
+    def to(self, device: str | torch.device) -> ClassifierFeatures:
+        self.network.to(device)
+        return self
+
+    @torch.inference_mode()
+    def extract(self, images: Tensor) -> dict[str, Tensor]:
+        """uint8 (B, 3, H, W) -> features (B, 64), probabilities (B, classes).
+
+        Raises:
+            ValueError: the images have another size than the ones it was trained on.
+        """
+        config = self.network.config
+        if _checked(images).shape[2:] != (config.height, config.width):
+            raise ValueError(
+                f"the features {self.name} are of images of {config.height} x {config.width} pixels, not "
+                f"{images.shape[2]} x {images.shape[3]}; give --features another file name to train them on this data"
+            )
+        features, logits = self.network(images.to(self.network.head.weight.device))
+        return {"features": features.cpu(), "probabilities": logits.softmax(1).cpu()}
+
+    def accuracy(self, images: Tensor, labels: Tensor, chunk: int = 1000) -> float:
+        """The share of the images that it labels rightly."""
+        found = [self.extract(part)["probabilities"].argmax(1) for part in images.split(chunk)]
+        return (torch.cat(found) == labels.cpu()).double().mean().item()
+
+    def save(self, path: str | Path) -> None:
+        """Write it to `path`, atomically."""
+        metadata = {
+            "format": FORMAT,
+            "config": json.dumps(asdict(self.network.config)),
+            "classes": json.dumps(self.classes),
+            "training": json.dumps(self.training),
+        }
+        tensors = {name: t.cpu().contiguous() for name, t in self.network.state_dict().items()}
+        with whole_file(Path(path)) as temporary:
+            save_file(tensors, temporary, metadata)
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> ClassifierFeatures:
+        """
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it holds something else, or is damaged.
+        """
+        path = Path(path)
+        tensors, metadata = read_tensors(path)
+        if metadata.get("format") != FORMAT:
+            raise ValueError(
+                f"{path} holds no features that this version knows (format {metadata.get('format')!r}, not {FORMAT!r}); give "
+                "--features another file name to train them"
+            )
+        try:
+            network = Classifier(ClassifierConfig(**json.loads(metadata["config"])))
+            network.load_state_dict(tensors)
+            classes, training = tuple(json.loads(metadata["classes"])), json.loads(metadata["training"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{path} is damaged ({_short(error)}); delete it to train the features again") from error
+        return cls(network.to(device), classes, training, path.stem)
+
+
+def train_classifier(
+    images: Tensor,
+    labels: Tensor,
+    classes: tuple[str, ...],
+    *,
+    test: tuple[Tensor, Tensor] | None = None,
+    iterations: int = 1200,
+    batch_size: int = 128,
+    lr: float = 3e-3,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+    name: str = "classifier",
+) -> ClassifierFeatures:
+    """Train a small classifier: cross-entropy, AdamW with a one-cycle learning rate, slightly moved images; a strong weight
+    decay keeps the features of images that it has seen like those of images that it has not.
+
+    Args:
+        images: uint8 (N, 3, H, W), up to 64 x 64.
+        labels: (N,) indices into `classes`.
+        test: images and labels to test it on; without, a tenth of the images is held out for that.
+
+    Returns:
+        The classifier; its `training` holds the images, the iterations, the seed, and the accuracy on the test images.
+
+    Raises:
+        ValueError: the images are no such images, too few, or of one class only.
+    """
+    _checked(images)
+    if len(images) != len(labels) or len(images) < 20 or labels.unique().numel() < 2:
+        raise ValueError(
+            f"{len(images)} images with {len(labels)} labels of {labels.unique().numel()} classes cannot train a classifier; "
+            "at least 20 images of 2 classes are needed (--data)"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    if test is None:
+        order = torch.randperm(len(images), generator=generator)
+        held_out, rest = order.split([max(1, round(HELD_OUT * len(order))), len(order) - max(1, round(HELD_OUT * len(order)))])
+        test, images, labels = (images[held_out], labels[held_out]), images[rest], labels[rest]
+        test_set = "held-out images of the training data"
+    else:
+        test_set = "test data"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = Classifier(ClassifierConfig(*images.shape[2:], len(classes))).to(device)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=0.5)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=iterations)
+    bar = tqdm(range(iterations), desc="training the features", disable=not progress, dynamic_ncols=True)
+    for step in bar:
+        chosen = torch.randint(len(images), (batch_size,), generator=generator)
+        x = jitter(images[chosen].to(device, torch.float32), generator)
+        loss = F.cross_entropy(network(x)[1], labels[chosen].to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{loss.item():.4f}")
+    features = ClassifierFeatures(network, tuple(classes), {}, name)
+    features.training = {
+        "accuracy": features.accuracy(*test),
+        "tested_on": test_set,
+        "test_images": len(test[0]),
+        "train_images": len(images),
+        "iterations": iterations,
+        "seed": seed,
+    }
+    return features
+
+
+def jitter(images: Tensor, generator: torch.Generator, turn: float = 0.2, grow: float = 0.1, shift: float = 0.15) -> Tensor:
+    """Every image turned, stretched, and moved a little; float (B, 3, H, W), the border continues outwards.
+
+    Args:
+        turn, grow, shift: up to so many radians, so much larger or smaller, and so many half sides.
+    """
+    angle, stretch_x, stretch_y, x, y = torch.rand(5, len(images), generator=generator) * 2 - 1
+    cos, sin = (turn * angle).cos(), (turn * angle).sin()
+    rows = [cos * (1 + grow * stretch_x), -sin, shift * x], [sin, cos * (1 + grow * stretch_y), shift * y]
+    matrix = torch.stack([torch.stack(row, 1) for row in rows], 1).to(images.device)  # (B, 2, 3)
+    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)

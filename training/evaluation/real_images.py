@@ -1,0 +1,141 @@
+"""Real images, which samples are compared with: of a prepared folder, of any folder, or in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from training.data.image_folder import centre_crop
+from training.data.shards import INDEX, LatentDataset, to_pixels
+from training.encoders.vae import VAE
+from training.evaluation.metrics import Statistics
+
+IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".JPEG")
+
+
+class RealImages(Protocol):
+    """Real images: `len()`, a `key` that says which they are, and `get`."""
+
+    key: dict[str, Any]
+
+    def __len__(self) -> int: ...
+
+    def get(self, images: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """uint8 (n, 3, H, W), and labels (n,) if they are known."""
+
+
+class PreparedImages:
+    """Images of a prepared folder, in an order of chance; latents are decoded."""
+
+    def __init__(self, folder: Path, count: int, vae: VAE | None, device: torch.device, batch: int):
+        self.data, self.vae, self.device, self.batch = LatentDataset(folder), vae, device, batch
+        if self.data.kind == "pixels" and self.data.shape[0] != 3:
+            raise ValueError(f"{folder} has pixels of shape {self.data.shape}; images of 3 channels are needed")
+        self.order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(0))[:count].tolist()
+        content = hashlib.sha256((folder / INDEX).read_bytes())
+        for shard in self.data.index["shards"]:
+            stat = (folder / shard["file"]).stat()
+            content.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
+        self.key = {"prepared": content.hexdigest(), "count": len(self.order)}
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def get(self, images: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        parts = []
+        for start in range(0, len(images), self.batch):
+            x, labels = self.data.__getitems__([self.order[i] for i in images[start : start + self.batch]])
+            parts.append((to_images(x, self.vae, self.device), labels))
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+class FolderImages:
+    """Image files anywhere in a folder, in an order of chance; the centre of each, scaled to `size` as for training."""
+
+    def __init__(self, folder: Path, count: int, size: int):
+        files = sorted(p for p in folder.rglob("*") if p.suffix in IMAGE_FILES or p.suffix.lower() in IMAGE_FILES)
+        if len(files) < 2:
+            raise ValueError(
+                f"{folder} has {len(files)} images ({', '.join(IMAGE_FILES[:-1])}) and no {INDEX}; give --reference a folder "
+                "of images, a prepared folder, or an .npz file"
+            )
+        order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))[:count].tolist()
+        self.files, self.size = [files[i] for i in order], size
+        listing = json.dumps([(str(p.relative_to(folder)), p.stat().st_size) for p in self.files])
+        self.key = {"folder": hashlib.sha256(listing.encode()).hexdigest(), "size": size}
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def get(self, images: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        found = []
+        for i in images:
+            try:
+                image = centre_crop(Image.open(self.files[i]).convert("RGB"), self.size)
+            except OSError as error:
+                raise ValueError(f"{self.files[i]} cannot be read as an image ({error}); mend or remove it") from error
+            found.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+        return torch.stack(found), None
+
+
+class ArrayImages:
+    """Images (N, 3, H, W) in memory."""
+
+    def __init__(self, images: Tensor, count: int, key: dict[str, Any]):
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
+        self.images, self.order, self.key = images, order, {**key, "count": len(order)}
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def get(self, images: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        return self.images[self.order[torch.as_tensor(images)]].contiguous(), None
+
+
+def to_images(x: Tensor, vae: VAE | None, device: torch.device) -> Tensor:
+    """Samples of the model's space, (n, C, h, w), as uint8 (n, 3, H, W) on the CPU."""
+    return to_pixels(x if vae is None else vae.decode(x.to(device))).cpu()
+
+
+def read_npz(path: str | Path) -> tuple[Tensor | None, Statistics | None]:
+    """Reference images and statistics of an .npz file.
+
+    Returns:
+        Images uint8 (N, 3, H, W) from `arr_0` (N, H, W, 3), and `mu` (D,) with `sigma` (D, D), None for what the file does not
+        have. ADM's VIRTUAL_imagenet256_labeled.npz has both: the statistics of the whole training set, and some images.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds neither, in these shapes; or Python objects, which are never unpickled.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no reference file {path} (--reference)")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            names = set(file.files)
+            arrays = {name: file[name] for name in ("arr_0", "mu", "sigma") if name in names}
+    except (ValueError, OSError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{path} is not a whole .npz file of plain arrays ({error}); download it again, or give a folder of images"
+        ) from error
+    images, mean, covariance = (arrays.get(name) for name in ("arr_0", "mu", "sigma"))
+    if images is not None and (images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3):
+        raise ValueError(f"{path}: arr_0 is {images.dtype} {images.shape}; it must be uint8 images (N, H, W, 3)")
+    if (mean is None) != (covariance is None) or (mean is None and images is None):
+        raise ValueError(f"{path} holds {sorted(names)}; it needs images as arr_0, or statistics as mu and sigma, or all three")
+    found = None
+    if mean is not None:
+        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+            raise ValueError(f"{path}: mu {mean.shape} and sigma {covariance.shape} do not fit; they must be (D,) and (D, D)")
+        found = Statistics(mean.astype(np.float64), covariance.astype(np.float64))
+    return (None if images is None else torch.from_numpy(images).permute(0, 3, 1, 2)), found

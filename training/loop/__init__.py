@@ -1,0 +1,1 @@
+"""Training loops: trainers, objectives, optimizers, settings."""

@@ -18,11 +18,23 @@ from .flow.policy import DXPolicy, DXVelocity, predict_x0
 from .gaussians.mixture import GaussianMixture, IsotropicGaussian
 from .gaussians.spectral import hartley, sample_with_spectrum
 from .sampling.denoisers import class_denoiser
-from .sampling.guidance import Guidance, GuidedMixture, classifier_free_guidance, probabilistic_guidance
+from .sampling.guidance import (
+    Guidance,
+    GuidedMixture,
+    classifier_free_guidance,
+    probabilistic_guidance,
+)
 from .sampling.images import sample_images
 from .sampling.rollout import rollout
 from .sampling.second_order import second_order
-from .sampling.solvers import denoiser_of, sample_dpmpp_2m, sample_euler, sample_gm_ode, sample_gm_policy, sample_gm_sde
+from .sampling.solvers import (
+    denoiser_of,
+    sample_dpmpp_2m,
+    sample_euler,
+    sample_gm_ode,
+    sample_gm_policy,
+    sample_gm_sde,
+)
 from .source.files import load_source, save_source
 from .source.mode_frame import ModeFrame
 from .source.source import GaussianMixtureSource

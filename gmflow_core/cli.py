@@ -53,7 +53,9 @@ def demo(args: argparse.Namespace) -> None:
 def sample(args: argparse.Namespace) -> None:
     """Samples of a checkpoint, as a picture or as numbers."""
     if args.out.suffix not in (".png", ".safetensors"):
-        raise ValueError(f"--out {args.out} must end in .png (a picture) or .safetensors (the numbers)")
+        raise ValueError(
+            f"--out {args.out} must end in .png (a picture) or .safetensors (the numbers)"
+        )
     data = read_metadata(args.checkpoint)["data"]
     network, _ = load_checkpoint(args.checkpoint, device=args.device)
     draw = sample_class_images if isinstance(network, MixtureOutput) else sample_density
@@ -68,13 +70,22 @@ def sample(args: argparse.Namespace) -> None:
 
 def progress(done: int, total: int) -> None:
     """A line that says how far it is."""
-    print(f"\rnetwork call {done}/{total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+    print(
+        f"\rnetwork call {done}/{total}",
+        end="\n" if done == total else "",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
-def sample_density(args: argparse.Namespace, network: torch.nn.Module, data: dict[str, Any]) -> tuple[dict, torch.Tensor]:
+def sample_density(
+    args: argparse.Namespace, network: torch.nn.Module, data: dict[str, Any]
+) -> tuple[dict, torch.Tensor]:
     """Points of a 2-D model, and a picture of their density."""
     if args.labels or args.unlabelled or args.guidance:
-        raise ValueError(f"{args.checkpoint} is a 2-D model without classes; leave out --labels, --unlabelled and --guidance")
+        raise ValueError(
+            f"{args.checkpoint} is a 2-D model without classes; leave out --labels, --unlabelled and --guidance"
+        )
     points = sample_points(
         network,
         100_000 if args.count is None else args.count,
@@ -89,7 +100,9 @@ def sample_density(args: argparse.Namespace, network: torch.nn.Module, data: dic
     return {"points": points}, density_picture(points, outline=args.outline)
 
 
-def sample_class_images(args: argparse.Namespace, network: MixtureOutput, data: dict[str, Any]) -> tuple[dict, torch.Tensor]:
+def sample_class_images(
+    args: argparse.Namespace, network: MixtureOutput, data: dict[str, Any]
+) -> tuple[dict, torch.Tensor]:
     """Images of the labels, a row for each, and the grid of them."""
     names, classes = data.get("labels", []), network.config.num_classes
     if args.out.suffix == ".png" and data.get("space") != "pixels":
@@ -113,12 +126,16 @@ def sample_class_images(args: argparse.Namespace, network: MixtureOutput, data: 
         labels = torch.full((count,), classes)
     else:
         wanted = args.labels or [str(label) for label in range(min(10, classes))]
-        labels = torch.tensor([find_label(text, names, classes) for text in wanted]).repeat_interleave(count)
+        labels = torch.tensor(
+            [find_label(text, names, classes) for text in wanted]
+        ).repeat_interleave(count)
     source = None if args.source is None else load_source(args.source, args.device)
     if source is not None:
         source.require_record(trained, args.checkpoint)
     elif trained is not None:
-        raise ValueError(f"{args.checkpoint} was trained with a mixture source; give it as --source")
+        raise ValueError(
+            f"{args.checkpoint} was trained with a mixture source; give it as --source"
+        )
     x = sample_images(
         network,
         None if known else labels,
@@ -133,7 +150,9 @@ def sample_class_images(args: argparse.Namespace, network: MixtureOutput, data: 
         seeds=range(args.seed, args.seed + len(labels)),
         callback=lambda step, x, x0: progress(step + 1, args.steps),
     ).cpu()
-    grid = image_grid((x[:, :3] + 1).clamp(0, 2) / 2, columns=count, scale=max(1, 64 // x.shape[-1]))
+    grid = image_grid(
+        (x[:, :3] + 1).clamp(0, 2) / 2, columns=count, scale=max(1, 64 // x.shape[-1])
+    )
     return {"samples": x, "labels": labels}, grid
 
 
@@ -153,11 +172,15 @@ def convert(args: argparse.Namespace) -> None:
     if args.out.suffix != ".safetensors":
         raise ValueError(f"{args.out} must end in .safetensors")
     if args.out.exists() and not args.force:
-        raise FileExistsError(f"{args.out} is there already; give another name, or --force to overwrite it")
+        raise FileExistsError(
+            f"{args.out} is there already; give another name, or --force to overwrite it"
+        )
     metadata = read_metadata(args.source)
     network, _ = load_checkpoint(args.source, dtype=DTYPES[args.dtype])
     save_checkpoint(network, args.out, facts=metadata["training"], data=metadata["data"])
-    print(f"{args.out.resolve()}: {metadata['model_class']}, parameters: {describe_parameters(network)}, {size_of(args.out)}")
+    print(
+        f"{args.out.resolve()}: {metadata['model_class']}, parameters: {describe_parameters(network)}, {size_of(args.out)}"
+    )
 
 
 def describe_parameters(network: torch.nn.Module) -> str:
@@ -168,7 +191,11 @@ def describe_parameters(network: torch.nn.Module) -> str:
 
 def describe_data(data: dict[str, Any]) -> str:
     """A checkpoint's `data` in a line."""
-    entries = [f"{name} {json.dumps(value, ensure_ascii=False)}" for name, value in data.items() if name != "labels"]
+    entries = [
+        f"{name} {json.dumps(value, ensure_ascii=False)}"
+        for name, value in data.items()
+        if name != "labels"
+    ]
     if labels := data.get("labels"):
         first = ", ".join(json.dumps(label, ensure_ascii=False) for label in labels[:3])
         entries.insert(0, f"{len(labels):,} labels ({first}{', ...' if len(labels) > 3 else ''})")
@@ -186,7 +213,9 @@ def check_device(name: str) -> None:
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"--device {name} cannot be used here: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -194,42 +223,103 @@ def main(arguments: list[str] | None = None) -> None:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--seed", type=int, default=0, help="seed of all noise (default 0)")
-    common.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
+    common.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device"
+    )
 
-    p = commands.add_parser("demo", parents=[common], help="picture of the shipped model: three solvers at 1, 2, 4, 8 steps")
+    p = commands.add_parser(
+        "demo",
+        parents=[common],
+        help="picture of the shipped model: three solvers at 1, 2, 4, 8 steps",
+    )
     p.add_argument("--count", type=int, default=30_000, help="samples per picture (default 30000)")
-    p.add_argument("--out", type=Path, default=Path("gmflow_demo.png"), help="picture to write (default gmflow_demo.png)")
+    p.add_argument(
+        "--out",
+        type=Path,
+        default=Path("gmflow_demo.png"),
+        help="picture to write (default gmflow_demo.png)",
+    )
     p.set_defaults(run=demo)
 
-    p = commands.add_parser("sample", parents=[common], help="sample a checkpoint: points, or images of classes")
+    p = commands.add_parser(
+        "sample", parents=[common], help="sample a checkpoint: points, or images of classes"
+    )
     p.add_argument("checkpoint", type=Path)
-    p.add_argument("--solver", choices=SOLVERS, default="gm-ode", help="default gm-ode; euler follows the mean velocity")
+    p.add_argument(
+        "--solver",
+        choices=SOLVERS,
+        default="gm-ode",
+        help="default gm-ode; euler follows the mean velocity",
+    )
     p.add_argument("--steps", type=int, default=8, help="network calls (default 8)")
-    p.add_argument("--order", type=int, choices=(1, 2), default=2, help="order of GM-ODE and GM-SDE (default 2)")
+    p.add_argument(
+        "--order",
+        type=int,
+        choices=(1, 2),
+        default=2,
+        help="order of GM-ODE and GM-SDE (default 2)",
+    )
     p.add_argument(
         "--substeps",
         type=int,
         help="GM-ODE's substeps per network call (default 8; 32 for 1 step), GM policy's in all (default 128)",
     )
-    p.add_argument("--shift", type=float, default=1.0, help="time shift, above 1 for more steps at high noise (default 1)")
-    p.add_argument("--count", type=int, help="number of points (default 100000), or images of each label (default 8)")
-    p.add_argument("--labels", nargs="+", metavar="LABEL", help="classes, by name or number (default: the first ten)")
+    p.add_argument(
+        "--shift",
+        type=float,
+        default=1.0,
+        help="time shift, above 1 for more steps at high noise (default 1)",
+    )
+    p.add_argument(
+        "--count",
+        type=int,
+        help="number of points (default 100000), or images of each label (default 8)",
+    )
+    p.add_argument(
+        "--labels",
+        nargs="+",
+        metavar="LABEL",
+        help="classes, by name or number (default: the first ten)",
+    )
     p.add_argument("--unlabelled", action="store_true", help="images of no class, --count of them")
-    p.add_argument("--source", help="mixture source that the model was trained with: a file, folder or hub id")
-    p.add_argument("--guidance", type=float, default=0.0, help="weight of probabilistic guidance, in [0, 1) (default 0)")
-    p.add_argument("--outline", action="store_true", help="draw the checkerboard's squares over the picture")
-    p.add_argument("--out", type=Path, default=Path("samples.png"), help=".png or .safetensors (default samples.png)")
+    p.add_argument(
+        "--source", help="mixture source that the model was trained with: a file, folder or hub id"
+    )
+    p.add_argument(
+        "--guidance",
+        type=float,
+        default=0.0,
+        help="weight of probabilistic guidance, in [0, 1) (default 0)",
+    )
+    p.add_argument(
+        "--outline", action="store_true", help="draw the checkerboard's squares over the picture"
+    )
+    p.add_argument(
+        "--out",
+        type=Path,
+        default=Path("samples.png"),
+        help=".png or .safetensors (default samples.png)",
+    )
     p.set_defaults(run=sample)
 
     source = "a checkpoint, a folder in the layout of diffusers, or the id of one on the Hugging Face hub (owner/name)"
-    p = commands.add_parser("inspect", help="config, parameters, data and training facts of a checkpoint")
+    p = commands.add_parser(
+        "inspect", help="config, parameters, data and training facts of a checkpoint"
+    )
     p.add_argument("checkpoint", help=source)
     p.set_defaults(run=inspect)
 
-    p = commands.add_parser("convert", help="write a published model as one file, for ComfyUI's models/gmflow")
+    p = commands.add_parser(
+        "convert", help="write a published model as one file, for ComfyUI's models/gmflow"
+    )
     p.add_argument("source", help=source)
     p.add_argument("out", type=Path, help="file to write, .safetensors")
-    p.add_argument("--dtype", choices=DTYPES, default="keep", help="type of the weights (default keep: as they are)")
+    p.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="keep",
+        help="type of the weights (default keep: as they are)",
+    )
     p.add_argument("--force", action="store_true", help="overwrite OUT")
     p.set_defaults(run=convert)
 

@@ -15,7 +15,10 @@ def to_image(picture: Tensor) -> Image.Image:
 
 
 def contact_sheet(
-    rows: Sequence[tuple[str, Sequence[tuple[str, Tensor]]]], reference: tuple[str, Tensor], title: str, tile: int = 256
+    rows: Sequence[tuple[str, Sequence[tuple[str, Tensor]]]],
+    reference: tuple[str, Tensor],
+    title: str,
+    tile: int = 256,
 ) -> Image.Image:
     """Pictures in a captioned grid, below a title with a picture to compare them with.
 
@@ -38,7 +41,9 @@ def contact_sheet(
             x = left + c * (tile + gap)
             sheet.paste(to_image(picture).resize((tile, tile), Image.Resampling.BOX), (x, y))
             draw.text((x, y + tile + line // 5), caption, "black", small)
-    draw.multiline_text((left + tile + 2 * gap, gap + tile // 3), title, "black", font, spacing=line // 2)
+    draw.multiline_text(
+        (left + tile + 2 * gap, gap + tile // 3), title, "black", font, spacing=line // 2
+    )
     return sheet
 
 

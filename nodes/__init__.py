@@ -11,7 +11,14 @@ from .eight_bit import GMFlowLoadDiffusionModel8bit, GMFlowSaveDiffusionModel8bi
 from .guidance import GMFlowAutoguidance, GMFlowGuider, GMFlowProbabilisticGuidance
 from .loaders import GMFlowLoader
 from .mixture_source import GMFlowSourceLoader, GMFlowSourceNoise
-from .samplers import GMFlowODESampler, GMFlowPolicySampler, GMFlowPolicySigmas, GMFlowSampler, GMFlowSDESampler, GMFlowSigmas
+from .samplers import (
+    GMFlowODESampler,
+    GMFlowPolicySampler,
+    GMFlowPolicySigmas,
+    GMFlowSampler,
+    GMFlowSDESampler,
+    GMFlowSigmas,
+)
 from .views import GMFlowDensity, GMFlowPixels
 
 

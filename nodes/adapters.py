@@ -27,7 +27,8 @@ class GMFlowAdapter(io.ComfyNode):
             "before or after; to stock samplers it is an ordinary model.",
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="A FLUX.1 dev or Qwen-Image model from any loader; FLUX.2 as far as its adapter is known."
+                    "model",
+                    tooltip="A FLUX.1 dev or Qwen-Image model from any loader; FLUX.2 as far as its adapter is known.",
                 ),
                 io.Combo.Input(
                     "adapter_name",
@@ -46,7 +47,9 @@ class GMFlowAdapter(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Model.Output(tooltip="For GM Policy Sampler or GM Sampler, or any stock sampler, which follows the mean.")
+                io.Model.Output(
+                    tooltip="For GM Policy Sampler or GM Sampler, or any stock sampler, which follows the mean."
+                )
             ],
         )
 
@@ -60,9 +63,15 @@ class GMFlowAdapter(io.ComfyNode):
     def execute(cls, model, adapter_name: str, strength: float) -> io.NodeOutput:
         path = folder_paths.get_full_path_or_raise(FOLDER, adapter_name)
         if not adapter_name.endswith((".safetensors", ".sft")):
-            raise ValueError(f"{adapter_name} is not a safetensors file; GM adapters are published as such")
+            raise ValueError(
+                f"{adapter_name} is not a safetensors file; GM adapters are published as such"
+            )
         try:
-            tensors, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
+            tensors, metadata = comfy.utils.load_torch_file(
+                path, safe_load=True, return_metadata=True
+            )
         except Exception as error:
-            raise ValueError(f"{adapter_name} cannot be read ({error}). An incomplete download has to be repeated") from error
+            raise ValueError(
+                f"{adapter_name} cannot be read ({error}). An incomplete download has to be repeated"
+            ) from error
         return io.NodeOutput(with_adapter(model, tensors, metadata, strength, adapter_name))

@@ -26,7 +26,11 @@ class GMFlowUnconditional(io.ComfyNode):
             description="Empty conditioning, in nodes that ask for one (KSampler, Basic Guider, CFG Guider): for models that "
             "take none, such as the checkerboard; and no class, for class-conditional ones.",
             inputs=[],
-            outputs=[io.Conditioning.Output(tooltip="Says nothing; connect it to positive, and to negative where asked.")],
+            outputs=[
+                io.Conditioning.Output(
+                    tooltip="Says nothing; connect it to positive, and to negative where asked."
+                )
+            ],
         )
 
     @classmethod
@@ -46,7 +50,10 @@ class GMFlowClassLabels(io.ComfyNode):
             description="What a class-conditional model (digits, ImageNet) is to generate, and an empty latent of its size: "
             "one batch item for each label, or several.",
             inputs=[
-                io.Model.Input("model", tooltip="A class-conditional model from Load GM Model; its names count."),
+                io.Model.Input(
+                    "model",
+                    tooltip="A class-conditional model from Load GM Model; its names count.",
+                ),
                 io.Combo.Input(
                     "label",
                     options=[*class_names(), ONLY_MORE],
@@ -61,17 +68,34 @@ class GMFlowClassLabels(io.ComfyNode):
                     placeholder="more labels, one per line",
                     tooltip="Further labels, one per line: a name, a part of a name that fits only one class, or a number.",
                 ),
-                io.Int.Input("repeat", default=1, min=1, max=1024, optional=True, tooltip="Images of each label."),
+                io.Int.Input(
+                    "repeat",
+                    default=1,
+                    min=1,
+                    max=1024,
+                    optional=True,
+                    tooltip="Images of each label.",
+                ),
             ],
             outputs=[
-                io.Conditioning.Output("positive", display_name="positive", tooltip="The labels, one for each image."),
                 io.Conditioning.Output(
-                    "negative", display_name="negative", tooltip="No class: what guidance steers away from."
+                    "positive", display_name="positive", tooltip="The labels, one for each image."
+                ),
+                io.Conditioning.Output(
+                    "negative",
+                    display_name="negative",
+                    tooltip="No class: what guidance steers away from.",
                 ),
                 io.Latent.Output(
-                    "latent", display_name="latent", tooltip="Empty, of the model's own size, one item for each image."
+                    "latent",
+                    display_name="latent",
+                    tooltip="Empty, of the model's own size, one item for each image.",
                 ),
-                io.String.Output("names", display_name="names", tooltip="The full names of the classes, one per line."),
+                io.String.Output(
+                    "names",
+                    display_name="names",
+                    tooltip="The full names of the classes, one per line.",
+                ),
             ],
         )
 
@@ -92,7 +116,9 @@ class GMFlowClassLabels(io.ComfyNode):
         wanted = [] if label == ONLY_MORE else [label]
         wanted += [line for line in more_labels.splitlines() if line.strip()]
         if not wanted:
-            raise ValueError("there are no labels; choose one, or write some into more_labels, one per line")
+            raise ValueError(
+                "there are no labels; choose one, or write some into more_labels, one per line"
+            )
         try:
             labels = [find_label(text, names, config.num_classes) for text in wanted]
         except ValueError as error:
@@ -103,4 +129,6 @@ class GMFlowClassLabels(io.ComfyNode):
             device=comfy.model_management.intermediate_device(),
         )
         found = "\n".join(names[label] if names else str(label) for label in labels)
-        return io.NodeOutput(class_conditioning(images), unconditional(), {"samples": latent}, found)
+        return io.NodeOutput(
+            class_conditioning(images), unconditional(), {"samples": latent}, found
+        )

@@ -71,7 +71,9 @@ class GMFlowLoadDiffusionModel8bit(io.ComfyNode):
 
     @classmethod
     def execute(cls, unet_name: str, compute: str = "16 bit") -> io.NodeOutput:
-        return io.NodeOutput(load_8bit(folder_paths.get_full_path_or_raise(FOLDER, unet_name), compute))
+        return io.NodeOutput(
+            load_8bit(folder_paths.get_full_path_or_raise(FOLDER, unet_name), compute)
+        )
 
 
 class GMFlowSaveDiffusionModel8bit(io.ComfyNode):
@@ -98,8 +100,12 @@ class GMFlowSaveDiffusionModel8bit(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: comfy.model_patcher.ModelPatcher, filename_prefix: str) -> io.NodeOutput:
-        folder, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, folder_paths.get_output_directory())
+    def execute(
+        cls, model: comfy.model_patcher.ModelPatcher, filename_prefix: str
+    ) -> io.NodeOutput:
+        folder, name, counter, _, _ = folder_paths.get_save_image_path(
+            filename_prefix, folder_paths.get_output_directory()
+        )
         path = os.path.join(folder, f"{name}_{counter:05}_.safetensors")
         state = {key: weight.contiguous() for key, weight in saved_state(model).items()}
         save_file(state, path, metadata={"format": "pt"})

@@ -39,7 +39,9 @@ class GMFlowAutoguidance(io.ComfyNode):
                     tooltip="1 is none, and the guide is not even loaded; 1.5 is what MM-FM was measured with. The prediction "
                     "is guide + scale * (model - guide).",
                 ),
-                io.Float.Input("start_percent", default=0.0, tooltip=TIPS["start_percent"], **percent),
+                io.Float.Input(
+                    "start_percent", default=0.0, tooltip=TIPS["start_percent"], **percent
+                ),
                 io.Float.Input(
                     "end_percent",
                     default=1.0,
@@ -58,12 +60,21 @@ class GMFlowAutoguidance(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, guide, positive, scale: float, start_percent: float, end_percent: float, guide_positive=None
+        cls,
+        model,
+        guide,
+        positive,
+        scale: float,
+        start_percent: float,
+        end_percent: float,
+        guide_positive=None,
     ) -> io.NodeOutput:
         check_interval(start_percent, end_percent)
         sampling = model.get_model_object("model_sampling")
         interval = sampling.percent_to_sigma(end_percent), sampling.percent_to_sigma(start_percent)
-        return io.NodeOutput(AutoGuider(model, guide, positive, guide_positive or positive, scale, interval))
+        return io.NodeOutput(
+            AutoGuider(model, guide, positive, guide_positive or positive, scale, interval)
+        )
 
 
 TIPS = {
@@ -81,7 +92,9 @@ def settings_inputs() -> list[io.Input]:
     """The inputs of `guided`."""
     percent = {"min": 0.0, "max": 1.0, "step": 0.001}
     return [
-        io.Float.Input("orthogonal", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=TIPS["orthogonal"]),
+        io.Float.Input(
+            "orthogonal", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=TIPS["orthogonal"]
+        ),
         io.Float.Input("start_percent", default=0.0, tooltip=TIPS["start_percent"], **percent),
         io.Float.Input("end_percent", default=1.0, tooltip=TIPS["end_percent"], **percent),
     ]
@@ -99,12 +112,21 @@ class GMFlowProbabilisticGuidance(io.ComfyNode):
             description="Makes the cfg of every sampler and guider behind it the weight w in [0, 1) of probabilistic guidance: "
             "0 is none, 0.1 to 0.5 usual. It steers the predicted distribution instead of extrapolating the velocity, so that "
             "values stay in range. Stock samplers follow the guided mean, GM samplers the whole guided mixture.",
-            inputs=[io.Model.Input("model", tooltip="A model from Load GM Model or GM Adapter."), *settings_inputs()],
-            outputs=[io.Model.Output(tooltip="The model with probabilistic cfg: set cfg to a weight in [0, 1), such as 0.2.")],
+            inputs=[
+                io.Model.Input("model", tooltip="A model from Load GM Model or GM Adapter."),
+                *settings_inputs(),
+            ],
+            outputs=[
+                io.Model.Output(
+                    tooltip="The model with probabilistic cfg: set cfg to a weight in [0, 1), such as 0.2."
+                )
+            ],
         )
 
     @classmethod
-    def execute(cls, model, orthogonal: float, start_percent: float, end_percent: float) -> io.NodeOutput:
+    def execute(
+        cls, model, orthogonal: float, start_percent: float, end_percent: float
+    ) -> io.NodeOutput:
         return io.NodeOutput(guided(model, orthogonal, start_percent, end_percent))
 
 
@@ -122,7 +144,9 @@ class GMFlowGuider(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="A model from Load GM Model or GM Adapter."),
                 io.Conditioning.Input("positive", tooltip="What to generate."),
-                io.Float.Input("scale", default=0.2, min=0.0, max=0.99, step=0.01, tooltip=TIPS["scale"]),
+                io.Float.Input(
+                    "scale", default=0.2, min=0.0, max=0.99, step=0.01, tooltip=TIPS["scale"]
+                ),
                 *settings_inputs(),
                 io.Conditioning.Input(
                     "negative",
@@ -135,7 +159,14 @@ class GMFlowGuider(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, positive, scale: float, orthogonal: float, start_percent: float, end_percent: float, negative=None
+        cls,
+        model,
+        positive,
+        scale: float,
+        orthogonal: float,
+        start_percent: float,
+        end_percent: float,
+        negative=None,
     ) -> io.NodeOutput:
         model = guided(model, orthogonal, start_percent, end_percent)
         return io.NodeOutput(gm_guider(model, positive, negative, scale))

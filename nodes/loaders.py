@@ -67,23 +67,39 @@ class GMFlowLoader(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, model_name: str, hub_id_or_path: str = "", weight_dtype: str = "default") -> list:
+    def fingerprint_inputs(
+        cls, model_name: str, hub_id_or_path: str = "", weight_dtype: str = "default"
+    ) -> list:
         """A file that was trained on, or a folder that was replaced, is loaded again."""
         source = find_model(model_name, hub_id_or_path)
         files = [source]
         for folder in ("", "transformer", "spectrum_net", "vae") if os.path.isdir(source) else ():
             place = os.path.join(source, folder)
-            files += [entry.path for entry in sorted(os.scandir(place), key=lambda e: e.name)] if os.path.isdir(place) else []
+            files += (
+                [entry.path for entry in sorted(os.scandir(place), key=lambda e: e.name)]
+                if os.path.isdir(place)
+                else []
+            )
         stats = [os.stat(file) for file in files if os.path.exists(file)]
         return [source, weight_dtype, *((stat.st_mtime, stat.st_size) for stat in stats)]
 
     @classmethod
-    def execute(cls, model_name: str, hub_id_or_path: str = "", weight_dtype: str = "default") -> io.NodeOutput:
+    def execute(
+        cls, model_name: str, hub_id_or_path: str = "", weight_dtype: str = "default"
+    ) -> io.NodeOutput:
         source = find_model(model_name, hub_id_or_path)
-        logging.info("GMFlow: loading %s%s", source, "" if os.path.exists(source) else " from the Hugging Face hub")
+        logging.info(
+            "GMFlow: loading %s%s",
+            source,
+            "" if os.path.exists(source) else " from the Hugging Face hub",
+        )
         metadata = read_metadata(source)
         network, _ = load_checkpoint(source, dtype=DTYPES[weight_dtype])
         if weight_dtype == "default" and sum(p.numel() for p in network.parameters()) < SMALL:
             network = network.float()
-        seen_names.extend(name for name in distinct(metadata["data"].get("labels") or []) if name not in seen_names)
+        seen_names.extend(
+            name
+            for name in distinct(metadata["data"].get("labels") or [])
+            if name not in seen_names
+        )
         return io.NodeOutput(gm_model(network, metadata["data"]))

@@ -68,7 +68,9 @@ class GMFlowSourceLoader(io.ComfyNode):
     @classmethod
     def execute(cls, source_name: str) -> io.NodeOutput:
         path = find_source(source_name)
-        return io.NodeOutput(LoadedSource(source_name, load_source(path), read_source_metadata(path)["data"]))
+        return io.NodeOutput(
+            LoadedSource(source_name, load_source(path), read_source_metadata(path)["data"])
+        )
 
 
 class GMFlowSourceNoise(io.ComfyNode):
@@ -94,7 +96,11 @@ class GMFlowSourceNoise(io.ComfyNode):
                     "batch only.",
                 ),
                 io.Int.Input(
-                    "batch_size", default=1, min=1, max=4096, tooltip="Images. Where latent_image is connected it has its own."
+                    "batch_size",
+                    default=1,
+                    min=1,
+                    max=4096,
+                    tooltip="Images. Where latent_image is connected it has its own.",
                 ),
                 io.Combo.Input(
                     "choice",
@@ -118,7 +124,9 @@ class GMFlowSourceNoise(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Noise.Output("noise", display_name="noise", tooltip="For SamplerCustomAdvanced."),
+                io.Noise.Output(
+                    "noise", display_name="noise", tooltip="For SamplerCustomAdvanced."
+                ),
                 io.Conditioning.Output(
                     "conditioning",
                     display_name="modes",
@@ -130,19 +138,33 @@ class GMFlowSourceNoise(io.ComfyNode):
                     display_name="latent",
                     tooltip="latent_image, or an empty one of the source's size and the batch's.",
                 ),
-                io.String.Output("numbers", display_name="numbers", tooltip="The modes' numbers, one for each item."),
+                io.String.Output(
+                    "numbers",
+                    display_name="numbers",
+                    tooltip="The modes' numbers, one for each item.",
+                ),
             ],
         )
 
     @classmethod
     def execute(
-        cls, source: LoadedSource, noise_seed: int, batch_size: int, choice: str, modes: str = "", latent_image=None
+        cls,
+        source: LoadedSource,
+        noise_seed: int,
+        batch_size: int,
+        choice: str,
+        modes: str = "",
+        latent_image=None,
     ) -> io.NodeOutput:
         if latent_image is None:
             if choice in (LIKELIEST, DRAWN):
-                raise ValueError(f"the modes of an image were asked for ({choice!r}); connect it to latent_image, encoded")
+                raise ValueError(
+                    f"the modes of an image were asked for ({choice!r}); connect it to latent_image, encoded"
+                )
             device = comfy.model_management.intermediate_device()
-            latent_image = {"samples": torch.zeros((batch_size, *source.source.shape), device=device)}
+            latent_image = {
+                "samples": torch.zeros((batch_size, *source.source.shape), device=device)
+            }
         samples = latent_image["samples"]
         indices = latent_image.get("batch_index") or range(len(samples))
         draws = generators(noise_seed, indices)
@@ -157,4 +179,6 @@ class GMFlowSourceNoise(io.ComfyNode):
         noise = SourceNoise(source.source, chosen, noise_seed)
         conditioning = class_conditioning(chosen.tolist())
         conditioning[0][1][SOURCE] = noise
-        return io.NodeOutput(noise, conditioning, latent_image, ", ".join(map(str, chosen.tolist())))
+        return io.NodeOutput(
+            noise, conditioning, latent_image, ", ".join(map(str, chosen.tolist()))
+        )

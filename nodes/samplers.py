@@ -18,7 +18,9 @@ from .comfyui.options import SOURCE
 from .comfyui.probabilistic_cfg import has_probabilistic_guidance
 from .guidance import TIPS as GUIDANCE_TIPS
 
-NOTHING = [[torch.zeros(1, 1, 1), {}]]  # CONDITIONING for models that take none; others ask for labels
+NOTHING = [
+    [torch.zeros(1, 1, 1), {}]
+]  # CONDITIONING for models that take none; others ask for labels
 TIPS = {
     "order": "2 corrects every mixture with the one before it; 1 takes them as they are. For gm-ode and gm-sde.",
     "substeps": "GM-ODE's small steps between two network calls. They cost little beside the network: 8 are plenty for 4 "
@@ -93,16 +95,36 @@ class GMFlowPolicySampler(io.ComfyNode):
             description="pi-Flow's sampler for models with a GM adapter: between two network calls every pixel follows the "
             "policy that the first one predicted. For SamplerCustomAdvanced, with GM Policy Sigmas.",
             inputs=[
-                io.Int.Input("substeps", default=128, min=1, max=4096, tooltip=TIPS["policy_substeps"]),
-                io.Float.Input("temperature", default=0.0, min=0.0, max=1.0, step=0.01, tooltip=TIPS["temperature"]),
-                io.Float.Input("stochasticity", default=0.0, min=0.0, max=10.0, step=0.01, tooltip=TIPS["stochasticity"]),
+                io.Int.Input(
+                    "substeps", default=128, min=1, max=4096, tooltip=TIPS["policy_substeps"]
+                ),
+                io.Float.Input(
+                    "temperature",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip=TIPS["temperature"],
+                ),
+                io.Float.Input(
+                    "stochasticity",
+                    default=0.0,
+                    min=0.0,
+                    max=10.0,
+                    step=0.01,
+                    tooltip=TIPS["stochasticity"],
+                ),
             ],
             outputs=[io.Sampler.Output(tooltip="For SamplerCustomAdvanced or SamplerCustom.")],
         )
 
     @classmethod
     def execute(cls, substeps: int, temperature: float, stochasticity: float) -> io.NodeOutput:
-        settings = {"substeps": substeps, "temperature": temperature or None, "stochasticity": stochasticity}
+        settings = {
+            "substeps": substeps,
+            "temperature": temperature or None,
+            "stochasticity": stochasticity,
+        }
         return io.NodeOutput(gm_sampler("gm-policy", **settings))
 
 
@@ -118,21 +140,39 @@ class GMFlowPolicySigmas(io.ComfyNode):
             description="The time grid that GM adapters are made for: equal steps and a shorter last one, in the model's own "
             "time shift.",
             inputs=[
-                io.Model.Input("model", tooltip="The model that is sampled: its time shift counts."),
-                io.Int.Input("steps", default=4, min=1, max=1000, tooltip=TIPS["steps"]),
-                io.Float.Input("shift", default=0.0, min=0.0, max=100.0, step=0.01, tooltip=TIPS["shift"]),
-                io.Float.Input(
-                    "final_step_size", default=FINAL_STEP_SIZE, min=0.01, max=1.0, step=0.01, tooltip=TIPS["final_step_size"]
+                io.Model.Input(
+                    "model", tooltip="The model that is sampled: its time shift counts."
                 ),
-                io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=TIPS["denoise"]),
+                io.Int.Input("steps", default=4, min=1, max=1000, tooltip=TIPS["steps"]),
+                io.Float.Input(
+                    "shift", default=0.0, min=0.0, max=100.0, step=0.01, tooltip=TIPS["shift"]
+                ),
+                io.Float.Input(
+                    "final_step_size",
+                    default=FINAL_STEP_SIZE,
+                    min=0.01,
+                    max=1.0,
+                    step=0.01,
+                    tooltip=TIPS["final_step_size"],
+                ),
+                io.Float.Input(
+                    "denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=TIPS["denoise"]
+                ),
             ],
             outputs=[io.Sigmas.Output(tooltip="For SamplerCustomAdvanced or SamplerCustom.")],
         )
 
     @classmethod
-    def execute(cls, model, steps: int, shift: float, final_step_size: float, denoise: float) -> io.NodeOutput:
+    def execute(
+        cls, model, steps: int, shift: float, final_step_size: float, denoise: float
+    ) -> io.NodeOutput:
         return io.NodeOutput(
-            gm_sigmas(steps, shift or own_shift(model.get_model_object("model_sampling")), denoise, final_step_size)
+            gm_sigmas(
+                steps,
+                shift or own_shift(model.get_model_object("model_sampling")),
+                denoise,
+                final_step_size,
+            )
         )
 
 
@@ -148,8 +188,12 @@ class GMFlowSigmas(io.ComfyNode):
             description="A uniform time grid from 1 to 0, shifted if asked: what GM models are trained and measured with.",
             inputs=[
                 io.Int.Input("steps", default=8, min=1, max=1000, tooltip=TIPS["steps"]),
-                io.Float.Input("shift", default=1.0, min=0.01, max=100.0, step=0.01, tooltip=TIPS["shift"]),
-                io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=TIPS["denoise"]),
+                io.Float.Input(
+                    "shift", default=1.0, min=0.01, max=100.0, step=0.01, tooltip=TIPS["shift"]
+                ),
+                io.Float.Input(
+                    "denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=TIPS["denoise"]
+                ),
             ],
             outputs=[io.Sigmas.Output(tooltip="For SamplerCustomAdvanced or SamplerCustom.")],
         )
@@ -178,7 +222,12 @@ class GMFlowSampler(io.ComfyNode):
                     "gives 16,384 points per batch item.",
                 ),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip=TIPS["seed"]
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip=TIPS["seed"],
                 ),
                 io.Int.Input("steps", default=4, min=1, max=1000, tooltip=TIPS["steps"]),
                 io.Combo.Input(
@@ -197,8 +246,12 @@ class GMFlowSampler(io.ComfyNode):
                     tooltip="Small steps along the predicted mixture, for gm-ode between two network calls, for gm-policy in "
                     "all. They cost little beside the network. 0 takes the usual number: 8 for gm-ode, 128 for gm-policy.",
                 ),
-                io.Float.Input("shift", default=0.0, min=0.0, max=100.0, step=0.01, tooltip=TIPS["shift"]),
-                io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=TIPS["denoise"]),
+                io.Float.Input(
+                    "shift", default=0.0, min=0.0, max=100.0, step=0.01, tooltip=TIPS["shift"]
+                ),
+                io.Float.Input(
+                    "denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=TIPS["denoise"]
+                ),
                 io.Conditioning.Input(
                     "positive",
                     optional=True,
@@ -217,7 +270,8 @@ class GMFlowSampler(io.ComfyNode):
                     max=0.99,
                     step=0.01,
                     optional=True,
-                    tooltip=GUIDANCE_TIPS["scale"] + " GM Probabilistic Guidance in front of this node sets the rest.",
+                    tooltip=GUIDANCE_TIPS["scale"]
+                    + " GM Probabilistic Guidance in front of this node sets the rest.",
                 ),
                 io.Float.Input(
                     "final_step_size",
@@ -226,7 +280,8 @@ class GMFlowSampler(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     optional=True,
-                    tooltip=TIPS["final_step_size"] + " 0 takes the solver's own: 0.5 for gm-policy, 1 for the others.",
+                    tooltip=TIPS["final_step_size"]
+                    + " 0 takes the solver's own: 0.5 for gm-policy, 1 for the others.",
                 ),
                 io.Float.Input(
                     "temperature",
@@ -294,7 +349,9 @@ class GMFlowSampler(io.ComfyNode):
             "temperature": temperature or None,
             "stochasticity": stochasticity,
         }
-        samples = gm_guider(model, NOTHING if positive is None else positive, negative, guidance).sample(
+        samples = gm_guider(
+            model, NOTHING if positive is None else positive, negative, guidance
+        ).sample(
             noise,
             samples,
             gm_sampler(solver, shift, **settings),
@@ -305,4 +362,6 @@ class GMFlowSampler(io.ComfyNode):
             seed=seed,
         )
         result = {key: value for key, value in latent_image.items() if key not in RATIOS}
-        return io.NodeOutput({**result, "samples": samples.to(comfy.model_management.intermediate_device())})
+        return io.NodeOutput(
+            {**result, "samples": samples.to(comfy.model_management.intermediate_device())}
+        )

@@ -23,7 +23,10 @@ class GMFlowDensity(io.ComfyNode):
             category="GMFlow",
             description="Draws the points of a two-channel latent as a picture of their density.",
             inputs=[
-                io.Latent.Input("samples", tooltip="A latent with two channels, x and y: each of its pixels is one point."),
+                io.Latent.Input(
+                    "samples",
+                    tooltip="A latent with two channels, x and y: each of its pixels is one point.",
+                ),
                 io.Int.Input("size", default=512, min=32, max=4096, tooltip="Pixels a side."),
                 io.Int.Input(
                     "bins",
@@ -51,11 +54,17 @@ class GMFlowDensity(io.ComfyNode):
                     tooltip="One picture of all the points, or one for each item of the batch.",
                 ),
             ],
-            outputs=[io.Image.Output(tooltip="The density; dark is empty, bright is 1.5 times a checkerboard's or more.")],
+            outputs=[
+                io.Image.Output(
+                    tooltip="The density; dark is empty, bright is 1.5 times a checkerboard's or more."
+                )
+            ],
         )
 
     @classmethod
-    def execute(cls, samples, size: int, bins: int, extent: float, outline: bool, merge_batch: bool) -> io.NodeOutput:
+    def execute(
+        cls, samples, size: int, bins: int, extent: float, outline: bool, merge_batch: bool
+    ) -> io.NodeOutput:
         latent = samples["samples"]
         if latent.shape[1] != 2:
             raise ValueError(
@@ -63,7 +72,10 @@ class GMFlowDensity(io.ComfyNode):
                 f"{tuple(latent.shape)}); use VAE Decode or GM Pixels for image models"
             )
         groups = [latent] if merge_batch else latent.split(1)
-        pictures = [density_picture(to_points(g), size, min(bins, size), extent, outline=outline) for g in groups]
+        pictures = [
+            density_picture(to_points(g), size, min(bins, size), extent, outline=outline)
+            for g in groups
+        ]
         return io.NodeOutput(torch.stack(pictures))
 
 
@@ -79,7 +91,10 @@ class GMFlowPixels(io.ComfyNode):
             description="Shows the samples of a model that works on pixels (digits), where other models need a VAE Decode: "
             "each pixel becomes a square.",
             inputs=[
-                io.Latent.Input("samples", tooltip="A latent with three channels, red, green and blue in [-1, 1]."),
+                io.Latent.Input(
+                    "samples",
+                    tooltip="A latent with three channels, red, green and blue in [-1, 1].",
+                ),
                 io.Int.Input(
                     "scale",
                     default=16,
@@ -95,7 +110,9 @@ class GMFlowPixels(io.ComfyNode):
                     tooltip="Samples side by side in one picture, row after row; 0 gives an image for each.",
                 ),
             ],
-            outputs=[io.Image.Output(tooltip="One image for each item of the batch, or one of them all.")],
+            outputs=[
+                io.Image.Output(tooltip="One image for each item of the batch, or one of them all.")
+            ],
         )
 
     @classmethod
@@ -109,4 +126,6 @@ class GMFlowPixels(io.ComfyNode):
         images = (latent.float() + 1) / 2
         groups = [images] if columns else images.split(1)
         gap = GAP if columns else 0
-        return io.NodeOutput(torch.stack([image_grid(g.clamp(0, 1), columns or 1, scale, gap) for g in groups]))
+        return io.NodeOutput(
+            torch.stack([image_grid(g.clamp(0, 1), columns or 1, scale, gap) for g in groups])
+        )

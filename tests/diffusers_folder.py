@@ -93,7 +93,10 @@ def write_published_folder(
     index = {"_class_name": "GMDiTPipeline", "_diffusers_version": "0.32.2"}
     if labels is not None:
         index["id2label"] = labels
-    index["scheduler"] = [f"{library}.models.diffusions.schedulers.flow_euler_ode", "FlowEulerODEScheduler"]
+    index["scheduler"] = [
+        f"{library}.models.diffusions.schedulers.flow_euler_ode",
+        "FlowEulerODEScheduler",
+    ]
     for part, settings in parts.items():
         index[part] = [f"{library}.models.architecture.gmflow", settings["_class_name"]]
         write_json(folder / part / "config.json", settings)
@@ -107,12 +110,16 @@ def write_published_folder(
         part = "spectrum_net" if name.startswith("spectrum_net.") else "transformer"
         weights[part][name.removeprefix("spectrum_net.")] = tensor.clone()
     for part in parts:
-        write_weights(folder / part, weights[part], variant, shards if part == "transformer" else None)
+        write_weights(
+            folder / part, weights[part], variant, shards if part == "transformer" else None
+        )
     write_vae(folder / "vae", config.channels, vae_weights)
     return folder
 
 
-def write_weights(folder: Path, tensors: dict[str, Tensor], variant: str | None, shards: int | None) -> None:
+def write_weights(
+    folder: Path, tensors: dict[str, Tensor], variant: str | None, shards: int | None
+) -> None:
     stem = f"diffusion_pytorch_model{f'.{variant}' if variant else ''}"
     if shards is None:
         save_file(tensors, folder / f"{stem}.safetensors", {"format": "pt"})
@@ -120,7 +127,11 @@ def write_weights(folder: Path, tensors: dict[str, Tensor], variant: str | None,
     names = [f"{stem}-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
     weight_map = {name: names[i % shards] for i, name in enumerate(tensors)}
     for file in names:
-        save_file({name: tensors[name] for name in tensors if weight_map[name] == file}, folder / file, {"format": "pt"})
+        save_file(
+            {name: tensors[name] for name in tensors if weight_map[name] == file},
+            folder / file,
+            {"format": "pt"},
+        )
     index = f"diffusion_pytorch_model.safetensors.index{f'.{variant}' if variant else ''}.json"
     write_json(folder / index, {"metadata": {"total_size": 0}, "weight_map": weight_map})
 

@@ -22,13 +22,19 @@ def golden(name):
 
 def golden_mixture(name, prefix):
     figures = golden(name)
-    return GaussianMixture(*(figures[f"{prefix}.{part}"] for part in ("means", "logweights", "logstds")))
+    return GaussianMixture(
+        *(figures[f"{prefix}.{part}"] for part in ("means", "logweights", "logstds"))
+    )
 
 
-def random_mixture(seed=0, batch=2, components=4, channels=3, space=(2, 3), spread=1.5, dtype=torch.float32):
+def random_mixture(
+    seed=0, batch=2, components=4, channels=3, space=(2, 3), spread=1.5, dtype=torch.float32
+):
     """Components around 0 with a standard deviation between 0.3 and 0.8 for each sample."""
     generator = torch.Generator().manual_seed(seed)
-    means = spread * torch.randn(batch, components, channels, *space, generator=generator, dtype=F64)
+    means = spread * torch.randn(
+        batch, components, channels, *space, generator=generator, dtype=F64
+    )
     logits = torch.randn(batch, components, 1, *space, generator=generator, dtype=F64)
     std = 0.3 + 0.5 * torch.rand(batch, 1, 1, *[1] * len(space), generator=generator, dtype=F64)
     return GaussianMixture(means.to(dtype), logits.log_softmax(1).to(dtype), std.log().to(dtype))
@@ -39,13 +45,19 @@ def normal(*shape, seed=1, dtype=torch.float32):
 
 
 def cast(mixture, dtype):
-    return GaussianMixture(mixture.means.to(dtype), mixture.log_weights.to(dtype), mixture.log_std.to(dtype))
+    return GaussianMixture(
+        mixture.means.to(dtype), mixture.log_weights.to(dtype), mixture.log_std.to(dtype)
+    )
 
 
 def repeated(mixture, count):
     """A mixture of points (B, K, C) as one of `count` pixels that are all alike."""
-    means, log_weights, log_std = (t.unsqueeze(3) for t in (mixture.means, mixture.log_weights, mixture.log_std))
-    return GaussianMixture(means.expand(-1, -1, -1, count), log_weights.expand(-1, -1, -1, count), log_std)
+    means, log_weights, log_std = (
+        t.unsqueeze(3) for t in (mixture.means, mixture.log_weights, mixture.log_std)
+    )
+    return GaussianMixture(
+        means.expand(-1, -1, -1, count), log_weights.expand(-1, -1, -1, count), log_std
+    )
 
 
 def is_near(actual, expected, tolerance=GOLDEN):
@@ -79,12 +91,24 @@ def normal_score(log_weights, offset):
     below = (log_weights + torch.special.log_ndtr(offset)).logsumexp(1)
     above = (log_weights + torch.special.log_ndtr(-offset)).logsumexp(1)
     tail = torch.minimum(below, above)
-    score = bisect(lambda z: torch.special.log_ndtr(z) - tail, torch.full_like(tail, -40.0), torch.full_like(tail, 1e-9))
+    score = bisect(
+        lambda z: torch.special.log_ndtr(z) - tail,
+        torch.full_like(tail, -40.0),
+        torch.full_like(tail, 1e-9),
+    )
     return torch.where(below < above, score, -score)
 
 
-WAITING = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.equal", "aten._linalg_eigh")
-COPYING = ("aten.lift_fresh",)  # of numbers of Python's, which on a GPU is a copy that is waited for
+WAITING = (
+    "aten._local_scalar_dense",
+    "aten.nonzero",
+    "aten.masked_select",
+    "aten.equal",
+    "aten._linalg_eigh",
+)
+COPYING = (
+    "aten.lift_fresh",
+)  # of numbers of Python's, which on a GPU is a copy that is waited for
 
 
 class Waits(TorchDispatchMode):
@@ -96,7 +120,9 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = str(function.overloadpacket)
-        by_mask = name == "aten.index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+        by_mask = name == "aten.index" and any(
+            i is not None and i.dtype == torch.bool for i in args[1]
+        )
         if by_mask or name in self.names:
             self.found.append(name)
         return function(*args, **(kwargs or {}))

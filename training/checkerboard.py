@@ -75,9 +75,17 @@ class Config(TrainerConfig):
 PRESETS = {
     "full": Config(),
     "minimal": Config(
-        preset="minimal", num_components=32, transition_ratio=None, optimizer="adam", ema=False, warmup=0, iterations=50_000
+        preset="minimal",
+        num_components=32,
+        transition_ratio=None,
+        optimizer="adam",
+        ema=False,
+        warmup=0,
+        iterations=50_000,
     ),
-    "flow-matching": Config(preset="flow-matching", num_components=1, constant_log_std=0.0, transition_ratio=None),
+    "flow-matching": Config(
+        preset="flow-matching", num_components=1, constant_log_std=0.0, transition_ratio=None
+    ),
 }
 
 
@@ -108,7 +116,9 @@ def loss_of(model: Callable[[Tensor, Tensor], GaussianMixture], batch: dict[str,
     mixture = model(batch["x"], batch["sigma"])
     if "velocity" in batch:
         return nll(mixture, batch["velocity"]).mean()
-    return transition_nll(mixture, batch["x_low"], batch["x"], batch["sigma_low"], batch["sigma"]).mean()
+    return transition_nll(
+        mixture, batch["x_low"], batch["x"], batch["sigma_low"], batch["sigma"]
+    ).mean()
 
 
 class Trainer(trainer.Trainer):
@@ -123,7 +133,11 @@ class Trainer(trainer.Trainer):
 
     def new_model(self) -> GMFlowMLP:
         config = self.config
-        return GMFlowMLP(GMFlowMLPConfig(num_components=config.num_components, constant_log_std=config.constant_log_std))
+        return GMFlowMLP(
+            GMFlowMLPConfig(
+                num_components=config.num_components, constant_log_std=config.constant_log_std
+            )
+        )
 
     def new_optimizer(self) -> torch.optim.Optimizer:
         cls = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[self.config.optimizer]
@@ -132,7 +146,10 @@ class Trainer(trainer.Trainer):
     def backward(self) -> dict[str, Tensor]:
         acc = self.accelerator
         share = slice(acc.process_index, None, acc.num_processes)
-        batch = {k: to_device(v[share], acc.device) for k, v in draw_batch(self.config, self.generator).items()}
+        batch = {
+            k: to_device(v[share], acc.device)
+            for k, v in draw_batch(self.config, self.generator).items()
+        }
 
         def network(x: Tensor, sigma: Tensor) -> GaussianMixture:
             with self.autocast():
@@ -160,8 +177,12 @@ class Trainer(trainer.Trainer):
         """Write the weights to share, and their report."""
         path, facts = self.config.out / "weights.safetensors", self.facts()
         save_checkpoint(self.sampling_model(), path, facts=facts, dtype=torch.float16)
-        report = write_report(path, self.config.out, self.config.eval_samples, device=self.config.device)
-        save_checkpoint(self.sampling_model(), path, facts={**facts, "report": report}, dtype=torch.float16)
+        report = write_report(
+            path, self.config.out, self.config.eval_samples, device=self.config.device
+        )
+        save_checkpoint(
+            self.sampling_model(), path, facts={**facts, "report": report}, dtype=torch.float16
+        )
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -53,7 +53,9 @@ def draw_saturation(rng: np.random.Generator) -> float:
 
 def colour(hue: float, saturation: float) -> np.ndarray:
     """RGB (3,) in [0, 1] of the brightest colour with this hue and saturation, all in [0, 1]."""
-    away = np.abs((hue * 6 - np.array([0, 2, 4]) + 3) % 6 - 3)  # distance to red, green, blue on the colour wheel
+    away = np.abs(
+        (hue * 6 - np.array([0, 2, 4]) + 3) % 6 - 3
+    )  # distance to red, green, blue on the colour wheel
     return 1 - saturation * (1 - np.clip(2 - away, 0, 1))
 
 
@@ -75,7 +77,9 @@ def source_digits() -> tuple[np.ndarray, np.ndarray]:
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('the digits come with scikit-learn: pip install -e ".[train]"') from error
+        raise ModuleNotFoundError(
+            'the digits come with scikit-learn: pip install -e ".[train]"'
+        ) from error
     digits = load_digits()
     return digits.images, digits.target
 
@@ -122,11 +126,15 @@ def write_digits(config: Config) -> dict[str, int]:
 
 def main(arguments: list[str] | None = None) -> None:
     try:
-        config = tyro.cli(Config, args=arguments, prog="python -m training.digits", description=__doc__)
+        config = tyro.cli(
+            Config, args=arguments, prog="python -m training.digits", description=__doc__
+        )
         counts = write_digits(config)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         raise SystemExit(f"error: {error}") from error
-    print(f"{counts['train']} pictures in {config.out / 'train'}, {counts['test']} in {config.out / 'test'}")
+    print(
+        f"{counts['train']} pictures in {config.out / 'train'}, {counts['test']} in {config.out / 'test'}"
+    )
 
 
 if __name__ == "__main__":

@@ -37,7 +37,13 @@ def parse(arguments: list[str]) -> Config:
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--preset", default="default")
     preset = PRESETS.get(finder.parse_known_args(arguments)[0].preset, Config())
-    return tyro.cli(Config, default=preset, args=arguments, prog="python -m training.evaluate", description=__doc__)
+    return tyro.cli(
+        Config,
+        default=preset,
+        args=arguments,
+        prog="python -m training.evaluate",
+        description=__doc__,
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:

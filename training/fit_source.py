@@ -38,10 +38,16 @@ def convert(config: ConvertConfig) -> GaussianMixtureSource:
     """
     assigner = config.assigner
     if assigner is not None:
-        assigner = convert_pickle(assigner) if assigner.suffix in (".pkl", ".pickle", ".joblib") else load_source(assigner)
+        assigner = (
+            convert_pickle(assigner)
+            if assigner.suffix in (".pkl", ".pickle", ".joblib")
+            else load_source(assigner)
+        )
     source = convert_pickle(config.source, assigner)
     save_source(source, config.out, facts={"converted": config.source.name})
-    print(f"{config.out}: {source.num_modes} {'spherical' if source.is_spherical else 'diagonal'} modes of {source.shape}")
+    print(
+        f"{config.out}: {source.num_modes} {'spherical' if source.is_spherical else 'diagonal'} modes of {source.shape}"
+    )
     return source
 
 

@@ -45,7 +45,17 @@ from training.data.image_folder import (
     list_images,
     read_class_names,
 )
-from training.data.shards import DTYPES, FORMAT, INDEX, PLAN, read_record, shard_name, to_model, write_index, write_shard
+from training.data.shards import (
+    DTYPES,
+    FORMAT,
+    INDEX,
+    PLAN,
+    read_record,
+    shard_name,
+    to_model,
+    write_index,
+    write_shard,
+)
 from training.encoders.load import load_vae
 from training.encoders.vae import SD_VAE, VAE
 
@@ -86,12 +96,16 @@ class Config:
     def __post_init__(self):
         for name in ("size", "batch_size", "shard_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1"
+                )
         for name in ("workers", "seed"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be 0 or more")
         if self.device not in ("auto", "cpu"):
-            raise ValueError(f"--device is {self.device!r}; give auto or cpu (choose a GPU with CUDA_VISIBLE_DEVICES)")
+            raise ValueError(
+                f"--device is {self.device!r}; give auto or cpu (choose a GPU with CUDA_VISIBLE_DEVICES)"
+            )
 
 
 def make_plan(config: Config, images: ImageList) -> dict:
@@ -119,16 +133,22 @@ def check_plan(out: Path, plan: dict) -> None:
     path = out / PLAN
     if not path.exists():
         if out.is_dir() and (any(out.glob("shard-*.safetensors")) or (out / INDEX).exists()):
-            raise ValueError(f"{out} holds shards but no {PLAN}; give another --out, or --restart to throw them away")
+            raise ValueError(
+                f"{out} holds shards but no {PLAN}; give another --out, or --restart to throw them away"
+            )
         return
     try:
         found = dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); give --restart to throw the folder's shards away") from error
+        raise ValueError(
+            f"{path} is damaged ({error}); give --restart to throw the folder's shards away"
+        ) from error
     differ = [key for key in plan if found.get(key) != plan[key]]
     if differ:
         changes = ", ".join(
-            f"{key}: {found.get(key)} there, {plan[key]} here" if key != "files" else "not the same list of image files"
+            f"{key}: {found.get(key)} there, {plan[key]} here"
+            if key != "files"
+            else "not the same list of image files"
             for key in differ
         )
         raise ValueError(
@@ -148,7 +168,11 @@ def whole_shard(out: Path, number: int, plan: dict) -> dict | None:
     record = read_record(out / shard_name(number))
     if record is None or record.get("plan") != plan_key(plan):
         return None
-    return record if record["count"] + len(record["skipped"]) == len(shard_range(number, plan)) else None
+    return (
+        record
+        if record["count"] + len(record["skipped"]) == len(shard_range(number, plan))
+        else None
+    )
 
 
 def plan_key(plan: dict) -> str:
@@ -157,7 +181,12 @@ def plan_key(plan: dict) -> str:
 
 
 def write_shards(
-    config: Config, images: ImageList, plan: dict, numbers: list[int], vae: VAE | None, state: PartialState
+    config: Config,
+    images: ImageList,
+    plan: dict,
+    numbers: list[int],
+    vae: VAE | None,
+    state: PartialState,
 ) -> None:
     """Write the shards with these numbers, one after the other.
 
@@ -166,20 +195,36 @@ def write_shards(
         FloatingPointError: the VAE gives latents that are not finite.
         KeyboardInterrupt: Ctrl-C or SIGTERM came, and the batch under way is done.
     """
-    shape = (3, config.size, config.size) if vae is None else vae.latent_shape(config.size, config.size)
+    shape = (
+        (3, config.size, config.size) if vae is None else vae.latent_shape(config.size, config.size)
+    )
     noise_shape = shape if vae is not None and vae.needs_noise else None
     crops = ImageCrops(images, config.size, config.flip, config.seed, noise_shape)
-    batches = [part for number in numbers for part in _parts(shard_range(number, plan), config.batch_size)]
+    batches = [
+        part for number in numbers for part in _parts(shard_range(number, plan), config.batch_size)
+    ]
     workers = config.workers
     if workers is None:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
         workers = min(8, (os.cpu_count() or 1) // local)
     loader = iter(
-        DataLoader(crops, batch_sampler=batches, num_workers=workers, collate_fn=collate, worker_init_fn=leave_signals_to_main)
+        DataLoader(
+            crops,
+            batch_sampler=batches,
+            num_workers=workers,
+            collate_fn=collate,
+            worker_init_fn=leave_signals_to_main,
+        )
     )
     left = sum(len(batch) for batch in batches)
     one_of = f" (process 1 of {state.num_processes})" if state.num_processes > 1 else ""
-    bar = tqdm(total=left, unit="img", desc=config.out.name + one_of, disable=not state.is_main_process, dynamic_ncols=True)
+    bar = tqdm(
+        total=left,
+        unit="img",
+        desc=config.out.name + one_of,
+        disable=not state.is_main_process,
+        dynamic_ncols=True,
+    )
     with bar, stop_signals() as stopped:
         for number in numbers:
             members = shard_range(number, plan)
@@ -198,7 +243,9 @@ def write_shards(
                         raise OSError(item.reason)
                     skipped.append({"file": images.files[item.index], "reason": item.reason})
                 if batch.indices:
-                    values = batch.pixels if vae is None else encode(vae, batch, config, state.device)
+                    values = (
+                        batch.pixels if vae is None else encode(vae, batch, config, state.device)
+                    )
                     x[len(kept) : len(kept) + len(values)] = values
                     kept += batch.indices
                 bar.update(len(batch.indices) + len(batch.failed))
@@ -216,7 +263,10 @@ def stop_signals() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield stopped
         return
-    before = {number: signal.signal(number, lambda *_: stopped.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.signal(number, lambda *_: stopped.set())
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield stopped
     finally:
@@ -253,7 +303,9 @@ def make_index(config: Config, images: ImageList, plan: dict, shards: int, vae: 
     records = [whole_shard(config.out, number, plan) for number in range(shards)]
     if None in records:
         path = config.out / shard_name(records.index(None))
-        raise ValueError(f"{path} is missing or not whole; run the same command again: it rewrites only such shards")
+        raise ValueError(
+            f"{path} is missing or not whole; run the same command again: it rewrites only such shards"
+        )
     skipped = [entry for record in records for entry in record["skipped"]]
     left = Counter(images.labels)
     left.subtract(Counter(images.folders.index(entry["file"].split("/")[0]) for entry in skipped))
@@ -267,11 +319,16 @@ def make_index(config: Config, images: ImageList, plan: dict, shards: int, vae: 
     return {
         "format": FORMAT,
         "kind": plan["kind"],
-        "shape": [3, config.size, config.size] if vae is None else list(vae.latent_shape(config.size, config.size)),
+        "shape": [3, config.size, config.size]
+        if vae is None
+        else list(vae.latent_shape(config.size, config.size)),
         "classes": read_class_names(config.class_names, images.folders),
         "folders": images.folders,
         "count": sum(record["count"] for record in records),
-        "shards": [{"file": shard_name(number), "count": record["count"]} for number, record in enumerate(records)],
+        "shards": [
+            {"file": shard_name(number), "count": record["count"]}
+            for number, record in enumerate(records)
+        ],
         "skipped": skipped,
         "source": str(images.root),
         "size": config.size,
@@ -295,7 +352,9 @@ def prepare(config: Config) -> dict:
     state = PartialState(cpu=on_cpu(config.device), timeout=timedelta(days=7))
     out, data = config.out.resolve(), config.data.resolve()
     if out == data or data in out.parents:
-        raise ValueError(f"--out {config.out} is inside --data {config.data}, and would be taken for a class; give another")
+        raise ValueError(
+            f"--out {config.out} is inside --data {config.data}, and would be taken for a class; give another"
+        )
     images = list_images(config.data)
     read_class_names(config.class_names, images.folders)
     plan = make_plan(config, images)
@@ -304,7 +363,11 @@ def prepare(config: Config) -> dict:
             for leftover in config.out.glob(pattern):
                 leftover.unlink()
         if config.restart:
-            for old in (config.out / PLAN, config.out / INDEX, *config.out.glob("shard-*.safetensors")):
+            for old in (
+                config.out / PLAN,
+                config.out / INDEX,
+                *config.out.glob("shard-*.safetensors"),
+            ):
                 old.unlink(missing_ok=True)
         check_plan(config.out, plan)
         write_index(config.out, plan, PLAN)
@@ -350,7 +413,9 @@ def report(config: Config, index: dict) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     with command():
-        config = tyro.cli(Config, args=arguments, prog="python -m training.prepare", description=__doc__)
+        config = tyro.cli(
+            Config, args=arguments, prog="python -m training.prepare", description=__doc__
+        )
         prepare(config)
 
 

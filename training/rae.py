@@ -51,7 +51,9 @@ class RunningStatistics:
     def __init__(self, shape: tuple[int, ...]):
         self.count = torch.zeros((), dtype=torch.float64)
         self.mean = torch.zeros(shape, dtype=torch.float64)
-        self.squares = torch.zeros(shape, dtype=torch.float64)  # sum of squared distances from the mean
+        self.squares = torch.zeros(
+            shape, dtype=torch.float64
+        )  # sum of squared distances from the mean
 
     def update(self, latents: Tensor) -> None:
         """Take in (B, C, h, w).
@@ -62,7 +64,9 @@ class RunningStatistics:
         var, mean = torch.var_mean(latents.float(), 0, correction=0)
         mean, squares = mean.cpu().double(), var.cpu().double() * len(latents)
         if not (mean.isfinite().all() and squares.isfinite().all()):
-            raise FloatingPointError("the encoder gives latents that are not finite; its weights are damaged: get them again")
+            raise FloatingPointError(
+                "the encoder gives latents that are not finite; its weights are damaged: get them again"
+            )
         total = self.count + len(latents)
         difference = mean - self.mean
         self.squares += squares + difference**2 * (self.count * len(latents) / total)
@@ -77,14 +81,18 @@ class RunningStatistics:
         torch.distributed.all_reduce(total)
         torch.distributed.all_reduce(mean)
         mean /= total
-        squares = self.squares.to(device) + self.count.to(device) * (self.mean.to(device) - mean) ** 2
+        squares = (
+            self.squares.to(device) + self.count.to(device) * (self.mean.to(device) - mean) ** 2
+        )
         torch.distributed.all_reduce(squares)
         self.count, self.mean, self.squares = total.cpu(), mean.cpu(), squares.cpu()
 
     def save(self, path: str | Path) -> None:
         """Write the file that `load_statistics` reads, with "mean" and "var"."""
         with whole_file(Path(path)) as temporary:
-            save_file({"mean": self.mean.float(), "var": (self.squares / self.count).float()}, temporary)
+            save_file(
+                {"mean": self.mean.float(), "var": (self.squares / self.count).float()}, temporary
+            )
 
 
 def statistics(
@@ -124,13 +132,19 @@ def statistics(
             if item.fatal:
                 raise OSError(item.reason)
         if batch.indices:
-            running.update(rae.encoder.latents(rae.encoder(to_model(batch.pixels.to(state.device)))))
+            running.update(
+                rae.encoder.latents(rae.encoder(to_model(batch.pixels.to(state.device))))
+            )
     running.reduce(state.device)
     if running.count < 2:
-        raise ValueError(f"{data} has {int(running.count)} images that can be read; statistics need at least 2")
+        raise ValueError(
+            f"{data} has {int(running.count)} images that can be read; statistics need at least 2"
+        )
     if state.is_main_process:
         running.save(out)
-        print(f'{out}: mean and variance of {int(running.count):,} latents; name the file in rae.json as "statistics"')
+        print(
+            f'{out}: mean and variance of {int(running.count):,} latents; name the file in rae.json as "statistics"'
+        )
 
 
 def convert(source: Path, out: Path, null_class: bool = True) -> None:
@@ -143,7 +157,9 @@ def convert(source: Path, out: Path, null_class: bool = True) -> None:
     """
 
     if not source.exists():
-        raise FileNotFoundError(f"there is no {source}; download it first (hf download {COLLECTION} --local-dir FOLDER)")
+        raise FileNotFoundError(
+            f"there is no {source}; download it first (hf download {COLLECTION} --local-dir FOLDER)"
+        )
     network = DiTDH.from_published(read_tensors(source), null_class)
     save_checkpoint(network, out, data={"space": RAE.space})
     print(f"{out}: {network.config}")
@@ -152,7 +168,10 @@ def convert(source: Path, out: Path, null_class: bool = True) -> None:
 def main(arguments: list[str] | None = None) -> None:
     try:
         tyro.extras.subcommand_cli_from_dict(
-            {"statistics": statistics, "convert": convert}, prog="python -m training.rae", description=__doc__, args=arguments
+            {"statistics": statistics, "convert": convert},
+            prog="python -m training.rae",
+            description=__doc__,
+            args=arguments,
         )
     except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
         raise SystemExit(f"error: {error}") from error

@@ -33,7 +33,9 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     keep_freed_memory()
     try:
-        write(parse_preset(PRESETS, MODULE, __doc__, sys.argv[1:] if arguments is None else arguments))
+        write(
+            parse_preset(PRESETS, MODULE, __doc__, sys.argv[1:] if arguments is None else arguments)
+        )
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     except KeyboardInterrupt:

@@ -34,12 +34,20 @@ def _compiled_code(components: int, channels: int) -> Code:
     from . import tiled_compiled as fused
 
     logging.info(
-        "GMFlow: compiling rollouts of K = %d, C = %d: this takes a while, now and for a second size", components, channels
+        "GMFlow: compiling rollouts of K = %d, C = %d: this takes a while, now and for a second size",
+        components,
+        channels,
     )
-    return Code(*map(compiled, (fused.prepare, fused.advance, fused.finish)), fused.few_enough, fused.TOGETHER)
+    return Code(
+        *map(compiled, (fused.prepare, fused.advance, fused.finish)),
+        fused.few_enough,
+        fused.TOGETHER,
+    )
 
 
-def _by_triton(x0: GaussianMixture, x: Tensor, sigma: Sigma, sigma_end: Sigma, substeps: int, shift: float) -> Tensor | None:
+def _by_triton(
+    x0: GaussianMixture, x: Tensor, sigma: Sigma, sigma_end: Sigma, substeps: int, shift: float
+) -> Tensor | None:
     """The rollout, or None where Triton, or what this takes of it, is missing."""
     kind = ("triton", x.device.type, *x0.means.shape[1:3])
     if kind in declined:

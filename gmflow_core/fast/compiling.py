@@ -19,7 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-METHODS = ("plain", "tiled", "compiled", "triton")  # see `gmflow_core.rollout`; all but the third are of rollouts only
+METHODS = (
+    "plain",
+    "tiled",
+    "compiled",
+    "triton",
+)  # see `gmflow_core.rollout`; all but the third are of rollouts only
 METHOD_VARIABLE = "GMFLOW_METHOD"  # of the environment
 OPTIONS = {  # of torch.compile's inductor
     "max_fusion_size": 512,
@@ -37,7 +42,9 @@ def chosen_method(method: str | None = None) -> str | None:
     method = method or os.environ.get(METHOD_VARIABLE) or None
     if method is not None and method not in METHODS:
         known = ", ".join(METHODS)
-        raise ValueError(f"method {method!r} (of the argument, or of {METHOD_VARIABLE}) is unknown; take one of {known}")
+        raise ValueError(
+            f"method {method!r} (of the argument, or of {METHOD_VARIABLE}) is unknown; take one of {known}"
+        )
     return method
 
 
@@ -66,7 +73,9 @@ def fusible(function: Callable) -> Callable:
     return run
 
 
-_resting: ContextVar[bool] = ContextVar("resting", default=False)  # while all is part of what will be compiled
+_resting: ContextVar[bool] = ContextVar(
+    "resting", default=False
+)  # while all is part of what will be compiled
 
 
 class _Program:
@@ -74,7 +83,9 @@ class _Program:
 
     def __init__(self, function: Callable, template: Any, result: Any):
         def of_tensors(numbers: Tensor | None, *tensors: Tensor) -> list[Tensor]:
-            given = _put_together(template, iter(tensors), iter(() if numbers is None else numbers.unbind()))
+            given = _put_together(
+                template, iter(tensors), iter(() if numbers is None else numbers.unbind())
+            )
             found: list[Tensor] = []
             _take_apart(function(*given), found, [], [])
             return found
@@ -93,7 +104,10 @@ def _run_compiled(function: Callable, *arguments: Any) -> Any:
         return function(*arguments)
     program = _programs.get(kind)
     if program is None:  # what the result is made of is seen in the first
-        logging.info("GMFlow: %s will be compiled when it comes again: this takes a while", function.__qualname__)
+        logging.info(
+            "GMFlow: %s will be compiled when it comes again: this takes a while",
+            function.__qualname__,
+        )
         template = _template(arguments)  # now: the function may settle some
         token = _resting.set(True)
         try:
@@ -136,7 +150,9 @@ def _in_one_tensor(numbers: list[float], device: torch.device) -> Tensor | None:
     if device.type == "cpu":
         return torch.tensor(numbers, dtype=torch.float64)
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    return torch.stack([torch.full((), each, dtype=dtype, device=device) for each in numbers])  # fills, which wait for nothing
+    return torch.stack(
+        [torch.full((), each, dtype=dtype, device=device) for each in numbers]
+    )  # fills, which wait for nothing
 
 
 def _take_apart(value: Any, tensors: list[Tensor], numbers: list[float], kind: list) -> None:
@@ -149,7 +165,9 @@ def _take_apart(value: Any, tensors: list[Tensor], numbers: list[float], kind: l
                 continue
             if type(each) is Tensor:  # most are, and this is called often
                 tensors.append(each)
-                kind.append(each.shape[1:3] if name == "means" else None)  # K and C, for which code is made
+                kind.append(
+                    each.shape[1:3] if name == "means" else None
+                )  # K and C, for which code is made
             else:
                 _take_apart(each, tensors, numbers, kind)
     elif isinstance(value, Tensor):
@@ -219,7 +237,11 @@ def compiled(function: Callable) -> Callable:
     """
     name = f"{function.__name__}_{next(_copies)}"  # by file, line and name torch.compile remembers which sizes change
     copy = types.FunctionType(
-        function.__code__.replace(co_name=name), function.__globals__, name, function.__defaults__, function.__closure__
+        function.__code__.replace(co_name=name),
+        function.__globals__,
+        name,
+        function.__defaults__,
+        function.__closure__,
     )
 
     @functools.cache
@@ -246,7 +268,15 @@ def _options() -> dict[str, Any]:
     return options
 
 
-OF_THE_CODE = {"BUILTIN_MATCH", "CLASS_MATCH", "CLOSURE_MATCH", "CONSTANT_MATCH", "EQUALS_MATCH", "ID_MATCH", "MODULE_MATCH"}
+OF_THE_CODE = {
+    "BUILTIN_MATCH",
+    "CLASS_MATCH",
+    "CLOSURE_MATCH",
+    "CONSTANT_MATCH",
+    "EQUALS_MATCH",
+    "ID_MATCH",
+    "MODULE_MATCH",
+}
 
 
 def _guards_of_arguments(guards: list) -> list[bool]:

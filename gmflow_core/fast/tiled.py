@@ -14,7 +14,10 @@ from ..gaussians.mixture import GaussianMixture
 from ..gaussians.tensors import sum_of_products
 
 Check = Callable[[], None]
-TILE = {"cpu": 1 << 15, "gpu": 1 << 20}  # pixels times components: on a CPU a thread's, which torch splits no further
+TILE = {
+    "cpu": 1 << 15,
+    "gpu": 1 << 20,
+}  # pixels times components: on a CPU a thread's, which torch splits no further
 
 
 # In tiles
@@ -38,15 +41,24 @@ def _tiled(
     means = x0.means.reshape(batch, components, channels, pixels)
     log_weights = x0.log_weights.reshape(batch, components, pixels)
     points = x.to(torch.promote_types(x.dtype, means.dtype)).reshape(batch, channels, pixels)
-    idle = -(substeps - 1) % code.together  # substeps that do nothing, so that all are taken in whole groups
-    numbers = [_per_pixel(each, x) for each in (expand_sigma(sigma, x), expand_sigma(sigma_end, x), x0.log_std.squeeze(1))]
+    idle = (
+        -(substeps - 1) % code.together
+    )  # substeps that do nothing, so that all are taken in whole groups
+    numbers = [
+        _per_pixel(each, x)
+        for each in (expand_sigma(sigma, x), expand_sigma(sigma_end, x), x0.log_std.squeeze(1))
+    ]
     settings = substeps, idle, shift, means.dtype
-    coefficients = _coefficients(*numbers, *settings) if all(each.numel() == 1 for each in numbers) else None
+    coefficients = (
+        _coefficients(*numbers, *settings) if all(each.numel() == 1 for each in numbers) else None
+    )
     gram = code.gram(components, channels, substeps)
     size = TILE["cpu"] * torch.get_num_threads() if x.device.type == "cpu" else TILE["gpu"]
     size = max(1, size // components)
     samples = max(1, size // pixels)
-    size = 16 * math.ceil(pixels / math.ceil(pixels / size) / 16)  # as equal as whole vectors of numbers allow
+    size = 16 * math.ceil(
+        pixels / math.ceil(pixels / size) / 16
+    )  # as equal as whole vectors of numbers allow
     if size % 256 == 0:
         size += 16  # or all rows of a tile would compete for the same places of the cache
     result = torch.empty_like(points)
@@ -66,7 +78,9 @@ def _per_pixel(values: Tensor, x: Tensor) -> Tensor:
     """Broadcastable to (B, 1, *S) -> (B or 1, pixels or 1), in double precision where the device has it."""
     if values.shape[2:].numel() > 1:
         values = values.expand(-1, 1, *x.shape[2:])
-    return values.reshape(len(values), -1).to(torch.float32 if x.device.type == "mps" else torch.float64)
+    return values.reshape(len(values), -1).to(
+        torch.float32 if x.device.type == "mps" else torch.float64
+    )
 
 
 def _part(values: Tensor, tile: tuple[slice, slice]) -> Tensor:
@@ -102,8 +116,12 @@ def _roll_tile(
     signal, signal_end, source = _of_pixels(frame, shape)
     origin, z, *products = code.prepare(means, log_weights, x, signal, gram)
     state = torch.zeros_like(log_weights if gram else x)
-    for coefficients in steps[1:].split(code.together):  # at the first the posterior is the mixture itself, and r stays 0
-        state = code.advance(state, tuple(products), log_weights, _of_pixels(coefficients, shape), gram)
+    for coefficients in steps[1:].split(
+        code.together
+    ):  # at the first the posterior is the mixture itself, and r stays 0
+        state = code.advance(
+            state, tuple(products), log_weights, _of_pixels(coefficients, shape), gram
+        )
         if check is not None:
             check()
     return code.finish(state, origin, z, means, signal_end, source, gram)
@@ -124,20 +142,38 @@ def _prepare(
             along.addcmul_(inner[c], z[c])
             norms.addcmul_(inner[c], inner[c])
         return origin, z, inner, norms, along
-    rows = [means.new_zeros(components - k, count) for k in range(components)]  # of the upper triangle
+    rows = [
+        means.new_zeros(components - k, count) for k in range(components)
+    ]  # of the upper triangle
     for c in range(channels):
         offsets = means[:, c] - origin[c]
         along.addcmul_(offsets, z[c])
         for k, row in enumerate(rows):
             row.addcmul_(offsets[k:], offsets[k])
-    inner = torch.stack([rows[min(k, j)][abs(k - j)] for k in range(components) for j in range(components)])
-    return origin, z, inner.unflatten(0, (components, components)), torch.stack([row[0] for row in rows]), along
+    inner = torch.stack(
+        [rows[min(k, j)][abs(k - j)] for k in range(components) for j in range(components)]
+    )
+    return (
+        origin,
+        z,
+        inner.unflatten(0, (components, components)),
+        torch.stack([row[0] for row in rows]),
+        along,
+    )
 
 
-def _advance(state: Tensor, products: tuple[Tensor, ...], log_weights: Tensor, coefficients: Tensor, gram: bool) -> Tensor:
+def _advance(
+    state: Tensor,
+    products: tuple[Tensor, ...],
+    log_weights: Tensor,
+    coefficients: Tensor,
+    gram: bool,
+) -> Tensor:
     """c (K, n) or r (C, n) after as many Euler steps as there are `coefficients`, (T, 5, 1 or n); products: `_prepare`'s."""
     inner, norms, along = products
-    for of_norm, of_source, of_state, decay, gain in (each.unbind(0) for each in coefficients.unbind(0)):
+    for of_norm, of_source, of_state, decay, gain in (
+        each.unbind(0) for each in coefficients.unbind(0)
+    ):
         logits = torch.addcmul(log_weights, norms, of_norm).addcmul_(along, of_source)
         for row, factor in zip(inner.unbind(0), (state * of_state).unbind(0), strict=True):
             logits.addcmul_(row, factor)
@@ -147,7 +183,15 @@ def _advance(state: Tensor, products: tuple[Tensor, ...], log_weights: Tensor, c
     return state
 
 
-def _finish(state: Tensor, origin: Tensor, z: Tensor, means: Tensor, signal_end: Tensor, source: Tensor, gram: bool) -> Tensor:
+def _finish(
+    state: Tensor,
+    origin: Tensor,
+    z: Tensor,
+    means: Tensor,
+    signal_end: Tensor,
+    source: Tensor,
+    gram: bool,
+) -> Tensor:
     """x at the end, (C, n)."""
     end = source * z
     if not gram:
@@ -178,7 +222,13 @@ EAGER = Code(_prepare, _advance, _finish, _fewer_with_gram, 1)
 
 
 def _coefficients(
-    start: Tensor, end: Tensor, log_std: Tensor, substeps: int, idle: int, shift: float, dtype: torch.dtype
+    start: Tensor,
+    end: Tensor,
+    log_std: Tensor,
+    substeps: int,
+    idle: int,
+    shift: float,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """What the substeps of a rollout need besides the mixture's means and weights, from numbers (s, p) or (1, 1).
 
@@ -188,7 +238,11 @@ def _coefficients(
         frame (3, s, p): 1 - sigma, 1 - sigma_end, and `source` at the end.
     """
     var = (2 * log_std).exp()
-    parts = torch.arange(1, substeps, dtype=start.dtype, device=start.device).div(substeps).reshape(-1, 1, 1)
+    parts = (
+        torch.arange(1, substeps, dtype=start.dtype, device=start.device)
+        .div(substeps)
+        .reshape(-1, 1, 1)
+    )
     start, end = torch.broadcast_tensors(start, end)
     sigmas = torch.cat([start[None], _sigma_between(start, end, parts, shift), end[None]])
     now, following = sigmas[:-1].clamp(min=MIN_SIGMA), sigmas[1:]
@@ -200,9 +254,13 @@ def _coefficients(
     decay = ratio + gain * var * alpha
     # source' = decay source - gain var beta from the first ratio on, before which it is 1: solved by the products of the decays
     kept, one = decay[1:-1].cumprod(0), torch.ones_like(decay[:1])
-    source = torch.cat([one, one * ratio[:1], kept * (ratio[0] - beta * (gain[1:-1] * var / kept).cumsum(0))])
+    source = torch.cat(
+        [one, one * ratio[:1], kept * (ratio[0] - beta * (gain[1:-1] * var / kept).cumsum(0))]
+    )
     ahead = alpha * source - beta
-    source = ratio[-1] * source[-1] + gain[-1] * var * ahead[-1]  # after the last, which decays to 0 at sigma 0
+    source = (
+        ratio[-1] * source[-1] + gain[-1] * var * ahead[-1]
+    )  # after the last, which decays to 0 at sigma 0
     steps = (-0.5 * scale * quadratic, scale * ahead, scale * alpha, decay, gain)
     steps = torch.stack(torch.broadcast_tensors(*steps), 1)
     frame = torch.stack(torch.broadcast_tensors(1 - now[0], 1 - end, source))

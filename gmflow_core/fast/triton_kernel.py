@@ -26,18 +26,29 @@ def rollout_in_one_kernel(
     """
     batch, components, channels = x0.means.shape[:3]
     gram = components <= channels
-    rows, columns = triton.next_power_of_2(components), triton.next_power_of_2(components if gram else channels)
-    if rows * columns + 6 * rows > LARGEST or x0.means.dtype != torch.float32 or x.dtype == torch.float64:
+    rows, columns = (
+        triton.next_power_of_2(components),
+        triton.next_power_of_2(components if gram else channels),
+    )
+    if (
+        rows * columns + 6 * rows > LARGEST
+        or x0.means.dtype != torch.float32
+        or x.dtype == torch.float64
+    ):
         kind = f"K = {components}, C = {channels} in {torch.promote_types(x0.means.dtype, x.dtype)}"
         raise ValueError(f"a mixture of {kind} does not fit the kernel's registers")
     pixels = x.shape[2:].numel()
     source = x.float().contiguous()
     result = torch.empty_like(source)
     numbers = not isinstance(sigma, Tensor) and not isinstance(sigma_end, Tensor)
-    times = [float(each) if numbers else _full(expand_sigma(each, x), x) for each in (sigma, sigma_end)]
+    times = [
+        float(each) if numbers else _full(expand_sigma(each, x), x) for each in (sigma, sigma_end)
+    ]
     log_std = x0.log_std.squeeze(1)
     per_pixel = log_std.shape[2:].numel() > 1
-    log_std = _full(log_std, x) if per_pixel else log_std.expand(batch, *log_std.shape[1:]).contiguous()
+    log_std = (
+        _full(log_std, x) if per_pixel else log_std.expand(batch, *log_std.shape[1:]).contiguous()
+    )
     with torch.cuda.device_of(x):  # where Triton launches
         _kernel[(triton.cdiv(batch * pixels, BLOCK),)](
             x0.means.contiguous(),
@@ -123,18 +134,26 @@ def _kernel(
     sample, pixel = index // pixels, index % pixels
     stride = tl.zeros((), tl.int64) + pixels  # of a channel
     if NUMBERS:
-        sigma, sigma_end = start + tl.zeros((BLOCK,), tl.float32), end + tl.zeros((BLOCK,), tl.float32)
+        sigma, sigma_end = (
+            start + tl.zeros((BLOCK,), tl.float32),
+            end + tl.zeros((BLOCK,), tl.float32),
+        )
     else:
         sigma, sigma_end = tl.load(start + index, inside, 1.0), tl.load(end + index, inside, 0.5)
     var = tl.exp(2 * tl.load(log_std + (index if PER_PIXEL else sample), inside, 0.0))
-    first, last = sigma / (shift + (1 - shift) * sigma), sigma_end / (shift + (1 - shift) * sigma_end)
+    first, last = (
+        sigma / (shift + (1 - shift) * sigma),
+        sigma_end / (shift + (1 - shift) * sigma_end),
+    )
     now = tl.maximum(sigma, SMALLEST)
     signal_start = (1 - now) / now
     beta = signal_start / now
 
     k = tl.arange(0, ROWS)[:, None]
     there = (k < K) & inside[None, :]
-    base_weights = tl.load(log_weights + (sample * K * stride + pixel)[None, :] + k * stride, there, 0.0)
+    base_weights = tl.load(
+        log_weights + (sample * K * stride + pixel)[None, :] + k * stride, there, 0.0
+    )
     base_weights = tl.where(k < K, base_weights, float("-inf"))
     weights = tl.exp(base_weights)
     point = sample * C * stride + pixel  # of x, in channel 0
@@ -158,18 +177,27 @@ def _kernel(
         origin = tl.sum(weights[:, None, :] * component, 0)
         channel = tl.arange(0, COLUMNS)[:, None]
         within = (channel < C) & inside[None, :]
-        z = tl.load(x + point[None, :] + channel * stride, within, 0.0) - (1 - now)[None, :] * origin
+        z = (
+            tl.load(x + point[None, :] + channel * stride, within, 0.0)
+            - (1 - now)[None, :] * origin
+        )
         inner = tl.where(row < K, component - origin[None, :, :], 0.0)
         norms, along = tl.sum(inner * inner, 1), tl.sum(inner * z[None, :, :], 1)
 
     following = _time(first, last, 1.0, substeps, shift)
     source = tl.full((BLOCK,), 1.0, tl.float32)
-    _norm, _source, _state, _decay, _gain, source = _step_numbers(sigma, following, var, signal_start, beta, source)
+    _norm, _source, _state, _decay, _gain, source = _step_numbers(
+        sigma, following, var, signal_start, beta, source
+    )
     state = tl.zeros((COLUMNS, BLOCK), tl.float32)  # of r: at the first substep it stays 0
     for substep in range(1, substeps):
         sigma = following
-        following = tl.where(substep == substeps - 1, sigma_end, _time(first, last, substep + 1.0, substeps, shift))
-        of_norm, of_source, of_state, decay, gain, source = _step_numbers(sigma, following, var, signal_start, beta, source)
+        following = tl.where(
+            substep == substeps - 1, sigma_end, _time(first, last, substep + 1.0, substeps, shift)
+        )
+        of_norm, of_source, of_state, decay, gain, source = _step_numbers(
+            sigma, following, var, signal_start, beta, source
+        )
         logits = base_weights + of_norm[None, :] * norms + of_source[None, :] * along
         logits += of_state[None, :] * tl.sum(inner * state[None, :, :], 1)
         shares = tl.exp(logits - tl.max(logits, 0)[None, :])

@@ -101,7 +101,9 @@ def read_metadata(source: str | Path) -> dict[str, Any]:
 
 
 def load_checkpoint(
-    source: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.float32
+    source: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = torch.float32,
 ) -> tuple[nn.Module, Any]:
     """Read a model.
 
@@ -133,20 +135,37 @@ def load_checkpoint(
         places = {}  # name in the model -> file, name there
         for prefix, path in published_weights(source) if is_published(source) else [("", source)]:
             file = stack.enter_context(open_checkpoint(path))
-            places.update({prefix + name: (file, name) for name in file.keys() if not name.startswith(TRAINING)})
+            places.update(
+                {
+                    prefix + name: (file, name)
+                    for name in file.keys()
+                    if not name.startswith(TRAINING)
+                }
+            )
         try:
-            found = {name: tuple(file.get_slice(key).get_shape()) for name, (file, key) in places.items()}
+            found = {
+                name: tuple(file.get_slice(key).get_shape()) for name, (file, key) in places.items()
+            }
             if expected != found:
-                wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+                wrong = sorted(
+                    name
+                    for name in expected.keys() | found.keys()
+                    if expected.get(name) != found.get(name)
+                )
                 raise ValueError(
                     f"{source}: {len(wrong)} tensors do not fit its config, first {wrong[0]!r}: expected "
                     f"{expected.get(wrong[0], 'none')}, found {found.get(wrong[0], 'none')}; the file was edited or damaged"
                 )
             # copies, as a file that is overwritten while it is mapped would take the process down; one after another, so that
             # never more than one tensor is in memory twice
-            tensors = {name: file.get_tensor(key).to(device, dtype, copy=True) for name, (file, key) in places.items()}
+            tensors = {
+                name: file.get_tensor(key).to(device, dtype, copy=True)
+                for name, (file, key) in places.items()
+            }
         except SafetensorError as error:
-            raise ValueError(f"{source} is damaged ({error}); download or train it again") from error
+            raise ValueError(
+                f"{source} is damaged ({error}); download or train it again"
+            ) from error
     model.load_state_dict(tensors, assign=True)
     return model.eval().requires_grad_(False), config
 
@@ -155,7 +174,11 @@ def load_training_state(path: str | Path) -> dict[str, Tensor]:
     """The `state` of `save_checkpoint`; empty for a checkpoint that holds weights only."""
     with open_checkpoint(path) as file:
         _metadata(file, path)
-        return {name.removeprefix(TRAINING): file.get_tensor(name) for name in file.keys() if name.startswith(TRAINING)}
+        return {
+            name.removeprefix(TRAINING): file.get_tensor(name)
+            for name in file.keys()
+            if name.startswith(TRAINING)
+        }
 
 
 def stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -167,7 +190,9 @@ def open_checkpoint(path: str | Path):
     """safe_open with errors a user can act on."""
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"there is no checkpoint {path}: no such file or folder, and no hub id (owner/name) either")
+        raise FileNotFoundError(
+            f"there is no checkpoint {path}: no such file or folder, and no hub id (owner/name) either"
+        )
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give the .safetensors file inside it")
     try:
@@ -175,7 +200,9 @@ def open_checkpoint(path: str | Path):
     except SafetensorError as error:
         with open(path, "rb") as file:
             head = file.read(9)
-        if head[:2] == b"PK" or (head[:1] == b"\x80" and head[8:] != b"{"):  # a zip, as torch.save writes, or a bare pickle
+        if head[:2] == b"PK" or (
+            head[:1] == b"\x80" and head[8:] != b"{"
+        ):  # a zip, as torch.save writes, or a bare pickle
             raise ValueError(
                 f"{path} is a pickle file (.pt, .ckpt), which could run any code when opened, so GMFlow never reads one; "
                 "use the .safetensors version of the model"
@@ -193,7 +220,9 @@ def _metadata(file, path) -> dict[str, Any]:
             "load other models with their own loader"
         )
     if raw.get("model_class") == SOURCE_CLASS:
-        raise ValueError(f"{path} holds a Gaussian-mixture source, not a model; give it where a source is asked for")
+        raise ValueError(
+            f"{path} holds a Gaussian-mixture source, not a model; give it where a source is asked for"
+        )
     if raw["format"] != FORMAT or raw.get("model_class") not in MODELS:
         raise ValueError(
             f"{path} holds a {raw.get('model_class')} in format {raw['format']}; this version knows {sorted(MODELS)} "
@@ -207,4 +236,6 @@ def _metadata(file, path) -> dict[str, Any]:
             "data": dict(json.loads(raw.get("data", "{}"))),  # older files have none
         }
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: its GMFlow metadata is unreadable ({error!r}); the file was edited or damaged") from error
+        raise ValueError(
+            f"{path}: its GMFlow metadata is unreadable ({error!r}); the file was edited or damaged"
+        ) from error

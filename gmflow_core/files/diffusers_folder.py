@@ -18,7 +18,10 @@ from typing import Any
 from .hub import folder_of
 
 PREFIXES = {"transformer": "", "spectrum_net": "spectrum_net."}  # of a part's tensors in our GMDiT
-CLASSES = {"transformer": "GMDiTTransformer2DModel", "spectrum_net": "SpectrumMLP"}  # there with or without underscore
+CLASSES = {
+    "transformer": "GMDiTTransformer2DModel",
+    "spectrum_net": "SpectrumMLP",
+}  # there with or without underscore
 CONFIG = {  # the transformer's settings and ours
     "num_gaussians": "num_components",
     "in_channels": "channels",
@@ -42,8 +45,17 @@ FIXED = {  # settings that our GMDiT knows one value of; others change nothing i
 SD_SCALING = 0.18215  # of Stable Diffusion's VAE
 WEIGHTS = "diffusion_pytorch_model"
 VARIANTS = (".bf16", "")  # the first that is there is read
-CONFIG_FILES = ["model_index.json", "transformer/*.json", "spectrum_net/*.json", "scheduler/*.json", "vae/*.json"]
-WEIGHT_FILES = {".bf16": [f"{WEIGHTS}*.bf16*.safetensors"], "": [f"{WEIGHTS}.safetensors", f"{WEIGHTS}-*.safetensors"]}
+CONFIG_FILES = [
+    "model_index.json",
+    "transformer/*.json",
+    "spectrum_net/*.json",
+    "scheduler/*.json",
+    "vae/*.json",
+]
+WEIGHT_FILES = {
+    ".bf16": [f"{WEIGHTS}*.bf16*.safetensors"],
+    "": [f"{WEIGHTS}.safetensors", f"{WEIGHTS}-*.safetensors"],
+}
 
 
 def published_metadata(source: str | Path) -> dict[str, Any]:
@@ -63,12 +75,18 @@ def published_weights(source: str | Path) -> list[tuple[str, Path]]:
         ValueError: there are none in safetensors format.
         OSError: as `published_metadata`.
     """
-    patterns = CONFIG_FILES + [f"{part}/{files}" for part in PREFIXES for files in WEIGHT_FILES[".bf16"]]
+    patterns = CONFIG_FILES + [
+        f"{part}/{files}" for part in PREFIXES for files in WEIGHT_FILES[".bf16"]
+    ]
     folder = folder_of(source, patterns)
     parts = [part for part in PREFIXES if (folder / part).is_dir()]
-    without = [part for part in parts if not any(path.exists() for path in _part_files(folder, part))]
+    without = [
+        part for part in parts if not any(path.exists() for path in _part_files(folder, part))
+    ]
     if without and folder != Path(source):  # the hub has them in full precision only
-        folder = folder_of(source, patterns + [f"{part}/{files}" for part in without for files in WEIGHT_FILES[""]])
+        folder = folder_of(
+            source, patterns + [f"{part}/{files}" for part in without for files in WEIGHT_FILES[""]]
+        )
     files = []
     for part in parts:
         found = _part_files(folder, part)
@@ -85,7 +103,9 @@ def published_weights(source: str | Path) -> list[tuple[str, Path]]:
             )
         for path in found:
             if not path.exists():
-                raise ValueError(f"{source}/{part}/{path.name} is missing, but the index names it; download the folder again")
+                raise ValueError(
+                    f"{source}/{part}/{path.name} is missing, but the index names it; download the folder again"
+                )
         files += [(PREFIXES[part], path) for path in found]
     return files
 
@@ -99,8 +119,12 @@ def _part_files(folder: Path, part: str) -> list[Path]:
         index = folder / part / f"{WEIGHTS}.safetensors.index{variant}.json"
         if index.exists():
             shards = _json(index, index).get("weight_map")
-            if not isinstance(shards, dict) or any(Path(str(name)).name != name for name in shards.values()):
-                raise ValueError(f"{index}: its weight_map does not name files beside it; download the folder again")
+            if not isinstance(shards, dict) or any(
+                Path(str(name)).name != name for name in shards.values()
+            ):
+                raise ValueError(
+                    f"{index}: its weight_map does not name files beside it; download the folder again"
+                )
             return [folder / part / name for name in sorted(set(shards.values()))]
     return []
 
@@ -111,16 +135,24 @@ def _metadata(folder: Path, source: str | Path) -> dict[str, Any]:
             f"{source} is a folder without transformer/config.json, so not a published GM-DiT; give the .safetensors file "
             "inside it, or the folder that holds model_index.json and transformer/"
         )
-    index = _json(folder / "model_index.json", source) if (folder / "model_index.json").exists() else {}
+    index = (
+        _json(folder / "model_index.json", source) if (folder / "model_index.json").exists() else {}
+    )
     config = _transformer_config(_part_config(folder, "transformer", source), source)
     if (folder / "spectrum_net").is_dir():
-        config["spectrum_layers"] = _spectrum_layers(_part_config(folder, "spectrum_net", source), config, source)
+        config["spectrum_layers"] = _spectrum_layers(
+            _part_config(folder, "spectrum_net", source), config, source
+        )
     elif (index.get("spectrum_net") or [None])[0]:
         warnings.warn(
             f"{source}: model_index.json names a spectrum_net, but the folder spectrum_net is missing; GM-SDE will go without",
             stacklevel=4,
         )
-    vae = _json(folder / "vae" / "config.json", source) if (folder / "vae" / "config.json").exists() else {}
+    vae = (
+        _json(folder / "vae" / "config.json", source)
+        if (folder / "vae" / "config.json").exists()
+        else {}
+    )
     data = {"space": "sd-vae", "scaling_factor": vae.get("scaling_factor", SD_SCALING)}
     if isinstance(index.get("id2label"), dict):
         data["labels"] = _labels(index["id2label"], config["num_classes"], source)
@@ -131,9 +163,13 @@ def _json(path: Path, source: str | Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{source}: {path.name} is unreadable ({error}); download the folder again") from error
+        raise ValueError(
+            f"{source}: {path.name} is unreadable ({error}); download the folder again"
+        ) from error
     if not isinstance(found, dict):
-        raise ValueError(f"{source}: {path.name} holds a {type(found).__name__} instead of settings; download the folder again")
+        raise ValueError(
+            f"{source}: {path.name} holds a {type(found).__name__} instead of settings; download the folder again"
+        )
     return found
 
 
@@ -159,7 +195,9 @@ def _transformer_config(there: dict[str, Any], source: str | Path) -> dict[str, 
         raise ValueError(f"{where} lacks {', '.join(missing)}; download the folder again")
     for name in CONFIG.keys() - {"constant_logstd"}:
         if not isinstance(there[name], int):
-            raise ValueError(f"{where} has {name} = {there[name]!r} instead of a whole number; this is a model of another kind")
+            raise ValueError(
+                f"{where} has {name} = {there[name]!r} instead of a whole number; this is a model of another kind"
+            )
     fixed = {**FIXED, "out_channels": (None, there["in_channels"])}
     for name, known in fixed.items():
         if there.get(name, known[0]) not in known:
@@ -170,7 +208,9 @@ def _transformer_config(there: dict[str, Any], source: str | Path) -> dict[str, 
     return {ours: there.get(name) for name, ours in CONFIG.items()} | {"spectrum_layers": None}
 
 
-def _spectrum_layers(there: dict[str, Any], config: dict[str, Any], source: str | Path) -> list[int]:
+def _spectrum_layers(
+    there: dict[str, Any], config: dict[str, Any], source: str | Path
+) -> list[int]:
     where = f"{source}/spectrum_net/config.json"
     size = [config["channels"], config["latent_size"], config["latent_size"]]
     if there.get("base_size") != size:
@@ -179,7 +219,9 @@ def _spectrum_layers(there: dict[str, Any], config: dict[str, Any], source: str 
             "of the same model"
         )
     if not isinstance(there.get("layers"), list):
-        raise ValueError(f"{where} has layers = {there.get('layers')!r} instead of a list of widths; download the folder again")
+        raise ValueError(
+            f"{where} has layers = {there.get('layers')!r} instead of a list of widths; download the folder again"
+        )
     return there["layers"]
 
 
@@ -187,5 +229,7 @@ def _labels(id2label: dict[str, Any], num_classes: int, source: str | Path) -> l
     """Names by index; those that are not given are called "class N"."""
     if not all(key.isdecimal() for key in id2label):
         wrong = next(key for key in id2label if not key.isdecimal())
-        raise ValueError(f"{source}/model_index.json: id2label has the key {wrong!r}; the keys must be numbers of labels")
+        raise ValueError(
+            f"{source}/model_index.json: id2label has the key {wrong!r}; the keys must be numbers of labels"
+        )
     return [str(id2label.get(str(label), f"class {label}")) for label in range(num_classes)]

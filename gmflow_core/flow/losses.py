@@ -21,7 +21,9 @@ def nll(mixture: GaussianMixture, target: Tensor) -> Tensor:
     return _nll(target, mixture, mixture.log_std)
 
 
-def transition_nll(velocity: GaussianMixture, x_low: Tensor, x_high: Tensor, sigma_low: Sigma, sigma_high: Sigma) -> Tensor:
+def transition_nll(
+    velocity: GaussianMixture, x_low: Tensor, x_high: Tensor, sigma_low: Sigma, sigma_high: Sigma
+) -> Tensor:
     """GMFlow's transition loss (ICML 2025): the NLL of x_low under the mixture that the velocities at x_high imply for it.
 
     Args:
@@ -35,11 +37,17 @@ def transition_nll(velocity: GaussianMixture, x_low: Tensor, x_high: Tensor, sig
     c1, c2, c3 = bridge(x_high, sigma_low, sigma_high)
     high = expand_sigma(sigma_high, x_high)
     # x_0 = x_high - high u gives x_low's components the means (c1 + c2) x_high - c2 high u: no mixture is made of them
-    log_std = bridge_log_std(velocity.log_std + high.clamp(min=MIN_SIGMA).log().unsqueeze(1), c2.unsqueeze(1), c3.unsqueeze(1))
+    log_std = bridge_log_std(
+        velocity.log_std + high.clamp(min=MIN_SIGMA).log().unsqueeze(1),
+        c2.unsqueeze(1),
+        c3.unsqueeze(1),
+    )
     return _nll(x_low - (c1 + c2) * x_high, velocity, log_std, gain=(-c2 * high).unsqueeze(1))
 
 
-def _nll(target: Tensor, mixture: GaussianMixture, log_std: Tensor, gain: Tensor | None = None) -> Tensor:
+def _nll(
+    target: Tensor, mixture: GaussianMixture, log_std: Tensor, gain: Tensor | None = None
+) -> Tensor:
     """`nll` under the components N(gain means_k, std^2 I) with the mixture's means and weights."""
     log_std = log_std.clamp(min=math.log(MIN_STD))
     density = log_density(target, mixture.means, mixture.log_weights, log_std, gain)

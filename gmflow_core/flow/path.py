@@ -26,13 +26,17 @@ def expand_sigma(sigma: Sigma, x: Tensor) -> Tensor:
     """
     dtype = x.dtype if x.dtype == torch.float64 else torch.float32
     if not isinstance(sigma, Tensor):
-        return torch.full([1] * x.ndim, sigma, dtype=dtype, device=x.device)  # a fill: as_tensor would wait for the GPU
+        return torch.full(
+            [1] * x.ndim, sigma, dtype=dtype, device=x.device
+        )  # a fill: as_tensor would wait for the GPU
     sigma = sigma.to(x.device, dtype)
     if sigma.ndim == 1 and sigma.shape[0] in (1, x.shape[0]):
         return sigma.reshape(-1, *[1] * (x.ndim - 1))
     if sigma.ndim == 0:
         return sigma.reshape([1] * x.ndim)
-    if sigma.ndim == x.ndim and all(n in (1, size) for n, size in zip(sigma.shape, x.shape, strict=True)):
+    if sigma.ndim == x.ndim and all(
+        n in (1, size) for n, size in zip(sigma.shape, x.shape, strict=True)
+    ):
         return sigma
     raise ValueError(
         f"sigma of shape {tuple(sigma.shape)} does not fit x of shape {tuple(x.shape)}; "
@@ -51,7 +55,12 @@ def unshift_time(sigma: Sigma, shift: float) -> Sigma:
 
 
 def flow_sigmas(
-    steps: int, shift: float = 1.0, *, start: float = 1.0, final_step_size: float = 1.0, end: float = 0.0
+    steps: int,
+    shift: float = 1.0,
+    *,
+    start: float = 1.0,
+    final_step_size: float = 1.0,
+    end: float = 0.0,
 ) -> Tensor:
     """`steps` + 1 times from `start` down to `end`, before the time shift.
 
@@ -91,7 +100,9 @@ def velocity_to_x0(
     if isinstance(velocity, Tensor):
         return x - sigma * velocity
     if isinstance(velocity, IsotropicGaussian):
-        return IsotropicGaussian(x - sigma * velocity.mean, sigma.clamp(min=MIN_SIGMA).square() * velocity.var)
+        return IsotropicGaussian(
+            x - sigma * velocity.mean, sigma.clamp(min=MIN_SIGMA).square() * velocity.var
+        )
     sigma = sigma.unsqueeze(1)
     return GaussianMixture(
         means=torch.addcmul(x.unsqueeze(1), sigma, velocity.means, value=-1),
@@ -113,7 +124,11 @@ def forward_transition(x_low: Tensor, sigma_low: Sigma, sigma_high: Sigma, noise
 
 
 def reverse_transition(
-    x0: GaussianMixture | Tensor, x_high: Tensor, sigma_low: Sigma, sigma_high: Sigma, noise: Tensor | None = None
+    x0: GaussianMixture | Tensor,
+    x_high: Tensor,
+    sigma_low: Sigma,
+    sigma_high: Sigma,
+    noise: Tensor | None = None,
 ) -> GaussianMixture | Tensor:
     """x at sigma_low given x at sigma_high and x_0: N(c1 x_high + c2 x_0, c3), the Gaussian bridge of the path.
 
@@ -136,7 +151,10 @@ def reverse_transition(
 
 def bridge(x_high: Tensor, sigma_low: Sigma, sigma_high: Sigma) -> tuple[Tensor, Tensor, Tensor]:
     """c1, c2, c3 of `reverse_transition`, broadcastable to x_high."""
-    low, high = expand_sigma(sigma_low, x_high), expand_sigma(sigma_high, x_high).clamp(min=MIN_SIGMA)
+    low, high = (
+        expand_sigma(sigma_low, x_high),
+        expand_sigma(sigma_high, x_high).clamp(min=MIN_SIGMA),
+    )
     shrink = low / high
     decay = (1 - high) / (1 - low).clamp(min=MIN_SIGMA)
     weight = 1 - (shrink * decay).square()
@@ -149,7 +167,9 @@ def bridge_log_std(log_std: Tensor, c2: Tensor, c3: Tensor) -> Tensor:
     return 0.5 * torch.logaddexp(2 * (log_std + c2.clamp(min=tiny).log()), c3.clamp(min=tiny).log())
 
 
-def posterior(x0: GaussianMixture, x_src: Tensor, sigma_src: Sigma, x: Tensor, sigma: Sigma) -> GaussianMixture:
+def posterior(
+    x0: GaussianMixture, x_src: Tensor, sigma_src: Sigma, x: Tensor, sigma: Sigma
+) -> GaussianMixture:
     """The mixture of x_0 given (x, sigma), from the mixture of x_0 given (x_src, sigma_src): GMFlow's analytic denoiser
     between two network calls (ICML 2025).
 
@@ -160,33 +180,49 @@ def posterior(x0: GaussianMixture, x_src: Tensor, sigma_src: Sigma, x: Tensor, s
     return x0.tilt(*_likelihood_ratio(x_src, sigma_src, x, sigma))
 
 
-def posterior_mean(x0: GaussianMixture, x_src: Tensor, sigma_src: Sigma, x: Tensor, sigma: Sigma) -> Tensor:
+def posterior_mean(
+    x0: GaussianMixture, x_src: Tensor, sigma_src: Sigma, x: Tensor, sigma: Sigma
+) -> Tensor:
     """E[x_0 | x, sigma], (B, C, *S), from the mixture of x_0 given (x_src, sigma_src); see `posterior`."""
     return posterior_means(x0, x_src, sigma_src)(x, sigma)
 
 
-def posterior_means(x0: GaussianMixture, x_src: Tensor, sigma_src: Sigma) -> Callable[[Tensor, Sigma], Tensor]:
+def posterior_means(
+    x0: GaussianMixture, x_src: Tensor, sigma_src: Sigma
+) -> Callable[[Tensor, Sigma], Tensor]:
     """`posterior_mean` as a function of (x, sigma), for many of them."""
     mean = x0.tilted_means()
     return lambda x, sigma: mean(*_likelihood_ratio(x_src, sigma_src, x, sigma))
 
 
-def _likelihood_ratio(x_src: Tensor, sigma_src: Sigma, x: Tensor, sigma: Sigma) -> tuple[Tensor, Sigma]:
+def _likelihood_ratio(
+    x_src: Tensor, sigma_src: Sigma, x: Tensor, sigma: Sigma
+) -> tuple[Tensor, Sigma]:
     """The linear and the quadratic term of `posterior`, for `GaussianMixture.tilt`."""
     x_src, x = at_least_float(x_src), at_least_float(x)
     src, dst = (
-        expand_sigma(each, x).clamp(min=MIN_SIGMA) if isinstance(each, Tensor) else max(each, MIN_SIGMA)
+        expand_sigma(each, x).clamp(min=MIN_SIGMA)
+        if isinstance(each, Tensor)
+        else max(each, MIN_SIGMA)
         for each in (sigma_src, sigma)
     )
     signal_src, signal = (1 - src) / src, (1 - dst) / dst
-    return (signal / dst) * x - (signal_src / src) * x_src, signal * signal - signal_src * signal_src
+    return (signal / dst) * x - (
+        signal_src / src
+    ) * x_src, signal * signal - signal_src * signal_src
 
 
-def _sigmas_between(sigma: Sigma, sigma_end: Sigma, substeps: int, shift: float, x: Tensor) -> tuple[Sigma, ...]:
+def _sigmas_between(
+    sigma: Sigma, sigma_end: Sigma, substeps: int, shift: float, x: Tensor
+) -> tuple[Sigma, ...]:
     """Before and after every substep."""
     if isinstance(sigma, Tensor) or isinstance(sigma_end, Tensor):
         sigma, sigma_end = expand_sigma(sigma, x), expand_sigma(sigma_end, x)
-    return sigma, *(_sigma_between(sigma, sigma_end, i / substeps, shift) for i in range(1, substeps)), sigma_end
+    return (
+        sigma,
+        *(_sigma_between(sigma, sigma_end, i / substeps, shift) for i in range(1, substeps)),
+        sigma_end,
+    )
 
 
 def _sigma_between(start: Sigma, end: Sigma, part: float | Tensor, shift: float) -> Sigma:

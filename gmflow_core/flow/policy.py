@@ -45,8 +45,13 @@ class DXVelocity:
 
     def __post_init__(self):
         if self.mode not in DX_MODES:
-            raise ValueError(f"DX policy of mode {self.mode!r}; this version knows {', '.join(DX_MODES)}")
-        numbers = [isinstance(value, int | float) and value > 0 for value in (self.segment_size, self.shift)]
+            raise ValueError(
+                f"DX policy of mode {self.mode!r}; this version knows {', '.join(DX_MODES)}"
+            )
+        numbers = [
+            isinstance(value, int | float) and value > 0
+            for value in (self.segment_size, self.shift)
+        ]
         if not all(numbers) or not self.segment_size <= 1 or not math.isfinite(self.shift):
             raise ValueError(
                 f"DX policy with segment_size {self.segment_size!r} and shift {self.shift!r}; the size must be a number in "
@@ -90,8 +95,12 @@ class DXPolicy:
 
     def moved(self, by: Tensor) -> DXPolicy:
         """x_0 at every time moved by (B, C, *S)."""
-        if self.settings.mode == "polynomial":  # the other entries are coefficients of powers of time
-            return replace(self, x0=torch.cat([self.x0[:, :1] + by.unsqueeze(1), self.x0[:, 1:]], 1))
+        if (
+            self.settings.mode == "polynomial"
+        ):  # the other entries are coefficients of powers of time
+            return replace(
+                self, x0=torch.cat([self.x0[:, :1] + by.unsqueeze(1), self.x0[:, 1:]], 1)
+            )
         return replace(self, x0=self.x0 + by.unsqueeze(1))
 
     def at(self, sigma: Sigma) -> Tensor:

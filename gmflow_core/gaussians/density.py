@@ -11,10 +11,14 @@ from torch import Tensor
 
 LOG_2PI = math.log(2 * math.pi)
 MAX_LOG_PRECISION = 80.0  # its exponential times a distance of 0 is still 0 in float32
-LARGE = 2**18  # elements of the means from which saving memory also saves time: what a core's cache does not hold
+LARGE = (
+    2**18
+)  # elements of the means from which saving memory also saves time: what a core's cache does not hold
 
 
-def log_density(x: Tensor, means: Tensor, log_weights: Tensor, log_std: Tensor, gain: Tensor | None = None) -> Tensor:
+def log_density(
+    x: Tensor, means: Tensor, log_weights: Tensor, log_std: Tensor, gain: Tensor | None = None
+) -> Tensor:
     """log sum_k w_k N(x; gain means_k, std^2 I) per pixel in nats, with the 2 pi term: (B, *S). Differentiable twice; large
     mixtures not in forward mode.
 
@@ -68,14 +72,20 @@ class SquaredDistance(torch.autograd.Function):
             to_gain = -2 * (grad * residual * means).sum_to_size(gain.shape) if want_gain else None
             return to_x, factor * residual, to_gain
         to_means = torch.empty_like(means)
-        points = means.ndim == 3  # their channels lie side by side, and loops over so few values are slow
+        points = (
+            means.ndim == 3
+        )  # their channels lie side by side, and loops over so few values are slow
         for *part, out in _channels(points and _on_cpu(means), x, means, to_means):
             _residual(*part, gain, out).mul_(factor)
         return None, to_means, None
 
 
 def _residual(x: Tensor, means: Tensor, gain: Tensor | None, out: Tensor | None = None) -> Tensor:
-    return torch.sub(x, means, out=out) if gain is None else torch.addcmul(x, gain, means, value=-1, out=out)
+    return (
+        torch.sub(x, means, out=out)
+        if gain is None
+        else torch.addcmul(x, gain, means, value=-1, out=out)
+    )
 
 
 def _on_cpu(tensor: Tensor) -> bool:

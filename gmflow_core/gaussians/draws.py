@@ -17,12 +17,21 @@ def standard_normal(shape: tuple[int, ...], generator: Generator | None, *, like
     return draw_like(torch.randn, shape, generator, like)
 
 
-def draw_like(distribution: Callable[..., Tensor], shape: tuple[int, ...], generator: Generator | None, like: Tensor) -> Tensor:
+def draw_like(
+    distribution: Callable[..., Tensor],
+    shape: tuple[int, ...],
+    generator: Generator | None,
+    like: Tensor,
+) -> Tensor:
     """As `standard_normal`, of another distribution: torch.rand, for example."""
     if isinstance(generator, Sequence):
         if len(generator) != shape[0]:
-            raise ValueError(f"{len(generator)} generators do not fit a batch of {shape[0]}; give one for each sample")
+            raise ValueError(
+                f"{len(generator)} generators do not fit a batch of {shape[0]}; give one for each sample"
+            )
         return torch.stack([draw_like(distribution, shape[1:], each, like) for each in generator])
     device = like.device if generator is None else generator.device
     pinned = like.is_cuda and device.type == "cpu"  # so that the copy is not waited for
-    return distribution(shape, generator=generator, device=device, pin_memory=pinned).to(like, non_blocking=True)
+    return distribution(shape, generator=generator, device=device, pin_memory=pinned).to(
+        like, non_blocking=True
+    )

@@ -69,14 +69,18 @@ class GaussianMixture(Parts):
     def __post_init__(self):
         means, log_weights, log_std = self.means, self.log_weights, self.log_std
         if means.ndim < 3:
-            raise ValueError(f"GaussianMixture: means {tuple(means.shape)} need at least the dimensions (B, K, C)")
+            raise ValueError(
+                f"GaussianMixture: means {tuple(means.shape)} need at least the dimensions (B, K, C)"
+            )
         if log_weights.shape != (*means.shape[:2], 1, *means.shape[3:]):
             raise ValueError(
                 f"GaussianMixture: log_weights {tuple(log_weights.shape)} do not fit means {tuple(means.shape)}; "
                 f"expected {(*means.shape[:2], 1, *means.shape[3:])}"
             )
         full = (means.shape[0], 1, 1, *means.shape[3:])
-        if log_std.ndim != means.ndim or any(n not in (1, size) for n, size in zip(log_std.shape, full, strict=True)):
+        if log_std.ndim != means.ndim or any(
+            n not in (1, size) for n, size in zip(log_std.shape, full, strict=True)
+        ):
             raise ValueError(
                 f"GaussianMixture: log_std {tuple(log_std.shape)} does not broadcast to {full}; "
                 "it is shared by all components and channels"
@@ -103,14 +107,21 @@ class GaussianMixture(Parts):
     def point_mass(cls, mean: Tensor) -> GaussianMixture:
         """One component without a spread at (B, C, *S): ordinary flow matching."""
         mean = mean.unsqueeze(1)
-        return cls(mean, torch.zeros_like(mean[:, :, :1]), mean.new_full((len(mean), *[1] * (mean.ndim - 1)), -30.0))
+        return cls(
+            mean,
+            torch.zeros_like(mean[:, :, :1]),
+            mean.new_full((len(mean), *[1] * (mean.ndim - 1)), -30.0),
+        )
 
     # Parts and moves
 
     def chunk(self, chunks: int) -> list[GaussianMixture]:
         """The batch in equal parts; `log_std` needs an entry for each sample."""
         fields = (self.means, self.log_weights, self.log_std)
-        return [GaussianMixture(*parts) for parts in zip(*(field.chunk(chunks) for field in fields), strict=True)]
+        return [
+            GaussianMixture(*parts)
+            for parts in zip(*(field.chunk(chunks) for field in fields), strict=True)
+        ]
 
     def fits(self, x: Tensor) -> bool:
         """Whether it is a mixture of tensors of the shape of x, (B, C, *S)."""
@@ -118,7 +129,9 @@ class GaussianMixture(Parts):
 
     def to(self, device: torch.device) -> GaussianMixture:
         """The mixture on another device."""
-        return GaussianMixture(self.means.to(device), self.log_weights.to(device), self.log_std.to(device))
+        return GaussianMixture(
+            self.means.to(device), self.log_weights.to(device), self.log_std.to(device)
+        )
 
     def moved(self, by: Tensor) -> GaussianMixture:
         """The mixture moved as a whole, by (B, C, *S)."""
@@ -145,7 +158,9 @@ class GaussianMixture(Parts):
         diff = _root_weighted(self.means, self.log_weights)
         if average and space:
             diff = diff.flatten(3)  # (B, K, C, n)
-            between = (diff @ diff.mT).sum(1).div(diff.shape[-1]).unflatten(0, (-1, *[1] * len(space)))
+            between = (
+                (diff @ diff.mT).sum(1).div(diff.shape[-1]).unflatten(0, (-1, *[1] * len(space)))
+            )
             within = within.mean(tuple(range(1, 1 + len(space))), keepdim=True)
         else:
             diff = diff.movedim((2, 1), (-2, -1))  # (B, *S, C, K)
@@ -176,7 +191,9 @@ class GaussianMixture(Parts):
         tilts = Tilts(self)
         return lambda linear, quadratic: tilts.mean(tilts.slope(linear, quadratic), quadratic)
 
-    def times(self, gaussian: IsotropicGaussian, over: IsotropicGaussian | None = None) -> GaussianMixture:
+    def times(
+        self, gaussian: IsotropicGaussian, over: IsotropicGaussian | None = None
+    ) -> GaussianMixture:
         """The renormalised product with `gaussian`, or with the quotient `gaussian / over`.
 
         Args:
@@ -195,7 +212,9 @@ class GaussianMixture(Parts):
             ValueError: `temperature` is not positive.
         """
         if not temperature > 0:
-            raise ValueError(f"temperature {temperature} must be positive; 1 leaves the mixture as it is")
+            raise ValueError(
+                f"temperature {temperature} must be positive; 1 leaves the mixture as it is"
+            )
         return GaussianMixture(
             means=self.means,
             log_weights=(self.log_weights / temperature).log_softmax(1),
@@ -209,7 +228,11 @@ class GaussianMixture(Parts):
         return log_density(x, self.means, self.log_weights, self.log_std)
 
     def sample(
-        self, generator: Generator | None = None, *, component: Tensor | None = None, noise: Tensor | None = None
+        self,
+        generator: Generator | None = None,
+        *,
+        component: Tensor | None = None,
+        noise: Tensor | None = None,
     ) -> Tensor:
         """One draw per pixel, (B, C, *S): a component by its weight, then Gaussian noise around its mean.
 
@@ -219,11 +242,15 @@ class GaussianMixture(Parts):
             noise: recorded standard normal noise (B, C, *S) to use instead of a draw.
         """
         if component is None:
-            uniform = draw_like(torch.rand, (self.means.shape[0], *self.means.shape[3:]), generator, self.means)
+            uniform = draw_like(
+                torch.rand, (self.means.shape[0], *self.means.shape[3:]), generator, self.means
+            )
             edges = self.weights.squeeze(2).cumsum(1)[:, :-1]  # (B, K - 1, *S)
             component = (uniform.unsqueeze(1) >= edges).sum(1)
         if noise is None:
-            noise = standard_normal((self.means.shape[0], *self.means.shape[2:]), generator, like=self.means)
+            noise = standard_normal(
+                (self.means.shape[0], *self.means.shape[2:]), generator, like=self.means
+            )
         index = component[:, None, None].expand(-1, 1, *self.means.shape[2:])
         return self.means.gather(1, index).squeeze(1) + self.log_std.squeeze(1).exp() * noise
 
@@ -238,7 +265,9 @@ class GaussianMixture(Parts):
                 over space, (B, *1, C, C).
         """
         with torch.no_grad():
-            return _principal_axes(GaussianMixture(self.means, self.log_weights, self.log_std), per_pixel)
+            return _principal_axes(
+                GaussianMixture(self.means, self.log_weights, self.log_std), per_pixel
+            )
 
     def to_normal(self, x: Tensor, axes: Tensor | None = None) -> Tensor:
         """Knothe-Rosenblatt map of samples of the mixture to standard normal ones, axis after axis: the first through its
@@ -252,7 +281,9 @@ class GaussianMixture(Parts):
             (B, C, *S), channel i along axis i.
         """
         axes = self.principal_axes() if axes is None else axes
-        offsets = (_rotate(x.unsqueeze(1) - self.means, axes) / self.log_std.exp()).unbind(2)  # C of (B, K, *S)
+        offsets = (_rotate(x.unsqueeze(1) - self.means, axes) / self.log_std.exp()).unbind(
+            2
+        )  # C of (B, K, *S)
         log_weights, normal = self.log_weights.squeeze(2), []
         for offset in offsets:
             normal.append(normal_score(log_weights.softmax(1), offset))
@@ -264,7 +295,9 @@ class GaussianMixture(Parts):
         Differentiable in z and in the mixture (by the implicit function theorem)."""
         axes = self.principal_axes() if axes is None else axes
         batch, _, channels, *space = self.means.shape
-        means = _rotate(self.means, axes).movedim((2, 1), (0, 1)).flatten(2).unsqueeze(1)  # (C, 1, K, n), n pixels in all
+        means = (
+            _rotate(self.means, axes).movedim((2, 1), (0, 1)).flatten(2).unsqueeze(1)
+        )  # (C, 1, K, n), n pixels in all
         log_weights = self.log_weights.movedim(1, 0).flatten(1).unsqueeze(0)  # (1, K, n)
         std = self.log_std.exp().expand(batch, 1, 1, *space).reshape(1, 1, -1)
         z = z.movedim(1, 0).reshape(channels, 1, -1)
@@ -281,7 +314,11 @@ class Tilts(Parts):
     the formulas of `GaussianMixture.tilt`, with what several tilts share computed once. Arguments are shaped as there."""
 
     def __init__(self, mixture: GaussianMixture):
-        self.log_weights, self.log_std, self.weights = mixture.log_weights, mixture.log_std, mixture.weights
+        self.log_weights, self.log_std, self.weights = (
+            mixture.log_weights,
+            mixture.log_std,
+            mixture.weights,
+        )
         self.var = mixture.var.squeeze(1)
         self.origin = sum_of_products(mixture.means, self.weights, 1).squeeze(1)
         self.means = mixture.means - self.origin.unsqueeze(1)
@@ -297,7 +334,9 @@ class Tilts(Parts):
 
     def moment_match(self) -> IsotropicGaussian:
         """See `GaussianMixture.moment_match`."""
-        spread = sum_of_products(self.weights, self.half_norms, 1).squeeze(1) * (2 / self.means.shape[2])
+        spread = sum_of_products(self.weights, self.half_norms, 1).squeeze(1) * (
+            2 / self.means.shape[2]
+        )
         return IsotropicGaussian(self.origin, spread + self.var)
 
     def slope(self, linear: Tensor, quadratic: Tensor | float) -> Tensor:
@@ -308,7 +347,9 @@ class Tilts(Parts):
     def mean(self, slope: Tensor, quadratic: Tensor | float) -> Tensor:
         """(B, C, *S)."""
         logits, scale = self._logits(slope, quadratic)
-        moved = torch.addcmul(sum_of_products(self.means, logits.softmax(1), 1).squeeze(1), self.var, slope)
+        moved = torch.addcmul(
+            sum_of_products(self.means, logits.softmax(1), 1).squeeze(1), self.var, slope
+        )
         return torch.addcmul(self.origin, moved, scale)
 
     @fusible
@@ -317,7 +358,9 @@ class Tilts(Parts):
         logits, scale = self._logits(slope, quadratic)
         move, factor = self.var * scale * slope, scale.unsqueeze(1)
         return GaussianMixture(
-            means=torch.addcmul(move.unsqueeze(1), self.means, factor).add_(self.origin.unsqueeze(1)),
+            means=torch.addcmul(move.unsqueeze(1), self.means, factor).add_(
+                self.origin.unsqueeze(1)
+            ),
             log_weights=logits.log_softmax(1),
             log_std=self.log_std + 0.5 * factor.log(),
         )
@@ -326,10 +369,16 @@ class Tilts(Parts):
         """The log-weights up to a constant, (B, K, 1, *S), and what the variance is multiplied by."""
         scale = (1 + self.var * quadratic).clamp(min=1e-6).reciprocal()
         if torch.compiler.is_compiling():  # in its loops half_norms are computed sooner than read
-            factors = (scale * slope).unsqueeze(1) - (0.5 * scale * quadratic).unsqueeze(1) * self.means
+            factors = (scale * slope).unsqueeze(1) - (0.5 * scale * quadratic).unsqueeze(
+                1
+            ) * self.means
             return self.log_weights + sum_of_products(self.means, factors, 2), scale
-        logits = torch.addcmul(self.log_weights, scale.unsqueeze(1), sum_of_products(self.means, slope.unsqueeze(1), 2))
-        return torch.addcmul(logits, (scale * quadratic).unsqueeze(1), self.half_norms, value=-1), scale
+        logits = torch.addcmul(
+            self.log_weights, scale.unsqueeze(1), sum_of_products(self.means, slope.unsqueeze(1), 2)
+        )
+        return torch.addcmul(
+            logits, (scale * quadratic).unsqueeze(1), self.half_norms, value=-1
+        ), scale
 
 
 class TiltedMixture(GaussianMixture):
@@ -337,7 +386,9 @@ class TiltedMixture(GaussianMixture):
     tilts, come without."""
 
     def __init__(self, tilts: Tilts, slope: Tensor, quadratic: Tensor | float):
-        self.__dict__.update(tilts=tilts, slope=slope, quadratic=quadratic)  # frozen, as all mixtures
+        self.__dict__.update(
+            tilts=tilts, slope=slope, quadratic=quadratic
+        )  # frozen, as all mixtures
 
     means = property(lambda self: self._components.means)
     log_weights = property(lambda self: self._components.log_weights)
@@ -353,4 +404,6 @@ class TiltedMixture(GaussianMixture):
 
     def tilted_means(self) -> Callable[[Tensor, Tensor], Tensor]:
         tilts = self.tilts
-        return lambda linear, quadratic: tilts.mean(self.slope + tilts.slope(linear, quadratic), self.quadratic + quadratic)
+        return lambda linear, quadratic: tilts.mean(
+            self.slope + tilts.slope(linear, quadratic), self.quadratic + quadratic
+        )

@@ -31,7 +31,9 @@ def normal_cdf(x: Tensor) -> Tensor:
 def normal_score(weights: Tensor, offsets: Tensor) -> Tensor:
     """Phi^-1(sum_k w_k Phi(offset_k)), through the nearer tail: (B, K, *S) -> (B, *S)."""
     below, above = ((weights * normal_cdf(each)).sum(1) for each in (offsets, -offsets))
-    score = torch.special.ndtri(torch.minimum(below, above).clamp(min=torch.finfo(below.dtype).tiny))
+    score = torch.special.ndtri(
+        torch.minimum(below, above).clamp(min=torch.finfo(below.dtype).tiny)
+    )
     return torch.where(below < above, score, -score)
 
 
@@ -53,15 +55,23 @@ def mixture_quantile(means: Tensor, std: Tensor, log_weights: Tensor, z: Tensor)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (means, std, log_weights, z)):
         unit, level = _standard(z, std)
         weights, distance = log_weights.softmax(1), (x - means) / unit
-        slope = (weights * (-distance.square()).exp()).sum(1, keepdim=True) * (2 / math.sqrt(math.pi))
+        slope = (weights * (-distance.square()).exp()).sum(1, keepdim=True) * (
+            2 / math.sqrt(math.pi)
+        )
         excess = (weights * distance.erfc()).sum(1, keepdim=True) - level.erfc()
-        x = x + (excess - excess.detach()) * (unit / slope.clamp(min=torch.finfo(slope.dtype).tiny)).detach()
+        x = (
+            x
+            + (excess - excess.detach())
+            * (unit / slope.clamp(min=torch.finfo(slope.dtype).tiny)).detach()
+        )
     return torch.addcmul(x, std, softshrink(z, math.sqrt(2) * (_reach(z) - 1))).squeeze(1)
 
 
 def _standard(z: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
     """The unit in which a component's tail on the side of z is erfc / 2, and its level, short of where probabilities end."""
-    return torch.copysign(math.sqrt(2) * std, z), (math.sqrt(0.5) * z.abs()).clamp(max=_reach(z) - 1)
+    return torch.copysign(math.sqrt(2) * std, z), (math.sqrt(0.5) * z.abs()).clamp(
+        max=_reach(z) - 1
+    )
 
 
 def _quantile(means: Tensor, std: Tensor, log_weights: Tensor, z: Tensor, drop_out: bool) -> Tensor:
@@ -77,8 +87,12 @@ def _quantile(means: Tensor, std: Tensor, log_weights: Tensor, z: Tensor, drop_o
         drop_out: pixels leave when they have converged. To know them a GPU has to be waited for; without, all take STEPS steps.
     """
     shape, components = z.shape, means.shape[1]
-    means, log_weights = (each.movedim(1, 0).reshape(components, -1) for each in (means, log_weights))
-    unit, state, means, weights, far = _start(means, std.expand(shape).reshape(-1), log_weights, z.reshape(-1))
+    means, log_weights = (
+        each.movedim(1, 0).reshape(components, -1) for each in (means, log_weights)
+    )
+    unit, state, means, weights, far = _start(
+        means, std.expand(shape).reshape(-1), log_weights, z.reshape(-1)
+    )
     x, pixels = state[0], None
     together = 3 if compiles() else 1  # where to call costs more than some steps of few pixels
     for _ in range(math.ceil(((4 * STEPS if drop_out else STEPS) - FIRST) / together)):
@@ -89,14 +103,18 @@ def _quantile(means: Tensor, std: Tensor, log_weights: Tensor, z: Tensor, drop_o
             if FEW <= 2 * len(left) <= len(far):
                 x = state[0] if pixels is None else x.index_copy_(0, pixels, state[0])
                 pixels = left if pixels is None else pixels.index_select(0, left)
-                state, means, weights = (each.index_select(1, left) for each in (state, means, weights))
+                state, means, weights = (
+                    each.index_select(1, left) for each in (state, means, weights)
+                )
         state, far = _improve(state, means, weights, together)
     x = state[0] if pixels is None else x.index_copy_(0, pixels, state[0])
     return (x * unit).reshape(shape)
 
 
 @fusible
-def _start(means: Tensor, std: Tensor, log_weights: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _start(
+    means: Tensor, std: Tensor, log_weights: Tensor, z: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The first FIRST evaluations of n quantiles, from (K, n) twice and (n,) twice.
 
     Returns:
@@ -111,7 +129,9 @@ def _start(means: Tensor, std: Tensor, log_weights: Tensor, z: Tensor) -> tuple[
     matter = (goal * (numbers.eps / len(means))).clamp_(min=numbers.tiny)
     away = _positive(matter - weights).to(weights.dtype).mul_(numbers.max / 2)
     low, high = (means + away).amin(0).add_(level), (means - away).amax(0).add_(level)
-    state = torch.stack([torch.addcmul(mean, var.mul_(2).sqrt_(), level).clamp_(low, high), low, high, goal])
+    state = torch.stack(
+        [torch.addcmul(mean, var.mul_(2).sqrt_(), level).clamp_(low, high), low, high, goal]
+    )
     state, far = _improve(state, means, weights, FIRST)
     return unit, state, means, weights, far
 
@@ -140,15 +160,29 @@ def _step(state: Tensor, means: Tensor, weights: Tensor) -> tuple[Tensor, Tensor
     distance = (x - means).clamp_(-reach, reach)
     gauss = _gauss(distance)
     density = gauss * weights
-    slope, bend, twist = density.sum(0), density.mul_(distance).sum(0), density.mul_(distance).sum(0)
+    slope, bend, twist = (
+        density.sum(0),
+        density.mul_(distance).sum(0),
+        density.mul_(distance).sum(0),
+    )
     tail = _erfc(distance, gauss).mul_(weights).sum(0)
     excess = hardshrink((tail / goal).log_(), 2 * eps)  # less is a rounding error
     per_slope = slope.reciprocal_()
-    newton = tail.mul_(per_slope).mul_(0.5 * math.sqrt(math.pi)).clamp_(max=1e17)  # whose square is finite
+    newton = (
+        tail.mul_(per_slope).mul_(0.5 * math.sqrt(math.pi)).clamp_(max=1e17)
+    )  # whose square is finite
     second = bend.mul_(per_slope).mul_(newton).sub_(0.5)
     third = twist.mul_(per_slope).mul_(-2).add_(1).mul_(newton).mul_(newton).add_(0.5).mul_(1 / 3)
     third = third.add_(second).addcmul_(second, second, value=2)
-    move = third.mul_(excess).add_(second).mul_(excess).clamp_(-0.5, 1).add_(1).mul_(newton).mul_(excess)
+    move = (
+        third.mul_(excess)
+        .add_(second)
+        .mul_(excess)
+        .clamp_(-0.5, 1)
+        .add_(1)
+        .mul_(newton)
+        .mul_(excess)
+    )
     upwards = _positive(move)
     low, high = _choose(upwards, x, low), _choose(upwards, high, x)
     halfway, size = torch.lerp(low, high, 0.5), move.abs()

@@ -15,7 +15,9 @@ def hartley(x: Tensor) -> Tensor:
     return spectrum.real + spectrum.imag
 
 
-def sample_with_spectrum(mixture: GaussianMixture, log_power: Tensor, noise: Tensor, axes: Tensor | None = None) -> Tensor:
+def sample_with_spectrum(
+    mixture: GaussianMixture, log_power: Tensor, noise: Tensor, axes: Tensor | None = None
+) -> Tensor:
     """One draw of `mixture`, (B, C, *S), whose pixels each follow their own mixture and vary together as the spectrum says
     (GMFlow, ICML 2025): noise with that spectrum goes through the inverse Knothe-Rosenblatt map.
 

@@ -14,7 +14,11 @@ def sum_of_products(a: Tensor, b: Tensor, dim: int) -> Tensor:
     cache. torch.compile keeps the product of a longer one out of memory by itself."""
     if a.shape[dim] > (SHORT_COMPILED if torch.compiler.is_compiling() else SHORT):
         return (a * b).sum(dim, keepdim=True)
-    pairs = zip(a.split(1, dim), b.expand(*b.shape[:dim], a.shape[dim], *b.shape[dim + 1 :]).split(1, dim), strict=True)
+    pairs = zip(
+        a.split(1, dim),
+        b.expand(*b.shape[:dim], a.shape[dim], *b.shape[dim + 1 :]).split(1, dim),
+        strict=True,
+    )
     first, *others = pairs
     total = first[0] * first[1]
     for left, right in others:

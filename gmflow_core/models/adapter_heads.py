@@ -62,8 +62,12 @@ class HeadLayout:
         *frames, height, width = size
         rows, columns = math.ceil(height / self.patch), math.ceil(width / self.patch)
         lead, count = tokens.shape[:-2], math.prod(frames) * rows * columns
-        patches = tokens[..., :count, :].reshape(*lead, *frames, rows, columns, self.patch, self.patch)
-        image = patches.transpose(-3, -2).reshape(*lead, *frames, rows * self.patch, columns * self.patch)
+        patches = tokens[..., :count, :].reshape(
+            *lead, *frames, rows, columns, self.patch, self.patch
+        )
+        image = patches.transpose(-3, -2).reshape(
+            *lead, *frames, rows * self.patch, columns * self.patch
+        )
         return image[..., :height, :width]
 
     def to_tokens(self, values: Tensor) -> Tensor:
@@ -84,7 +88,9 @@ class Head(nn.Module):
     def __init__(self, width: int, layout: HeadLayout):
         super().__init__()
         self.width, self.layout = width, layout
-        self.norm_out = nn.ModuleDict({"linear": nn.Linear(width, 2 * width, bias=layout.modulation_bias)})
+        self.norm_out = nn.ModuleDict(
+            {"linear": nn.Linear(width, 2 * width, bias=layout.modulation_bias)}
+        )
 
     def modulated(self, tokens: Tensor, embedding: Tensor) -> Tensor:
         """The tokens (B, N, D), normalised, then scaled and shifted by the embedding (B, D)."""
@@ -126,17 +132,25 @@ class GMHead(Head):
         batch, count, _ = modulated.shape
         split = (batch, count, self.num_gaussians, -1, self.layout.patch**2)
         means = _linear(self.proj_out_means, modulated).reshape(split)
-        log_weights = _linear(self.proj_out_logweights, modulated).reshape(split).float().log_softmax(2)
+        log_weights = (
+            _linear(self.proj_out_logweights, modulated).reshape(split).float().log_softmax(2)
+        )
         log_std = embedding
         for layer in self.proj_out_logstds:
             log_std = F.silu(log_std) if isinstance(layer, nn.SiLU) else _linear(layer, log_std)
         places = (0, 2, 3, 1, 4)  # (B, N, K, C, p^2) -> (B, K, C, N, p^2)
-        return GaussianMixture(means.permute(places), log_weights.permute(places), log_std.reshape(batch, 1, 1, 1, 1))
+        return GaussianMixture(
+            means.permute(places), log_weights.permute(places), log_std.reshape(batch, 1, 1, 1, 1)
+        )
 
     def to_image(self, mixture: GaussianMixture, size: tuple[int, ...]) -> GaussianMixture:
         """What `forward` gave, as a mixture of images (B, K, C, *size)."""
-        means, log_weights = (self.layout.to_image(t, size) for t in (mixture.means, mixture.log_weights))
-        return GaussianMixture(means, log_weights, mixture.log_std.reshape(-1, 1, 1, *[1] * len(size)))
+        means, log_weights = (
+            self.layout.to_image(t, size) for t in (mixture.means, mixture.log_weights)
+        )
+        return GaussianMixture(
+            means, log_weights, mixture.log_std.reshape(-1, 1, 1, *[1] * len(size))
+        )
 
 
 class DXHead(Head):
@@ -154,7 +168,9 @@ class DXHead(Head):
     def forward(self, tokens: Tensor, embedding: Tensor) -> DXVelocity:
         """The velocities, with the space dimensions (N, patch^2); arguments as for `GMHead`."""
         velocities = _linear(self.proj_out, self.modulated(tokens, embedding))
-        velocities = velocities.reshape(*velocities.shape[:2], self.num_times, -1, self.layout.patch**2)
+        velocities = velocities.reshape(
+            *velocities.shape[:2], self.num_times, -1, self.layout.patch**2
+        )
         return DXVelocity(velocities.permute(0, 2, 3, 1, 4), **self.settings)
 
     def to_image(self, velocity: DXVelocity, size: tuple[int, ...]) -> DXVelocity:
@@ -162,7 +178,13 @@ class DXHead(Head):
         return DXVelocity(self.layout.to_image(velocity.velocities, size), **self.settings)
 
 
-HEAD_NAMES = ("norm_out.", "proj_out.", "proj_out_means.", "proj_out_logweights.", "proj_out_logstds.")
+HEAD_NAMES = (
+    "norm_out.",
+    "proj_out.",
+    "proj_out_means.",
+    "proj_out_logweights.",
+    "proj_out_logstds.",
+)
 
 
 def is_head_key(name: str) -> bool:
@@ -170,7 +192,9 @@ def is_head_key(name: str) -> bool:
     return name.startswith(HEAD_NAMES) and "lora" not in name
 
 
-def build_head(tensors: Mapping[str, Tensor], policy: Mapping[str, object], layout: HeadLayout, width: int) -> Head:
+def build_head(
+    tensors: Mapping[str, Tensor], policy: Mapping[str, object], layout: HeadLayout, width: int
+) -> Head:
     """The head of an adapter, with copies of its tensors, in their own type.
 
     Args:
@@ -183,11 +207,18 @@ def build_head(tensors: Mapping[str, Tensor], policy: Mapping[str, object], layo
             message names them.
     """
     found = {name: tensor for name, tensor in tensors.items() if is_head_key(name)}
-    kind, settings = policy.get("type", "GMFlow"), {name: value for name, value in policy.items() if name != "type"}
+    kind, settings = (
+        policy.get("type", "GMFlow"),
+        {name: value for name, value in policy.items() if name != "type"},
+    )
     with torch.device("meta"):
         if kind == "GMFlow":
             count = _rows(found, "proj_out_logweights", layout.patch**2)
-            parts = {name.split(".")[1]: t.shape[0] for name, t in found.items() if name.startswith("proj_out_logstds.")}
+            parts = {
+                name.split(".")[1]: t.shape[0]
+                for name, t in found.items()
+                if name.startswith("proj_out_logstds.")
+            }
             rows = {int(part): size for part, size in parts.items() if part.isdigit()}
             hidden = tuple(rows[index] for index in sorted(rows)[:-1]) if rows else (1024,)
             head = GMHead(width, layout, count, hidden)
@@ -201,7 +232,9 @@ def build_head(tensors: Mapping[str, Tensor], policy: Mapping[str, object], layo
                 ) from None
             head = DXHead(width, layout, _rows(found, "proj_out", layout.width), settings)
         else:
-            raise ValueError(f"the adapter's policy is {dict(policy)}; this version knows GMFlow and DX; update GMFlow")
+            raise ValueError(
+                f"the adapter's policy is {dict(policy)}; this version knows GMFlow and DX; update GMFlow"
+            )
     expected = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
     wrong = [

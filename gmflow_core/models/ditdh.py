@@ -18,7 +18,11 @@ from .spectrum import SpectrumMLP
 
 FREQUENCIES = 256  # random ones of the time's features, each with a sine and a cosine
 EPS = 1e-6  # of the norms
-DERIVED = ("pos_embed", "enc_feat_rope.", "dec_feat_rope.")  # published tensors that follow from the sizes
+DERIVED = (
+    "pos_embed",
+    "enc_feat_rope.",
+    "dec_feat_rope.",
+)  # published tensors that follow from the sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,13 +64,29 @@ class DiTDHConfig:
     spectrum_layers: tuple[int, ...] | None = None
 
     def __post_init__(self):
-        sizes = ("num_components", "channels", "latent_size", "patch_size", "log_std_dim", "log_std_layers")
-        parts = ("trunk_layers", "trunk_width", "trunk_heads", "head_layers", "head_width", "head_heads")
+        sizes = (
+            "num_components",
+            "channels",
+            "latent_size",
+            "patch_size",
+            "log_std_dim",
+            "log_std_layers",
+        )
+        parts = (
+            "trunk_layers",
+            "trunk_width",
+            "trunk_heads",
+            "head_layers",
+            "head_width",
+            "head_heads",
+        )
         for name in sizes + parts:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.num_classes < 0:
-            raise ValueError(f"num_classes is {self.num_classes}; it must be 0 (unconditional) or more")
+            raise ValueError(
+                f"num_classes is {self.num_classes}; it must be 0 (unconditional) or more"
+            )
         for part, width, heads in (
             ("trunk", self.trunk_width, self.trunk_heads),
             ("head", self.head_width, self.head_heads),
@@ -76,9 +96,13 @@ class DiTDHConfig:
                     f"{part}_width {width} is not {part}_heads {heads} times a multiple of 4, as its positions (RoPE) need it"
                 )
         if self.latent_size % self.patch_size:
-            raise ValueError(f"latent_size {self.latent_size} is not divisible by patch_size {self.patch_size}")
+            raise ValueError(
+                f"latent_size {self.latent_size} is not divisible by patch_size {self.patch_size}"
+            )
         if self.spectrum_layers is not None:
-            object.__setattr__(self, "spectrum_layers", tuple(self.spectrum_layers))  # JSON gives a list
+            object.__setattr__(
+                self, "spectrum_layers", tuple(self.spectrum_layers)
+            )  # JSON gives a list
 
 
 class DiTDH(MixtureOutput, nn.Module):
@@ -103,7 +127,9 @@ class DiTDH(MixtureOutput, nn.Module):
         self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(config.channels, head, patch, patch)})
         self.t_embedder = TimeEmbedder(trunk)
         labels = config.num_classes + config.null_class if config.num_classes else 0
-        self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(labels, trunk)} if labels else {})
+        self.y_embedder = nn.ModuleDict(
+            {"embedding_table": nn.Embedding(labels, trunk)} if labels else {}
+        )
         self.s_projector = nn.Linear(trunk, head) if trunk != head else nn.Identity()
         self.blocks = nn.ModuleList(
             [Block(trunk, config.trunk_heads) for _ in range(config.trunk_layers)]
@@ -137,7 +163,10 @@ class DiTDH(MixtureOutput, nn.Module):
         self.t_embedder.reset_parameters()
         if self.y_embedder:
             nn.init.normal_(self.y_embedder["embedding_table"].weight, std=0.02)
-        for modulation in [*(block.adaLN_modulation for block in self.blocks), self.final_layer["adaLN_modulation"]]:
+        for modulation in [
+            *(block.adaLN_modulation for block in self.blocks),
+            self.final_layer["adaLN_modulation"],
+        ]:
             nn.init.zeros_(modulation[-1].weight)
             nn.init.zeros_(modulation[-1].bias)
         if self.config.num_components == 1:
@@ -179,21 +208,35 @@ class DiTDH(MixtureOutput, nn.Module):
         condition = time
         if self.y_embedder:
             if labels is None:
-                raise ValueError(f"this DiTDH is conditional; give labels from 0 to {config.num_classes - 1}")
-            condition = time + self.y_embedder["embedding_table"](labels.to(x.device)).to(time.dtype)
+                raise ValueError(
+                    f"this DiTDH is conditional; give labels from 0 to {config.num_classes - 1}"
+                )
+            condition = time + self.y_embedder["embedding_table"](labels.to(x.device)).to(
+                time.dtype
+            )
         positions = grid_features(*size, config.trunk_width, extent, x.device)
         tokens = self.s_embedder["proj"](latents).flatten(2).transpose(1, 2) + positions.to(dtype)
         rotation = grid_rotation(*size, config.trunk_width // config.trunk_heads, extent, x.device)
-        tokens = self.run(self.blocks[: config.trunk_layers], tokens, F.silu(condition).unsqueeze(1), rotation)
+        tokens = self.run(
+            self.blocks[: config.trunk_layers], tokens, F.silu(condition).unsqueeze(1), rotation
+        )
         local = self.s_projector(F.silu(time.unsqueeze(1) + tokens))  # (B, N, head_width)
         tokens = self.x_embedder["proj"](latents).flatten(2).transpose(1, 2).to(dtype)
         rotation = grid_rotation(*size, config.head_width // config.head_heads, extent, x.device)
         tokens = self.run(self.blocks[config.trunk_layers :], tokens, local, rotation)
         shift, scale = self.final_layer["adaLN_modulation"](local).chunk(2, -1)
-        tokens = self.final_layer["linear"](self.final_layer["norm_final"](tokens) * (1 + scale) + shift)
+        tokens = self.final_layer["linear"](
+            self.final_layer["norm_final"](tokens) * (1 + scale) + shift
+        )
         return self.mixture(tokens, x.shape, condition)
 
-    def run(self, blocks: nn.ModuleList, tokens: Tensor, condition: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    def run(
+        self,
+        blocks: nn.ModuleList,
+        tokens: Tensor,
+        condition: Tensor,
+        rotation: tuple[Tensor, Tensor],
+    ) -> Tensor:
         """The tokens after these blocks, remembered or computed again in the backward pass."""
         for block in blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -203,7 +246,9 @@ class DiTDH(MixtureOutput, nn.Module):
         return tokens
 
     @classmethod
-    def from_published(cls, tensors: Mapping[str, Tensor], null_class: bool = True, head_layers: int = 2) -> DiTDH:
+    def from_published(
+        cls, tensors: Mapping[str, Tensor], null_class: bool = True, head_layers: int = 2
+    ) -> DiTDH:
         """The network of a state dict of RAE's `DiTwDDTHead`; its other sizes are those of the tensors.
 
         Args:
@@ -218,7 +263,9 @@ class DiTDH(MixtureOutput, nn.Module):
             shapes = {name: tuple(t.shape) for name, t in tensors.items()}
             trunk, channels, patch, _ = shapes["s_embedder.proj.weight"]
             head = shapes["x_embedder.proj.weight"][0]
-            trunk_dim, head_dim = (shapes[f"{part}_feat_rope.freqs_cos"][1] for part in ("enc", "dec"))
+            trunk_dim, head_dim = (
+                shapes[f"{part}_feat_rope.freqs_cos"][1] for part in ("enc", "dec")
+            )
             layers = sum(name.endswith(".norm1.weight") for name in shapes)
             config = DiTDHConfig(
                 channels=channels,
@@ -243,7 +290,9 @@ class DiTDH(MixtureOutput, nn.Module):
         kept = {name: t.float() for name, t in tensors.items() if not name.startswith(DERIVED)}
         expected = {name: tuple(t.shape) for name, t in network.state_dict().items()}
         wrong = sorted(
-            name for name in expected.keys() | kept.keys() if expected.get(name) != (shapes.get(name) if name in kept else None)
+            name
+            for name in expected.keys() | kept.keys()
+            if expected.get(name) != (shapes.get(name) if name in kept else None)
         )
         if wrong:
             raise ValueError(
@@ -260,7 +309,9 @@ class TimeEmbedder(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.register_buffer("W", torch.empty(FREQUENCIES))  # named as published; not trained
-        self.mlp = nn.Sequential(nn.Linear(2 * FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(2 * FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width)
+        )
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -285,15 +336,21 @@ class Block(nn.Module):
         self.num_heads = num_heads
         hidden = int(2 / 3 * (4 * width))
         self.norm1 = nn.RMSNorm(width, eps=EPS)
-        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)})
+        self.attn = nn.ModuleDict(
+            {"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)}
+        )
         self.norm2 = nn.RMSNorm(width, eps=EPS)
-        self.mlp = nn.ModuleDict({"w12": nn.Linear(width, 2 * hidden), "w3": nn.Linear(hidden, width)})
+        self.mlp = nn.ModuleDict(
+            {"w12": nn.Linear(width, 2 * hidden), "w3": nn.Linear(hidden, width)}
+        )
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, tokens: Tensor, condition: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
         """(B, N, width), (B, 1 or N, width) -> (B, N, width); `rotation` as from `grid_rotation`."""
         modulation = self.adaLN_modulation(condition).chunk(6, -1)
-        shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = modulation
+        shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = (
+            modulation
+        )
         hidden = self.norm1(tokens) * (1 + scale_attention) + shift_attention
         tokens = tokens + gate_attention * self.attention(hidden, rotation)
         hidden = self.norm2(tokens) * (1 + scale_mlp) + shift_mlp
@@ -302,21 +359,31 @@ class Block(nn.Module):
 
     def attention(self, tokens: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
         """Multi-head self-attention, (B, N, width) -> (B, N, width)."""
-        q, k, v = self.attn["qkv"](tokens).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            self.attn["qkv"](tokens).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        )
         q, k = (rotate_pairs(t, *rotation).to(v.dtype) for t in (q, k))
         return self.attn["proj"](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-def grid_rotation(height: int, width: int, size: int, extent: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+def grid_rotation(
+    height: int, width: int, size: int, extent: int, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines of RoPE (Su et al. 2021) for a height x width grid, row by row: two of (height * width, size).
 
     The first half of the features turns with the row, the second with the column, in pairs of neighbours, at frequencies from
     1 down to 1e-4. As in `grid_features`, the grid is stretched to `extent` both ways.
     """
-    frequency = 10000 ** (-torch.arange(size // 4, dtype=torch.float64, device=device) / (size // 4))
+    frequency = 10000 ** (
+        -torch.arange(size // 4, dtype=torch.float64, device=device) / (size // 4)
+    )
 
     def axis(count: int) -> Tensor:
-        angle = torch.arange(count, dtype=torch.float64, device=device).mul(extent / count).outer(frequency)
+        angle = (
+            torch.arange(count, dtype=torch.float64, device=device)
+            .mul(extent / count)
+            .outer(frequency)
+        )
         return angle.repeat_interleave(2, -1)  # (count, size / 2)
 
     rows = axis(height).unsqueeze(1).expand(-1, width, -1)

@@ -51,17 +51,33 @@ class GMDiTConfig:
     spectrum_layers: tuple[int, ...] | None = None
 
     def __post_init__(self):
-        for name in ("num_components", "channels", "latent_size", "patch_size", "num_classes", "num_layers", "num_heads"):
+        for name in (
+            "num_components",
+            "channels",
+            "latent_size",
+            "patch_size",
+            "num_classes",
+            "num_layers",
+            "num_heads",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.width % 4 or self.width < 4:
-            raise ValueError(f"num_heads {self.num_heads} x head_dim {self.head_dim} must be divisible by 4")
+            raise ValueError(
+                f"num_heads {self.num_heads} x head_dim {self.head_dim} must be divisible by 4"
+            )
         if self.latent_size % self.patch_size:
-            raise ValueError(f"latent_size {self.latent_size} is not divisible by patch_size {self.patch_size}")
+            raise ValueError(
+                f"latent_size {self.latent_size} is not divisible by patch_size {self.patch_size}"
+            )
         if self.log_std_dim < 1 or self.log_std_layers < 1:
-            raise ValueError(f"log_std_dim {self.log_std_dim} and log_std_layers {self.log_std_layers} must be at least 1")
+            raise ValueError(
+                f"log_std_dim {self.log_std_dim} and log_std_layers {self.log_std_layers} must be at least 1"
+            )
         if self.spectrum_layers is not None:
-            object.__setattr__(self, "spectrum_layers", tuple(self.spectrum_layers))  # JSON gives a list
+            object.__setattr__(
+                self, "spectrum_layers", tuple(self.spectrum_layers)
+            )  # JSON gives a list
 
     @property
     def width(self) -> int:
@@ -87,15 +103,24 @@ class GMDiT(MixtureOutput, nn.Module):
         self.emb = nn.ModuleDict(
             {
                 "timestep_embedder": nn.ModuleDict(
-                    {"linear_1": nn.Linear(TIME_FEATURES, width), "linear_2": nn.Linear(width, width)}
+                    {
+                        "linear_1": nn.Linear(TIME_FEATURES, width),
+                        "linear_2": nn.Linear(width, width),
+                    }
                 ),
-                "class_embedder": nn.ModuleDict({"embedding_table": nn.Embedding(config.num_classes + 1, width)}),
+                "class_embedder": nn.ModuleDict(
+                    {"embedding_table": nn.Embedding(config.num_classes + 1, width)}
+                ),
             }
         )
-        self.transformer_blocks = nn.ModuleList(Block(width, config.num_heads) for _ in range(config.num_layers))
+        self.transformer_blocks = nn.ModuleList(
+            Block(width, config.num_heads) for _ in range(config.num_layers)
+        )
         self.norm_out = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.proj_out_1 = nn.Linear(width, 2 * width)
-        self.proj_out_2 = nn.Linear(width, patch * patch * config.num_components * (config.channels + 1))
+        self.proj_out_2 = nn.Linear(
+            width, patch * patch * config.num_components * (config.channels + 1)
+        )
         self.gm_out = log_std_head(config, width)
         self.spectrum_net = None
         if config.spectrum_layers is not None:
@@ -138,8 +163,12 @@ class GMDiT(MixtureOutput, nn.Module):
         self.check_size(x.shape)
         rows, columns = x.shape[2] // patch, x.shape[3] // patch
         weight = self.proj_out_2.weight
-        positions = grid_features(rows, columns, config.width, config.latent_size // patch, x.device)
-        tokens = self.pos_embed["proj"](x.to(weight.dtype)).flatten(2).transpose(1, 2) + positions.to(weight.dtype)
+        positions = grid_features(
+            rows, columns, config.width, config.latent_size // patch, x.device
+        )
+        tokens = self.pos_embed["proj"](x.to(weight.dtype)).flatten(2).transpose(
+            1, 2
+        ) + positions.to(weight.dtype)
         condition = self.condition(torch.as_tensor(sigma, device=x.device).expand(len(x)), labels)
         for block in self.transformer_blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -155,7 +184,9 @@ class GMDiT(MixtureOutput, nn.Module):
         embedder = self.emb["timestep_embedder"]
         features = time_features(sigma, TIME_FEATURES).to(embedder["linear_1"].weight.dtype)
         time = embedder["linear_2"](F.silu(embedder["linear_1"](features)))
-        return time + self.emb["class_embedder"]["embedding_table"](labels.to(time.device)).to(time.dtype)
+        return time + self.emb["class_embedder"]["embedding_table"](labels.to(time.device)).to(
+            time.dtype
+        )
 
 
 class Block(nn.Module):
@@ -165,17 +196,26 @@ class Block(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.norm1 = nn.ModuleDict({"linear": nn.Linear(width, 6 * width)})
-        self.attn1 = nn.ModuleDict({name: nn.Linear(width, width) for name in ("to_q", "to_k", "to_v")})
+        self.attn1 = nn.ModuleDict(
+            {name: nn.Linear(width, width) for name in ("to_q", "to_k", "to_v")}
+        )
         self.attn1["to_out"] = nn.ModuleList([nn.Linear(width, width)])
         # the activation is at index 0 (with the first projection), a dropout that is never used at 1
         first = nn.ModuleDict({"proj": nn.Linear(width, 4 * width)})
-        self.ff = nn.ModuleDict({"net": nn.ModuleList([first, nn.Identity(), nn.Linear(4 * width, width)])})
+        self.ff = nn.ModuleDict(
+            {"net": nn.ModuleList([first, nn.Identity(), nn.Linear(4 * width, width)])}
+        )
 
     def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
         """(B, N, width), (B, width) -> (B, N, width)."""
         modulation = self.norm1["linear"](F.silu(condition)).unsqueeze(1).chunk(6, -1)
-        shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = modulation
-        hidden = F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6) * (1 + scale_attention) + shift_attention
+        shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = (
+            modulation
+        )
+        hidden = (
+            F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6) * (1 + scale_attention)
+            + shift_attention
+        )
         tokens = tokens + gate_attention * self.attention(hidden)
         hidden = F.layer_norm(tokens, tokens.shape[-1:], eps=1e-5) * (1 + scale_mlp) + shift_mlp
         first, _, last = self.ff["net"]
@@ -184,7 +224,8 @@ class Block(nn.Module):
     def attention(self, tokens: Tensor) -> Tensor:
         """Multi-head self-attention, (B, N, width) -> (B, N, width)."""
         q, k, v = (
-            self.attn1[name](tokens).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for name in ("to_q", "to_k", "to_v")
+            self.attn1[name](tokens).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for name in ("to_q", "to_k", "to_v")
         )
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         return self.attn1["to_out"][0](mixed)

@@ -41,8 +41,14 @@ class MixtureOutput:
         """
         config = self.config
         if len(shape) != 4 or shape[1] != config.channels:
-            raise ValueError(f"{type(self).__name__} works on latents (B, {config.channels}, h, w), not {tuple(shape)}")
-        if max(shape[2:]) > config.latent_size or shape[2] % config.patch_size or shape[3] % config.patch_size:
+            raise ValueError(
+                f"{type(self).__name__} works on latents (B, {config.channels}, h, w), not {tuple(shape)}"
+            )
+        if (
+            max(shape[2:]) > config.latent_size
+            or shape[2] % config.patch_size
+            or shape[3] % config.patch_size
+        ):
             raise ValueError(
                 f"latents of {shape[2]} x {shape[3]} do not fit this model: sides must be multiples of "
                 f"{config.patch_size}, up to {config.latent_size}"
@@ -60,7 +66,9 @@ class MixtureOutput:
         config, patch = self.config, self.config.patch_size
         rows, columns = shape[2] // patch, shape[3] // patch
         output = tokens.float().unflatten(2, (patch, patch, -1)).unflatten(1, (rows, columns))
-        output = output.permute(0, 5, 1, 3, 2, 4).reshape(len(tokens), -1, *shape[2:])  # (B, V, h, w)
+        output = output.permute(0, 5, 1, 3, 2, 4).reshape(
+            len(tokens), -1, *shape[2:]
+        )  # (B, V, h, w)
         count = config.num_components * config.channels
         means, logits = output[:, :count], output[:, count:]
         if not logits.shape[1]:
@@ -74,9 +82,9 @@ class MixtureOutput:
     def log_std(self, condition: Tensor) -> Tensor:
         """(B, D) -> (B, 1, 1, 1, 1); the transformer learns nothing from it."""
         if self.config.constant_log_std is not None:
-            return torch.full((1, 1, 1, 1, 1), self.config.constant_log_std, device=condition.device).expand(
-                len(condition), -1, -1, -1, -1
-            )
+            return torch.full(
+                (1, 1, 1, 1, 1), self.config.constant_log_std, device=condition.device
+            ).expand(len(condition), -1, -1, -1, -1)
         return self.gm_out["logstd_layers"](condition.detach()).float()[:, :, None, None, None]
 
 

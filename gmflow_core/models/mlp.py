@@ -43,7 +43,9 @@ class GMFlowMLPConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.embed_dim % 4:
-            raise ValueError(f"embed_dim is {self.embed_dim}; it must be divisible by 4 (sine and cosine of x and y)")
+            raise ValueError(
+                f"embed_dim is {self.embed_dim}; it must be divisible by 4 (sine and cosine of x and y)"
+            )
         if self.num_classes < 0:
             raise ValueError(f"num_classes is {self.num_classes}; it must be 0 or more")
         if not 0 < self.min_period < self.max_period:
@@ -62,7 +64,9 @@ class GMFlowMLP(nn.Module):
     def __init__(self, config: GMFlowMLPConfig = GMFlowMLPConfig()):
         super().__init__()
         self.config = config
-        widths = [(3 if config.num_classes else 2) * config.embed_dim] + [config.hidden_dim] * config.num_layers
+        widths = [(3 if config.num_classes else 2) * config.embed_dim] + [
+            config.hidden_dim
+        ] * config.num_layers
         layers = [(nn.Linear(a, b), nn.SiLU()) for a, b in itertools.pairwise(widths)]
         self.net = nn.Sequential(*[module for layer in layers for module in layer])
         self.out_means = nn.Linear(config.hidden_dim, 2 * config.num_components)
@@ -96,20 +100,30 @@ class GMFlowMLP(nn.Module):
             ValueError: x does not have two channels; labels are missing, or too many.
         """
         if x.ndim < 2 or x.shape[1] != self.channels:
-            raise ValueError(f"GMFlowMLP works on 2-D points: x must be (B, 2, ...), not {tuple(x.shape)}")
+            raise ValueError(
+                f"GMFlowMLP works on 2-D points: x must be (B, 2, ...), not {tuple(x.shape)}"
+            )
         if (labels is None) != (self.config.num_classes == 0):
             came = "no labels came" if labels is None else "labels came"
-            raise ValueError(f"this GMFlowMLP knows {self.config.num_classes} labels, but {came}; they belong together")
+            raise ValueError(
+                f"this GMFlowMLP knows {self.config.num_classes} labels, but {came}; they belong together"
+            )
         points = x.movedim(1, -1)  # (B, *S, 2)
         sigma = torch.as_tensor(sigma, device=x.device).expand(x.shape[0])
-        time = time_features(sigma, self.config.embed_dim, include_end=True)  # (B, E); with the label's embedding (B, 2 E)
+        time = time_features(
+            sigma, self.config.embed_dim, include_end=True
+        )  # (B, E); with the label's embedding (B, 2 E)
         if labels is not None:
             time = torch.cat([time, self.embed_labels(labels).to(time)], -1)
         time = time.reshape(x.shape[0], *[1] * (x.ndim - 2), -1).expand(*points.shape[:-1], -1)
-        features = torch.cat([time, self.position_features(points)], -1).to(self.out_means.weight.dtype)
+        features = torch.cat([time, self.position_features(points)], -1).to(
+            self.out_means.weight.dtype
+        )
         hidden = self.net(features)  # (B, *S, H)
         means = self.out_means(hidden).float().unflatten(-1, (-1, 2)).movedim((-2, -1), (1, 2))
-        log_weights = self.out_logweights(hidden).float().log_softmax(-1).movedim(-1, 1).unsqueeze(2)
+        log_weights = (
+            self.out_logweights(hidden).float().log_softmax(-1).movedim(-1, 1).unsqueeze(2)
+        )
         if self.config.constant_log_std is None:
             log_std = self.out_logstds(hidden).float().movedim(-1, 1).unsqueeze(2)
         else:
@@ -119,6 +133,8 @@ class GMFlowMLP(nn.Module):
     def position_features(self, points: Tensor) -> Tensor:
         """Sines, then cosines, of each coordinate at geometrically spaced periods: (..., 2) -> (..., E)."""
         c = self.config
-        log_period = torch.linspace(math.log(c.min_period), math.log(c.max_period), c.embed_dim // 4, device=points.device)
+        log_period = torch.linspace(
+            math.log(c.min_period), math.log(c.max_period), c.embed_dim // 4, device=points.device
+        )
         angle = points.float().unsqueeze(-1) * (2 * math.pi / log_period.exp())  # (..., 2, E / 4)
         return torch.cat([angle.sin(), angle.cos()], -1).flatten(-2)

@@ -21,11 +21,16 @@ class SpectrumMLP(nn.Module):
         layers: widths of the hidden layers.
     """
 
-    def __init__(self, base_size: tuple[int, int, int] = (4, 32, 32), layers: tuple[int, ...] = (64, 8)):
+    def __init__(
+        self, base_size: tuple[int, int, int] = (4, 32, 32), layers: tuple[int, ...] = (64, 8)
+    ):
         super().__init__()
         self.base_size = tuple(base_size)
         hidden = [(nn.Linear(a, b), nn.SiLU()) for a, b in itertools.pairwise([2, *layers])]
-        self.mlp = nn.Sequential(*[m for layer in hidden for m in layer], nn.Linear([2, *layers][-1], math.prod(base_size)))
+        self.mlp = nn.Sequential(
+            *[m for layer in hidden for m in layer],
+            nn.Linear([2, *layers][-1], math.prod(base_size)),
+        )
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -50,20 +55,37 @@ class SpectrumMLP(nn.Module):
         """
         channels, base_height, base_width = self.base_size
         height, width = x0.mean.shape[-2:]
-        if x0.mean.shape[1:2] != (channels,) or height > base_height or width > base_width or x0.mean.ndim != 4:
+        if (
+            x0.mean.shape[1:2] != (channels,)
+            or height > base_height
+            or width > base_width
+            or x0.mean.ndim != 4
+        ):
             raise ValueError(
                 f"the spectrum network serves latents of {channels} channels up to {base_height} x {base_width}, not "
                 f"{tuple(x0.mean.shape)}"
             )
-        spread = x0.mean.var((-2, -1)).mean(1) if height * width > 1 else x0.mean.new_zeros(len(x0.mean))
+        spread = (
+            x0.mean.var((-2, -1)).mean(1) if height * width > 1 else x0.mean.new_zeros(len(x0.mean))
+        )
         statistics = torch.stack([x0.var.mean((1, 2, 3)).expand(len(x0.mean)), spread], 1)
-        spectrum = self.mlp(statistics.to(self.mlp[0].weight.dtype)).float().unflatten(1, self.base_size)
+        spectrum = (
+            self.mlp(statistics.to(self.mlp[0].weight.dtype)).float().unflatten(1, self.base_size)
+        )
         spectrum = _low_frequencies(_low_frequencies(spectrum, height, 2), width, 3)
-        return spectrum.flatten(2).log_softmax(2).unflatten(2, (height, width)) + math.log(height * width)
+        return spectrum.flatten(2).log_softmax(2).unflatten(2, (height, width)) + math.log(
+            height * width
+        )
 
 
 def _low_frequencies(spectrum: Tensor, count: int, dim: int) -> Tensor:
     """The `count` lowest frequencies of a dimension in the FFT's order (0, 1, ..., -2, -1)."""
     positive = (count + 1) // 2
     negative = count - positive
-    return torch.cat([spectrum.narrow(dim, 0, positive), spectrum.narrow(dim, spectrum.shape[dim] - negative, negative)], dim)
+    return torch.cat(
+        [
+            spectrum.narrow(dim, 0, positive),
+            spectrum.narrow(dim, spectrum.shape[dim] - negative, negative),
+        ],
+        dim,
+    )

@@ -18,7 +18,9 @@ from torch import Tensor
 
 GROUPS = (256, 64, 16)  # sizes of a rotation: powers of 4
 LEVELS = 127  # of an int8 on either side of 0
-CHUNK = {"cpu": 2**18}  # entries of a weight that are in float32 at a time: on a CPU what its cache holds
+CHUNK = {
+    "cpu": 2**18
+}  # entries of a weight that are in float32 at a time: on a CPU what its cache holds
 GPU_CHUNK = 2**24
 SMALLEST = 1e-30  # scale of a row of zeros
 MIN_ROWS = 17  # cuBLAS wants more than 16 rows of int8
@@ -39,7 +41,9 @@ class Int8Weight:
         """The weight (N, K) that the int8 values stand for, without the rotation."""
         out = torch.empty(self.values.shape, dtype=dtype, device=self.values.device)
         for rows in row_slices(self.values, self.values.device):
-            part = self.values[rows].float() * (self.scale[rows] if len(self.scale) > 1 else self.scale)
+            part = self.values[rows].float() * (
+                self.scale[rows] if len(self.scale) > 1 else self.scale
+            )
             out[rows] = rotate(part, self.group)  # H is its own inverse
         return out
 
@@ -56,7 +60,9 @@ def rotation_group(inputs: int) -> int:
 
 
 @functools.lru_cache(maxsize=32)
-def hadamard(size: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
+def hadamard(
+    size: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Tensor:
     """The regular Hadamard matrix (size, size) over sqrt(size): symmetric, orthogonal, all rows with one sum.
 
     Raises:
@@ -72,7 +78,9 @@ def _hadamard(size: int) -> Tensor:
     while len(matrix) < size:
         matrix = torch.kron(matrix, four) / 2
     if len(matrix) != size:
-        raise ValueError(f"a regular Hadamard matrix of size {size} is asked for; sizes are powers of 4")
+        raise ValueError(
+            f"a regular Hadamard matrix of size {size} is asked for; sizes are powers of 4"
+        )
     return matrix
 
 
@@ -111,7 +119,9 @@ def quantize_rows(
         ValueError: `weight` is not a matrix, or not finite.
     """
     if weight.ndim != 2 or not weight.is_floating_point():
-        raise ValueError(f"a weight of shape {tuple(weight.shape)} and type {weight.dtype} is no float matrix")
+        raise ValueError(
+            f"a weight of shape {tuple(weight.shape)} and type {weight.dtype} is no float matrix"
+        )
     group = rotation_group(weight.shape[1]) if group is None else group
     device = weight.device if device is None else torch.device(device)
     generator = None if seed is None else torch.Generator(device).manual_seed(seed % 2**63)
@@ -122,7 +132,9 @@ def quantize_rows(
         part_values, part_scale = _round_rows(part, generator)
         values[rows], scale[rows] = part_values.to(weight.device), part_scale.to(weight.device)
     if not scale.isfinite().all():
-        raise ValueError(f"{(~scale.isfinite()).sum().item()} of {len(scale)} rows hold values that are not finite numbers")
+        raise ValueError(
+            f"{(~scale.isfinite()).sum().item()} of {len(scale)} rows hold values that are not finite numbers"
+        )
     return Int8Weight(values, scale, group)
 
 
@@ -133,7 +145,9 @@ def _round_rows(x: Tensor, generator: torch.Generator | None = None) -> tuple[Te
     if generator is None:
         steps = steps.round_()
     else:
-        steps = steps.add_(torch.rand(steps.shape, generator=generator, device=steps.device)).floor_()
+        steps = steps.add_(
+            torch.rand(steps.shape, generator=generator, device=steps.device)
+        ).floor_()
     return steps.clamp_(-LEVELS, LEVELS).to(torch.int8), scale
 
 
@@ -154,7 +168,13 @@ def int8_linear(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Te
     """x W^T + bias as a product of int8 matrices: x (..., K) is rounded too, with one scale a row. Faster where the device
     multiplies int8; the rounding of x adds an error about as large as that of the weight."""
     values, scale = _round_rows(rotate(x, weight.group).reshape(-1, x.shape[-1]))
-    out = int8_product(values, weight.values).float().mul_(scale).mul_(weight.scale.flatten()).to(x.dtype)
+    out = (
+        int8_product(values, weight.values)
+        .float()
+        .mul_(scale)
+        .mul_(weight.scale.flatten())
+        .to(x.dtype)
+    )
     out = out.reshape(*x.shape[:-1], out.shape[-1])
     return out if bias is None else out.add_(bias)
 
@@ -163,7 +183,10 @@ def int8_product(a: Tensor, b: Tensor) -> Tensor:
     """a b^T of int8 matrices (M, K), (N, K) as int32 (M, N): by bitsandbytes on a GPU if it is installed, else by torch."""
     if a.is_cuda and (product := bitsandbytes_product()) is not None:
         return product(a, b)
-    if (a.is_cuda and (len(b) % 8 or b.shape[1] % 8)) or a.device.type not in ("cpu", "cuda"):  # torch has no int8 for these
+    if (a.is_cuda and (len(b) % 8 or b.shape[1] % 8)) or a.device.type not in (
+        "cpu",
+        "cuda",
+    ):  # torch has no int8 for these
         return (a.float() @ b.float().T).int()
     missing = max(0, MIN_ROWS - len(a)) if a.is_cuda else 0
     return torch._int_mm(F.pad(a, (0, 0, 0, missing)), b.T)[: len(a)]

@@ -12,7 +12,9 @@ from ..gaussians.mixture import GaussianMixture
 from .guidance import Guidance, classifier_free_guidance
 
 
-def class_denoiser(network: nn.Module, labels: Tensor, guidance: Guidance | None = None) -> Denoiser:
+def class_denoiser(
+    network: nn.Module, labels: Tensor, guidance: Guidance | None = None
+) -> Denoiser:
     """The denoiser of a class-conditional network, with cond and uncond in one batch where guidance acts.
 
     Args:
@@ -26,7 +28,9 @@ def class_denoiser(network: nn.Module, labels: Tensor, guidance: Guidance | None
     null = config.num_classes  # the label for none, where there is one
     largest = null if getattr(config, "null_class", True) else null - 1
     if null and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) <= largest:
-        raise ValueError(f"labels between {int(labels.min())} and {int(labels.max())} do not fit a model of {null} classes")
+        raise ValueError(
+            f"labels between {int(labels.min())} and {int(labels.max())} do not fit a model of {null} classes"
+        )
     if guidance is not None and not guidance.idle and largest != null:
         raise ValueError(
             "guidance needs a model that knows of no label, and this one always has one; take autoguidance instead"
@@ -37,7 +41,9 @@ def class_denoiser(network: nn.Module, labels: Tensor, guidance: Guidance | None
     def denoise(x: Tensor, sigma: Tensor) -> GaussianMixture:
         if guidance is None or not guidance.acts_at(sigma):
             return velocity_to_x0(network(x, sigma, labels.to(x.device)), x, sigma)
-        cond, uncond = network(torch.cat([x, x]), torch.cat([sigma, sigma]), both.to(x.device)).chunk(2)
+        cond, uncond = network(
+            torch.cat([x, x]), torch.cat([sigma, sigma]), both.to(x.device)
+        ).chunk(2)
         return guidance.of_velocities(cond, uncond, x, sigma)
 
     return denoise
@@ -46,7 +52,9 @@ def class_denoiser(network: nn.Module, labels: Tensor, guidance: Guidance | None
 def autoguided(denoiser: Denoiser, guide: Denoiser, scale: float) -> Denoiser:
     """Autoguidance (Karras et al. 2024): away from a weaker model of the same thing, as `classifier_free_guidance` is away from
     the unconditional one; `scale` 1 leaves the denoiser as it is."""
-    return lambda x, sigma: classifier_free_guidance(denoiser(x, sigma), guide(x, sigma).mean(), scale)
+    return lambda x, sigma: classifier_free_guidance(
+        denoiser(x, sigma), guide(x, sigma).mean(), scale
+    )
 
 
 Denoiser = Callable[[Tensor, Tensor], GaussianMixture]

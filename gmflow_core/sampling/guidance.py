@@ -71,7 +71,9 @@ def probabilistic_guidance(
 
 
 @fusible
-def _guided(cond: GaussianMixture, uncond_mean: Tensor, scale: float | Tensor, orthogonal: float) -> GuidedMixture:
+def _guided(
+    cond: GaussianMixture, uncond_mean: Tensor, scale: float | Tensor, orthogonal: float
+) -> GuidedMixture:
     """See `probabilistic_guidance`."""
     tilts = Tilts(cond)
     mean, var = tilts.origin, image_mean(tilts.moment_match().var)
@@ -85,13 +87,22 @@ def _guided(cond: GaussianMixture, uncond_mean: Tensor, scale: float | Tensor, o
 
 @fusible
 def _guided_velocities(
-    cond: GaussianMixture, uncond: GaussianMixture, x: Tensor, sigma: Sigma, scale: float, orthogonal: float
+    cond: GaussianMixture,
+    uncond: GaussianMixture,
+    x: Tensor,
+    sigma: Sigma,
+    scale: float,
+    orthogonal: float,
 ) -> GuidedMixture:
     """See `Guidance.of_velocities`."""
-    return _guided(velocity_to_x0(cond, x, sigma), velocity_to_x0(uncond.mean(), x, sigma), scale, orthogonal)
+    return _guided(
+        velocity_to_x0(cond, x, sigma), velocity_to_x0(uncond.mean(), x, sigma), scale, orthogonal
+    )
 
 
-def classifier_free_guidance(cond: GaussianMixture, uncond_mean: Tensor, scale: float | Tensor) -> GaussianMixture:
+def classifier_free_guidance(
+    cond: GaussianMixture, uncond_mean: Tensor, scale: float | Tensor
+) -> GaussianMixture:
     """Classifier-free guidance (Ho & Salimans 2022) on the mean, for comparison: `cond` moved as a whole so that its mean is
     uncond + scale (cond - uncond).
 
@@ -129,14 +140,18 @@ class Guidance:
 
     def __post_init__(self):
         if self.kind not in GUIDANCE_KINDS:
-            raise ValueError(f"guidance kind {self.kind!r} is unknown; choose one of {', '.join(GUIDANCE_KINDS)}")
+            raise ValueError(
+                f"guidance kind {self.kind!r} is unknown; choose one of {', '.join(GUIDANCE_KINDS)}"
+            )
         if self.kind == "probabilistic":
             _check_scale(self.scale, self.orthogonal)
         elif not self.scale >= 0:
             raise ValueError(f"guidance scale {self.scale} must be 0 or more")
         low, high = self.interval
         if not 0 <= low <= high <= 1:
-            raise ValueError(f"the guidance interval ({low}, {high}) must be two sigmas in [0, 1], the lower one first")
+            raise ValueError(
+                f"the guidance interval ({low}, {high}) must be two sigmas in [0, 1], the lower one first"
+            )
 
     @property
     def idle(self) -> bool:
@@ -153,7 +168,9 @@ class Guidance:
             return classifier_free_guidance(cond, uncond_mean, self.scale)
         return probabilistic_guidance(cond, uncond_mean, self.scale, self.orthogonal)
 
-    def of_velocities(self, cond: GaussianMixture, uncond: GaussianMixture, x: Tensor, sigma: Sigma) -> GaussianMixture:
+    def of_velocities(
+        self, cond: GaussianMixture, uncond: GaussianMixture, x: Tensor, sigma: Sigma
+    ) -> GaussianMixture:
         """The guided mixture of x_0, from the two mixtures of velocities that were predicted at (x, sigma)."""
         if self.kind == "cfg":
             return self(velocity_to_x0(cond, x, sigma), velocity_to_x0(uncond.mean(), x, sigma))
@@ -164,12 +181,16 @@ def within(interval: tuple[float, float], sigma: float | Tensor) -> bool:
     """Whether `sigma`, a number or equal values (B,), lies in an interval of sigmas, its ends included. The whole of [0, 1]
     holds every sigma, and a tensor is not read for that."""
     low, high = interval
-    return (low, high) == (0.0, 1.0) or low <= (sigma.flatten()[0].item() if isinstance(sigma, Tensor) else sigma) <= high
+    return (low, high) == (0.0, 1.0) or low <= (
+        sigma.flatten()[0].item() if isinstance(sigma, Tensor) else sigma
+    ) <= high
 
 
 def _check_scale(scale: float | Tensor, orthogonal: float) -> None:
     if not isinstance(scale, Tensor) and not 0 <= scale < 1:
-        raise ValueError(f"guidance scale {scale} is outside [0, 1); probabilistic guidance is not classifier-free guidance")
+        raise ValueError(
+            f"guidance scale {scale} is outside [0, 1); probabilistic guidance is not classifier-free guidance"
+        )
     if not 0 <= orthogonal <= 1:
         raise ValueError(f"orthogonal is {orthogonal}; it must be in [0, 1]")
 
@@ -177,7 +198,11 @@ def _check_scale(scale: float | Tensor, orthogonal: float) -> None:
 def _per_sample(scale: float | Tensor, like: Tensor) -> Tensor:
     """A number or one per sample (B,), broadcastable to `like`; a number without waiting for a GPU."""
     shape = [-1] + [1] * (like.ndim - 1)
-    return scale.to(like).reshape(shape) if isinstance(scale, Tensor) else like.new_full([1] * like.ndim, scale)
+    return (
+        scale.to(like).reshape(shape)
+        if isinstance(scale, Tensor)
+        else like.new_full([1] * like.ndim, scale)
+    )
 
 
 def image_mean(x: Tensor) -> Tensor:

@@ -55,10 +55,14 @@ def sample_images(
     config, device = network.config, next(network.parameters()).device
     given = next((each for each in (labels, modes, seeds) if each is not None), None)
     if given is None or (labels is None and source is None):
-        raise ValueError("give labels; or a source whose modes are the labels, and the modes or seeds")
+        raise ValueError(
+            "give labels; or a source whose modes are the labels, and the modes or seeds"
+        )
     seeds = range(len(given)) if seeds is None else seeds
     if any(len(each) != len(seeds) for each in (labels, modes) if each is not None):
-        raise ValueError(f"{len(seeds)} seeds do not fit {len(given)} labels or modes; give one for each image")
+        raise ValueError(
+            f"{len(seeds)} seeds do not fit {len(given)} labels or modes; give one for each image"
+        )
     shape = (len(seeds), config.channels, *(size or (config.latent_size, config.latent_size)))
     generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
     noise = standard_normal(shape, generators, like=torch.empty(0, device=device))
@@ -73,7 +77,9 @@ def sample_images(
             "(zeros for an unconditional network) to sample one whose modes are hidden"
         )
     if labels is None and guidance is not None and not guidance.idle:
-        raise ValueError("a network whose labels are modes knows of none, which guidance needs; take autoguidance")
+        raise ValueError(
+            "a network whose labels are modes knows of none, which guidance needs; take autoguidance"
+        )
     if source is not None:
         source.require_shape(shape[1:])
         modes = source.draw_modes(len(seeds), generators) if modes is None else modes
@@ -81,7 +87,11 @@ def sample_images(
         if labels is None and source.is_spherical:
             frame = source.frame(modes)
         elif solver not in MEAN_SOLVERS:
-            why = "the network does not know the modes" if labels is not None else "its modes are diagonal"
+            why = (
+                "the network does not know the modes"
+                if labels is not None
+                else "its modes are diagonal"
+            )
             raise ValueError(
                 f"{solver} has no closed form for this mixture source, as {why}; take one of {', '.join(MEAN_SOLVERS)}"
             )
@@ -91,7 +101,10 @@ def sample_images(
     if steps == 0 and sigmas is None:
         return x if frame is None else frame.leave(x, 1.0)
     labels = labels.to(device)
-    denoisers = [class_denoiser(each, labels, guidance) for each in ([network] if guide is None else [network, guide])]
+    denoisers = [
+        class_denoiser(each, labels, guidance)
+        for each in ([network] if guide is None else [network, guide])
+    ]
     sigmas = flow_sigmas(steps, shift) if sigmas is None else sigmas
     report = callback
     if frame is not None:
@@ -103,6 +116,12 @@ def sample_images(
 
     denoiser = denoisers[0] if guide is None else autoguided(*denoisers, guide_scale)
     spectrum = network.spectrum_net if source is None else None
-    settings = {"order": order, "substeps": substeps, "shift": shift, "spectrum": spectrum, "noise": generators}
+    settings = {
+        "order": order,
+        "substeps": substeps,
+        "shift": shift,
+        "spectrum": spectrum,
+        "noise": generators,
+    }
     x = solve(solver, denoiser, x, sigmas, **settings, callback=report)
     return x if frame is None else frame.leave(x, times[-1])

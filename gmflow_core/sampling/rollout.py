@@ -25,7 +25,10 @@ from ..flow.policy import DXPolicy, Policy
 from ..gaussians.mixture import GaussianMixture, TiltedMixture
 
 Constrain = Callable[[Tensor, Tensor], Tensor]
-FEW, FEW_TILTED = 2, 4  # substeps that are done sooner than the inner products (and a tilted mixture's components) are computed
+FEW, FEW_TILTED = (
+    2,
+    4,
+)  # substeps that are done sooner than the inner products (and a tilted mixture's components) are computed
 
 
 def rollout(
@@ -69,7 +72,11 @@ def rollout(
     simple = substeps == 1 or constrain is not None or isinstance(x0, DXPolicy) or not x.numel()
     if simple or followed(x0, x, sigma, sigma_end):
         method = "plain"
-    if method is None and substeps <= (FEW_TILTED if isinstance(x0, TiltedMixture) else FEW) and not x.is_cuda:
+    if (
+        method is None
+        and substeps <= (FEW_TILTED if isinstance(x0, TiltedMixture) else FEW)
+        and not x.is_cuda
+    ):
         method = "plain"
     if method == "plain":
         return _plain(x0, x, sigma, sigma_end, substeps, shift, constrain, check)
@@ -78,7 +85,9 @@ def rollout(
         if check is not None:
             check()
         return x
-    sigma, sigma_end = (expand_sigma(each, x) if isinstance(each, Tensor) else each for each in (sigma, sigma_end))
+    sigma, sigma_end = (
+        expand_sigma(each, x) if isinstance(each, Tensor) else each for each in (sigma, sigma_end)
+    )
     if method == "triton" or (method is None and x.is_cuda):
         done = _by_triton(x0, x, sigma, sigma_end, substeps, shift)
         if done is not None:
@@ -108,12 +117,18 @@ def _plain(
 
 
 def _follow(
-    x0: Policy, x: Tensor, sigmas: tuple[Sigma, ...], constrain: Constrain | None = None, check: Check | None = None
+    x0: Policy,
+    x: Tensor,
+    sigmas: tuple[Sigma, ...],
+    constrain: Constrain | None = None,
+    check: Check | None = None,
 ) -> Tensor:
     later_mean = _means_along(x0, x, sigmas[0]) if len(sigmas) > 2 else None
     for substep, (now, following) in enumerate(itertools.pairwise(sigmas)):
         mean = x0.mean() if substep == 0 else later_mean(x, now)
-        kept = following / (now.clamp(min=MIN_SIGMA) if isinstance(now, Tensor) else max(now, MIN_SIGMA))
+        kept = following / (
+            now.clamp(min=MIN_SIGMA) if isinstance(now, Tensor) else max(now, MIN_SIGMA)
+        )
         x = mean + kept * (x - mean)
         if constrain is not None:
             x = constrain(x, expand_sigma(following, x))

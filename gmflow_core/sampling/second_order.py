@@ -29,9 +29,18 @@ class CorrectedMixture(MovedMixture):
     that it is compiled as part of what asks."""
 
     def __init__(
-        self, first_order: GaussianMixture, previous: Step, x: Tensor, sigma: float, size: float, ca: float, cb: float
+        self,
+        first_order: GaussianMixture,
+        previous: Step,
+        x: Tensor,
+        sigma: float,
+        size: float,
+        ca: float,
+        cb: float,
     ):
-        self.__dict__.update(first_order=first_order, previous=previous, x=x, sigma=sigma, size=size, ca=ca, cb=cb)
+        self.__dict__.update(
+            first_order=first_order, previous=previous, x=x, sigma=sigma, size=size, ca=ca, cb=cb
+        )
 
     tilts = property(lambda self: self._moved.tilts)
     slope = property(lambda self: self._moved.slope)
@@ -42,8 +51,12 @@ class CorrectedMixture(MovedMixture):
 
     @property
     def _moved(self) -> MovedMixture:
-        if "_kept" not in self.__dict__:  # a cached_property has a lock, which torch.compile refuses
-            found = _corrected(self.first_order, self.previous, self.x, self.sigma, self.size, self.ca, self.cb)
+        if (
+            "_kept" not in self.__dict__
+        ):  # a cached_property has a lock, which torch.compile refuses
+            found = _corrected(
+                self.first_order, self.previous, self.x, self.sigma, self.size, self.ca, self.cb
+            )
             self.__dict__["_kept"] = found
         return self.__dict__["_kept"]
 
@@ -52,7 +65,13 @@ class CorrectedMixture(MovedMixture):
 
 
 def second_order(
-    mixture: GaussianMixture, previous: Step, x: Tensor, sigma: float, size: float, ca: float = 0.005, cb: float = 1.0
+    mixture: GaussianMixture,
+    previous: Step,
+    x: Tensor,
+    sigma: float,
+    size: float,
+    ca: float = 0.005,
+    cb: float = 1.0,
 ) -> MovedMixture:
     """The second-order correction of GM-ODE and GM-SDE (GMFlow, ICML 2025), fused with probabilistic guidance.
 
@@ -72,7 +91,13 @@ def second_order(
 
 @fusible
 def _corrected(
-    mixture: GaussianMixture, previous: Step, x: Tensor, sigma: float, size: float, ca: float, cb: float
+    mixture: GaussianMixture,
+    previous: Step,
+    x: Tensor,
+    sigma: float,
+    size: float,
+    ca: float,
+    cb: float,
 ) -> MovedMixture:
     """The formulas of `second_order`."""
     if isinstance(mixture, GuidedMixture):

@@ -111,14 +111,22 @@ def sample_gm_sde(
     intervals, previous = _intervals(sigmas), None
     recorded = isinstance(noise, Sequence) and not isinstance(noise[0], torch.Generator)
     if recorded and len(noise) != len(intervals):
-        raise ValueError(f"{len(noise)} recorded draws do not fit {len(intervals)} steps; give one for each")
+        raise ValueError(
+            f"{len(noise)} recorded draws do not fit {len(intervals)} steps; give one for each"
+        )
     for index, (sigma, sigma_next) in enumerate(intervals):
         mixture, previous = _predict(denoiser, x, sigma, sigma_next, order, previous)
         if callback is not None:
             callback(index, x, mixture.mean())
         if spectrum is not None:
-            draws = noise[index] if recorded else SpectralDraws(standard_normal(x.shape, noise, like=x), None, None)
-            log_power = spectrum(mixture.gaussian if isinstance(mixture, MovedMixture) else image_gaussian(mixture))
+            draws = (
+                noise[index]
+                if recorded
+                else SpectralDraws(standard_normal(x.shape, noise, like=x), None, None)
+            )
+            log_power = spectrum(
+                mixture.gaussian if isinstance(mixture, MovedMixture) else image_gaussian(mixture)
+            )
             x0 = sample_with_spectrum(mixture, log_power, draws.spectral_noise, draws.axes)
         elif recorded:
             draws = noise[index]
@@ -147,7 +155,16 @@ def sample_euler(
     check: Check | None = None,
 ) -> Tensor:
     """Euler steps along the mixture's mean velocity, as for any flow-matching model; arguments as `sample_gm_ode`."""
-    return sample_gm_ode(denoiser, x, sigmas, order=1, substeps=1, callback=callback, constrain=constrain, check=check)
+    return sample_gm_ode(
+        denoiser,
+        x,
+        sigmas,
+        order=1,
+        substeps=1,
+        callback=callback,
+        constrain=constrain,
+        check=check,
+    )
 
 
 def sample_gm_policy(
@@ -185,7 +202,9 @@ def sample_gm_policy(
     if temperature is None:
         temperature = usual_temperature(len(intervals))
     elif not 0 < temperature <= 1:
-        raise ValueError(f"temperature {temperature} must be above 0 and at most 1, which leaves the mixture as it is")
+        raise ValueError(
+            f"temperature {temperature} must be above 0 and at most 1, which leaves the mixture as it is"
+        )
     if not stochasticity >= 0:
         raise ValueError(f"stochasticity {stochasticity} must be 0 (deterministic) or more")
     if substeps < 1:
@@ -198,11 +217,15 @@ def sample_gm_policy(
             policy = policy.with_temperature(temperature)
         kept = _kept_noise(sigma, sigma_next, stochasticity)
         signal = (1 - sigma_next) + sigma_next * kept
-        target = sigma_next * kept / signal  # where the rollout ends; what is missing to sigma_next is fresh noise
+        target = (
+            sigma_next * kept / signal
+        )  # where the rollout ends; what is missing to sigma_next is fresh noise
         count = max(1, round((unshift_time(sigma, shift) - unshift_time(target, shift)) * substeps))
         x = rollout(policy, x, sigma, target, count, shift=shift, constrain=constrain, check=check)
         if kept < 1 and sigma_next > 0:
-            x = signal * x + sigma_next * math.sqrt(1 - kept**2) * standard_normal(x.shape, noise, like=x)
+            x = signal * x + sigma_next * math.sqrt(1 - kept**2) * standard_normal(
+                x.shape, noise, like=x
+            )
             if constrain is not None:
                 x = constrain(x, x.new_full((), sigma_next))
     return x
@@ -240,7 +263,9 @@ def sample_dpmpp_2m(
         log_snr, log_snr_next = _log_snr(sigma), _log_snr(sigma_next)
         target = mean
         if previous is not None and math.isfinite(log_snr_previous) and math.isfinite(log_snr_next):
-            target = mean + (mean - previous) * (0.5 * (log_snr_next - log_snr) / (log_snr - log_snr_previous))
+            target = mean + (mean - previous) * (
+                0.5 * (log_snr_next - log_snr) / (log_snr - log_snr_previous)
+            )
         # from the line through x and target at sigma_next: alpha_next target + the part of x that is noise
         kept = sigma_next / sigma
         x = kept * x + ((1 - sigma_next) - kept * (1 - sigma)) * target
@@ -254,7 +279,10 @@ def sample_dpmpp_2m(
 
 SOLVERS = ("gm-ode", "gm-sde", "gm-policy", "euler", "dpmpp-2m")
 MEAN_SOLVERS = ("euler", "dpmpp-2m")  # that follow the mean only
-SUBSTEPS = {"gm-ode": 8, "gm-policy": 128}  # a usual number: between two network calls, and over all of [0, 1]
+SUBSTEPS = {
+    "gm-ode": 8,
+    "gm-policy": 128,
+}  # a usual number: between two network calls, and over all of [0, 1]
 FINAL_STEP_SIZE = 0.5  # of the last step beside the others, in the time grids that pi-Flow's adapters are made for
 
 
@@ -289,9 +317,13 @@ def solve(
     if solver == "gm-ode":
         return sample_gm_ode(denoiser, x, sigmas, order=order, substeps=substeps, **shared)
     if solver == "gm-sde":
-        return sample_gm_sde(denoiser, x, sigmas, order=order, spectrum=spectrum, noise=noise, **shared)
+        return sample_gm_sde(
+            denoiser, x, sigmas, order=order, spectrum=spectrum, noise=noise, **shared
+        )
     if solver == "gm-policy":
-        shared.update(shift=shift, temperature=temperature, stochasticity=stochasticity, noise=noise)
+        shared.update(
+            shift=shift, temperature=temperature, stochasticity=stochasticity, noise=noise
+        )
         return sample_gm_policy(denoiser, x, sigmas, substeps=substeps, **shared)
     if solver == "euler":
         return sample_euler(denoiser, x, sigmas, **shared)
@@ -301,7 +333,12 @@ def solve(
 
 
 def _predict(
-    denoiser: Denoiser, x: Tensor, sigma: float, sigma_next: float, order: int, previous: Step | None
+    denoiser: Denoiser,
+    x: Tensor,
+    sigma: float,
+    sigma_next: float,
+    order: int,
+    previous: Step | None,
 ) -> tuple[GaussianMixture, Step | None]:
     """One network call, corrected if `order` is 2: the mixture, and what the next correction needs."""
     if order not in (1, 2):
@@ -332,5 +369,7 @@ def _intervals(sigmas: Tensor | Sequence[float]) -> list[tuple[float, float]]:
     values = sigmas.tolist() if isinstance(sigmas, Tensor) else [float(s) for s in sigmas]
     intervals = list(itertools.pairwise(values))
     if not intervals or any(not 1 >= high > low >= 0 for high, low in intervals):
-        raise ValueError(f"sigmas {values} are not a descending sequence of at least two values in [0, 1]")
+        raise ValueError(
+            f"sigmas {values} are not a descending sequence of at least two values in [0, 1]"
+        )
     return intervals

@@ -29,7 +29,10 @@ from .source import GaussianMixtureSource, LogJoint, listed, widest
 
 FORMAT = "gmflow-source-fit-1"
 BLOCK = 2**22  # elements of (rows, modes) and (rows, dimensions) at a time
-START_ROWS = (32, 2**16)  # rows that k-means++ looks at: so many for each mode, and at least so many in all
+START_ROWS = (
+    32,
+    2**16,
+)  # rows that k-means++ looks at: so many for each mode, and at least so many in all
 LOG_NOTHING = -60.0  # least log-responsibility: a billion of such weigh nothing, and denormal numbers would take their time
 Chunks = Iterable[Tensor]
 
@@ -101,7 +104,12 @@ def fit_mixture(
     if em is None:
         em = _start(start, tokens, survey, settings, origin)
     while not (converged := em.converged(tolerance)) and len(em.log_likelihoods) < max_iterations:
-        em = em.update(_blocks(tokens, rows_of(num_modes, len(origin)), device, dtype, origin), survey.count, reg_covar, dtype)
+        em = em.update(
+            _blocks(tokens, rows_of(num_modes, len(origin)), device, dtype, origin),
+            survey.count,
+            reg_covar,
+            dtype,
+        )
         if not math.isfinite(em.log_likelihoods[-1]):
             raise ValueError(
                 f"the log-likelihood is {em.log_likelihoods[-1]} at iteration {len(em.log_likelihoods)}: the data's values are "
@@ -116,11 +124,21 @@ def fit_mixture(
     return Fit(source, em.log_likelihoods, converged)
 
 
-def _start(start: GaussianMixtureSource | None, tokens: Chunks, survey: Survey, settings: dict[str, Any], origin: Tensor) -> EM:
+def _start(
+    start: GaussianMixtureSource | None,
+    tokens: Chunks,
+    survey: Survey,
+    settings: dict[str, Any],
+    origin: Tensor,
+) -> EM:
     """What EM begins with: the given mixture, or centres of k-means++."""
     num_modes, spherical, wide = settings["num_modes"], settings["spherical"], survey.mean.dtype
     if start is None:
-        means = kmeans_plus_plus(_subset(tokens, survey, num_modes, settings["seed"], origin), num_modes, settings["seed"])
+        means = kmeans_plus_plus(
+            _subset(tokens, survey, num_modes, settings["seed"], origin),
+            num_modes,
+            settings["seed"],
+        )
         if dist.is_initialized():
             dist.broadcast(means, 0)  # GPUs of several kinds may round differently
         means = means.to(wide)
@@ -128,7 +146,9 @@ def _start(start: GaussianMixtureSource | None, tokens: Chunks, survey: Survey, 
         return EM(means, var, means.new_full((num_modes,), -math.log(num_modes)), [])
     start.require_shape(origin.shape)
     if start.num_modes != num_modes:
-        raise ValueError(f"a start of {start.num_modes} modes does not fit a fit of {num_modes}; give one of as many")
+        raise ValueError(
+            f"a start of {start.num_modes} modes does not fit a fit of {num_modes}; give one of as many"
+        )
     start = start.to(origin.device, wide)
     var = start.std.square().expand(num_modes, -1)
     var = var.mean(1, keepdim=True) if spherical else var.expand_as(start.means).clone()
@@ -150,9 +170,14 @@ class EM:
     log_likelihoods: list[float]
 
     def converged(self, tolerance: float) -> bool:
-        return len(self.log_likelihoods) > 1 and abs(self.log_likelihoods[-1] - self.log_likelihoods[-2]) < tolerance
+        return (
+            len(self.log_likelihoods) > 1
+            and abs(self.log_likelihoods[-1] - self.log_likelihoods[-2]) < tolerance
+        )
 
-    def update(self, blocks: Iterator[Tensor], count: int, reg_covar: float, dtype: torch.dtype) -> EM:
+    def update(
+        self, blocks: Iterator[Tensor], count: int, reg_covar: float, dtype: torch.dtype
+    ) -> EM:
         """One iteration over all processes: expectations of blocks (n, D), then the mixture that they make likeliest."""
         log_joint = LogJoint(self.means, self.var, self.log_weights, dtype)
         like, spherical = self.means, self.var.shape[1] == 1
@@ -175,7 +200,10 @@ class EM:
         number = number + floor  # as scikit-learn's, so that nothing is divided by 0
         means = torch.where(alive, sums.div_(number.unsqueeze(1)), self.means)
         norms = means.square().mean(1, keepdim=True) if spherical else means.square()
-        var = torch.where(alive, squares.div_(number.unsqueeze(1)).sub_(norms).clamp_(min=0), 0) + reg_covar
+        var = (
+            torch.where(alive, squares.div_(number.unsqueeze(1)).sub_(norms).clamp_(min=0), 0)
+            + reg_covar
+        )
         log_weights = (number / number.sum()).log()
         return EM(means, var, log_weights, [*self.log_likelihoods, (total / count).item()])
 
@@ -198,22 +226,34 @@ def look_at(tokens: Chunks, num_modes: int, device: torch.device) -> Survey:
     for chunk in tokens:
         if chunk.ndim != 2 or dims not in (None, chunk.shape[1]):
             before = f" after ones of {dims} numbers" if dims else ""
-            raise ValueError(f"a chunk of tokens is {tuple(chunk.shape)}{before}; give (n, D), the same D throughout")
+            raise ValueError(
+                f"a chunk of tokens is {tuple(chunk.shape)}{before}; give (n, D), the same D throughout"
+            )
         if dims is None:
             dims, total = chunk.shape[1], total.new_zeros(chunk.shape[1])
         sums = chunk.to(device).sum(1, dtype=total.dtype)
         if not sums.isfinite().all():
-            bad += [count + row for row in sums.isfinite().logical_not().nonzero().flatten().tolist()]
+            bad += [
+                count + row for row in sums.isfinite().logical_not().nonzero().flatten().tolist()
+            ]
         total += chunk.to(device).sum(0, dtype=total.dtype)
         count += len(chunk)
     counts = gather(torch.tensor([count, len(bad), dims or 0], device=device)).tolist()
     first = sum(n for n, _, _ in counts[: rank()])
     everywhere = sum(n for n, _, _ in counts)
     if len({d for n, _, d in counts if n}) > 1:
-        raise ValueError(f"the processes have tokens of different lengths: {sorted({d for _, _, d in counts})}")
+        raise ValueError(
+            f"the processes have tokens of different lengths: {sorted({d for _, _, d in counts})}"
+        )
     if broken := sum(n for _, n, _ in counts):
-        named = f"rows {listed([first + row for row in bad])}" if bad else f"{broken} rows of other processes' parts"
-        raise ValueError(f"{named} of {everywhere} tokens are not finite (NaN or infinite); mend or leave out what made them")
+        named = (
+            f"rows {listed([first + row for row in bad])}"
+            if bad
+            else f"{broken} rows of other processes' parts"
+        )
+        raise ValueError(
+            f"{named} of {everywhere} tokens are not finite (NaN or infinite); mend or leave out what made them"
+        )
     if everywhere < num_modes or num_modes < 1:
         raise ValueError(
             f"{everywhere} samples cannot be fitted with {num_modes} modes; give 1 to {everywhere}, best far fewer"
@@ -223,7 +263,9 @@ def look_at(tokens: Chunks, num_modes: int, device: torch.device) -> Survey:
     return Survey(everywhere, first, total / everywhere)
 
 
-def _blocks(tokens: Chunks, rows: int, device: torch.device, dtype: torch.dtype, origin: Tensor) -> Iterator[Tensor]:
+def _blocks(
+    tokens: Chunks, rows: int, device: torch.device, dtype: torch.dtype, origin: Tensor
+) -> Iterator[Tensor]:
     """This process's tokens minus `origin`, in blocks of `rows` whatever the chunks are."""
     rest: list[Tensor] = []
     held = 0
@@ -242,7 +284,11 @@ def _blocks(tokens: Chunks, rows: int, device: torch.device, dtype: torch.dtype,
 def _subset(tokens: Chunks, survey: Survey, num_modes: int, seed: int, origin: Tensor) -> Tensor:
     """The samples that k-means++ looks at, minus the origin, on every process: (S, D), all of them or a uniform draw."""
     size = min(survey.count, max(START_ROWS[0] * num_modes, START_ROWS[1]))
-    chosen = torch.randperm(survey.count, generator=torch.Generator().manual_seed(seed))[:size].sort().values
+    chosen = (
+        torch.randperm(survey.count, generator=torch.Generator().manual_seed(seed))[:size]
+        .sort()
+        .values
+    )
     rows = origin.new_zeros(size, len(origin))
     start = survey.first
     for chunk in tokens:
@@ -262,18 +308,26 @@ def kmeans_plus_plus(x: Tensor, num_centres: int, seed: int = 0) -> Tensor:
     and nothing waits for a GPU.
     """
     trials = 2 + int(math.log(num_centres))
-    uniform = torch.rand(num_centres, trials, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(x.device)
+    uniform = torch.rand(
+        num_centres, trials, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(x.device)
     norms = torch.cat([part.square().sum(1) for part in x.split(max(1, BLOCK // x.shape[1]))])
 
     def distances(candidates: Tensor) -> Tensor:
         """Squared, (S, candidates)."""
-        return torch.addmm(norms.unsqueeze(1), x, x[candidates].T, alpha=-2).add_(norms[candidates]).clamp_(min=0)
+        return (
+            torch.addmm(norms.unsqueeze(1), x, x[candidates].T, alpha=-2)
+            .add_(norms[candidates])
+            .clamp_(min=0)
+        )
 
     chosen = [(uniform[0, :1] * len(x)).long()]
     nearest = distances(chosen[0]).squeeze(1)
     for centre in range(1, num_centres):
         edges = nearest.cumsum(0, dtype=widest(x.device))
-        candidates = torch.searchsorted(edges, uniform[centre].to(edges) * edges[-1], right=True).clamp_(max=len(x) - 1)
+        candidates = torch.searchsorted(
+            edges, uniform[centre].to(edges) * edges[-1], right=True
+        ).clamp_(max=len(x) - 1)
         closer = torch.minimum(nearest.unsqueeze(1), distances(candidates))  # (S, trials)
         best = closer.sum(0).argmin().unsqueeze(0)
         chosen.append(candidates[best])
@@ -300,19 +354,29 @@ def _load_state(path: str | Path, settings: dict[str, Any], mean: Tensor) -> EM 
         with open_checkpoint(path) as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
-                raise ValueError(f"{path} is not the state of a fit; give another file, or remove it")
+                raise ValueError(
+                    f"{path} is not the state of a fit; give another file, or remove it"
+                )
             found = json.loads(metadata["settings"])
             differ = [f"{name}: {found.get(name)} there, {value} here" for name, value in settings.items()
                       if found.get(name) != value]  # fmt: skip
             there = file.get_tensor("mean").to(mean)
-            if not differ and not torch.allclose(there, mean, rtol=1e-6, atol=1e-6 * float(mean.abs().max())):
+            if not differ and not torch.allclose(
+                there, mean, rtol=1e-6, atol=1e-6 * float(mean.abs().max())
+            ):
                 differ = ["the data have another mean"]
             if differ:
-                raise ValueError(f"{path} is the state of another fit ({'; '.join(differ)}); remove it to begin anew")
+                raise ValueError(
+                    f"{path} is the state of another fit ({'; '.join(differ)}); remove it to begin anew"
+                )
             names = ("means", "var", "log_weights", "log_likelihoods")
             *tensors, history = (file.get_tensor(name).clone() for name in names)
             em = EM(*(t.to(mean) for t in tensors), history.tolist())
-    done = gather(torch.tensor([len(em.log_likelihoods) if em else 0], device=mean.device)).flatten().tolist()
+    done = (
+        gather(torch.tensor([len(em.log_likelihoods) if em else 0], device=mean.device))
+        .flatten()
+        .tolist()
+    )
     if len(set(done)) > 1:
         raise ValueError(
             f"the processes found {path} after different numbers of iterations: {done}; it must be one shared file"

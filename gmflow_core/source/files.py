@@ -31,7 +31,11 @@ def save_source(
         facts, data: JSON-able records of how it was fitted, and of what its samples are; as of `save_checkpoint`.
         dtype: stored type of the means; their own if None.
     """
-    config = {"num_modes": source.num_modes, "shape": source.shape, "assigner": source.assigner and source.assigner.shape}
+    config = {
+        "num_modes": source.num_modes,
+        "shape": source.shape,
+        "assigner": source.assigner and source.assigner.shape,
+    }
     records = {"config": config, "training": facts or {}, "data": data or {}}
     tensors = {}
     for prefix, part in (("", source), ("assigner.", source.assigner)):
@@ -39,7 +43,11 @@ def save_source(
             tensors[f"{prefix}means"] = stored(part.means, dtype or part.means.dtype)
             tensors[f"{prefix}std"] = stored(part.std, part.std.dtype)
             tensors[f"{prefix}log_weights"] = stored(part.log_weights, part.log_weights.dtype)
-    metadata = {"format": FORMAT, "model_class": SOURCE_CLASS, **{name: json.dumps(value) for name, value in records.items()}}
+    metadata = {
+        "format": FORMAT,
+        "model_class": SOURCE_CLASS,
+        **{name: json.dumps(value) for name, value in records.items()},
+    }
     write_tensors(tensors, path, metadata)
 
 
@@ -55,7 +63,9 @@ def read_source_metadata(source: str | Path) -> dict[str, Any]:
 
 
 def load_source(
-    source: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.float32
+    source: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = torch.float32,
 ) -> GaussianMixtureSource:
     """Read a source.
 
@@ -72,10 +82,16 @@ def load_source(
     path = _source_file(source)
     with open_checkpoint(path) as file:
         config = _metadata(file, path)["config"]
-        names = [f"{prefix}{name}" for prefix in ("", "assigner.") for name in ("means", "std", "log_weights")]
+        names = [
+            f"{prefix}{name}"
+            for prefix in ("", "assigner.")
+            for name in ("means", "std", "log_weights")
+        ]
         names = names if config.get("assigner") else names[:3]
         if sorted(names) != sorted(file.keys()):
-            raise ValueError(f"{path} holds {sorted(file.keys())} instead of {sorted(names)}; the file was edited or damaged")
+            raise ValueError(
+                f"{path} holds {sorted(file.keys())} instead of {sorted(names)}; the file was edited or damaged"
+            )
         try:
             tensors = [file.get_tensor(name).to(device, dtype, copy=True) for name in names]
             assigner = GaussianMixtureSource(*tensors[3:]) if tensors[3:] else None
@@ -96,7 +112,11 @@ def _source_file(source: str | Path) -> Path:
 def _metadata(file, path: Path) -> dict[str, Any]:
     raw = file.metadata() or {}
     if raw.get("format") != FORMAT or raw.get("model_class") != SOURCE_CLASS:
-        found = f"a {raw['model_class']} in format {raw.get('format')}" if "model_class" in raw else "something else"
+        found = (
+            f"a {raw['model_class']} in format {raw.get('format')}"
+            if "model_class" in raw
+            else "something else"
+        )
         raise ValueError(
             f"{path} holds {found}, not a Gaussian-mixture source in format {FORMAT}; give a source: {FIT}, or convert a "
             "published .pkl with python -m training.fit_source convert"
@@ -104,4 +124,6 @@ def _metadata(file, path: Path) -> dict[str, Any]:
     try:
         return {name: dict(json.loads(raw[name])) for name in ("config", "training", "data")}
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: its GMFlow metadata is unreadable ({error!r}); the file was edited or damaged") from error
+        raise ValueError(
+            f"{path}: its GMFlow metadata is unreadable ({error!r}); the file was edited or damaged"
+        ) from error

@@ -53,7 +53,9 @@ class ModeFrame:
         mean, std = self.mean.unsqueeze(1), self.std.unsqueeze(1)
         return GaussianMixture((u.means - mean) / std, u.log_weights, u.log_std - std.log())
 
-    def denoiser(self, denoiser: Callable[[Tensor, Tensor], GaussianMixture]) -> Callable[[Tensor, Tensor], GaussianMixture]:
+    def denoiser(
+        self, denoiser: Callable[[Tensor, Tensor], GaussianMixture]
+    ) -> Callable[[Tensor, Tensor], GaussianMixture]:
         """A denoiser (x, sigma) -> mixture of x_0 as one on y, whose x_0 is x's over s."""
         std = self.std.unsqueeze(1)
 
@@ -63,6 +65,8 @@ class ModeFrame:
 
         return denoise
 
-    def network(self, network: Callable[[Tensor, Tensor], GaussianMixture]) -> Callable[[Tensor, Tensor], GaussianMixture]:
+    def network(
+        self, network: Callable[[Tensor, Tensor], GaussianMixture]
+    ) -> Callable[[Tensor, Tensor], GaussianMixture]:
         """A network (x, sigma) -> mixture of velocities as one on y."""
         return lambda y, sigma: self.velocity(network(self.leave(y, sigma), sigma))

@@ -28,16 +28,28 @@ class RunningMoments:
     modes. On a GPU the order of the additions, and so the last bit, is not always the same.
     """
 
-    def __init__(self, num_modes: int, shape: tuple[int, ...], *, spherical: bool = True, device: str | torch.device = "cpu"):
+    def __init__(
+        self,
+        num_modes: int,
+        shape: tuple[int, ...],
+        *,
+        spherical: bool = True,
+        device: str | torch.device = "cpu",
+    ):
         self.spherical = spherical
         self.means = torch.zeros(num_modes, *shape, device=device)
         self.counts = torch.zeros(num_modes, dtype=torch.int64, device=device)
         spread = (num_modes, *[1] * len(shape)) if spherical else (num_modes, *shape)
-        self.squares = torch.zeros(spread, dtype=widest(self.means.device) if spherical else torch.float32, device=device)
+        self.squares = torch.zeros(
+            spread, dtype=widest(self.means.device) if spherical else torch.float32, device=device
+        )
 
     def save(self, path: str | Path, settings: dict[str, Any]) -> None:
         """Keep what came until now, to go on with after a stop; `settings` are to tell what it belongs to."""
-        tensors = {name: stored(getattr(self, name), getattr(self, name).dtype) for name in ("means", "squares", "counts")}
+        tensors = {
+            name: stored(getattr(self, name), getattr(self, name).dtype)
+            for name in ("means", "squares", "counts")
+        }
         write_tensors(tensors, path, {"format": MOMENTS, "settings": json.dumps(settings)})
 
     def restore(self, path: str | Path, settings: dict[str, Any]) -> int:
@@ -51,7 +63,9 @@ class RunningMoments:
         with open_checkpoint(path) as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != MOMENTS or json.loads(metadata["settings"]) != settings:
-                raise ValueError(f"{path} is of another fit, or of other processes; remove it to begin anew")
+                raise ValueError(
+                    f"{path} is of another fit, or of other processes; remove it to begin anew"
+                )
             for name in ("means", "squares", "counts"):
                 getattr(self, name).copy_(file.get_tensor(name))
         return int(self.counts.sum())
@@ -75,7 +89,9 @@ class RunningMoments:
         x, modes = x.to(self.means), modes.to(self.means.device)
         if not x.sum(dtype=self.squares.dtype).isfinite():
             bad = [row for row, sample in enumerate(x) if not sample.isfinite().all()]
-            raise ValueError(f"rows {listed(bad)} of {len(x)} samples are not finite; mend or leave out what made them")
+            raise ValueError(
+                f"rows {listed(bad)} of {len(x)} samples are not finite; mend or leave out what made them"
+            )
         present, groups = modes.unique(return_inverse=True)
         number = groups.bincount(minlength=len(present))
         share = number.view(-1, *[1] * (x.ndim - 1))
@@ -98,7 +114,9 @@ class RunningMoments:
         """Added up over all dimensions for spherical modes."""
         if not self.spherical:
             return squares
-        return squares.flatten(1).sum(1, dtype=self.squares.dtype).view(-1, *[1] * (squares.ndim - 1))
+        return (
+            squares.flatten(1).sum(1, dtype=self.squares.dtype).view(-1, *[1] * (squares.ndim - 1))
+        )
 
     def add_up_processes(self) -> None:
         """Merge what all processes saw, so that each of them has it all."""
@@ -107,7 +125,9 @@ class RunningMoments:
         counts = self.counts.clone()
         add_up(counts)
         total = counts.clamp(min=1).view(-1, *[1] * (self.means.ndim - 1))
-        for part in torch.arange(len(counts), device=counts.device).split(max(1, BLOCK // self.means[0].numel())):
+        for part in torch.arange(len(counts), device=counts.device).split(
+            max(1, BLOCK // self.means[0].numel())
+        ):
             mine = self.counts[part].view_as(total[part])
             mean = self.means[part] * mine
             add_up(mean)
@@ -119,15 +139,22 @@ class RunningMoments:
 
     def add_flipped(self) -> None:
         """Count the width-flipped twin of each sample too."""
-        for part in torch.arange(len(self.means), device=self.means.device).split(max(1, BLOCK // self.means[0].numel())):
-            mean, number = self.means[part], self.counts[part].view(-1, *[1] * (self.means.ndim - 1))
+        for part in torch.arange(len(self.means), device=self.means.device).split(
+            max(1, BLOCK // self.means[0].numel())
+        ):
+            mean, number = (
+                self.means[part],
+                self.counts[part].view(-1, *[1] * (self.means.ndim - 1)),
+            )
             both = 0.5 * (mean + mean.flip(-1))
             squares = self.squares[part] + self.squares[part].flip(-1)
             self.squares[part] = squares + 2 * number * self._fold((mean - both).square_())
             self.means[part] = both
         self.counts *= 2
 
-    def source(self, assigner: GaussianMixtureSource | None = None, min_var: float = 1e-6) -> GaussianMixtureSource:
+    def source(
+        self, assigner: GaussianMixtureSource | None = None, min_var: float = 1e-6
+    ) -> GaussianMixtureSource:
         """The mixture: weights of the assigner, or else by the counts; one variance for each mode, averaged over its
         dimensions, or one for each dimension; at least `min_var`. A mode without samples gets the average of the others. Takes
         over the running means, so nothing can be added afterwards.
@@ -145,8 +172,12 @@ class RunningMoments:
             average = torch.mv(values.flatten(1).T, weights.to(values)).view_as(values[0])
             values[~full] = average
         assigner = assigner and assigner.to(self.means.device)
-        log_weights = (self.counts / self.counts.sum()).log() if assigner is None else assigner.log_weights
-        return GaussianMixtureSource(self.means, var.clamp_(min=min_var).sqrt_().float(), log_weights, assigner)
+        log_weights = (
+            (self.counts / self.counts.sum()).log() if assigner is None else assigner.log_weights
+        )
+        return GaussianMixtureSource(
+            self.means, var.clamp_(min=min_var).sqrt_().float(), log_weights, assigner
+        )
 
 
 def fit_given_modes(

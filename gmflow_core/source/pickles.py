@@ -32,7 +32,9 @@ NUMBERS = "biuf"  # kinds of NumPy's types
 class Record:
     """An object of a class that is not loaded: its attributes, and what it was made from."""
 
-    def __new__(cls, *parts: Any, **attributes: Any) -> Record:  # which pickles call without __init__
+    def __new__(
+        cls, *parts: Any, **attributes: Any
+    ) -> Record:  # which pickles call without __init__
         self = super().__new__(cls)
         self.parts, self.attributes = parts, attributes
         return self
@@ -95,9 +97,16 @@ class _Inline:
         if getattr(self, "numpy_array_alignment_bytes", None) is not None:
             file.read(int.from_bytes(file.read(1), "little"))
         if self.dtype.dtype is None:
-            raise ValueError(f"it has an array of type {self.dtype.code!r}, which is not of numbers")
+            raise ValueError(
+                f"it has an array of type {self.dtype.code!r}, which is not of numbers"
+            )
         dtype, shape = self.dtype.dtype, tuple(int(n) for n in self.shape)
-        self.array = _array(file.read(int(np.prod(shape, dtype=object)) * dtype.itemsize), self.dtype, shape, self.order)
+        self.array = _array(
+            file.read(int(np.prod(shape, dtype=object)) * dtype.itemsize),
+            self.dtype,
+            shape,
+            self.order,
+        )
 
 
 def _array(raw: Any, kind: _Type, shape: tuple[int, ...], order: str = "C") -> np.ndarray | None:
@@ -149,15 +158,21 @@ ALLOWED: dict[tuple[str, str], Any] = {
     **{(f"numpy.{core}.multiarray", "scalar"): _scalar for core in ("core", "_core")},
     **{(f"numpy.{core}.numeric", "_frombuffer"): _frombuffer for core in ("core", "_core")},
 }
-PYTHON = (sys.stdlib_module_names | {"__builtin__", "copy_reg", "commands"}) - {"__main__"}  # some of Python 2's too
+PYTHON = (sys.stdlib_module_names | {"__builtin__", "copy_reg", "commands"}) - {
+    "__main__"
+}  # some of Python 2's too
 
 
-class _Unpickler(pickle._Unpickler):  # the one in Python, so that arrays can be read from between two objects
+class _Unpickler(
+    pickle._Unpickler
+):  # the one in Python, so that arrays can be read from between two objects
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in ALLOWED:
             return ALLOWED[module, name]
         if module.split(".")[0] in PYTHON:
-            raise ValueError(f"it asks for Python's {module}.{name}, which no mixture needs, so it may be an attack")
+            raise ValueError(
+                f"it asks for Python's {module}.{name}, which no mixture needs, so it may be an attack"
+            )
         return Record
 
     def persistent_load(self, pid: Any) -> Any:
@@ -200,7 +215,9 @@ def read_pickle(path: str | Path) -> Any:
         ) from error
 
 
-def convert_pickle(path: str | Path, assigner: GaussianMixtureSource | None = None) -> GaussianMixtureSource:
+def convert_pickle(
+    path: str | Path, assigner: GaussianMixtureSource | None = None
+) -> GaussianMixtureSource:
     """The source in a pickle: an estimator of scikit-learn (or of a class with its attributes), or a dict of arrays.
 
     Means (M, *shape) are called means_, means, mean or mu; variances covariances_, covariances, covs, variances, vars or var
@@ -220,10 +237,14 @@ def convert_pickle(path: str | Path, assigner: GaussianMixtureSource | None = No
             break
     else:
         found = sorted({str(name) for fields in _candidates(content) for name in fields})
-        raise ValueError(f"{path} holds no mixture: it has {found[:20]}, and means with variances are needed")
+        raise ValueError(
+            f"{path} holds no mixture: it has {found[:20]}, and means with variances are needed"
+        )
     kind = fields.get("covariance_type", "diag")
     if kind not in ("diag", "spherical"):
-        raise ValueError(f"{path} has covariances of the type {kind!r}; a source is diagonal or spherical: fit one of these")
+        raise ValueError(
+            f"{path} has covariances of the type {kind!r}; a source is diagonal or spherical: fit one of these"
+        )
     std = _std(squares if stds is None else stds.square(), means, path)
     weights, log_weights = _field(fields, WEIGHTS), _field(fields, LOG_WEIGHTS)
     if log_weights is None and weights is not None:
@@ -231,9 +252,13 @@ def convert_pickle(path: str | Path, assigner: GaussianMixtureSource | None = No
     if log_weights is None and assigner is not None:
         log_weights = assigner.log_weights.double()
     if log_weights is None:
-        raise ValueError(f"{path} has no weights of its modes; give the mixture of the tokens, which has them, with --assigner")
+        raise ValueError(
+            f"{path} has no weights of its modes; give the mixture of the tokens, which has them, with --assigner"
+        )
     try:
-        return GaussianMixtureSource(means.float(), std.float(), log_weights.flatten().float(), assigner)
+        return GaussianMixtureSource(
+            means.float(), std.float(), log_weights.flatten().float(), assigner
+        )
     except ValueError as error:
         raise ValueError(f"{path} holds a mixture that is none ({error})") from error
 
@@ -264,7 +289,11 @@ def _field(fields: dict[str, Any], names: tuple[str, ...]) -> Tensor | None:
         value = _array_of(fields.get(name))
         if isinstance(value, list) and value:
             parts = [_array_of(part) for part in value]
-            value = np.array(parts) if all(isinstance(part, (int, float, np.ndarray)) for part in parts) else None
+            value = (
+                np.array(parts)
+                if all(isinstance(part, (int, float, np.ndarray)) for part in parts)
+                else None
+            )
         if isinstance(value, np.ndarray):
             return torch.from_numpy(value.astype(np.float64))
     return None
@@ -274,7 +303,9 @@ def _std(var: Tensor, means: Tensor, path: str | Path) -> Tensor:
     """Standard deviations that broadcast to the means, from one variance for each mode, or for each of its dimensions."""
     if var.numel() == len(means):
         var = var.reshape(-1, *[1] * (means.ndim - 1))
-    if var.ndim != means.ndim or any(n not in (1, size) for n, size in zip(var.shape, means.shape, strict=True)):
+    if var.ndim != means.ndim or any(
+        n not in (1, size) for n, size in zip(var.shape, means.shape, strict=True)
+    ):
         raise ValueError(
             f"{path} has variances {tuple(var.shape)} for means {tuple(means.shape)}; a spherical source has one for each "
             "mode, a diagonal one has one for each of its dimensions"

@@ -49,8 +49,12 @@ class GaussianMixtureSource:
     def __post_init__(self):
         means, std, log_weights = self.means, self.std, self.log_weights
         if means.ndim < 2 or not means.numel():
-            raise ValueError(f"GaussianMixtureSource: means {tuple(means.shape)} need the dimensions (M, C, *S) or (M, D)")
-        if std.ndim != means.ndim or any(n not in (1, size) for n, size in zip(std.shape, means.shape, strict=True)):
+            raise ValueError(
+                f"GaussianMixtureSource: means {tuple(means.shape)} need the dimensions (M, C, *S) or (M, D)"
+            )
+        if std.ndim != means.ndim or any(
+            n not in (1, size) for n, size in zip(std.shape, means.shape, strict=True)
+        ):
             raise ValueError(
                 f"GaussianMixtureSource: std {tuple(std.shape)} does not broadcast to means {tuple(means.shape)}; give "
                 f"{(len(means), *[1] * (means.ndim - 1))} for spherical modes, or the shape of the means for diagonal ones"
@@ -67,13 +71,17 @@ class GaussianMixtureSource:
                 f"GaussianMixtureSource: the means of the modes {listed(bad)} are not finite; fit the source again"
             )
         if not (self.std.isfinite() & (self.std > 0)).all():
-            raise ValueError("GaussianMixtureSource: a standard deviation is not finite or not positive; fit the source again")
+            raise ValueError(
+                "GaussianMixtureSource: a standard deviation is not finite or not positive; fit the source again"
+            )
         total = self.log_weights.logsumexp(0).exp().item()
         if not abs(total - 1) < 1e-3:
             raise ValueError(
                 f"GaussianMixtureSource: the weights add up to {total:.6g} instead of 1; give log_weights.log_softmax(0)"
             )
-        if self.assigner is not None and (self.assigner.num_modes != len(means) or len(self.assigner.shape) != 1):
+        if self.assigner is not None and (
+            self.assigner.num_modes != len(means) or len(self.assigner.shape) != 1
+        ):
             raise ValueError(
                 f"GaussianMixtureSource: an assigner of {self.assigner.num_modes} modes over samples {self.assigner.shape} "
                 f"does not fit a source of {len(means)} modes; it needs as many, over tokens (D,)"
@@ -99,9 +107,13 @@ class GaussianMixtureSource:
         """Probabilities of the modes, (M,)."""
         return self.log_weights.exp()
 
-    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> GaussianMixtureSource:
+    def to(
+        self, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> GaussianMixtureSource:
         """The same source elsewhere, its assigner too."""
-        tensors = (t.to(device=device, dtype=dtype) for t in (self.means, self.std, self.log_weights))
+        tensors = (
+            t.to(device=device, dtype=dtype) for t in (self.means, self.std, self.log_weights)
+        )
         return GaussianMixtureSource(*tensors, self.assigner and self.assigner.to(device, dtype))
 
     def flipped(self) -> GaussianMixtureSource:
@@ -111,7 +123,9 @@ class GaussianMixtureSource:
             ValueError: the samples are points or tokens, which have no width.
         """
         if len(self.shape) == 1:
-            raise ValueError(f"samples of {self.shape} have no width to flip; flip sources of images or latents (C, *S)")
+            raise ValueError(
+                f"samples of {self.shape} have no width to flip; flip sources of images or latents (C, *S)"
+            )
         return replace(self, means=self.means.flip(-1), std=self.std.flip(-1))
 
     def require_shape(self, shape: Sequence[int]) -> None:
@@ -129,7 +143,10 @@ class GaussianMixtureSource:
     def digest(self) -> str:
         """A fingerprint of what it draws, to tell sources of one shape apart."""
         tensors = (self.means, self.std, self.log_weights)
-        parts = [hashlib.sha256(t.detach().cpu().contiguous().numpy().tobytes()).digest() for t in tensors]
+        parts = [
+            hashlib.sha256(t.detach().cpu().contiguous().numpy().tobytes()).digest()
+            for t in tensors
+        ]
         return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
     def record(self, coupling: str, known: bool) -> dict[str, Any]:
@@ -154,12 +171,20 @@ class GaussianMixtureSource:
 
     # Draws
 
-    def draw_modes(self, count: int, generator: Generator | None = None, *, uniform: Tensor | None = None) -> Tensor:
+    def draw_modes(
+        self, count: int, generator: Generator | None = None, *, uniform: Tensor | None = None
+    ) -> Tensor:
         """Modes (count,) int64, each by its weight; `generator` as in `GaussianMixture.sample`. `uniform`: recorded numbers
         (count,) in [0, 1) to use instead."""
         return _choose(self.weights, count, generator, uniform)
 
-    def draw(self, modes: Tensor | Sequence[int], generator: Generator | None = None, *, noise: Tensor | None = None) -> Tensor:
+    def draw(
+        self,
+        modes: Tensor | Sequence[int],
+        generator: Generator | None = None,
+        *,
+        noise: Tensor | None = None,
+    ) -> Tensor:
         """One sample of each given mode, (B, *shape): mean + std * noise.
 
         Args:
@@ -188,8 +213,16 @@ class GaussianMixtureSource:
         Raises:
             ValueError: a mode is out of range; of modes on a GPU CUDA says so itself, as looking would wait for it.
         """
-        numbers = modes.flatten().tolist() if isinstance(modes, Tensor) and modes.device.type == "cpu" else modes
-        if not isinstance(numbers, Tensor) and len(numbers) and not 0 <= min(numbers) <= max(numbers) < self.num_modes:
+        numbers = (
+            modes.flatten().tolist()
+            if isinstance(modes, Tensor) and modes.device.type == "cpu"
+            else modes
+        )
+        if (
+            not isinstance(numbers, Tensor)
+            and len(numbers)
+            and not 0 <= min(numbers) <= max(numbers) < self.num_modes
+        ):
             raise ValueError(
                 f"modes between {min(numbers)} and {max(numbers)} do not fit a source of {self.num_modes} modes; give 0 to "
                 f"{self.num_modes - 1}"
@@ -216,8 +249,12 @@ class GaussianMixtureSource:
         std = std.flatten(1) if self.is_spherical else std.expand_as(self.means).flatten(1)
         origin = self.weights @ means
         modes = max(1, BLOCK // means.shape[1])
-        parts = zip(means.split(modes), std.split(modes), self.log_weights.split(modes), strict=True)
-        return origin, [LogJoint(mean - origin, std.square(), weight) for mean, std, weight in parts]
+        parts = zip(
+            means.split(modes), std.split(modes), self.log_weights.split(modes), strict=True
+        )
+        return origin, [
+            LogJoint(mean - origin, std.square(), weight) for mean, std, weight in parts
+        ]
 
     def log_joint(self, x: Tensor) -> Tensor:
         """log w_m + log N(x; mode m) of the source itself, (B, M), with the 2 pi term: x (B, *shape).
@@ -272,10 +309,16 @@ class GaussianMixtureSource:
             ValueError: as `responsibilities`; another coupling.
         """
         if coupling not in ("soft", "hard"):
-            hint = "; modes that are independent of x are no posterior: draw_modes draws them" * (coupling == "independent")
+            hint = "; modes that are independent of x are no posterior: draw_modes draws them" * (
+                coupling == "independent"
+            )
             raise ValueError(f'coupling {coupling!r} is neither "soft" nor "hard"{hint}')
         posterior = self.responsibilities(x)
-        return posterior.argmax(1) if coupling == "hard" else _choose(posterior, len(x), generator, uniform)
+        return (
+            posterior.argmax(1)
+            if coupling == "hard"
+            else _choose(posterior, len(x), generator, uniform)
+        )
 
 
 class LogJoint:
@@ -289,7 +332,9 @@ class LogJoint:
         dtype: of the products; that of the means if None.
     """
 
-    def __init__(self, means: Tensor, var: Tensor, log_weights: Tensor, dtype: torch.dtype | None = None):
+    def __init__(
+        self, means: Tensor, var: Tensor, log_weights: Tensor, dtype: torch.dtype | None = None
+    ):
         dtype = dtype or means.dtype
         dims, wide = means.shape[1], widest(means.device)
         means, precision = means.to(wide), var.to(wide).reciprocal()
@@ -306,12 +351,18 @@ class LogJoint:
         return result.addmm_(x.square(), self.precision, alpha=-0.5)
 
 
-def _choose(weights: Tensor, count: int, generator: Generator | None, uniform: Tensor | None) -> Tensor:
+def _choose(
+    weights: Tensor, count: int, generator: Generator | None, uniform: Tensor | None
+) -> Tensor:
     """`count` indices into weights (M,), or one into each row of weights (count, M): the inverse of the cumulative sum at
     uniform numbers."""
     edges = weights.cumsum(-1, dtype=widest(weights.device))
-    uniform = draw_like(torch.rand, (count,), generator, edges) if uniform is None else uniform.to(edges)
-    uniform = uniform.clamp(max=1 - torch.finfo(edges.dtype).eps) * edges[..., -1]  # 1 would be behind the last
+    uniform = (
+        draw_like(torch.rand, (count,), generator, edges) if uniform is None else uniform.to(edges)
+    )
+    uniform = (
+        uniform.clamp(max=1 - torch.finfo(edges.dtype).eps) * edges[..., -1]
+    )  # 1 would be behind the last
     if weights.ndim == 1:
         return torch.searchsorted(edges, uniform, right=True)
     chosen = torch.searchsorted(edges, uniform.unsqueeze(1), right=True).squeeze(1)
@@ -325,4 +376,6 @@ def widest(device: torch.device) -> torch.dtype:
 
 def listed(numbers: Sequence[int], most: int = 8) -> str:
     """The first few numbers, for a message."""
-    return ", ".join(map(str, numbers[:most])) + (f", ... ({len(numbers)} in all)" if len(numbers) > most else "")
+    return ", ".join(map(str, numbers[:most])) + (
+        f", ... ({len(numbers)} in all)" if len(numbers) > most else ""
+    )

@@ -29,7 +29,9 @@ def on_board(x: Tensor, slack: float = 0.0) -> Tensor:
     side = 2 * EXTENT / CELLS
     cell = torch.arange(CELLS, device=x.device)
     low = cell * side - EXTENT
-    inside = (x.unsqueeze(-1) >= low - slack) & (x.unsqueeze(-1) <= low + side + slack)  # (..., 2, CELLS)
+    inside = (x.unsqueeze(-1) >= low - slack) & (
+        x.unsqueeze(-1) <= low + side + slack
+    )  # (..., 2, CELLS)
     filled = (cell[:, None] + cell[None, :]) % 2 == 0
     return (inside[..., 0, :, None] & inside[..., 1, None, :] & filled).flatten(-2).any(-1)
 
@@ -39,7 +41,9 @@ def histogram(x: Tensor, bins: int = BINS, extent: float = EXTENT) -> Tensor:
     outside, and points that are not finite, are left out."""
     index = ((x.double() + extent) * (bins / (2 * extent))).floor()
     index = index[((index >= 0) & (index < bins)).all(-1)].long()
-    return torch.bincount(index[:, 1] * bins + index[:, 0], minlength=bins * bins).reshape(bins, bins)
+    return torch.bincount(index[:, 1] * bins + index[:, 0], minlength=bins * bins).reshape(
+        bins, bins
+    )
 
 
 def board_density(bins: int = BINS) -> Tensor:

@@ -11,14 +11,27 @@ from .checkerboard import CELLS, EXTENT, histogram
 
 # Perceptually even colours from no samples to many.
 _COLOURS = torch.tensor(
-    [[13, 8, 45], [60, 15, 110], [125, 30, 125], [190, 55, 105], [235, 100, 70], [252, 165, 55], [252, 240, 160]],
+    [
+        [13, 8, 45],
+        [60, 15, 110],
+        [125, 30, 125],
+        [190, 55, 105],
+        [235, 100, 70],
+        [252, 165, 55],
+        [252, 240, 160],
+    ],
     dtype=torch.float32,
 )
 _OUTLINE = torch.tensor([90, 235, 225], dtype=torch.float32)
 
 
 def density_picture(
-    points: Tensor, size: int = 512, bins: int = 128, extent: float = 4.4, peak: float | None = None, outline: bool = False
+    points: Tensor,
+    size: int = 512,
+    bins: int = 128,
+    extent: float = 4.4,
+    peak: float | None = None,
+    outline: bool = False,
 ) -> Tensor:
     """A picture of where points lie, y upwards.
 
@@ -37,9 +50,13 @@ def density_picture(
         ValueError: `points` are not (N, 2) with N > 0, or a number is not positive.
     """
     if points.ndim != 2 or points.shape[1] != 2 or not len(points):
-        raise ValueError(f"points of shape {tuple(points.shape)} cannot be drawn; give (N, 2) with at least one point")
+        raise ValueError(
+            f"points of shape {tuple(points.shape)} cannot be drawn; give (N, 2) with at least one point"
+        )
     if not 1 <= bins <= size or not extent > 0:
-        raise ValueError(f"bins {bins} must be between 1 and size {size}, and extent {extent} positive")
+        raise ValueError(
+            f"bins {bins} must be between 1 and size {size}, and extent {extent} positive"
+        )
     peak = 1.5 / (2 * EXTENT**2) if peak is None else peak
     expected = len(points) * peak * (2 * extent / bins) ** 2
     level = (histogram(points.detach().cpu(), bins, extent) / expected).clamp(0, 1)
@@ -65,4 +82,8 @@ def _draw_board(picture: Tensor, extent: float) -> Tensor:
             corners = [(x + extent), (extent - y - side), (x + side + extent), (extent - y)]
             box = [round(c * size / (2 * extent)) for c in corners]
             draw.rectangle(box, outline=tuple(_OUTLINE.int().tolist()), width=max(1, size // 256))
-    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(size, size, 3).float()
+    return (
+        torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        .reshape(size, size, 3)
+        .float()
+    )

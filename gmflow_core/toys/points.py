@@ -59,20 +59,36 @@ def sample_points(
 
         noise = torch.randn(min(CHUNK, count - chunk * CHUNK), 2, generator=generator).to(device)
         with torch.inference_mode():
-            settings = {"order": order, "substeps": substeps, "shift": shift, "noise": generator, "callback": callback}
+            settings = {
+                "order": order,
+                "substeps": substeps,
+                "shift": shift,
+                "noise": generator,
+                "callback": callback,
+            }
             points.append(solve(solver, denoiser_of(network), noise, sigmas, **settings).cpu())
     return torch.cat(points)
 
 
-def compare_solvers(network: nn.Module, steps: list[int], count: int, seed: int = 0) -> Iterator[tuple[str, int, Tensor]]:
+def compare_solvers(
+    network: nn.Module, steps: list[int], count: int, seed: int = 0
+) -> Iterator[tuple[str, int, Tensor]]:
     """(solver, steps, points (count, 2)) for Euler on the mean, GM-ODE 2 and GM-SDE 2; GM-ODE takes 8 substeps between two
     network calls, and at least 32 in all."""
     for solver in ("euler", "gm-ode", "gm-sde"):
         for n in steps:
-            yield solver, n, sample_points(network, count, solver=solver, steps=n, substeps=max(8, 32 // n), seed=seed)
+            yield (
+                solver,
+                n,
+                sample_points(
+                    network, count, solver=solver, steps=n, substeps=max(8, 32 // n), seed=seed
+                ),
+            )
 
 
-def comparison_sheet(samples: list[tuple[str, int, Tensor]], data: Tensor, title: str) -> Image.Image:
+def comparison_sheet(
+    samples: list[tuple[str, int, Tensor]], data: Tensor, title: str
+) -> Image.Image:
     """The picture of `compare_solvers`, a row for each solver, below one of the data; the captions give the network calls
     and the total variation distance (TV) to the checkerboard."""
     rows = []

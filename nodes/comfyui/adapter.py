@@ -21,11 +21,19 @@ from .options import ADAPTER, RECORDER, Adapter, adapter_of
 from .probabilistic_cfg import has_probabilistic_guidance
 from .recording import add_recording, offer
 
-SHIFT = 3.2  # the time shift of all published adapters; those with a DX policy say so in their metadata
+SHIFT = (
+    3.2  # the time shift of all published adapters; those with a DX policy say so in their metadata
+)
 STEPS = 4  # of an adapter whose name does not say
 
 
-def with_adapter(model, tensors: dict[str, Tensor], metadata: dict[str, str] | None, strength: float = 1.0, name: str = "file"):
+def with_adapter(
+    model,
+    tensors: dict[str, Tensor],
+    metadata: dict[str, str] | None,
+    strength: float = 1.0,
+    name: str = "file",
+):
     """A clone of a MODEL with an adapter on it.
 
     Args:
@@ -51,9 +59,15 @@ def with_adapter(model, tensors: dict[str, Tensor], metadata: dict[str, str] | N
             "head (proj_out_means and the like); use Load LoRA for ordinary LoRAs, and for adapters a file such as "
             "gmflux_k8_piid_4step of Lakonik/pi-FLUX.1"
         )
-    broken = [key for key, t in tensors.items() if t.ndim == 0 or not t.is_floating_point() or not t.float().isfinite().all()]
+    broken = [
+        key
+        for key, t in tensors.items()
+        if t.ndim == 0 or not t.is_floating_point() or not t.float().isfinite().all()
+    ]
     if broken:
-        raise ValueError(f"{name}: no finite float arrays: {', '.join(broken[:8])}; the file is damaged, download it again")
+        raise ValueError(
+            f"{name}: no finite float arrays: {', '.join(broken[:8])}; the file is damaged, download it again"
+        )
     policy = policy_of(metadata, tensors, name)
     try:
         head = build_head(tensors, policy, base.layout, getattr(network, base.width))
@@ -70,11 +84,22 @@ def with_adapter(model, tensors: dict[str, Tensor], metadata: dict[str, str] | N
             f"the name {name} does not say how many steps the adapter was made for; taken as {STEPS}. Keep the name of its "
             "folder (such as gmflux_k8_piid_8step) in the file's"
         )
-    adapter = Adapter(os.path.basename(name), base.layout, steps, guidance_of(base, model), base.layers)
-    kind = f"GM policy, K = {head.num_gaussians}" if isinstance(head, GMHead) else f"DX policy, {head.num_times} times"
+    adapter = Adapter(
+        os.path.basename(name), base.layout, steps, guidance_of(base, model), base.layers
+    )
+    kind = (
+        f"GM policy, K = {head.num_gaussians}"
+        if isinstance(head, GMHead)
+        else f"DX policy, {head.num_times} times"
+    )
     pairs = len(lora) // 2
-    notice(f"{base.name}, {kind}, {steps} steps or more, {pairs} LoRA pairs at {strength:g}", logging.INFO)
-    return with_head(model, head, base.layers, ShiftedFlow(policy.get("shift", SHIFT), base.multiplier), adapter)
+    notice(
+        f"{base.name}, {kind}, {steps} steps or more, {pairs} LoRA pairs at {strength:g}",
+        logging.INFO,
+    )
+    return with_head(
+        model, head, base.layers, ShiftedFlow(policy.get("shift", SHIFT), base.multiplier), adapter
+    )
 
 
 def steps_of(name: str) -> int | None:
@@ -95,16 +120,25 @@ def policy_of(metadata: dict[str, str] | None, tensors: dict[str, Tensor], name:
     except ValueError:
         policy = None
     if not isinstance(policy, dict):
-        raise ValueError(f"{name}: policy_config in its metadata is {text!r}, which is no JSON object; the file is damaged")
+        raise ValueError(
+            f"{name}: policy_config in its metadata is {text!r}, which is no JSON object; the file is damaged"
+        )
     if text is None and "proj_out.weight" in tensors:
         raise ValueError(
             f"{name} has the head of a DX policy (proj_out) but no policy_config in its metadata, which tells its segment size "
             "and shift; take the file as it was published"
         )
     policy = {"type": "GMFlow", **policy}
-    missing = [key for key in ("segment_size", "shift") if policy["type"] == "DX" and key not in policy]
+    missing = [
+        key for key in ("segment_size", "shift") if policy["type"] == "DX" and key not in policy
+    ]
     shift = policy.get("shift", SHIFT)
-    if missing or isinstance(shift, bool) or not isinstance(shift, int | float) or not 0.01 <= shift <= 100:
+    if (
+        missing
+        or isinstance(shift, bool)
+        or not isinstance(shift, int | float)
+        or not 0.01 <= shift <= 100
+    ):
         raise ValueError(
             f"{name}: policy_config in its metadata is {text}, "
             f"{f'without {missing[0]}' if missing else 'whose shift is no number from 0.01 to 100'}; take the file as it was "
@@ -115,7 +149,9 @@ def policy_of(metadata: dict[str, str] | None, tensors: dict[str, Tensor], name:
 
 def guidance_of(base: Base, model) -> float | None:
     """The distilled guidance that an adapter expects of this model."""
-    takes_guidance = model.model.model_config.unet_config.get("guidance_embed", base.guidance is not None)
+    takes_guidance = model.model.model_config.unet_config.get(
+        "guidance_embed", base.guidance is not None
+    )
     if base.guidance is not None and not takes_guidance:
         notice(
             f"this {base.name} model has no guidance embedding (as the schnell version has none), and the GM adapters are "
@@ -132,13 +168,20 @@ def with_lora(model, base: Base, lora: dict[str, Tensor], strength: float, name:
         ValueError: a part does not fit the model; the message names the keys.
     """
     if not lora:
-        notice(f"{name} holds a head but no LoRA; it fits only a base model that was trained with it")
+        notice(
+            f"{name} holds a head but no LoRA; it fits only a base model that was trained with it"
+        )
         return model
     pairs: dict[str, dict[str, str]] = {}
     for key in lora:
         module, _, side = key.rpartition(".lora_")
         pairs.setdefault(module, {})[side] = key
-    odd = [key for module, sides in pairs.items() for key in sides.values() if set(sides) != {"A.weight", "B.weight"}]
+    odd = [
+        key
+        for module, sides in pairs.items()
+        for key in sides.values()
+        if set(sides) != {"A.weight", "B.weight"}
+    ]
     if odd:
         raise ValueError(
             f"{name}: {len(odd)} keys are neither a head nor a whole pair <module>.lora_A.weight and .lora_B.weight: "
@@ -148,16 +191,31 @@ def with_lora(model, base: Base, lora: dict[str, Tensor], strength: float, name:
     renamed, wrong = {}, []
     for module, sides in pairs.items():
         known = base.renamed.get(module, module)
-        target = next((p + known for p in ("transformer.", "", "diffusion_model.") if p + known in places), None)
+        target = next(
+            (p + known for p in ("transformer.", "", "diffusion_model.") if p + known in places),
+            None,
+        )
         down, up = lora[sides["A.weight"]], lora[sides["B.weight"]]
         if target is None:
             wrong.append(f"{module}: not in this model")
-        elif (shape := _shape_at(model, places[target])) != (up.shape[0], down.shape[1]) or up.shape[1] != down.shape[0]:
-            wrong.append(f"{module}: {tuple(up.shape)} times {tuple(down.shape)} on a weight of {shape}")
+        elif (shape := _shape_at(model, places[target])) != (
+            up.shape[0],
+            down.shape[1],
+        ) or up.shape[1] != down.shape[0]:
+            wrong.append(
+                f"{module}: {tuple(up.shape)} times {tuple(down.shape)} on a weight of {shape}"
+            )
         else:
             renamed.update({f"{target}.lora_A.weight": down, f"{target}.lora_B.weight": up})
     if wrong:
-        other = next((b.name for b in BASES if b is not base and any(re.search(b.mark, module) for module in pairs)), None)
+        other = next(
+            (
+                b.name
+                for b in BASES
+                if b is not base and any(re.search(b.mark, module) for module in pairs)
+            ),
+            None,
+        )
         raise ValueError(
             f"{name} does not fit this {base.name} model"
             f"{f': it looks like an adapter for {other}' if other else ''}. {len(wrong)} of its {len(pairs)} LoRA modules do "
@@ -170,7 +228,11 @@ def _shape_at(model, place: str | tuple) -> tuple[int, ...]:
     """The shape of the matrix, or of the part of it, that a LoRA key leads to; the layer's, as weights may be packed."""
     key, offset = place[:2] if isinstance(place, tuple) else (place, None)
     layer = model.get_model_object(key.removesuffix(".weight"))
-    shape = [layer.out_features, layer.in_features] if hasattr(layer, "in_features") else list(layer.weight.shape)
+    shape = (
+        [layer.out_features, layer.in_features]
+        if hasattr(layer, "in_features")
+        else list(layer.weight.shape)
+    )
     if offset is not None:
         shape[offset[0]] = min(offset[2], max(0, shape[offset[0]] - offset[1]))
     return tuple(shape)
@@ -247,7 +309,9 @@ def with_head(
     for name in layers:
         forward = HeadForward(head) if name == layers[0] else pass_on
         model.add_object_patch(f"diffusion_model.{name}.forward", forward)
-    add_recording(model, lambda prediction, shape: head.to_image(prediction, adapter.layout.image_size(shape)))
+    add_recording(
+        model, lambda prediction, shape: head.to_image(prediction, adapter.layout.image_size(shape))
+    )
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, RECORDER, check_settings)
     model.model_options["transformer_options"][ADAPTER] = adapter
     model.add_object_patch("model_sampling", sampling)
@@ -264,7 +328,9 @@ def check_settings(executor, *args, **kwargs):
         conds = [cond for conds in getattr(guider, "conds", {}).values() for cond in conds or []]
         values = {cond.get("guidance", DEFAULT_GUIDANCE) for cond in conds} - {adapter.guidance}
         if values:
-            asked = ", ".join(sorted("none at all" if value is None else f"{value:g}" for value in values))
+            asked = ", ".join(
+                sorted("none at all" if value is None else f"{value:g}" for value in values)
+            )
             notice(
                 f"the adapter {adapter.name} was made with a guidance of {adapter.guidance:g}, and the conditioning asks for "
                 f"{asked}, which gives poor images; set FluxGuidance to {adapter.guidance:g}"

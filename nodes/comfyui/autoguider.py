@@ -23,7 +23,15 @@ class Inside(comfy.samplers.Sampler):
         self.result: Tensor | None = None
 
     def sample(
-        self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
+        self,
+        model_wrap,
+        sigmas,
+        extra_args,
+        callback,
+        noise,
+        latent_image=None,
+        denoise_mask=None,
+        disable_pbar=False,
     ) -> Tensor:
         """The noise as it is, of no use to anybody."""
         self.result = self.run(lambda x, sigma: model_wrap(x, sigma, **extra_args))
@@ -45,7 +53,9 @@ class AutoGuider(comfy.samplers.CFGGuider):
         ValueError: the models do not go together.
     """
 
-    def __init__(self, model, guide, positive, guide_positive, scale: float, interval: tuple[float, float]):
+    def __init__(
+        self, model, guide, positive, guide_positive, scale: float, interval: tuple[float, float]
+    ):
         check_models(model, guide)
         super().__init__(model.clone())
         self.inner_set_conds({"positive": positive})
@@ -57,18 +67,38 @@ class AutoGuider(comfy.samplers.CFGGuider):
         self.in_turn = main.is_clone(guide) and not same_patches(main, guide)
 
     def sample(
-        self, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, disable_pbar=False, seed=None
+        self,
+        noise,
+        latent_image,
+        sampler,
+        sigmas,
+        denoise_mask=None,
+        callback=None,
+        disable_pbar=False,
+        seed=None,
     ) -> Tensor:
         """As of any guider."""
         plain = functools.partial(
-            super().sample, noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed
+            super().sample,
+            noise,
+            latent_image,
+            sampler,
+            sigmas,
+            denoise_mask,
+            callback,
+            disable_pbar,
+            seed,
         )
-        if self.scale == 1 or not any(within(self.interval, sigma) for sigma in sigmas[:-1].tolist()):
+        if self.scale == 1 or not any(
+            within(self.interval, sigma) for sigma in sigmas[:-1].tolist()
+        ):
             return plain()
 
         def with_guide(call_guide: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
             self.call_guide, guide = call_guide, self.guide.model_patcher
-            self.model_patcher.set_additional_models(GUIDE, [] if self.model_patcher.is_clone(guide) else [guide])
+            self.model_patcher.set_additional_models(
+                GUIDE, [] if self.model_patcher.is_clone(guide) else [guide]
+            )
             try:
                 return plain()
             finally:
@@ -76,18 +106,30 @@ class AutoGuider(comfy.samplers.CFGGuider):
                 self.model_patcher.remove_additional_models(GUIDE)
 
         if self.in_turn:
-            logging.info("GMFlow: the guide is the same model with other weights or patches, so they are loaded in turn")
+            logging.info(
+                "GMFlow: the guide is the same model with other weights or patches, so they are loaded in turn"
+            )
         inside = Inside(with_guide)
-        self.guide.sample(noise, latent_image, inside, sigmas, denoise_mask, disable_pbar=True, seed=seed)
+        self.guide.sample(
+            noise, latent_image, inside, sigmas, denoise_mask, disable_pbar=True, seed=seed
+        )
         return inside.result
 
-    def predict_noise(self, x: Tensor, timestep: Tensor, model_options: dict | None = None, seed: int | None = None) -> Tensor:
+    def predict_noise(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        model_options: dict | None = None,
+        seed: int | None = None,
+    ) -> Tensor:
         """The prediction of x_0, as ComfyUI calls it."""
         model_options = model_options or {}
 
         def main() -> Tensor:
             self.use(self.model_patcher, x)
-            return comfy.samplers.calc_cond_batch(self.inner_model, [positive], x, timestep, model_options)[0]
+            return comfy.samplers.calc_cond_batch(
+                self.inner_model, [positive], x, timestep, model_options
+            )[0]
 
         def guide() -> Tensor:
             self.use(self.guide.model_patcher, x)
@@ -100,7 +142,9 @@ class AutoGuider(comfy.samplers.CFGGuider):
 
         def both(_: dict) -> list[Tensor]:
             """In place of ComfyUI's own two calls; what is patched to change predictions, before guidance or after, applies."""
-            if self.in_turn and self.inner_model.current_patcher is self.guide.model_patcher:  # it is loaded: save a turn
+            if (
+                self.in_turn and self.inner_model.current_patcher is self.guide.model_patcher
+            ):  # it is loaded: save a turn
                 guided = guide()
                 return [main(), guided]
             return [main(), guide()]
@@ -108,7 +152,14 @@ class AutoGuider(comfy.samplers.CFGGuider):
         options = {**model_options, "sampler_calc_cond_batch_function": both}
         guide_positive = self.guide.conds["positive"]
         return comfy.samplers.sampling_function(
-            self.inner_model, x, timestep, guide_positive, positive, self.scale, model_options=options, seed=seed
+            self.inner_model,
+            x,
+            timestep,
+            guide_positive,
+            positive,
+            self.scale,
+            model_options=options,
+            seed=seed,
         )
 
     def use(self, patcher: comfy.model_patcher.ModelPatcher, x: Tensor) -> None:
@@ -127,7 +178,9 @@ def same_patches(a: comfy.model_patcher.ModelPatcher, b: comfy.model_patcher.Mod
     return all(a.object_patches[key] is b.object_patches[key] for key in a.object_patches)
 
 
-def check_models(model: comfy.model_patcher.ModelPatcher, guide: comfy.model_patcher.ModelPatcher) -> None:
+def check_models(
+    model: comfy.model_patcher.ModelPatcher, guide: comfy.model_patcher.ModelPatcher
+) -> None:
     """
     Raises:
         ValueError: the two predictions are of different things.
@@ -154,4 +207,8 @@ def check_models(model: comfy.model_patcher.ModelPatcher, guide: comfy.model_pat
 
 def kind_of(sampling: type) -> str:
     """How noise is added, for a message."""
-    return "flow matching" if issubclass(sampling, comfy.model_sampling.CONST) else "diffusion with an unbounded sigma"
+    return (
+        "flow matching"
+        if issubclass(sampling, comfy.model_sampling.CONST)
+        else "diffusion with an unbounded sigma"
+    )

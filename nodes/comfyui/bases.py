@@ -44,7 +44,12 @@ BASES = (
         guidance=3.5,
     ),
     Base(
-        "Qwen-Image", "qwen_image", "inner_dim", HeadLayout(channels=16), ("norm_out", "proj_out"), r"\.(img|txt)_(mlp|mod)\."
+        "Qwen-Image",
+        "qwen_image",
+        "inner_dim",
+        HeadLayout(channels=16),
+        ("norm_out", "proj_out"),
+        r"\.(img|txt)_(mlp|mod)\.",
     ),
     Base(
         "FLUX.2",

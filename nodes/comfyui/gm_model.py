@@ -32,7 +32,9 @@ class GMNetwork(nn.Module):
     def __init__(self, network: nn.Module, data: dict[str, Any]):
         super().__init__()
         self.network = network
-        self.label_names: list[str] = data.get("labels") or []  # of its classes, by number; empty if unknown
+        self.label_names: list[str] = (
+            data.get("labels") or []
+        )  # of its classes, by number; empty if unknown
         self.source: dict[str, Any] | None = data.get("source")
         self.dtype = next(network.parameters()).dtype
 
@@ -41,14 +43,18 @@ class GMNetwork(nn.Module):
         """The spectrum network of GM-SDE, if the model has one."""
         return getattr(self.network, "spectrum_net", None)
 
-    def forward(self, x: Tensor, timesteps: Tensor, transformer_options: dict | None = None, **conds) -> Tensor:
+    def forward(
+        self, x: Tensor, timesteps: Tensor, transformer_options: dict | None = None, **conds
+    ) -> Tensor:
         """Mean velocity (B, C, H, W) at x and sigma = timesteps (B,)."""
         mean, mixture = self.predict(x, timesteps, conds, keep=is_awaited())
         if mixture is not None:
             offer(mixture)
         return mean
 
-    def predict(self, x: Tensor, sigma: Tensor, conds: dict, keep: bool) -> tuple[Tensor, GaussianMixture | None]:
+    def predict(
+        self, x: Tensor, sigma: Tensor, conds: dict, keep: bool
+    ) -> tuple[Tensor, GaussianMixture | None]:
         """The mean velocity, and, if it is to be kept, the mixture in a solver's shape."""
         raise NotImplementedError
 
@@ -66,14 +72,18 @@ class PointNetwork(GMNetwork):
 
     of_points = True
 
-    def predict(self, x: Tensor, sigma: Tensor, conds: dict, keep: bool) -> tuple[Tensor, GaussianMixture | None]:
+    def predict(
+        self, x: Tensor, sigma: Tensor, conds: dict, keep: bool
+    ) -> tuple[Tensor, GaussianMixture | None]:
         sigma = sigma.repeat_interleave(x[0, 0].numel())
         means, mixtures = [], []
         for piece, s in zip(to_points(x).split(CHUNK), sigma.split(CHUNK), strict=True):
             mixture = self.network(piece, s)
             means.append(mixture.mean())
             if keep:
-                mixtures.append((mixture.means, mixture.log_weights, mixture.log_std.expand(len(piece), 1, 1)))
+                mixtures.append(
+                    (mixture.means, mixture.log_weights, mixture.log_std.expand(len(piece), 1, 1))
+                )
         mean = to_latent(torch.cat(means), x.shape)
         return mean, GaussianMixture(*map(torch.cat, zip(*mixtures, strict=True))) if keep else None
 
@@ -81,7 +91,9 @@ class PointNetwork(GMNetwork):
 class ImageNetwork(GMNetwork):
     """A network of images, of classes or modes if it knows any."""
 
-    def predict(self, x: Tensor, sigma: Tensor, conds: dict, keep: bool) -> tuple[Tensor, GaussianMixture | None]:
+    def predict(
+        self, x: Tensor, sigma: Tensor, conds: dict, keep: bool
+    ) -> tuple[Tensor, GaussianMixture | None]:
         mixture = self.network(x, sigma, conds.get("labels"))
         return mixture.mean(), mixture
 
@@ -112,20 +124,28 @@ class ImageNetwork(GMNetwork):
             raise ValueError(
                 "class labels cannot be concatenated or combined with text; give 'GM Class Labels' all the labels, one per line"
             )
-        told_modes = self.source is not None and self.source["conditioning"] == "mode"  # which are never dropped in training
-        if (told_modes or not getattr(self.network.config, "null_class", True)) and (labels == NO_CLASS).any():
+        told_modes = (
+            self.source is not None and self.source["conditioning"] == "mode"
+        )  # which are never dropped in training
+        if (told_modes or not getattr(self.network.config, "null_class", True)) and (
+            labels == NO_CLASS
+        ).any():
             raise ValueError(
                 "this model was trained without a label for none: there is no negative conditioning for it. Use Basic Guider, "
                 "or 'Autoguidance' with a weaker model"
             )
         if not NO_CLASS <= int(labels.min()) <= int(labels.max()) < num_classes:
-            raise ValueError(f"labels {labels.tolist()} do not fit a model of {num_classes} classes. {use}")
+            raise ValueError(
+                f"labels {labels.tolist()} do not fit a model of {num_classes} classes. {use}"
+            )
         if noise.shape[0] % len(labels):
             raise ValueError(
                 f"{len(labels)} labels do not fit a batch of {noise.shape[0]} latents: its size must be {len(labels)} or a "
                 f"multiple. {use}"
             )
-        return {"labels": comfy.conds.CONDRegular(torch.where(labels == NO_CLASS, num_classes, labels))}
+        return {
+            "labels": comfy.conds.CONDRegular(torch.where(labels == NO_CLASS, num_classes, labels))
+        }
 
     def check_source(self, noise: Any) -> None:
         """
@@ -138,7 +158,11 @@ class ImageNetwork(GMNetwork):
             raise ValueError(
                 "the conditioning names modes of a mixture source, and this model was not trained to know them; connect 'GM "
                 "Class Labels' or 'GM Unconditional' instead"
-                + (" (the noise may stay: the model was trained with a mixture source)" if self.source else "")
+                + (
+                    " (the noise may stay: the model was trained with a mixture source)"
+                    if self.source
+                    else ""
+                )
             )
         noise.source.require_record(self.source, "this model")
 
@@ -157,7 +181,9 @@ class PixelLatent(comfy.latent_formats.LatentFormat):
 
     def __init__(self, channels: int):
         self.latent_channels = channels
-        self.latent_rgb_factors = torch.eye(channels, 3).tolist() if channels > 1 else [[1.0, 1.0, 1.0]]
+        self.latent_rgb_factors = (
+            torch.eye(channels, 3).tolist() if channels > 1 else [[1.0, 1.0, 1.0]]
+        )
 
 
 class GMModelConfig(comfy.supported_models_base.BASE):
@@ -186,7 +212,9 @@ class GMModel(comfy.model_base.BaseModel):
         return self.diffusion_model.check_conds(**conds)
 
 
-def gm_model(network: nn.Module, data: dict[str, Any] | None = None) -> comfy.model_patcher.ModelPatcher:
+def gm_model(
+    network: nn.Module, data: dict[str, Any] | None = None
+) -> comfy.model_patcher.ModelPatcher:
     """An ordinary MODEL around a network of `gmflow_core.models`.
 
     Args:
@@ -201,7 +229,9 @@ def gm_model(network: nn.Module, data: dict[str, Any] | None = None) -> comfy.mo
     else:
         latent_format, wrapped = image_latent(network.channels, data), ImageNetwork(network, data)
     flow = comfy.model_base.ModelType.FLOW
-    model = GMModel(GMModelConfig(latent_format), model_type=flow, unet_model=lambda **settings: wrapped)
+    model = GMModel(
+        GMModelConfig(latent_format), model_type=flow, unet_model=lambda **settings: wrapped
+    )
     patcher = comfy.model_patcher.ModelPatcher(
         model,
         load_device=comfy.model_management.get_torch_device(),

@@ -13,7 +13,13 @@ from torch import Tensor
 
 from ...gmflow_core import DXPolicy, flow_sigmas, unshift_time
 from ...gmflow_core.flow.policy import Policy
-from ...gmflow_core.sampling.solvers import FINAL_STEP_SIZE, MEAN_SOLVERS, SUBSTEPS, solve, usual_temperature
+from ...gmflow_core.sampling.solvers import (
+    FINAL_STEP_SIZE,
+    MEAN_SOLVERS,
+    SUBSTEPS,
+    solve,
+    usual_temperature,
+)
 from .latent_shapes import PointShape
 from .notices import notice
 from .options import Adapter
@@ -32,7 +38,14 @@ def gm_sampler(solver: str, shift: float = OWN, **settings) -> comfy.samplers.KS
         settings: for `solve`.
     """
 
-    def run(model, x: Tensor, sigmas: Tensor, extra_args: dict | None = None, callback=None, disable=None) -> Tensor:
+    def run(
+        model,
+        x: Tensor,
+        sigmas: Tensor,
+        extra_args: dict | None = None,
+        callback=None,
+        disable=None,
+    ) -> Tensor:
         if len(sigmas) < 2:
             return x
         if not 0 <= sigmas.min() <= sigmas.max() <= 1 or (sigmas.diff() >= 0).any():
@@ -50,14 +63,20 @@ def gm_sampler(solver: str, shift: float = OWN, **settings) -> comfy.samplers.KS
             check_steps(mixtures.adapter, sigmas, time_shift)
         if solver == "gm-policy":
             steps = len(sigmas) - 1
-            temperature, substeps = settings.get("temperature"), settings.get("substeps") or SUBSTEPS[solver]
+            temperature, substeps = (
+                settings.get("temperature"),
+                settings.get("substeps") or SUBSTEPS[solver],
+            )
             temperature = usual_temperature(steps) if temperature is None else temperature
             about = f"{steps} steps, shift {time_shift:.3g}, temperature {temperature:.3g}, {substeps} substeps"
             notice(about, logging.DEBUG)
 
         def report(step: int, x: Tensor, x0: Tensor) -> None:
             if callback is not None:
-                state = {"x": mixtures.from_solver(x, sigmas[step]), "denoised": mixtures.from_solver(x0, 0.0)}
+                state = {
+                    "x": mixtures.from_solver(x, sigmas[step]),
+                    "denoised": mixtures.from_solver(x0, 0.0),
+                }
                 callback({"i": step, "sigma": sigmas[step], "sigma_hat": sigmas[step], **state})
 
         def denoise(x: Tensor, sigma: Tensor) -> Policy:
@@ -72,7 +91,11 @@ def gm_sampler(solver: str, shift: float = OWN, **settings) -> comfy.samplers.KS
         # not the seed itself: ComfyUI drew the initial noise with it
         seed = ((extra_args.get("seed") or 0) + 1) % 2**64
         one_for_all = isinstance(mixtures.shape, PointShape)
-        noise = torch.Generator().manual_seed(seed) if one_for_all else image_generators(seed, model.noise)
+        noise = (
+            torch.Generator().manual_seed(seed)
+            if one_for_all
+            else image_generators(seed, model.noise)
+        )
         spectrum = None if mixtures.has_source else mixtures.spectrum
         given = {"shift": time_shift, "spectrum": spectrum, "noise": noise, **settings}
         hooks = {
@@ -109,10 +132,14 @@ def image_generators(seed: int, noise: Tensor) -> list[torch.Generator]:
 
 def generators(seed: int, keys: Iterable[int]) -> list[torch.Generator]:
     """One generator for each key of 32 bits. A CPU generator reads no more than 32 bits of its seed."""
-    return [torch.Generator().manual_seed(zlib.crc32(seed.to_bytes(8, "little"), key)) for key in keys]
+    return [
+        torch.Generator().manual_seed(zlib.crc32(seed.to_bytes(8, "little"), key)) for key in keys
+    ]
 
 
-def gm_sigmas(steps: int, shift: float = 1.0, denoise: float = 1.0, final_step_size: float = 1.0) -> Tensor:
+def gm_sigmas(
+    steps: int, shift: float = 1.0, denoise: float = 1.0, final_step_size: float = 1.0
+) -> Tensor:
     """`steps` + 1 sigmas from `denoise` (before the shift) down to 0; none at all if `denoise` is 0."""
     if denoise <= 0:
         return torch.FloatTensor([])
@@ -121,7 +148,9 @@ def gm_sigmas(steps: int, shift: float = 1.0, denoise: float = 1.0, final_step_s
 
 def fitting_latent(model, latent: dict) -> Tensor:
     """The samples of a LATENT in the model's channels, dimensions and, if they are empty, size of a latent pixel."""
-    ratios = {key: latent[key] for key in RATIOS if key in latent}  # newer versions of ComfyUI have them, and a use for them
+    ratios = {
+        key: latent[key] for key in RATIOS if key in latent
+    }  # newer versions of ComfyUI have them, and a use for them
     known = inspect.signature(comfy.sample.fix_empty_latent_channels).parameters
     return comfy.sample.fix_empty_latent_channels(
         model, latent["samples"], **{key: value for key, value in ratios.items() if key in known}

@@ -10,7 +10,16 @@ import comfy.utils
 import torch
 
 from ...gmflow_core.quantization.int8 import bitsandbytes_product
-from .int8_layers import FLOATS, FORMAT, MARK, StateDict, has_native_layout, int8_operations, is_quantisable, read_layout
+from .int8_layers import (
+    FLOATS,
+    FORMAT,
+    MARK,
+    StateDict,
+    has_native_layout,
+    int8_operations,
+    is_quantisable,
+    read_layout,
+)
 from .options import adapter_of
 
 OTHERS = {  # parts of key names that tell other kinds of quantised files
@@ -31,7 +40,9 @@ def check_state_dict(name: str, state_dict: StateDict) -> None:
     Raises:
         ValueError: says what was found, and which node to use.
     """
-    formats = {read_layout(mark)[0] for key, mark in state_dict.items() if key.endswith(f".{MARK}")} - {FORMAT}
+    formats = {
+        read_layout(mark)[0] for key, mark in state_dict.items() if key.endswith(f".{MARK}")
+    } - {FORMAT}
     found = [f"ComfyUI's {format}" for format in sorted(formats)]
     found += [kind for part, kind in OTHERS.items() if any(part in key for key in state_dict)]
     if not any(key.endswith(f".{MARK}") for key in state_dict):
@@ -46,14 +57,22 @@ def check_state_dict(name: str, state_dict: StateDict) -> None:
 
 def weight_dtype(state_dict: StateDict) -> torch.dtype:
     """The type of what stays unquantised: the 16-bit type of the file if the model computes in it, else the model's."""
-    plain = {key: w for key, w in state_dict.items() if w.dtype in FLOATS and not key.endswith("_scale")}
+    plain = {
+        key: w for key, w in state_dict.items() if w.dtype in FLOATS and not key.endswith("_scale")
+    }
     stored = comfy.utils.weight_dtype(plain)
     config = comfy.model_detection.model_config_from_unet(state_dict, "")
-    able = [dtype for dtype in (config.supported_inference_dtypes if config else FLOATS) if dtype != torch.float32]
+    able = [
+        dtype
+        for dtype in (config.supported_inference_dtypes if config else FLOATS)
+        if dtype != torch.float32
+    ]
     return stored if stored in able or not able else able[0]
 
 
-def load_8bit(path: str, compute: str = "16 bit", disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+def load_8bit(
+    path: str, compute: str = "16 bit", disable_dynamic: bool = False
+) -> comfy.model_patcher.ModelPatcher:
     """A diffusion model with int8 weights, from a 16-bit file or one that was saved in 8 bit.
 
     Args:
@@ -66,16 +85,26 @@ def load_8bit(path: str, compute: str = "16 bit", disable_dynamic: bool = False)
     """
     name = os.path.basename(path)
     if name.lower().endswith(".gguf"):
-        raise ValueError(f"{name!r} is a GGUF file, which is quantised already; load it with ComfyUI-GGUF's Unet Loader (GGUF)")
+        raise ValueError(
+            f"{name!r} is a GGUF file, which is quantised already; load it with ComfyUI-GGUF's Unet Loader (GGUF)"
+        )
     try:
         state_dict, metadata = comfy.utils.load_torch_file(path, return_metadata=True)
     except Exception as error:
-        raise ValueError(f"{name!r} cannot be read ({error}). An incomplete download has to be repeated") from error
+        raise ValueError(
+            f"{name!r} cannot be read ({error}). An incomplete download has to be repeated"
+        ) from error
     prefix = comfy.model_detection.unet_prefix_from_state_dict(state_dict)
-    state_dict = comfy.utils.state_dict_prefix_replace(state_dict, {prefix: ""}, filter_keys=True) or state_dict
+    state_dict = (
+        comfy.utils.state_dict_prefix_replace(state_dict, {prefix: ""}, filter_keys=True)
+        or state_dict
+    )
     check_state_dict(name, state_dict)
     before = sum(weight.nbytes for weight in state_dict.values())
-    layers = sum(key.endswith(f".{MARK}") or is_quantisable(key, weight) for key, weight in state_dict.items())
+    layers = sum(
+        key.endswith(f".{MARK}") or is_quantisable(key, weight)
+        for key, weight in state_dict.items()
+    )
     progress, done = comfy.utils.ProgressBar(max(1, layers)), 0
 
     def advance() -> None:
@@ -91,16 +120,26 @@ def load_8bit(path: str, compute: str = "16 bit", disable_dynamic: bool = False)
     # what is not ComfyUI's own layout cannot live in the newer memory manager
     extra = {"metadata": metadata, "disable_dynamic": disable_dynamic or not has_native_layout()}
     keys = list(state_dict)
-    model = load(state_dict, model_options=options, **{key: value for key, value in extra.items() if key in known})
+    model = load(
+        state_dict,
+        model_options=options,
+        **{key: value for key, value in extra.items() if key in known},
+    )
     if model is None:
         raise ValueError(
             f"{name!r} is no diffusion model that this ComfyUI knows; it has {len(keys)} tensors, such as "
             f"{', '.join(keys[:3])}. Text encoders, VAEs and LoRAs have loaders of their own"
         )
     if not done:
-        raise ValueError(f"{name!r} has no linear layers in numbered blocks to quantise; use Load Diffusion Model")
-    if getattr(model, "is_dynamic", bool)() and not has_native_layout():  # versions that do not know disable_dynamic
-        model = comfy.model_patcher.ModelPatcher(model.model, model.load_device, model.offload_device)
+        raise ValueError(
+            f"{name!r} has no linear layers in numbered blocks to quantise; use Load Diffusion Model"
+        )
+    if (
+        getattr(model, "is_dynamic", bool)() and not has_native_layout()
+    ):  # versions that do not know disable_dynamic
+        model = comfy.model_patcher.ModelPatcher(
+            model.model, model.load_device, model.offload_device
+        )
     if hasattr(model, "cached_patcher_init"):  # by which newer versions load a model again
         model.cached_patcher_init = (load_8bit, (path, compute))
     logging.info(
@@ -118,7 +157,11 @@ def product_name(compute: str, device: torch.device) -> str:
         return "16 bit or more"
     if has_native_layout():
         return "int8 by ComfyUI"
-    return "int8 by bitsandbytes" if device.type == "cuda" and bitsandbytes_product() else "int8 by torch"
+    return (
+        "int8 by bitsandbytes"
+        if device.type == "cuda" and bitsandbytes_product()
+        else "int8 by torch"
+    )
 
 
 def saved_state(model: comfy.model_patcher.ModelPatcher) -> StateDict:
@@ -148,5 +191,7 @@ def saved_state(model: comfy.model_patcher.ModelPatcher) -> StateDict:
         )
     if model.model.model_config.unet_config.get("image_model") == "flux":
         # newer versions of ComfyUI call these scales weights inside, files and older versions do not
-        state = {key.replace("_norm.weight", "_norm.scale"): weight for key, weight in state.items()}
+        state = {
+            key.replace("_norm.weight", "_norm.scale"): weight for key, weight in state.items()
+        }
     return state

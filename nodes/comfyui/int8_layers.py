@@ -9,7 +9,14 @@ import comfy.utils
 import torch
 from torch import Tensor, nn
 
-from ...gmflow_core.quantization.int8 import Int8Weight, int8_linear, linear, pack, quantize_rows, unpack
+from ...gmflow_core.quantization.int8 import (
+    Int8Weight,
+    int8_linear,
+    linear,
+    pack,
+    quantize_rows,
+    unpack,
+)
 
 FORMAT = "int8_tensorwise"  # ComfyUI's name of the layout; its scales may be one a row
 MARK = "comfy_quant"  # key of a layer's layout in a state dict, as JSON in bytes
@@ -22,12 +29,19 @@ def is_block_layer(key: str) -> bool:
     """Whether `key`, such as `double_blocks.0.img_attn.qkv.weight`, is of a layer inside one of the network's numbered
     blocks. The layers outside (first, last, embeddings of time and text) are few, and errors in them reach everything."""
     *modules, _, _ = key.split(".")  # the last two: the layer itself and the parameter
-    return any(name.isdigit() for name in modules) and not ("emb" in modules[0] or modules[0].endswith("_in"))
+    return any(name.isdigit() for name in modules) and not (
+        "emb" in modules[0] or modules[0].endswith("_in")
+    )
 
 
 def is_quantisable(key: str, weight: Tensor) -> bool:
     """Whether this entry of a state dict becomes int8: the matrix of a linear layer in a block."""
-    return key.endswith(".weight") and weight.ndim == 2 and weight.dtype in FLOATS and is_block_layer(key)
+    return (
+        key.endswith(".weight")
+        and weight.ndim == 2
+        and weight.dtype in FLOATS
+        and is_block_layer(key)
+    )
 
 
 def layout(group: int) -> Tensor:
@@ -40,7 +54,9 @@ def read_layout(mark: Tensor) -> tuple[str, int]:
     """Format and size of the rotation (0: none) of a layer."""
     about = json.loads(bytes(mark.tolist()))
     about = {**(about.get("params") or {}), **about}
-    return about.get("format", "unknown"), about.get("convrot_groupsize", 256) if about.get("convrot") else 0
+    return about.get("format", "unknown"), about.get("convrot_groupsize", 256) if about.get(
+        "convrot"
+    ) else 0
 
 
 # --- operations
@@ -50,7 +66,10 @@ def has_native_layout() -> bool:
         from comfy.quant_ops import QUANT_ALGOS, get_layout_class
 
         params = get_layout_class(QUANT_ALGOS[FORMAT]["comfy_tensor_layout"]).Params
-        return hasattr(comfy.ops, "mixed_precision_ops") and "convrot_groupsize" in params.__dataclass_fields__
+        return (
+            hasattr(comfy.ops, "mixed_precision_ops")
+            and "convrot_groupsize" in params.__dataclass_fields__
+        )
     except (ImportError, AttributeError, KeyError):
         return False
 
@@ -63,7 +82,9 @@ def int8_operations(compute: str, dtype: torch.dtype, advance: Callable[[], None
         dtype: type of all other weights.
         advance: called after each layer.
     """
-    device = comfy.model_management.get_torch_device()  # that rounds; a layer goes there and back in chunks
+    device = (
+        comfy.model_management.get_torch_device()
+    )  # that rounds; a layer goes there and back in chunks
 
     def quantise(state_dict: StateDict, prefix: str) -> None:
         """Replace a layer's weight in its state dict by int8 values, scales and layout, if it is to be quantised."""
@@ -74,15 +95,21 @@ def int8_operations(compute: str, dtype: torch.dtype, advance: Callable[[], None
             try:
                 weight = quantize_rows(state_dict[key], device=device)
             except ValueError as error:
-                raise ValueError(f"the weight {key!r} cannot be quantised: {error}; the file is damaged") from None
-            state_dict.update({key: weight.values, f"{key}_scale": weight.scale, mark: layout(weight.group)})
+                raise ValueError(
+                    f"the weight {key!r} cannot be quantised: {error}; the file is damaged"
+                ) from None
+            state_dict.update(
+                {key: weight.values, f"{key}_scale": weight.scale, mark: layout(weight.group)}
+            )
             advance()
 
     if has_native_layout():
         return native_operations(compute, dtype, quantise)
 
     linear_class = type(
-        "Linear", (Int8Linear,), {"product": staticmethod(COMPUTE[compute]), "quantise": staticmethod(quantise)}
+        "Linear",
+        (Int8Linear,),
+        {"product": staticmethod(COMPUTE[compute]), "quantise": staticmethod(quantise)},
     )
     return type("Operations", (comfy.ops.manual_cast,), {"Linear": linear_class})
 
@@ -95,10 +122,14 @@ def check_shape(layer: nn.Module, state_dict: StateDict, prefix: str) -> None:
     key, expected = f"{prefix}weight", (layer.out_features, layer.in_features)
     found = tuple(state_dict[key].shape) if key in state_dict else "none"
     if found != expected and (key in state_dict or is_block_layer(key)):
-        raise ValueError(f"the weight {key!r} does not fit: expected {expected}, found {found}; the file is damaged")
+        raise ValueError(
+            f"the weight {key!r} does not fit: expected {expected}, found {found}; the file is damaged"
+        )
 
 
-def native_operations(compute: str, dtype: torch.dtype, quantise: Callable[[StateDict, str], None]) -> type:
+def native_operations(
+    compute: str, dtype: torch.dtype, quantise: Callable[[StateDict, str], None]
+) -> type:
     """ComfyUI's own operations for quantised layers, which are given a state dict that `quantise` has gone over."""
     from comfy.quant_ops import QuantizedTensor
 
@@ -116,7 +147,13 @@ def native_operations(compute: str, dtype: torch.dtype, quantise: Callable[[Stat
                     return super()._forward(x, weight, bias)
                 about = weight._params
                 scale = about.scale.reshape(-1, 1)
-                return linear(x, Int8Weight(weight._qdata, scale, about.convrot_groupsize if about.convrot else 0), bias)
+                return linear(
+                    x,
+                    Int8Weight(
+                        weight._qdata, scale, about.convrot_groupsize if about.convrot else 0
+                    ),
+                    bias,
+                )
 
     return Operations
 
@@ -135,25 +172,49 @@ class Int8Linear(nn.Module, comfy.ops.CastWeightBiasOp):
     def quantise(state_dict: StateDict, prefix: str) -> None:
         """What is done with the state dict before it is loaded."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, device=None, dtype=None):
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, device=None, dtype=None
+    ):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.group: int | None = None
-        self.weight = nn.Parameter(torch.empty(0, device=device, dtype=dtype), requires_grad=False)  # until it is loaded
-        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype), requires_grad=False) if bias else None
+        self.weight = nn.Parameter(
+            torch.empty(0, device=device, dtype=dtype), requires_grad=False
+        )  # until it is loaded
+        self.bias = (
+            nn.Parameter(torch.empty(out_features, device=device, dtype=dtype), requires_grad=False)
+            if bias
+            else None
+        )
 
-    def _load_from_state_dict(self, state_dict: StateDict, prefix: str, local_metadata, strict, missing, unexpected, errors):
+    def _load_from_state_dict(
+        self,
+        state_dict: StateDict,
+        prefix: str,
+        local_metadata,
+        strict,
+        missing,
+        unexpected,
+        errors,
+    ):
         self.quantise(state_dict, prefix)
         check_shape(self, state_dict, prefix)
         key = f"{prefix}weight"
-        weight, scale, mark = (state_dict.pop(f"{prefix}{name}", None) for name in ("weight", "weight_scale", MARK))
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        weight, scale, mark = (
+            state_dict.pop(f"{prefix}{name}", None) for name in ("weight", "weight_scale", MARK)
+        )
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing, unexpected, errors
+        )
         if weight is None:
             return
         missing.remove(key)
         if mark is not None:
             self.group = read_layout(mark)[1]
-            self.weight = nn.Parameter(pack(Int8Weight(weight, scale.float().reshape(-1, 1), self.group)), requires_grad=False)
+            self.weight = nn.Parameter(
+                pack(Int8Weight(weight, scale.float().reshape(-1, 1), self.group)),
+                requires_grad=False,
+            )
         else:
             self.weight = nn.Parameter(weight.to(self.weight.dtype, copy=True), requires_grad=False)
 
@@ -161,7 +222,9 @@ class Int8Linear(nn.Module, comfy.ops.CastWeightBiasOp):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.group is not None:
             weight = unpack(self.weight.detach(), self.out_features, self.group)
-            destination.update({f"{prefix}weight": weight.values, f"{prefix}weight_scale": weight.scale})
+            destination.update(
+                {f"{prefix}weight": weight.values, f"{prefix}weight_scale": weight.scale}
+            )
             destination[f"{prefix}{MARK}"] = layout(self.group)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -181,9 +244,20 @@ class Int8Linear(nn.Module, comfy.ops.CastWeightBiasOp):
 
     def convert_weight(self, weight: Tensor, inplace: bool = False, **kwargs) -> Tensor:
         """The weight that ComfyUI computes LoRA on, from `self.weight` or a copy of it, of whatever type."""
-        return weight if self.group is None else unpack(weight, self.out_features, self.group).dequantize()
+        return (
+            weight
+            if self.group is None
+            else unpack(weight, self.out_features, self.group).dequantize()
+        )
 
-    def set_weight(self, weight: Tensor, inplace_update: bool = False, seed=None, return_weight: bool = False, **kwargs):
+    def set_weight(
+        self,
+        weight: Tensor,
+        inplace_update: bool = False,
+        seed=None,
+        return_weight: bool = False,
+        **kwargs,
+    ):
         """Take a weight with LoRA, rounded stochastically: rounding to the nearest would lose what is below a step."""
         if self.group is None:
             new = comfy.float.stochastic_rounding(weight, self.weight.dtype, seed=seed or 0)
@@ -204,4 +278,6 @@ def _patched(weight: Tensor, function: Callable) -> Tensor:
     patches = getattr(function, "patches", None)
     if patches is None:
         return function(weight)
-    return comfy.lora.calculate_weight(patches[function.key], weight, function.key, intermediate_dtype=weight.dtype)
+    return comfy.lora.calculate_weight(
+        patches[function.key], weight, function.key, intermediate_dtype=weight.dtype
+    )

@@ -67,4 +67,8 @@ def solver_shape(model: comfy.model_base.BaseModel, model_options: dict | None) 
     if getattr(model.diffusion_model, "of_points", False):
         return PointShape()
     adapter = adapter_of(model_options)
-    return FoldedShape(adapter.layout) if adapter is not None and adapter.layout.folded > 1 else SolverShape()
+    return (
+        FoldedShape(adapter.layout)
+        if adapter is not None and adapter.layout.folded > 1
+        else SolverShape()
+    )

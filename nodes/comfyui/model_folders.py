@@ -11,7 +11,10 @@ from ...gmflow_core.files.hub import cached_folder
 from ...gmflow_core.files.labels import known_names
 
 FOLDER = "gmflow"
-MARKS = ("model_index.json", "transformer/config.json")  # of a model that is a folder, in the layout of diffusers
+MARKS = (
+    "model_index.json",
+    "transformer/config.json",
+)  # of a model that is a folder, in the layout of diffusers
 PUBLISHED = ("Lakonik/gmflow_imagenet_k8_ema",)  # on the hub
 seen_names: list[str] = []  # classes of the models loaded so far
 
@@ -36,7 +39,9 @@ def installed_models() -> dict[str, str]:
                 folders.setdefault(os.path.relpath(path, base), path)
                 inside.clear()
     names = folder_paths.get_filename_list(FOLDER)
-    files = [name for name in names if not any(name.startswith(folder + os.sep) for folder in folders)]
+    files = [
+        name for name in names if not any(name.startswith(folder + os.sep) for folder in folders)
+    ]
     found = {name: path for name in files if (path := folder_paths.get_full_path(FOLDER, name))}
     models = {name: path for name, path in found.items() if path not in shipped_sources()}
     return dict(sorted({**models, **folders}.items()))
@@ -61,7 +66,10 @@ def find_model(model_name: str, hub_id_or_path: str = "") -> str:
     Raises:
         ValueError: there is no such model.
     """
-    models, other = installed_models(), hub_id_or_path.strip().removeprefix("https://huggingface.co/")
+    models, other = (
+        installed_models(),
+        hub_id_or_path.strip().removeprefix("https://huggingface.co/"),
+    )
     if not other:
         if model_name not in models:
             raise ValueError(
@@ -73,5 +81,9 @@ def find_model(model_name: str, hub_id_or_path: str = "") -> str:
     if os.path.exists(path):
         return path
     last = other.rpartition("/")[2]
-    same = [model for name, model in models.items() if os.path.basename(name) == last and os.path.isdir(model)]
+    same = [
+        model
+        for name, model in models.items()
+        if os.path.basename(name) == last and os.path.isdir(model)
+    ]
     return same[0] if same and not os.path.isabs(path) else path

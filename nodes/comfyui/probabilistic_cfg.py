@@ -40,7 +40,12 @@ class ProbabilisticCFG:
 
     def __call__(self, args: dict) -> Tensor:
         """x minus the guided mean; ComfyUI's `sampler_cfg_function`."""
-        guidance, model, latent, sigma = self.guidance(args["cond_scale"]), args["model"], args["input"], args["sigma"]
+        guidance, model, latent, sigma = (
+            self.guidance(args["cond_scale"]),
+            args["model"],
+            args["input"],
+            args["sigma"],
+        )
         recorder = args["model_options"]["transformer_options"][RECORDER]
         recorder.asked = True
         if not guidance.acts_at(sigma):
@@ -52,7 +57,9 @@ class ProbabilisticCFG:
             )
         shape = solver_shape(model, args["model_options"])
         x, uncond = shape.to_solver(latent), shape.to_solver(args["uncond_denoised"])
-        cond = recorder.x0_policy(args["input_cond"], x, sigma.repeat_interleave(len(x) // len(sigma)))
+        cond = recorder.x0_policy(
+            args["input_cond"], x, sigma.repeat_interleave(len(x) // len(sigma))
+        )
         if cond is None:
             why = recorder.why_not_single(args["input_cond"], x)
             notice(f"found {why}, so there is no single mixture to guide: nothing is guided")
@@ -69,11 +76,15 @@ class ProbabilisticCFG:
         """The predictions, without the negative one outside of the interval; ComfyUI's `sampler_calc_cond_batch_function`."""
         positive, negative = args["conds"]
         conds = [positive, negative if within(self.interval, args["sigma"]) else None]
-        return comfy.samplers.calc_cond_batch(args["model"], conds, args["input"], args["sigma"], args["model_options"])
+        return comfy.samplers.calc_cond_batch(
+            args["model"], conds, args["input"], args["sigma"], args["model_options"]
+        )
 
 
 def with_probabilistic_guidance(
-    model: comfy.model_patcher.ModelPatcher, orthogonal: float = 1.0, interval: tuple[float, float] = (0.0, 1.0)
+    model: comfy.model_patcher.ModelPatcher,
+    orthogonal: float = 1.0,
+    interval: tuple[float, float] = (0.0, 1.0),
 ) -> comfy.model_patcher.ModelPatcher:
     """A clone of `model` whose `cfg` is the weight of probabilistic guidance, in every sampler and guider; settings that were
     there before are replaced.
@@ -99,7 +110,13 @@ def has_probabilistic_guidance(model: comfy.model_patcher.ModelPatcher) -> bool:
     return isinstance(model.model_options.get("sampler_cfg_function"), ProbabilisticCFG)
 
 
-def predict_noise_recorded(executor, x: Tensor, timestep: Tensor, model_options: dict | None = None, seed: int | None = None):
+def predict_noise_recorded(
+    executor,
+    x: Tensor,
+    timestep: Tensor,
+    model_options: dict | None = None,
+    seed: int | None = None,
+):
     """Give every call of a guider a recorder; a wrapper for ComfyUI's PREDICT_NOISE.
 
     Raises:

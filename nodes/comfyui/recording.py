@@ -15,7 +15,12 @@ from ...gmflow_core import DXVelocity, GaussianMixture, predict_x0
 from ...gmflow_core.flow.policy import Policy
 from .options import RECORDER
 
-PARTIAL = ("area", "mask", "timestep_start", "timestep_end")  # what limits a conditioning to a part of the latent or the steps
+PARTIAL = (
+    "area",
+    "mask",
+    "timestep_start",
+    "timestep_end",
+)  # what limits a conditioning to a part of the latent or the steps
 NO_MIXTURE = (
     "GM samplers and guidance need a model that predicts a Gaussian mixture at every step, and this one did not; load one with "
     "'Load GM Model', or put 'GM Adapter' on a base model (and remove nodes that skip network calls, such as LazyCache), or "
@@ -28,7 +33,9 @@ class MixtureRecorder:
 
     def __init__(self):
         self.predictions: dict[object, GaussianMixture | DXVelocity] = {}
-        self.guided: GaussianMixture | None = None  # of x_0; what probabilistic guidance made of them, if it did
+        self.guided: GaussianMixture | None = (
+            None  # of x_0; what probabilistic guidance made of them, if it did
+        )
         self.asked = False  # whether the guider left cfg to probabilistic guidance
 
     def record(self, prediction: GaussianMixture | DXVelocity, transformer_options: dict) -> None:
@@ -45,7 +52,11 @@ class MixtureRecorder:
         Raises:
             ValueError: the model predicts no mixture.
         """
-        absent = any(cond.get(key) is not None for cond in conds or [] for key in ("timestep_start", "timestep_end"))
+        absent = any(
+            cond.get(key) is not None
+            for cond in conds or []
+            for key in ("timestep_start", "timestep_end")
+        )
         if not self.predictions and not absent:
             raise ValueError(NO_MIXTURE)
         if self.why_not_single(conds, x):
@@ -68,7 +79,9 @@ class MixtureRecorder:
         return ""
 
 
-_waiting = threading.local()  # .predictions: a list while `add_recording`'s wrapper waits in this thread
+_waiting = (
+    threading.local()
+)  # .predictions: a list while `add_recording`'s wrapper waits in this thread
 
 
 def is_awaited() -> bool:
@@ -84,7 +97,9 @@ def offer(prediction: object) -> None:
 
 def add_recording(
     model: comfy.model_patcher.ModelPatcher,
-    finish: Callable[[Any, torch.Size], GaussianMixture | DXVelocity] = lambda prediction, shape: prediction,
+    finish: Callable[[Any, torch.Size], GaussianMixture | DXVelocity] = lambda prediction, shape: (
+        prediction
+    ),
 ) -> None:
     """Let recorders get what the model's network offers.
 
@@ -93,7 +108,14 @@ def add_recording(
     """
 
     def apply_model_recorded(
-        executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs
+        executor,
+        x,
+        t,
+        c_concat=None,
+        c_crossattn=None,
+        control=None,
+        transformer_options=None,
+        **kwargs,
     ) -> Tensor:
         """A wrapper for ComfyUI's APPLY_MODEL."""
         options = transformer_options or {}
@@ -114,4 +136,7 @@ def recording(model_options: dict | None) -> tuple[dict, MixtureRecorder]:
     """Model options with a recorder in them, and that: the one that is there already, or a new one."""
     options = (model_options or {}).get("transformer_options", {})
     recorder = options.get(RECORDER) or MixtureRecorder()
-    return {**(model_options or {}), "transformer_options": {**options, RECORDER: recorder}}, recorder
+    return {
+        **(model_options or {}),
+        "transformer_options": {**options, RECORDER: recorder},
+    }, recorder

@@ -34,7 +34,12 @@ class MixtureModel:
     """
 
     def __init__(self, model, latent_shape: torch.Size, extra_args: dict):
-        self.model, self.guider, self.latent_shape, self.extra_args = model, model.inner_model, latent_shape, extra_args
+        self.model, self.guider, self.latent_shape, self.extra_args = (
+            model,
+            model.inner_model,
+            latent_shape,
+            extra_args,
+        )
         self.shape = solver_shape(self.guider.inner_model, extra_args.get("model_options"))
         self.mask: Tensor | None = None  # of the step that runs
         self.frame: ModeFrame | None = None  # what the solver works in
@@ -87,7 +92,9 @@ class MixtureModel:
                 f"{solver} needs to know the modes of the noise, with their means: connect 'modes' of 'Mixture Source Noise', "
                 "alone, to the positive conditioning; or choose euler, for which numbers from GM Class Labels are enough"
             )
-        self.frame = conds[0][SOURCE].frame(self.latent_shape[0], self.guider.model_patcher.load_device)
+        self.frame = conds[0][SOURCE].frame(
+            self.latent_shape[0], self.guider.model_patcher.load_device
+        )
 
     def to_solver(self, latent: Tensor, sigma: Tensor | float) -> Tensor:
         """A latent at sigma in the solver's shape and coordinates."""
@@ -96,7 +103,9 @@ class MixtureModel:
 
     def from_solver(self, x: Tensor, sigma: Tensor | float) -> Tensor:
         """The inverse of `to_solver`."""
-        return self.shape.from_solver(x if self.frame is None else self.frame.leave(x, sigma), self.latent_shape)
+        return self.shape.from_solver(
+            x if self.frame is None else self.frame.leave(x, sigma), self.latent_shape
+        )
 
     def denoise(self, x: Tensor, sigma: Tensor) -> Policy:
         """The policy in x_0 that the guider makes; a denoiser for gmflow_core, in the solver's coordinates.
@@ -122,7 +131,9 @@ class MixtureModel:
         latent_sigma = sigma[:1].expand(self.latent_shape[0])
         self.mask = self.mask_at(latent_sigma)
         latent = self.shape.from_solver(x, self.latent_shape)
-        denoised = self.guider(latent, latent_sigma, model_options=options, seed=self.extra_args.get("seed"))
+        denoised = self.guider(
+            latent, latent_sigma, model_options=options, seed=self.extra_args.get("seed")
+        )
         mean, policy = self.shape.to_solver(denoised), recorder.guided
         if policy is None:
             conds = getattr(self.guider, "conds", {}).get("positive")
@@ -140,7 +151,10 @@ class MixtureModel:
 
     def mask_at(self, sigma: Tensor) -> Tensor | None:
         """The noise mask at (B,) equal sigmas, where a node may have put a function of it in; None if there is none."""
-        mask, options = self.extra_args.get("denoise_mask"), self.extra_args.get("model_options", {})
+        mask, options = (
+            self.extra_args.get("denoise_mask"),
+            self.extra_args.get("model_options", {}),
+        )
         if mask is None or "denoise_mask_function" not in options:
             return mask
         extra = {"model": self.guider, "sigmas": self.model.sigmas}

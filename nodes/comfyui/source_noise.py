@@ -18,7 +18,12 @@ from .model_folders import shipped_sources
 from .noise_check import mark_noise
 
 FOLDER = "gmflow_sources"
-BY_WEIGHT, BY_LIST, LIKELIEST, DRAWN = "by weight", "from the list", "of the image: likeliest", "of the image: drawn"
+BY_WEIGHT, BY_LIST, LIKELIEST, DRAWN = (
+    "by weight",
+    "from the list",
+    "of the image: likeliest",
+    "of the image: drawn",
+)
 ITEM = re.compile(r"(\d+)(?:\s*-\s*(\d+))?")
 
 
@@ -35,7 +40,11 @@ def installed_sources() -> dict[str, str]:
     """Name and path of every source that is installed or comes with the extension."""
     names = folder_paths.get_filename_list(FOLDER)
     installed = {name: path for name in names if (path := folder_paths.get_full_path(FOLDER, name))}
-    return dict(sorted({**{os.path.basename(path): path for path in shipped_sources()}, **installed}.items()))
+    return dict(
+        sorted(
+            {**{os.path.basename(path): path for path in shipped_sources()}, **installed}.items()
+        )
+    )
 
 
 def find_source(name: str) -> str:
@@ -110,7 +119,10 @@ class SourceNoise:
     def generate_noise(self, input_latent: dict) -> Tensor:
         """One draw for each item of a LATENT; around the mean it is the noise of Random Noise for that seed and batch index."""
         latent = input_latent["samples"]
-        modes, indices = self.modes_for(len(latent)), input_latent.get("batch_index") or range(len(latent))
+        modes, indices = (
+            self.modes_for(len(latent)),
+            input_latent.get("batch_index") or range(len(latent)),
+        )
         self.source.require_shape(latent.shape[1:])
         noise = comfy.sample.prepare_noise(latent.float(), self.seed, list(indices))
         return mark_noise(self.source.draw(modes, noise=noise), self)
@@ -136,10 +148,16 @@ def mode_list(text: str) -> list[int]:
         match = ITEM.fullmatch(item)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if first > last:
-            raise ValueError(f"{item!r} in the list of modes is no mode and no range; give numbers, such as 3, 7, 10-12")
+            raise ValueError(
+                f"{item!r} in the list of modes is no mode and no range; give numbers, such as 3, 7, 10-12"
+            )
         if last - first > 1e6:
-            raise ValueError(f"{item!r} in the list of modes is longer than any batch; give a shorter range")
+            raise ValueError(
+                f"{item!r} in the list of modes is longer than any batch; give a shorter range"
+            )
         numbers += range(first, last + 1)
     if not numbers:
-        raise ValueError(f"the list of modes is empty; give numbers, such as 3, 7, 10-12, or choose {BY_WEIGHT!r}")
+        raise ValueError(
+            f"the list of modes is empty; give numbers, such as 3, 7, 10-12, or choose {BY_WEIGHT!r}"
+        )
     return numbers

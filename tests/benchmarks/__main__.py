@@ -35,15 +35,27 @@ ROWS = {**rows.ROWS, **loops.ROWS}
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m tests.benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tests.benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
+    parser.add_argument(
+        "--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS)
+    )
     parser.add_argument("--threads", type=int, default=1, help="threads of the CPU (1)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="one of them; both, if there are both, by default")
-    parser.add_argument("--no-compile", action="store_true", help="leave out what torch.compile takes its time for")
-    parser.add_argument("--stock-malloc", action="store_true", help="leave the C library's allocator as it is")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="one of them; both, if there are both, by default"
+    )
+    parser.add_argument(
+        "--no-compile", action="store_true", help="leave out what torch.compile takes its time for"
+    )
+    parser.add_argument(
+        "--stock-malloc", action="store_true", help="leave the C library's allocator as it is"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny sizes and few repeats")
-    parser.add_argument("--out", type=Path, default=REPOSITORY / "docs" / "results", help="folder for the results")
+    parser.add_argument(
+        "--out", type=Path, default=REPOSITORY / "docs" / "results", help="folder for the results"
+    )
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     os.environ["OMP_NUM_THREADS"] = str(options.threads)  # for child processes
@@ -56,7 +68,9 @@ def main(arguments: list[str] | None = None) -> None:
     devices = [options.device] if options.device else ["cpu", *(["cuda"] if gpu else [])]
     if options.device == "cuda" and not gpu:
         raise SystemExit("error: --device cuda, but torch finds no CUDA device")
-    command = "python -m tests.benchmarks " + shlex.join(sys.argv[1:] if arguments is None else arguments)
+    command = "python -m tests.benchmarks " + shlex.join(
+        sys.argv[1:] if arguments is None else arguments
+    )
     results: dict = {"command": command.strip(), "machines": {}, "rates": {}, "rows": []}
     if not gpu:
         results["cuda"] = "not run: no CUDA device"

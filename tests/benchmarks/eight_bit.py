@@ -78,11 +78,15 @@ def load(quantized: Any, variant: str, path: str) -> Any:
     import comfy.sd
 
     if variant == STRAIGHT:
-        return straight(comfy.sd.load_diffusion_model(path, model_options={"dtype": torch.bfloat16}))
+        return straight(
+            comfy.sd.load_diffusion_model(path, model_options={"dtype": torch.bfloat16})
+        )
     if variant.startswith("8-bit"):
         return quantized.load_8bit(path, "int8" if "products" in variant else "16 bit")
     dtype = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}.get(variant)
-    return comfy.sd.load_diffusion_model(path, model_options={} if dtype is None else {"dtype": dtype})
+    return comfy.sd.load_diffusion_model(
+        path, model_options={} if dtype is None else {"dtype": dtype}
+    )
 
 
 def straight(model: Any) -> Any:
@@ -92,7 +96,11 @@ def straight(model: Any) -> Any:
     naive = importlib.util.module_from_spec(place)
     place.loader.exec_module(naive)
     modules = model.model.diffusion_model.named_modules()
-    blocks = [module for name, module in modules if "blocks." in name and isinstance(module, torch.nn.Linear)]
+    blocks = [
+        module
+        for name, module in modules
+        if "blocks." in name and isinstance(module, torch.nn.Linear)
+    ]
     for module in blocks:
         values, scale = naive.round_rows(module.weight.detach())
         module.register_buffer("scale", scale)
@@ -138,10 +146,17 @@ def child_memory(quantized: Any, variant: str, path: str) -> dict[str, float]:
 def conditioning(seed: int, tokens: int = 64) -> list:
     generator = torch.Generator().manual_seed(seed)
     pooled = torch.randn(1, 768, generator=generator)
-    return [[torch.randn(1, tokens, 4096, generator=generator), {"pooled_output": pooled, "guidance": 3.5}]]
+    return [
+        [
+            torch.randn(1, tokens, 4096, generator=generator),
+            {"pooled_output": pooled, "guidance": 3.5},
+        ]
+    ]
 
 
-def child_error(quantized: Any, path: str, seeds: int, steps: int, adapter: str | None = None) -> dict[str, list[float]]:
+def child_error(
+    quantized: Any, path: str, seeds: int, steps: int, adapter: str | None = None
+) -> dict[str, list[float]]:
     """Relative error of the latent after `steps` Euler steps, for each seed; with the LoRA of a GM adapter merged into the
     weights of all, if there is one."""
     import comfy.sample
@@ -152,14 +167,28 @@ def child_error(quantized: Any, path: str, seeds: int, steps: int, adapter: str 
         model = load(quantized, variant, path)
         if adapter is None:
             return model
-        lora = {f"transformer.{key}": w for key, w in comfy.utils.load_torch_file(adapter).items() if ".lora_" in key}
+        lora = {
+            f"transformer.{key}": w
+            for key, w in comfy.utils.load_torch_file(adapter).items()
+            if ".lora_" in key
+        }
         return comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)[0]
 
     def sample(model: Any, seed: int) -> Tensor:
         noise = torch.randn(1, 16, 32, 32, generator=torch.Generator().manual_seed(seed))
         words = conditioning(seed)
         return comfy.sample.sample(
-            model, noise, steps, 1.0, "euler", "simple", words, words, torch.zeros_like(noise), disable_pbar=True, seed=seed
+            model,
+            noise,
+            steps,
+            1.0,
+            "euler",
+            "simple",
+            words,
+            words,
+            torch.zeros_like(noise),
+            disable_pbar=True,
+            seed=seed,
         )
 
     exact = [sample(loaded("bf16"), seed) for seed in range(seeds)]
@@ -191,7 +220,11 @@ def child_speed(quantized: Any, path: str, repeats: int, side: int) -> dict[str,
         for variant, model in models.items():
             start = time.perf_counter()
             model.model.diffusion_model(
-                torch.zeros(1, 16, 2 * side, 2 * side), torch.tensor([0.5]), context, pooled, torch.tensor([3.5])
+                torch.zeros(1, 16, 2 * side, 2 * side),
+                torch.tensor([0.5]),
+                context,
+                pooled,
+                torch.tensor([3.5]),
             )
             times[variant].append(time.perf_counter() - start)
     return {variant: seconds[1:] for variant, seconds in times.items()}
@@ -206,7 +239,13 @@ def run_child(part: str, **options: Any) -> Any:
 
     if not (COMFYUI / "main.py").is_file():
         raise SystemExit(f"no ComfyUI in {COMFYUI}; set COMFYUI_PATH")
-    command = [comfyui_python(), str(Path(__file__).resolve()), "--child", part, json.dumps(options)]
+    command = [
+        comfyui_python(),
+        str(Path(__file__).resolve()),
+        "--child",
+        part,
+        json.dumps(options),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     done = subprocess.run(command, cwd=COMFYUI, env=environment, capture_output=True, text=True)
     answers = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
@@ -219,18 +258,24 @@ def relative(x: Tensor, exact: Tensor) -> float:
     return ((x - exact).norm() / exact.norm()).item()
 
 
-def with_outliers(weights: dict[str, Tensor], kind: str, share: float = 0.01, seed: int = 1) -> dict[str, Tensor]:
+def with_outliers(
+    weights: dict[str, Tensor], kind: str, share: float = 0.01, seed: int = 1
+) -> dict[str, Tensor]:
     """A model of which 1 % of the channels stand out: 10 times as large weights on these inputs of all layers in blocks
     ("weights"), 20 times as large activations in the residual stream ("activations"), or "both"."""
     generator = torch.Generator().manual_seed(seed)
     changed = dict(weights)
     for name, weight in weights.items():
         if kind in ("activations", "both") and name.split(".")[0] in ("img_in", "txt_in"):
-            channels = torch.randperm(len(weight), generator=torch.Generator().manual_seed(seed))  # the same for both
+            channels = torch.randperm(
+                len(weight), generator=torch.Generator().manual_seed(seed)
+            )  # the same for both
             changed[name] = weight.clone()
             changed[name][channels[: max(1, int(share * len(weight)))]] *= 20
         if kind in ("weights", "both") and weight.ndim == 2 and "_blocks." in name:
-            channels = torch.randperm(weight.shape[1], generator=generator)[: max(1, int(share * weight.shape[1]))]
+            channels = torch.randperm(weight.shape[1], generator=generator)[
+                : max(1, int(share * weight.shape[1]))
+            ]
             changed[name] = weight.clone()
             changed[name][:, channels] *= 10
     return changed
@@ -241,7 +286,9 @@ def measure_memory(folder: Path) -> dict:
 
     path = write_flux(folder / "two_gb.safetensors", hidden=3072, depth=1, single=4)
     size = path.stat().st_size / GB
-    found = {variant: run_child("memory", variant=variant, path=str(path)) for variant in VARIANTS[:4]}
+    found = {
+        variant: run_child("memory", variant=variant, path=str(path)) for variant in VARIANTS[:4]
+    }
     path.unlink()
     return {"file": size, "loads": found}
 
@@ -249,13 +296,17 @@ def measure_memory(folder: Path) -> dict:
 def measure_error(folder: Path) -> dict:
     from tests.comfyui.bases import flux_shapes, random_weights, write, write_adapter
 
-    adapter = write_adapter(folder / "adapter.safetensors", hidden=512, depth=2, single=4, rank=32, strength=0.1)
+    adapter = write_adapter(
+        folder / "adapter.safetensors", hidden=512, depth=2, single=4, rank=32, strength=0.1
+    )
     weights = random_weights(flux_shapes(512, 2, 4), 0, torch.bfloat16)
     found = {}
     for kind in ("none", "weights", "activations", "both"):
         path = write(folder / f"outliers_{kind}.safetensors", with_outliers(weights, kind))
         found[kind] = run_child("error", path=str(path), seeds=4, steps=4)
-        found[f"{kind}, with a LoRA"] = run_child("error", path=str(path), seeds=4, steps=4, adapter=str(adapter))
+        found[f"{kind}, with a LoRA"] = run_child(
+            "error", path=str(path), seeds=4, steps=4, adapter=str(adapter)
+        )
     return found
 
 
@@ -263,7 +314,10 @@ def measure_speed(folder: Path) -> dict:
     from tests.comfyui.bases import write_flux
 
     path = write_flux(folder / "speed.safetensors", hidden=3072, depth=1, single=1)
-    return {"tokens": 16 * 16 + 64, "seconds": run_child("speed", path=str(path), repeats=3, side=16)}
+    return {
+        "tokens": 16 * 16 + 64,
+        "seconds": run_child("speed", path=str(path), repeats=3, side=16),
+    }
 
 
 def layer_products() -> dict[str, Callable]:
@@ -281,11 +335,16 @@ def layer_products() -> dict[str, Callable]:
 def measure_layers(device: str) -> dict:
     """Milliseconds and peak memory of a FLUX-size layer on bf16 activations; the ways take turns."""
     inputs, outputs, tokens = 3072, 12288, 4096 if device == "cuda" else 512
-    layers = 20 if device == "cuda" else 1  # on a GPU a stack of them, so that weights count in the peak
+    layers = (
+        20 if device == "cuda" else 1
+    )  # on a GPU a stack of them, so that weights count in the peak
     repeats = 20 if device == "cuda" else 5
     torch.manual_seed(0)
     x = torch.randn(tokens, inputs, device=device).bfloat16()
-    weights = [(torch.randn(outputs, inputs, device=device) * inputs**-0.5).bfloat16() for _ in range(layers)]
+    weights = [
+        (torch.randn(outputs, inputs, device=device) * inputs**-0.5).bfloat16()
+        for _ in range(layers)
+    ]
 
     def wait() -> None:
         if device == "cuda":
@@ -306,7 +365,10 @@ def measure_layers(device: str) -> dict:
             torch.cuda.reset_peak_memory_stats()
             for weight, product in kept:
                 product(x, weight)
-            found[name] = {"resident_gb": resident, "peak_gb": torch.cuda.max_memory_allocated() / GB}
+            found[name] = {
+                "resident_gb": resident,
+                "peak_gb": torch.cuda.max_memory_allocated() / GB,
+            }
             del kept, weight
         weights = [weight.cuda() for weight in host]
     with torch.inference_mode():
@@ -321,10 +383,22 @@ def measure_layers(device: str) -> dict:
                 wait()
                 times[name].append(1e3 * (time.perf_counter() - start))
         for name, (weight, product) in kept.items():
-            best = {"ms": min(times[name][2:]), "error": relative(product(x, weight).float(), exact)}
+            best = {
+                "ms": min(times[name][2:]),
+                "error": relative(product(x, weight).float(), exact),
+            }
             found[name] = {**found.get(name, {}), **best}
-    about = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU, one core"
-    return {"device": about, "tokens": tokens, "inputs": inputs, "outputs": outputs, "layers": layers, "ways": found}
+    about = (
+        torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU, one core"
+    )
+    return {
+        "device": about,
+        "tokens": tokens,
+        "inputs": inputs,
+        "outputs": outputs,
+        "layers": layers,
+        "ways": found,
+    }
 
 
 def compute_need() -> list[dict]:
@@ -341,7 +415,9 @@ def compute_need() -> list[dict]:
     }
     rows = []
     for model, (shapes, adapter, factor) in models.items():
-        blocks = {name: shape for name, shape in shapes.items() if len(shape) == 2 and "blocks." in name}
+        blocks = {
+            name: shape for name, shape in shapes.items() if len(shape) == 2 and "blocks." in name
+        }
         total, inside = (sum(map(count, some.values())) for some in (shapes, blocks))
         head = sum(count(shape) for name, shape in adapter.items() if "lora_" not in name)
         lora = sum(map(count, adapter.values())) - head
@@ -350,10 +426,18 @@ def compute_need() -> list[dict]:
             "fp8": total,
             "8-bit": inside + 4 * sum(shape[0] for shape in blocks.values()) + 2 * (total - inside),
         }
-        activations = max(128 * 128 * 2 * 0.01 * factor * 2**20, 0.8 * GIB)  # latent pixels x bytes x ComfyUI's factor
+        activations = max(
+            128 * 128 * 2 * 0.01 * factor * 2**20, 0.8 * GIB
+        )  # latent pixels x bytes x ComfyUI's factor
         largest = 2 * max(map(count, shapes.values()))
         for variant, size in weights.items():
-            rest = 2 * head + activations + (0 if variant == "bf16" else largest) + 400 * 2**20 + CONTEXT
+            rest = (
+                2 * head
+                + activations
+                + (0 if variant == "bf16" else largest)
+                + 400 * 2**20
+                + CONTEXT
+            )
             need = size + rest
             rows.append(
                 {
@@ -390,20 +474,32 @@ def rows_of(results: dict) -> list[dict]:
     rows = []
 
     def add(part: str, case: str, variant: str, value: float, unit: str) -> None:
-        rows.append({"part": part, "case": case, "variant": variant, "value": f"{value:.4g}", "unit": unit})
+        rows.append(
+            {"part": part, "case": case, "variant": variant, "value": f"{value:.4g}", "unit": unit}
+        )
 
     for variant, found in results.get("memory", {}).get("loads", {}).items():
         for name, value in found.items():
             add("memory", name, variant, value, "s" if name == "seconds" else "GB")
     for kind, found in results.get("error", {}).items():
         for variant, errors in found.items():
-            add("error", f"outliers: {kind}", variant, sum(errors) / len(errors), "relative error after 4 steps")
+            add(
+                "error",
+                f"outliers: {kind}",
+                variant,
+                sum(errors) / len(errors),
+                "relative error after 4 steps",
+            )
     for variant, seconds in results.get("speed", {}).get("seconds", {}).items():
         add("speed", "one network call", variant, min(seconds), "s")
     for found in results.get("layers", []):
-        case = f"{found['inputs']} -> {found['outputs']}, {found['tokens']} tokens, {found['device']}"
+        case = (
+            f"{found['inputs']} -> {found['outputs']}, {found['tokens']} tokens, {found['device']}"
+        )
         if not found["ways"]:
-            rows.append({"part": "layers", "case": case, "variant": "all", "value": "not run", "unit": ""})
+            rows.append(
+                {"part": "layers", "case": case, "variant": "all", "value": "not run", "unit": ""}
+            )
         for variant, about in found["ways"].items():
             for name, value in about.items():
                 add("layers", case, variant, value, name)
@@ -426,16 +522,32 @@ def plot(results: dict, path: Path) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
     loads = results["memory"]["loads"]
-    for offset, name, label in ((-0.2, "peak", "peak while loading"), (0.2, "resident", "after it")):
-        left.bar([i + offset for i in range(len(loads))], [about[name] for about in loads.values()], 0.4, label=label)
+    for offset, name, label in (
+        (-0.2, "peak", "peak while loading"),
+        (0.2, "resident", "after it"),
+    ):
+        left.bar(
+            [i + offset for i in range(len(loads))],
+            [about[name] for about in loads.values()],
+            0.4,
+            label=label,
+        )
     left.set_xticks(range(len(loads)), list(loads))
     left.set_ylabel("anonymous host memory, GB")
     left.set_title(f"Loading a bf16 file of {results['memory']['file']:.2f} GB on a CPU")
     left.legend()
-    kinds = {"none": "none", "weights": "in weights", "activations": "in activations", "both": "in both"}
+    kinds = {
+        "none": "none",
+        "weights": "in weights",
+        "activations": "in activations",
+        "both": "in both",
+    }
     variants = list(results["error"]["none"])
     for i, variant in enumerate(variants):
-        means = [100 * sum(results["error"][kind][variant]) / len(results["error"][kind][variant]) for kind in kinds]
+        means = [
+            100 * sum(results["error"][kind][variant]) / len(results["error"][kind][variant])
+            for kind in kinds
+        ]
         right.bar([k + (i - 2) * 0.16 for k in range(len(kinds))], means, 0.16, label=variant)
     right.set_xticks(range(len(kinds)), list(kinds.values()))
     right.set_xlabel("outlier channels")
@@ -447,7 +559,9 @@ def plot(results: dict, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="the parts to run")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     arguments = parser.parse_args()
@@ -455,7 +569,11 @@ def main() -> None:
     store = arguments.out / "eight_bit.json"
     results = json.loads(store.read_text()) if store.is_file() else {}
     with tempfile.TemporaryDirectory() as name:
-        for part, measure in (("memory", measure_memory), ("error", measure_error), ("speed", measure_speed)):
+        for part, measure in (
+            ("memory", measure_memory),
+            ("error", measure_error),
+            ("speed", measure_speed),
+        ):
             if part in arguments.only:
                 results[part] = measure(Path(name))
                 print(part, json.dumps(results[part], indent=1), flush=True)

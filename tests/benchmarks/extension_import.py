@@ -15,7 +15,15 @@ import sys
 
 from tests.comfyui.conftest import COMFYUI, REPOSITORY, comfyui_python
 
-HEAVY = ("accelerate", "bitsandbytes", "diffusers", "huggingface_hub", "matplotlib", "tensorboard", "transformers")
+HEAVY = (
+    "accelerate",
+    "bitsandbytes",
+    "diffusers",
+    "huggingface_hub",
+    "matplotlib",
+    "tensorboard",
+    "transformers",
+)
 SCRIPT = """
 import asyncio, json, pathlib, sys, tempfile, time
 start = time.perf_counter()
@@ -42,7 +50,12 @@ def measure() -> dict:
     """One import in a new process: `comfyui` and `extension` in seconds, `modules` that came with the extension."""
     command = [comfyui_python(), "-c", SCRIPT, str(COMFYUI), str(REPOSITORY)]
     done = subprocess.run(
-        command, cwd=COMFYUI, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True
+        command,
+        cwd=COMFYUI,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -50,8 +63,12 @@ def measure() -> dict:
 def main() -> None:
     repeats = int(sys.argv[1]) if len(sys.argv) > 1 else 5
     runs = [measure() for _ in range(repeats)]
-    extension, comfyui = (statistics.median(run[key] for run in runs) for key in ("extension", "comfyui"))
-    print(f"extension {1000 * extension:.0f} ms, {extension / comfyui:.1%} of the {comfyui:.1f} s of ComfyUI's own imports")
+    extension, comfyui = (
+        statistics.median(run[key] for run in runs) for key in ("extension", "comfyui")
+    )
+    print(
+        f"extension {1000 * extension:.0f} ms, {extension / comfyui:.1%} of the {comfyui:.1f} s of ComfyUI's own imports"
+    )
     times = sorted(1000 * run["extension"] for run in runs)
     print(f"spread {times[0]:.0f} to {times[-1]:.0f} ms, {repeats} runs")
     print("modules that come with it:", ", ".join(runs[0]["modules"]) or "none")

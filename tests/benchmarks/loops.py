@@ -34,7 +34,9 @@ GB = 1e9
 # Training
 
 
-def plain_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], decay: float) -> Callable:
+def plain_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], decay: float
+) -> Callable:
     """One iteration of a loop as one writes it first, with the average of the weights."""
     average = [parameter.detach().clone() for parameter in model.parameters()]
 
@@ -52,15 +54,26 @@ def plain_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callabl
 
 def compare_steps(bench: Bench, case: str, forms: dict[str, Callable | str]) -> dict:
     """Iterations of the trainer and of the plain loop."""
-    return bench.compare("training", case, forms, work=(0, products_of(forms["naive"])), unit=("GB", GB), gradient=True)
+    return bench.compare(
+        "training",
+        case,
+        forms,
+        work=(0, products_of(forms["naive"])),
+        unit=("GB", GB),
+        gradient=True,
+    )
 
 
 def cpu_or_auto(bench: Bench) -> str:
-    AcceleratorState._reset_state(reset_partial_state=True)  # accelerate remembers the device of this process
+    AcceleratorState._reset_state(
+        reset_partial_state=True
+    )  # accelerate remembers the device of this process
     return "cpu" if bench.device == "cpu" else "auto"
 
 
-def checkerboard_loss(model: nn.Module, batch: int, ratio: float, device: str) -> Callable[[], Tensor]:
+def checkerboard_loss(
+    model: nn.Module, batch: int, ratio: float, device: str
+) -> Callable[[], Tensor]:
     """Draw a batch; the transition loss."""
 
     def loss() -> Tensor:
@@ -69,20 +82,26 @@ def checkerboard_loss(model: nn.Module, batch: int, ratio: float, device: str) -
         low = high * (1 - ratio)
         x_low = (1 - low)[:, None] * x0 + low[:, None] * torch.randn_like(x0)
         keep = ((1 - high) / (1 - low))[:, None]
-        x_high = keep * x_low + (high[:, None] ** 2 - (keep * low[:, None]) ** 2).sqrt() * torch.randn_like(x0)
+        x_high = keep * x_low + (
+            high[:, None] ** 2 - (keep * low[:, None]) ** 2
+        ).sqrt() * torch.randn_like(x0)
         return naive.transition_nll(model(x_high, high), x_low, x_high, low, high).mean()
 
     return loss
 
 
-def image_loss(model: GMDiT, x: Tensor, labels: Tensor, batch: int, ratio: float, device: str) -> Callable[[], Tensor]:
+def image_loss(
+    model: GMDiT, x: Tensor, labels: Tensor, batch: int, ratio: float, device: str
+) -> Callable[[], Tensor]:
     """Draw a batch of `x` (uint8 or float); the transition loss and the spectral one."""
 
     def loss() -> Tensor:
         rows = torch.randint(len(x), (batch,))
         x0, classes = x[rows].to(device), labels[rows].to(device)
         x0 = x0.float() / 127.5 - 1 if x0.dtype == torch.uint8 else x0
-        classes = torch.where(torch.rand(batch, device=device) < 0.1, model.config.num_classes, classes)
+        classes = torch.where(
+            torch.rand(batch, device=device) < 0.1, model.config.num_classes, classes
+        )
         high = torch.randn(batch, device=device).sigmoid()
         low = high * (1 - ratio)
         high_, low_ = high[:, None, None, None], low[:, None, None, None]
@@ -92,7 +111,9 @@ def image_loss(model: GMDiT, x: Tensor, labels: Tensor, batch: int, ratio: float
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             velocity = model(x_high, high, classes)
         flow = naive.transition_nll(velocity, x_low, x_high, low, high).mean()
-        constant = GaussianMixture(velocity.means.detach(), velocity.log_weights.detach(), velocity.log_std.detach())
+        constant = GaussianMixture(
+            velocity.means.detach(), velocity.log_weights.detach(), velocity.log_std.detach()
+        )
         log_power = model.spectrum_net(velocity_to_x0(constant.moment_match(), x_high, high))
         return 2 * flow + naive.spectral_nll(constant, (x_high - x0) / high_, log_power).mean()
 
@@ -103,7 +124,9 @@ def training_rows(bench: Bench) -> Iterator[dict]:
     """Iterations of the trainers against plain loops of the same network, loss, optimiser and average."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        config = dataclasses.replace(checkerboard.PRESETS["full"], out=folder / "checkerboard", device=cpu_or_auto(bench))
+        config = dataclasses.replace(
+            checkerboard.PRESETS["full"], out=folder / "checkerboard", device=cpu_or_auto(bench)
+        )
         if bench.quick:
             config = dataclasses.replace(config, batch_size=64, num_components=4)
         trainer = checkerboard.Trainer(config)
@@ -120,11 +143,21 @@ def training_rows(bench: Bench) -> Iterator[dict]:
 
 def gmdit_row(bench: Bench, folder: Path) -> dict:
     """The digits' GM-DiT in float32 on a CPU, GM-DiT S in bfloat16 on a GPU."""
-    preset, shape, batch = {"cpu": ("digits", (3, 8, 8), 64), "cuda": ("gmdit_s_k8", (4, 32, 32), 128)}[bench.device]
+    preset, shape, batch = {
+        "cpu": ("digits", (3, 8, 8), 64),
+        "cuda": ("gmdit_s_k8", (4, 32, 32), 128),
+    }[bench.device]
     x, labels = torch.randint(256, (512, *shape), dtype=torch.uint8), torch.randint(10, (512,))
     kind, x = ("pixels", x) if shape[0] == 3 else ("latents", torch.randn(512, *shape))
     write_shard(folder / "shard-00000.safetensors", x, labels, {})
-    index = {"format": FORMAT, "kind": kind, "shape": list(shape), "classes": list("0123456789"), "count": 512, "skipped": []}
+    index = {
+        "format": FORMAT,
+        "kind": kind,
+        "shape": list(shape),
+        "classes": list("0123456789"),
+        "count": 512,
+        "skipped": [],
+    }
     write_index(folder, index | {"shards": [{"file": "shard-00000.safetensors", "count": 512}]})
     config = dataclasses.replace(
         imagenet.PRESETS[preset],
@@ -141,14 +174,22 @@ def gmdit_row(bench: Bench, folder: Path) -> dict:
         config = dataclasses.replace(config, num_layers=2)
     trainer = imagenet.Trainer(config)
     model = copy.deepcopy(trainer.model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay
+    )
     loss = image_loss(model, x, labels, config.batch_size, config.transition_ratio, bench.device)
     compiled: Callable | str = "not run: not asked for"
     if bench.compiled:
         compiled = imagenet.Trainer(dataclasses.replace(config, compile=True)).iterate
-    forms = {"ours": trainer.iterate, "ours, compiled": compiled, "naive": plain_step(model, optimizer, loss, 0.999)}
+    forms = {
+        "ours": trainer.iterate,
+        "ours, compiled": compiled,
+        "naive": plain_step(model, optimizer, loss, 0.999),
+    }
     size = f"{config.num_layers} layers of width {model.config.width}"
-    return compare_steps(bench, f"GM-DiT, {size}, an iteration of {config.batch_size} images", forms)
+    return compare_steps(
+        bench, f"GM-DiT, {size}, an iteration of {config.batch_size} images", forms
+    )
 
 
 # A whole sampler
@@ -164,7 +205,9 @@ def sampler_rows(bench: Bench) -> Iterator[dict]:
     labels = torch.arange(2)
 
     def two_calls(steps: int) -> Tensor:
-        noise = standard_normal((2, 4, config.latent_size, config.latent_size), generators(), like=torch.empty(0))
+        noise = standard_normal(
+            (2, 4, config.latent_size, config.latent_size), generators(), like=torch.empty(0)
+        )
         classes = labels.to(bench.device)
 
         def denoise(x: Tensor, sigma: Tensor) -> GaussianMixture:
@@ -197,18 +240,32 @@ def sampler_rows(bench: Bench) -> Iterator[dict]:
 # In ComfyUI
 
 
-def measured_elsewhere(row: str, case: str, forms: dict[str, dict], reference: str, rates: dict, moved: float) -> dict:
+def measured_elsewhere(
+    row: str, case: str, forms: dict[str, dict], reference: str, rates: dict, moved: float
+) -> dict:
     """A line of figures that child processes found."""
     for about in forms.values():
         about["median"] = quartiles(about["seconds"])[1]
         about["ratio"] = ratios(forms[reference]["seconds"], about["seconds"])
         about["over_ours"] = ratios(about["seconds"], forms["ours"]["seconds"])
-    line = {"row": row, "case": case, "device": "cpu", "reference": reference, "unit": "GB", "forms": forms}
+    line = {
+        "row": row,
+        "case": case,
+        "device": "cpu",
+        "reference": reference,
+        "unit": "GB",
+        "forms": forms,
+    }
     return line | ({"floor": floor(rates, moved, 0)} if moved else {})
 
 
 def not_run(row: str, case: str, why: str) -> dict:
-    return {"row": row, "case": case, "device": "cpu", "forms": {"ours": {"not_run": f"not run: {why}"}}}
+    return {
+        "row": row,
+        "case": case,
+        "device": "cpu",
+        "forms": {"ours": {"not_run": f"not run: {why}"}},
+    }
 
 
 def in_comfyui(bench: Bench) -> str:
@@ -232,7 +289,12 @@ def eight_bit_rows(bench: Bench) -> Iterator[dict]:
     variants = {"ours": "8-bit", "naive": eight_bit.STRAIGHT, "bf16": "bf16", "fp8": "fp8"}
     forms: dict[str, dict] = {name: {"seconds": [], "memory": 0.0} for name in variants}
     with tempfile.TemporaryDirectory() as folder:
-        path = write_flux(Path(folder) / "flux.safetensors", hidden=256 if bench.quick else 2048, depth=1, single=2)
+        path = write_flux(
+            Path(folder) / "flux.safetensors",
+            hidden=256 if bench.quick else 2048,
+            depth=1,
+            single=2,
+        )
         size = path.stat().st_size
         for repeat in range(1 if bench.quick else 3):
             for name in list(variants)[:: 1 if repeat % 2 == 0 else -1]:
@@ -240,7 +302,14 @@ def eight_bit_rows(bench: Bench) -> Iterator[dict]:
                 forms[name]["seconds"].append(found["seconds"])
                 forms[name]["memory"] = max(forms[name]["memory"], found["peak"])
                 forms[name]["size"] = found["model_size"] * GB
-    yield measured_elsewhere(row, f"{case}, {size / GB:.2g} GB", forms, "naive", bench.rates, size + forms["ours"]["size"])
+    yield measured_elsewhere(
+        row,
+        f"{case}, {size / GB:.2g} GB",
+        forms,
+        "naive",
+        bench.rates,
+        size + forms["ours"]["size"],
+    )
 
 
 def import_rows(bench: Bench) -> Iterator[dict]:
@@ -252,7 +321,10 @@ def import_rows(bench: Bench) -> Iterator[dict]:
         yield not_run(row, case, problem)
         return
     runs = [extension_import.measure() for _ in range(1 if bench.quick else 3)]
-    forms = {name: {"seconds": [run[key] for run in runs]} for name, key in (("ours", "extension"), ("ComfyUI", "comfyui"))}
+    forms = {
+        name: {"seconds": [run[key] for run in runs]}
+        for name, key in (("ours", "extension"), ("ComfyUI", "comfyui"))
+    }
     yield measured_elsewhere(row, case, forms, "ComfyUI", bench.rates, 0)
 
 

@@ -19,7 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's start and stop are no news
 REPOSITORY = Path(__file__).resolve().parents[2]
-SHORTEST = 0.005  # seconds that a reading takes at least; quick functions are called several times for one
+SHORTEST = (
+    0.005  # seconds that a reading takes at least; quick functions are called several times for one
+)
 
 
 def wait(device: str) -> None:
@@ -89,7 +91,9 @@ def extra_memory(function: Callable, device: str) -> int:
         return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         function()
-    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events = [
+        event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
     held = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
@@ -111,7 +115,10 @@ def products_of(function: Callable) -> int:
 
 def floor(rates: dict[str, float], bytes_moved: float, flops: float) -> dict:
     """The least time at these rates for so many bytes read and written and so many floating-point operations."""
-    times = {"memory": bytes_moved / rates["bytes_per_second"], "arithmetic": flops / rates["flops_per_second"]}
+    times = {
+        "memory": bytes_moved / rates["bytes_per_second"],
+        "arithmetic": flops / rates["flops_per_second"],
+    }
     bound = max(times, key=times.get)
     return {"seconds": times[bound], "bound": bound, "bytes": bytes_moved, "flops": flops}
 
@@ -140,8 +147,15 @@ def measure_rates(device: str, quick: bool = False) -> dict[str, float]:
 
 def machine(device: str) -> dict:
     """What the figures were measured on."""
-    about = {"device": torch.cuda.get_device_name() if device == "cuda" else processor(), "cores": os.cpu_count()}
-    about |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
+    about = {
+        "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
+        "cores": os.cpu_count(),
+    }
+    about |= {
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
     return about | {"date": datetime.now(timezone.utc).strftime("%Y-%m-%d"), "revision": revision()}
 
 
@@ -149,7 +163,9 @@ def processor() -> str:
     """The CPU's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        return next(
+            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
 
@@ -178,7 +194,9 @@ class Bench:
     def __init__(self, device: str, quick: bool = False, compiled: bool = True):
         self.device, self.quick, self.compiled = device, quick, compiled
         self.rates = measure_rates(device, quick)
-        self.problems: dict[str, str] = {}  # why methods of rollouts do not run here; the log says it once
+        self.problems: dict[
+            str, str
+        ] = {}  # why methods of rollouts do not run here; the log says it once
 
     def size(self, usual: tuple, quick: tuple) -> tuple:
         return quick if self.quick else usual
@@ -206,7 +224,14 @@ class Bench:
             results: a form's result for the error, where the form itself gives another.
             reference: the form that all are compared with.
         """
-        line = {"row": row, "case": case, "device": self.device, "reference": reference, "unit": unit[0], "forms": {}}
+        line = {
+            "row": row,
+            "case": case,
+            "device": self.device,
+            "reference": reference,
+            "unit": unit[0],
+            "forms": {},
+        }
         line["floor"] = floor(self.rates, *work)
         ready = {name: form for name, form in forms.items() if callable(form)}
         with torch.inference_mode(not gradient):

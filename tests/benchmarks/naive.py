@@ -19,14 +19,20 @@ ROOT_2 = math.sqrt(2)
 def velocity_to_x0(velocity: GaussianMixture, x: Tensor, sigma: float | Tensor) -> GaussianMixture:
     """The mixture of x_0 = x - sigma u."""
     sigma = torch.as_tensor(sigma).to(x).reshape(-1, *[1] * x.ndim)
-    return GaussianMixture(x.unsqueeze(1) - sigma * velocity.means, velocity.log_weights, velocity.log_std + sigma.log())
+    return GaussianMixture(
+        x.unsqueeze(1) - sigma * velocity.means,
+        velocity.log_weights,
+        velocity.log_std + sigma.log(),
+    )
 
 
 def mean_of(mixture: GaussianMixture) -> Tensor:
     return (mixture.log_weights.softmax(1) * mixture.means).sum(1)
 
 
-def posterior_mean(x0: GaussianMixture, x_src: Tensor, sigma_src: float, x: Tensor, sigma: float) -> Tensor:
+def posterior_mean(
+    x0: GaussianMixture, x_src: Tensor, sigma_src: float, x: Tensor, sigma: float
+) -> Tensor:
     """E[x_0 | x, sigma]: the mixture times the Gaussian that the ratio of the two likelihoods is (GMFlow, equation of the
     analytic denoiser)."""
     alpha_src, alpha = 1 - sigma_src, 1 - sigma
@@ -43,12 +49,16 @@ def product(mixture: GaussianMixture, mean: Tensor, var: float | Tensor) -> Gaus
     differences = mixture.means - mean
     return GaussianMixture(
         (var * mixture.means + own * mean) / total,
-        (mixture.log_weights - differences.square().sum(2, keepdim=True) / (2 * total)).log_softmax(1),
+        (mixture.log_weights - differences.square().sum(2, keepdim=True) / (2 * total)).log_softmax(
+            1
+        ),
         0.5 * (own * var / total).log(),
     )
 
 
-def rollout(x0: GaussianMixture, x: Tensor, sigma: float, sigma_end: float, substeps: int) -> Tensor:
+def rollout(
+    x0: GaussianMixture, x: Tensor, sigma: float, sigma_end: float, substeps: int
+) -> Tensor:
     """Equal Euler steps along u = (x - E[x_0 | x, sigma]) / sigma."""
     x_src, sigma_src = x, sigma
     size = (sigma - sigma_end) / substeps
@@ -73,14 +83,18 @@ def moments(mixture: GaussianMixture) -> tuple[Tensor, Tensor]:
     return mean, image_mean(between + (2 * mixture.log_std).exp().squeeze(1))
 
 
-def replaced(mixture: GaussianMixture, mean: Tensor, var: Tensor, to_mean: Tensor, to_var: Tensor) -> GaussianMixture:
+def replaced(
+    mixture: GaussianMixture, mean: Tensor, var: Tensor, to_mean: Tensor, to_var: Tensor
+) -> GaussianMixture:
     """The mixture times N(to_mean, to_var) / N(mean, var), a Gaussian too."""
     quotient_var = to_var * var / (var - to_var)
     quotient_mean = (var * to_mean - to_var * mean) / (var - to_var)
     return product(mixture, quotient_mean.unsqueeze(1), quotient_var.unsqueeze(1))
 
 
-def guided_gm_ode(velocities: list[GaussianMixture], x: Tensor, sigmas: list[float], substeps: int, weight: float) -> Tensor:
+def guided_gm_ode(
+    velocities: list[GaussianMixture], x: Tensor, sigmas: list[float], substeps: int, weight: float
+) -> Tensor:
     """GM-ODE of second order with probabilistic guidance; the network's outputs are given, [cond, uncond] in one batch."""
     previous = None
     for velocity, sigma, sigma_next in zip(velocities, sigmas[:-1], sigmas[1:], strict=True):
@@ -99,7 +113,9 @@ def guided_gm_ode(velocities: list[GaussianMixture], x: Tensor, sigmas: list[flo
             bias = bias + trust * (0.5 * size / old_size) * change
             power = image_mean(bias.square())
             bias = bias * (var / power).clamp(max=1).sqrt()
-            mixture = replaced(cond, mean, var, mean + bias, var * (1 - power / var).clamp(min=1e-6))
+            mixture = replaced(
+                cond, mean, var, mean + bias, var * (1 - power / var).clamp(min=1e-6)
+            )
         previous = first_order, x, sigma, size
         x = rollout(mixture, x, sigma, sigma_next, substeps)
     return x
@@ -113,8 +129,12 @@ def principal_axes(mixture: GaussianMixture) -> Tensor:
     means = mixture.means.flatten(3).permute(0, 3, 1, 2)  # (B, S, K, C)
     weights = mixture.log_weights.exp().flatten(3).permute(0, 3, 1, 2)
     differences = means - (weights * means).sum(2, keepdim=True)
-    covariance = (weights[..., None] * differences[..., :, None] * differences[..., None, :]).sum(2).mean(1)
-    covariance = covariance + torch.eye(means.shape[-1]).to(means) * (2 * mixture.log_std).exp().reshape(-1, 1, 1)
+    covariance = (
+        (weights[..., None] * differences[..., :, None] * differences[..., None, :]).sum(2).mean(1)
+    )
+    covariance = covariance + torch.eye(means.shape[-1]).to(means) * (
+        2 * mixture.log_std
+    ).exp().reshape(-1, 1, 1)
     return torch.linalg.eigh(covariance).eigenvectors.flip(-1)
 
 
@@ -123,12 +143,17 @@ def rotated(x: Tensor, axes: Tensor) -> Tensor:
     return axes.transpose(-1, -2).reshape(len(axes), *[1] * (x.ndim - 3), *axes.shape[1:]) @ x
 
 
-def from_normal(mixture: GaussianMixture, z: Tensor, axes: Tensor | None = None, steps: int = 16) -> Tensor:
+def from_normal(
+    mixture: GaussianMixture, z: Tensor, axes: Tensor | None = None, steps: int = 16
+) -> Tensor:
     """Standard normal (B, C, *S) to samples of the mixture: along each axis Newton's method on the CDF of the mixture given the
     earlier axes, from the moment-matched Gaussian on, no step longer than 1.5 standard deviations (GMFlow takes 16)."""
     axes = principal_axes(mixture) if axes is None else axes
     means, z = rotated(mixture.means.flatten(3), axes), z.flatten(2)
-    log_weights, std = mixture.log_weights.flatten(3).squeeze(2), mixture.log_std.exp().reshape(-1, 1, 1)
+    log_weights, std = (
+        mixture.log_weights.flatten(3).squeeze(2),
+        mixture.log_std.exp().reshape(-1, 1, 1),
+    )
     samples = []
     for axis in range(z.shape[1]):
         centres, level = means[:, :, axis], torch.erf(z[:, axis] / ROOT_2)
@@ -139,26 +164,36 @@ def from_normal(mixture: GaussianMixture, z: Tensor, axes: Tensor | None = None,
         for _ in range(steps):
             offsets = (x.unsqueeze(1) - centres) / std
             cdf = (weights * torch.erf(offsets / ROOT_2)).sum(1)
-            density = (weights * (-0.5 * offsets.square()).exp() / (std * math.sqrt(2 * math.pi))).sum(1)
+            density = (
+                weights * (-0.5 * offsets.square()).exp() / (std * math.sqrt(2 * math.pi))
+            ).sum(1)
             step = 0.5 * (cdf - level) / density.clamp(min=1e-6)
             x = x - torch.minimum(torch.maximum(step, -1.5 * std[:, 0]), 1.5 * std[:, 0])
         samples.append(x)
-        log_weights = (log_weights - 0.5 * ((x.unsqueeze(1) - centres) / std).square()).log_softmax(1)
-    return rotated(torch.stack(samples, 1), axes.transpose(-1, -2)).reshape(len(mixture.means), *mixture.means.shape[2:])
+        log_weights = (log_weights - 0.5 * ((x.unsqueeze(1) - centres) / std).square()).log_softmax(
+            1
+        )
+    return rotated(torch.stack(samples, 1), axes.transpose(-1, -2)).reshape(
+        len(mixture.means), *mixture.means.shape[2:]
+    )
 
 
 def to_normal(mixture: GaussianMixture, x: Tensor, axes: Tensor | None = None) -> Tensor:
     """The inverse of `from_normal`: every axis through the CDF given the earlier ones, all of them in one tensor."""
     axes = principal_axes(mixture) if axes is None else axes
     means = rotated(mixture.means.flatten(3), axes)
-    offsets = (rotated(x.flatten(2), axes).unsqueeze(1) - means) / mixture.log_std.exp().reshape(-1, 1, 1, 1)  # (B, K, C, S)
+    offsets = (rotated(x.flatten(2), axes).unsqueeze(1) - means) / mixture.log_std.exp().reshape(
+        -1, 1, 1, 1
+    )  # (B, K, C, S)
     before = offsets.square().cumsum(2) - offsets.square()
     weights = (mixture.log_weights.flatten(3) - 0.5 * before).softmax(1)
     level = (weights * torch.erf(offsets / ROOT_2)).sum(1).clamp(-1 + 1e-6, 1 - 1e-6)
     return (ROOT_2 * torch.erfinv(level)).reshape(x.shape)
 
 
-def sample_with_spectrum(mixture: GaussianMixture, log_power: Tensor, noise: Tensor, axes: Tensor | None = None) -> Tensor:
+def sample_with_spectrum(
+    mixture: GaussianMixture, log_power: Tensor, noise: Tensor, axes: Tensor | None = None
+) -> Tensor:
     """Noise with a power spectrum, through `from_normal`; images only. Real and imaginary part of the spectrum are what is even
     and what is odd of the noise under k -> -k."""
     coefficients = noise * (0.5 * log_power).exp()
@@ -170,7 +205,9 @@ def sample_with_spectrum(mixture: GaussianMixture, log_power: Tensor, noise: Ten
 # Losses
 
 
-def transition_nll(velocity: GaussianMixture, x_low: Tensor, x_high: Tensor, low: Tensor, high: Tensor) -> Tensor:
+def transition_nll(
+    velocity: GaussianMixture, x_low: Tensor, x_high: Tensor, low: Tensor, high: Tensor
+) -> Tensor:
     """GMFlow's loss, (B, *S): the mixture of x_low that the velocities at x_high imply, and the NLL of x_low under it; low and
     high are (B,)."""
     low, high = (sigma.reshape(-1, *[1] * x_high.ndim) for sigma in (low, high))

@@ -52,16 +52,27 @@ def forms_of(makers: dict[str, Callable[[Path], Callable[[], Tensor]]]) -> Forms
     return found
 
 
-def definitions(path: Path, names: tuple[str, ...], decorated: bool = True, **known: Any) -> SimpleNamespace:
+def definitions(
+    path: Path, names: tuple[str, ...], decorated: bool = True, **known: Any
+) -> SimpleNamespace:
     """Functions and classes of a file, run with `known` as the names they use, without the rest of it."""
-    nodes = [node for node in ast.parse(path.read_text()).body if getattr(node, "name", None) in names]
+    nodes = [
+        node for node in ast.parse(path.read_text()).body if getattr(node, "name", None) in names
+    ]
     missing = set(names) - {node.name for node in nodes}
     if missing:
         raise ImportError(f"{path} does not define {', '.join(sorted(missing))}")
     if not decorated:
         for node in nodes:
             node.decorator_list = []
-    space = {"__name__": path.stem, "torch": torch, "math": math, "Optional": Optional, "Dict": dict, **known}
+    space = {
+        "__name__": path.stem,
+        "torch": torch,
+        "math": math,
+        "Optional": Optional,
+        "Dict": dict,
+        **known,
+    }
     exec(compile(ast.Module(nodes, []), str(path), "exec"), space)  # noqa: S102
     return SimpleNamespace(**{name: space[name] for name in names})
 
@@ -69,7 +80,9 @@ def definitions(path: Path, names: tuple[str, ...], decorated: bool = True, **kn
 def module(path: Path, name: str) -> Any:
     """A file, or a package by its __init__.py, as the module `name`."""
     if name not in sys.modules:
-        place = importlib.util.spec_from_file_location(name, path, submodule_search_locations=[str(path.parent)])
+        place = importlib.util.spec_from_file_location(
+            name, path, submodule_search_locations=[str(path.parent)]
+        )
         sys.modules[name] = found = importlib.util.module_from_spec(place)
         try:
             place.loader.exec_module(found)
@@ -109,7 +122,9 @@ def times(sigma: float, sigma_end: float, substeps: int) -> list[float]:
     return [sigma + (sigma_end - sigma) * i / substeps for i in range(substeps)] + [sigma_end]
 
 
-def rollouts(x0: GaussianMixture, x: Tensor, sigma: float, sigma_end: float, substeps: int) -> Forms:
+def rollouts(
+    x0: GaussianMixture, x: Tensor, sigma: float, sigma_end: float, substeps: int
+) -> Forms:
     """The substeps between two network calls."""
     shape = x.shape
     x0, x = pointwise(x0, x)
@@ -127,15 +142,23 @@ def rollouts(x0: GaussianMixture, x: Tensor, sigma: float, sigma_end: float, sub
         return run
 
     def piflow(root: Path) -> Callable[[], Tensor]:
-        return policy(module(root / "modules/piflow_policies/__init__.py", "policies_of_piflow").GMFlowPolicy)
+        return policy(
+            module(root / "modules/piflow_policies/__init__.py", "policies_of_piflow").GMFlowPolicy
+        )
 
     def lakonlab(root: Path) -> Callable[[], Tensor]:
         folder = root / "lakonlab/models/diffusions"
         known = vars(definitions(folder / "gmflow.py", ("gmflow_posterior_mean_jit",)))
-        known |= vars(definitions(root / "lakonlab/ops/gmflow_ops/gmflow_ops.py", ("gm_temperature",)))
+        known |= vars(
+            definitions(root / "lakonlab/ops/gmflow_ops/gmflow_ops.py", ("gm_temperature",))
+        )
         base = module(folder / "piflow_policies/base.py", "base_of_lakonlab")
         known["BasePolicy"] = base.BasePolicy
-        return policy(definitions(folder / "piflow_policies/gmflow.py", ("GMFlowPolicy",), **known).GMFlowPolicy)
+        return policy(
+            definitions(
+                folder / "piflow_policies/gmflow.py", ("GMFlowPolicy",), **known
+            ).GMFlowPolicy
+        )
 
     def gmflow(root: Path) -> Callable[[], Tensor]:
         parts = gmflow_parts(root)
@@ -144,19 +167,25 @@ def rollouts(x0: GaussianMixture, x: Tensor, sigma: float, sigma_end: float, sub
     return forms_of({"ComfyUI-piFlow": piflow, "GMFlow": gmflow, "LakonLab": lakonlab})
 
 
-def gmflow_substeps(parts: SimpleNamespace, gm: dict[str, Tensor], x: Tensor, sigmas: list[Tensor]) -> Tensor:
+def gmflow_substeps(
+    parts: SimpleNamespace, gm: dict[str, Tensor], x: Tensor, sigmas: list[Tensor]
+) -> Tensor:
     """The substeps of GMFlow's sampler, with the Euler step of its scheduler."""
     now = x
     for substep, (here, there) in enumerate(itertools.pairwise(sigmas)):
         if substep == 0:
             mean = parts.ops.gm_to_mean(gm)
         else:
-            mean = parts.flow.denoising_gm_convert_to_mean(gm, now, x, here, sigmas[0], prediction_type="x0")
+            mean = parts.flow.denoising_gm_convert_to_mean(
+                gm, now, x, here, sigmas[0], prediction_type="x0"
+            )
         now = now + (now - mean) / here * (there - here)
     return now
 
 
-def guided_gm_odes(velocities: list[GaussianMixture], x: Tensor, sigmas: list[float], substeps: int, weight: float) -> Forms:
+def guided_gm_odes(
+    velocities: list[GaussianMixture], x: Tensor, sigmas: list[float], substeps: int, weight: float
+) -> Forms:
     """GM-ODE 2 with probabilistic guidance, without the network: `velocities` are what it gave for [cond, uncond]."""
 
     def gmflow(root: Path) -> Callable[[], Tensor]:
@@ -166,7 +195,9 @@ def guided_gm_odes(velocities: list[GaussianMixture], x: Tensor, sigmas: list[fl
         def run() -> Tensor:
             now, batch = x, len(x)
             flow.init_gm_cache()
-            for velocity, sigma, sigma_next in zip(velocities, sigmas[:-1], sigmas[1:], strict=True):
+            for velocity, sigma, sigma_next in zip(
+                velocities, sigmas[:-1], sigmas[1:], strict=True
+            ):
                 time = now.new_tensor(sigma)
                 gm = flow.u_to_x_0(as_dict(velocity), torch.cat([now, now]), time)
                 cond = {key: value[:batch] for key, value in gm.items()}
@@ -179,8 +210,15 @@ def guided_gm_odes(velocities: list[GaussianMixture], x: Tensor, sigmas: list[fl
                 quotient = ops.iso_gaussian_mul_iso_gaussian(guided, gaussian, 1, -1)
                 gm = ops.gm_mul_iso_gaussian(cond, quotient, 1, 1)[0]
                 size = time - sigma_next
-                gm, _ = flow.gm_2nd_order(gm, guided, now, time, size, weight, cond, gaussian, var, bias)
-                now = gmflow_substeps(parts, gm, now, [now.new_tensor(value) for value in times(sigma, sigma_next, substeps)])
+                gm, _ = flow.gm_2nd_order(
+                    gm, guided, now, time, size, weight, cond, gaussian, var, bias
+                )
+                now = gmflow_substeps(
+                    parts,
+                    gm,
+                    now,
+                    [now.new_tensor(value) for value in times(sigma, sigma_next, substeps)],
+                )
             return now
 
         return run
@@ -196,12 +234,16 @@ def transports(mixture: GaussianMixture, z: Tensor) -> Forms:
         if z.device.type != "cuda":
             raise RuntimeError("its inverse CDF is a CUDA extension")
         ops.get_backend()
-        return lambda: ops.gaussian_samples_to_gm_samples(as_dict(mixture), z.unsqueeze(1)).squeeze(1)
+        return lambda: ops.gaussian_samples_to_gm_samples(as_dict(mixture), z.unsqueeze(1)).squeeze(
+            1
+        )
 
     return forms_of({"GMFlow": gmflow})
 
 
-def losses(velocity: GaussianMixture, x_low: Tensor, x_high: Tensor, low: Tensor, high: Tensor) -> Forms:
+def losses(
+    velocity: GaussianMixture, x_low: Tensor, x_high: Tensor, low: Tensor, high: Tensor
+) -> Forms:
     """The transition NLL (B, *S)."""
     shape = (len(x_low), *x_low.shape[2:])
     velocity, x_low, x_high = pointwise(velocity, x_low, x_high)
@@ -209,7 +251,9 @@ def losses(velocity: GaussianMixture, x_low: Tensor, x_high: Tensor, low: Tensor
     def gmflow(root: Path) -> Callable[[], Tensor]:
         flow = gmflow_parts(root).flow
         file = root / "lib/models/losses/diffusion_loss.py"
-        nll = definitions(file, ("gaussian_mixture_nll_loss",), decorated=False).gaussian_mixture_nll_loss
+        nll = definitions(
+            file, ("gaussian_mixture_nll_loss",), decorated=False
+        ).gaussian_mixture_nll_loss
 
         def run() -> Tensor:
             gm = flow.reverse_transition(as_dict(velocity), x_high, low, high)

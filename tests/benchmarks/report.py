@@ -11,7 +11,9 @@ OURS = "ours"
 
 def duration(seconds: float) -> str:
     """Three digits, in the unit that suits."""
-    size, unit = next((each for each in ((1, "s"), (1e-3, "ms")) if seconds >= each[0]), (1e-6, "µs"))
+    size, unit = next(
+        (each for each in ((1, "s"), (1e-3, "ms")) if seconds >= each[0]), (1e-6, "µs")
+    )
     return f"{seconds / size:#.3g}".rstrip(".") + f" {unit}"
 
 
@@ -34,7 +36,10 @@ def error(about: dict) -> str:
 def grid(rows: list[list[str]]) -> list[str]:
     """Rows of text in aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
 
 
 def lines_of(results: dict) -> list[dict]:
@@ -54,21 +59,54 @@ def text(line: dict) -> str:
     if least and least["seconds"]:
         heading += f"; floor {duration(least['seconds'])} ({least['bound']})"
     against = line.get("reference", "naive")
-    rows = [["form", "time", f"{against} / it", "it / ours", "it / floor", "extra memory", "float32 error"]]
+    rows = [
+        [
+            "form",
+            "time",
+            f"{against} / it",
+            "it / ours",
+            "it / floor",
+            "extra memory",
+            "float32 error",
+        ]
+    ]
     notes = []
     for name, about in line["forms"].items():
         if "not_run" in about:
             notes.append(f"  {name}: {about['not_run']}")
             continue
         of_floor = f"{about['median'] / least['seconds']:.3g}" if least and least["seconds"] else ""
-        compared = [ratio(about, "ratio"), "" if name == OURS else ratio(about, "over_ours"), of_floor]
-        rows.append([name, duration(about["median"]), *compared, memory(about, line.get("unit", "")), error(about)])
+        compared = [
+            ratio(about, "ratio"),
+            "" if name == OURS else ratio(about, "over_ours"),
+            of_floor,
+        ]
+        rows.append(
+            [
+                name,
+                duration(about["median"]),
+                *compared,
+                memory(about, line.get("unit", "")),
+                error(about),
+            ]
+        )
     return "\n".join([heading, *(f"  {row}" for row in grid(rows) if len(rows) > 1), *notes])
 
 
 def markdown(results: dict) -> str:
     """A compact table to quote, below the machine and the date: ours against the reference, and the others' times."""
-    rows = [["", "naive", "ours", "naive / ours", "floor", "extra memory", "float32 error", "others: time (it / ours)"]]
+    rows = [
+        [
+            "",
+            "naive",
+            "ours",
+            "naive / ours",
+            "floor",
+            "extra memory",
+            "float32 error",
+            "others: time (it / ours)",
+        ]
+    ]
     for line in lines_of(results):
         forms, least = line["forms"], line.get("floor")
         ours, straight = forms[OURS], forms.get(line.get("reference", ""), {})
@@ -81,7 +119,9 @@ def markdown(results: dict) -> str:
             if name not in (OURS, line["reference"]) and "median" in about
         ]
         held = [f"{about['memory']:.2f}" for about in (straight, ours) if "memory" in about]
-        before = duration(straight["median"]) + (f" ({line['reference']})" if line["reference"] != "naive" else "")
+        before = duration(straight["median"]) + (
+            f" ({line['reference']})" if line["reference"] != "naive" else ""
+        )
         rows.append(
             [
                 title(line),
@@ -124,7 +164,11 @@ SIGNS = {  # of a form: marker and colour; further ones take what is left
     "ours, triton": (">", "tab:olive"),
 }
 FURTHER = tuple(
-    zip("DPXd*hp8", ("tab:orange", "tab:brown", "tab:pink", "tab:gray", "gold", "navy", "darkgreen", "orchid"), strict=True)
+    zip(
+        "DPXd*hp8",
+        ("tab:orange", "tab:brown", "tab:pink", "tab:gray", "gold", "navy", "darkgreen", "orchid"),
+        strict=True,
+    )
 )
 
 
@@ -142,23 +186,51 @@ def plot_rows(results: dict, path: Path) -> Path:
 
     lines = [line for line in lines_of(results) if "median" in line["forms"][OURS]]
     figure, (left, right) = plt.subplots(
-        1, 2, figsize=(14, 1.8 + 0.4 * len(lines)), sharey=True, layout="constrained", width_ratios=(3, 2)
+        1,
+        2,
+        figsize=(14, 1.8 + 0.4 * len(lines)),
+        sharey=True,
+        layout="constrained",
+        width_ratios=(3, 2),
     )
     signs, shown = dict(SIGNS), set()
     for y, line in enumerate(lines):
-        values = {name: about["median"] for name, about in line["forms"].items() if "median" in about}
+        values = {
+            name: about["median"] for name, about in line["forms"].items() if "median" in about
+        }
         if line.get("floor", {}).get("seconds"):
             values["floor"] = line["floor"]["seconds"]
         for name, value in values.items():
-            marker, colour = signs.setdefault(name, FURTHER[(len(signs) - len(SIGNS)) % len(FURTHER)])
-            style = {"markersize": 9, "markeredgewidth": 2} if name == "floor" else {"markersize": 8 if name == OURS else 6}
+            marker, colour = signs.setdefault(
+                name, FURTHER[(len(signs) - len(SIGNS)) % len(FURTHER)]
+            )
+            style = (
+                {"markersize": 9, "markeredgewidth": 2}
+                if name == "floor"
+                else {"markersize": 8 if name == OURS else 6}
+            )
             label = None if name in shown else name
-            left.plot(1e3 * value, y, marker, color=colour, label=label, zorder=3 if name == OURS else 2, **style)
+            left.plot(
+                1e3 * value,
+                y,
+                marker,
+                color=colour,
+                label=label,
+                zorder=3 if name == OURS else 2,
+                **style,
+            )
             shown.add(name)
         low, middle, high = line["forms"][OURS]["ratio"]
         right.barh(y, middle, color="tab:blue", height=0.55)
         right.errorbar(middle, y, xerr=[[middle - low], [high - middle]], color="black", capsize=3)
-        right.annotate(f"{middle:.3g}", (high, y), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8)
+        right.annotate(
+            f"{middle:.3g}",
+            (high, y),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+        )
     left.set_yticks(range(len(lines)), [title(line) for line in lines], fontsize=8)
     left.set_ylim(len(lines) - 0.4, -0.6)
     left.set_xscale("log")
@@ -181,9 +253,15 @@ def plot_growth(results: dict, path: Path) -> Path:
     import matplotlib.pyplot as plt
 
     curves = [line for line in results["rows"] if "axis" in line]
-    devices, axes = (list(dict.fromkeys(curve[key] for curve in curves)) for key in ("device", "axis"))
+    devices, axes = (
+        list(dict.fromkeys(curve[key] for curve in curves)) for key in ("device", "axis")
+    )
     figure, panels = plt.subplots(
-        len(devices), len(axes), figsize=(3.6 * len(axes), 3.8 * len(devices) + 0.4), squeeze=False, layout="constrained"
+        len(devices),
+        len(axes),
+        figsize=(3.6 * len(axes), 3.8 * len(devices) + 0.4),
+        squeeze=False,
+        layout="constrained",
     )
     labels = {"components": "K", "channels": "C"}
     for curve in curves:
@@ -191,23 +269,51 @@ def plot_growth(results: dict, path: Path) -> Path:
         points = curve["points"]
         values = [point["value"] for point in points]
         for name in sorted(points[0]["seconds"], key=lambda name: name == OURS):
-            low, middle, high = zip(*(quartiles(point["seconds"][name]) for point in points), strict=True)
+            low, middle, high = zip(
+                *(quartiles(point["seconds"][name]) for point in points), strict=True
+            )
             marker, colour = SIGNS[name]
             style = {"linewidth": 2.5} if name == OURS else {"linewidth": 1}
-            panel.plot(values, [1e3 * each for each in middle], marker + "-", color=colour, markersize=4, label=name, **style)
-            panel.fill_between(values, [1e3 * each for each in low], [1e3 * each for each in high], color=colour, alpha=0.2)
-        panel.plot(values, [1e3 * point["floor"] for point in points], "--", color="black", label="floor")
+            panel.plot(
+                values,
+                [1e3 * each for each in middle],
+                marker + "-",
+                color=colour,
+                markersize=4,
+                label=name,
+                **style,
+            )
+            panel.fill_between(
+                values,
+                [1e3 * each for each in low],
+                [1e3 * each for each in high],
+                color=colour,
+                alpha=0.2,
+            )
+        panel.plot(
+            values, [1e3 * point["floor"] for point in points], "--", color="black", label="floor"
+        )
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
         panel.set_xticks(values, map(str, values), fontsize=8)
         panel.set_xlabel(labels.get(curve["axis"], curve["axis"]))
-        fixed = [f"{labels.get(key, key)} {value}" for key, value in curve["base"].items() if key != curve["axis"]]
+        fixed = [
+            f"{labels.get(key, key)} {value}"
+            for key, value in curve["base"].items()
+            if key != curve["axis"]
+        ]
         panel.set_title(", ".join(fixed), fontsize=8)
         panel.grid(alpha=0.3)
     for row, device in enumerate(devices):
         panels[row][0].set_ylabel(f"milliseconds, {device.upper()}")
-    legend = {name: handle for panel in panels.flat for handle, name in zip(*panel.get_legend_handles_labels(), strict=True)}
-    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=len(legend), fontsize=8)
+    legend = {
+        name: handle
+        for panel in panels.flat
+        for handle, name in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        legend.values(), legend.keys(), loc="outside lower center", ncols=len(legend), fontsize=8
+    )
     figure.suptitle(caption(results), fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)

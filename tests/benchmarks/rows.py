@@ -42,7 +42,9 @@ def describe(mixture: GaussianMixture, more: str = "") -> str:
     return f"K = {components}, C = {channels}, {place}{more}"
 
 
-def inputs(bench: Bench, batch: int, components: int, channels: int, *space: int) -> tuple[GaussianMixture, Tensor]:
+def inputs(
+    bench: Bench, batch: int, components: int, channels: int, *space: int
+) -> tuple[GaussianMixture, Tensor]:
     """A mixture, and standard normal noise of the shape of its samples."""
     mixture = random_mixture(0, batch, components, channels, space, spread=1.0)
     return mixture.to(bench.device), normal(batch, channels, *space).to(bench.device)
@@ -61,7 +63,9 @@ def rollout_work(mixture: GaussianMixture, substeps: int) -> tuple[float, float]
     return bytes_of(mixture) + 2 * FLOAT * channels * pixels, min(direct, gram) * pixels
 
 
-def our_rollouts(bench: Bench, mixture: GaussianMixture, x: Tensor, substeps: int, compiled: bool) -> dict[str, Callable | str]:
+def our_rollouts(
+    bench: Bench, mixture: GaussianMixture, x: Tensor, substeps: int, compiled: bool
+) -> dict[str, Callable | str]:
     """The automatic choice as "ours", then every method of METHODS that runs on this device."""
     forms: dict[str, Callable | str] = {"ours": lambda: rollout(mixture, x, START, END, substeps)}
     for method in METHODS:
@@ -125,10 +129,18 @@ def substep_rows(bench: Bench) -> Iterator[dict]:
         "naive": lambda count: naive.rollout(mixture, x, START, END, count),
     }
     if callable(our_rollouts(bench, mixture, x, counts[0], bench.compiled)["ours, compiled"]):
-        forms["ours, compiled"] = lambda count: rollout(mixture, x, START, END, count, method="compiled")
-    calls = {(name, count): lambda form=form, count=count: form(count) for name, form in forms.items() for count in counts}
+        forms["ours, compiled"] = lambda count: rollout(
+            mixture, x, START, END, count, method="compiled"
+        )
+    calls = {
+        (name, count): lambda form=form, count=count: form(count)
+        for name, form in forms.items()
+        for count in counts
+    }
     with torch.inference_mode():
-        times = take_turns(calls, bench.device, budget=0.2 if bench.quick else 8.0, least=2 if bench.quick else 3)
+        times = take_turns(
+            calls, bench.device, budget=0.2 if bench.quick else 8.0, least=2 if bench.quick else 3
+        )
     slopes = {
         name: [
             statistics.linear_regression(counts, repeat).slope
@@ -136,7 +148,12 @@ def substep_rows(bench: Bench) -> Iterator[dict]:
         ]
         for name in forms
     }
-    line = {"row": "substep", "case": describe(mixture, ", each of 2 to 128 substeps"), "device": bench.device, "unit": ""}
+    line = {
+        "row": "substep",
+        "case": describe(mixture, ", each of 2 to 128 substeps"),
+        "device": bench.device,
+        "unit": "",
+    }
     line |= {"reference": "naive", "floor": floor(bench.rates, bytes_of(mixture), 0)}
     line["forms"] = {
         name: {
@@ -154,24 +171,49 @@ def growth_rows(bench: Bench) -> Iterator[dict]:
     """Curves: the time of a rollout against K, pixels, substeps and batch."""
     components, channels, side, substeps = bench.size((8, 16, 64, 32), (4, 4, 8, 4))
     axes = {
-        "components": [(1, k, channels, side, side, substeps) for k in bench.size((1, 2, 4, 8, 16, 32, 64), (2, 4))],
-        "pixels": [(1, components, channels, n, n, substeps) for n in bench.size((8, 16, 32, 64, 128, 256), (4, 8))],
-        "substeps": [(1, components, channels, side, side, n) for n in bench.size((1, 2, 4, 8, 16, 32, 64, 128), (1, 4))],
-        "batch": [(n, components, channels, side // 2, side // 2, substeps) for n in bench.size((1, 2, 4, 8, 16), (1, 2))],
+        "components": [
+            (1, k, channels, side, side, substeps)
+            for k in bench.size((1, 2, 4, 8, 16, 32, 64), (2, 4))
+        ],
+        "pixels": [
+            (1, components, channels, n, n, substeps)
+            for n in bench.size((8, 16, 32, 64, 128, 256), (4, 8))
+        ],
+        "substeps": [
+            (1, components, channels, side, side, n)
+            for n in bench.size((1, 2, 4, 8, 16, 32, 64, 128), (1, 4))
+        ],
+        "batch": [
+            (n, components, channels, side // 2, side // 2, substeps)
+            for n in bench.size((1, 2, 4, 8, 16), (1, 2))
+        ],
     }
     for axis, sizes in axes.items():
         curve = {"row": "growth", "axis": axis, "device": bench.device, "points": []}
         for *shape, count in sizes:
             mixture, x = inputs(bench, *shape)
             forms = our_rollouts(bench, mixture, x, count, compiled=False)
-            forms["naive"] = lambda mixture=mixture, x=x, count=count: naive.rollout(mixture, x, START, END, count)
+            forms["naive"] = lambda mixture=mixture, x=x, count=count: naive.rollout(
+                mixture, x, START, END, count
+            )
             ready = {name: form for name, form in forms.items() if callable(form)}
             with torch.inference_mode():
                 times = take_turns(ready, bench.device, budget=0.0, least=2 if bench.quick else 3)
-            value = {"components": shape[1], "pixels": shape[3] * shape[4], "substeps": count, "batch": shape[0]}[axis]
+            value = {
+                "components": shape[1],
+                "pixels": shape[3] * shape[4],
+                "substeps": count,
+                "batch": shape[0],
+            }[axis]
             least = floor(bench.rates, *rollout_work(mixture, count))["seconds"]
             curve["points"].append({"value": value, "seconds": times, "floor": least})
-        curve["base"] = {"components": components, "channels": channels, "pixels": side**2, "substeps": substeps, "batch": 1}
+        curve["base"] = {
+            "components": components,
+            "channels": channels,
+            "pixels": side**2,
+            "substeps": substeps,
+            "batch": 1,
+        }
         if axis == "batch":
             curve["base"]["pixels"] = (side // 2) ** 2
         yield curve
@@ -254,13 +296,21 @@ def transport_rows(bench: Bench) -> Iterator[dict]:
 def guided_rows(bench: Bench) -> Iterator[dict]:
     """GM-ODE 2 with probabilistic guidance and 4 substeps, all but the network, whose outputs are made beforehand: a call of
     four steps (the first has no correction)."""
-    for shape in (bench.size((8, 8, 4, 32, 32), (2, 4, 3, 6, 8)), bench.size((1, 8, 16, 96, 170), (1, 4, 5, 6, 8))):
+    for shape in (
+        bench.size((8, 8, 4, 32, 32), (2, 4, 3, 6, 8)),
+        bench.size((1, 8, 16, 96, 170), (1, 4, 5, 6, 8)),
+    ):
         yield compare_guided_steps(bench, *shape)
 
 
-def compare_guided_steps(bench: Bench, batch: int, components: int, channels: int, *space: int) -> dict:
+def compare_guided_steps(
+    bench: Bench, batch: int, components: int, channels: int, *space: int
+) -> dict:
     sigmas, substeps = flow_sigmas(4).tolist(), 4
-    outputs = [random_mixture(seed, 2 * batch, components, channels, space, spread=1.0) for seed in range(4)]
+    outputs = [
+        random_mixture(seed, 2 * batch, components, channels, space, spread=1.0)
+        for seed in range(4)
+    ]
     outputs = [output.to(bench.device) for output in outputs]
     x = normal(batch, channels, *space).to(bench.device)
 
@@ -271,7 +321,9 @@ def compare_guided_steps(bench: Bench, batch: int, components: int, channels: in
             return next(replies)
 
         network.config = SimpleNamespace(num_classes=1)
-        denoiser = class_denoiser(network, torch.zeros(batch, dtype=torch.int64, device=x.device), Guidance(WEIGHT))
+        denoiser = class_denoiser(
+            network, torch.zeros(batch, dtype=torch.int64, device=x.device), Guidance(WEIGHT)
+        )
         return sample_gm_ode(denoiser, x, sigmas, order=2, substeps=substeps)
 
     least = [rollout_work(outputs[0], substeps)] * 4
@@ -283,9 +335,14 @@ def compare_guided_steps(bench: Bench, batch: int, components: int, channels: in
             "naive": lambda: naive.guided_gm_ode(outputs, x, sigmas, substeps, WEIGHT),
             **peers.guided_gm_odes(outputs, x, sigmas, substeps, WEIGHT),
         },
-        work=(sum(moved for moved, _ in least), sum(flops for _, flops in least) / 2),  # the substeps are of one half
+        work=(
+            sum(moved for moved, _ in least),
+            sum(flops for _, flops in least) / 2,
+        ),  # the substeps are of one half
         unit=("means", size_of(outputs[0].means) / 2),
-        exact=lambda: naive.guided_gm_ode([cast(output, F64) for output in outputs], x.to(F64), sigmas, substeps, WEIGHT),
+        exact=lambda: naive.guided_gm_ode(
+            [cast(output, F64) for output in outputs], x.to(F64), sigmas, substeps, WEIGHT
+        ),
     )
 
 
@@ -300,7 +357,10 @@ def gradients(loss: Tensor, velocity: GaussianMixture) -> Tensor:
 
 def loss_rows(bench: Bench) -> Iterator[dict]:
     """The transition NLL, forward, and forward with the gradients of the network's three outputs."""
-    for shape in (bench.size((4096, 64, 2), (64, 8, 2)), bench.size((32, 8, 4, 32, 32), (2, 8, 4, 8, 8))):
+    for shape in (
+        bench.size((4096, 64, 2), (64, 8, 2)),
+        bench.size((32, 8, 4, 32, 32), (2, 8, 4, 8, 8)),
+    ):
         mixture, x_high = inputs(bench, *shape)
         x_low = 0.5 * (x_high + normal(*x_high.shape, seed=2).to(x_high))
         high = torch.linspace(0.05, 0.95, len(x_high), device=bench.device)
@@ -308,12 +368,16 @@ def loss_rows(bench: Bench) -> Iterator[dict]:
         yield compare_losses(bench, mixture, (x_low, x_high, 0.5 * high, high), backward=True)
 
 
-def compare_losses(bench: Bench, mixture: GaussianMixture, given: tuple[Tensor, ...], backward: bool) -> dict:
+def compare_losses(
+    bench: Bench, mixture: GaussianMixture, given: tuple[Tensor, ...], backward: bool
+) -> dict:
     """transition_nll(mixture, *given)."""
 
     def leaf(dtype: torch.dtype) -> GaussianMixture:
         fields = (mixture.means, mixture.log_weights, mixture.log_std)
-        return GaussianMixture(*(field.to(dtype, copy=True).requires_grad_(backward) for field in fields))
+        return GaussianMixture(
+            *(field.to(dtype, copy=True).requires_grad_(backward) for field in fields)
+        )
 
     velocity, exact, wide = leaf(torch.float32), leaf(F64), [tensor.to(F64) for tensor in given]
     forms: dict[str, Callable[[], Tensor] | str] = {
@@ -323,7 +387,8 @@ def compare_losses(bench: Bench, mixture: GaussianMixture, given: tuple[Tensor, 
     }
     if backward:
         forms = {
-            name: (lambda form=form: gradients(form(), velocity)) if callable(form) else form for name, form in forms.items()
+            name: (lambda form=form: gradients(form(), velocity)) if callable(form) else form
+            for name, form in forms.items()
         }
     moved, flops = bytes_of(mixture) + size_of(*given), 3 * mixture.means.numel()
     return bench.compare(
@@ -332,7 +397,11 @@ def compare_losses(bench: Bench, mixture: GaussianMixture, given: tuple[Tensor, 
         forms,
         work=(moved + bytes_of(mixture), 3 * flops) if backward else (moved, flops),
         unit=("means", size_of(mixture.means)),
-        exact=lambda: gradients(naive.transition_nll(exact, *wide), exact) if backward else naive.transition_nll(exact, *wide),
+        exact=lambda: (
+            gradients(naive.transition_nll(exact, *wide), exact)
+            if backward
+            else naive.transition_nll(exact, *wide)
+        ),
         gradient=backward,
     )
 

@@ -26,7 +26,11 @@ from gmflow_core.source.source import GaussianMixtureSource, LogJoint
 from tests.benchmarks.measure import REPOSITORY, extra_memory, machine, measure_rates, seconds
 
 EM_SIZES = ((256, 192), (512, 384), (1024, 768), (2048, 768))  # modes, dimensions
-START_SIZES = ((2**14, 192, 64), (2**15, 384, 64), (2**15, 768, 128))  # samples, dimensions, centres
+START_SIZES = (
+    (2**14, 192, 64),
+    (2**15, 384, 64),
+    (2**15, 768, 128),
+)  # samples, dimensions, centres
 LATENT_SIZES = ((64, (64, 16, 16)), (256, (64, 16, 16)), (128, (256, 16, 16)))  # modes, shape
 FULL = {"modes": 8192, "dimensions": 768, "samples": 1_281_167, "shape": (768, 16, 16)}
 CARD = 24 * 2**30
@@ -49,11 +53,27 @@ def latents_bytes(modes: int, shape: tuple[int, ...], chunk: int) -> int:
     return 4 * math.prod(shape) * (modes + 6 * chunk)
 
 
-def row(part: str, size: str, measured: int, arithmetic: int, spent: float, flops: float | None = None) -> dict:
-    line = {"part": part, "size": size, "measured_mb": measured / 1e6, "arithmetic_mb": arithmetic / 1e6}
-    line |= {"ratio": measured / arithmetic, "seconds": spent, "gflops_per_second": flops and flops / spent / 1e9}
+def row(
+    part: str, size: str, measured: int, arithmetic: int, spent: float, flops: float | None = None
+) -> dict:
+    line = {
+        "part": part,
+        "size": size,
+        "measured_mb": measured / 1e6,
+        "arithmetic_mb": arithmetic / 1e6,
+    }
+    line |= {
+        "ratio": measured / arithmetic,
+        "seconds": spent,
+        "gflops_per_second": flops and flops / spent / 1e9,
+    }
     print(
-        ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items() if v is not None), flush=True
+        ", ".join(
+            f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}"
+            for k, v in line.items()
+            if v is not None
+        ),
+        flush=True,
     )
     return line
 
@@ -64,7 +84,9 @@ def best(function, device: str, repeats: int = 3) -> float:
 
 def random_mixture(modes: int, dims: int, device: str) -> source_fit.EM:
     means = torch.randn(modes, dims, dtype=torch.float64, device=device)
-    return source_fit.EM(means, torch.ones_like(means), means.new_full((modes,), -math.log(modes)), [])
+    return source_fit.EM(
+        means, torch.ones_like(means), means.new_full((modes,), -math.log(modes)), []
+    )
 
 
 def measure_em(modes: int, dims: int, device: str) -> dict:
@@ -98,7 +120,10 @@ def measure_start(samples: int, dims: int, centres: int, device: str) -> dict:
 
 
 def measure_latents(modes: int, shape: tuple[int, ...], device: str, chunk: int = 64) -> dict:
-    x, mode = torch.randn(chunk, *shape, device=device), torch.randint(0, modes, (chunk,), device=device)
+    x, mode = (
+        torch.randn(chunk, *shape, device=device),
+        torch.randint(0, modes, (chunk,), device=device),
+    )
 
     def fit() -> None:
         source_fit.fit_given_modes([(x, mode)] * 4, modes, shape, device=device)
@@ -108,7 +133,9 @@ def measure_latents(modes: int, shape: tuple[int, ...], device: str, chunk: int 
     return row("latents", size, memory, latents_bytes(modes, shape, chunk), best(fit, device, 2))
 
 
-def beside_scikit_learn(samples: int = 20_000, modes: int = 256, dims: int = 192, iterations: int = 5) -> dict:
+def beside_scikit_learn(
+    samples: int = 20_000, modes: int = 256, dims: int = 192, iterations: int = 5
+) -> dict:
     """The same iterations from the same start by scikit-learn, in float64 and float32."""
     import warnings
 
@@ -116,7 +143,9 @@ def beside_scikit_learn(samples: int = 20_000, modes: int = 256, dims: int = 192
 
     generator = torch.Generator().manual_seed(0)
     centres = 2 * torch.randn(modes, dims, generator=generator)
-    x = centres[torch.randint(0, modes, (samples,), generator=generator)] + torch.randn(samples, dims, generator=generator)
+    x = centres[torch.randint(0, modes, (samples,), generator=generator)] + torch.randn(
+        samples, dims, generator=generator
+    )
     log_weights = torch.full((modes,), -math.log(modes))
     start = GaussianMixtureSource(x[:modes], torch.ones(modes, 1), log_weights)
     found = {"size": f"{samples} samples, {modes} modes x {dims}, {iterations} iterations"}
@@ -147,12 +176,17 @@ def beside_scikit_learn(samples: int = 20_000, modes: int = 256, dims: int = 192
         data = x.numpy().astype(name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it has not converged
-            note(f"scikit_learn_{name}", lambda theirs=theirs, data=data: float(theirs.fit(data).lower_bound_))
+            note(
+                f"scikit_learn_{name}",
+                lambda theirs=theirs, data=data: float(theirs.fit(data).lower_bound_),
+            )
             tracemalloc.start()
             theirs.fit(data)
             found[f"scikit_learn_{name}_mb"] = tracemalloc.get_traced_memory()[1] / 1e6
             tracemalloc.stop()
-    found["nats_from_scikit_learns_float64"] = {k: v - likelihoods["scikit_learn_float64"] for k, v in likelihoods.items()}
+    found["nats_from_scikit_learns_float64"] = {
+        k: v - likelihoods["scikit_learn_float64"] for k, v in likelihoods.items()
+    }
     return found
 
 
@@ -160,8 +194,12 @@ def errors(modes: int = 256, dims: int = 768, samples: int = 512) -> list[dict]:
     """Largest error of log w_m + log N in float32 against float64, in nats, of each sample's likeliest mode."""
     lines = []
     for std in (1.0, 0.1, 0.01):
-        means = torch.randn(modes, dims, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-        x = means[torch.arange(samples) % modes] + std * torch.randn_like(means[torch.arange(samples) % modes])
+        means = torch.randn(
+            modes, dims, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+        )
+        x = means[torch.arange(samples) % modes] + std * torch.randn_like(
+            means[torch.arange(samples) % modes]
+        )
         given = (means, torch.full_like(means, std**2), means.new_full((modes,), -math.log(modes)))
         exact = LogJoint(*given)(x)
         rough = LogJoint(*given, torch.float32)(x.float()).double()
@@ -197,12 +235,18 @@ def full_size() -> dict:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m tests.benchmarks.source_fit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tests.benchmarks.source_fit",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--threads", type=int, default=1, help="threads of the CPU (1)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument("--quick", action="store_true", help="the smallest sizes only")
-    parser.add_argument("--out", type=Path, default=REPOSITORY / "docs" / "results", help="folder for the results")
+    parser.add_argument(
+        "--out", type=Path, default=REPOSITORY / "docs" / "results", help="folder for the results"
+    )
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -210,7 +254,11 @@ def main(arguments: list[str] | None = None) -> None:
     rows = [measure_em(*size, device) for size in EM_SIZES[:last]]
     rows += [measure_start(*size, device) for size in START_SIZES[:last]]
     rows += [measure_latents(*size, device) for size in LATENT_SIZES[:last]]
-    results = {"machine": machine(device), "rates": measure_rates(device, options.quick), "rows": rows}
+    results = {
+        "machine": machine(device),
+        "rates": measure_rates(device, options.quick),
+        "rows": rows,
+    }
     results["scikit_learn"] = beside_scikit_learn(**({"samples": 2000} if options.quick else {}))
     results["errors"] = errors()
     results["full_size"] = full_size()
@@ -220,7 +268,9 @@ def main(arguments: list[str] | None = None) -> None:
     with open(options.out / "source_fit.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
-        writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in line.items()} for line in rows)
+        writer.writerows(
+            {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in line.items()} for line in rows
+        )
 
 
 if __name__ == "__main__":

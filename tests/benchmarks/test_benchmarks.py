@@ -12,7 +12,14 @@ from gmflow_core.gaussians.spectral import sample_with_spectrum
 from gmflow_core.sampling.rollout import rollout
 from tests.benchmarks import naive, report
 from tests.benchmarks.__main__ import main
-from tests.benchmarks.measure import extra_memory, floor, quartiles, ratios, relative_error, take_turns
+from tests.benchmarks.measure import (
+    extra_memory,
+    floor,
+    quartiles,
+    ratios,
+    relative_error,
+    take_turns,
+)
 from tests.helpers import F64, is_near, normal, random_mixture
 
 EXACT = 1e-9
@@ -21,7 +28,11 @@ EXACT = 1e-9
 @pytest.mark.parametrize(("start", "end"), [(1.0, 0.0), (0.9, 0.4)])
 def test_naive_rollout(start, end):
     mixture, x = random_mixture(dtype=F64), normal(2, 3, 2, 3, dtype=F64)
-    assert is_near(rollout(mixture, x, start, end, 7, method="plain"), naive.rollout(mixture, x, start, end, 7), EXACT)
+    assert is_near(
+        rollout(mixture, x, start, end, 7, method="plain"),
+        naive.rollout(mixture, x, start, end, 7),
+        EXACT,
+    )
 
 
 def test_naive_guided_gm_ode():
@@ -29,12 +40,18 @@ def test_naive_guided_gm_ode():
     x, sigmas, replies = normal(2, 3, 2, 3, dtype=F64), flow_sigmas(3).tolist(), iter(velocities)
 
     def denoiser(x, sigma):
-        cond, uncond = velocity_to_x0(next(replies), torch.cat([x, x]), torch.cat([sigma, sigma]).double()).chunk(2)
+        cond, uncond = velocity_to_x0(
+            next(replies), torch.cat([x, x]), torch.cat([sigma, sigma]).double()
+        ).chunk(2)
         return Guidance(0.3)(cond, uncond.mean())
 
     ours = sample_gm_ode(denoiser, x, sigmas, order=2, substeps=4)
-    assert is_near(ours, naive.guided_gm_ode(velocities, x, sigmas, 4, 0.3), 1e-6)  # ours holds the step's sigma in float32
-    unguided = sample_gm_ode(lambda x, sigma: random_mixture(dtype=F64), x, sigmas, order=1, substeps=4)
+    assert is_near(
+        ours, naive.guided_gm_ode(velocities, x, sigmas, 4, 0.3), 1e-6
+    )  # ours holds the step's sigma in float32
+    unguided = sample_gm_ode(
+        lambda x, sigma: random_mixture(dtype=F64), x, sigmas, order=1, substeps=4
+    )
     assert (ours - unguided).abs().max() > 0.1
 
 
@@ -46,17 +63,26 @@ def test_naive_transport():
     x = naive.from_normal(mixture, z, straight, steps=100)
     assert is_near(mixture.from_normal(z, axes), x, EXACT)
     assert is_near(naive.to_normal(mixture, x, straight), z, 1e-5)
-    ours, theirs = sample_with_spectrum(mixture, power, z, axes), naive.sample_with_spectrum(mixture, power, z, straight)
+    ours, theirs = (
+        sample_with_spectrum(mixture, power, z, axes),
+        naive.sample_with_spectrum(mixture, power, z, straight),
+    )
     assert is_near(ours, theirs, 1e-3)  # 16 steps of Newton's method
 
 
 def test_naive_losses():
-    velocity, x_high, noise = random_mixture(dtype=F64), normal(2, 3, 2, 3, dtype=F64), normal(2, 3, 2, 3, seed=2, dtype=F64)
+    velocity, x_high, noise = (
+        random_mixture(dtype=F64),
+        normal(2, 3, 2, 3, dtype=F64),
+        normal(2, 3, 2, 3, seed=2, dtype=F64),
+    )
     high = torch.tensor([0.9, 0.3], dtype=F64)
     given = (velocity, x_high + 0.3 * noise, x_high, 0.5 * high, high)
     assert is_near(naive.transition_nll(*given), transition_nll(*given), 1e-6)
     draw = velocity.from_normal(noise)
-    assert is_near(naive.spectral_nll(velocity, draw, x_high), spectral_nll(velocity, draw, x_high), 1e-4)
+    assert is_near(
+        naive.spectral_nll(velocity, draw, x_high), spectral_nll(velocity, draw, x_high), 1e-4
+    )
 
 
 def test_ratio_is_of_paired_repeats():
@@ -86,7 +112,9 @@ def test_extra_memory_is_the_peak():
 
 def test_turns_and_errors():
     calls = []
-    found = take_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, "cpu", budget=0, least=3)
+    found = take_turns(
+        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, "cpu", budget=0, least=3
+    )
     assert {name: len(times) for name, times in found.items()} == {"a": 3, "b": 3}
     warm = 6
     first = calls[warm:]
@@ -114,7 +142,12 @@ def test_tiny_run_writes_table_json_and_plots(tmp_path, capsys, monkeypatch):
     main([*arguments, "--only", "rollout", "substep", "growth", "guided"])
     results = json.loads((tmp_path / "benchmarks.json").read_text())
     assert results["machines"]["cpu"]["threads"] == threads
-    assert {line["row"] for line in results["rows"]} == {"rollout", "substep", "growth", "guided steps"}
+    assert {line["row"] for line in results["rows"]} == {
+        "rollout",
+        "substep",
+        "growth",
+        "guided steps",
+    }
     line = results["rows"][0]
     ours, straight = line["forms"]["ours"], line["forms"]["naive"]
     assert ours["median"] == pytest.approx(quartiles(ours["seconds"])[1])

@@ -27,8 +27,18 @@ CONTEXT_KLEIN = 7680  # FLUX.2 klein 4B
 CHANNELS = {"flux": 64, "qwen": 64, "flux2": 128}  # of a token: the latent's channels x 2 x 2
 MLP_RATIO = {"flux": 4, "qwen": 4, "flux2": 3}
 DX_POLICY = {"type": "DX", "segment_size": 1 / 3.5, "shift": 3.2}
-QUERY_KEY_NORMS = (".scale", "norm_q.weight", "norm_k.weight", "norm_added_q.weight", "norm_added_k.weight")
-FREQUENCIES = ("in_layer.weight", ".linear_1.weight", ".linear_1.lora_A.weight")  # layers that see the time's cosines and sines
+QUERY_KEY_NORMS = (
+    ".scale",
+    "norm_q.weight",
+    "norm_k.weight",
+    "norm_added_q.weight",
+    "norm_added_k.weight",
+)
+FREQUENCIES = (
+    "in_layer.weight",
+    ".linear_1.weight",
+    ".linear_1.lora_A.weight",
+)  # layers that see the time's cosines and sines
 WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
 TEXT_STAND_IN = Path(__file__).parent / "text_stand_in"
 
@@ -53,7 +63,12 @@ def write_flux(
 
 
 def write_qwen_image(
-    path: Path, *, hidden: int = 256, depth: int = 2, seed: int = 0, dtype: torch.dtype = torch.bfloat16
+    path: Path,
+    *,
+    hidden: int = 256,
+    depth: int = 2,
+    seed: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Path:
     """Qwen-Image in the layout of qwen_image_bf16.safetensors."""
     return write(path, random_weights(qwen_image_shapes(hidden, depth), seed, dtype))
@@ -77,7 +92,11 @@ def flux_shapes(hidden: int, depth: int, single: int, guidance: bool = True) -> 
     shapes: Shapes = {}
     linear(shapes, "img_in", CHANNELS["flux"], hidden)
     linear(shapes, "txt_in", CONTEXT["flux"], hidden)
-    for name, width in {"time_in": 256, "vector_in": 768, **({"guidance_in": 256} if guidance else {})}.items():
+    for name, width in {
+        "time_in": 256,
+        "vector_in": 768,
+        **({"guidance_in": 256} if guidance else {}),
+    }.items():
         linear(shapes, f"{name}.in_layer", width, hidden)
         linear(shapes, f"{name}.out_layer", hidden, hidden)
     for block in (f"double_blocks.{i}.{stream}" for i in range(depth) for stream in ("img", "txt")):
@@ -129,7 +148,16 @@ def qwen_image_shapes(hidden: int, depth: int) -> Shapes:
     linear(shapes, "time_text_embed.timestep_embedder.linear_1", 256, hidden)
     linear(shapes, "time_text_embed.timestep_embedder.linear_2", hidden, hidden)
     for block in (f"transformer_blocks.{i}" for i in range(depth)):
-        for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"):
+        for name in (
+            "to_q",
+            "to_k",
+            "to_v",
+            "to_out.0",
+            "add_q_proj",
+            "add_k_proj",
+            "add_v_proj",
+            "to_add_out",
+        ):
             linear(shapes, f"{block}.attn.{name}", hidden, hidden)
         for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
             shapes[f"{block}.attn.{name}.weight"] = (HEAD_DIM,)
@@ -200,7 +228,11 @@ def write_adapter(
         weights["proj_out_logstds.3.weight"] *= 0.5
         weights["proj_out_logstds.3.bias"] -= 1.5
     if metadata is None:
-        metadata = {"policy_config": json.dumps({"type": "GMFlow"} if policy == "GM" else DX_POLICY, separators=(",", ":"))}
+        metadata = {
+            "policy_config": json.dumps(
+                {"type": "GMFlow"} if policy == "GM" else DX_POLICY, separators=(",", ":")
+            )
+        }
     return write(path, {name: weight.to(dtype) for name, weight in weights.items()}, metadata)
 
 
@@ -246,19 +278,34 @@ def lora_layers(base: str, hidden: int, depth: int, single: int) -> dict[str, tu
     for i in range(depth):
         block = f"transformer_blocks.{i}"
         if base == "qwen":
-            layers[f"{block}.img_mlp.net.0.proj"], layers[f"{block}.img_mlp.net.2"] = (hidden, wide), (wide, hidden)
+            layers[f"{block}.img_mlp.net.0.proj"], layers[f"{block}.img_mlp.net.2"] = (
+                (hidden, wide),
+                (wide, hidden),
+            )
             if i < depth - 1:  # the last block's text goes nowhere
-                layers[f"{block}.txt_mlp.net.0.proj"], layers[f"{block}.txt_mlp.net.2"] = (hidden, wide), (wide, hidden)
+                layers[f"{block}.txt_mlp.net.0.proj"], layers[f"{block}.txt_mlp.net.2"] = (
+                    (hidden, wide),
+                    (wide, hidden),
+                )
         elif base == "flux":
             for part in ("ff", "ff_context"):
-                layers[f"{block}.{part}.net.0.proj"], layers[f"{block}.{part}.net.2"] = (hidden, wide), (wide, hidden)
+                layers[f"{block}.{part}.net.0.proj"], layers[f"{block}.{part}.net.2"] = (
+                    (hidden, wide),
+                    (wide, hidden),
+                )
         else:
             for part in ("ff", "ff_context"):
-                layers[f"{block}.{part}.linear_in"], layers[f"{block}.{part}.linear_out"] = (hidden, 2 * wide), (wide, hidden)
+                layers[f"{block}.{part}.linear_in"], layers[f"{block}.{part}.linear_out"] = (
+                    (hidden, 2 * wide),
+                    (wide, hidden),
+                )
     for i in range(single):
         block = f"single_transformer_blocks.{i}"
         if base == "flux":
-            layers[f"{block}.proj_mlp"], layers[f"{block}.proj_out"] = (hidden, wide), (hidden + wide, hidden)
+            layers[f"{block}.proj_mlp"], layers[f"{block}.proj_out"] = (
+                (hidden, wide),
+                (hidden + wide, hidden),
+            )
         elif base == "flux2":
             layers[f"{block}.attn.to_out"] = (hidden + wide, hidden)
     return layers
@@ -278,7 +325,9 @@ def write_lora(
     """A style LoRA of the image stream's attention: by kohya's names for FLUX, by diffusers' for Qwen-Image."""
     if base == "qwen":
         names = [
-            f"transformer.transformer_blocks.{i}.attn.{part}" for i in range(depth) for part in ("to_q", "to_v", "to_out.0")
+            f"transformer.transformer_blocks.{i}.attn.{part}"
+            for i in range(depth)
+            for part in ("to_q", "to_v", "to_out.0")
         ]
         layers, down, up = dict.fromkeys(names, (hidden, hidden)), "lora_A", "lora_B"
     else:
@@ -288,9 +337,15 @@ def write_lora(
             layers[f"lora_unet_double_blocks_{i}_img_attn_proj"] = (hidden, hidden)
     shapes: Shapes = {}
     for name, (inputs, outputs) in layers.items():
-        shapes[f"{name}.{down}.weight"], shapes[f"{name}.{up}.weight"] = (rank, inputs), (outputs, rank)
+        shapes[f"{name}.{down}.weight"], shapes[f"{name}.{up}.weight"] = (
+            (rank, inputs),
+            (outputs, rank),
+        )
     weights = random_weights(shapes, seed, torch.float32)
-    weights = {name: (strength * weight if up in name else weight).to(dtype) for name, weight in weights.items()}
+    weights = {
+        name: (strength * weight if up in name else weight).to(dtype)
+        for name, weight in weights.items()
+    }
     if base != "qwen":
         weights |= {f"{name}.alpha": torch.tensor(float(rank)) for name in layers}
     return write(path, weights)
@@ -317,7 +372,10 @@ def write_vae(path: Path, latent: str = "flux", *, seed: int = 3) -> Path:
     elif latent == "flux2":
         weights = random_weights(flux2_vae_shapes(width=32), seed, torch.bfloat16)
         statistics = random_weights({"mean": (128,), "variance": (128,)}, seed, torch.float32)
-        weights |= {"bn.running_mean": statistics["mean"], "bn.running_var": 1 + statistics["variance"]}
+        weights |= {
+            "bn.running_mean": statistics["mean"],
+            "bn.running_var": 1 + statistics["variance"],
+        }
         weights["bn.num_batches_tracked"] = torch.tensor(1)
     else:
         raise ValueError(f"latent is {latent!r}, not flux, qwen or flux2")
@@ -390,7 +448,10 @@ def flux2_vae_shapes(width: int, channels: int = 32) -> Shapes:
     shapes: Shapes = {}
 
     def convolution(name: str, inputs: int, outputs: int, kernel: int = 3) -> None:
-        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (outputs, inputs, kernel, kernel), (outputs,)
+        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (
+            (outputs, inputs, kernel, kernel),
+            (outputs,),
+        )
 
     def norm(name: str, size: int) -> None:
         shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (size,)
@@ -454,7 +515,9 @@ def write_gguf(source: Path, path: Path, base: str = "flux") -> Path:
     import gguf
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    writer = gguf.GGUFWriter(str(path), {"flux": "flux", "flux2": "flux", "qwen": "qwen_image"}[base])
+    writer = gguf.GGUFWriter(
+        str(path), {"flux": "flux", "flux2": "flux", "qwen": "qwen_image"}[base]
+    )
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for name, weight in load_file(source).items():
         kind = gguf.GGMLQuantizationType.Q8_0 if weight.ndim == 2 else gguf.GGMLQuantizationType.F32
@@ -473,7 +536,10 @@ LOADERS = {  # input -> folder of models/, kind of file
     "UnetLoaderGGUF": {"unet_name": ("diffusion_models", "gguf")},
     "VAELoader": {"vae_name": ("vae", "vae")},
     "CLIPLoader": {"clip_name": ("text_encoders", "text")},
-    "DualCLIPLoader": {"clip_name1": ("text_encoders", "text"), "clip_name2": ("text_encoders", "text")},
+    "DualCLIPLoader": {
+        "clip_name1": ("text_encoders", "text"),
+        "clip_name2": ("text_encoders", "text"),
+    },
     "LoraLoaderModelOnly": {"lora_name": ("loras", "lora")},
     "LoraLoader": {"lora_name": ("loras", "lora")},
 }
@@ -555,7 +621,9 @@ def base_of(name: str) -> str:
 # Inside
 
 
-def random_weights(shapes: Mapping[str, Iterable[int]], seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
+def random_weights(
+    shapes: Mapping[str, Iterable[int]], seed: int, dtype: torch.dtype
+) -> dict[str, Tensor]:
     """Weights that keep the size of what goes through them; norms near one, biases small, none of them zero."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
@@ -563,21 +631,31 @@ def random_weights(shapes: Mapping[str, Iterable[int]], seed: int, dtype: torch.
         weight = torch.randn(*shape, generator=generator)
         if name.endswith(QUERY_KEY_NORMS):
             weight = 1.5 + 0.1 * weight  # an attention that chooses
-        elif name.endswith(".gamma") or ("norm" in name and weight.ndim == 1 and not name.endswith(".bias")):
+        elif name.endswith(".gamma") or (
+            "norm" in name and weight.ndim == 1 and not name.endswith(".bias")
+        ):
             weight = 1 + 0.1 * weight
         elif weight.ndim == 1:
             weight *= 0.1
         else:
             weight /= weight[0].numel() ** 0.5
-        if name.endswith(FREQUENCIES) and weight.shape[1] == 256:  # the fast half of the cosines and of the sines matters less
+        if (
+            name.endswith(FREQUENCIES) and weight.shape[1] == 256
+        ):  # the fast half of the cosines and of the sines matters less
             weight.view(-1, 2, 2, 64).mul_(torch.tensor([0.05, 2**0.5]).view(2, 1))
         weights[name] = weight.to(dtype)
     return weights
 
 
-def write(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:
+def write(
+    path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: weight.contiguous() for name, weight in weights.items()}, path, dict(metadata or {}) or None)
+    save_file(
+        {name: weight.contiguous() for name, weight in weights.items()},
+        path,
+        dict(metadata or {}) or None,
+    )
     return path
 
 

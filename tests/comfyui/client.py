@@ -38,14 +38,18 @@ class Result:
 
     prompt_id: str
     status: str
-    outputs: dict[str, dict[str, Any]] = field(default_factory=dict)  # node -> what it showed in the interface
+    outputs: dict[str, dict[str, Any]] = field(
+        default_factory=dict
+    )  # node -> what it showed in the interface
     images: dict[str, list[Image.Image]] = field(default_factory=dict)  # node -> its pictures
     errors: dict[str, str] = field(default_factory=dict)  # node ("" for the prompt itself) -> text
     executed: list[str] = field(default_factory=list)  # nodes in the order they ran
     cached: list[str] = field(default_factory=list)  # nodes that did not run again
     progress: list[Progress] = field(default_factory=list)
     previews: list[bytes] = field(default_factory=list)  # JPEG or PNG files
-    texts: dict[str, str] = field(default_factory=dict)  # node -> the last text it showed on itself while it ran
+    texts: dict[str, str] = field(
+        default_factory=dict
+    )  # node -> the last text it showed on itself while it ran
     traceback: str = ""  # of the node that failed
 
     @property
@@ -87,7 +91,9 @@ class Comfy:
         self.url, self.base, self._log_path, self._process = url, base, log_path, process
         self.client_id = uuid.uuid4().hex
         self._runs: dict[str, _Run] = {}
-        self._left_out: dict[str, dict[str, str]] = {}  # errors of the outputs that a queued prompt has to do without
+        self._left_out: dict[
+            str, dict[str, str]
+        ] = {}  # errors of the outputs that a queued prompt has to do without
         self._heard = threading.Condition()
         self._now = _Run()  # the one that runs
         self._socket: websocket.WebSocket | None = None
@@ -108,10 +114,16 @@ class Comfy:
             except OSError as error:
                 self._check_alive()
                 if time.monotonic() > deadline:
-                    raise TimeoutError(f"ComfyUI did not answer in {timeout:g} s\n{self._log_tail()}") from error
+                    raise TimeoutError(
+                        f"ComfyUI did not answer in {timeout:g} s\n{self._log_tail()}"
+                    ) from error
                 time.sleep(0.2)
-        self._socket = websocket.create_connection(f"ws{self.url[4:]}/ws?clientId={self.client_id}", timeout=30)
-        self._socket.send(json.dumps({"type": "feature_flags", "data": {"supports_preview_metadata": True}}))
+        self._socket = websocket.create_connection(
+            f"ws{self.url[4:]}/ws?clientId={self.client_id}", timeout=30
+        )
+        self._socket.send(
+            json.dumps({"type": "feature_flags", "data": {"supports_preview_metadata": True}})
+        )
         self._socket.settimeout(None)
         threading.Thread(target=self._listen, args=(self._socket,), daemon=True).start()
 
@@ -147,7 +159,9 @@ class Comfy:
 
     # --- prompts
 
-    def run(self, prompt: dict[str, Any], timeout: float = 120, expect_error: bool = False) -> Result:
+    def run(
+        self, prompt: dict[str, Any], timeout: float = 120, expect_error: bool = False
+    ) -> Result:
         """Run a prompt in API format to its end; PromptError if it is rejected or fails, unless that is expected."""
         try:
             return self.wait(self.submit(prompt), timeout, expect_error)
@@ -179,8 +193,14 @@ class Comfy:
         """What a prompt that has ended did, whoever queued it."""
         history = self.get(f"/history/{prompt_id}")[prompt_id]
         run = self._runs.get(prompt_id, _Run())
-        result = Result(prompt_id, "success", history["outputs"], errors=dict(self._left_out.get(prompt_id, {})))
-        result.executed, result.progress, result.previews = list(run.executed), list(run.progress), list(run.previews)
+        result = Result(
+            prompt_id, "success", history["outputs"], errors=dict(self._left_out.get(prompt_id, {}))
+        )
+        result.executed, result.progress, result.previews = (
+            list(run.executed),
+            list(run.progress),
+            list(run.previews),
+        )
         result.texts = dict(run.texts)
         for kind, data in history["status"]["messages"]:
             if kind == "execution_cached":
@@ -189,7 +209,9 @@ class Comfy:
                 result.status = "interrupted"
             elif kind == "execution_error":
                 result.status = "error"
-                result.errors[data["node_id"]] = f"{data['exception_type']}: {data['exception_message'].strip()}"
+                result.errors[data["node_id"]] = (
+                    f"{data['exception_type']}: {data['exception_message'].strip()}"
+                )
                 result.traceback = "".join(data["traceback"])
         for node, output in result.outputs.items():
             if "images" in output:
@@ -216,7 +238,8 @@ class Comfy:
     # --- inside
 
     def _request(self, path: str, data: bytes | None = None) -> bytes:
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})  # noqa: S310
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(self.url + path, data, headers)  # noqa: S310
         with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310
             return answer.read()
 
@@ -225,15 +248,21 @@ class Comfy:
 
     def _check_alive(self) -> None:
         if self._process.poll() is not None:
-            raise RuntimeError(f"ComfyUI ended with exit code {self._process.returncode}\n{self._log_tail()}")
+            raise RuntimeError(
+                f"ComfyUI ended with exit code {self._process.returncode}\n{self._log_tail()}"
+            )
 
-    def _wait_until(self, prompt_id: str, ready: Callable[[_Run], bool], timeout: float, what: str) -> None:
+    def _wait_until(
+        self, prompt_id: str, ready: Callable[[_Run], bool], timeout: float, what: str
+    ) -> None:
         deadline = time.monotonic() + timeout
         with self._heard:
             while not ready(self._runs.setdefault(prompt_id, _Run())):
                 self._check_alive()
                 if time.monotonic() > deadline:
-                    raise TimeoutError(f"no {what} of the prompt in {timeout:g} s\n{self._log_tail()}")
+                    raise TimeoutError(
+                        f"no {what} of the prompt in {timeout:g} s\n{self._log_tail()}"
+                    )
                 self._heard.wait(0.5)
 
     def _listen(self, socket: websocket.WebSocket) -> None:
@@ -253,7 +282,9 @@ class Comfy:
             kind, length = struct.unpack_from(">II", message)
             if kind == PREVIEW_WITH_METADATA:
                 about = json.loads(message[8 : 8 + length])
-                self._runs.setdefault(about["prompt_id"], _Run()).previews.append(message[8 + length :])
+                self._runs.setdefault(about["prompt_id"], _Run()).previews.append(
+                    message[8 + length :]
+                )
             elif kind == TEXT:
                 self._now.texts[message[8 : 8 + length].decode()] = message[8 + length :].decode()
             return
@@ -275,8 +306,13 @@ def prompt_errors(answer: dict[str, Any]) -> dict[str, str]:
     """The error texts of an answer to POST /prompt, by node."""
     errors = {}
     for node, about in answer.get("node_errors", {}).items():
-        texts = [f"{error['message']}: {error['details']}".removesuffix(": ") for error in about["errors"]]
+        texts = [
+            f"{error['message']}: {error['details']}".removesuffix(": ")
+            for error in about["errors"]
+        ]
         errors[node] = f"{about['class_type']}: {'; '.join(texts)}"
     if not errors and answer.get("error"):
-        errors[""] = f"{answer['error']['message']}: {answer['error']['details']}".removesuffix(": ")
+        errors[""] = f"{answer['error']['message']}: {answer['error']['details']}".removesuffix(
+            ": "
+        )
     return errors

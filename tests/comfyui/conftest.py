@@ -45,7 +45,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say whether the tests of this folder ran, and against which ComfyUI."""
     reports = {
-        kind: len({r.nodeid for r in terminalreporter.stats.get(kind, []) if "tests/comfyui/" in r.nodeid})
+        kind: len(
+            {r.nodeid for r in terminalreporter.stats.get(kind, []) if "tests/comfyui/" in r.nodeid}
+        )
         for kind in ("passed", "failed", "error", "skipped")
     }
     counts = ", ".join(f"{count} {kind}" for kind, count in reports.items() if count)
@@ -53,7 +55,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         return
     if (COMFYUI / "comfyui_version.py").is_file():
         version = re.search(r'"(.+?)"', (COMFYUI / "comfyui_version.py").read_text())
-        terminalreporter.write_line(f"ComfyUI tests ran against ComfyUI {version and version[1]}: {counts}")
+        terminalreporter.write_line(
+            f"ComfyUI tests ran against ComfyUI {version and version[1]}: {counts}"
+        )
     else:
         terminalreporter.write_line(f"ComfyUI tests did not run, as there is no ComfyUI: {counts}")
 
@@ -80,12 +84,29 @@ def comfy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Comfy]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    options = ["--cpu", "--disable-api-nodes", "--database-url", "sqlite:///:memory:", "--preview-method", "auto"]
-    command = [comfyui_python(), "main.py", *options, "--base-directory", str(base), "--port", str(port)]
+    options = [
+        "--cpu",
+        "--disable-api-nodes",
+        "--database-url",
+        "sqlite:///:memory:",
+        "--preview-method",
+        "auto",
+    ]
+    command = [
+        comfyui_python(),
+        "main.py",
+        *options,
+        "--base-directory",
+        str(base),
+        "--port",
+        str(port),
+    ]
     command += ["--extra-model-paths-config", str(extra)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     with (base / "server.log").open("wb") as log:
-        process = subprocess.Popen(command, cwd=COMFYUI, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, cwd=COMFYUI, env=environment, stdout=log, stderr=subprocess.STDOUT
+        )
     server = Comfy(f"http://127.0.0.1:{port}", base, base / "server.log", process)
     try:
         server.wait_ready(timeout=120)
@@ -99,4 +120,6 @@ def install(place: Path, extension: Path = REPOSITORY) -> None:
     try:
         place.symlink_to(extension, target_is_directory=True)
     except OSError:
-        shutil.copytree(extension, place, ignore=shutil.ignore_patterns(".*", "__pycache__", "outputs", "tests"))
+        shutil.copytree(
+            extension, place, ignore=shutil.ignore_patterns(".*", "__pycache__", "outputs", "tests")
+        )

@@ -54,13 +54,16 @@ def main(comfyui: Path, work: Path) -> None:
             return None
 
     patcher_module.comfy_aimdo = types.SimpleNamespace(
-        host_buffer=types.SimpleNamespace(HostBuffer=HostBuffer), model_vbar=types.SimpleNamespace(vbar_unpin=lambda v: None)
+        host_buffer=types.SimpleNamespace(HostBuffer=HostBuffer),
+        model_vbar=types.SimpleNamespace(vbar_unpin=lambda v: None),
     )
     comfy.model_management.pinned_hostbuf_size = lambda *args: 0
     device = torch.device("cpu:0")
     loaded = comfy.sd.load_diffusion_model(str(work / "flux.safetensors"))
     base = Dynamic(loaded.model, device, device)
-    tensors, metadata = comfy.utils.load_torch_file(str(work / "adapter.safetensors"), return_metadata=True)
+    tensors, metadata = comfy.utils.load_torch_file(
+        str(work / "adapter.safetensors"), return_metadata=True
+    )
     adapted = with_adapter(base, tensors, metadata, name="gmflux_4step")
 
     def half(model) -> float:

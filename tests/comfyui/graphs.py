@@ -11,7 +11,9 @@ from torch import Tensor
 from .client import Comfy
 
 # what ComfyUI logs when weights find no place
-NOT_FITTING = re.compile(r"unet missing|unet unexpected|lora key not loaded|NOT LOADED|ERROR lora", re.IGNORECASE)
+NOT_FITTING = re.compile(
+    r"unet missing|unet unexpected|lora key not loaded|NOT LOADED|ERROR lora", re.IGNORECASE
+)
 
 
 def node(kind: str, **inputs: Any) -> dict[str, Any]:
@@ -23,7 +25,10 @@ def latent_of(comfy: Comfy, prompt: dict) -> Tensor:
     """Run a prompt and read the latent that its node "save" saves, (B, C, H, W)."""
     folder = comfy.base / "output" / "latents"
     name = f"test{len(list(folder.glob('*.latent')))}"
-    save = {**prompt["save"], "inputs": {**prompt["save"]["inputs"], "filename_prefix": f"latents/{name}"}}
+    save = {
+        **prompt["save"],
+        "inputs": {**prompt["save"]["inputs"], "filename_prefix": f"latents/{name}"},
+    }
     comfy.run({**prompt, "save": save})
     (new,) = folder.glob(f"{name}_*.latent")
     return load_file(new)["latent_tensor"]

@@ -39,7 +39,9 @@ SETTINGS = {
     "Comfy.Minimap.Visible": False,  # it covers nodes
 }
 READY = "window.app?.vueAppReady && window.app.canvas?.graph?.nodes.length > 0"  # the default workflow is there
-RUN_BUTTON = 'button[data-testid="queue-button"], [data-testid="queue-button"] button'  # since 2026, before
+RUN_BUTTON = (
+    'button[data-testid="queue-button"], [data-testid="queue-button"] button'  # since 2026, before
+)
 NOTICES = """
 const places = document.querySelectorAll('[role="dialog"], [role="alert"], [data-testid="error-overlay"]');
 const notices = [...places].filter((place) => place.checkVisibility()).map((place) => place.innerText.trim());
@@ -65,7 +67,9 @@ class ComfyPage:
         data = {"items": [], "files": [str(Path(path).resolve())], "dragOperationsMask": 1}
         where = {"x": box["x"] + box["width"] / 4, "y": box["y"] + box["height"] * 0.9}
         chrome = self.page.context.new_cdp_session(self.page)
-        loaded = f"() => {{ {NODES} return nodes.length && !nodes.some((node) => node.beforeDrop) }}"
+        loaded = (
+            f"() => {{ {NODES} return nodes.length && !nodes.some((node) => node.beforeDrop) }}"
+        )
         deadline = time.monotonic() + timeout
         while True:  # a page that is still busy starting up lets a drop fall
             for kind in ("dragEnter", "dragOver", "drop"):
@@ -91,12 +95,17 @@ class ComfyPage:
 
     def wait_for_notice(self, text: str, timeout: float = 10) -> None:
         """Wait until a dialog, alert or toast contains ``text``."""
-        self._wait(f"() => {{ {NOTICES} return notices.some((notice) => notice.includes({json.dumps(text)})) }}", timeout, text)
+        self._wait(
+            f"() => {{ {NOTICES} return notices.some((notice) => notice.includes({json.dumps(text)})) }}",
+            timeout,
+            text,
+        )
 
     def run(self, timeout: float = 30) -> str:
         """Press Run; returns the prompt's id, PromptError if the server rejects it."""
         with self.page.expect_response(
-            lambda answer: answer.request.method == "POST" and answer.url.endswith("/prompt"), timeout=1000 * timeout
+            lambda answer: answer.request.method == "POST" and answer.url.endswith("/prompt"),
+            timeout=1000 * timeout,
         ) as info:
             self.page.locator(RUN_BUTTON).first.click(timeout=1000 * timeout)
         answer = info.value.json()
@@ -110,12 +119,18 @@ class ComfyPage:
         deadline = time.monotonic() + timeout
         while not self.comfy.get(f"/history/{self._prompt_id}"):
             if time.monotonic() > deadline:
-                raise TimeoutError(f"the prompt did not end in {timeout:g} s; the page shows {self.notices()}")
+                raise TimeoutError(
+                    f"the prompt did not end in {timeout:g} s; the page shows {self.notices()}"
+                )
             self.page.wait_for_timeout(200)
         result = self.comfy.result(self._prompt_id)
         if result.errors:
             raise PromptError(result)
-        names = [image["filename"] for output in result.outputs.values() for image in output.get("images", [])]
+        names = [
+            image["filename"]
+            for output in result.outputs.values()
+            for image in output.get("images", [])
+        ]
         assert names, "the prompt made no picture"
         shown = (
             f"() => {{ {NODES} const pictures = [...nodes.flatMap((node) => node.imgs ?? []), ...document.images];"
@@ -138,20 +153,26 @@ class ComfyPage:
         try:
             self.page.wait_for_function(expression, timeout=1000 * timeout)
         except Exception as error:
-            raise TimeoutError(f"no {what} in the page after {timeout:g} s; it shows {self.notices()}") from error
+            raise TimeoutError(
+                f"no {what} in the page after {timeout:g} s; it shows {self.notices()}"
+            ) from error
 
 
 @contextmanager
 def open_page(comfy: Comfy) -> Iterator[ComfyPage]:
     """Open the page of a server in a new browser; the test is skipped where there is no Playwright or no browser."""
-    browser_path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
+    browser_path = os.environ.get("CHROMIUM") or next(
+        filter(None, map(shutil.which, BROWSERS)), None
+    )
     if sync_playwright is None:
         pytest.skip("no Playwright: pip install playwright")
     if browser_path is None:
         with sync_playwright() as playwright:
             browser_path = playwright.chromium.executable_path
         if not Path(browser_path).is_file():
-            pytest.skip("no Chromium: install it, run `playwright install chromium`, or set CHROMIUM to its executable")
+            pytest.skip(
+                "no Chromium: install it, run `playwright install chromium`, or set CHROMIUM to its executable"
+            )
     comfy.post("/settings", SETTINGS)
 
     def only_local(route: Route) -> None:

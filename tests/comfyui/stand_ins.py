@@ -11,7 +11,12 @@ from torch import Tensor
 from tests.diffusers_folder import random_model, write_published_folder
 from tests.helpers import normal
 
-LABELS = {88: "macaw", 207: "golden retriever", 279: "Arctic fox, white fox, Alopex lagopus", 980: "volcano"}
+LABELS = {
+    88: "macaw",
+    207: "golden retriever",
+    279: "Arctic fox, white fox, Alopex lagopus",
+    980: "volcano",
+}
 
 
 def write_imagenet_stand_ins(base: Path) -> None:
@@ -24,7 +29,9 @@ def write_imagenet_stand_ins(base: Path) -> None:
         return
     labels = {str(label): LABELS.get(label, f"class {label}") for label in range(1000)}
     write_published_folder(
-        models / "gmflow" / "gmflow_imagenet_k8_ema", random_model(num_classes=1000, latent_size=32), labels=labels
+        models / "gmflow" / "gmflow_imagenet_k8_ema",
+        random_model(num_classes=1000, latent_size=32),
+        labels=labels,
     )
     vae.parent.mkdir(exist_ok=True)
     save_file(tiny_autoencoder(), vae)

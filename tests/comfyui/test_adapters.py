@@ -13,14 +13,30 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .bases import write_adapter, write_flux, write_flux2, write_gguf, write_lora, write_qwen_image, write_text_encoder
+from .bases import (
+    write_adapter,
+    write_flux,
+    write_flux2,
+    write_gguf,
+    write_lora,
+    write_qwen_image,
+    write_text_encoder,
+)
 from .client import Comfy, PromptError
 from .conftest import GGUF_HOW_TO
 from .graphs import NOT_FITTING, latent_of, node
 
-FILES = {"flux": "flux1-dev.safetensors", "qwen": "qwen_image_bf16.safetensors", "flux2": "flux2-dev.safetensors"}
+FILES = {
+    "flux": "flux1-dev.safetensors",
+    "qwen": "qwen_image_bf16.safetensors",
+    "flux2": "flux2-dev.safetensors",
+}
 ADAPTERS = {base: f"gm{base}_k8_piid_4step.safetensors" for base in FILES}
-EMPTY = {"flux": "EmptySD3LatentImage", "qwen": "EmptySD3LatentImage", "flux2": "EmptyFlux2LatentImage"}
+EMPTY = {
+    "flux": "EmptySD3LatentImage",
+    "qwen": "EmptySD3LatentImage",
+    "flux2": "EmptyFlux2LatentImage",
+}
 CLIP_TYPES = {"flux": "flux", "qwen": "qwen_image", "flux2": "flux2"}
 ROUNDING = 1e-4  # of float32, over a few steps
 
@@ -29,7 +45,11 @@ ROUNDING = 1e-4  # of float32, over a few steps
 def server(comfy: Comfy) -> Iterator[Comfy]:
     """The server, with all files that the tests name; what it logs must not say that weights do not fit."""
     models, before = comfy.base / "models", len(comfy.log())
-    for base, writer in {"flux": write_flux, "qwen": write_qwen_image, "flux2": write_flux2}.items():
+    for base, writer in {
+        "flux": write_flux,
+        "qwen": write_qwen_image,
+        "flux2": write_flux2,
+    }.items():
         writer(models / "diffusion_models" / FILES[base])
         write_adapter(models / "loras" / ADAPTERS[base], base)
         write_lora(models / "loras" / f"{base}_style.safetensors", base)
@@ -53,13 +73,22 @@ def known_to_this_comfyui(request: pytest.FixtureRequest, server: Comfy) -> None
 
 def strip_expected(log: str) -> str:
     """The log without what nodes raised, which the tests look at themselves."""
-    return re.sub(r"!!! Exception during processing !!!.*?Prompt executed", "", log, flags=re.DOTALL)
+    return re.sub(
+        r"!!! Exception during processing !!!.*?Prompt executed", "", log, flags=re.DOTALL
+    )
 
 
-def graph(base: str = "flux", width: int = 64, height: int = 64, batch: int = 1, **sampler: Any) -> dict:
+def graph(
+    base: str = "flux", width: int = 64, height: int = 64, batch: int = 1, **sampler: Any
+) -> dict:
     """Load Diffusion Model -> GM Adapter -> GM Sampler -> a saved latent."""
     if base == "flux":
-        clip = node("DualCLIPLoader", clip_name1="clip_l.safetensors", clip_name2="t5xxl.safetensors", type="flux")
+        clip = node(
+            "DualCLIPLoader",
+            clip_name1="clip_l.safetensors",
+            clip_name2="t5xxl.safetensors",
+            type="flux",
+        )
     else:
         clip = node("CLIPLoader", clip_name="t5xxl.safetensors", type=CLIP_TYPES[base])
     wires = {"model": ["model", 0], "latent_image": ["latent", 0], "positive": ["positive", 0]}
@@ -75,7 +104,9 @@ def graph(base: str = "flux", width: int = 64, height: int = 64, batch: int = 1,
     }
     return {
         "base": node("UNETLoader", unet_name=FILES[base], weight_dtype="default"),
-        "model": node("GMFlowAdapter", model=["base", 0], adapter_name=ADAPTERS[base], strength=1.0),
+        "model": node(
+            "GMFlowAdapter", model=["base", 0], adapter_name=ADAPTERS[base], strength=1.0
+        ),
         "clip": clip,
         "positive": node("CLIPTextEncode", clip=["clip", 0], text="a lighthouse at dusk"),
         "negative": node("CLIPTextEncode", clip=["clip", 0], text="blurry"),
@@ -85,7 +116,9 @@ def graph(base: str = "flux", width: int = 64, height: int = 64, batch: int = 1,
     }
 
 
-def custom(prompt: dict, sampler: dict | None = None, guider: dict | None = None, **sigmas: Any) -> dict:
+def custom(
+    prompt: dict, sampler: dict | None = None, guider: dict | None = None, **sigmas: Any
+) -> dict:
     """The same with SamplerCustomAdvanced and the nodes for SAMPLER and SIGMAS."""
     wires = {name: [name, 0] for name in ("noise", "guider", "sampler", "sigmas")}
     settings = {"steps": 4, "shift": 0.0, "final_step_size": 0.5, "denoise": 1.0, **sigmas}
@@ -93,16 +126,34 @@ def custom(prompt: dict, sampler: dict | None = None, guider: dict | None = None
         **prompt,
         "noise": node("RandomNoise", noise_seed=0),
         "guider": guider or node("BasicGuider", model=["model", 0], conditioning=["positive", 0]),
-        "sampler": sampler or node("GMFlowPolicySampler", substeps=32, temperature=0.0, stochasticity=0.0),
+        "sampler": sampler
+        or node("GMFlowPolicySampler", substeps=32, temperature=0.0, stochasticity=0.0),
         "sigmas": node("GMFlowPolicySigmas", model=["model", 0], **settings),
-        "sample": node("SamplerCustomAdvanced", **wires, latent_image=prompt["sample"]["inputs"]["latent_image"]),
+        "sample": node(
+            "SamplerCustomAdvanced",
+            **wires,
+            latent_image=prompt["sample"]["inputs"]["latent_image"],
+        ),
     }
 
 
 def stock(prompt: dict, **settings: Any) -> dict:
     """The same with KSampler."""
-    wires = {"model": ["model", 0], "positive": ["positive", 0], "negative": ["negative", 0], "latent_image": ["latent", 0]}
-    settings = {"seed": 0, "steps": 4, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0, **settings}
+    wires = {
+        "model": ["model", 0],
+        "positive": ["positive", 0],
+        "negative": ["negative", 0],
+        "latent_image": ["latent", 0],
+    }
+    settings = {
+        "seed": 0,
+        "steps": 4,
+        "cfg": 1.0,
+        "sampler_name": "euler",
+        "scheduler": "simple",
+        "denoise": 1.0,
+        **settings,
+    }
     return {**prompt, "sample": node("KSampler", **wires, **settings)}
 
 
@@ -126,7 +177,9 @@ def test_every_base_samples_and_the_nodes_agree(server: Comfy, base: str) -> Non
     assert latent.isfinite().all()
     assert latent.std() > 0.5
     assert torch.equal(latent, latent_of(server, custom(graph(base))))
-    assert not near(latent, latent_of(server, graph(base, solver="euler", final_step_size=0.5)), 0.02)
+    assert not near(
+        latent, latent_of(server, graph(base, solver="euler", final_step_size=0.5)), 0.02
+    )
     prompt = graph(base)
     prompt["positive"]["inputs"]["text"] = "a fox"
     assert not near(latent, latent_of(server, prompt), 0.02)
@@ -136,7 +189,8 @@ def test_every_base_samples_and_the_nodes_agree(server: Comfy, base: str) -> Non
 def test_a_stock_sampler_follows_the_mean(server: Comfy, base: str) -> None:
     euler = node("KSamplerSelect", sampler_name="euler")
     assert near(
-        latent_of(server, custom(graph(base), euler)), latent_of(server, graph(base, solver="euler", final_step_size=0.5))
+        latent_of(server, custom(graph(base), euler)),
+        latent_of(server, graph(base, solver="euler", final_step_size=0.5)),
     )
     for name in ("dpmpp_2m", "uni_pc", "heun"):
         assert latent_of(server, stock(graph(base), sampler_name=name)).isfinite().all()
@@ -166,8 +220,12 @@ def test_the_base_model_is_left_as_it_was(server: Comfy, base: str) -> None:
 def test_loras_before_or_after_the_adapter_are_the_same(server: Comfy, base: str) -> None:
     lora = {"lora_name": f"{base}_style.safetensors", "strength_model": 1.0}
     plain = latent_of(server, graph(base))
-    before = latent_of(server, inserted(graph(base), "lora", node("LoraLoaderModelOnly", **lora), "model"))
-    after = latent_of(server, inserted(graph(base), "lora", node("LoraLoaderModelOnly", **lora), "sample"))
+    before = latent_of(
+        server, inserted(graph(base), "lora", node("LoraLoaderModelOnly", **lora), "model")
+    )
+    after = latent_of(
+        server, inserted(graph(base), "lora", node("LoraLoaderModelOnly", **lora), "sample")
+    )
     assert near(before, after)
     assert not near(plain, after, 0.01)
 
@@ -184,7 +242,11 @@ def test_every_loader_feeds_the_adapter(server: Comfy, kind: str) -> None:
         if not has_native_int8(server):
             pytest.skip("int8 files of ComfyUI's own came with 0.27")
         eight_bit = node("GMFlowLoadDiffusionModel8bit", unet_name=FILES["flux"])
-        save = node("GMFlowSaveDiffusionModel8bit", model=["base", 0], filename_prefix="diffusion_models/flux_native")
+        save = node(
+            "GMFlowSaveDiffusionModel8bit",
+            model=["base", 0],
+            filename_prefix="diffusion_models/flux_native",
+        )
         (path,) = server.run({"base": eight_bit, "save": save}).outputs["save"]["text"]
         server.object_info()
         prompt["base"]["inputs"]["unet_name"] = Path(path).name
@@ -211,7 +273,10 @@ REFERENCES = {
 }
 
 
-@pytest.mark.parametrize(("base", "method"), [(base, method) for base, methods in REFERENCES.items() for method in methods])
+@pytest.mark.parametrize(
+    ("base", "method"),
+    [(base, method) for base, methods in REFERENCES.items() for method in methods],
+)
 def test_reference_images_are_no_part_of_the_mixture(server: Comfy, base: str, method: str) -> None:
     """As Kontext and Qwen-Image-Edit have them: further tokens behind the image's, some with an embedding of their own."""
     if "FluxKontextMultiReferenceLatentMethod" not in server.object_info():
@@ -222,7 +287,9 @@ def test_reference_images_are_no_part_of_the_mixture(server: Comfy, base: str, m
     prompt["first"]["inputs"]["latent_image"] = ["small", 0]
     prompt["reference"] = node("ReferenceLatent", conditioning=["positive", 0], latent=["first", 0])
     prompt["method"] = node(
-        "FluxKontextMultiReferenceLatentMethod", conditioning=["reference", 0], reference_latents_method=method
+        "FluxKontextMultiReferenceLatentMethod",
+        conditioning=["reference", 0],
+        reference_latents_method=method,
     )
     prompt["sample"]["inputs"]["positive"] = ["method", 0]
     latent, plain = latent_of(server, prompt), latent_of(server, graph(base, stochasticity=0.5))
@@ -242,7 +309,10 @@ def test_the_base_models_weights_stay_where_they_are(server: Comfy, base: str) -
     shape = load_file(models / "diffusion_models" / FILES[base])[f"{layer}.weight"].shape
     up, down = torch.randn(shape[0], 2), torch.randn(2, shape[1])
     prefix = f"diffusion_model.{layer}"
-    save_file({f"{prefix}.lora_B.weight": up, f"{prefix}.lora_A.weight": down}, models / "loras" / f"{base}_last.safetensors")
+    save_file(
+        {f"{prefix}.lora_B.weight": up, f"{prefix}.lora_A.weight": down},
+        models / "loras" / f"{base}_last.safetensors",
+    )
     server.object_info()
     lora = {"lora_name": f"{base}_last.safetensors", "strength_model": 0.1}
     plain = stock(graph(base))
@@ -289,15 +359,24 @@ def test_sigmas_split_over_two_samplers(server: Comfy) -> None:
     whole = custom(graph(), sampler)
     split = custom(graph(), sampler)
     split["two"] = node("SplitSigmas", sigmas=["sigmas", 0], step=2)
-    split["first"] = {**split["sample"], "inputs": {**split["sample"]["inputs"], "sigmas": ["two", 0]}}
+    split["first"] = {
+        **split["sample"],
+        "inputs": {**split["sample"]["inputs"], "sigmas": ["two", 0]},
+    }
     split["quiet"] = node("DisableNoise")
-    split["sample"]["inputs"] |= {"sigmas": ["two", 1], "noise": ["quiet", 0], "latent_image": ["first", 0]}
+    split["sample"]["inputs"] |= {
+        "sigmas": ["two", 1],
+        "noise": ["quiet", 0],
+        "latent_image": ["first", 0],
+    }
     assert near(latent_of(server, split), latent_of(server, whole), 1e-3)
 
 
 @pytest.mark.parametrize("base", FILES)
 @pytest.mark.parametrize("size", [(64, 64), (104, 72)])
-def test_an_image_of_a_batch_is_the_one_of_its_own_index(server: Comfy, base: str, size: tuple[int, int]) -> None:
+def test_an_image_of_a_batch_is_the_one_of_its_own_index(
+    server: Comfy, base: str, size: tuple[int, int]
+) -> None:
     """With noise in every step; the second size is an odd number of latent pixels."""
     size = (size[0] * 2, size[1] * 2) if base == "flux2" else size
     settings = {"width": size[0], "height": size[1], "batch": 2, "stochasticity": 0.7}
@@ -320,7 +399,14 @@ def test_outside_of_a_mask_nothing_changes(server: Comfy, base: str, stochastici
         first={**graph(base, seed=9)["sample"]},
         keep=node("SolidMask", value=0.0, width=side, height=side),
         change=node("SolidMask", value=1.0, width=side // 2, height=side),
-        mask=node("MaskComposite", destination=["keep", 0], source=["change", 0], x=0, y=0, operation="add"),
+        mask=node(
+            "MaskComposite",
+            destination=["keep", 0],
+            source=["change", 0],
+            x=0,
+            y=0,
+            operation="add",
+        ),
         masked=node("SetLatentNoiseMask", samples=["first", 0], mask=["mask", 0]),
     )
     prompt["sample"]["inputs"]["latent_image"] = ["masked", 0]
@@ -337,7 +423,14 @@ def test_differential_diffusion_makes_a_soft_mask_a_schedule(server: Comfy) -> N
         first=graph(seed=9)["sample"],
         soft=node("SolidMask", value=0.5, width=64, height=64),
         change=node("SolidMask", value=0.5, width=32, height=64),
-        mask=node("MaskComposite", destination=["soft", 0], source=["change", 0], x=0, y=0, operation="subtract"),
+        mask=node(
+            "MaskComposite",
+            destination=["soft", 0],
+            source=["change", 0],
+            x=0,
+            y=0,
+            operation="subtract",
+        ),
         masked=node("SetLatentNoiseMask", samples=["first", 0], mask=["mask", 0]),
     )
     prompt["sample"]["inputs"]["latent_image"] = ["masked", 0]
@@ -364,7 +457,10 @@ def test_image_to_image_keeps_more_the_less_is_denoised(server: Comfy, base: str
 
 def test_progress_previews_and_interruption_within_a_rollout(server: Comfy) -> None:
     result = server.run(graph(batch=2))
-    assert [(step.value, step.max) for step in result.progress if step.node == "sample"][-1] == (4, 4)
+    assert [(step.value, step.max) for step in result.progress if step.node == "sample"][-1] == (
+        4,
+        4,
+    )
     assert result.previews
     slow = server.submit(graph(width=1024, height=1024, substeps=4096, seed=77))
     server.wait_progress(slow)
@@ -391,7 +487,9 @@ def test_dx_adapters(server: Comfy) -> None:
     assert torch.equal(latent, latent_of(server, custom(prompt)))
     assert latent_of(server, stock(prompt)).isfinite().all()
     prompt["sample"]["inputs"]["solver"] = "gm-ode"
-    with pytest.raises(PromptError, match=r"dxflux_n10_piid_4step.* has a DX policy; use gm-policy"):
+    with pytest.raises(
+        PromptError, match=r"dxflux_n10_piid_4step.* has a DX policy; use gm-policy"
+    ):
         server.run(prompt)
     guided = {**graph(guidance=0.2), "model": prompt["model"]}
     guided["sample"]["inputs"]["negative"] = ["negative", 0]
@@ -408,13 +506,34 @@ def test_guiders_find_the_positive_conditioning(server: Comfy, base: str) -> Non
     its own and a negative prompt change it, the same in every guider."""
     plain = latent_of(server, custom(graph(base)))
     both = {"positive": ["positive", 0], "negative": ["negative", 0]}
-    assert near(latent_of(server, custom(graph(base), guider=node("CFGGuider", model=["model", 0], cfg=1.0, **both))), plain)
+    assert near(
+        latent_of(
+            server,
+            custom(graph(base), guider=node("CFGGuider", model=["model", 0], cfg=1.0, **both)),
+        ),
+        plain,
+    )
     same = {"positive": ["positive", 0], "negative": ["positive", 0]}
-    assert near(latent_of(server, custom(graph(base), guider=node("CFGGuider", model=["model", 0], cfg=3.0, **same))), plain)
-    cfg = latent_of(server, custom(graph(base), guider=node("CFGGuider", model=["model", 0], cfg=3.0, **both)))
+    assert near(
+        latent_of(
+            server,
+            custom(graph(base), guider=node("CFGGuider", model=["model", 0], cfg=3.0, **same)),
+        ),
+        plain,
+    )
+    cfg = latent_of(
+        server, custom(graph(base), guider=node("CFGGuider", model=["model", 0], cfg=3.0, **both))
+    )
     assert not near(cfg, plain, 0.05)
-    dual = {"cond1": ["positive", 0], "cond2": ["negative", 0], "negative": ["negative", 0], "style": "regular"}
-    guider = node("DualCFGGuider", model=["model", 0], cfg_conds=3.0, cfg_cond2_negative=1.0, **dual)
+    dual = {
+        "cond1": ["positive", 0],
+        "cond2": ["negative", 0],
+        "negative": ["negative", 0],
+        "style": "regular",
+    }
+    guider = node(
+        "DualCFGGuider", model=["model", 0], cfg_conds=3.0, cfg_cond2_negative=1.0, **dual
+    )
     assert near(latent_of(server, custom(graph(base), guider=guider)), cfg, 1e-3)
 
 
@@ -439,9 +558,15 @@ def test_probabilistic_guidance(server: Comfy, base: str) -> None:
 def test_parts_of_a_prompt_fall_back_to_the_mean(server: Comfy, base: str) -> None:
     prompt = graph(base, width=128)
     half = {"width": 0.5, "height": 1.0, "y": 0.0, "strength": 1.0}
-    prompt["left"] = node("ConditioningSetAreaPercentage", conditioning=["positive", 0], x=0.0, **half)
-    prompt["right"] = node("ConditioningSetAreaPercentage", conditioning=["negative", 0], x=0.5, **half)
-    prompt["both"] = node("ConditioningCombine", conditioning_1=["left", 0], conditioning_2=["right", 0])
+    prompt["left"] = node(
+        "ConditioningSetAreaPercentage", conditioning=["positive", 0], x=0.0, **half
+    )
+    prompt["right"] = node(
+        "ConditioningSetAreaPercentage", conditioning=["negative", 0], x=0.5, **half
+    )
+    prompt["both"] = node(
+        "ConditioningCombine", conditioning_1=["left", 0], conditioning_2=["right", 0]
+    )
     prompt["sample"]["inputs"]["positive"] = ["both", 0]
     before = len(server.log())
     assert "2 positive conditionings" in server.run(prompt).texts["sample"]
@@ -461,7 +586,9 @@ def test_predictions_for_windows_fall_back_to_the_mean(server: Comfy) -> None:
         choices = kind if isinstance(kind, list) else settings.get("options")
         default = settings.get("default", choices[0] if choices else None)
         defaults |= {} if default is None else {key: default}
-    windows = node("ContextWindowsManual", **{**defaults, "context_length": 8, "context_overlap": 2, "dim": 2})
+    windows = node(
+        "ContextWindowsManual", **{**defaults, "context_length": 8, "context_overlap": 2, "dim": 2}
+    )
     prompt = inserted(graph(width=64, height=128), "windows", windows, "sample")
     assert "parts of the latent (context windows" in server.run(prompt).texts["sample"]
     assert latent_of(server, prompt).isfinite().all()
@@ -494,9 +621,24 @@ def test_settings_that_do_not_fit_the_adapter_are_said(server: Comfy) -> None:
 def test_guidance_on_a_distilled_model_is_said(server: Comfy) -> None:
     both = {"model": ["model", 0], "positive": ["positive", 0], "negative": ["negative", 0]}
     said = "has its guidance built in"
-    assert said in server.run(custom(graph(seed=3), guider=node("CFGGuider", cfg=3.0, **both))).texts["sample"]
-    assert said not in server.run(custom(graph(seed=3), guider=node("CFGGuider", cfg=1.0, **both))).texts["sample"]
-    assert said not in server.run(custom(graph("qwen", seed=3), guider=node("CFGGuider", cfg=3.0, **both))).texts["sample"]
+    assert (
+        said
+        in server.run(custom(graph(seed=3), guider=node("CFGGuider", cfg=3.0, **both))).texts[
+            "sample"
+        ]
+    )
+    assert (
+        said
+        not in server.run(custom(graph(seed=3), guider=node("CFGGuider", cfg=1.0, **both))).texts[
+            "sample"
+        ]
+    )
+    assert (
+        said
+        not in server.run(
+            custom(graph("qwen", seed=3), guider=node("CFGGuider", cfg=3.0, **both))
+        ).texts["sample"]
+    )
     disabled = graph(seed=3)
     disabled["none"] = node("FluxDisableGuidance", conditioning=["positive", 0])
     disabled["sample"]["inputs"]["positive"] = ["none", 0]
@@ -529,7 +671,11 @@ def test_the_shift_is_the_models_own(server: Comfy) -> None:
 def edited(server: Comfy, name: str, source: str, **changes: Tensor | None) -> str:
     """An adapter's file with tensors replaced, or removed where None."""
     folder = server.base / "models" / "loras"
-    tensors = {key: tensor for key, tensor in {**load_file(folder / source), **changes}.items() if tensor is not None}
+    tensors = {
+        key: tensor
+        for key, tensor in {**load_file(folder / source), **changes}.items()
+        if tensor is not None
+    }
     save_file(tensors, folder / name)
     server.object_info()
     return name
@@ -541,10 +687,26 @@ LORA = "single_transformer_blocks.1.proj_mlp.lora_B.weight"
 @pytest.mark.parametrize(
     ("name", "changes", "complaint"),
     [
-        ("no_std", {"proj_out_logstds.3.weight": None}, r"proj_out_logstds\.3\.weight: expected \(1, 32\), found none"),
-        ("no_norm", {"norm_out.linear.bias": None}, r"norm_out\.linear\.bias: expected \(512,\), found none"),
-        ("half_pair", {LORA: None}, r"neither a head nor a whole pair.*single_transformer_blocks\.1\.proj_mlp\.lora_A"),
-        ("wide", {LORA: torch.zeros(7, 4)}, r"1 of its 14 LoRA modules do not apply: .*proj_mlp: \(7, 4\) times \(4, 256\)"),
+        (
+            "no_std",
+            {"proj_out_logstds.3.weight": None},
+            r"proj_out_logstds\.3\.weight: expected \(1, 32\), found none",
+        ),
+        (
+            "no_norm",
+            {"norm_out.linear.bias": None},
+            r"norm_out\.linear\.bias: expected \(512,\), found none",
+        ),
+        (
+            "half_pair",
+            {LORA: None},
+            r"neither a head nor a whole pair.*single_transformer_blocks\.1\.proj_mlp\.lora_A",
+        ),
+        (
+            "wide",
+            {LORA: torch.zeros(7, 4)},
+            r"1 of its 14 LoRA modules do not apply: .*proj_mlp: \(7, 4\) times \(4, 256\)",
+        ),
         (
             "extra",
             {"attn9.lora_A.weight": torch.zeros(4, 2), "attn9.lora_B.weight": torch.zeros(2, 4)},
@@ -552,9 +714,13 @@ LORA = "single_transformer_blocks.1.proj_mlp.lora_B.weight"
         ),
     ],
 )
-def test_damaged_adapters_are_refused_with_the_key(server: Comfy, name: str, changes: dict, complaint: str) -> None:
+def test_damaged_adapters_are_refused_with_the_key(
+    server: Comfy, name: str, changes: dict, complaint: str
+) -> None:
     prompt = graph()
-    prompt["model"]["inputs"]["adapter_name"] = edited(server, f"{name}.safetensors", ADAPTERS["flux"], **changes)
+    prompt["model"]["inputs"]["adapter_name"] = edited(
+        server, f"{name}.safetensors", ADAPTERS["flux"], **changes
+    )
     with pytest.raises(PromptError, match=complaint) as error:
         server.run(prompt)
     assert f"{name}.safetensors" in str(error.value)
@@ -575,7 +741,9 @@ def test_damaged_adapters_are_refused_with_the_key(server: Comfy, name: str, cha
 )
 def test_bad_metadata_is_quoted(server: Comfy, policy: str | None, complaint: str) -> None:
     metadata = {} if policy is None else {"policy_config": policy}
-    write_adapter(server.base / "models" / "loras" / "bad_4step.safetensors", policy="DX", metadata=metadata)
+    write_adapter(
+        server.base / "models" / "loras" / "bad_4step.safetensors", policy="DX", metadata=metadata
+    )
     server.object_info()
     prompt = graph()
     prompt["model"]["inputs"]["adapter_name"] = "bad_4step.safetensors"
@@ -611,14 +779,23 @@ def test_wrong_pairings_are_refused(server: Comfy) -> None:
             server.run(prompt)
     prompt = graph()
     prompt["model"]["inputs"]["adapter_name"] = "flux_style.safetensors"
-    with pytest.raises(PromptError, match=r"flux_style\.safetensors is no GM adapter.*use Load LoRA"):
+    with pytest.raises(
+        PromptError, match=r"flux_style\.safetensors is no GM adapter.*use Load LoRA"
+    ):
         server.run(prompt)
-    twice = inserted(graph(), "again", node("GMFlowAdapter", adapter_name=ADAPTERS["flux"], strength=1.0), "sample")
+    twice = inserted(
+        graph(),
+        "again",
+        node("GMFlowAdapter", adapter_name=ADAPTERS["flux"], strength=1.0),
+        "sample",
+    )
     with pytest.raises(PromptError, match="has a GM adapter already"):
         server.run(twice)
     digits = graph()
     digits["base"] = node("GMFlowLoader", model_name="digits_k8.safetensors")
-    with pytest.raises(PromptError, match=r"is for FLUX\.1, Qwen-Image, FLUX\.2, and this model is a GMModel"):
+    with pytest.raises(
+        PromptError, match=r"is for FLUX\.1, Qwen-Image, FLUX\.2, and this model is a GMModel"
+    ):
         server.run(digits)
     plain = graph()
     plain["sample"]["inputs"]["model"] = ["base", 0]
@@ -627,8 +804,14 @@ def test_wrong_pairings_are_refused(server: Comfy) -> None:
 
 
 def test_an_adapter_without_a_lora_is_said(server: Comfy) -> None:
-    heads = {key: None for key in load_file(server.base / "models" / "loras" / ADAPTERS["flux"]) if ".lora_" in key}
+    heads = {
+        key: None
+        for key in load_file(server.base / "models" / "loras" / ADAPTERS["flux"])
+        if ".lora_" in key
+    }
     prompt = graph()
-    prompt["model"]["inputs"]["adapter_name"] = edited(server, "head_only.safetensors", ADAPTERS["flux"], **heads)
+    prompt["model"]["inputs"]["adapter_name"] = edited(
+        server, "head_only.safetensors", ADAPTERS["flux"], **heads
+    )
     result = server.run(prompt)
     assert "holds a head but no LoRA" in result.texts["model"]

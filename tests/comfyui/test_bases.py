@@ -32,7 +32,11 @@ NAMES = {
     "flux": ("flux1-dev.safetensors", "ae.safetensors", "flux_style.safetensors"),
     "qwen": ("qwen_image_bf16.safetensors", "qwen_image_vae.safetensors", "qwen_style.safetensors"),
     "flux2": ("flux2-dev.safetensors", "flux2-vae.safetensors", "flux2_style.safetensors"),
-    "klein": ("flux-2-klein-4b.safetensors", "flux2-vae.safetensors", "flux2_klein_style.safetensors"),
+    "klein": (
+        "flux-2-klein-4b.safetensors",
+        "flux2-vae.safetensors",
+        "flux2_klein_style.safetensors",
+    ),
 }
 
 
@@ -41,15 +45,29 @@ def graph(base: str, text: str = "a red fox", guidance: float = 3.5, lora: float
     model, vae, style = NAMES[base]
     latent = "EmptyFlux2LatentImage" if base in ("flux2", "klein") else "EmptySD3LatentImage"
     encoder = {
-        "flux": node("DualCLIPLoader", clip_name1="clip_l.safetensors", clip_name2="t5xxl_fp16.safetensors", type="flux"),
+        "flux": node(
+            "DualCLIPLoader",
+            clip_name1="clip_l.safetensors",
+            clip_name2="t5xxl_fp16.safetensors",
+            type="flux",
+        ),
         "qwen": node("CLIPLoader", clip_name="qwen_2.5_vl_7b.safetensors", type="qwen_image"),
         "flux2": node("CLIPLoader", clip_name="mistral_3_small_flux2.safetensors", type="flux2"),
         "klein": node("CLIPLoader", clip_name="qwen_3_4b.safetensors", type="flux2"),
     }[base]
-    sampling = {"seed": 1, "steps": 2, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+    sampling = {
+        "seed": 1,
+        "steps": 2,
+        "cfg": 1.0,
+        "sampler_name": "euler",
+        "scheduler": "simple",
+        "denoise": 1.0,
+    }
     return {
         "model": node("UNETLoader", unet_name=model, weight_dtype="default"),
-        "style": node("LoraLoaderModelOnly", model=["model", 0], lora_name=style, strength_model=lora),
+        "style": node(
+            "LoraLoaderModelOnly", model=["model", 0], lora_name=style, strength_model=lora
+        ),
         "encoder": encoder,
         "text": node("CLIPTextEncode", clip=["encoder", 0], text=text),
         "guidance": node("FluxGuidance", conditioning=["text", 0], guidance=guidance),
@@ -100,7 +118,9 @@ def test_stock_workflow_runs(comfy: Comfy, base: str) -> None:
     assert (change(guidance=1.0) > 0.05) == (base in ("flux", "flux2"))
     log = comfy.log()[before:]
     assert not [
-        line for line in log.splitlines() if "unet missing" in line or "unet unexpected" in line or "not loaded" in line
+        line
+        for line in log.splitlines()
+        if "unet missing" in line or "unet unexpected" in line or "not loaded" in line
     ]
 
 
@@ -118,7 +138,11 @@ def test_same_text_same_picture(comfy: Comfy) -> None:
 def test_adapter_has_the_published_layout(base: str, depth: int, single: int) -> None:
     """At real sizes, every name and shape, without the weights."""
     layout = json.loads((GOLDEN / f"gm{base}_k8_adapter_layout.json").read_text())
-    expected = {name.format(i): tuple(shape) for name, (copies, shape) in layout["tensors"].items() for i in range(copies)}
+    expected = {
+        name.format(i): tuple(shape)
+        for name, (copies, shape) in layout["tensors"].items()
+        for i in range(copies)
+    }
     found = adapter_shapes(base, 3072, depth, single)
     assert found == expected
     assert sum(math.prod(shape) for shape in found.values()) == layout["parameters"]
@@ -159,7 +183,9 @@ def test_adapter_file(tmp_path: Path, base: str, policy: str) -> None:
 
 def test_files_repeat_and_differ_by_seed(tmp_path: Path) -> None:
     for write in (write_flux, write_qwen_image, write_adapter, write_lora):
-        one, same, other = (write(tmp_path / f"{i}", seed=seed).read_bytes() for i, seed in enumerate((5, 5, 6)))
+        one, same, other = (
+            write(tmp_path / f"{i}", seed=seed).read_bytes() for i, seed in enumerate((5, 5, 6))
+        )
         assert one == same
         assert len(one) == len(other)
         assert one != other
@@ -173,5 +199,8 @@ def test_gguf_has_the_same_weights(tmp_path: Path, write, base: str) -> None:
     weights = load_file(source)
     assert {tensor.name for tensor in reader.tensors} == set(weights)
     for tensor in reader.tensors:
-        found, expected = torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type)), weights[tensor.name].float()
+        found, expected = (
+            torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type)),
+            weights[tensor.name].float(),
+        )
         assert (found - expected).abs().max() <= expected.abs().max() / 127

@@ -19,8 +19,15 @@ def test_base_and_adapter_do_not_touch_each_other(tmp_path: Path) -> None:
     3.2."""
     write_flux(tmp_path / "flux.safetensors", dtype=torch.float32)
     write_adapter(tmp_path / "adapter.safetensors")
-    command = [comfyui_python(), str(Path(__file__).with_name("dynamic_memory.py")), str(COMFYUI), str(tmp_path)]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    command = [
+        comfyui_python(),
+        str(Path(__file__).with_name("dynamic_memory.py")),
+        str(COMFYUI),
+        str(tmp_path),
+    ]
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     if "missing" in found:

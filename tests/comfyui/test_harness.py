@@ -14,7 +14,10 @@ from .client import Comfy, PromptError
 from .page import open_page
 
 PICTURE = {
-    "1": {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 48, "batch_size": 1, "color": 0xFF8000}},
+    "1": {
+        "class_type": "EmptyImage",
+        "inputs": {"width": 64, "height": 48, "batch_size": 1, "color": 0xFF8000},
+    },
     "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "harness"}},
 }
 
@@ -28,9 +31,15 @@ def upscale(comfy: Comfy, size: int) -> dict:
     weights |= {f"{name}.bias": torch.zeros(shape[0]) for name, shape in shapes.items()}
     save_file({**weights, "body.1.weight": torch.ones(4)}, folder / "random.safetensors")
     return {
-        "1": {"class_type": "EmptyImage", "inputs": {"width": size, "height": size, "batch_size": 1, "color": 0xFFFFFF}},
+        "1": {
+            "class_type": "EmptyImage",
+            "inputs": {"width": size, "height": size, "batch_size": 1, "color": 0xFFFFFF},
+        },
         "2": {"class_type": "UpscaleModelLoader", "inputs": {"model_name": "random.safetensors"}},
-        "3": {"class_type": "ImageUpscaleWithModel", "inputs": {"upscale_model": ["2", 0], "image": ["1", 0]}},
+        "3": {
+            "class_type": "ImageUpscaleWithModel",
+            "inputs": {"upscale_model": ["2", 0], "image": ["1", 0]},
+        },
         "4": {"class_type": "PreviewImage", "inputs": {"images": ["3", 0]}},
     }
 
@@ -64,7 +73,14 @@ def workflow(source: str = "EmptyImage") -> dict:
         "widgets_values": [],
     }
     links = [[1, 1, 0, 2, 0, "IMAGE"]]
-    return {"last_node_id": 2, "last_link_id": 1, "nodes": [colour, show], "links": links, "groups": [], "version": 0.4}
+    return {
+        "last_node_id": 2,
+        "last_link_id": 1,
+        "nodes": [colour, show],
+        "links": links,
+        "groups": [],
+        "version": 0.4,
+    }
 
 
 def test_prompt_gives_its_picture(comfy: Comfy) -> None:
@@ -77,7 +93,13 @@ def test_prompt_gives_its_picture(comfy: Comfy) -> None:
 
 
 def test_rejected_prompt_names_node_and_input(comfy: Comfy) -> None:
-    prompt = {**PICTURE, "1": {"class_type": "EmptyImage", "inputs": {"width": -5, "height": 48, "batch_size": 1, "color": 0}}}
+    prompt = {
+        **PICTURE,
+        "1": {
+            "class_type": "EmptyImage",
+            "inputs": {"width": -5, "height": 48, "batch_size": 1, "color": 0},
+        },
+    }
     with pytest.raises(PromptError, match=r"node 1: EmptyImage: .*width"):
         comfy.run(prompt)
     assert comfy.run(prompt, expect_error=True).status == "rejected"
@@ -89,7 +111,10 @@ def test_failed_node_is_named(comfy: Comfy) -> None:
     prompt = {
         "1": {"class_type": "VAELoader", "inputs": {"vae_name": "broken.safetensors"}},
         "2": {"class_type": "VAEDecode", "inputs": {"vae": ["1", 0], "samples": ["3", 0]}},
-        "3": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
+        "3": {
+            "class_type": "EmptyLatentImage",
+            "inputs": {"width": 64, "height": 64, "batch_size": 1},
+        },
         "4": {"class_type": "PreviewImage", "inputs": {"images": ["2", 0]}},
     }
     result = comfy.run(prompt, expect_error=True)

@@ -21,8 +21,18 @@ from tests.diffusers_folder import random_model, write_published_folder
 from .client import Comfy, PromptError
 from .graphs import latent_of, node
 
-NAMES = ["tabby, tabby cat", "tiger cat", "golden retriever", "crane", "crane", "Pembroke, Pembroke Welsh corgi", "tench"]
-SCALING = 0.5  # of the folder's latents: not Stable Diffusion's, so that it shows where it comes from
+NAMES = [
+    "tabby, tabby cat",
+    "tiger cat",
+    "golden retriever",
+    "crane",
+    "crane",
+    "Pembroke, Pembroke Welsh corgi",
+    "tench",
+]
+SCALING = (
+    0.5  # of the folder's latents: not Stable Diffusion's, so that it shows where it comes from
+)
 CFG = {"orthogonal": 1.0, "start_percent": 0.0, "end_percent": 1.0}
 
 
@@ -48,22 +58,60 @@ def folder(comfy: Comfy) -> Path:
     return path
 
 
-def graph(labels: Sequence[int | str] = (2, 5), model: str = "pixels.safetensors", repeat: int = 1, **sampler) -> dict:
+def graph(
+    labels: Sequence[int | str] = (2, 5),
+    model: str = "pixels.safetensors",
+    repeat: int = 1,
+    **sampler,
+) -> dict:
     """Load GM Model -> GM Class Labels -> GM Sampler -> a saved latent."""
-    settings = {"seed": 0, "steps": 4, "solver": "gm-ode", "order": 2, "substeps": 4, "shift": 1.0, "denoise": 1.0, **sampler}
+    settings = {
+        "seed": 0,
+        "steps": 4,
+        "solver": "gm-ode",
+        "order": 2,
+        "substeps": 4,
+        "shift": 1.0,
+        "denoise": 1.0,
+        **sampler,
+    }
     more = "\n".join(map(str, labels[1:]))
     return {
         "model": node("GMFlowLoader", model_name=model),
-        "labels": node("GMFlowClassLabels", model=["model", 0], label=str(labels[0]), more_labels=more, repeat=repeat),
-        "sample": node("GMFlowSampler", model=["model", 0], latent_image=["labels", 2], positive=["labels", 0], **settings),
+        "labels": node(
+            "GMFlowClassLabels",
+            model=["model", 0],
+            label=str(labels[0]),
+            more_labels=more,
+            repeat=repeat,
+        ),
+        "sample": node(
+            "GMFlowSampler",
+            model=["model", 0],
+            latent_image=["labels", 2],
+            positive=["labels", 0],
+            **settings,
+        ),
         "save": node("SaveLatent", samples=["sample", 0], filename_prefix="latents/test"),
     }
 
 
 def ksampler(prompt: dict, cfg: float, model: str = "guided", steps: int = 4) -> dict:
     """The same with GM Probabilistic Guidance and a stock KSampler."""
-    wires = {"positive": ["labels", 0], "negative": ["labels", 1], "latent_image": ["labels", 2], "model": [model, 0]}
-    settings = {"seed": 0, "steps": steps, "cfg": cfg, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+    wires = {
+        "positive": ["labels", 0],
+        "negative": ["labels", 1],
+        "latent_image": ["labels", 2],
+        "model": [model, 0],
+    }
+    settings = {
+        "seed": 0,
+        "steps": steps,
+        "cfg": cfg,
+        "sampler_name": "euler",
+        "scheduler": "simple",
+        "denoise": 1.0,
+    }
     guided = node("GMFlowProbabilisticGuidance", model=["model", 0], **CFG)
     return {**prompt, "guided": guided, "sample": node("KSampler", **settings, **wires)}
 
@@ -78,7 +126,11 @@ def custom(prompt: dict, guider: dict, sampler: dict, steps: int = 4) -> dict:
         "sampler": sampler,
     }
     wires = {name: [name, 0] for name in ("noise", "guider", "sampler", "sigmas")}
-    return {**prompt, **nodes, "sample": node("SamplerCustomAdvanced", latent_image=["labels", 2], **wires)}
+    return {
+        **prompt,
+        **nodes,
+        "sample": node("SamplerCustomAdvanced", latent_image=["labels", 2], **wires),
+    }
 
 
 ODE, SDE = node("GMFlowODESampler", order=2, substeps=4), node("GMFlowSDESampler", order=2)
@@ -98,7 +150,9 @@ def outside(
     shape = (len(labels), config.channels, config.latent_size, config.latent_size)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     keys = [zlib.crc32(image.numpy().tobytes()) for image in x]  # every image's own
-    noise = [torch.Generator().manual_seed(zlib.crc32((1).to_bytes(8, "little"), key)) for key in keys]
+    noise = [
+        torch.Generator().manual_seed(zlib.crc32((1).to_bytes(8, "little"), key)) for key in keys
+    ]
     denoiser = class_denoiser(network, torch.tensor(labels), guidance)
     settings = {"substeps": 4, "spectrum": network.spectrum_net, "noise": noise}
     return solve(solver, denoiser, x, flow_sigmas(4), **settings)
@@ -135,7 +189,10 @@ def test_gm_samplers_take_the_guider_as_it_is(comfy: Comfy, pixels: Path) -> Non
     """A CFG Guider is probabilistic behind the patch, and classifier-free guidance without."""
     for model, cfg, kind in (("guided", 0.4, "probabilistic"), ("model", 3.0, "cfg")):
         guider = node("CFGGuider", model=[model, 0], cfg=cfg, **WIRES)
-        assert close(latent_of(comfy, custom(graph(), guider, ODE)), outside(pixels, guidance=Guidance(cfg, kind)))
+        assert close(
+            latent_of(comfy, custom(graph(), guider, ODE)),
+            outside(pixels, guidance=Guidance(cfg, kind)),
+        )
 
 
 @pytest.mark.parametrize("cfg", [1.0, 7.5])
@@ -165,7 +222,11 @@ def test_an_image_does_not_depend_on_its_batch(comfy: Comfy, pixels: Path) -> No
 
 def test_every_image_has_stochastic_noise_of_its_own(comfy: Comfy, pixels: Path) -> None:
     """Nothing else tells the four apart: the same class, and no initial noise."""
-    prompt = custom(graph([2], repeat=4), node("BasicGuider", model=["model", 0], conditioning=["labels", 0]), SDE)
+    prompt = custom(
+        graph([2], repeat=4),
+        node("BasicGuider", model=["model", 0], conditioning=["labels", 0]),
+        SDE,
+    )
     prompt["noise"] = node("DisableNoise")
     images = latent_of(comfy, prompt).flatten(1)
     assert torch.pdist(images).min() > 0.1
@@ -177,14 +238,27 @@ def test_image_to_image_and_mask(comfy: Comfy, pixels: Path, solver: str) -> Non
     mask = {
         "keep": node("SolidMask", value=0.0, width=64, height=64),
         "change": node("SolidMask", value=1.0, width=32, height=64),
-        "mask": node("MaskComposite", destination=["keep", 0], source=["change", 0], x=0, y=0, operation="add"),
+        "mask": node(
+            "MaskComposite",
+            destination=["keep", 0],
+            source=["change", 0],
+            x=0,
+            y=0,
+            operation="add",
+        ),
         "masked": node("SetLatentNoiseMask", samples=["sample", 0], mask=["mask", 0]),
     }
     base = latent_of(comfy, graph())
     moved = []
     for denoise in (0.1, 0.9):
         first = graph()["sample"]["inputs"]
-        settings = {"latent_image": ["masked", 0], "denoise": denoise, "seed": 9, "solver": solver, "guidance": 0.3}
+        settings = {
+            "latent_image": ["masked", 0],
+            "denoise": denoise,
+            "seed": 9,
+            "solver": solver,
+            "guidance": 0.3,
+        }
         prompt = {**graph(), **mask, "second": node("GMFlowSampler", **{**first, **settings})}
         prompt["save"]["inputs"]["samples"] = ["second", 0]
         out = latent_of(comfy, prompt)
@@ -195,7 +269,9 @@ def test_image_to_image_and_mask(comfy: Comfy, pixels: Path, solver: str) -> Non
 
 def guided_twice(first: dict, guider: dict) -> dict:
     """GM Guider behind GM Probabilistic Guidance."""
-    prompt = custom(graph(steps=4), node("GMFlowGuider", model=["guided", 0], **WIRES, **guider), ODE)
+    prompt = custom(
+        graph(steps=4), node("GMFlowGuider", model=["guided", 0], **WIRES, **guider), ODE
+    )
     prompt["guided"]["inputs"].update(first)
     return prompt
 
@@ -210,7 +286,9 @@ def test_the_last_guidance_node_counts(comfy: Comfy, pixels: Path) -> None:
 def test_another_cfg_function_is_refused(comfy: Comfy, pixels: Path, order: str) -> None:
     """RescaleCFG would take the weight for a scale, or be dropped."""
     prompt = ksampler(graph(), 0.4, model="guided" if order == "before" else "rescaled")
-    prompt["rescaled"] = node("RescaleCFG", model=["model" if order == "before" else "guided", 0], multiplier=0.7)
+    prompt["rescaled"] = node(
+        "RescaleCFG", model=["model" if order == "before" else "guided", 0], multiplier=0.7
+    )
     if order == "before":
         prompt["guided"]["inputs"]["model"] = ["rescaled", 0]
     with pytest.raises(PromptError, match=r"cfg function .*RescaleCFG"):
@@ -257,7 +335,9 @@ def test_pixels_and_previews_show_the_colours(comfy: Comfy, pixels: Path) -> Non
     result = comfy.run(prompt)
     shown = [np.asarray(image.convert("RGB"))[::4, ::4] for image in result.images["show each"]]
     (sheet,) = (np.asarray(image.convert("RGB"))[::4, ::4] for image in result.images["show sheet"])
-    np.testing.assert_array_equal(sheet[1:9, 10:18], shown[1])  # a gap as wide as one of these pixels around each
+    np.testing.assert_array_equal(
+        sheet[1:9, 10:18], shown[1]
+    )  # a gap as wide as one of these pixels around each
     np.testing.assert_array_equal(sheet[10:18, 1:9], shown[2])
     assert (sheet[9:, 9:] == 255).all()
     latent = latent_of(comfy, graph([2, 5, 6], steps=6))
@@ -282,13 +362,18 @@ def test_labels_are_found(comfy: Comfy, pixels: Path, text: str, found: int) -> 
     ("text", "complaint"),
     [
         ("cat", "'cat' fits 2 classes: 0 tabby, tabby cat; 1 tiger cat"),
-        ("crane", r"'crane' fits 2 classes: 3 crane \(3\); 4 crane \(4\). Give a whole name or a number"),
+        (
+            "crane",
+            r"'crane' fits 2 classes: 3 crane \(3\); 4 crane \(4\). Give a whole name or a number",
+        ),
         ("golden retreiver", "no class 'golden retreiver'; near it: 2 golden retriever"),
         ("7", "no class 7; .* from 0 to 6"),
         ("zebra", "no class 'zebra'.* 0 tabby"),
     ],
 )
-def test_labels_that_fit_no_class_are_named(comfy: Comfy, pixels: Path, text: str, complaint: str) -> None:
+def test_labels_that_fit_no_class_are_named(
+    comfy: Comfy, pixels: Path, text: str, complaint: str
+) -> None:
     with pytest.raises(PromptError, match=complaint):
         comfy.run(graph([2, text]))
 
@@ -315,7 +400,9 @@ def test_conditionings_that_do_not_fit_are_refused(comfy: Comfy, pixels: Path) -
                 comfy.run(prompt)
     prompt = graph()
     del prompt["sample"]["inputs"]["positive"]
-    with pytest.raises(PromptError, match=r"positive conditioning holds no class labels.*'GM Class Labels'"):
+    with pytest.raises(
+        PromptError, match=r"positive conditioning holds no class labels.*'GM Class Labels'"
+    ):
         comfy.run(prompt)
     prompt = graph()
     prompt["model"]["inputs"]["model_name"] = "checkerboard_k64.safetensors"
@@ -335,7 +422,9 @@ def test_published_folder(comfy: Comfy, folder: Path) -> None:
     entry = comfy.object_info()["GMFlowLoader"]["input"]["required"]["model_name"]
     options = entry[1].get("options") or entry[0]
     assert [name for name in options if "published" in name] == [str(Path("group") / "published")]
-    prompt = graph(["class name 2", 5], model=str(Path("group") / "published"), guidance=0.4, solver="gm-sde")
+    prompt = graph(
+        ["class name 2", 5], model=str(Path("group") / "published"), guidance=0.4, solver="gm-sde"
+    )
     prompt["model"]["inputs"]["weight_dtype"] = "bf16"
     expected = outside(folder, [2, 5], "gm-sde", Guidance(0.4), dtype=None) / SCALING  # as stored
     assert (latent_of(comfy, prompt) - expected).norm() < 0.02 * expected.norm()
@@ -350,7 +439,9 @@ def test_published_folder(comfy: Comfy, folder: Path) -> None:
 def test_missing_models_are_named(comfy: Comfy, folder: Path) -> None:
     prompt = graph()
     prompt["model"]["inputs"]["model_name"] = "gone"
-    with pytest.raises(PromptError, match=r"there is no model 'gone'.*choose one of checkerboard_k64"):
+    with pytest.raises(
+        PromptError, match=r"there is no model 'gone'.*choose one of checkerboard_k64"
+    ):
         comfy.run(prompt)
     (folder.parent / "broken").mkdir()
     (folder.parent / "broken" / "model_index.json").write_text("{}")

@@ -16,7 +16,12 @@ from torch import Tensor
 
 from gmflow_core import load_checkpoint, save_checkpoint
 from gmflow_core.cli import DEMO_MODEL
-from gmflow_core.toys.checkerboard import board_density, draw_checkerboard, on_board, total_variation
+from gmflow_core.toys.checkerboard import (
+    board_density,
+    draw_checkerboard,
+    on_board,
+    total_variation,
+)
 from gmflow_core.toys.density_picture import density_picture
 
 from .bases import WORKFLOWS, write_workflow_files
@@ -45,25 +50,50 @@ PIXELS = 8  # image pixels a side to one latent pixel
 
 def graph(side: int = 64, batch: int = 1, **sampler) -> dict:
     """Load GM Model -> GM Sampler on batch * side * side points -> a saved latent."""
-    settings = {"seed": 0, "steps": 4, "solver": "gm-ode", "order": 2, "substeps": 4, "shift": 1.0, "denoise": 1.0, **sampler}
+    settings = {
+        "seed": 0,
+        "steps": 4,
+        "solver": "gm-ode",
+        "order": 2,
+        "substeps": 4,
+        "shift": 1.0,
+        "denoise": 1.0,
+        **sampler,
+    }
     size = {"width": side * PIXELS, "height": side * PIXELS, "batch_size": batch}
     return {
         "model": {"class_type": "GMFlowLoader", "inputs": {"model_name": DEMO_MODEL.name}},
         "empty": {"class_type": "EmptyLatentImage", "inputs": size},
-        "sample": {"class_type": "GMFlowSampler", "inputs": {"model": ["model", 0], "latent_image": ["empty", 0], **settings}},
-        "save": {"class_type": "SaveLatent", "inputs": {"samples": ["sample", 0], "filename_prefix": "latents/test"}},
+        "sample": {
+            "class_type": "GMFlowSampler",
+            "inputs": {"model": ["model", 0], "latent_image": ["empty", 0], **settings},
+        },
+        "save": {
+            "class_type": "SaveLatent",
+            "inputs": {"samples": ["sample", 0], "filename_prefix": "latents/test"},
+        },
     }
 
 
-def custom(prompt: dict, sampler: dict, steps: int = 4, denoise: float = 1.0, cfg: float = 1.0) -> dict:
+def custom(
+    prompt: dict, sampler: dict, steps: int = 4, denoise: float = 1.0, cfg: float = 1.0
+) -> dict:
     """The same with SamplerCustomAdvanced, a CFG Guider and the SAMPLER of node `sampler`."""
     nodes = {
         "none": ("GMFlowUnconditional", {}),
-        "guider": ("CFGGuider", {"model": ["model", 0], "positive": ["none", 0], "negative": ["none", 0], "cfg": cfg}),
+        "guider": (
+            "CFGGuider",
+            {"model": ["model", 0], "positive": ["none", 0], "negative": ["none", 0], "cfg": cfg},
+        ),
         "noise": ("RandomNoise", {"noise_seed": 0}),
         "sigmas": ("GMFlowSigmas", {"steps": steps, "shift": 1.0, "denoise": denoise}),
     }
-    wires = {"noise": ["noise", 0], "guider": ["guider", 0], "sampler": ["sampler", 0], "sigmas": ["sigmas", 0]}
+    wires = {
+        "noise": ["noise", 0],
+        "guider": ["guider", 0],
+        "sampler": ["sampler", 0],
+        "sigmas": ["sigmas", 0],
+    }
     latent = prompt["sample"]["inputs"]["latent_image"]
     made = {name: {"class_type": kind, "inputs": inputs} for name, (kind, inputs) in nodes.items()}
     run = {"class_type": "SamplerCustomAdvanced", "inputs": {**wires, "latent_image": latent}}
@@ -84,23 +114,29 @@ def levels_of(picture: np.ndarray) -> Tensor:
     x = torch.arange(count).repeat_interleave(torch.arange(count) + 1)  # i + 1 points in cell i
     y = torch.zeros(len(x))
     points = torch.stack([x / count * 2 - 1 + 1 / count, y], -1)
-    scale = density_picture(points, count, count, 1.0, peak=count / len(points) / (2 / count) ** 2)[count // 2 - 1]
+    scale = density_picture(points, count, count, 1.0, peak=count / len(points) / (2 / count) ** 2)[
+        count // 2 - 1
+    ]
     flat = torch.from_numpy(picture).float().reshape(-1, 3)
     return (torch.cdist(flat, scale).argmin(1).reshape(picture.shape[:2]) + 1) / count
 
 
 def test_extension_loads(comfy: Comfy) -> None:
     assert not re.search("IMPORT FAILED.*custom_nodes", comfy.log())
-    nodes = {name: node for name, node in comfy.object_info().items() if node["category"].startswith("GMFlow")}
+    nodes = {
+        name: node
+        for name, node in comfy.object_info().items()
+        if node["category"].startswith("GMFlow")
+    }
     assert len(nodes) == 19
     for name, node in nodes.items():
         assert node["description"], name
         for group in ("required", "optional"):
             for key, (_, *options) in node["input"].get(group, {}).items():
                 assert options[0]["tooltip"], f"{name}.{key}"
-    assert DEMO_MODEL.name in nodes["GMFlowLoader"]["input"]["required"]["model_name"][-1].get("options", []) or (
-        DEMO_MODEL.name in nodes["GMFlowLoader"]["input"]["required"]["model_name"][0]
-    )
+    assert DEMO_MODEL.name in nodes["GMFlowLoader"]["input"]["required"]["model_name"][-1].get(
+        "options", []
+    ) or (DEMO_MODEL.name in nodes["GMFlowLoader"]["input"]["required"]["model_name"][0])
 
 
 def test_quickstart_prompt_draws_the_checkerboard(comfy: Comfy) -> None:
@@ -124,7 +160,10 @@ def test_quickstart_prompt_draws_the_checkerboard(comfy: Comfy) -> None:
 def test_workflows_run_headless(comfy: Comfy, path: Path) -> None:
     prompt, before = write_workflow_files(comfy.base, path.stem), len(comfy.log())
     nodes = comfy.object_info()  # as the page does after a refresh: the files are in the lists now
-    if any(about["class_type"] == "UnetLoaderGGUF" for about in prompt.values()) and "UnetLoaderGGUF" not in nodes:
+    if (
+        any(about["class_type"] == "UnetLoaderGGUF" for about in prompt.values())
+        and "UnetLoaderGGUF" not in nodes
+    ):
         pytest.skip(f"no ComfyUI-GGUF: {GGUF_HOW_TO}")
     for about in prompt.values():
         if about["class_type"] in ("EmptyLatentImage", "EmptySD3LatentImage"):
@@ -152,18 +191,24 @@ def test_custom_sampling_equals_the_all_in_one_node(comfy: Comfy) -> None:
     for solver, sampler in (("gm-ode", ode), ("gm-sde", sde)):
         one = latent_of(comfy, graph(16, solver=solver))
         for cfg in (1.0, 3.0):
-            assert torch.allclose(one, latent_of(comfy, custom(graph(16), sampler, cfg=cfg)), atol=1e-5)
+            assert torch.allclose(
+                one, latent_of(comfy, custom(graph(16), sampler, cfg=cfg)), atol=1e-5
+            )
 
 
 @pytest.mark.parametrize("name", ["euler", "dpmpp_2m", "heun", "uni_pc", "euler_ancestral"])
 def test_stock_samplers_run_on_it(comfy: Comfy, name: str) -> None:
-    prompt = custom(graph(32), {"class_type": "KSamplerSelect", "inputs": {"sampler_name": name}}, steps=24)
+    prompt = custom(
+        graph(32), {"class_type": "KSamplerSelect", "inputs": {"sampler_name": name}}, steps=24
+    )
     assert share_near_board(latent_of(comfy, prompt)) > 0.9
 
 
 def test_stock_euler_is_our_euler_on_the_mean(comfy: Comfy) -> None:
     stock = custom(graph(16), {"class_type": "KSamplerSelect", "inputs": {"sampler_name": "euler"}})
-    assert torch.allclose(latent_of(comfy, stock), latent_of(comfy, graph(16, solver="euler")), atol=1e-4)
+    assert torch.allclose(
+        latent_of(comfy, stock), latent_of(comfy, graph(16, solver="euler")), atol=1e-4
+    )
 
 
 def test_batches_are_different_points(comfy: Comfy) -> None:
@@ -175,7 +220,10 @@ def test_batches_are_different_points(comfy: Comfy) -> None:
 
 def again(first: dict, prompt: dict, **sampler) -> dict:
     """`prompt` with a second GM Sampler that works on the samples of the first."""
-    second = {"class_type": "GMFlowSampler", "inputs": {**prompt["sample"]["inputs"], "latent_image": first, **sampler}}
+    second = {
+        "class_type": "GMFlowSampler",
+        "inputs": {**prompt["sample"]["inputs"], "latent_image": first, **sampler},
+    }
     save = {**prompt["save"], "inputs": {**prompt["save"]["inputs"], "samples": ["second", 0]}}
     return {**prompt, "second": second, "save": save}
 
@@ -193,8 +241,20 @@ def test_image_to_image_stays_near(comfy: Comfy) -> None:
 def test_stock_ksampler_does_image_to_image(comfy: Comfy) -> None:
     base = latent_of(comfy, graph(32))
     prompt = again(["sample", 0], graph(32))
-    settings = {"seed": 9, "steps": 6, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 0.1}
-    wires = {"model": ["model", 0], "positive": ["none", 0], "negative": ["none", 0], "latent_image": ["sample", 0]}
+    settings = {
+        "seed": 9,
+        "steps": 6,
+        "cfg": 1.0,
+        "sampler_name": "euler",
+        "scheduler": "simple",
+        "denoise": 0.1,
+    }
+    wires = {
+        "model": ["model", 0],
+        "positive": ["none", 0],
+        "negative": ["none", 0],
+        "latent_image": ["sample", 0],
+    }
     prompt["none"] = {"class_type": "GMFlowUnconditional", "inputs": {}}
     prompt["second"] = {"class_type": "KSampler", "inputs": {**settings, **wires}}
     moved = (points_of(latent_of(comfy, prompt)) - points_of(base)).norm(dim=1).mean()
@@ -205,7 +265,10 @@ def test_time_shift_nodes_work(comfy: Comfy) -> None:
     """ModelSamplingSD3 counts time in thousandths; shift 1 must change nothing."""
     plain = latent_of(comfy, graph(16))
     prompt = graph(16)
-    prompt["shift"] = {"class_type": "ModelSamplingSD3", "inputs": {"model": ["model", 0], "shift": 1.0}}
+    prompt["shift"] = {
+        "class_type": "ModelSamplingSD3",
+        "inputs": {"model": ["model", 0], "shift": 1.0},
+    }
     prompt["sample"]["inputs"]["model"] = ["shift", 0]
     assert torch.allclose(latent_of(comfy, prompt), plain, atol=1e-3)
 
@@ -217,22 +280,42 @@ def test_largest_seed(comfy: Comfy) -> None:
 @pytest.mark.parametrize(
     ("kind", "inputs", "complaint"),
     [
-        ("ConditioningSetArea", {"width": 64, "height": 64, "x": 0, "y": 0, "strength": 1.0}, "area"),
+        (
+            "ConditioningSetArea",
+            {"width": 64, "height": 64, "x": 0, "y": 0, "strength": 1.0},
+            "area",
+        ),
         ("ConditioningSetTimestepRange", {"start": 0.0, "end": 0.5}, "timestep_end"),
-        ("ConditioningSetMask", {"mask": ["mask", 0], "strength": 1.0, "set_cond_area": "default"}, "mask"),
+        (
+            "ConditioningSetMask",
+            {"mask": ["mask", 0], "strength": 1.0, "set_cond_area": "default"},
+            "mask",
+        ),
     ],
 )
-def test_partial_conditionings_fall_back_to_the_mean(comfy: Comfy, kind: str, inputs: dict, complaint: str) -> None:
-    prompt = custom(graph(16), {"class_type": "GMFlowODESampler", "inputs": {"order": 2, "substeps": 4}})
-    prompt["mask"] = {"class_type": "SolidMask", "inputs": {"value": 1.0, "width": 64, "height": 128}}
+def test_partial_conditionings_fall_back_to_the_mean(
+    comfy: Comfy, kind: str, inputs: dict, complaint: str
+) -> None:
+    prompt = custom(
+        graph(16), {"class_type": "GMFlowODESampler", "inputs": {"order": 2, "substeps": 4}}
+    )
+    prompt["mask"] = {
+        "class_type": "SolidMask",
+        "inputs": {"value": 1.0, "width": 64, "height": 128},
+    }
     prompt["part"] = {"class_type": kind, "inputs": {"conditioning": ["none", 0], **inputs}}
     prompt["guider"]["inputs"]["positive"] = ["part", 0]
     result = comfy.run(prompt)
-    assert re.search(f"found a positive conditioning with .*{complaint}.* follows the mean", result.texts["sample"])
+    assert re.search(
+        f"found a positive conditioning with .*{complaint}.* follows the mean",
+        result.texts["sample"],
+    )
 
 
 def test_several_conditionings_fall_back_to_the_mean(comfy: Comfy) -> None:
-    prompt = custom(graph(16), {"class_type": "GMFlowODESampler", "inputs": {"order": 2, "substeps": 4}})
+    prompt = custom(
+        graph(16), {"class_type": "GMFlowODESampler", "inputs": {"order": 2, "substeps": 4}}
+    )
     both = {"conditioning_1": ["none", 0], "conditioning_2": ["none", 0]}
     prompt["both"] = {"class_type": "ConditioningCombine", "inputs": both}
     prompt["guider"]["inputs"]["positive"] = ["both", 0]
@@ -246,10 +329,21 @@ def test_noise_mask_is_honoured(comfy: Comfy, solver: str) -> None:
     """Outside the mask nothing changes; inside everything does, and lands on the board."""
     side = 32 * PIXELS
     keep = {"class_type": "SolidMask", "inputs": {"value": 0.0, "width": side, "height": side}}
-    change = {"class_type": "SolidMask", "inputs": {"value": 1.0, "width": side // 2, "height": side}}
+    change = {
+        "class_type": "SolidMask",
+        "inputs": {"value": 1.0, "width": side // 2, "height": side},
+    }
     both = {"destination": ["keep", 0], "source": ["change", 0], "x": 0, "y": 0, "operation": "add"}
-    masked = {"class_type": "SetLatentNoiseMask", "inputs": {"samples": ["sample", 0], "mask": ["mask", 0]}}
-    nodes = {"keep": keep, "change": change, "mask": {"class_type": "MaskComposite", "inputs": both}, "masked": masked}
+    masked = {
+        "class_type": "SetLatentNoiseMask",
+        "inputs": {"samples": ["sample", 0], "mask": ["mask", 0]},
+    }
+    nodes = {
+        "keep": keep,
+        "change": change,
+        "mask": {"class_type": "MaskComposite", "inputs": both},
+        "masked": masked,
+    }
     base = latent_of(comfy, graph(32))
     out = latent_of(comfy, {**again(["masked", 0], graph(32), seed=3, solver=solver), **nodes})
     assert torch.allclose(out[..., 16:], base[..., 16:], atol=1e-5)

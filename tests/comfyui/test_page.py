@@ -15,7 +15,12 @@ from .page import ComfyPage, open_page
 
 DEFAULTS = {  # of inputs that came after the first workflows were saved
     "GMFlowLoader": {"hub_id_or_path": "", "weight_dtype": "default"},
-    "GMFlowSampler": {"guidance": 0.0, "final_step_size": 0.0, "temperature": 0.0, "stochasticity": 0.0},
+    "GMFlowSampler": {
+        "guidance": 0.0,
+        "final_step_size": 0.0,
+        "temperature": 0.0,
+        "stochasticity": 0.0,
+    },
 }
 
 
@@ -44,7 +49,9 @@ def test_quickstart_dropped_and_run(comfy: Comfy, page: ComfyPage, tmp_path: Pat
 
     assert abs(corner_to_centre(gm) - 1) < 0.15
     assert corner_to_centre(stock) < 0.6
-    assert gm[155:245, 150:240].mean() < 0.3 * gm[150:250, 265:365].mean()  # the empty square left of it
+    assert (
+        gm[155:245, 150:240].mean() < 0.3 * gm[150:250, 265:365].mean()
+    )  # the empty square left of it
 
 
 def test_digits_dropped_and_run(comfy: Comfy, page: ComfyPage) -> None:
@@ -73,7 +80,10 @@ def test_workflows_open_as_their_api_form(comfy: Comfy, page: ComfyPage) -> None
         api = json.loads((WORKFLOWS / "api" / path.name).read_text())
         for node, about in api.items():
             expected = {**DEFAULTS.get(about["class_type"], {}), **about["inputs"]}
-            assert (prompt[node]["class_type"], prompt[node]["inputs"]) == (about["class_type"], expected), path.name
+            assert (prompt[node]["class_type"], prompt[node]["inputs"]) == (
+                about["class_type"],
+                expected,
+            ), path.name
 
 
 @pytest.mark.parametrize("path", sorted(WORKFLOWS.glob("*.json")), ids=lambda path: path.stem)

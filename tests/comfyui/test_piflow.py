@@ -40,12 +40,17 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     write_qwen_image(work / "qwen.safetensors", dtype=torch.float32)
     for base in ("flux", "qwen"):
         for name, policy in (("gm", "GM"), ("dx", "DX")):
-            write_adapter(work / f"{base}_{name}.safetensors", base, policy=policy, dtype=torch.float32)
+            write_adapter(
+                work / f"{base}_{name}.safetensors", base, policy=policy, dtype=torch.float32
+            )
     (work / "cases.json").write_text(json.dumps(CASES))
     script = Path(__file__).parent / "in_process.py"
     paths = map(str, (COMFYUI, work, work / "cases.json", work / "out.safetensors"))
     done = subprocess.run(
-        [comfyui_python(), str(script), *paths], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+        [comfyui_python(), str(script), *paths],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return load_file(work / "out.safetensors")

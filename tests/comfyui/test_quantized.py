@@ -16,7 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .bases import TEXT_STAND_IN, write_adapter, write_flux, write_lora, write_stand_in, write_text_encoder
+from .bases import (
+    TEXT_STAND_IN,
+    write_adapter,
+    write_flux,
+    write_lora,
+    write_stand_in,
+    write_text_encoder,
+)
 from .client import Comfy
 from .conftest import COMFYUI, comfyui_python
 from .graphs import latent_of, node
@@ -40,11 +47,27 @@ def models(comfy: Comfy) -> Path:
 def graph(model: dict, base: str = "flux", lora: float | None = None) -> dict:
     """Four Euler steps of the stock sampler on the MODEL of a node."""
     encoder = {
-        "flux": node("DualCLIPLoader", clip_name1="int8_text.safetensors", clip_name2="int8_text.safetensors", type="flux"),
+        "flux": node(
+            "DualCLIPLoader",
+            clip_name1="int8_text.safetensors",
+            clip_name2="int8_text.safetensors",
+            type="flux",
+        ),
         "qwen": node("CLIPLoader", clip_name="int8_text.safetensors", type="qwen_image"),
     }[base]
-    style = {"style": node("LoraLoaderModelOnly", model=["model", 0], lora_name=LORA, strength_model=lora)}
-    settings = {"seed": 1, "steps": 4, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+    style = {
+        "style": node(
+            "LoraLoaderModelOnly", model=["model", 0], lora_name=LORA, strength_model=lora
+        )
+    }
+    settings = {
+        "seed": 1,
+        "steps": 4,
+        "cfg": 1.0,
+        "sampler_name": "euler",
+        "scheduler": "simple",
+        "denoise": 1.0,
+    }
     wires = {"positive": ["text", 0], "negative": ["text", 0], "latent_image": ["empty", 0]}
     return {
         "model": model,
@@ -52,7 +75,9 @@ def graph(model: dict, base: str = "flux", lora: float | None = None) -> dict:
         "encoder": encoder,
         "text": node("CLIPTextEncode", clip=["encoder", 0], text="a red fox"),
         "empty": node("EmptySD3LatentImage", width=128, height=96, batch_size=1),
-        "sample": node("KSampler", model=["model" if lora is None else "style", 0], **wires, **settings),
+        "sample": node(
+            "KSampler", model=["model" if lora is None else "style", 0], **wires, **settings
+        ),
         "save": node("SaveLatent", samples=["sample", 0], filename_prefix="latent"),
     }
 
@@ -90,7 +115,10 @@ def test_near_sixteen_bit_and_far_below_fp8(sample: Callable, base: str) -> None
     """The latent of four steps; the aim is half of fp8's error."""
     exact = sample(stock(FILES[base]), base)
     fp8 = relative(sample(stock(FILES[base], "fp8_e4m3fn"), base), exact)
-    precise, fast = (relative(sample(eight_bit(FILES[base], compute=name), base), exact) for name in ("16 bit", "int8"))
+    precise, fast = (
+        relative(sample(eight_bit(FILES[base], compute=name), base), exact)
+        for name in ("16 bit", "int8")
+    )
     assert 0 < precise < 0.5 * fp8
     assert 0 < fast < 0.5 * fp8
 
@@ -126,8 +154,14 @@ def test_model_stays_loaded(comfy: Comfy, sample: Callable) -> None:
 def test_progress_while_loading(comfy: Comfy, sample: Callable) -> None:
     comfy.post("/free", {"unload_models": True, "free_memory": True})
     sample(stock())
-    steps = [step for step in comfy.run(graph(eight_bit(compute="int8"))).progress if step.node == "model"]
-    assert {step.max for step in steps} == {2 * 10 + 2 * 3}  # linear layers in two blocks of either kind
+    steps = [
+        step
+        for step in comfy.run(graph(eight_bit(compute="int8"))).progress
+        if step.node == "model"
+    ]
+    assert {step.max for step in steps} == {
+        2 * 10 + 2 * 3
+    }  # linear layers in two blocks of either kind
     assert steps[-1].value == steps[-1].max
 
 
@@ -139,16 +173,32 @@ def test_gm_adapter_on_an_8_bit_base(comfy: Comfy, models: Path) -> None:
     def prompt(base: dict) -> dict:
         nodes = graph(base)
         wires = {"model": ["adapted", 0], "positive": ["text", 0], "latent_image": ["empty", 0]}
-        settings = {"seed": 1, "steps": 4, "solver": "gm-ode", "order": 2, "substeps": 4, "shift": 1.0, "denoise": 1.0}
-        nodes["adapted"] = node("GMFlowAdapter", model=["model", 0], adapter_name=adapter, strength=1.0)
+        settings = {
+            "seed": 1,
+            "steps": 4,
+            "solver": "gm-ode",
+            "order": 2,
+            "substeps": 4,
+            "shift": 1.0,
+            "denoise": 1.0,
+        }
+        nodes["adapted"] = node(
+            "GMFlowAdapter", model=["model", 0], adapter_name=adapter, strength=1.0
+        )
         return {**nodes, "sample": node("GMFlowSampler", **wires, **settings)}
 
     exact, eight = latent_of(comfy, prompt(stock())), latent_of(comfy, prompt(eight_bit()))
     assert exact.isfinite().all()
     assert 0 < relative(eight, exact) < 0.05
     nodes = prompt(eight_bit())
-    keep = node("GMFlowSaveDiffusionModel8bit", model=["adapted", 0], filename_prefix="diffusion_models/adapted")
-    errors = comfy.run({"model": nodes["model"], "adapted": nodes["adapted"], "keep": keep}, expect_error=True).errors
+    keep = node(
+        "GMFlowSaveDiffusionModel8bit",
+        model=["adapted", 0],
+        filename_prefix="diffusion_models/adapted",
+    )
+    errors = comfy.run(
+        {"model": nodes["model"], "adapted": nodes["adapted"], "keep": keep}, expect_error=True
+    ).errors
     assert "connect the model before GM Adapter" in errors["keep"]
     assert torch.equal(latent_of(comfy, prompt(eight_bit())), eight)
 
@@ -161,13 +211,25 @@ def test_saved_and_loaded_back(comfy: Comfy, sample: Callable, lora: float | Non
     prompt = graph(eight_bit(), lora=lora)
     before = latent_of(comfy, prompt)
     keep = node("GMFlowSaveDiffusionModel8bit", model=[source, 0], filename_prefix=prefix)
-    comfy.run({name: prompt[name] for name in ("model", "style") if name in prompt} | {"keep": keep})
+    comfy.run(
+        {name: prompt[name] for name in ("model", "style") if name in prompt} | {"keep": keep}
+    )
     (path,) = (comfy.base / "output" / "diffusion_models").glob(f"saved_{lora}_*")
-    saved, bf16 = load_file(path), load_file(comfy.base / "models" / "diffusion_models" / FILES["flux"])
+    saved, bf16 = (
+        load_file(path),
+        load_file(comfy.base / "models" / "diffusion_models" / FILES["flux"]),
+    )
     assert set(bf16) <= set(saved)
-    assert {weight.dtype for name, weight in saved.items() if name.endswith("qkv.weight")} == {torch.int8}
+    assert {weight.dtype for name, weight in saved.items() if name.endswith("qkv.weight")} == {
+        torch.int8
+    }
     assert not [name for name in saved if name.endswith(".comfy_quant") and "_blocks." not in name]
-    for name in ("img_in.weight", "txt_in.weight", "time_in.in_layer.weight", "final_layer.linear.weight"):
+    for name in (
+        "img_in.weight",
+        "txt_in.weight",
+        "time_in.in_layer.weight",
+        "final_layer.linear.weight",
+    ):
         assert torch.equal(saved[name], bf16[name])
     assert torch.equal(sample(eight_bit(path.name)), before)
     if version(comfy) >= (0, 27):
@@ -185,9 +247,21 @@ def spoiled(models: Path, kind: str) -> str:
         save_file({**weights, "scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}, path)
     elif kind == "nvfp4":
         about = json.dumps({"format": "nvfp4"}).encode()
-        save_file({**weights, "double_blocks.0.img_attn.qkv.comfy_quant": torch.tensor(list(about), dtype=torch.uint8)}, path)
+        save_file(
+            {
+                **weights,
+                "double_blocks.0.img_attn.qkv.comfy_quant": torch.tensor(
+                    list(about), dtype=torch.uint8
+                ),
+            },
+            path,
+        )
     elif kind == "4 bit":
-        packed = {"double_blocks.0.img_attn.qkv.weight.quant_state.bitsandbytes__nf4": torch.zeros(4, dtype=torch.uint8)}
+        packed = {
+            "double_blocks.0.img_attn.qkv.weight.quant_state.bitsandbytes__nf4": torch.zeros(
+                4, dtype=torch.uint8
+            )
+        }
         save_file({**weights, **packed}, path)
     elif kind == "text":
         save_file({"text_model.encoder.layers.0.mlp.fc1.weight": torch.zeros(8, 8)}, path)
@@ -212,10 +286,14 @@ def spoiled(models: Path, kind: str) -> str:
         ("half", ["cannot be read", "download"]),
     ],
 )
-def test_refuses_with_a_reason(comfy: Comfy, models: Path, sample: Callable, kind: str, says: list[str]) -> None:
+def test_refuses_with_a_reason(
+    comfy: Comfy, models: Path, sample: Callable, kind: str, says: list[str]
+) -> None:
     name = spoiled(models, kind)
     text = "\n".join(comfy.run(graph(eight_bit(name)), expect_error=True).errors.values())
-    assert all(part in text for part in [repr(name), *says] if kind != "nan" or part != repr(name)), text
+    assert all(
+        part in text for part in [repr(name), *says] if kind != "nan" or part != repr(name)
+    ), text
     assert sample(eight_bit()).isfinite().all()  # ComfyUI goes on
 
 
@@ -227,7 +305,9 @@ def test_refuses_a_file_that_is_not_there(comfy: Comfy, models: Path) -> None:
 
 
 def test_saves_8_bit_models_only(comfy: Comfy, models: Path) -> None:
-    keep = node("GMFlowSaveDiffusionModel8bit", model=["model", 0], filename_prefix="diffusion_models/no")
+    keep = node(
+        "GMFlowSaveDiffusionModel8bit", model=["model", 0], filename_prefix="diffusion_models/no"
+    )
     errors = comfy.run({"model": stock(), "keep": keep}, expect_error=True).errors
     assert "not in 8 bit" in errors["keep"]
     assert not list((comfy.base / "output").glob("diffusion_models/no_*"))
@@ -256,7 +336,13 @@ with torch.inference_mode():
     print("ANSWER", json.dumps({functions[-1].__name__}(quantized, *json.loads({json.dumps(arguments)!r}))))
 """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([comfyui_python(), "-c", script], cwd=COMFYUI, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [comfyui_python(), "-c", script],
+        cwd=COMFYUI,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     answers = [line for line in done.stdout.splitlines() if line.startswith("ANSWER ")]
     assert answers, done.stderr[-4000:]
     return json.loads(answers[-1].removeprefix("ANSWER "))
@@ -267,7 +353,9 @@ def call_network(model: Any, seed: int = 0) -> Any:
     import torch
 
     generator = torch.Generator().manual_seed(seed)
-    x, context, pooled = (torch.randn(1, *shape, generator=generator) for shape in ((16, 8, 8), (8, 4096), (768,)))
+    x, context, pooled = (
+        torch.randn(1, *shape, generator=generator) for shape in ((16, 8, 8), (8, 4096), (768,))
+    )
     return model.model.diffusion_model(x, torch.tensor([0.7]), context, pooled, torch.tensor([3.5]))
 
 
@@ -285,7 +373,9 @@ def exercise(quantized: Any, path: str, lora_path: str, compute: str) -> dict[st
         """The network's answer with all weights loaded, or those that fit into `memory` bytes."""
         model.patch_model(device_to=torch.device("cpu"), lowvram_model_memory=memory)
         out = call_network(model)
-        about["functions"] = sum(len(getattr(layer, "weight_function", ())) for layer in model.model.modules())
+        about["functions"] = sum(
+            len(getattr(layer, "weight_function", ())) for layer in model.model.modules()
+        )
         model.unpatch_model(model.offload_device)
         return out
 
@@ -354,17 +444,33 @@ BECOMES_INT8 = [
 STAYS_IN_16_BIT = [
     *("img_in", "txt_in", "time_in.in_layer", "vector_in.out_layer", "guidance_in.in_layer"),
     *("final_layer.linear", "final_layer.adaLN_modulation.1", "norm_out.linear", "proj_out"),
-    *("time_text_embed.timestep_embedder.linear_1", "t_embedder.mlp.0", "label_emb.0.0", "time_projection.1"),
+    *(
+        "time_text_embed.timestep_embedder.linear_1",
+        "t_embedder.mlp.0",
+        "label_emb.0.0",
+        "time_projection.1",
+    ),
     *("proj_out_means", "proj_out_logweights", "proj_out_logstds.1", "proj_out_logstds.3"),
-    *("double_stream_modulation_img.lin", "head.head", "txt_in.individual_token_refiner.blocks.0.mlp.0"),
+    *(
+        "double_stream_modulation_img.lin",
+        "head.head",
+        "txt_in.individual_token_refiner.blocks.0.mlp.0",
+    ),
 ]
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("int8")
-    paths = write_flux(folder / "flux.safetensors"), write_lora(folder / "lora.safetensors", strength=0.1)
-    return inside([call_network, exercise, interrupt, everything], *map(str, paths), BECOMES_INT8 + STAYS_IN_16_BIT)
+    paths = (
+        write_flux(folder / "flux.safetensors"),
+        write_lora(folder / "lora.safetensors", strength=0.1),
+    )
+    return inside(
+        [call_network, exercise, interrupt, everything],
+        *map(str, paths),
+        BECOMES_INT8 + STAYS_IN_16_BIT,
+    )
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["as here", "own layout"])

@@ -32,16 +32,24 @@ def head_tensors(policy="GMFlow"):
 
 
 def modulated(t, tokens, embedding):
-    scale, shift = F.linear(F.silu(embedding), t["norm_out.linear.weight"], t["norm_out.linear.bias"]).chunk(2, 1)
+    scale, shift = F.linear(
+        F.silu(embedding), t["norm_out.linear.weight"], t["norm_out.linear.bias"]
+    ).chunk(2, 1)
     centred = tokens - tokens.mean(-1, keepdim=True)
-    return centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (1 + scale[:, None]) + shift[:, None]
+    return (
+        centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (1 + scale[:, None])
+        + shift[:, None]
+    )
 
 
 @pytest.mark.parametrize("size", [(4, 6), (5, 7), (2, 3, 5)])
 def test_a_gm_head_predicts_the_mixture_of_every_pixel(size):
     *frames, height, width = size
     rows, columns, count = (height + 1) // 2, (width + 1) // 2, (frames or [1])[0]
-    tokens, embedding = normal(2, count * rows * columns + 3, WIDTH), normal(2, WIDTH, seed=9)  # 3 of a reference image
+    tokens, embedding = (
+        normal(2, count * rows * columns + 3, WIDTH),
+        normal(2, WIDTH, seed=9),
+    )  # 3 of a reference image
     t = head_tensors()
     head = build_head(t, {"type": "GMFlow"}, LAYOUT, WIDTH)
     prediction = head(tokens, embedding)
@@ -51,11 +59,18 @@ def test_a_gm_head_predicts_the_mixture_of_every_pixel(size):
     axes = {"t": count, "h": rows, "w": columns, "k": COMPONENTS, "p": 2, "q": 2}
     tokens = modulated(t, tokens, embedding)
     used = tokens[:, : count * rows * columns]
-    means = einops.rearrange(F.linear(used, t["proj_out_means.weight"], t["proj_out_means.bias"]), pattern, **axes)
-    logits = einops.rearrange(
-        F.linear(used, t["proj_out_logweights.weight"], t["proj_out_logweights.bias"]), pattern, c=1, **axes
+    means = einops.rearrange(
+        F.linear(used, t["proj_out_means.weight"], t["proj_out_means.bias"]), pattern, **axes
     )
-    hidden = F.linear(F.silu(embedding), t["proj_out_logstds.1.weight"], t["proj_out_logstds.1.bias"])
+    logits = einops.rearrange(
+        F.linear(used, t["proj_out_logweights.weight"], t["proj_out_logweights.bias"]),
+        pattern,
+        c=1,
+        **axes,
+    )
+    hidden = F.linear(
+        F.silu(embedding), t["proj_out_logstds.1.weight"], t["proj_out_logstds.1.bias"]
+    )
     log_std = F.linear(F.silu(hidden), t["proj_out_logstds.3.weight"], t["proj_out_logstds.3.bias"])
 
     def cropped(x):
@@ -79,7 +94,9 @@ def test_a_dx_head_predicts_a_velocity_for_every_time():
     image = head.to_image(prediction, (4, 6))
     values = F.linear(modulated(t, tokens, embedding), t["proj_out.weight"], t["proj_out.bias"])
     pattern = "b (h w) (n c p q) -> b n c (h p) (w q)"
-    assert is_near(image.velocities, einops.rearrange(values, pattern, h=2, n=TIMES, p=2, q=2), 1e-5)
+    assert is_near(
+        image.velocities, einops.rearrange(values, pattern, h=2, n=TIMES, p=2, q=2), 1e-5
+    )
     assert (image.segment_size, image.shift, image.mode) == (0.25, 3.2, "grid")
     assert is_near(LAYOUT.to_tokens(prediction.mean()), values[..., -CHANNELS * 4 :], 1e-5)
 
@@ -100,7 +117,9 @@ def test_a_head_computes_in_the_type_of_its_tokens_and_owns_its_weights():
     head = build_head(t, {}, LAYOUT, WIDTH)
     tokens, embedding = normal(1, 6, WIDTH), normal(1, WIDTH, seed=9)
     assert {p.dtype for p in head.parameters()} == {torch.bfloat16}
-    exact = build_head({name: tensor.float() for name, tensor in t.items()}, {}, LAYOUT, WIDTH)(tokens, embedding)
+    exact = build_head({name: tensor.float() for name, tensor in t.items()}, {}, LAYOUT, WIDTH)(
+        tokens, embedding
+    )
     assert torch.equal(head(tokens, embedding).means, exact.means)
     assert is_near(head(tokens.bfloat16(), embedding.bfloat16()).means, exact.means, 0.03)
     before = head(tokens, embedding).means

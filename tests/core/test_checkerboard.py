@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from gmflow_core.toys.checkerboard import board_density, draw_checkerboard, histogram, on_board, total_variation
+from gmflow_core.toys.checkerboard import (
+    board_density,
+    draw_checkerboard,
+    histogram,
+    on_board,
+    total_variation,
+)
 
 
 def uniform_box(count):
@@ -19,7 +25,10 @@ def test_the_board_is_eight_squares_with_the_lower_left_one_filled():
     cells = density.reshape(4, 2, 4, 2).sum((1, 3))  # (row y, column x)
     expected = torch.tensor([[1.0, 0, 1, 0], [0, 1, 0, 1], [1, 0, 1, 0], [0, 1, 0, 1]]) / 8
     assert torch.equal(cells, expected)
-    assert torch.equal(histogram(torch.tensor([[-3.0, -3.0], [3.0, -1.0]]), bins=4).nonzero(), torch.tensor([[0, 0], [1, 3]]))
+    assert torch.equal(
+        histogram(torch.tensor([[-3.0, -3.0], [3.0, -1.0]]), bins=4).nonzero(),
+        torch.tensor([[0, 0], [1, 3]]),
+    )
 
 
 def test_draws_fill_the_board_evenly():
@@ -57,7 +66,11 @@ def test_a_uniform_box_is_half_wrong():
 def test_samples_outside_count_as_wrong():
     inside, far = exact_draws(150_000), torch.full((50_000, 2), 100.0)
     lost = total_variation(torch.cat([inside, far]))
-    assert lost == pytest.approx(0.25, abs=0.005)  # a quarter is missing inside, and the floor hides in it
+    assert lost == pytest.approx(
+        0.25, abs=0.005
+    )  # a quarter is missing inside, and the floor hides in it
     assert total_variation(far) == pytest.approx(1)
-    assert total_variation(torch.cat([inside, torch.full((50_000, 2), float("nan"))])) == pytest.approx(lost)
+    assert total_variation(
+        torch.cat([inside, torch.full((50_000, 2), float("nan"))])
+    ) == pytest.approx(lost)
     assert histogram(torch.tensor([[4.0, 0.0], [-4.0, -4.0], [-4.01, 0.0]])).sum() == 1

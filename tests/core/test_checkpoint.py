@@ -17,7 +17,11 @@ from tests.helpers import normal
 
 
 def network(**changes):
-    return GMFlowMLP(GMFlowMLPConfig(**{"num_components": 3, "embed_dim": 8, "hidden_dim": 6, "num_layers": 1, **changes}))
+    return GMFlowMLP(
+        GMFlowMLPConfig(
+            **{"num_components": 3, "embed_dim": 8, "hidden_dim": 6, "num_layers": 1, **changes}
+        )
+    )
 
 
 @pytest.fixture
@@ -36,14 +40,23 @@ def saved(path):
 
 @pytest.mark.parametrize("constant_log_std", [None, 0.0])
 def test_weights_config_facts_and_training_state_come_back(path, constant_log_std):
-    model, facts = network(constant_log_std=constant_log_std), {"steps": 7, "note": "über", "losses": [1.5, None]}
-    state = {"step": torch.tensor(7), "optimizer.0.exp_avg": torch.randn(3, 2), "net.0.weight": torch.ones(1)}
+    model, facts = (
+        network(constant_log_std=constant_log_std),
+        {"steps": 7, "note": "über", "losses": [1.5, None]},
+    )
+    state = {
+        "step": torch.tensor(7),
+        "optimizer.0.exp_avg": torch.randn(3, 2),
+        "net.0.weight": torch.ones(1),
+    }
     save_checkpoint(model, path, facts=facts, state=state)
     loaded, config = load_checkpoint(path)
     assert config == model.config == loaded.config
     assert not loaded.training
     assert not any(p.requires_grad for p in loaded.parameters())
-    assert {n: t.tolist() for n, t in loaded.state_dict().items()} == {n: t.tolist() for n, t in model.state_dict().items()}
+    assert {n: t.tolist() for n, t in loaded.state_dict().items()} == {
+        n: t.tolist() for n, t in model.state_dict().items()
+    }
     assert torch.equal(loaded(normal(4, 2), 0.5).means, model(normal(4, 2), 0.5).means)
     assert read_metadata(str(path)) == {
         "model_class": "GMFlowMLP",
@@ -62,7 +75,10 @@ def test_weights_may_be_stored_and_loaded_in_other_types(path):
     assert load_training_state(path)["step"].dtype == torch.int64
     assert next(load_checkpoint(path, dtype=None)[0].parameters()).dtype == torch.bfloat16
     loaded = load_checkpoint(path)[0].state_dict()
-    assert all(torch.equal(loaded[name], t.to(torch.bfloat16).float()) for name, t in model.state_dict().items())
+    assert all(
+        torch.equal(loaded[name], t.to(torch.bfloat16).float())
+        for name, t in model.state_dict().items()
+    )
 
 
 def test_a_checkpoint_without_training_state_has_an_empty_one(saved):
@@ -142,17 +158,41 @@ BYTES = {  # what the file holds instead
         lambda whole: whole[:-10],
         "is not a whole safetensors file .*; if it was downloaded or copied, do that again",
     ),
-    "cut in the header": (lambda whole: whole[:50], "is not a whole safetensors file .*do that again"),
+    "cut in the header": (
+        lambda whole: whole[:50],
+        "is not a whole safetensors file .*do that again",
+    ),
     "empty": (lambda _: b"", "is not a whole safetensors file .*do that again"),
-    "web page": (lambda _: b"<html>404 Not Found</html>", "is not a whole safetensors file .*do that again"),
-    "bare pickle": (lambda _: pickle.dumps({"weight": 1}), "is a pickle file .*; use the .safetensors version"),
-    "zip pickle": (lambda _: torch_saved(True), "is a pickle file .*; use the .safetensors version"),
-    "legacy pickle": (lambda _: torch_saved(False), "is a pickle file .*; use the .safetensors version"),
+    "web page": (
+        lambda _: b"<html>404 Not Found</html>",
+        "is not a whole safetensors file .*do that again",
+    ),
+    "bare pickle": (
+        lambda _: pickle.dumps({"weight": 1}),
+        "is a pickle file .*; use the .safetensors version",
+    ),
+    "zip pickle": (
+        lambda _: torch_saved(True),
+        "is a pickle file .*; use the .safetensors version",
+    ),
+    "legacy pickle": (
+        lambda _: torch_saved(False),
+        "is a pickle file .*; use the .safetensors version",
+    ),
 }
 METADATA = {  # None removes an entry
-    "foreign": ({"format": "pt"}, "not a GMFlow checkpoint .*; load other models with their own loader"),
-    "no format": ({"format": None}, "not a GMFlow checkpoint .*; load other models with their own loader"),
-    "newer format": ({"format": "gmflow-2"}, "gmflow-2; this version knows .* gmflow-1; update GMFlow"),
+    "foreign": (
+        {"format": "pt"},
+        "not a GMFlow checkpoint .*; load other models with their own loader",
+    ),
+    "no format": (
+        {"format": None},
+        "not a GMFlow checkpoint .*; load other models with their own loader",
+    ),
+    "newer format": (
+        {"format": "gmflow-2"},
+        "gmflow-2; this version knows .* gmflow-1; update GMFlow",
+    ),
     "unknown class": (
         {"model_class": "GMFlowX"},
         "holds a GMFlowX .*; this version knows .'DiTDH', 'GMDiT', 'GMFlowMLP'.*; update GMFlow",
@@ -168,22 +208,39 @@ METADATA = {  # None removes an entry
 }
 TENSORS = {
     "missing": ({"out_means.weight": None}, r"'out_means.weight': expected \(6, 6\), found none"),
-    "extra": ({"out_extra.weight": torch.ones(1)}, r"'out_extra.weight': expected none, found \(1,\)"),
-    "misshaped": ({"out_means.weight": torch.ones(4, 6)}, r"'out_means.weight': expected \(6, 6\), found \(4, 6\)"),
+    "extra": (
+        {"out_extra.weight": torch.ones(1)},
+        r"'out_extra.weight': expected none, found \(1,\)",
+    ),
+    "misshaped": (
+        {"out_means.weight": torch.ones(4, 6)},
+        r"'out_means.weight': expected \(6, 6\), found \(4, 6\)",
+    ),
 }
 
 
 def torch_saved(as_zip):
-    torch.save(network().state_dict(), buffer := io.BytesIO(), _use_new_zipfile_serialization=as_zip)
+    torch.save(
+        network().state_dict(), buffer := io.BytesIO(), _use_new_zipfile_serialization=as_zip
+    )
     return buffer.getvalue()
 
 
 def rewrite(path, tensors=(), metadata=()):
     """The checkpoint with other tensors or metadata; None removes an entry."""
     config = json.dumps(vars(network().config))
-    entries = {"format": "gmflow-1", "model_class": "GMFlowMLP", "config": config, "training": "{}", **dict(metadata)}
+    entries = {
+        "format": "gmflow-1",
+        "model_class": "GMFlowMLP",
+        "config": config,
+        "training": "{}",
+        **dict(metadata),
+    }
     contents = {**load_file(path), **dict(tensors)}
-    present = [{name: value for name, value in part.items() if value is not None} for part in (contents, entries)]
+    present = [
+        {name: value for name, value in part.items() if value is not None}
+        for part in (contents, entries)
+    ]
     save_file(present[0], path, present[1])
 
 
@@ -195,8 +252,13 @@ def assert_named(path, advice):
 def test_a_folder_is_named(saved):
     saved.unlink()
     saved.mkdir()
-    assert_named(saved, "is a folder without transformer/config.json, .*; give the .safetensors file inside it")
-    with pytest.raises(ValueError, match=r"model\.safetensors is a folder; give the \.safetensors file inside it"):
+    assert_named(
+        saved,
+        "is a folder without transformer/config.json, .*; give the .safetensors file inside it",
+    )
+    with pytest.raises(
+        ValueError, match=r"model\.safetensors is a folder; give the \.safetensors file inside it"
+    ):
         load_training_state(saved)
 
 

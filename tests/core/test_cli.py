@@ -5,7 +5,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from gmflow_core import GaussianMixtureSource, load_checkpoint, read_metadata, sample_images, save_checkpoint, save_source
+from gmflow_core import (
+    GaussianMixtureSource,
+    load_checkpoint,
+    read_metadata,
+    sample_images,
+    save_checkpoint,
+    save_source,
+)
 from gmflow_core.cli import DEMO_MODEL, main
 from gmflow_core.files.checkpoint import SHIPPED
 from gmflow_core.models.gmdit import GMDiT, GMDiTConfig
@@ -58,8 +65,12 @@ def test_sample_writes_points_and_pictures(tmp_path):
     first = load_file(sample("a.safetensors", "--solver", "gm-sde", "--seed", "3"))["points"]
     assert first.shape == (500, 2)
     assert first.isfinite().all()
-    assert torch.equal(first, load_file(sample("b.safetensors", "--solver", "gm-sde", "--seed", "3"))["points"])
-    assert not torch.equal(first, load_file(sample("c.safetensors", "--solver", "gm-sde", "--seed", "4"))["points"])
+    assert torch.equal(
+        first, load_file(sample("b.safetensors", "--solver", "gm-sde", "--seed", "3"))["points"]
+    )
+    assert not torch.equal(
+        first, load_file(sample("c.safetensors", "--solver", "gm-sde", "--seed", "4"))["points"]
+    )
     assert Image.open(sample("d.png", "--solver", "euler", "--outline")).size == (512, 512)
 
 
@@ -91,7 +102,9 @@ def test_errors_are_one_line(arguments, complaint):
 
 def test_density_picture_puts_points_where_they_are():
     """y upwards; points outside the frame are left out; bins need not divide the size."""
-    picture = density_picture(torch.tensor([[3.0, -3.0], [99.0, 0.0]]), size=100, bins=30, extent=4.0)
+    picture = density_picture(
+        torch.tensor([[3.0, -3.0], [99.0, 0.0]]), size=100, bins=30, extent=4.0
+    )
     assert picture.shape == (100, 100, 3)
     bright = (picture != picture[0, 0]).any(-1).nonzero().float().mean(0)
     assert bright[0] > 80
@@ -102,10 +115,36 @@ def test_density_picture_puts_points_where_they_are():
 
 def test_sample_draws_the_classes_asked_for(tmp_path):
     """The shipped digits: each label's own, a row of three."""
-    checkpoint, common = str(SHIPPED / "digits_k8.safetensors"), ["--steps", "4", "--count", "3", "--device", "cpu"]
-    main(["sample", checkpoint, *common, "--labels", "3", "7", "--guidance", "0.1", "--out", str(tmp_path / "digits.png")])
+    checkpoint, common = (
+        str(SHIPPED / "digits_k8.safetensors"),
+        ["--steps", "4", "--count", "3", "--device", "cpu"],
+    )
+    main(
+        [
+            "sample",
+            checkpoint,
+            *common,
+            "--labels",
+            "3",
+            "7",
+            "--guidance",
+            "0.1",
+            "--out",
+            str(tmp_path / "digits.png"),
+        ]
+    )
     assert Image.open(tmp_path / "digits.png").size == (2 + 3 * 66, 2 + 2 * 66)
-    main(["sample", checkpoint, *common, "--solver", "gm-sde", "--out", str(tmp_path / "digits.safetensors")])
+    main(
+        [
+            "sample",
+            checkpoint,
+            *common,
+            "--solver",
+            "gm-sde",
+            "--out",
+            str(tmp_path / "digits.safetensors"),
+        ]
+    )
     found = load_file(tmp_path / "digits.safetensors")
     assert found["labels"].tolist() == [label for label in range(10) for _ in range(3)]
     assert found["samples"].shape == (30, 3, 8, 8)
@@ -127,11 +166,33 @@ def test_labels_and_guidance_that_do_not_fit_are_quoted(arguments, message, tmp_
 
 
 def test_sample_without_a_label(tmp_path):
-    sizes = {"num_components": 2, "channels": 3, "latent_size": 8, "num_layers": 1, "num_heads": 1, "head_dim": 8}
-    network, about = GMDiT(GMDiTConfig(num_classes=4, **sizes)), {"space": "pixels", "labels": list("abcd")}
-    for name, data, options in (("labelled", about, ["--unlabelled"]), ("unlabelled", {**about, "unlabelled": True}, [])):
+    sizes = {
+        "num_components": 2,
+        "channels": 3,
+        "latent_size": 8,
+        "num_layers": 1,
+        "num_heads": 1,
+        "head_dim": 8,
+    }
+    network, about = (
+        GMDiT(GMDiTConfig(num_classes=4, **sizes)),
+        {"space": "pixels", "labels": list("abcd")},
+    )
+    for name, data, options in (
+        ("labelled", about, ["--unlabelled"]),
+        ("unlabelled", {**about, "unlabelled": True}, []),
+    ):
         save_checkpoint(network, tmp_path / f"{name}.safetensors", data=data)
-        command = ["sample", str(tmp_path / f"{name}.safetensors"), "--steps", "1", "--device", "cpu", "--count", "2"]
+        command = [
+            "sample",
+            str(tmp_path / f"{name}.safetensors"),
+            "--steps",
+            "1",
+            "--device",
+            "cpu",
+            "--count",
+            "2",
+        ]
         command += ["--out", str(tmp_path / "x.safetensors")]
         main([*command, *options])
         assert load_file(tmp_path / "x.safetensors")["labels"].tolist() == [4, 4]
@@ -142,20 +203,41 @@ def test_sample_without_a_label(tmp_path):
 
 
 def test_sample_from_a_mixture_source(tmp_path):
-    source = GaussianMixtureSource(torch.randn(4, 3, 8, 8), torch.full((4, 1, 1, 1), 0.5), torch.full((4,), 0.25).log())
+    source = GaussianMixtureSource(
+        torch.randn(4, 3, 8, 8), torch.full((4, 1, 1, 1), 0.5), torch.full((4,), 0.25).log()
+    )
     save_source(source, tmp_path / "source.safetensors")
     about = {"num_modes": 4, "shape": [3, 8, 8], "coupling": "soft", "conditioning": "mode"}
     network = GMDiT(
-        GMDiTConfig(num_components=2, channels=3, latent_size=8, num_classes=4, num_layers=1, num_heads=1, head_dim=8)
+        GMDiTConfig(
+            num_components=2,
+            channels=3,
+            latent_size=8,
+            num_classes=4,
+            num_layers=1,
+            num_heads=1,
+            head_dim=8,
+        )
     )
     data = {"space": "pixels", "labels": [f"mode {m}" for m in range(4)], "source": about}
     save_checkpoint(network, tmp_path / "model.safetensors", data=data)
-    command = ["sample", str(tmp_path / "model.safetensors"), "--steps", "1", "--device", "cpu", "--count", "2"]
+    command = [
+        "sample",
+        str(tmp_path / "model.safetensors"),
+        "--steps",
+        "1",
+        "--device",
+        "cpu",
+        "--count",
+        "2",
+    ]
     command += ["--labels", "1", "mode 3", "--out", str(tmp_path / "x.safetensors")]
     with pytest.raises(SystemExit, match="with a mixture source; give it as --source"):
         main(command)
     main([*command, "--source", str(tmp_path / "source.safetensors")])
     found = load_file(tmp_path / "x.safetensors")
     assert found["labels"].tolist() == [1, 1, 3, 3]
-    expected = sample_images(network.eval(), None, steps=1, source=source, modes=found["labels"], seeds=range(4))
+    expected = sample_images(
+        network.eval(), None, steps=1, source=source, modes=found["labels"], seeds=range(4)
+    )
     assert torch.allclose(found["samples"], expected, atol=1e-5)

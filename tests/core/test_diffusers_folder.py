@@ -18,7 +18,13 @@ from gmflow_core import load_checkpoint, read_metadata
 from gmflow_core.cli import main
 from gmflow_core.models import GMDiT
 from gmflow_core.models.gmdit import GMDiTConfig
-from tests.diffusers_folder import change_json, random_model, write_json, write_published_folder, write_weights
+from tests.diffusers_folder import (
+    change_json,
+    random_model,
+    write_json,
+    write_published_folder,
+    write_weights,
+)
 from tests.helpers import normal
 
 LABELS = {"0": "tench, Tinca tinca", "2": "größer", "9": "toilet tissue"}
@@ -43,7 +49,10 @@ def same_model(loaded, model):
     assert all(torch.equal(found[name], expected[name].to(found[name].dtype)) for name in expected)
     size, labels = model.config.latent_size, torch.tensor([0, model.config.num_classes])
     x, sigma = normal(2, model.config.channels, size, size), torch.tensor([0.9, 0.2])
-    actual, wanted = loaded(x, sigma, labels), model.to(next(loaded.parameters()).dtype)(x, sigma, labels)
+    actual, wanted = (
+        loaded(x, sigma, labels),
+        model.to(next(loaded.parameters()).dtype)(x, sigma, labels),
+    )
     return torch.equal(actual.means, wanted.means) and torch.equal(actual.log_std, wanted.log_std)
 
 
@@ -51,7 +60,10 @@ def same_model(loaded, model):
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32])
-@pytest.mark.parametrize(("underscore", "library"), [(True, "lib"), (False, "lib"), (True, "lakonlab"), (False, "lakonlab")])
+@pytest.mark.parametrize(
+    ("underscore", "library"),
+    [(True, "lib"), (False, "lib"), (True, "lakonlab"), (False, "lakonlab")],
+)
 def test_a_folder_loads_as_the_model_that_was_written(tmp_path, model, underscore, library, dtype):
     written = write_published_folder(tmp_path / "x", model, underscore=underscore, library=library)
     loaded, config = load_checkpoint(written, dtype=dtype)
@@ -72,7 +84,9 @@ def test_a_folder_loads_as_the_model_that_was_written(tmp_path, model, underscor
 )
 def test_other_configs_load_too(tmp_path, changes):
     model = random_model(**changes)
-    assert same_model(load_checkpoint(write_published_folder(tmp_path / "x", model), dtype=None)[0], model)
+    assert same_model(
+        load_checkpoint(write_published_folder(tmp_path / "x", model), dtype=None)[0], model
+    )
 
 
 @pytest.mark.parametrize("variant", [None, "bf16"])
@@ -114,14 +128,19 @@ def test_the_scaling_factor_is_the_vaes(folder):
 
 def test_a_spectrum_network_that_got_lost_is_missed_aloud(folder):
     shutil.rmtree(folder / "spectrum_net")
-    with pytest.warns(UserWarning, match="published: model_index.json names a spectrum_net, .* missing"):
+    with pytest.warns(
+        UserWarning, match="published: model_index.json names a spectrum_net, .* missing"
+    ):
         assert load_checkpoint(folder)[1].spectrum_layers is None
 
 
 def test_the_folder_is_one_that_diffusers_knows(tmp_path, model):
     try:
         from diffusers import AutoencoderKL
-    except (ImportError, RuntimeError) as error:  # diffusers imports lazily, and says RuntimeError of what it depends on
+    except (
+        ImportError,
+        RuntimeError,
+    ) as error:  # diffusers imports lazily, and says RuntimeError of what it depends on
         pytest.skip(f"diffusers does not import: {error}")
     written = write_published_folder(tmp_path / "x", model, vae_weights=True)
     vae = AutoencoderKL.from_pretrained(written / "vae", variant="bf16")
@@ -131,7 +150,9 @@ def test_the_folder_is_one_that_diffusers_knows(tmp_path, model):
 
 def test_the_published_model_at_full_size(tmp_path):
     """Its names and shapes, without its weights."""
-    layout = json.loads((Path(__file__).parents[1] / "golden" / "gmdit_imagenet_k8_layout.json").read_text())
+    layout = json.loads(
+        (Path(__file__).parents[1] / "golden" / "gmdit_imagenet_k8_layout.json").read_text()
+    )
     expected = {}
     for part, prefix in (("transformer", ""), ("spectrum_net", "spectrum_net.")):
         write_json(tmp_path / part / "config.json", layout[part]["config"])
@@ -145,24 +166,56 @@ def test_the_published_model_at_full_size(tmp_path):
     assert found == expected
     sizes = [layout[part]["parameters"] for part in ("transformer", "spectrum_net")]
     assert sizes[0] == 676_164_001
-    assert sum(math.prod(shape) for shape in found.values()) == sum(p.numel() for p in network.parameters()) == sum(sizes)
+    assert (
+        sum(math.prod(shape) for shape in found.values())
+        == sum(p.numel() for p in network.parameters())
+        == sum(sizes)
+    )
 
 
 # Folders that are something else
 
 CONFIGS = {  # part, changes to its config.json, the error
-    "class": ("transformer", {"_class_name": "FluxTransformer2DModel"}, "a FluxTransformer2DModel, not of a GMDiT.*own loader"),
-    "norm": ("transformer", {"norm_type": "layer_norm"}, "norm_type = 'layer_norm'; .* only 'ada_norm_zero'"),
-    "affine": ("transformer", {"norm_elementwise_affine": True}, "norm_elementwise_affine = True; .* only False"),
+    "class": (
+        "transformer",
+        {"_class_name": "FluxTransformer2DModel"},
+        "a FluxTransformer2DModel, not of a GMDiT.*own loader",
+    ),
+    "norm": (
+        "transformer",
+        {"norm_type": "layer_norm"},
+        "norm_type = 'layer_norm'; .* only 'ada_norm_zero'",
+    ),
+    "affine": (
+        "transformer",
+        {"norm_elementwise_affine": True},
+        "norm_elementwise_affine = True; .* only False",
+    ),
     "eps": ("transformer", {"norm_eps": 1e-6}, "norm_eps = 1e-06; .* only 1e-05"),
-    "activation": ("transformer", {"activation_fn": "geglu"}, "activation_fn = 'geglu'; .* only 'gelu-approximate'"),
+    "activation": (
+        "transformer",
+        {"activation_fn": "geglu"},
+        "activation_fn = 'geglu'; .* only 'gelu-approximate'",
+    ),
     "bias": ("transformer", {"attention_bias": False}, "attention_bias = False; .* only True"),
     "channels": ("transformer", {"out_channels": 8}, "out_channels = 8; .* only None or 4"),
     "missing": ("transformer", {"num_gaussians": ...}, "config.json lacks num_gaussians"),
-    "not a number": ("transformer", {"num_embeds_ada_norm": None}, "num_embeds_ada_norm = None instead of a whole number"),
+    "not a number": (
+        "transformer",
+        {"num_embeds_ada_norm": None},
+        "num_embeds_ada_norm = None instead of a whole number",
+    ),
     "out of range": ("transformer", {"num_gaussians": 0}, "num_components is 0"),
-    "spectrum's class": ("spectrum_net", {"_class_name": "SpectrumCNN"}, "a SpectrumCNN, not of a SpectrumMLP"),
-    "spectrum's size": ("spectrum_net", {"base_size": [4, 9, 9]}, r"base_size = \[4, 9, 9\], .* \[4, 8, 8\]"),
+    "spectrum's class": (
+        "spectrum_net",
+        {"_class_name": "SpectrumCNN"},
+        "a SpectrumCNN, not of a SpectrumMLP",
+    ),
+    "spectrum's size": (
+        "spectrum_net",
+        {"base_size": [4, 9, 9]},
+        r"base_size = \[4, 9, 9\], .* \[4, 8, 8\]",
+    ),
     "spectrum's layers": ("spectrum_net", {"layers": 64}, "layers = 64 instead of a list"),
 }
 
@@ -190,20 +243,31 @@ def test_json_of_another_kind_is_named(folder, path, content, complaint):
 
 def test_a_folder_without_a_transformer_is_named(folder):
     shutil.rmtree(folder / "transformer")
-    with pytest.raises(ValueError, match=r"published is a folder without transformer/config\.json.* model_index\.json and"):
+    with pytest.raises(
+        ValueError,
+        match=r"published is a folder without transformer/config\.json.* model_index\.json and",
+    ):
         load_checkpoint(folder)
 
 
 def test_tensors_that_do_not_fit_are_named(folder):
     weights = folder / "spectrum_net" / WEIGHTS
     save_file({**load_file(weights), "mlp.0.bias": torch.zeros(7)}, weights)
-    with pytest.raises(ValueError, match=r"published: 1 tensors .*'spectrum_net.mlp.0.bias': expected \(6,\), found \(7,\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"published: 1 tensors .*'spectrum_net.mlp.0.bias': expected \(6,\), found \(7,\)",
+    ):
         load_checkpoint(folder)
 
 
 def test_pickles_are_not_read(folder):
-    (folder / "transformer" / WEIGHTS).rename(folder / "transformer" / "diffusion_pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"published/transformer holds no .*diffusion_pytorch_model\.bin.* never read"):
+    (folder / "transformer" / WEIGHTS).rename(
+        folder / "transformer" / "diffusion_pytorch_model.bin"
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"published/transformer holds no .*diffusion_pytorch_model\.bin.* never read",
+    ):
         load_checkpoint(folder)
     (folder / "transformer" / WEIGHTS).write_bytes(pickle.dumps({"weight": 1}))
     with pytest.raises(ValueError, match=r"is a pickle file"):
@@ -242,7 +306,9 @@ class Hub:
 
     def weights(self):
         """What was downloaded of them."""
-        return sorted(path.relative_to(self.cache).as_posix() for path in self.cache.rglob("*.safetensors"))
+        return sorted(
+            path.relative_to(self.cache).as_posix() for path in self.cache.rglob("*.safetensors")
+        )
 
 
 @pytest.fixture
@@ -274,7 +340,10 @@ def test_a_hub_id_is_downloaded_and_loaded(hub, model, source, call):
 
 def test_only_one_variant_of_the_weights_is_downloaded(hub, model):
     for part in ("transformer", "spectrum_net"):
-        for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"):
+        for name in (
+            "diffusion_pytorch_model.safetensors",
+            "diffusion_pytorch_model.fp16.safetensors",
+        ):
             (hub.remote / part / name).write_bytes(b"not needed")
     load_checkpoint("owner/name")
     assert hub.weights() == [f"spectrum_net/{WEIGHTS}", f"transformer/{WEIGHTS}"]
@@ -286,7 +355,9 @@ def test_weights_in_full_precision_are_downloaded_where_there_are_no_others(hub,
     model = random_model(torch.float32)
     shutil.rmtree(hub.remote / "transformer")
     write_published_folder(hub.remote, model, variant=None, shards=shards)
-    (hub.remote / "transformer" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"not needed")
+    (hub.remote / "transformer" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(
+        b"not needed"
+    )
     loaded, _ = load_checkpoint("owner/name", dtype=None)
     assert {p.dtype for p in loaded.spectrum_net.parameters()} == {torch.bfloat16}
     assert torch.equal(loaded.proj_out_2.weight, model.proj_out_2.weight)
@@ -295,7 +366,9 @@ def test_weights_in_full_precision_are_downloaded_where_there_are_no_others(hub,
 
 def test_nothing_large_is_downloaded_of_another_model(hub):
     change_json(hub.remote / "transformer" / "config.json", _class_name="FluxTransformer2DModel")
-    with pytest.raises(ValueError, match=r"owner/name/transformer/config.json is of a FluxTransformer2DModel"):
+    with pytest.raises(
+        ValueError, match=r"owner/name/transformer/config.json is of a FluxTransformer2DModel"
+    ):
         load_checkpoint("owner/name")
     assert hub.weights() == []
 
@@ -306,27 +379,40 @@ def test_what_is_on_disk_comes_before_the_hub(hub, folder, tmp_path, model):
     assert hub.calls == []
 
 
-@pytest.mark.parametrize("source", ["nothing", "a/b/c", "./a/b", "../b", "/a/b", "runs/model.safetensors", "runs/model.pt"])
+@pytest.mark.parametrize(
+    "source",
+    ["nothing", "a/b/c", "./a/b", "../b", "/a/b", "runs/model.safetensors", "runs/model.pt"],
+)
 def test_what_is_neither_a_path_nor_an_id_does_not_go_to_the_hub(hub, source):
-    with pytest.raises(FileNotFoundError, match=f"there is no checkpoint {Path(source)}: .*no hub id"):
+    with pytest.raises(
+        FileNotFoundError, match=f"there is no checkpoint {Path(source)}: .*no hub id"
+    ):
         load_checkpoint(source)
     assert hub.calls == []
 
 
-@pytest.mark.parametrize("error", [ConnectionError("Name or\nservice not known"), RuntimeError("401"), ValueError("bad id")])
+@pytest.mark.parametrize(
+    "error",
+    [ConnectionError("Name or\nservice not known"), RuntimeError("401"), ValueError("bad id")],
+)
 def test_a_hub_that_does_not_answer_is_named_with_what_to_do(hub, monkeypatch, error):
     def fail(*args, **kwargs):
         raise error
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    with pytest.raises(OSError, match=rf"owner/name is no file or folder .*\({reason}\).* by other means and give its path"):
+    with pytest.raises(
+        OSError,
+        match=rf"owner/name is no file or folder .*\({reason}\).* by other means and give its path",
+    ):
         load_checkpoint("owner/name")
 
 
 def test_without_the_hubs_package_it_says_how_to_get_it(hub, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ValueError, match=r"owner/name is no file .*pip install huggingface_hub.* other means"):
+    with pytest.raises(
+        ValueError, match=r"owner/name is no file .*pip install huggingface_hub.* other means"
+    ):
         read_metadata("owner/name")
 
 
@@ -334,13 +420,16 @@ def test_without_the_hubs_package_it_says_how_to_get_it(hub, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("choice", "dtype"), [("keep", "bfloat16"), ("bf16", "bfloat16"), ("fp32", "float32"), ("fp16", "float16")]
+    ("choice", "dtype"),
+    [("keep", "bfloat16"), ("bf16", "bfloat16"), ("fp32", "float32"), ("fp16", "float16")],
 )
 def test_convert_writes_the_same_model_as_one_file(folder, model, tmp_path, capsys, choice, dtype):
     out = tmp_path / "new" / "model.safetensors"
     main(["convert", str(folder), str(out), "--dtype", choice])
     count = sum(p.numel() for p in model.parameters())
-    assert capsys.readouterr().out.startswith(f"{out}: GMDiT, parameters: {count:,} in torch.{dtype}, 0.0")
+    assert capsys.readouterr().out.startswith(
+        f"{out}: GMDiT, parameters: {count:,} in torch.{dtype}, 0.0"
+    )
     loaded, _ = load_checkpoint(out, dtype=None)
     assert {p.dtype for p in loaded.parameters()} == {getattr(torch, dtype)}
     assert read_metadata(out) == read_metadata(folder)
@@ -371,7 +460,10 @@ def test_inspect_shows_what_the_samples_are(hub, folder, tmp_path, capsys):
         main(["inspect", source])
         out = capsys.readouterr().out
         assert f"{source}: GMDiT" in out
-        assert 'data: 10 labels ("tench, Tinca tinca", "class 1", "größer", ...), space "sd-vae", scaling_factor 0.18215' in out
+        assert (
+            'data: 10 labels ("tench, Tinca tinca", "class 1", "größer", ...), space "sd-vae", scaling_factor 0.18215'
+            in out
+        )
 
 
 def test_weights_beside_the_config_are_all_that_is_read(folder):

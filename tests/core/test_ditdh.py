@@ -8,7 +8,14 @@ import torch
 from gmflow_core.models.ditdh import DiTDH, DiTDHConfig, grid_rotation, rotate_pairs
 from tests.helpers import golden, is_near, normal
 
-SMALL = {"channels": 6, "latent_size": 4, "num_classes": 10, "trunk_layers": 2, "trunk_width": 16, "trunk_heads": 2}
+SMALL = {
+    "channels": 6,
+    "latent_size": 4,
+    "num_classes": 10,
+    "trunk_layers": 2,
+    "trunk_width": 16,
+    "trunk_heads": 2,
+}
 SMALL |= {"head_layers": 1, "head_width": 24, "head_heads": 3, "log_std_dim": 16}
 S = {"trunk_layers": 12, "trunk_width": 384, "trunk_heads": 6}
 MODES = {"num_classes": 8192, "null_class": False}
@@ -23,13 +30,17 @@ def small_network(**changes):
 
 
 def published_tensors():
-    return {k.removeprefix("net."): v for k, v in golden("ddt_tiny").items() if k.startswith("net.")}
+    return {
+        k.removeprefix("net."): v for k, v in golden("ddt_tiny").items() if k.startswith("net.")
+    }
 
 
 def test_golden_network():
     """RAE's public DiTwDDTHead, under its own names."""
     figures, network = golden("ddt_tiny"), DiTDH.from_published(published_tensors(), head_layers=1)
-    assert dataclasses.replace(network.config, num_classes=10, log_std_dim=16) == DiTDHConfig(**SMALL)
+    assert dataclasses.replace(network.config, num_classes=10, log_std_dim=16) == DiTDHConfig(
+        **SMALL
+    )
     mixture = network(figures["x"], figures["sigma"], figures["labels"])
     assert is_near(mixture.mean(), figures["velocity"])
     assert torch.equal(mixture.log_weights, torch.zeros(2, 1, 1, 4, 4))
@@ -41,7 +52,9 @@ def test_published_tensors_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match=r"not those of a DiTwDDTHead.*s_embedder"):
         DiTDH.from_published({"weight": torch.zeros(2)})
     tensors["blocks.0.attn.q_norm.weight"] = torch.ones(8)
-    with pytest.raises(ValueError, match=r"1 tensors do not fit.*q_norm.*expected none, found \(8,\)"):
+    with pytest.raises(
+        ValueError, match=r"1 tensors do not fit.*q_norm.*expected none, found \(8,\)"
+    ):
         DiTDH.from_published(tensors, head_layers=1)
     del tensors["blocks.0.attn.q_norm.weight"], tensors["final_layer.linear.bias"]
     with pytest.raises(ValueError, match=r"final_layer.linear.bias.*expected \(6,\), found none"):
@@ -49,7 +62,8 @@ def test_published_tensors_that_do_not_fit_are_named():
 
 
 @pytest.mark.parametrize(
-    ("changes", "count"), [({}, 838_380_628), (S, 196_357_204), (MODES, 846_664_660), ({"num_classes": 0}, 837_227_476)]
+    ("changes", "count"),
+    [({}, 838_380_628), (S, 196_357_204), (MODES, 846_664_660), ({"num_classes": 0}, 837_227_476)],
 )
 def test_published_sizes(changes, count):
     """839 M and 196 M, of which the published files store 0.3 M of positions that are computed here."""
@@ -77,7 +91,9 @@ def test_it_starts_as_the_mean_0_and_learns_from_there():
 
 def test_components_do_not_start_alike():
     torch.manual_seed(0)
-    network = DiTDH(DiTDHConfig(**SMALL, num_components=3, constant_log_std=None, spectrum_layers=(8, 4)))
+    network = DiTDH(
+        DiTDHConfig(**SMALL, num_components=3, constant_log_std=None, spectrum_layers=(8, 4))
+    )
     mixture = network(normal(2, 6, 4, 4), torch.tensor(0.5), torch.tensor([0, 10]))
     assert mixture.means.shape == (2, 3, 6, 4, 4)
     assert mixture.log_weights.shape == (2, 3, 1, 4, 4)
@@ -86,10 +102,16 @@ def test_components_do_not_start_alike():
     assert (mixture.means[:, 0] - mixture.means[:, 1]).abs().mean() > 0.1
     assert network.spectrum_net(mixture.moment_match()).shape == (2, 6, 4, 4)
     mixture.log_prob(normal(2, 6, 4, 4, seed=2)).mean().backward()
-    assert all(p.grad is not None for name, p in network.named_parameters() if not name.startswith("spectrum_net."))
+    assert all(
+        p.grad is not None
+        for name, p in network.named_parameters()
+        if not name.startswith("spectrum_net.")
+    )
     network.zero_grad(set_to_none=True)
     network(normal(2, 6, 4, 4), torch.tensor(0.5), torch.tensor([0, 10])).log_std.sum().backward()
-    assert {name.split(".")[0] for name, p in network.named_parameters() if p.grad is not None} == {"gm_out"}
+    assert {name.split(".")[0] for name, p in network.named_parameters() if p.grad is not None} == {
+        "gm_out"
+    }
 
 
 def test_labels_and_time_matter_and_samples_do_not_mix():
@@ -97,7 +119,9 @@ def test_labels_and_time_matter_and_samples_do_not_mix():
     sigma, labels = torch.tensor([0.9, 0.5, 0.1]), torch.tensor([3, 10, 0])
     whole = network(x, sigma, labels).means
     for i in range(3):
-        assert is_near(network(x[i : i + 1], sigma[i : i + 1], labels[i : i + 1]).means, whole[i : i + 1], 1e-5)
+        assert is_near(
+            network(x[i : i + 1], sigma[i : i + 1], labels[i : i + 1]).means, whole[i : i + 1], 1e-5
+        )
     other = network(x, sigma, torch.tensor([3, 4, 0])).means
     assert torch.equal(other[0], whole[0])
     assert (other[1] - whole[1]).abs().max() > 1e-3
@@ -107,7 +131,10 @@ def test_labels_and_time_matter_and_samples_do_not_mix():
 def test_without_classes_labels_are_not_read():
     network, x = small_network(num_classes=0), normal(2, 6, 4, 4)
     assert not any(name.startswith("y_embedder") for name in network.state_dict())
-    assert torch.equal(network(x, torch.tensor(0.5)).means, network(x, torch.tensor(0.5), torch.tensor([0, 7])).means)
+    assert torch.equal(
+        network(x, torch.tensor(0.5)).means,
+        network(x, torch.tensor(0.5), torch.tensor([0, 7])).means,
+    )
     with pytest.raises(ValueError, match="give labels from 0 to 9"):
         small_network()(x, torch.tensor(0.5))
     table = small_network(null_class=False).y_embedder["embedding_table"]
@@ -117,15 +144,24 @@ def test_without_classes_labels_are_not_read():
 def test_positions_are_relative_in_rotations_and_stretch_with_the_grid():
     cosine, sine = grid_rotation(3, 5, 8, 5)
     q, k = normal(8), normal(8, seed=2)
-    turned_q, turned_k = (rotate_pairs(t.expand(15, 8), cosine, sine).unflatten(0, (3, 5)) for t in (q, k))
-    products = torch.einsum("hwc,hwc->hw", turned_q[:2, :3], turned_k[1:, 2:])  # one down, two to the right
+    turned_q, turned_k = (
+        rotate_pairs(t.expand(15, 8), cosine, sine).unflatten(0, (3, 5)) for t in (q, k)
+    )
+    products = torch.einsum(
+        "hwc,hwc->hw", turned_q[:2, :3], turned_k[1:, 2:]
+    )  # one down, two to the right
     assert torch.allclose(products, products[0, 0].expand(2, 3), atol=1e-5)
     assert not torch.allclose(products[0, 0], (turned_q[0, 0] * turned_k[1, 1]).sum(), atol=1e-3)
     half, whole = grid_rotation(2, 2, 8, 4), grid_rotation(4, 4, 8, 4)
     assert torch.allclose(half[0], whole[0].unflatten(0, (4, 4))[::2, ::2].flatten(0, 1))
     network = small_network()
     for size in ((4, 4), (2, 4), (3, 1)):
-        assert network(normal(1, 6, *size), torch.tensor(0.5), torch.tensor([1])).means.shape == (1, 1, 6, *size)
+        assert network(normal(1, 6, *size), torch.tensor(0.5), torch.tensor([1])).means.shape == (
+            1,
+            1,
+            6,
+            *size,
+        )
 
 
 def test_patches_are_put_back_where_they_came_from():
@@ -137,14 +173,21 @@ def test_patches_are_put_back_where_they_came_from():
     x, label = normal(1, 6, 4, 4), torch.tensor([1])
     moved = x.clone()
     moved[..., 2:4, 0:2] += 1
-    difference = network(moved, torch.tensor(0.5), label).means - network(x, torch.tensor(0.5), label).means
+    difference = (
+        network(moved, torch.tensor(0.5), label).means - network(x, torch.tensor(0.5), label).means
+    )
     expected = torch.zeros(4, 4, dtype=torch.bool)
     expected[2:4, 0:2] = True
     assert torch.equal(difference.abs().amax((0, 1, 2)) > 1e-6, expected)
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory():
-    x, sigma, labels, gradients = normal(2, 6, 4, 4), torch.tensor([0.3, 0.8]), torch.tensor([0, 10]), []
+    x, sigma, labels, gradients = (
+        normal(2, 6, 4, 4),
+        torch.tensor([0.3, 0.8]),
+        torch.tensor([0, 10]),
+        [],
+    )
     for remember in (True, False):
         network = small_network().requires_grad_(True)
         network.gradient_checkpointing = not remember
@@ -175,12 +218,21 @@ def test_it_compiles_to_one_graph():
 
 @pytest.mark.parametrize("shape", [(1, 3, 4, 4), (1, 6, 8, 4), (6, 4, 4)])
 def test_sizes_that_do_not_fit_are_quoted(shape):
-    with pytest.raises(ValueError, match=r"DiTDH works on latents \(B, 6, h, w\)|4 do not fit this model.*up to 4"):
+    with pytest.raises(
+        ValueError, match=r"DiTDH works on latents \(B, 6, h, w\)|4 do not fit this model.*up to 4"
+    ):
         small_network()(torch.zeros(shape), torch.tensor(0.5), torch.tensor([0]))
 
 
 @pytest.mark.parametrize(
-    "changes", [{"num_classes": -1}, {"trunk_heads": 3}, {"head_width": 30}, {"patch_size": 3}, {"head_layers": 0}]
+    "changes",
+    [
+        {"num_classes": -1},
+        {"trunk_heads": 3},
+        {"head_width": 30},
+        {"patch_size": 3},
+        {"head_layers": 0},
+    ],
 )
 def test_configurations_that_cannot_be_are_quoted(changes):
     with pytest.raises(ValueError, match=str(next(iter(changes.values())))):

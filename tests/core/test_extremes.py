@@ -34,9 +34,15 @@ class Case:
         generator = torch.Generator().manual_seed(seed)
         self.points, self.pixels = (batch, channels, *space), (batch, *space)
         means = scale * torch.randn(batch, components, channels, *space, generator=generator)
-        log_weights = (logits * (2 * torch.rand(batch, components, 1, *space, generator=generator) - 1)).log_softmax(1)
-        self.mixture = GaussianMixture(means, log_weights, torch.full((batch, 1, 1, *[1] * len(space)), math.log(std)))
-        self.x, self.y, self.noise = (x_scale * torch.randn(self.points, generator=generator) for _ in range(3))
+        log_weights = (
+            logits * (2 * torch.rand(batch, components, 1, *space, generator=generator) - 1)
+        ).log_softmax(1)
+        self.mixture = GaussianMixture(
+            means, log_weights, torch.full((batch, 1, 1, *[1] * len(space)), math.log(std))
+        )
+        self.x, self.y, self.noise = (
+            x_scale * torch.randn(self.points, generator=generator) for _ in range(3)
+        )
         self.noise = self.noise / x_scale
 
     def __repr__(self):
@@ -105,7 +111,9 @@ def test_the_knothe_rosenblatt_map_both_ways(case):
     x = mixture.from_normal(case.noise, axes)
     assert finite(x, case.points)
     reach = mixture.means.norm(dim=2).amax() + 6 * mixture.var.max().sqrt() * case.points[1] ** 0.5
-    assert x.norm(dim=1).max() <= 1.001 * reach + 1e-6  # no sample is further out than the components
+    assert (
+        x.norm(dim=1).max() <= 1.001 * reach + 1e-6
+    )  # no sample is further out than the components
 
 
 @extreme

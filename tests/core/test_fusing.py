@@ -13,7 +13,9 @@ from gmflow_core.sampling.denoisers import class_denoiser
 from gmflow_core.sampling.guidance import Guidance
 from tests.helpers import F64, cast, is_near, normal, random_mixture
 
-NO_COMPILER = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
+NO_COMPILER = pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -41,9 +43,14 @@ class Network:
 
 def guided_sample(velocity, x, weight, watched=False):
     """A sample, and the means on the way if they are watched."""
-    denoiser, means = class_denoiser(Network(velocity), torch.zeros(len(x), dtype=torch.int64), Guidance(weight)), []
+    denoiser, means = (
+        class_denoiser(Network(velocity), torch.zeros(len(x), dtype=torch.int64), Guidance(weight)),
+        [],
+    )
     watch = (lambda step, x, mean: means.append(mean.double())) if watched else None
-    return sample_gm_ode(denoiser, x, flow_sigmas(4), order=2, substeps=2, callback=watch).double(), means
+    return sample_gm_ode(
+        denoiser, x, flow_sigmas(4), order=2, substeps=2, callback=watch
+    ).double(), means
 
 
 @NO_COMPILER
@@ -51,12 +58,18 @@ def test_guided_steps_are_those_of_the_definition(monkeypatch):
     velocity, x = random_mixture(channels=2, dtype=F64), normal(2, 2, 2, 3, dtype=F64)
     with monkeypatch.context() as patch:
         patch.delenv("GMFLOW_METHOD")
-        expected = {weight: guided_sample(velocity, x, weight, watched=True) for weight in (0.2, 0.4)}
+        expected = {
+            weight: guided_sample(velocity, x, weight, watched=True) for weight in (0.2, 0.4)
+        }
     velocity, x = cast(velocity, torch.float32), x.float()
     for weight in (0.4, 0.4, 0.2):  # with another weight the same programs serve
         assert is_near(guided_sample(velocity, x, weight)[0], expected[weight][0], 2e-5)
         # the first step is not corrected
-        assert [kind[0].__name__ for kind in fusing._programs] == ["_guided_velocities", "_few", "_few"]
+        assert [kind[0].__name__ for kind in fusing._programs] == [
+            "_guided_velocities",
+            "_few",
+            "_few",
+        ]
     found, means = guided_sample(velocity, x, 0.2, watched=True)
     assert is_near(found, expected[0.2][0], 2e-5)
     assert all(is_near(*pair, 2e-5) for pair in zip(means, expected[0.2][1], strict=True))
@@ -68,7 +81,9 @@ def test_other_sizes_and_numbers_need_no_other_program():
     """Also where a size is 1 that was not, and stands for all."""
     for size, of_std, quadratic in ((4, 4, 0.5), (4, 4, 0.25), (7, 7, 2.0), (6, 1, 0.5)):
         mixture, linear = random_mixture(space=(size,), dtype=F64), normal(2, 3, size, dtype=F64)
-        mixture = GaussianMixture(mixture.means, mixture.log_weights, normal(2, 1, 1, of_std, dtype=F64) - 1)
+        mixture = GaussianMixture(
+            mixture.means, mixture.log_weights, normal(2, 1, 1, of_std, dtype=F64) - 1
+        )
         single = cast(mixture, torch.float32)
         for _ in range(2):
             found = single.tilted_means()(linear.float(), quadratic)
@@ -84,12 +99,19 @@ def test_tensors_that_were_one_may_be_two():
     tilts = mixture.tilt(x, 0.5).tilts
     for _ in range(2):
         tilts.mean(tilts.origin, 0.5)
-    assert is_near(tilts.mean(other, 0.5), mixture.tilt(other + 0.5 * tilts.origin, 0.5).moment_match().mean, 1e-5)
+    assert is_near(
+        tilts.mean(other, 0.5),
+        mixture.tilt(other + 0.5 * tilts.origin, 0.5).moment_match().mean,
+        1e-5,
+    )
 
 
 @NO_COMPILER
 def test_draws_by_transport_are_those_of_the_definition(monkeypatch):
-    mixture, z = random_mixture(1, 200, 4, 2, (), spread=2.0, dtype=F64), 1.5 * normal(200, 2, dtype=F64)
+    mixture, z = (
+        random_mixture(1, 200, 4, 2, (), spread=2.0, dtype=F64),
+        1.5 * normal(200, 2, dtype=F64),
+    )
     with monkeypatch.context() as patch:
         patch.delenv("GMFLOW_METHOD")
         axes = mixture.principal_axes()
@@ -101,8 +123,15 @@ def test_draws_by_transport_are_those_of_the_definition(monkeypatch):
     assert is_near(double, expected, 1e-9)
     for _ in range(2):
         found = single.principal_axes()
-    assert is_near((found.double().mT @ axes).abs(), torch.eye(2, dtype=F64).expand_as(axes), 1e-5)  # but for signs
-    assert {kind[0].__name__ for kind in fusing._programs} == {"_start", "_improve", "_given_point", "_principal_axes"}
+    assert is_near(
+        (found.double().mT @ axes).abs(), torch.eye(2, dtype=F64).expand_as(axes), 1e-5
+    )  # but for signs
+    assert {kind[0].__name__ for kind in fusing._programs} == {
+        "_start",
+        "_improve",
+        "_given_point",
+        "_principal_axes",
+    }
     assert not fusing.declined
 
 
@@ -142,8 +171,15 @@ def test_what_does_not_compile_runs_as_it_stands(monkeypatch, caplog):
     with caplog.at_level(logging.WARNING):
         for seed in range(3):
             noise = torch.Generator().manual_seed(seed)
-            assert sample_gm_sde(lambda x, sigma: mixture, x, flow_sigmas(3), noise=noise).isfinite().all()
+            assert (
+                sample_gm_sde(lambda x, sigma: mixture, x, flow_sigmas(3), noise=noise)
+                .isfinite()
+                .all()
+            )
             assert guided_sample(mixture, x, 0.3)[0].isfinite().all()
     told = [record.message for record in caplog.records]
     assert len(told) == len(set(told))
-    assert "GMFlow: _guided_velocities is not compiled (RuntimeError: no C++ compiler was found); it runs as it stands" in told
+    assert (
+        "GMFlow: _guided_velocities is not compiled (RuntimeError: no C++ compiler was found); it runs as it stands"
+        in told
+    )

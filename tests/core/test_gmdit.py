@@ -11,7 +11,14 @@ from gmflow_core.models.position_features import grid_features
 from gmflow_core.models.spectrum import SpectrumMLP
 from tests.helpers import golden, is_near, normal
 
-SMALL = {"num_components": 3, "latent_size": 8, "num_classes": 10, "num_layers": 2, "num_heads": 4, "head_dim": 8}
+SMALL = {
+    "num_components": 3,
+    "latent_size": 8,
+    "num_classes": 10,
+    "num_layers": 2,
+    "num_heads": 4,
+    "head_dim": 8,
+}
 SMALL |= {"log_std_dim": 16, "spectrum_layers": (8, 4)}
 
 
@@ -26,8 +33,14 @@ def small_network(**changes):
 def reference_network():
     figures = golden("gmdit_tiny")
     network = GMDiT(GMDiTConfig(**SMALL))
-    weights = {k.removeprefix("transformer."): v for k, v in figures.items() if k.startswith("transformer.")}
-    network.load_state_dict({**weights, **{k: v for k, v in figures.items() if k.startswith("spectrum_net.")}})
+    weights = {
+        k.removeprefix("transformer."): v
+        for k, v in figures.items()
+        if k.startswith("transformer.")
+    }
+    network.load_state_dict(
+        {**weights, **{k: v for k, v in figures.items() if k.startswith("spectrum_net.")}}
+    )
     return network.requires_grad_(False)
 
 
@@ -61,7 +74,9 @@ def test_labels_and_time_matter_and_samples_do_not_mix():
     other = network(x, sigma, torch.tensor([3, 4, 0]))
     assert torch.equal(other.means[0], whole.means[0])
     assert (other.means[1] - whole.means[1]).abs().max() > 1e-2
-    assert (network(x, sigma * 0.9, labels).means - whole.means).abs().amax((1, 2, 3, 4)).min() > 1e-3
+    assert (network(x, sigma * 0.9, labels).means - whole.means).abs().amax(
+        (1, 2, 3, 4)
+    ).min() > 1e-3
     assert torch.equal(network(x, torch.tensor(0.5), labels).means[1], whole.means[1])
 
 
@@ -73,7 +88,9 @@ def test_patches_are_put_back_where_they_came_from():
     x, label = normal(1, 4, 8, 6), torch.tensor([1])
     moved = x.clone()
     moved[..., 2:4, 4:6] += 1
-    difference = network(moved, torch.tensor(0.5), label).means - network(x, torch.tensor(0.5), label).means
+    difference = (
+        network(moved, torch.tensor(0.5), label).means - network(x, torch.tensor(0.5), label).means
+    )
     changed = difference.abs().amax((0, 1, 2)) > 1e-6
     expected = torch.zeros(8, 6, dtype=torch.bool)
     expected[2:4, 4:6] = True
@@ -97,7 +114,8 @@ def test_sizes_that_do_not_fit_are_quoted(shape):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"num_classes": 0}, {"head_dim": 3, "num_heads": 1}, {"latent_size": 9}, {"log_std_dim": 0}]
+    "changes",
+    [{"num_classes": 0}, {"head_dim": 3, "num_heads": 1}, {"latent_size": 9}, {"log_std_dim": 0}],
 )
 def test_configurations_that_cannot_be_are_quoted(changes):
     with pytest.raises(ValueError, match=str(next(iter(changes.values())))):
@@ -111,7 +129,9 @@ def test_gradient_checkpointing_changes_nothing_but_memory():
         network = small_network().requires_grad_(True)
         network.gradient_checkpointing = not remember
         network(x, sigma, labels).log_prob(x).mean().backward()
-        gradients.append({name: p.grad for name, p in network.named_parameters() if p.grad is not None})
+        gradients.append(
+            {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+        )
     assert gradients[0].keys() == gradients[1].keys()
     assert all(torch.equal(g, gradients[1][name]) for name, g in gradients[0].items())
 
@@ -160,7 +180,9 @@ def test_smaller_latents_take_the_low_frequencies(height, width):
     torch.nn.init.zeros_(network.mlp[0].weight)
     frequency = torch.fft.fftfreq(8, 1 / 8)
     network.mlp[0].bias.data = (10 * frequency[:, None] + frequency).flatten()
-    log_power = network(IsotropicGaussian(normal(1, 1, height, width), torch.ones(1, 1, 1, 1)))[0, 0]
+    log_power = network(IsotropicGaussian(normal(1, 1, height, width), torch.ones(1, 1, 1, 1)))[
+        0, 0
+    ]
     rows, columns = torch.fft.fftfreq(height, 1 / height), torch.fft.fftfreq(width, 1 / width)
     expected = 10 * rows[:, None] + columns
     assert torch.allclose(log_power - log_power[0, 0], expected - expected[0, 0], atol=1e-4)
@@ -170,4 +192,6 @@ def test_latents_that_the_spectrum_cannot_serve_are_quoted():
     network = SpectrumMLP((4, 8, 8))
     for shape in ((1, 3, 8, 8), (1, 4, 9, 8), (2, 4)):
         with pytest.raises(ValueError, match="serves latents of 4 channels up to 8 x 8"):
-            network(IsotropicGaussian(torch.zeros(shape), torch.ones(shape[0], *[1] * (len(shape) - 1))))
+            network(
+                IsotropicGaussian(torch.zeros(shape), torch.ones(shape[0], *[1] * (len(shape) - 1)))
+            )

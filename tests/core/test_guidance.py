@@ -5,7 +5,16 @@ import torch
 
 from gmflow_core import GaussianMixture, probabilistic_guidance
 from gmflow_core.sampling.guidance import image_gaussian, image_mean
-from tests.helpers import F64, SPACES, golden, golden_mixture, is_near, normal, random_mixture, same_mixture
+from tests.helpers import (
+    F64,
+    SPACES,
+    golden,
+    golden_mixture,
+    is_near,
+    normal,
+    random_mixture,
+    same_mixture,
+)
 
 
 @pytest.mark.parametrize("space", SPACES)
@@ -32,11 +41,17 @@ def test_the_guided_mixture_is_cond_times_the_quotient_of_the_two_gaussians():
     gaussian = image_gaussian(cond)
 
     def log_ratio(x):
-        target = -0.5 * (x - gaussian.mean - guided.bias).square().sum(1) / (0.64 * gaussian.var.squeeze(1))
+        target = (
+            -0.5
+            * (x - gaussian.mean - guided.bias).square().sum(1)
+            / (0.64 * gaussian.var.squeeze(1))
+        )
         log_quotient = target + 0.5 * (x - gaussian.mean).square().sum(1) / gaussian.var.squeeze(1)
         return guided.log_prob(x) - cond.log_prob(x) - log_quotient
 
-    constants = torch.stack([log_ratio(2 * normal(2, 3, 2, 3, seed=seed, dtype=F64)) for seed in range(5)])
+    constants = torch.stack(
+        [log_ratio(2 * normal(2, 3, 2, 3, seed=seed, dtype=F64)) for seed in range(5)]
+    )
     assert is_near(constants, constants[:1].expand_as(constants), 1e-11)
 
 
@@ -54,7 +69,9 @@ def test_scale_0_is_the_identity():
 
 def test_only_the_direction_of_the_difference_matters():
     cond, step = random_mixture(dtype=F64), normal(2, 3, 2, 3, dtype=F64)
-    near, far = (probabilistic_guidance(cond, cond.mean() - length * step, 0.4) for length in (0.1, 30))
+    near, far = (
+        probabilistic_guidance(cond, cond.mean() - length * step, 0.4) for length in (0.1, 30)
+    )
     assert same_mixture(near, far, 1e-12)
 
 
@@ -62,7 +79,9 @@ def test_one_scale_for_each_sample_equals_one_by_one():
     cond, uncond_mean = random_mixture(), normal(2, 3, 2, 3)
     together = probabilistic_guidance(cond, uncond_mean, torch.tensor([0.2, 0.7]))
     for b, scale in enumerate((0.2, 0.7)):
-        part = GaussianMixture(cond.means[b : b + 1], cond.log_weights[b : b + 1], cond.log_std[b : b + 1])
+        part = GaussianMixture(
+            cond.means[b : b + 1], cond.log_weights[b : b + 1], cond.log_std[b : b + 1]
+        )
         alone = probabilistic_guidance(part, uncond_mean[b : b + 1], scale)
         assert is_near(together.bias[b : b + 1], alone.bias, 1e-6)
         assert is_near(together.means[b : b + 1], alone.means, 1e-6)
@@ -77,7 +96,8 @@ def test_a_guided_mixture_remembers_what_it_was_made_of():
 
 
 @pytest.mark.parametrize(
-    ("scale", "orthogonal", "quoted"), [(1.0, 1.0, "1.0"), (-0.1, 1.0, "-0.1"), (7.5, 1.0, "7.5"), (0.3, 2.0, "2.0")]
+    ("scale", "orthogonal", "quoted"),
+    [(1.0, 1.0, "1.0"), (-0.1, 1.0, "-0.1"), (7.5, 1.0, "7.5"), (0.3, 2.0, "2.0")],
 )
 def test_values_out_of_range_are_quoted(scale, orthogonal, quoted):
     with pytest.raises(ValueError, match=rf" {quoted}"):
@@ -88,7 +108,10 @@ def test_values_out_of_range_are_quoted(scale, orthogonal, quoted):
 @pytest.mark.parametrize("orthogonal", [0, 1])
 def test_golden_guidance(scale, orthogonal):
     figures, case = golden("guidance"), f"s{scale}_o{orthogonal}"
-    cond, uncond_mean = golden_mixture("guidance", "gm_cond"), golden_mixture("guidance", "gm_uncond").mean()
+    cond, uncond_mean = (
+        golden_mixture("guidance", "gm_cond"),
+        golden_mixture("guidance", "gm_uncond").mean(),
+    )
     guided = probabilistic_guidance(cond, uncond_mean, scale, orthogonal)
     gaussian = image_gaussian(cond)
     assert is_near(uncond_mean, figures["uncond_mean"])

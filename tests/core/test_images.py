@@ -5,7 +5,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gmflow_core import GaussianMixture, GaussianMixtureSource, flow_sigmas, sample_gm_ode, sample_gm_sde, velocity_to_x0
+from gmflow_core import (
+    GaussianMixture,
+    GaussianMixtureSource,
+    flow_sigmas,
+    sample_gm_ode,
+    sample_gm_sde,
+    velocity_to_x0,
+)
 from gmflow_core.sampling.denoisers import class_denoiser
 from gmflow_core.sampling.guidance import Guidance
 from gmflow_core.sampling.images import sample_images
@@ -32,13 +39,19 @@ def test_golden_trajectories(kind, order, steps, guidance):
     if kind == "sde":
         recorded = [figures[f"{name}.{part}"] for part in ("draw_spectral", "eigvecs", "draw_sde")]
         draws = [
-            SpectralDraws(recorded[0][i], recorded[1][i][:, None, None], recorded[2][i] if i + 1 < steps else None)
+            SpectralDraws(
+                recorded[0][i],
+                recorded[1][i][:, None, None],
+                recorded[2][i] if i + 1 < steps else None,
+            )
             for i in range(steps)
         ]
         settings |= {"spectrum": network.spectrum_net, "noise": draws}
         x = sample_gm_sde(denoiser, figures["x_T"], flow_sigmas(steps), **settings)
     else:
-        x = sample_gm_ode(denoiser, figures["x_T"], flow_sigmas(steps), substeps=int(kind[-1]), **settings)
+        x = sample_gm_ode(
+            denoiser, figures["x_T"], flow_sigmas(steps), substeps=int(kind[-1]), **settings
+        )
     error = (torch.stack([*path[1:], x]) - figures[f"{name}.x"]).abs().max().item()
     assert error < (2e-4 if kind == "sde" else 3e-5)
 
@@ -52,15 +65,29 @@ def calls_of(network, guidance, steps=4):
         return network(x, sigma, labels)
 
     counting.config = network.config
-    sample_gm_ode(class_denoiser(counting, torch.tensor([1, 2]), guidance), normal(2, 4, 8, 8), flow_sigmas(steps))
+    sample_gm_ode(
+        class_denoiser(counting, torch.tensor([1, 2]), guidance),
+        normal(2, 4, 8, 8),
+        flow_sigmas(steps),
+    )
     return sizes
 
 
 def test_the_unconditional_half_is_computed_only_where_guidance_acts():
     network = small_network()
-    assert calls_of(network, None) == calls_of(network, Guidance(0.0)) == calls_of(network, Guidance(1.0, "cfg")) == [2] * 4
+    assert (
+        calls_of(network, None)
+        == calls_of(network, Guidance(0.0))
+        == calls_of(network, Guidance(1.0, "cfg"))
+        == [2] * 4
+    )
     assert calls_of(network, Guidance(0.3)) == [4] * 4
-    assert calls_of(network, Guidance(0.3, interval=(0.4, 0.8))) == [2, 4, 4, 2]  # sigmas 1, .75, .5, .25
+    assert calls_of(network, Guidance(0.3, interval=(0.4, 0.8))) == [
+        2,
+        4,
+        4,
+        2,
+    ]  # sigmas 1, .75, .5, .25
 
 
 def test_classifier_free_guidance_extrapolates_the_mean_and_keeps_the_spread():
@@ -79,7 +106,9 @@ def test_an_image_depends_on_its_own_seed_and_label_only(solver):
     together = sample_images(network, labels, seeds=[5, 6, 7], **settings)
     apart = sample_images(network, labels[1:2], seeds=[6], **settings)
     assert torch.allclose(together[1:2], apart, atol=2e-4)
-    assert (together[0] - sample_images(network, labels[:1], seeds=[8], **settings)[0]).abs().max() > 0.1
+    assert (
+        together[0] - sample_images(network, labels[:1], seeds=[8], **settings)[0]
+    ).abs().max() > 0.1
 
 
 def test_gm_sde_uses_the_spectrum_and_every_size():
@@ -109,7 +138,10 @@ def test_what_does_not_fit_is_quoted():
         mixture.sample([torch.Generator(), torch.Generator()])
 
 
-CENTRES, WIDTHS = torch.tensor([-2.0, 1.0, 3.0]), torch.tensor([0.5, 0.2, 0.3])  # of the data of each mode
+CENTRES, WIDTHS = (
+    torch.tensor([-2.0, 1.0, 3.0]),
+    torch.tensor([0.5, 0.2, 0.3]),
+)  # of the data of each mode
 SOURCE = GaussianMixtureSource(
     torch.tensor([-1.5, 0.5, 2.5])[:, None, None, None].expand(3, 2, 4, 4),
     torch.tensor([0.8, 0.4, 1.5])[:, None, None, None],
@@ -128,12 +160,16 @@ class ExactNetwork(torch.nn.Module):
         self.nothing = torch.nn.Parameter(torch.zeros(()))
 
     def forward(self, x, sigma, labels):
-        sigma, centre, width = (t.reshape(-1, 1, 1, 1) for t in (sigma, CENTRES[labels], WIDTHS[labels]))
+        sigma, centre, width = (
+            t.reshape(-1, 1, 1, 1) for t in (sigma, CENTRES[labels], WIDTHS[labels])
+        )
         mean, std = SOURCE.moments(labels)
         var = ((1 - sigma) * width).square() + (sigma * std).square()
         x0 = centre + (1 - sigma) * width.square() / var * (x - (1 - sigma) * centre - sigma * mean)
         log_std = (width * std).log() - 0.5 * var.log()
-        return GaussianMixture(((x - x0) / sigma).unsqueeze(1), torch.zeros_like(x0[:, None, :1]), log_std.unsqueeze(1))
+        return GaussianMixture(
+            ((x - x0) / sigma).unsqueeze(1), torch.zeros_like(x0[:, None, :1]), log_std.unsqueeze(1)
+        )
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -141,16 +177,28 @@ def test_noise_of_known_modes_becomes_the_data_of_these_modes(solver):
     steps, order = (24, 1) if solver in ("euler", "dpmpp-2m", "gm-sde") else (2, 1)
     modes = torch.arange(3).repeat_interleave(60)
     settings = {"steps": steps, "order": order, "substeps": 64, "source": SOURCE}
-    x = sample_images(ExactNetwork(), None, solver=solver, modes=modes, **settings).unflatten(0, (3, 60)).flatten(1)
+    x = (
+        sample_images(ExactNetwork(), None, solver=solver, modes=modes, **settings)
+        .unflatten(0, (3, 60))
+        .flatten(1)
+    )
     assert is_near(x.mean(1), CENTRES, 0.02)
     if solver not in ("euler", "dpmpp-2m"):
-        assert (x.std(1) / WIDTHS - 1).abs().max() < (0.2 if solver == "gm-policy" else 0.06)  # which sharpens
+        assert (x.std(1) / WIDTHS - 1).abs().max() < (
+            0.2 if solver == "gm-policy" else 0.06
+        )  # which sharpens
 
 
 def test_previews_are_those_of_the_samples():
     seen, settings = [], {"source": SOURCE, "modes": [0, 2], "steps": 3}
-    x = sample_images(ExactNetwork(), None, **settings, callback=lambda step, x, x0: seen.append((x, x0)))
-    assert is_near(seen[0][0], SOURCE.draw([0, 2], noise=seen[0][0].sub(SOURCE.means[[0, 2]]) / SOURCE.std[[0, 2]]), 1e-5)
+    x = sample_images(
+        ExactNetwork(), None, **settings, callback=lambda step, x, x0: seen.append((x, x0))
+    )
+    assert is_near(
+        seen[0][0],
+        SOURCE.draw([0, 2], noise=seen[0][0].sub(SOURCE.means[[0, 2]]) / SOURCE.std[[0, 2]]),
+        1e-5,
+    )
     assert (seen[-1][1] - x).abs().max() < 1  # in the data's own units
 
 
@@ -167,7 +215,11 @@ def test_autoguidance_moves_the_mean():
     guide.forward = lambda x, sigma, labels: ExactNetwork.forward(guide, x, sigma, labels.roll(1))
     settings = {"modes": torch.tensor([0, 1]), "source": SOURCE, "solver": "euler", "steps": 1}
     plain, weak = (sample_images(each, None, **settings) for each in (network, guide))
-    assert is_near(sample_images(network, None, guide=guide, guide_scale=1.5, **settings), weak + 1.5 * (plain - weak), 1e-5)
+    assert is_near(
+        sample_images(network, None, guide=guide, guide_scale=1.5, **settings),
+        weak + 1.5 * (plain - weak),
+        1e-5,
+    )
 
 
 def test_hidden_or_diagonal_modes_and_wrong_shapes_are_refused():
@@ -178,15 +230,23 @@ def test_hidden_or_diagonal_modes_and_wrong_shapes_are_refused():
         sample_images(other, None, source=SOURCE, modes=labels)
     with pytest.raises(ValueError, match="give the source, too"):
         sample_images(network, labels, modes=labels)
-    with pytest.raises(ValueError, match=r"gm-ode .* does not know the modes; take one of euler, dpmpp-2m"):
+    with pytest.raises(
+        ValueError, match=r"gm-ode .* does not know the modes; take one of euler, dpmpp-2m"
+    ):
         sample_images(network, labels, source=SOURCE)
-    diagonal = GaussianMixtureSource(SOURCE.means, SOURCE.std.expand_as(SOURCE.means), SOURCE.log_weights)
+    diagonal = GaussianMixtureSource(
+        SOURCE.means, SOURCE.std.expand_as(SOURCE.means), SOURCE.log_weights
+    )
     with pytest.raises(ValueError, match=r"gm-sde .* its modes are diagonal; take one of euler"):
         sample_images(network, None, solver="gm-sde", source=diagonal, modes=labels)
     settings = {"solver": "euler", "steps": 2, "modes": labels}
-    same = [sample_images(network, None, source=source, **settings) for source in (SOURCE, diagonal)]
+    same = [
+        sample_images(network, None, source=source, **settings) for source in (SOURCE, diagonal)
+    ]
     assert is_near(*same, 1e-6)
-    with pytest.raises(ValueError, match=r"samples are \(2, 4, 4\), but the latents are \(2, 2, 2\)"):
+    with pytest.raises(
+        ValueError, match=r"samples are \(2, 4, 4\), but the latents are \(2, 2, 2\)"
+    ):
         sample_images(network, None, source=SOURCE, size=(2, 2), **settings)
     for given in ({"labels": labels}, {"labels": None, "source": SOURCE, "modes": labels}):
         with pytest.raises(ValueError, match="take autoguidance"):

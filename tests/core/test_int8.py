@@ -45,7 +45,9 @@ def test_hadamard_is_orthogonal_symmetric_and_regular(size: int) -> None:
     assert torch.equal(matrix, matrix.T)
     assert torch.allclose(matrix @ matrix, torch.eye(size).double(), atol=1e-6)
     assert torch.allclose(matrix.abs(), torch.full_like(matrix, size**-0.5))
-    assert torch.allclose(matrix.sum(0), torch.ones(size).double(), atol=1e-6)  # regular: no row is a plain mean
+    assert torch.allclose(
+        matrix.sum(0), torch.ones(size).double(), atol=1e-6
+    )  # regular: no row is a plain mean
 
 
 def test_hadamard_is_that_of_comfyui() -> None:
@@ -70,7 +72,9 @@ def test_rotation_is_its_own_inverse_and_keeps_products() -> None:
     assert torch.allclose(rotate(x, 64) @ rotate(w, 64).T, x @ w.T, atol=1e-4)
 
 
-@pytest.mark.parametrize(("inputs", "group"), [(3072, 256), (12288, 256), (2432, 64), (48, 16), (30, 0), (4, 0)])
+@pytest.mark.parametrize(
+    ("inputs", "group"), [(3072, 256), (12288, 256), (2432, 64), (48, 16), (30, 0), (4, 0)]
+)
 def test_largest_rotation_that_divides(inputs: int, group: int) -> None:
     assert rotation_group(inputs) == group
 
@@ -104,7 +108,10 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = quantize_rows(weight, device="cpu")
     assert torch.equal(whole.values, parts.values)
     assert torch.allclose(whole.scale, parts.scale, rtol=1e-6)
-    assert torch.equal(parts.dequantize(), whole.dequantize()) or relative(parts.dequantize(), whole.dequantize()) < 1e-6
+    assert (
+        torch.equal(parts.dequantize(), whole.dequantize())
+        or relative(parts.dequantize(), whole.dequantize()) < 1e-6
+    )
 
 
 def test_small_float32_copies_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +119,9 @@ def test_small_float32_copies_only(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
     real = quantize.rotate
     monkeypatch.setattr(quantize, "CHUNK", {"cpu": 1024})
-    monkeypatch.setattr(quantize, "rotate", lambda x, group: sizes.append(x.numel()) or real(x, group))
+    monkeypatch.setattr(
+        quantize, "rotate", lambda x, group: sizes.append(x.numel()) or real(x, group)
+    )
     quantize_rows(normal(64, 256).bfloat16()).dequantize()
     assert sizes
     assert max(sizes) <= 1024
@@ -134,7 +143,9 @@ def test_refuses_what_is_not_finite(value: float) -> None:
         quantize_rows(weight)
 
 
-@pytest.mark.parametrize("weight", [torch.zeros(4), torch.zeros(2, 2, 2), torch.zeros(2, 2, dtype=torch.int8)])
+@pytest.mark.parametrize(
+    "weight", [torch.zeros(4), torch.zeros(2, 2, 2), torch.zeros(2, 2, dtype=torch.int8)]
+)
 def test_refuses_what_is_no_float_matrix(weight: Tensor) -> None:
     with pytest.raises(ValueError, match="no float matrix"):
         quantize_rows(weight)
@@ -142,11 +153,17 @@ def test_refuses_what_is_no_float_matrix(weight: Tensor) -> None:
 
 def test_stochastic_rounding_is_right_on_average() -> None:
     weight = normal(8, 64)
-    mean = torch.stack([quantize_rows(weight, seed=seed).dequantize() for seed in range(400)]).mean(0)
+    mean = torch.stack([quantize_rows(weight, seed=seed).dequantize() for seed in range(400)]).mean(
+        0
+    )
     step = quantize_rows(weight).scale
-    assert ((mean - weight).abs() < 0.15 * step).all()  # one draw is off by up to a step, 400 by about 0.025 on average
+    assert (
+        (mean - weight).abs() < 0.15 * step
+    ).all()  # one draw is off by up to a step, 400 by about 0.025 on average
     assert torch.equal(quantize_rows(weight, seed=3).values, quantize_rows(weight, seed=3).values)
-    assert not torch.equal(quantize_rows(weight, seed=3).values, quantize_rows(weight, seed=4).values)
+    assert not torch.equal(
+        quantize_rows(weight, seed=3).values, quantize_rows(weight, seed=4).values
+    )
 
 
 def test_changes_below_a_step_survive_stochastic_rounding_only() -> None:
@@ -178,11 +195,18 @@ def test_scales_of_a_whole_tensor() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(64,), (3, 64), (2, 3, 64)])
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_linear_is_that_of_the_dequantised_weight(dtype: torch.dtype, shape: tuple[int, ...], with_bias: bool) -> None:
+def test_linear_is_that_of_the_dequantised_weight(
+    dtype: torch.dtype, shape: tuple[int, ...], with_bias: bool
+) -> None:
     int8 = quantize_rows(normal(20, 64, seed=1))
     x, bias = normal(*shape), normal(20, seed=2) if with_bias else None
-    exact = F.linear(x.to(dtype).float(), int8.dequantize(), None if bias is None else bias.to(dtype).float())
-    for product, tolerance in ((linear, {torch.float32: 1e-6}.get(dtype, 0.01)), (int8_linear, 0.025)):
+    exact = F.linear(
+        x.to(dtype).float(), int8.dequantize(), None if bias is None else bias.to(dtype).float()
+    )
+    for product, tolerance in (
+        (linear, {torch.float32: 1e-6}.get(dtype, 0.01)),
+        (int8_linear, 0.025),
+    ):
         out = product(x.to(dtype), int8, None if bias is None else bias.to(dtype))
         assert (out.dtype, out.shape) == (dtype, (*shape[:-1], 20))
         assert relative(out, exact) < tolerance
@@ -237,7 +261,9 @@ def test_error_is_at_most_half_of_fp8(kind: str) -> None:
     assert relative(linear(x, int8), exact) < 0.4 * fp8
     assert relative(int8_linear(x, int8), exact) < 0.5 * fp8
     if kind == "weights":
-        assert relative(linear(x, int8), exact) < 0.4 * relative(linear(x, quantize_rows(weight, 0)), exact)
+        assert relative(linear(x, int8), exact) < 0.4 * relative(
+            linear(x, quantize_rows(weight, 0)), exact
+        )
 
 
 # --- the packed form
@@ -250,7 +276,10 @@ def test_pack_and_back(shape: tuple[int, int]) -> None:
     assert packed.dtype == torch.int8
     assert packed.shape[1] == shape[1]
     assert packed.shape[0] > shape[0]
-    for kept in (packed, packed.float()):  # ComfyUI's patcher casts a weight before it asks for the conversion
+    for kept in (
+        packed,
+        packed.float(),
+    ):  # ComfyUI's patcher casts a weight before it asks for the conversion
         back = unpack(kept, shape[0], int8.group)
         assert torch.equal(back.values, int8.values)
         assert torch.equal(back.scale, int8.scale)
@@ -263,7 +292,9 @@ def test_pack_and_back(shape: tuple[int, int]) -> None:
 def test_need_of_the_real_models() -> None:
     """The shapes add up to the published sizes, 8 bit is half of 16, and every row says that it is computed."""
     rows = {(row["model"], row["weights"]): row for row in compute_need()}
-    assert set(rows) == {(model, kind) for model in ("FLUX.1", "Qwen-Image") for kind in ("bf16", "fp8", "8-bit")}
+    assert set(rows) == {
+        (model, kind) for model in ("FLUX.1", "Qwen-Image") for kind in ("bf16", "fp8", "8-bit")
+    }
     for model, parameters in {"FLUX.1": 11.9e9, "Qwen-Image": 20.43e9}.items():
         assert rows[model, "bf16"]["parameters"] == pytest.approx(parameters, rel=1e-3)
         assert rows[model, "8-bit"]["weights_gb"] < 0.51 * rows[model, "bf16"]["weights_gb"]
@@ -279,7 +310,11 @@ def test_fit_says_how_much_is_offloaded() -> None:
 def test_outliers_are_where_they_are_asked_for() -> None:
     plain = random_weights(flux_shapes(256, 1, 1), 0, torch.float32)
     for kind in ("none", "weights", "activations", "both"):
-        changed = {name for name, weight in with_outliers(plain, kind).items() if not torch.equal(weight, plain[name])}
+        changed = {
+            name
+            for name, weight in with_outliers(plain, kind).items()
+            if not torch.equal(weight, plain[name])
+        }
         assert ("img_in.weight" in changed) == (kind in ("activations", "both"))
         assert ("double_blocks.0.img_attn.qkv.weight" in changed) == (kind in ("weights", "both"))
         assert not {name for name in changed if name.startswith(("final_layer", "time_in"))}

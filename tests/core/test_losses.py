@@ -22,7 +22,8 @@ def direct_transition_nll(velocity, x_low, x_high, low, high):
         mean = gain * x_high + slope * (x_high - high * velocity.means[:, k])
         total = var + (slope * high * velocity.log_std[:, 0].exp()).square()
         log_likelihood.append(
-            velocity.log_weights[:, k] - 0.5 * ((x_low - mean).square() / total + total.log()).sum(1, keepdim=True)
+            velocity.log_weights[:, k]
+            - 0.5 * ((x_low - mean).square() / total + total.log()).sum(1, keepdim=True)
         )
     return -torch.stack(log_likelihood).logsumexp(0).squeeze(1)
 
@@ -38,58 +39,89 @@ def test_transition_nll_agrees_with_a_direct_computation(space, components, rati
     x_high = forward_transition(x_low, low, high, noise)
     expected = direct_transition_nll(velocity, x_low, x_high, low, high)
     assert is_near(transition_nll(velocity, x_low, x_high, low, high), expected, 1e-11)
-    single = transition_nll(cast(velocity, torch.float32), *(t.float() for t in (x_low, x_high, low, high)))
+    single = transition_nll(
+        cast(velocity, torch.float32), *(t.float() for t in (x_low, x_high, low, high))
+    )
     assert is_near(single.double(), expected, 1e-5)
 
 
 def test_down_to_sigma_0_the_transition_loss_is_the_nll_of_x0():
-    velocity, x0, noise, sigma = random_mixture(), normal(2, 3, 2, 3), normal(2, 3, 2, 3, seed=2), torch.tensor([0.9, 0.3])
+    velocity, x0, noise, sigma = (
+        random_mixture(),
+        normal(2, 3, 2, 3),
+        normal(2, 3, 2, 3, seed=2),
+        torch.tensor([0.9, 0.3]),
+    )
     x = forward_transition(x0, 0.0, sigma, noise)
     found = transition_nll(velocity, x0, x, 0.0, sigma)
     assert is_near(found, nll(velocity_to_x0(velocity, x, sigma), x0), 1e-6)
     # x_0 is the velocity, scaled by sigma: a change of variables
-    assert is_near(found, nll(velocity, (x - x0) / sigma.reshape(2, 1, 1, 1)) + 3 * sigma.log().reshape(2, 1, 1), 1e-5)
+    assert is_near(
+        found,
+        nll(velocity, (x - x0) / sigma.reshape(2, 1, 1, 1)) + 3 * sigma.log().reshape(2, 1, 1),
+        1e-5,
+    )
 
 
 def test_with_one_component_of_unit_variance_the_nll_is_half_the_squared_error():
     velocity, target = random_mixture(components=1), normal(2, 3, 2, 3)
-    velocity = GaussianMixture(velocity.means, torch.zeros_like(velocity.log_weights), torch.zeros_like(velocity.log_std))
-    assert is_near(nll(velocity, target), 0.5 * (target - velocity.means[:, 0]).square().sum(1), 1e-6)
+    velocity = GaussianMixture(
+        velocity.means, torch.zeros_like(velocity.log_weights), torch.zeros_like(velocity.log_std)
+    )
+    assert is_near(
+        nll(velocity, target), 0.5 * (target - velocity.means[:, 0]).square().sum(1), 1e-6
+    )
 
 
 def test_a_standard_deviation_counts_as_at_least_1e_4():
     mixture = random_mixture(components=1, dtype=F64)
-    narrow = GaussianMixture(mixture.means, mixture.log_weights, torch.full_like(mixture.log_std, -30))
+    narrow = GaussianMixture(
+        mixture.means, mixture.log_weights, torch.full_like(mixture.log_std, -30)
+    )
     target = mixture.means[:, 0] + 1e-4
-    assert is_near(nll(narrow, target), torch.full((2, 2, 3), 3 * (0.5 + math.log(1e-4)), dtype=F64), 1e-9)
+    assert is_near(
+        nll(narrow, target), torch.full((2, 2, 3), 3 * (0.5 + math.log(1e-4)), dtype=F64), 1e-9
+    )
 
 
 @pytest.mark.parametrize("ratio", ["0.5", "0.9", "1.0"])
 def test_golden_losses_and_gradients(ratio):
     figures, recorded = golden("losses"), golden_mixture("losses", "gm_u")
-    leaves = [t.clone().requires_grad_() for t in (recorded.means, recorded.log_weights, recorded.log_std)]
+    leaves = [
+        t.clone().requires_grad_() for t in (recorded.means, recorded.log_weights, recorded.log_std)
+    ]
     low, high = figures[f"r{ratio}.t_low"] / 1000, figures["t_high"] / 1000
     x_low, x_high = figures[f"r{ratio}.x_t_low"], figures[f"r{ratio}.x_t_high"]
     assert is_near(forward_transition(x_low, low, high, figures["noise_1"]), x_high)
     loss = transition_nll(GaussianMixture(*leaves), x_low, x_high, low, high).mean()
-    if ratio == "1.0":  # the reference floors the bridge's variance at 1e-6, which counts where it is 0
+    if (
+        ratio == "1.0"
+    ):  # the reference floors the bridge's variance at 1e-6, which counts where it is 0
         x0 = velocity_to_x0(GaussianMixture(*leaves), x_high, high)
-        floored = nll(GaussianMixture(x0.means, x0.log_weights, 0.5 * (x0.var + 1e-6).log()), x_low).mean()
+        floored = nll(
+            GaussianMixture(x0.means, x0.log_weights, 0.5 * (x0.var + 1e-6).log()), x_low
+        ).mean()
         assert abs(loss - floored) < 0.004
         loss = floored
     channels = x_low.shape[1]
-    per_channel = loss / channels + 0.5 * math.log(2 * math.pi)  # the newer reference's normalisation
+    per_channel = loss / channels + 0.5 * math.log(
+        2 * math.pi
+    )  # the newer reference's normalisation
     assert is_near(loss.detach().reshape(1), figures[f"r{ratio}.lossA"])
     assert is_near(per_channel.detach().reshape(1), figures[f"r{ratio}.lossB"])
     per_channel.backward()
     for leaf, name in zip(leaves, ("means", "logweights", "logstds"), strict=True):
-        assert is_near(leaf.grad, figures[f"r{ratio}.gradB.{name}"], 4e-6)  # the figures are that far from float64's
+        assert is_near(
+            leaf.grad, figures[f"r{ratio}.gradB.{name}"], 4e-6
+        )  # the figures are that far from float64's
 
 
 def test_a_wild_prediction_costs_much_but_stays_finite():
     """A network's spike, seen in training: log-std 91, whose variance no float32 holds."""
     log_std = torch.full((1, 1, 1), 91.0, requires_grad=True)
-    velocity = GaussianMixture(torch.full((1, 2, 2), 1448.0), torch.full((1, 2, 1), math.log(0.5)), log_std)
+    velocity = GaussianMixture(
+        torch.full((1, 2, 2), 1448.0), torch.full((1, 2, 1), math.log(0.5)), log_std
+    )
     loss = transition_nll(velocity, torch.zeros(1, 2), torch.ones(1, 2), 0.0058, 0.058)
     loss.sum().backward()
     assert 100 < loss.item() < 200
@@ -100,12 +132,16 @@ def test_a_wild_prediction_costs_much_but_stays_finite():
 
 
 def leaves_of(mixture):
-    return [t.clone().requires_grad_() for t in (mixture.means, mixture.log_weights, mixture.log_std)]
+    return [
+        t.clone().requires_grad_() for t in (mixture.means, mixture.log_weights, mixture.log_std)
+    ]
 
 
 def per_pixel(mixture):
     """With a log-std for each pixel."""
-    log_std = mixture.log_std + 0.3 * normal(len(mixture.means), 1, 1, *mixture.means.shape[3:], dtype=mixture.means.dtype)
+    log_std = mixture.log_std + 0.3 * normal(
+        len(mixture.means), 1, 1, *mixture.means.shape[3:], dtype=mixture.means.dtype
+    )
     return GaussianMixture(mixture.means, mixture.log_weights, log_std)
 
 
@@ -129,7 +165,9 @@ def test_all_gradients_of_the_fused_density_and_theirs(space, components, device
 def test_large_tensors_have_the_loss_and_gradients_of_the_direct_computation(shape, std):
     batch, components, channels, *space = shape
     velocity = random_mixture(0, batch, components, channels, space, dtype=F64)
-    velocity = per_pixel(GaussianMixture(velocity.means, velocity.log_weights, velocity.log_std + math.log(std)))
+    velocity = per_pixel(
+        GaussianMixture(velocity.means, velocity.log_weights, velocity.log_std + math.log(std))
+    )
     high = torch.linspace(0.05, 0.95, batch, dtype=F64)
     low = 0.5 * high
     x_low, noise = (normal(batch, channels, *space, seed=seed, dtype=F64) for seed in (1, 2))
@@ -137,27 +175,40 @@ def test_large_tensors_have_the_loss_and_gradients_of_the_direct_computation(sha
     assert velocity.means.numel() >= density.LARGE
     leaves, singles = leaves_of(velocity), leaves_of(cast(velocity, torch.float32))
     expected = direct_transition_nll(GaussianMixture(*leaves), x_low, x_high, low, high)
-    found = transition_nll(GaussianMixture(*singles), *(t.float() for t in (x_low, x_high, low, high)))
+    found = transition_nll(
+        GaussianMixture(*singles), *(t.float() for t in (x_low, x_high, low, high))
+    )
     assert is_near(found.double(), expected, 1e-5)
-    gradients = (torch.autograd.grad(loss.mean(), inputs) for loss, inputs in ((found, singles), (expected, leaves)))
+    gradients = (
+        torch.autograd.grad(loss.mean(), inputs)
+        for loss, inputs in ((found, singles), (expected, leaves))
+    )
     for single, double in zip(*gradients, strict=True):
         assert is_near(single.double(), double, 1e-4)
 
 
 def test_nothing_as_large_as_the_means_is_kept_for_the_backward_pass():
-    velocity = GaussianMixture(*leaves_of(random_mixture(batch=16, components=8, channels=8, space=(16, 16))))
+    velocity = GaussianMixture(
+        *leaves_of(random_mixture(batch=16, components=8, channels=8, space=(16, 16)))
+    )
     high, x = torch.full((16,), 0.5), normal(16, 8, 16, 16)
     kept: dict[int, int] = {}
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.data_ptr(): t.numel()}) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.update({t.data_ptr(): t.numel()}) or t, lambda t: t
+    ):
         transition_nll(velocity, x, x, 0.5 * high, high)
     kept.pop(velocity.means.data_ptr())
-    assert sum(kept.values()) < 0.5 * velocity.means.numel()  # the plain form keeps two more of them
+    assert (
+        sum(kept.values()) < 0.5 * velocity.means.numel()
+    )  # the plain form keeps two more of them
 
 
 def test_below_the_least_standard_deviation_it_has_no_gradient():
     mixture = random_mixture(batch=2, components=1, space=())
     log_std = torch.tensor([0.5, 2.0]).mul(MIN_STD).log().reshape(2, 1, 1).requires_grad_()
-    nll(GaussianMixture(mixture.means, mixture.log_weights, log_std), mixture.means[:, 0]).sum().backward()
+    nll(
+        GaussianMixture(mixture.means, mixture.log_weights, log_std), mixture.means[:, 0]
+    ).sum().backward()
     assert log_std.grad.flatten().tolist() == [0.0, pytest.approx(3)]
 
 

@@ -35,7 +35,10 @@ def test_moments_are_direct_sums_over_components(space, components):
     weights = mixture.log_weights.exp().movedim(2, -1)  # (B, K, *S, 1)
     means = mixture.means.movedim(2, -1)
     mean = sum(weights[:, k] * means[:, k] for k in range(components))
-    second = sum(weights[:, k, ..., None] * means[:, k, ..., :, None] * means[:, k, ..., None, :] for k in range(components))
+    second = sum(
+        weights[:, k, ..., None] * means[:, k, ..., :, None] * means[:, k, ..., None, :]
+        for k in range(components)
+    )
     variance = mixture.log_std.exp().square().reshape(-1, *[1] * (len(space) + 2))
     covariance = second + variance * torch.eye(3) - mean[..., :, None] * mean[..., None, :]
     matched = mixture.moment_match()
@@ -49,7 +52,9 @@ def test_moments_are_direct_sums_over_components(space, components):
 def test_principal_axes_diagonalise_the_covariance_in_descending_order(per_pixel):
     mixture = random_mixture(dtype=F64)
     axes = mixture.principal_axes(per_pixel)
-    covariance = mixture.covariance() if per_pixel else mixture.covariance().mean((1, 2), keepdim=True)
+    covariance = (
+        mixture.covariance() if per_pixel else mixture.covariance().mean((1, 2), keepdim=True)
+    )
     assert axes.shape == covariance.shape
     turned = axes.mT @ covariance @ axes
     variances = turned.diagonal(dim1=-2, dim2=-1)
@@ -76,7 +81,11 @@ def test_times_is_the_normalised_product_of_the_densities(with_over, per_sample)
     def exponent(gaussian):
         return -0.5 * (points - gaussian.mean.unsqueeze(2)).square().sum(1) / gaussian.var
 
-    density = repeated(mixture, 301**2).log_prob(points) + exponent(factor) - (exponent(over) if with_over else 0)
+    density = (
+        repeated(mixture, 301**2).log_prob(points)
+        + exponent(factor)
+        - (exponent(over) if with_over else 0)
+    )
     density = density.exp() / (density.exp().sum(1, keepdim=True) * (line[1] - line[0]).square())
     assert is_near(repeated(product, 301**2).log_prob(points).exp(), density, 1e-9)
 
@@ -88,14 +97,20 @@ def test_products_keep_their_digits_when_the_variance_is_small_beside_the_means(
     exact = cast(mixture, F64).times(IsotropicGaussian(factor.mean.double(), factor.var.double()))
     product = mixture.times(factor)
     assert (product.means - exact.means).abs().max() < 4e-5  # numbers near 300 are 3e-5 apart,
-    assert (product.weights - exact.weights).abs().max() < 1e-3  # which moves the log-weights by this much
+    assert (
+        product.weights - exact.weights
+    ).abs().max() < 1e-3  # which moves the log-weights by this much
 
 
 @pytest.mark.parametrize("space", SPACES)
 def test_means_that_a_tilted_mixture_has_without_its_components_are_theirs(space):
     mixture = random_mixture(space=space, dtype=F64)
-    factors = [(normal(2, 3, *space, seed=seed, dtype=F64), torch.tensor(0.3 * seed)) for seed in (1, 2)]
-    first, second = ((linear, quadratic.expand(2, 1, *[1] * len(space))) for linear, quadratic in factors)
+    factors = [
+        (normal(2, 3, *space, seed=seed, dtype=F64), torch.tensor(0.3 * seed)) for seed in (1, 2)
+    ]
+    first, second = (
+        (linear, quadratic.expand(2, 1, *[1] * len(space))) for linear, quadratic in factors
+    )
     tilted = mixture.tilt(*first)
     components = GaussianMixture(tilted.means, tilted.log_weights, tilted.log_std)
     assert is_near(tilted.mean(), components.mean(), 1e-12)
@@ -105,14 +120,17 @@ def test_means_that_a_tilted_mixture_has_without_its_components_are_theirs(space
 def test_a_tilted_mixtures_components_have_gradients_whoever_asks_first():
     mixture = random_mixture()
     means = mixture.means.clone().requires_grad_()
-    tilted = GaussianMixture(means, mixture.log_weights, mixture.log_std).tilt(normal(2, 3, 2, 3), torch.ones(2, 1, 1, 1))
+    tilted = GaussianMixture(means, mixture.log_weights, mixture.log_std).tilt(
+        normal(2, 3, 2, 3), torch.ones(2, 1, 1, 1)
+    )
     with torch.no_grad():
         assert tilted.covariance().isfinite().all()
         assert tilted.mean().isfinite().all()
     assert torch.autograd.grad(tilted.means.sum(), means, retain_graph=True)[0].abs().min() > 0
     by_components = (tilted.weights * tilted.means).sum(1).square().sum()
     expected, found = (
-        torch.autograd.grad(each, means, retain_graph=True)[0] for each in (by_components, tilted.mean().square().sum())
+        torch.autograd.grad(each, means, retain_graph=True)[0]
+        for each in (by_components, tilted.mean().square().sum())
     )
     assert is_near(found, expected, 1e-5)
 
@@ -149,19 +167,29 @@ def test_draws_have_the_moments_and_the_shares_of_the_mixture(components):
     covariance = one.covariance()[0]
     assert ((x.mean(1) - one.mean()[0]).abs() < 4 * (covariance.diagonal() / count).sqrt()).all()
     assert is_near(x.cov(), covariance, 0.02)
-    nearest = (x.T.unsqueeze(1) - one.means[0]).square().sum(-1).argmin(1)  # components are far apart
+    nearest = (
+        (x.T.unsqueeze(1) - one.means[0]).square().sum(-1).argmin(1)
+    )  # components are far apart
     shares = nearest.bincount(minlength=components) / count
     assert (shares - one.weights.flatten()).abs().max() < 4 * 0.5 / math.sqrt(count)
 
 
 def test_recorded_draws_and_generators_determine_a_sample():
     mixture = random_mixture()
-    component, noise = torch.randint(4, (2, 2, 3), generator=torch.Generator().manual_seed(0)), normal(2, 3, 2, 3)
+    component, noise = (
+        torch.randint(4, (2, 2, 3), generator=torch.Generator().manual_seed(0)),
+        normal(2, 3, 2, 3),
+    )
     x = mixture.sample(component=component, noise=noise)
     for b, i, j in ((0, 0, 0), (1, 1, 2), (0, 1, 1)):
-        expected = mixture.means[b, component[b, i, j], :, i, j] + mixture.log_std[b].exp().flatten() * noise[b, :, i, j]
+        expected = (
+            mixture.means[b, component[b, i, j], :, i, j]
+            + mixture.log_std[b].exp().flatten() * noise[b, :, i, j]
+        )
         assert torch.equal(x[b, :, i, j], expected)
-    first, again, other = (mixture.sample(torch.Generator().manual_seed(seed)) for seed in (5, 5, 6))
+    first, again, other = (
+        mixture.sample(torch.Generator().manual_seed(seed)) for seed in (5, 5, 6)
+    )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
@@ -169,7 +197,9 @@ def test_recorded_draws_and_generators_determine_a_sample():
 def test_weights_that_rounding_left_below_1_still_draw_a_component(monkeypatch):
     mixture = random_mixture()
     mixture = GaussianMixture(mixture.means, mixture.log_weights - 1e-6, mixture.log_std)
-    monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.full(shape, 1 - 2**-24))  # the largest uniform number
+    monkeypatch.setattr(
+        torch, "rand", lambda shape, **_: torch.full(shape, 1 - 2**-24)
+    )  # the largest uniform number
     assert torch.equal(mixture.sample(noise=torch.zeros(2, 3, 2, 3)), mixture.means[:, -1])
 
 
@@ -200,7 +230,9 @@ def test_to_normal_follows_its_definition_far_into_the_tails():
     assert expected.abs().max() > 12
     assert is_near(mixture.to_normal(x, axes), expected, 1e-9)
     single = cast(mixture, torch.float32).to_normal(x.float(), axes.float()).double()
-    assert is_near(single.clamp(-12, 12), expected.clamp(-12, 12), 3e-6)  # float32 has no probability below Phi(-12.9)
+    assert is_near(
+        single.clamp(-12, 12), expected.clamp(-12, 12), 3e-6
+    )  # float32 has no probability below Phi(-12.9)
 
 
 @pytest.mark.parametrize("space", SPACES)
@@ -232,7 +264,9 @@ def test_samples_of_the_mixture_become_standard_normal():
         noise = math.sqrt((math.prod(range(2 * power - 1, 0, -2)) - moment**2) / count)
         assert ((z**power).mean(1) - moment).abs().max() < 4 * noise
     assert (z.corrcoef() - torch.eye(3)).abs().max() < 4 / math.sqrt(count)
-    assert ((z.square()).corrcoef() - torch.eye(3)).abs().max() < 4 / math.sqrt(count)  # no dependence of the spreads either
+    assert ((z.square()).corrcoef() - torch.eye(3)).abs().max() < 4 / math.sqrt(
+        count
+    )  # no dependence of the spreads either
 
 
 def test_gradients_of_the_map_agree_with_finite_differences():
@@ -244,7 +278,10 @@ def test_gradients_of_the_map_agree_with_finite_differences():
         return method(GaussianMixture(means, logits.log_softmax(1), log_std), point, axes)
 
     for method, point in ((GaussianMixture.from_normal, z), (GaussianMixture.to_normal, x)):
-        inputs = [t.clone().requires_grad_() for t in (mixture.means, mixture.log_weights, mixture.log_std, point)]
+        inputs = [
+            t.clone().requires_grad_()
+            for t in (mixture.means, mixture.log_weights, mixture.log_std, point)
+        ]
         assert torch.autograd.gradcheck(partial(mapped, method), inputs)
 
 
@@ -252,7 +289,9 @@ def test_gradients_of_the_map_agree_with_finite_differences():
 def test_quantiles_agree_with_bisection(components, spread):
     shape = {"batch": 2000, "components": components, "channels": 1, "space": ()}
     mixture = random_mixture(seed=spread, **shape, spread=spread, dtype=F64)
-    means, log_weights, std = (t.squeeze(2) for t in (mixture.means, mixture.log_weights, mixture.log_std.exp()))
+    means, log_weights, std = (
+        t.squeeze(2) for t in (mixture.means, mixture.log_weights, mixture.log_std.exp())
+    )
     z = normal(2000, dtype=F64).clamp(-5, 5)
 
     def excess(x):
@@ -268,7 +307,9 @@ def test_quantiles_agree_with_bisection(components, spread):
     assert ((quantile - exact).abs() <= 1e-12 * (1 + exact.abs()) + 1e-15 / density).all()
     single = mixture_quantile(means.float(), std.float(), log_weights.float(), z.float()).double()
     score = normal_score(log_weights, (single.unsqueeze(1) - means) / std)
-    rounding = 3e-6 + 3e-7 * (means.abs().amax(1) / std.squeeze(1))  # the positions' own last digit, in standard deviations
+    rounding = 3e-6 + 3e-7 * (
+        means.abs().amax(1) / std.squeeze(1)
+    )  # the positions' own last digit, in standard deviations
     assert ((score - z).abs() <= rounding).all()
 
 
@@ -276,13 +317,32 @@ def hard_mixtures():
     """Means and log-weights (n, K) in standard deviations, and levels (n,)."""
     n, drawn, levels = 1000, partial(normal, dtype=F64), normal(1000, seed=3, dtype=F64)
     yield 1e4 * drawn(n, 64), drawn(n, 64, seed=2).log_softmax(1), levels  # far apart
-    yield 30 * drawn(n, 8), (3 * drawn(n, 8, seed=2)).log_softmax(1), 9 * torch.linspace(-1, 1, n, dtype=F64)  # the tails
-    yield 5 * drawn(n, 8), (-14 * drawn(n, 8, seed=2).sigmoid()).log_softmax(1), levels  # weights down to 1e-6
+    yield (
+        30 * drawn(n, 8),
+        (3 * drawn(n, 8, seed=2)).log_softmax(1),
+        9 * torch.linspace(-1, 1, n, dtype=F64),
+    )  # the tails
+    yield (
+        5 * drawn(n, 8),
+        (-14 * drawn(n, 8, seed=2).sigmoid()).log_softmax(1),
+        levels,
+    )  # weights down to 1e-6
     two = torch.tensor([[-20.0, 20.0]], dtype=F64).expand(n, 2)
-    yield two, torch.full_like(two, 0.5).log(), levels.sign() * 10 ** (-6 * levels.abs().tanh())  # a gap
-    for log_weight in (-86.0, -torch.inf):  # far from the rest and without weight, as after a coordinate is known
+    yield (
+        two,
+        torch.full_like(two, 0.5).log(),
+        levels.sign() * 10 ** (-6 * levels.abs().tanh()),
+    )  # a gap
+    for log_weight in (
+        -86.0,
+        -torch.inf,
+    ):  # far from the rest and without weight, as after a coordinate is known
         means = torch.tensor([[-500.0, 500.0, 5000.0]], dtype=F64).expand(n, 3)
-        yield means, torch.tensor([[0.0, 0.0, log_weight]], dtype=F64).log_softmax(1).expand(n, 3), levels
+        yield (
+            means,
+            torch.tensor([[0.0, 0.0, log_weight]], dtype=F64).log_softmax(1).expand(n, 3),
+            levels,
+        )
 
 
 @pytest.mark.parametrize("drop_out", [True, False])
@@ -292,14 +352,22 @@ def test_quantiles_of_hard_mixtures_converge(drop_out, dtype, monkeypatch):
     monkeypatch.setattr(transport, "_quantile", lambda *args, **_: solve(*args, drop_out=drop_out))
     for case in hard_mixtures():
         means, log_weights, z = (each.to(dtype).double() for each in case)
-        x = transport.mixture_quantile(means.to(dtype), torch.ones(1, 1, dtype=dtype), log_weights.to(dtype), z.to(dtype))
-        score = normal_score(log_weights - log_weights.logsumexp(1, keepdim=True), x.double().unsqueeze(1) - means)
+        x = transport.mixture_quantile(
+            means.to(dtype), torch.ones(1, 1, dtype=dtype), log_weights.to(dtype), z.to(dtype)
+        )
+        score = normal_score(
+            log_weights - log_weights.logsumexp(1, keepdim=True), x.double().unsqueeze(1) - means
+        )
         eps = torch.finfo(dtype).eps
         assert ((score - z).abs() <= 16 * eps + 2 * eps * x.double().abs()).all()
 
 
 def test_a_quantile_in_a_gap_without_density_lies_between_the_components():
-    means, std, log_weights = torch.tensor([[-100.0, 100.0]]), torch.ones(1, 1), torch.tensor([[0.3, 0.7]]).log()
+    means, std, log_weights = (
+        torch.tensor([[-100.0, 100.0]]),
+        torch.ones(1, 1),
+        torch.tensor([[0.3, 0.7]]).log(),
+    )
     gap = torch.special.ndtri(torch.tensor([0.3]))
     assert -100 < mixture_quantile(means, std, log_weights, gap) < 100
     assert mixture_quantile(means, std, log_weights, gap - 0.01) < -97
@@ -313,10 +381,17 @@ def test_a_quantile_in_a_gap_without_density_lies_between_the_components():
 def test_half_precision_inputs_are_computed_in_float32(dtype):
     full = random_mixture()
     half = cast(full, dtype)
-    same = GaussianMixture(*(t.to(dtype).float() for t in (full.means, full.log_weights, full.log_std)))
+    same = GaussianMixture(
+        *(t.to(dtype).float() for t in (full.means, full.log_weights, full.log_std))
+    )
     gaussian = IsotropicGaussian(full.mean().to(dtype), torch.ones(1, 1, 1, 1, dtype=dtype))
     assert gaussian.mean.dtype == gaussian.var.dtype == torch.float32
-    assert half.mean().dtype == half.sample().dtype == half.times(gaussian).means.dtype == torch.float32
+    assert (
+        half.mean().dtype
+        == half.sample().dtype
+        == half.times(gaussian).means.dtype
+        == torch.float32
+    )
     assert torch.equal(half.moment_match().var, same.moment_match().var)
 
 
@@ -324,7 +399,12 @@ def test_half_precision_inputs_are_computed_in_float32(dtype):
     ("means", "log_weights", "log_std", "quoted"),
     [
         ((4, 2), (4, 2), (4, 2), r"\(4, 2\)"),
-        ((2, 4, 3, 5), (2, 4, 1, 6), (2, 1, 1, 1), r"\(2, 4, 1, 6\).*\(2, 4, 3, 5\).*\(2, 4, 1, 5\)"),
+        (
+            (2, 4, 3, 5),
+            (2, 4, 1, 6),
+            (2, 1, 1, 1),
+            r"\(2, 4, 1, 6\).*\(2, 4, 3, 5\).*\(2, 4, 1, 5\)",
+        ),
         ((2, 4, 3), (2, 4), (2, 1, 1), r"\(2, 4\).*\(2, 4, 1\)"),
         ((2, 4, 3), (2, 4, 1), (2, 4, 1), r"\(2, 4, 1\).*\(2, 1, 1\)"),
         ((2, 4, 3, 5), (2, 4, 1, 5), (2, 1, 1), r"\(2, 1, 1\).*\(2, 1, 1, 5\)"),
@@ -353,9 +433,16 @@ def test_golden_moments_densities_and_draws():
     for draw in range(2):
         assert is_near(mixture.log_prob(figures["samples"][:, draw]), figures["logprob"][:, draw])
     for draw in range(3):
-        component, noise = figures["gm_to_sample.inds"][..., draw].long(), figures["gm_to_sample.noise"][:, draw]
-        assert is_near(mixture.sample(component=component, noise=noise), figures["gm_to_sample.out"][:, draw])
-    assert same_mixture(mixture.with_temperature(0.3), golden_mixture("ops_mixture", "temperature0.3"))
+        component, noise = (
+            figures["gm_to_sample.inds"][..., draw].long(),
+            figures["gm_to_sample.noise"][:, draw],
+        )
+        assert is_near(
+            mixture.sample(component=component, noise=noise), figures["gm_to_sample.out"][:, draw]
+        )
+    assert same_mixture(
+        mixture.with_temperature(0.3), golden_mixture("ops_mixture", "temperature0.3")
+    )
 
 
 @pytest.mark.parametrize(
@@ -367,7 +454,10 @@ def test_golden_moments_densities_and_draws():
     ],
 )
 def test_golden_products(result, factor, over):
-    factor, over = (names and IsotropicGaussian(*(golden("ops_mixture")[name] for name in names)) for names in (factor, over))
+    factor, over = (
+        names and IsotropicGaussian(*(golden("ops_mixture")[name] for name in names))
+        for names in (factor, over)
+    )
     product = golden_mixture("ops_mixture", "gm").times(factor, over)
     assert same_mixture(product, golden_mixture("ops_mixture", result))
 
@@ -382,7 +472,9 @@ def test_golden_transport(per_pixel, draw):
     suffix, turn = (".per_pixel", partial(rotate, axes=axes)) if per_pixel else ("", lambda z: z)
 
     x = mixture.from_normal(turn(figures["kr.gaussian_in"][:, draw]), axes)
-    assert is_near(x, figures[f"kr.samples_from_gaussian{suffix}"][:, draw], 2e-5)  # ill-conditioned in gaps
+    assert is_near(
+        x, figures[f"kr.samples_from_gaussian{suffix}"][:, draw], 2e-5
+    )  # ill-conditioned in gaps
 
     z = mixture.to_normal(figures["samples"][:, draw], axes)
     exact = cast(mixture, F64).to_normal(figures["samples"][:, draw].double(), axes.double())
@@ -399,9 +491,16 @@ def test_golden_quantiles():
     figures = golden("ops_gm1d")
     z = torch.special.ndtri((1 + figures["scaled_cdfs"].double()) / 2).float()
     for draw in range(3):
-        x = mixture_quantile(figures["gm1d.means"], figures["gm1d.logstds"].exp(), figures["gm1d.logweights"], z[:, draw])
+        x = mixture_quantile(
+            figures["gm1d.means"],
+            figures["gm1d.logstds"].exp(),
+            figures["gm1d.logweights"],
+            z[:, draw],
+        )
         error = (x - figures["inverse_cdf.n16"][:, draw]).abs()
-        assert (error <= 2e-6 + 2e-7 / figures["pdf_at_n16"][:, draw]).all()  # the reference rounds probabilities near 1
+        assert (
+            error <= 2e-6 + 2e-7 / figures["pdf_at_n16"][:, draw]
+        ).all()  # the reference rounds probabilities near 1
 
 
 @pytest.mark.parametrize("components", [1, 4, 40])  # short sums and long ones

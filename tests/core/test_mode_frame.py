@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from gmflow_core.flow.losses import transition_nll
-from gmflow_core.flow.path import diffuse, forward_transition, posterior, posterior_mean, reverse_transition, velocity_to_x0
+from gmflow_core.flow.path import (
+    diffuse,
+    forward_transition,
+    posterior,
+    posterior_mean,
+    reverse_transition,
+    velocity_to_x0,
+)
 from gmflow_core.gaussians.mixture import GaussianMixture
 from gmflow_core.sampling.rollout import rollout
 from gmflow_core.sampling.solvers import denoiser_of, sample_euler, sample_gm_ode, sample_gm_sde
@@ -32,7 +39,9 @@ class World:
             0.3 + 0.4 * normal(modes, 1, seed=seed + 1, dtype=F64).abs(),
             normal(modes, seed=seed + 2, dtype=F64).log_softmax(0),
         )
-        self.centres = self.source.means.unsqueeze(1) + 0.8 * normal(modes, COMPONENTS, dims, seed=seed + 3, dtype=F64)
+        self.centres = self.source.means.unsqueeze(1) + 0.8 * normal(
+            modes, COMPONENTS, dims, seed=seed + 3, dtype=F64
+        )
         self.weights = normal(modes, COMPONENTS, seed=seed + 4, dtype=F64).softmax(1)
         self.width = 0.25
         self.dims = dims
@@ -47,7 +56,9 @@ class World:
         spread = ((1 - sigma) * self.width) ** 2 + (sigma * s).square()
         offset = x.unsqueeze(1) - (1 - sigma) * self.centres[modes] - (sigma * mu).unsqueeze(1)
         logits = self.weights[modes].log() - 0.5 * offset.square().sum(2) / spread
-        return GaussianMixture(means, logits.log_softmax(1).unsqueeze(2), 0.5 * var.log().unsqueeze(2))
+        return GaussianMixture(
+            means, logits.log_softmax(1).unsqueeze(2), 0.5 * var.log().unsqueeze(2)
+        )
 
     def network(self, modes):
         """The perfect one: the distribution of u = (x - x_0) / sigma."""
@@ -55,7 +66,9 @@ class World:
         def predict(x, sigma):
             sigma = sigma[0].item() if isinstance(sigma, torch.Tensor) else sigma
             x0 = self.posterior(modes, x, sigma)
-            return GaussianMixture((x.unsqueeze(1) - x0.means) / sigma, x0.log_weights, x0.log_std - math.log(sigma))
+            return GaussianMixture(
+                (x.unsqueeze(1) - x0.means) / sigma, x0.log_weights, x0.log_std - math.log(sigma)
+            )
 
         return predict
 
@@ -78,14 +91,18 @@ class World:
         x0 = torch.cartesian_prod(*[axis] * self.dims).reshape(-1, self.dims)
         offset = (x0[None, :, None] - self.centres[modes][:, None]) / self.width  # (B, N, K, D)
         each = self.weights[modes].log()[:, None] - 0.5 * offset.square().sum(3)
-        return x0, each.logsumexp(2) + self.dims * ((axis[1] - axis[0]).log() - math.log(self.width) - LOG_2PI / 2)
+        return x0, each.logsumexp(2) + self.dims * (
+            (axis[1] - axis[0]).log() - math.log(self.width) - LOG_2PI / 2
+        )
 
     def log_likelihood(self, x0, x, sigma, modes):
         """log p(x_sigma = x | x_0, m): (B, N) for x_0 (N, D)."""
         mu, s = self.source.moments(modes)
         std = sigma * s
         offset = (x - sigma * mu)[:, None] - (1 - sigma) * x0
-        return -0.5 * (offset / std.unsqueeze(1)).square().sum(2) - self.dims * (std.log() + LOG_2PI / 2)
+        return -0.5 * (offset / std.unsqueeze(1)).square().sum(2) - self.dims * (
+            std.log() + LOG_2PI / 2
+        )
 
 
 def jump(world, high, low, count=6, seed=5):
@@ -107,14 +124,20 @@ def x0_in_frame(world, modes, frame, x, sigma):
 def test_the_frame_makes_the_noise_standard_normal_and_the_path_an_ordinary_one(sigma):
     world = World(2)
     modes = torch.arange(3)
-    frame, eps, x0 = world.source.frame(modes), normal(3, 2, dtype=F64), normal(3, 2, seed=2, dtype=F64)
+    frame, eps, x0 = (
+        world.source.frame(modes),
+        normal(3, 2, dtype=F64),
+        normal(3, 2, seed=2, dtype=F64),
+    )
     noise = world.source.draw(modes, noise=eps)
     assert is_near(frame.enter(noise, 1.0), eps, 1e-14)
     x = (1 - sigma) * x0 + sigma * noise
     y = frame.enter(x, sigma)
     assert is_near(y, diffuse(frame.enter(x0, 0.0), sigma, eps), 1e-14)
     assert is_near(frame.leave(y, sigma), x, 1e-14)
-    u = GaussianMixture((noise - x0).unsqueeze(1), torch.zeros(3, 1, 1, dtype=F64), torch.zeros(3, 1, 1, dtype=F64))
+    u = GaussianMixture(
+        (noise - x0).unsqueeze(1), torch.zeros(3, 1, 1, dtype=F64), torch.zeros(3, 1, 1, dtype=F64)
+    )
     assert is_near(frame.velocity(u).mean(), eps - frame.enter(x0, 0.0), 1e-14)
 
 
@@ -128,13 +151,17 @@ def test_forward_transitions_keep_the_marginals(dims, high, low):
     mu, s = world.source.moments(modes)
 
     def step(x, noise):
-        return frame.leave(forward_transition(frame.enter(x, low), low, high, torch.full_like(x, noise)), high)
+        return frame.leave(
+            forward_transition(frame.enter(x, low), low, high, torch.full_like(x, noise)), high
+        )
 
     x_low = (1 - low) * x0 + low * mu
     mean = step(x_low, 0.0)
     assert is_near(mean, (1 - high) * x0 + high * mu, 1e-14)
     slope, gain = step(x_low + 1, 0.0) - mean, step(x_low, 1.0) - mean
-    assert is_near((slope * low * s).square() + gain.square(), (high * s).square().expand_as(x0), 1e-13)
+    assert is_near(
+        (slope * low * s).square() + gain.square(), (high * s).square().expand_as(x0), 1e-13
+    )
 
 
 @pytest.mark.parametrize("dims", [1, 2])
@@ -150,7 +177,8 @@ def test_reverse_transitions_and_their_nll_against_quadrature(dims, high, low):
     offset = x_high - ratio * (x_low - low * mu) - high * mu
     forward = -0.5 * (offset / std).square().sum(1) - dims * (std.squeeze(1).log() + LOG_2PI / 2)
     marginal_low, marginal_high = (
-        (log_prior + world.log_likelihood(x0, x, sigma, modes)).logsumexp(1) for x, sigma in ((x_low, low), (x_high, high))
+        (log_prior + world.log_likelihood(x0, x, sigma, modes)).logsumexp(1)
+        for x, sigma in ((x_low, low), (x_high, high))
     )
     expected = forward + marginal_low - marginal_high
 
@@ -158,7 +186,13 @@ def test_reverse_transitions_and_their_nll_against_quadrature(dims, high, low):
     volume = dims * s.squeeze(1).log()  # of x beside y
     log_prob = reverse_transition(mixture, y_high, low, high).log_prob(frame.enter(x_low, low))
     assert is_near(log_prob - volume, expected, 1e-9)
-    loss = transition_nll(frame.network(world.network(modes))(y_high, high), frame.enter(x_low, low), y_high, low, high)
+    loss = transition_nll(
+        frame.network(world.network(modes))(y_high, high),
+        frame.enter(x_low, low),
+        y_high,
+        low,
+        high,
+    )
     assert is_near(-loss - dims * LOG_2PI / 2 - volume, expected, 1e-9)
 
 
@@ -178,7 +212,9 @@ def test_posterior_means_elsewhere_against_quadrature(dims, src, dst):
 
 def test_without_the_frame_the_weights_are_wrong():
     world = World(1, modes=1)
-    world.source = GaussianMixtureSource(torch.tensor([[1.0]]), torch.tensor([[0.3]]), torch.zeros(1)).to(dtype=F64)
+    world.source = GaussianMixtureSource(
+        torch.tensor([[1.0]]), torch.tensor([[0.3]]), torch.zeros(1)
+    ).to(dtype=F64)
     world.centres = torch.tensor([[[-1.0], [0.5], [2.0]]], dtype=F64)
     world.weights = torch.full((1, 3), 1 / 3, dtype=F64)
     modes, frame = torch.zeros(1, dtype=torch.int64), world.source.frame([0])
@@ -215,7 +251,9 @@ def test_one_step_of_gm_sde_keeps_the_marginal(high, low, order):
         mine = x[modes == mode]
         mu, s = world.source.means[mode], world.source.std[mode]
         std = (((1 - low) * world.width) ** 2 + (low * s).square()).sqrt()
-        each = torch.special.ndtr((mine.unsqueeze(1) - (1 - low) * world.centres[mode] - low * mu) / std)  # (N, K, D)
+        each = torch.special.ndtr(
+            (mine.unsqueeze(1) - (1 - low) * world.centres[mode] - low * mu) / std
+        )  # (N, K, D)
         assert kolmogorov((each * world.weights[mode].unsqueeze(1)).sum(1)) < 1.95
 
 
@@ -247,7 +285,10 @@ def test_rollouts_follow_the_flow_of_x(dims):
     modes, frame, x, _ = jump(world, high, 0.5, count=16)
     exact = flow(world, modes, x, high, low, steps=400)
     mixture, y = x0_in_frame(world, modes, frame, x, high)
-    coarse, fine = ((frame.leave(rollout(mixture, y, high, low, n), low) - exact).abs().max().item() for n in (1000, 2000))
+    coarse, fine = (
+        (frame.leave(rollout(mixture, y, high, low, n), low) - exact).abs().max().item()
+        for n in (1000, 2000)
+    )
     assert fine < 5e-3
     assert 1.8 < coarse / fine < 2.2
 
@@ -257,7 +298,9 @@ def test_gm_ode_from_pure_noise_in_one_call():
     modes = torch.arange(3).repeat(6)
     frame, eps = world.source.frame(modes), normal(18, 2, dtype=F64)
     exact = flow(world, modes, frame.leave(eps, 1.0), 1.0, 0.0, steps=400)
-    y = sample_gm_ode(denoiser_of(frame.network(world.network(modes))), eps, [1.0, 0.0], substeps=4000)
+    y = sample_gm_ode(
+        denoiser_of(frame.network(world.network(modes))), eps, [1.0, 0.0], substeps=4000
+    )
     assert is_near(frame.leave(y, 0.0), exact, 3e-3)
 
 
@@ -266,12 +309,20 @@ def test_euler_is_the_same_with_and_without_the_frame():
     modes = torch.arange(3)
     frame, eps, network = world.source.frame(modes), normal(3, 2, dtype=F64), world.network(modes)
     plain = sample_euler(denoiser_of(network), world.source.draw(modes, noise=eps), sigmas)
-    assert is_near(frame.leave(sample_euler(denoiser_of(frame.network(network)), eps, sigmas), 0.0), plain, 1e-13)
+    assert is_near(
+        frame.leave(sample_euler(denoiser_of(frame.network(network)), eps, sigmas), 0.0),
+        plain,
+        1e-13,
+    )
 
 
 def test_diagonal_modes_have_no_frame():
-    source = GaussianMixtureSource(torch.zeros(2, 3), torch.ones(2, 3), torch.tensor([0.5, 0.5]).log())
-    with pytest.raises(ValueError, match=r"\(3,\).*components are isotropic.*--covariance spherical.*euler"):
+    source = GaussianMixtureSource(
+        torch.zeros(2, 3), torch.ones(2, 3), torch.tensor([0.5, 0.5]).log()
+    )
+    with pytest.raises(
+        ValueError, match=r"\(3,\).*components are isotropic.*--covariance spherical.*euler"
+    ):
         source.frame([0, 1])
     with pytest.raises(ValueError, match="modes between 0 and 2 do not fit a source of 2 modes"):
         source.frame([0, 2])

@@ -33,7 +33,9 @@ def test_one_output_for_every_point_whatever_the_shape(space, constant_log_std):
     sigmas = sigma.repeat_interleave(points.shape[0] // 3)
     alone = network(points, sigmas)
     assert is_near(out.means.movedim((1, 2), (-2, -1)).reshape(-1, 5, 2), alone.means, 1e-5)
-    assert is_near(out.log_weights.movedim((1, 2), (-2, -1)).reshape(-1, 5, 1), alone.log_weights, 1e-5)
+    assert is_near(
+        out.log_weights.movedim((1, 2), (-2, -1)).reshape(-1, 5, 1), alone.log_weights, 1e-5
+    )
 
 
 def test_pixels_do_not_see_each_other():

@@ -29,7 +29,11 @@ def recorded_policy(sample):
     x, sigma = figures["x_src"], figures["sigma_src"]
     mixture = predict_x0(golden_mixture("policies", "denoising_output"), x, sigma)
     one = slice(sample, sample + 1)
-    return GaussianMixture(mixture.means[one], mixture.log_weights[one], mixture.log_std[one]), x[one], sigma[one]
+    return (
+        GaussianMixture(mixture.means[one], mixture.log_weights[one], mixture.log_std[one]),
+        x[one],
+        sigma[one],
+    )
 
 
 @pytest.mark.parametrize("sample", [0, 1])
@@ -39,7 +43,9 @@ def test_golden_rollouts(case, total, sample):
     policy, x, sigma = recorded_policy(sample)
     start = figures["int.raw_start"][sample]
     end = figures["int.raw_end"][sample] if case == "int" else torch.tensor(0.0)
-    substeps = math.ceil((start - end) * total)  # the reference rounds up here, and to the nearest elsewhere
+    substeps = math.ceil(
+        (start - end) * total
+    )  # the reference rounds up here, and to the nearest elsewhere
     result = rollout(policy, x, sigma, shift_time(end.reshape(1), SHIFT), substeps, shift=SHIFT)
     assert is_near(result, figures[f"{case}.x_end"][sample : sample + 1], 4e-6)
 
@@ -48,9 +54,13 @@ def test_golden_rollouts(case, total, sample):
 def test_golden_dx_rollouts(sample):
     figures = golden("policies")
     one = slice(sample, sample + 1)
-    x, sigma, start, end = (figures[name][one] for name in ("x_src", "sigma_src", "int.raw_start", "int.raw_end"))
+    x, sigma, start, end = (
+        figures[name][one] for name in ("x_src", "sigma_src", "int.raw_start", "int.raw_end")
+    )
     policy = predict_x0(DXVelocity(figures["dx.out"][one], shift=SHIFT), x, sigma)
-    result = rollout(policy, x, sigma, shift_time(end, SHIFT), math.ceil((start - end) * 128), shift=SHIFT)
+    result = rollout(
+        policy, x, sigma, shift_time(end, SHIFT), math.ceil((start - end) * 128), shift=SHIFT
+    )
     assert is_near(result, figures["dx.int.x_end"][one], 8e-6)
 
 
@@ -60,7 +70,9 @@ def test_golden_dx_rollouts(sample):
 def test_golden_dx_velocities(mode, segment_size, shift, fraction):
     figures = golden("policies")
     x_src, sigma = figures["x_src"], fraction * figures["sigma_src"]
-    policy = predict_x0(DXVelocity(figures["dx.out"], segment_size, shift, mode), x_src, figures["sigma_src"])
+    policy = predict_x0(
+        DXVelocity(figures["dx.out"], segment_size, shift, mode), x_src, figures["sigma_src"]
+    )
     x = x_src if fraction == 1 else x_src * (0.5 + 0.5 * fraction) + 0.1 * figures["pert"]
     velocity = (x - policy.at(sigma)) / sigma.reshape(-1, 1, 1, 1)
     assert is_near(velocity, figures[f"dx.{mode}.seg{segment_size}.shift{shift}.f{fraction}.u"])
@@ -75,13 +87,20 @@ def test_a_dx_policy_starts_with_its_mean_velocity_and_moves_as_a_whole(mode):
     assert is_near(policy.at(sigma), policy.mean())
     for later in (0.5, 0.3):
         assert is_near(policy.moved(by).at(later), policy.at(later) + by)
-    halves = [predict_x0(part, x[i : i + 1], sigma[i : i + 1]) for i, part in enumerate(velocity.chunk(2))]
+    halves = [
+        predict_x0(part, x[i : i + 1], sigma[i : i + 1]) for i, part in enumerate(velocity.chunk(2))
+    ]
     assert is_near(torch.cat([half.at(0.4) for half in halves]), policy.at(0.4))
 
 
-@pytest.mark.parametrize(("case", "steps", "final", "shift"), [(0, 4, 0.5, 3.2), (1, 8, 0.5, 3.2), (2, 4, 1.0, 1.0)])
+@pytest.mark.parametrize(
+    ("case", "steps", "final", "shift"), [(0, 4, 0.5, 3.2), (1, 8, 0.5, 3.2), (2, 4, 1.0, 1.0)]
+)
 def test_golden_time_grids(case, steps, final, shift):
-    assert is_near(flow_sigmas(steps, shift, final_step_size=final), golden("schedulers")[f"flowmap{case}.sigmas"])
+    assert is_near(
+        flow_sigmas(steps, shift, final_step_size=final),
+        golden("schedulers")[f"flowmap{case}.sigmas"],
+    )
 
 
 def test_golden_time_shift():
@@ -102,7 +121,9 @@ def test_golden_steps_of_the_flow_map_sde(case, stochasticity):
     drawn = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
     fresh = sigmas[1] * (1 - figures[f"flowmap{case}.m"][1].square()).clamp(min=0).sqrt()
     assert fresh == 0 or stochasticity > 0
-    assert is_near(result - fresh * (drawn - figures["noise"]), figures[f"flowmap{case}.step1"], 1e-5)
+    assert is_near(
+        result - fresh * (drawn - figures["noise"]), figures[f"flowmap{case}.step1"], 1e-5
+    )
 
 
 @pytest.mark.parametrize("stochasticity", [0.0, 0.5, 1.0])
@@ -111,8 +132,14 @@ def test_with_exact_policies_every_stochasticity_gives_the_data(stochasticity, s
     """An exact policy leads along the exact flow, so few steps suffice: moments of a 2-D mixture, to Monte Carlo error."""
     data, count = mixture_data(2), 10_000
     x = normal(count, 2, seed=7, dtype=F64)
-    settings = {"stochasticity": stochasticity, "noise": torch.Generator().manual_seed(0), "temperature": 1.0}
-    result = sample_gm_policy(exact_denoiser(data), x, flow_sigmas(4, shift), substeps=96, shift=shift, **settings)
+    settings = {
+        "stochasticity": stochasticity,
+        "noise": torch.Generator().manual_seed(0),
+        "temperature": 1.0,
+    }
+    result = sample_gm_policy(
+        exact_denoiser(data), x, flow_sigmas(4, shift), substeps=96, shift=shift, **settings
+    )
     error = 5 / math.sqrt(count)
     assert (result.mean(0) - data.mean()[0]).abs().max() < 3 * error
     assert (result.T.cov() - data.covariance()[0]).abs().max() < 10 * error
@@ -121,7 +148,9 @@ def test_with_exact_policies_every_stochasticity_gives_the_data(stochasticity, s
 def test_without_temperature_and_shift_it_is_gm_ode_of_first_order():
     data, x = mixture_data(2), normal(9, 2, dtype=F64)
     policy = sample_gm_policy(exact_denoiser(data), x, flow_sigmas(4), substeps=32, temperature=1.0)
-    assert is_near(policy, sample_gm_ode(exact_denoiser(data), x, flow_sigmas(4), order=1, substeps=8), 1e-12)
+    assert is_near(
+        policy, sample_gm_ode(exact_denoiser(data), x, flow_sigmas(4), order=1, substeps=8), 1e-12
+    )
 
 
 def test_the_temperature_sharpens_all_steps_but_the_last():
@@ -144,7 +173,9 @@ def test_a_split_run_sharpens_as_the_whole_one():
     settings = {"temperature": 0.3, "substeps": 32}
     first = sample_gm_policy(denoise, x, sigmas[:3], **settings)
     assert is_near(
-        sample_gm_policy(denoise, first, sigmas[2:], **settings), sample_gm_policy(denoise, x, sigmas, **settings), 1e-9
+        sample_gm_policy(denoise, first, sigmas[2:], **settings),
+        sample_gm_policy(denoise, x, sigmas, **settings),
+        1e-9,
     )
 
 
@@ -158,7 +189,9 @@ def test_a_dx_policy_is_followed_and_knows_no_temperature():
     def callback(step, x, x0):
         seen.append((step, x, x0))
 
-    result = sample_gm_policy(denoise, x, sigmas, substeps=24, shift=SHIFT, temperature=0.2, callback=callback)
+    result = sample_gm_policy(
+        denoise, x, sigmas, substeps=24, shift=SHIFT, temperature=0.2, callback=callback
+    )
     for step, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
         policy = denoise(x, sigma.expand(2))
         assert seen[step][0] == step
@@ -193,7 +226,9 @@ def test_a_step_gets_its_share_of_the_substeps_and_constrain_sees_all():
     assert is_near(times[:36].diff(), torch.full((35,), -1 / 3.5 / 37, dtype=F64), 1e-4)
     seen.clear()
     sample_gm_policy(lambda x, sigma: policy, x, sigmas, stochasticity=1.0, **settings)
-    assert [s for s in seen if any(abs(s - end) < 1e-6 for end in sigmas[1:-1].tolist())]  # after the noise too
+    assert [
+        s for s in seen if any(abs(s - end) < 1e-6 for end in sigmas[1:-1].tolist())
+    ]  # after the noise too
 
 
 def test_what_does_not_fit_is_quoted():

@@ -48,8 +48,12 @@ from tests.helpers import (
 
 def mixture_data(channels, components=3):
     """The data's distribution, as a mixture of one point: (1, K, C), (1, K, 1), (1, 1, 1)."""
-    means = torch.tensor([[-2.0, 1.0], [0.5, -1.5], [2.5, 1.5]], dtype=F64)[:components, :channels].unsqueeze(0)
-    log_weights = torch.tensor([0.5, 0.2, 0.3], dtype=F64)[:components].log().log_softmax(0).reshape(1, -1, 1)
+    means = torch.tensor([[-2.0, 1.0], [0.5, -1.5], [2.5, 1.5]], dtype=F64)[
+        :components, :channels
+    ].unsqueeze(0)
+    log_weights = (
+        torch.tensor([0.5, 0.2, 0.3], dtype=F64)[:components].log().log_softmax(0).reshape(1, -1, 1)
+    )
     return GaussianMixture(means, log_weights, torch.full((1, 1, 1), math.log(0.4), dtype=F64))
 
 
@@ -65,7 +69,9 @@ def exact_denoiser(data, count=None):
         surprise = x.unsqueeze(1) - (1 - sigma) * means
         scores = log_weights - 0.5 * surprise.square().sum(2, keepdim=True) / evidence_var
         centres = means + (1 - sigma) * var / evidence_var * surprise
-        return GaussianMixture(centres, scores.log_softmax(1), 0.5 * (var * sigma.square() / evidence_var).log())
+        return GaussianMixture(
+            centres, scores.log_softmax(1), 0.5 * (var * sigma.square() / evidence_var).log()
+        )
 
     return denoise
 
@@ -86,7 +92,9 @@ def exact_flow(data, z):
     means, weights, std = (t[..., 0] for t in (data.means, data.weights, data.log_std.exp()))
 
     def excess(x):
-        return (weights * torch.special.ndtr((x - means) / std)).sum(1, keepdim=True) - torch.special.ndtr(z)
+        return (weights * torch.special.ndtr((x - means) / std)).sum(
+            1, keepdim=True
+        ) - torch.special.ndtr(z)
 
     return bisect(excess, torch.full_like(z, -10), torch.full_like(z, 10))
 
@@ -94,15 +102,25 @@ def exact_flow(data, z):
 # K = 1
 
 
-@pytest.mark.parametrize("solver", [sample_euler, lambda *args: sample_gm_ode(*args, order=1, substeps=1)])
+@pytest.mark.parametrize(
+    "solver", [sample_euler, lambda *args: sample_gm_ode(*args, order=1, substeps=1)]
+)
 def test_with_one_component_it_is_ordinary_flow_matching(solver):
-    data, x, sigmas = mixture_data(2, components=1), normal(50, 2, dtype=F64), flow_sigmas(7, shift=2.0).double()
+    data, x, sigmas = (
+        mixture_data(2, components=1),
+        normal(50, 2, dtype=F64),
+        flow_sigmas(7, shift=2.0).double(),
+    )
     expected, mean, var = x, data.means[0, 0], 0.4**2
     for high, low in itertools.pairwise(sigmas):
         slope = (high - (1 - high) * var) / ((1 - high) ** 2 * var + high**2)
-        velocity = -mean + slope * (expected - (1 - high) * mean)  # E[noise - x_0 | x] of N(mean, var)
+        velocity = -mean + slope * (
+            expected - (1 - high) * mean
+        )  # E[noise - x_0 | x] of N(mean, var)
         expected = expected + (low - high) * velocity
-    assert is_near(solver(exact_denoiser(data), x, sigmas), expected, 1e-6)  # a denoiser gets its sigma in float32
+    assert is_near(
+        solver(exact_denoiser(data), x, sigmas), expected, 1e-6
+    )  # a denoiser gets its sigma in float32
 
 
 # Exact mixtures
@@ -124,7 +142,9 @@ def test_gm_ode_converges_to_the_exact_flow_at_first_order_in_its_substeps():
 def test_with_an_exact_mixture_neither_the_network_calls_nor_the_order_matter(order, calls):
     data, x, count = mixture_data(2), normal(200, 2, dtype=F64), []
     expected = sample_gm_ode(exact_denoiser(data), x, flow_sigmas(64), order=1, substeps=1)
-    found = sample_gm_ode(exact_denoiser(data, count), x, flow_sigmas(calls), order=order, substeps=64 // calls)
+    found = sample_gm_ode(
+        exact_denoiser(data, count), x, flow_sigmas(calls), order=order, substeps=64 // calls
+    )
     assert is_near(found, expected, 1e-9)
     assert count == pytest.approx(flow_sigmas(calls)[:-1].tolist())
 
@@ -132,7 +152,10 @@ def test_with_an_exact_mixture_neither_the_network_calls_nor_the_order_matter(or
 def test_with_an_inexact_mixture_order_2_beats_order_1():
     data, z = mixture_data(1), normal(300, 1, dtype=F64)
     exact, sigmas = exact_flow(data, z), flow_sigmas(8)
-    first, second = (sample_gm_ode(matched_denoiser(data), z, sigmas, order=o, substeps=32) - exact for o in (1, 2))
+    first, second = (
+        sample_gm_ode(matched_denoiser(data), z, sigmas, order=o, substeps=32) - exact
+        for o in (1, 2)
+    )
     assert second.abs().mean() < 0.75 * first.abs().mean()
 
 
@@ -155,13 +178,18 @@ def assert_distributed_as(x, data, tolerance=0.0):
     """Mean, covariance and component shares of points (N, C), within 4.5 standard errors plus `tolerance`."""
     data, count = cast(data, x.dtype), len(x)
     covariance = data.covariance()[0]
-    assert ((x.mean(0) - data.mean()[0]).abs() < 4.5 * (covariance.diagonal() / count).sqrt() + tolerance).all()
+    assert (
+        (x.mean(0) - data.mean()[0]).abs()
+        < 4.5 * (covariance.diagonal() / count).sqrt() + tolerance
+    ).all()
     fourth = 3 * covariance.diagonal().square()  # an upper bound for mixtures as flat as these
     bound = 4.5 * (fourth.unsqueeze(0) * fourth.unsqueeze(1)).sqrt().div(count).sqrt() + tolerance
     assert ((x.T.cov() - covariance).abs() < bound).all()
     nearest = (x.unsqueeze(1) - data.means[0]).square().sum(-1).argmin(1)
     shares = nearest.bincount(minlength=data.num_components) / count
-    assert (shares - data.weights.flatten()).abs().max() < 4.5 * 0.5 / count**0.5 + tolerance + 0.005  # components overlap
+    assert (
+        shares - data.weights.flatten()
+    ).abs().max() < 4.5 * 0.5 / count**0.5 + tolerance + 0.005  # components overlap
 
 
 @pytest.mark.parametrize("order", [1, 2])
@@ -169,28 +197,49 @@ def assert_distributed_as(x, data, tolerance=0.0):
 def test_gm_sde_with_the_exact_mixture_draws_from_the_data(order, steps):
     generator = torch.Generator().manual_seed(steps)
     x = torch.randn(20_000, 2, generator=generator)
-    x = sample_gm_sde(exact_denoiser(mixture_data(2)), x, flow_sigmas(steps, shift=2.0), order=order, noise=generator)
+    x = sample_gm_sde(
+        exact_denoiser(mixture_data(2)),
+        x,
+        flow_sigmas(steps, shift=2.0),
+        order=order,
+        noise=generator,
+    )
     assert_distributed_as(x, mixture_data(2))
 
 
 @pytest.mark.parametrize("calls", [1, 8])
 def test_gm_ode_with_many_substeps_draws_from_the_data(calls):
-    x = sample_gm_ode(exact_denoiser(mixture_data(2)), normal(20_000, 2), flow_sigmas(calls), substeps=256 // calls)
+    x = sample_gm_ode(
+        exact_denoiser(mixture_data(2)),
+        normal(20_000, 2),
+        flow_sigmas(calls),
+        substeps=256 // calls,
+    )
     assert_distributed_as(x, mixture_data(2), tolerance=0.02)  # Euler's own error, about 4 / 256
 
 
 def test_sigmas_need_not_end_at_0():
     data, x, sigma = mixture_data(2), normal(20_000, 2), 0.375
-    half_way = GaussianMixture((1 - sigma) * data.means, data.log_weights, 0.5 * ((1 - sigma) ** 2 * data.var + sigma**2).log())
+    half_way = GaussianMixture(
+        (1 - sigma) * data.means,
+        data.log_weights,
+        0.5 * ((1 - sigma) ** 2 * data.var + sigma**2).log(),
+    )
     generator = torch.Generator().manual_seed(0)
     sde = sample_gm_sde(exact_denoiser(data), x, [1.0, 0.7, sigma], noise=generator)
     covariance = half_way.covariance()[0].float()
-    assert ((sde.mean(0) - half_way.mean()[0]).abs() < 4.5 * (covariance.diagonal() / len(x)).sqrt()).all()
+    assert (
+        (sde.mean(0) - half_way.mean()[0]).abs() < 4.5 * (covariance.diagonal() / len(x)).sqrt()
+    ).all()
     assert is_near(sde.T.cov(), covariance, 0.03)
     start = normal(20, 2, dtype=F64)
     whole = sample_gm_ode(matched_denoiser(data), start, [1.0, 0.75, sigma, 0.25, 0.0], order=1)
     part = sample_gm_ode(matched_denoiser(data), start, [1.0, 0.75, sigma], order=1)
-    assert is_near(sample_gm_ode(matched_denoiser(data), part, torch.tensor([sigma, 0.25, 0.0]), order=1), whole, 1e-12)
+    assert is_near(
+        sample_gm_ode(matched_denoiser(data), part, torch.tensor([sigma, 0.25, 0.0]), order=1),
+        whole,
+        1e-12,
+    )
 
 
 # Second-order correction
@@ -209,7 +258,10 @@ def test_the_correction_stays_within_the_mixtures_own_spread():
     mixture, x = random_mixture(dtype=F64), normal(2, 3, 2, 3, dtype=F64)
     moved = GaussianMixture(mixture.means + 100, mixture.log_weights, mixture.log_std)
     corrected = second_order(moved, Step(mixture, x, 0.5, 0.1), x, 0.5, 0.1, ca=0.0)
-    shift, var = corrected.gaussian.mean - moved.mean(), moved.moment_match().var.mean((1, 2, 3), keepdim=True)
+    shift, var = (
+        corrected.gaussian.mean - moved.mean(),
+        moved.moment_match().var.mean((1, 2, 3), keepdim=True),
+    )
     assert is_near(shift.square().mean((1, 2, 3), keepdim=True), var, 1e-9)
     assert is_near(corrected.gaussian.var, 1e-6 * var, 1e-9)
 
@@ -217,7 +269,10 @@ def test_the_correction_stays_within_the_mixtures_own_spread():
 @pytest.mark.parametrize("scale", ["0.0", "0.04", "0.45"])
 def test_golden_second_order(scale):
     figures, case = golden("second_order"), f"g{scale}_c0"
-    cond, uncond_mean = golden_mixture("second_order", "gm_cond"), golden_mixture("second_order", "gm_uncond").mean()
+    cond, uncond_mean = (
+        golden_mixture("second_order", "gm_cond"),
+        golden_mixture("second_order", "gm_uncond").mean(),
+    )
     mixture = cond if scale == "0.0" else probabilistic_guidance(cond, uncond_mean, float(scale))
     assert same_mixture(mixture, golden_mixture("second_order", f"{case}.first_order"))
     previous = Step(golden_mixture("second_order", "prev_gm"), figures["prev_x_t"], 0.875, 0.125)
@@ -230,10 +285,16 @@ def test_golden_second_order(scale):
 # What the caller hands in
 
 
-@pytest.mark.parametrize(("solver", "substeps"), [(sample_gm_ode, 3), (sample_gm_sde, 1), (sample_euler, 1)])
+@pytest.mark.parametrize(
+    ("solver", "substeps"), [(sample_gm_ode, 3), (sample_gm_sde, 1), (sample_euler, 1)]
+)
 def test_constrain_is_obeyed_after_every_substep_and_callback_called_once_a_step(solver, substeps):
     data, x, constrained, reported = mixture_data(2), normal(10, 2), [], []
-    mask, known, noise = torch.arange(10).unsqueeze(1) < 4, torch.full((10, 2), 0.7), normal(10, 2, seed=2)
+    mask, known, noise = (
+        torch.arange(10).unsqueeze(1) < 4,
+        torch.full((10, 2), 0.7),
+        normal(10, 2, seed=2),
+    )
 
     def constrain(x, sigma):
         constrained.append(sigma.max().item())
@@ -256,23 +317,33 @@ def test_constrain_is_obeyed_after_every_substep_and_callback_called_once_a_step
 def test_recorded_draws_reproduce_a_generators_run():
     data, x, sigmas = mixture_data(2), normal(10, 2), flow_sigmas(3)
     out = sample_gm_sde(exact_denoiser(data), x, sigmas, noise=torch.Generator().manual_seed(3))
-    assert torch.equal(sample_gm_sde(exact_denoiser(data), x, sigmas, noise=torch.Generator().manual_seed(3)), out)
-    assert not torch.equal(sample_gm_sde(exact_denoiser(data), x, sigmas, noise=torch.Generator().manual_seed(4)), out)
+    assert torch.equal(
+        sample_gm_sde(exact_denoiser(data), x, sigmas, noise=torch.Generator().manual_seed(3)), out
+    )
+    assert not torch.equal(
+        sample_gm_sde(exact_denoiser(data), x, sigmas, noise=torch.Generator().manual_seed(4)), out
+    )
 
     generator, draws, now = torch.Generator().manual_seed(3), [], x
     for high, low in itertools.pairwise(sigmas.tolist()):
-        level = torch.rand(10, generator=generator)  # uniform for the component, then its noise, then the transition's
+        level = torch.rand(
+            10, generator=generator
+        )  # uniform for the component, then its noise, then the transition's
         weights = exact_denoiser(data)(now, torch.full((10,), high)).weights.squeeze(2)
         component = (level.unsqueeze(1) > weights.cumsum(1)).sum(1)
         noise = torch.randn(10, 2, generator=generator)
-        draws.append(Draws(component, noise, torch.randn(10, 2, generator=generator) if low > 0 else None))
+        draws.append(
+            Draws(component, noise, torch.randn(10, 2, generator=generator) if low > 0 else None)
+        )
         now = sample_gm_sde(exact_denoiser(data), now, [high, low], noise=draws[-1:])
     assert is_near(now, out, 1e-6)
     assert is_near(sample_gm_sde(exact_denoiser(data), x, sigmas, noise=draws), out, 1e-6)
 
 
 @pytest.mark.parametrize("solver", [sample_gm_ode, sample_gm_sde])
-@pytest.mark.parametrize("sigmas", [[], [1.0], [0.5, 1.0], [1.0, 0.5, 0.5], [1.5, 0.0], [1.0, -0.1], [1.0, float("nan")]])
+@pytest.mark.parametrize(
+    "sigmas", [[], [1.0], [0.5, 1.0], [1.0, 0.5, 0.5], [1.5, 0.0], [1.0, -0.1], [1.0, float("nan")]]
+)
 def test_sigmas_that_do_not_descend_within_0_and_1_are_quoted(solver, sigmas):
     with pytest.raises(ValueError, match=r"sigmas \[.*\] are not a descending sequence"):
         solver(exact_denoiser(mixture_data(2)), normal(3, 2), sigmas)
@@ -291,8 +362,12 @@ def test_other_bad_arguments_are_quoted(solver):
 
 def toy_network():
     figures = golden("toy_mlp")
-    network = GMFlowMLP(GMFlowMLPConfig(num_components=64, embed_dim=32, hidden_dim=32, num_layers=3))
-    network.load_state_dict({name.removeprefix("model."): t for name, t in figures.items() if name.startswith("model.")})
+    network = GMFlowMLP(
+        GMFlowMLPConfig(num_components=64, embed_dim=32, hidden_dim=32, num_layers=3)
+    )
+    network.load_state_dict(
+        {name.removeprefix("model."): t for name, t in figures.items() if name.startswith("model.")}
+    )
     return network.requires_grad_(False), figures
 
 
@@ -306,7 +381,9 @@ def test_golden_toy_network():
     assert is_near(nll(out, figures["u"]), figures["nll"], 3e-5)
 
 
-@pytest.mark.parametrize(("run", "least", "most"), [("ode1", 0, 1e-3), ("ode2", 0, 1e-2), ("sde2", 0.05, 0.5)])
+@pytest.mark.parametrize(
+    ("run", "least", "most"), [("ode1", 0, 1e-3), ("ode2", 0, 1e-2), ("sde2", 0.05, 0.5)]
+)
 def test_golden_toy_runs_within_their_sensitivity_to_rounding(run, least, most):
     network, figures = toy_network()
     recorded = figures["sde2.inds"].long(), figures["sde2.comp_noise"], figures["sde2.sde_noise"]
@@ -315,11 +392,16 @@ def test_golden_toy_runs_within_their_sensitivity_to_rounding(run, least, most):
     def sample(x):
         if run == "sde2":
             return sample_gm_sde(denoiser_of(network), x, flow_sigmas(4), noise=draws)
-        return sample_gm_ode(denoiser_of(network), x, flow_sigmas(4), order=int(run[-1]), substeps=3)
+        return sample_gm_ode(
+            denoiser_of(network), x, flow_sigmas(4), order=int(run[-1]), substeps=3
+        )
 
     x = figures["sde2.noise"].flatten(1)
     out = sample(x)
-    sensitivity = max((sample(x * (1 + 1e-7 * normal(7, 2, seed=seed))) - out).abs().max().item() for seed in range(8))
+    sensitivity = max(
+        (sample(x * (1 + 1e-7 * normal(7, 2, seed=seed))) - out).abs().max().item()
+        for seed in range(8)
+    )
     assert least <= sensitivity <= most
     assert (out - figures[f"{run}.out"].flatten(1)).abs().max() <= 2 * sensitivity
 
@@ -332,8 +414,18 @@ def test_a_step_waits_for_no_gpu(solver, method, monkeypatch):
     velocity, mean = random_mixture(), normal(2, 3, 2, 3)
 
     def denoiser(x, sigma):
-        return probabilistic_guidance(velocity_to_x0(velocity, x, sigma), velocity_to_x0(mean, x, sigma), 0.3)
+        return probabilistic_guidance(
+            velocity_to_x0(velocity, x, sigma), velocity_to_x0(mean, x, sigma), 0.3
+        )
 
     with Waits(WAITING + COPYING) as waits:
-        solve(solver, denoiser, normal(2, 3, 2, 3), [1.0, 0.7, 0.4, 0.0], substeps=8, shift=2.0, noise=torch.Generator())
+        solve(
+            solver,
+            denoiser,
+            normal(2, 3, 2, 3),
+            [1.0, 0.7, 0.4, 0.0],
+            substeps=8,
+            shift=2.0,
+            noise=torch.Generator(),
+        )
     assert waits.found == []

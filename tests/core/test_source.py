@@ -17,8 +17,13 @@ from gmflow_core.source.source import GaussianMixtureSource, LogJoint, _choose
 from tests.helpers import F64, normal
 
 
-def random_source(modes=5, shape=(3, 4, 4), spherical=True, dtype=torch.float32, seed=0, assigner=None):
-    std = 0.3 + normal(modes, *([1] * len(shape) if spherical else shape), seed=seed + 1, dtype=F64).abs()
+def random_source(
+    modes=5, shape=(3, 4, 4), spherical=True, dtype=torch.float32, seed=0, assigner=None
+):
+    std = (
+        0.3
+        + normal(modes, *([1] * len(shape) if spherical else shape), seed=seed + 1, dtype=F64).abs()
+    )
     log_weights = normal(modes, seed=seed + 2, dtype=F64).log_softmax(0)
     tensors = (2 * normal(modes, *shape, seed=seed, dtype=F64), std, log_weights)
     return GaussianMixtureSource(*(t.to(dtype) for t in tensors), assigner)
@@ -26,9 +31,14 @@ def random_source(modes=5, shape=(3, 4, 4), spherical=True, dtype=torch.float32,
 
 def exact_responsibilities(source, x):
     """p(m | x) in float64, every difference written out."""
-    means, std = source.means.double().flatten(1), source.std.double().expand_as(source.means).flatten(1)
+    means, std = (
+        source.means.double().flatten(1),
+        source.std.double().expand_as(source.means).flatten(1),
+    )
     offset = (x.double().flatten(1).unsqueeze(1) - means) / std
-    return (source.log_weights.double() - 0.5 * offset.square().sum(2) - std.log().sum(1)).softmax(1)
+    return (source.log_weights.double() - 0.5 * offset.square().sum(2) - std.log().sum(1)).softmax(
+        1
+    )
 
 
 def test_draws_have_the_modes_moments_and_frequencies():
@@ -56,7 +66,9 @@ def test_one_generator_each_makes_a_sample_independent_of_its_batch():
     assert torch.equal(three[1:2], one)
     assert modes[1] == mode[0]
     noise = normal(1, 3, 4, 4)
-    assert torch.equal(source.draw(mode, noise=noise), source.means[mode] + source.std[mode] * noise)
+    assert torch.equal(
+        source.draw(mode, noise=noise), source.means[mode] + source.std[mode] * noise
+    )
 
 
 @pytest.mark.parametrize("spherical", [True, False])
@@ -64,7 +76,10 @@ def test_one_generator_each_makes_a_sample_independent_of_its_batch():
 def test_responsibilities_against_brute_force(spherical, dtype, monkeypatch):
     source = random_source(modes=7, shape=(3, 5), spherical=spherical, dtype=dtype)
     shifted = dataclasses.replace(source, means=source.means + 50)
-    x = source.draw(source.draw_modes(40, torch.Generator().manual_seed(1)), noise=normal(40, 3, 5)) + 50
+    x = (
+        source.draw(source.draw_modes(40, torch.Generator().manual_seed(1)), noise=normal(40, 3, 5))
+        + 50
+    )
     tolerance = 1e-11 if dtype == F64 else 1e-4
     found, exact = shifted.responsibilities(x), exact_responsibilities(shifted, x)
     assert (found - exact).abs().max() < tolerance
@@ -76,7 +91,11 @@ def test_responsibilities_against_brute_force(spherical, dtype, monkeypatch):
 
 def test_what_a_posterior_needs_of_the_source_is_computed_once(monkeypatch):
     source, made = random_source(assigner=random_source(modes=5, shape=(6,), seed=9)), []
-    monkeypatch.setattr(LogJoint, "__init__", lambda self, *a, made=made, of=LogJoint.__init__: made.append(1) or of(self, *a))
+    monkeypatch.setattr(
+        LogJoint,
+        "__init__",
+        lambda self, *a, made=made, of=LogJoint.__init__: made.append(1) or of(self, *a),
+    )
     for _ in range(3):
         source.posterior_modes(normal(8, 6))
     assert len(made) == 1
@@ -87,11 +106,16 @@ def test_what_a_posterior_needs_of_the_source_is_computed_once(monkeypatch):
 
 def test_a_posterior_waits_for_no_device():
     """On the device "meta", whose tensors have no values to read; samples that are not finite still get a mode."""
-    source, away = random_source(), copy.copy(random_source())  # a copy, as what makes a source looks at its values
+    source, away = (
+        random_source(),
+        copy.copy(random_source()),
+    )  # a copy, as what makes a source looks at its values
     for name in ("means", "std", "log_weights"):
         object.__setattr__(away, name, getattr(source, name).to("meta"))
     for coupling in ("soft", "hard"):
-        modes = away.posterior_modes(torch.empty(4, 3, 4, 4, device="meta"), coupling, uniform=torch.empty(4, device="meta"))
+        modes = away.posterior_modes(
+            torch.empty(4, 3, 4, 4, device="meta"), coupling, uniform=torch.empty(4, device="meta")
+        )
         assert (modes.shape, modes.device.type) == ((4,), "meta")
         assert away.moments(modes)[0].shape == (4, 3, 4, 4)
     lost = _choose(torch.full((1, 5), torch.nan), 1, None, torch.tensor([0.5]))
@@ -99,7 +123,9 @@ def test_a_posterior_waits_for_no_device():
 
 
 def test_posterior_modes_are_drawn_from_the_posterior():
-    source = GaussianMixtureSource(torch.tensor([[-1.0], [0.0], [1.0]]), torch.ones(3, 1), torch.full((3,), 1 / 3).log())
+    source = GaussianMixtureSource(
+        torch.tensor([[-1.0], [0.0], [1.0]]), torch.ones(3, 1), torch.full((3,), 1 / 3).log()
+    )
     x = torch.full((30_000, 1), 0.7)
     soft = source.posterior_modes(x, generator=torch.Generator().manual_seed(0))
     exact = exact_responsibilities(source, x[:1])[0].float()
@@ -129,8 +155,14 @@ def test_modes_of_weight_0_are_never_drawn():
 
 @pytest.mark.parametrize("spherical", [True, False])
 def test_flipped_source_draws_flipped_samples(spherical):
-    source, modes, noise = random_source(spherical=spherical), torch.tensor([4, 0, 4]), normal(3, 3, 4, 4)
-    assert torch.equal(source.flipped().draw(modes, noise=noise.flip(-1)), source.draw(modes, noise=noise).flip(-1))
+    source, modes, noise = (
+        random_source(spherical=spherical),
+        torch.tensor([4, 0, 4]),
+        normal(3, 3, 4, 4),
+    )
+    assert torch.equal(
+        source.flipped().draw(modes, noise=noise.flip(-1)), source.draw(modes, noise=noise).flip(-1)
+    )
     with pytest.raises(ValueError, match="no width to flip"):
         random_source(shape=(4,)).flipped()
 
@@ -138,16 +170,29 @@ def test_flipped_source_draws_flipped_samples(spherical):
 @pytest.mark.parametrize("spherical", [True, False])
 def test_files_round_trip(tmp_path, spherical):
     source = random_source(spherical=spherical, assigner=random_source(modes=5, shape=(6,), seed=9))
-    save_source(source, tmp_path / "source.safetensors", facts={"seed": 3}, data={"space": "pixels"})
-    for place in (tmp_path / "source.safetensors", tmp_path, str(tmp_path)):  # the file, or its folder
+    save_source(
+        source, tmp_path / "source.safetensors", facts={"seed": 3}, data={"space": "pixels"}
+    )
+    for place in (
+        tmp_path / "source.safetensors",
+        tmp_path,
+        str(tmp_path),
+    ):  # the file, or its folder
         again = load_source(place)
         for mine, theirs in ((source, again), (source.assigner, again.assigner)):
-            assert all(torch.equal(getattr(mine, n), getattr(theirs, n)) for n in ("means", "std", "log_weights"))
+            assert all(
+                torch.equal(getattr(mine, n), getattr(theirs, n))
+                for n in ("means", "std", "log_weights")
+            )
     assert again.is_spherical == spherical
     metadata = read_source_metadata(tmp_path)
     assert metadata["config"] == {"num_modes": 5, "shape": [3, 4, 4], "assigner": [6]}
     assert (metadata["training"], metadata["data"]) == ({"seed": 3}, {"space": "pixels"})
-    save_source(dataclasses.replace(source, assigner=None), tmp_path / "half.safetensors", dtype=torch.bfloat16)
+    save_source(
+        dataclasses.replace(source, assigner=None),
+        tmp_path / "half.safetensors",
+        dtype=torch.bfloat16,
+    )
     half = load_source(tmp_path / "half.safetensors", dtype=None)
     assert half.means.dtype == torch.float32
     assert torch.equal(half.means, source.means.bfloat16().float())
@@ -155,8 +200,14 @@ def test_files_round_trip(tmp_path, spherical):
 
 
 def test_files_that_are_no_source_are_refused(tmp_path):
-    save_file({"means": torch.ones(2, 2)}, tmp_path / "other.safetensors", {"format": "gmflow-1", "model_class": "GMDiT"})
-    with pytest.raises(ValueError, match="holds a GMDiT in format gmflow-1, not a Gaussian-mixture source"):
+    save_file(
+        {"means": torch.ones(2, 2)},
+        tmp_path / "other.safetensors",
+        {"format": "gmflow-1", "model_class": "GMDiT"},
+    )
+    with pytest.raises(
+        ValueError, match="holds a GMDiT in format gmflow-1, not a Gaussian-mixture source"
+    ):
         load_source(tmp_path / "other.safetensors")
     (tmp_path / "source.pkl").write_bytes(pickle.dumps({}))
     with pytest.raises(ValueError, match="pickle file"):
@@ -174,9 +225,14 @@ def test_files_that_are_no_source_are_refused(tmp_path):
 
 def test_errors_say_what_fits():
     source = random_source()
-    with pytest.raises(ValueError, match=r"samples are \(3, 4, 4\), but the latents are \(4, 32, 32\).*fitted on data"):
+    with pytest.raises(
+        ValueError,
+        match=r"samples are \(3, 4, 4\), but the latents are \(4, 32, 32\).*fitted on data",
+    ):
         source.require_shape((4, 32, 32))
-    with pytest.raises(ValueError, match=r"modes between 1 and 5 do not fit a source of 5 modes; give 0 to 4"):
+    with pytest.raises(
+        ValueError, match=r"modes between 1 and 5 do not fit a source of 5 modes; give 0 to 4"
+    ):
         source.draw([1, 5])
     with pytest.raises(ValueError, match=r"modes between -1 and 0"):
         source.moments(torch.tensor([0, -1]))
@@ -217,7 +273,9 @@ def test_scikit_learns_mixtures_convert(tmp_path, kind):
         assert np.allclose(source.means, there.means_)
         assert np.allclose(source.std.square(), there.covariances_.reshape(3, -1))
         assert np.allclose(source.weights, there.weights_)
-    assert np.allclose(source.responsibilities(torch.from_numpy(x)), there.predict_proba(x), atol=1e-5)
+    assert np.allclose(
+        source.responsibilities(torch.from_numpy(x)), there.predict_proba(x), atol=1e-5
+    )
     full = GaussianMixture(3, random_state=0).fit(x)
     with pytest.raises(ValueError, match="covariances of the type 'full'"):
         convert_pickle(write_pickle(tmp_path, full))
@@ -226,7 +284,10 @@ def test_scikit_learns_mixtures_convert(tmp_path, kind):
 def test_files_of_joblib_convert(tmp_path):
     joblib = pytest.importorskip("joblib")
     means = np.random.default_rng(0).normal(size=(3, 2, 4, 4)).astype(np.float32)
-    joblib.dump({"means": np.asfortranarray(means), "var": np.array([1.0, 4, 9]), "note": "x"}, tmp_path / "mixture.pkl")
+    joblib.dump(
+        {"means": np.asfortranarray(means), "var": np.array([1.0, 4, 9]), "note": "x"},
+        tmp_path / "mixture.pkl",
+    )
     with pytest.raises(ValueError, match="no weights"):
         convert_pickle(tmp_path / "mixture.pkl")
     tokens = random_source(modes=3, shape=(5,))
@@ -257,12 +318,16 @@ def test_attacks_are_refused_and_do_nothing(tmp_path):
         Attack(pickle.loads, pickle.dumps(Attack(os.mkdir, str(marker)))),
     ]
     for attack in attacks:
-        with pytest.raises(ValueError, match=r"refused: it asks for Python's .* it may be an attack"):
+        with pytest.raises(
+            ValueError, match=r"refused: it asks for Python's .* it may be an attack"
+        ):
             convert_pickle(write_pickle(tmp_path, {**arrays, "more": attack}))
     harmless = Attack(np.testing.assert_equal, 1, 2)  # of NumPy, and so not called at all
     assert convert_pickle(write_pickle(tmp_path, {**arrays, "more": harmless})).num_modes == 2
     assert not marker.exists()
-    (tmp_path / "mixture.pkl").write_bytes(b"c_codecs\nencode\n}S'x'\nI1\nsb.")  # would change a function of ours
+    (tmp_path / "mixture.pkl").write_bytes(
+        b"c_codecs\nencode\n}S'x'\nI1\nsb."
+    )  # would change a function of ours
     with pytest.raises(ValueError, match="refused: it changes a function"):
         convert_pickle(tmp_path / "mixture.pkl")
 
@@ -271,9 +336,18 @@ def test_attacks_are_refused_and_do_nothing(tmp_path):
     ("content", "message"),
     [
         ({"a": 1}, r"holds no mixture: it has \['a'\]"),
-        ({"means": np.array([["a"]], dtype=object), "var": np.ones(1)}, r"has \['means', 'var'\], and"),
-        ({"means": np.zeros((2, 3)), "var": np.ones((2, 3, 3)), "weights": np.ones(2) / 2}, r"variances \(2, 3, 3\)"),
-        ({"means": np.zeros((2, 3)), "var": np.ones(2), "weights": np.ones(2)}, "add up to 2 instead of 1"),
+        (
+            {"means": np.array([["a"]], dtype=object), "var": np.ones(1)},
+            r"has \['means', 'var'\], and",
+        ),
+        (
+            {"means": np.zeros((2, 3)), "var": np.ones((2, 3, 3)), "weights": np.ones(2) / 2},
+            r"variances \(2, 3, 3\)",
+        ),
+        (
+            {"means": np.zeros((2, 3)), "var": np.ones(2), "weights": np.ones(2)},
+            "add up to 2 instead of 1",
+        ),
     ],
 )
 def test_pickles_without_a_mixture_say_what_they_hold(tmp_path, content, message):

@@ -21,7 +21,20 @@ from training.evaluation.checkerboard_report import write_report
 from training.loop.trainer import learning_rate
 
 ROOT = Path(__file__).parents[2]
-SMALL = ["-k", "4", "--batch-size", "64", "--warmup", "5", "--checkpoint-every", "10", "--log-every", "5", "--device", "cpu"]
+SMALL = [
+    "-k",
+    "4",
+    "--batch-size",
+    "64",
+    "--warmup",
+    "5",
+    "--checkpoint-every",
+    "10",
+    "--log-every",
+    "5",
+    "--device",
+    "cpu",
+]
 
 
 def train(out: Path, iterations: int, *more: str) -> Trainer:
@@ -32,7 +45,21 @@ def train(out: Path, iterations: int, *more: str) -> Trainer:
 
 @pytest.mark.parametrize("preset", list(PRESETS))
 def test_loss_falls(preset, tmp_path):
-    trainer = Trainer(parse(["--preset", preset, *SMALL[2:], "--batch-size", "256", "--out", str(tmp_path), "--lr", "1e-3"]))
+    trainer = Trainer(
+        parse(
+            [
+                "--preset",
+                preset,
+                *SMALL[2:],
+                "--batch-size",
+                "256",
+                "--out",
+                str(tmp_path),
+                "--lr",
+                "1e-3",
+            ]
+        )
+    )
     held_out = draw_batch(trainer.config, torch.Generator().manual_seed(123))
     before = loss_of(trainer.model, held_out).item()
     for _ in range(30):
@@ -42,9 +69,18 @@ def test_loss_falls(preset, tmp_path):
 
 def test_resumes_after_sigkill_to_the_same_weights(tmp_path):
     whole = train(tmp_path / "whole", 60)
-    command = [sys.executable, "-m", "training.checkerboard", *SMALL, "--out", str(tmp_path / "killed")]
+    command = [
+        sys.executable,
+        "-m",
+        "training.checkerboard",
+        *SMALL,
+        "--out",
+        str(tmp_path / "killed"),
+    ]
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen([*command, "--iterations", "100000"], cwd=ROOT, env={**os.environ, **threads})
+    process = subprocess.Popen(
+        [*command, "--iterations", "100000"], cwd=ROOT, env={**os.environ, **threads}
+    )
     checkpoint = tmp_path / "killed" / "model.safetensors"
     try:
         deadline = time.time() + 120
@@ -68,7 +104,10 @@ def test_resumes_after_sigkill_to_the_same_weights(tmp_path):
 def test_ctrl_c_in_the_middle_of_an_iteration_loses_nothing(where, number, tmp_path, monkeypatch):
     whole = train(tmp_path / "whole", 30)
     trainer = Trainer(parse([*SMALL, "--out", str(tmp_path / "stopped"), "--iterations", "30"]))
-    owner, name = {"backward": (trainer.accelerator, "backward"), "optimiser": (trainer.optimizer, "step")}[where]
+    owner, name = {
+        "backward": (trainer.accelerator, "backward"),
+        "optimiser": (trainer.optimizer, "step"),
+    }[where]
     function = getattr(owner, name)
 
     def interrupted(*args):
@@ -118,7 +157,10 @@ def test_another_configuration_is_not_resumed(tmp_path):
     train(tmp_path, 10)
     with pytest.raises(ValueError, match=r"batch_size: 64 there, 32 here.*--restart"):
         Trainer(parse([*SMALL, "--out", str(tmp_path), "--batch-size", "32"]))
-    assert Trainer(parse([*SMALL, "--out", str(tmp_path), "--batch-size", "32", "--restart"])).step == 0
+    assert (
+        Trainer(parse([*SMALL, "--out", str(tmp_path), "--batch-size", "32", "--restart"])).step
+        == 0
+    )
 
 
 def test_weights_alone_are_not_overwritten(tmp_path):
@@ -134,14 +176,18 @@ def test_diverged_run_keeps_its_last_good_checkpoint(tmp_path):
         trainer.model.net[0].weight.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="last good checkpoint"):
         trainer.run()
-    assert all(t.isfinite().all() for t in load_checkpoint(tmp_path / "model.safetensors")[0].parameters())
+    assert all(
+        t.isfinite().all() for t in load_checkpoint(tmp_path / "model.safetensors")[0].parameters()
+    )
 
 
 def test_processes_share_the_batch():
     """Whatever the number of processes, together they see the batch that one would see."""
     config = Config(batch_size=10)
     whole = draw_batch(config, torch.Generator().manual_seed(0))["x"]
-    shares = [draw_batch(config, torch.Generator().manual_seed(0))["x"][rank::2] for rank in range(2)]
+    shares = [
+        draw_batch(config, torch.Generator().manual_seed(0))["x"][rank::2] for rank in range(2)
+    ]
     assert torch.equal(torch.stack(shares, 1).reshape(10, 2), whole)
 
 

@@ -63,7 +63,11 @@ def scikit_learns(x, start, kind):
 def same_source(one, other, tolerance=0.0):
     for name in FIELDS:
         a, b = getattr(one, name), getattr(other, name)
-        assert torch.equal(a, b) if tolerance == 0 else torch.allclose(a, b, rtol=tolerance, atol=tolerance), name
+        assert (
+            torch.equal(a, b)
+            if tolerance == 0
+            else torch.allclose(a, b, rtol=tolerance, atol=tolerance)
+        ), name
     return True
 
 
@@ -79,7 +83,9 @@ def test_equals_scikit_learn_from_the_same_start(kind, dtype, tolerance):
     assert here.log_likelihoods[-1] == pytest.approx(there.lower_bound_, abs=tolerance)
     assert np.allclose(here.source.means, there.means_, rtol=tolerance)
     assert np.allclose(here.source.weights, there.weights_, rtol=10 * tolerance)
-    assert np.allclose(here.source.std.square(), there.covariances_.reshape(6, -1), rtol=tolerance, atol=tolerance)
+    assert np.allclose(
+        here.source.std.square(), there.covariances_.reshape(6, -1), rtol=tolerance, atol=tolerance
+    )
     assert here.source.is_spherical == (kind == "spherical")
 
 
@@ -87,7 +93,9 @@ def test_its_own_start_is_as_good_as_scikit_learns():
     x = clusters(modes=12, count=2000)
     ours = [fit_mixture(x, 12, seed=seed).log_likelihoods[-1] for seed in range(3)]
     theirs = [
-        GaussianMixture(12, covariance_type="diag", init_params="k-means++", random_state=seed).fit(x.numpy()).lower_bound_
+        GaussianMixture(12, covariance_type="diag", init_params="k-means++", random_state=seed)
+        .fit(x.numpy())
+        .lower_bound_
         for seed in range(3)
     ]
     assert max(ours) > max(theirs) - 0.05
@@ -141,7 +149,12 @@ def test_a_fit_that_was_stopped_ends_in_the_same_bits(tmp_path):
         fit_mixture(x, 6, max_iterations=9, tolerance=0, state=state, progress=stop)
     seen = []
     again = fit_mixture(
-        x, 6, max_iterations=9, tolerance=0, state=state, progress=lambda done, log_likelihood: seen.append(done)
+        x,
+        6,
+        max_iterations=9,
+        tolerance=0,
+        state=state,
+        progress=lambda done, log_likelihood: seen.append(done),
     )
     assert seen == [5, 6, 7, 8, 9]
     assert again.log_likelihoods == whole.log_likelihoods
@@ -155,7 +168,9 @@ def test_a_fit_that_was_stopped_ends_in_the_same_bits(tmp_path):
 def test_a_mode_that_loses_its_samples_stays_with_the_smallest_variance():
     x = clusters(modes=2, offset=0.0)
     means = torch.cat([x[:2], torch.full((1, 5), 1e4, dtype=F64)])
-    start = GaussianMixtureSource(means, torch.ones(3, 1, dtype=F64), torch.full((3,), 1 / 3, dtype=F64).log())
+    start = GaussianMixtureSource(
+        means, torch.ones(3, 1, dtype=F64), torch.full((3,), 1 / 3, dtype=F64).log()
+    )
     source = fit_mixture(x, 3, start=start, dtype=F64, reg_covar=1e-4).source
     assert torch.allclose(source.means[2], means[2])
     assert torch.allclose(source.std[2], torch.tensor(0.01, dtype=F64))
@@ -165,17 +180,23 @@ def test_a_mode_that_loses_its_samples_stays_with_the_smallest_variance():
 
 def test_bad_tokens_are_named():
     x = clusters(count=100).float()
-    with pytest.raises(ValueError, match=r"100 samples cannot be fitted with 101 modes; give 1 to 100"):
+    with pytest.raises(
+        ValueError, match=r"100 samples cannot be fitted with 101 modes; give 1 to 100"
+    ):
         fit_mixture(x, 101)
     broken = x.clone()
     broken[[3, 64], 1] = torch.tensor([math.nan, math.inf])
     with pytest.raises(ValueError, match=r"rows 3, 64 of 100 tokens are not finite"):
         fit_mixture(broken.split(30), 4)
-    with pytest.raises(ValueError, match=r"a chunk of tokens is \(100, 4\) after ones of 5 numbers"):
+    with pytest.raises(
+        ValueError, match=r"a chunk of tokens is \(100, 4\) after ones of 5 numbers"
+    ):
         fit_mixture([x, x[:, :4]], 4)
     with pytest.raises(ValueError, match="only once"):
         fit_mixture(iter([x]), 4)
-    with pytest.raises(ValueError, match=r"the log-likelihood is (nan|-inf) at iteration 1: .* too large"):
+    with pytest.raises(
+        ValueError, match=r"the log-likelihood is (nan|-inf) at iteration 1: .* too large"
+    ):
         fit_mixture(1e25 * x, 4)
 
 
@@ -222,7 +243,10 @@ def test_empty_modes_are_the_average_of_the_others():
 
 def test_given_modes_say_what_does_not_fit():
     moments = RunningMoments(3, (2, 2, 2))
-    with pytest.raises(ValueError, match=r"samples \(4, 2, 2\) of modes \(4,\) came to a mixture of samples \(2, 2, 2\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"samples \(4, 2, 2\) of modes \(4,\) came to a mixture of samples \(2, 2, 2\)",
+    ):
         moments.add(normal(4, 2, 2), torch.zeros(4, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"modes between 0 and 3 do not fit a mixture of 3 modes"):
         moments.add(normal(4, 2, 2, 2), torch.arange(4))
@@ -253,12 +277,24 @@ def images(tmp_path_factory):
 
 @pytest.fixture
 def prepared(images, tmp_path):
-    prepare(PrepareConfig(data=images, out=tmp_path / "prepared", size=16, pixels=True, shard_size=32, workers=0, device="cpu"))
+    prepare(
+        PrepareConfig(
+            data=images,
+            out=tmp_path / "prepared",
+            size=16,
+            pixels=True,
+            shard_size=32,
+            workers=0,
+            device="cpu",
+        )
+    )
     return tmp_path / "prepared"
 
 
 def config(data, out, **changes):
-    return Config(**{"data": data, "out": out, "modes": 3, "device": "cpu", "workers": 0, **changes})
+    return Config(
+        **{"data": data, "out": out, "modes": 3, "device": "cpu", "workers": 0, **changes}
+    )
 
 
 def test_command_on_prepared_samples(prepared, tmp_path):
@@ -273,7 +309,9 @@ def test_command_on_prepared_samples(prepared, tmp_path):
     twins = torch.cat([x, x.flip(-1)])
     weights = source.responsibilities(twins).sum(0)
     assert torch.allclose(weights / weights.sum(), source.weights, atol=1e-3)
-    assert torch.allclose(source.weights @ source.means.flatten(1), twins.mean(0).flatten(), atol=1e-4)
+    assert torch.allclose(
+        source.weights @ source.means.flatten(1), twins.mean(0).flatten(), atol=1e-4
+    )
     assert Image.open(tmp_path / "out" / "report.png").width > 500
 
 
@@ -304,7 +342,11 @@ def test_token_files_and_their_errors(tmp_path):
     assert torch.cat([chunk.float() for chunk in middle]).tolist() == [[9, 10, 11], [12, 13, 14]]
     np.save(tmp_path / "objects.npy", np.array([{}, {}]))
     np.save(tmp_path / "flat.npy", np.arange(3))
-    for name, message in (("objects", "no whole array file"), ("flat", r"holds {'tokens': \[3\]}"), ("none", "there is no")):
+    for name, message in (
+        ("objects", "no whole array file"),
+        ("flat", r"holds {'tokens': \[3\]}"),
+        ("none", "there is no"),
+    ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             TokenFiles([tmp_path / f"{name}.npy"])
     with pytest.raises(ValueError, match="different shapes"):
@@ -320,7 +362,9 @@ def test_command_with_tokens_of_another_file(prepared, tmp_path):
     dataset = LatentDataset(prepared)
     sides = dataset.labels.double().unsqueeze(1) + 0.05 * normal(60, 4, dtype=F64)
     np.save(tmp_path / "tokens.npy", sides.numpy())
-    source = fit(config(prepared, tmp_path / "out", modes=2, tokens=tmp_path / "tokens.npy", flip=False))
+    source = fit(
+        config(prepared, tmp_path / "out", modes=2, tokens=tmp_path / "tokens.npy", flip=False)
+    )
     assert source.assigner.shape == (4,)
     assert not source.assigner.is_spherical
     tokens = read_tokens(prepared)  # kept beside the samples
@@ -368,8 +412,25 @@ def test_two_processes_find_what_one_finds(prepared, tmp_path):
     tokens = clusters(count=60, modes=3, dims=4).numpy()
     np.save(tmp_path / "tokens.npy", tokens)
     one = fit(config(prepared, tmp_path / "one", tokens=tmp_path / "tokens.npy"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    options = ["--data", prepared, "--out", tmp_path / "two", "--modes", "3", "--tokens", tmp_path / "tokens.npy"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+    ]
+    options = [
+        "--data",
+        prepared,
+        "--out",
+        tmp_path / "two",
+        "--modes",
+        "3",
+        "--tokens",
+        tmp_path / "tokens.npy",
+    ]
     done = subprocess.run(
         [*command, "training.fit_source", *map(str, options), "--device", "cpu"],
         cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
@@ -382,11 +443,33 @@ def test_two_processes_find_what_one_finds(prepared, tmp_path):
 
 def test_errors_of_the_command(tmp_path, images):
     with pytest.raises(SystemExit, match=r"was not written by training\.prepare"):
-        main(["--data", str(images), "--out", str(tmp_path / "out"), "--modes", "2", "--device", "cpu"])
+        main(
+            [
+                "--data",
+                str(images),
+                "--out",
+                str(tmp_path / "out"),
+                "--modes",
+                "2",
+                "--device",
+                "cpu",
+            ]
+        )
     with pytest.raises(ValueError, match="--modes is 0; it must be at least 1"):
         config(images, tmp_path / "out", modes=0)
     with pytest.raises(SystemExit, match=r"there is no .*none\.npy"):
-        main(["--data", str(tmp_path / "none.npy"), "--out", str(tmp_path / "out"), "--modes", "2", "--device", "cpu"])
+        main(
+            [
+                "--data",
+                str(tmp_path / "none.npy"),
+                "--out",
+                str(tmp_path / "out"),
+                "--modes",
+                "2",
+                "--device",
+                "cpu",
+            ]
+        )
 
 
 def test_convert_command(tmp_path):
@@ -396,7 +479,16 @@ def test_convert_command(tmp_path):
     latents = {"means": np.zeros((3, 2, 4, 4), np.float32), "variances": np.ones(3)}
     (tmp_path / "latents.pkl").write_bytes(pickle.dumps(latents))
     out = tmp_path / "source.safetensors"
-    main(["convert", str(tmp_path / "latents.pkl"), "--out", str(out), "--assigner", str(tmp_path / "cls.pkl")])
+    main(
+        [
+            "convert",
+            str(tmp_path / "latents.pkl"),
+            "--out",
+            str(out),
+            "--assigner",
+            str(tmp_path / "cls.pkl"),
+        ]
+    )
     source = load_source(out)
     assert (source.shape, source.assigner.shape) == ((2, 4, 4), (5,))
     assert np.allclose(source.weights, tokens.weights_)
@@ -414,22 +506,40 @@ def test_convert_command(tmp_path):
 
 # Encoders
 
-TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 8, "image_size": 16}
+TINY = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "patch_size": 8,
+    "image_size": 16,
+}
 
 
 def tiny_encoder(kind, folder):
     """A random encoder of the kind in a folder, and its tokens of pictures in [-1, 1], by transformers alone."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    mean, std = (
+        torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    )
     if kind == "dinov2":
-        network = transformers.Dinov2WithRegistersModel(transformers.Dinov2WithRegistersConfig(**TINY))
+        network = transformers.Dinov2WithRegistersModel(
+            transformers.Dinov2WithRegistersConfig(**TINY)
+        )
 
         def tokens(x):
             return network(x).last_hidden_state[:, 0]
     elif kind == "siglip2":
-        text = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-        settings = transformers.SiglipConfig(text_config=text, vision_config={**TINY, "intermediate_size": 16})
+        text = {
+            "vocab_size": 16,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+        }
+        settings = transformers.SiglipConfig(
+            text_config=text, vision_config={**TINY, "intermediate_size": 16}
+        )
         network = transformers.SiglipModel(settings)
         mean = std = torch.full((3, 1, 1), 0.5)
 
@@ -452,7 +562,12 @@ def tiny_encoder(kind, folder):
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_command_with_an_encoder(kind, images, prepared, tmp_path, capsys):
     exact = tiny_encoder(kind, tmp_path / "encoder")
-    settings = {"encoder": str(tmp_path / "encoder"), "encoder_size": 16, "image_size": 16, "batch_size": 7}
+    settings = {
+        "encoder": str(tmp_path / "encoder"),
+        "encoder_size": 16,
+        "image_size": 16,
+        "batch_size": 7,
+    }
     source = fit(config(prepared, tmp_path / "out", modes=2, **settings))
     assert source.assigner.shape == (16,)
     files = [f for f in sorted(images.rglob("*.png")) if f.name != "15b.png"]
@@ -521,13 +636,35 @@ def by_two(*options):
     """Exit status and what was said of each of two processes, which nobody watches over."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", AVERAGES, *map(str, options), "--encoder", "average", "--image-size", "16"]
+        where = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free.getsockname()[1]),
+            "OMP_NUM_THREADS": "1",
+        }
+    command = [
+        sys.executable,
+        "-c",
+        AVERAGES,
+        *map(str, options),
+        "--encoder",
+        "average",
+        "--image-size",
+        "16",
+    ]
     processes = []
     for rank in "01":
-        environment = {**os.environ, **where, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        environment = {
+            **os.environ,
+            **where,
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+        }
         settings = {"cwd": ROOT, "env": environment, "stderr": subprocess.PIPE, "text": True}
-        processes.append(subprocess.Popen([*command, "--device", "cpu", "--workers", "0"], **settings))
+        processes.append(
+            subprocess.Popen([*command, "--device", "cpu", "--workers", "0"], **settings)
+        )
     try:
         return [(process.communicate(timeout=120)[1], process.returncode) for process in processes]
     finally:
@@ -541,9 +678,14 @@ def test_a_process_may_have_no_part(images, tmp_path):
     shutil.copy(images / "left" / "00.png", tmp_path / "images" / "left")
     settings = {"size": 16, "pixels": True, "workers": 0, "device": "cpu", "flip": False}
     prepare(PrepareConfig(data=tmp_path / "images", out=tmp_path / "prepared", **settings))
-    for said, status in by_two("--data", tmp_path / "prepared", "--out", tmp_path / "out", "--modes", "1"):
+    for said, status in by_two(
+        "--data", tmp_path / "prepared", "--out", tmp_path / "out", "--modes", "1"
+    ):
         assert status == 0, said
-    source, (x, _) = load_source(tmp_path / "out"), LatentDataset(tmp_path / "prepared").__getitems__([0])
+    source, (x, _) = (
+        load_source(tmp_path / "out"),
+        LatentDataset(tmp_path / "prepared").__getitems__([0]),
+    )
     assert torch.allclose(source.means, x)
     assert torch.allclose(source.assigner.means, x.mean(3).flatten(1), atol=1e-6)
     assert torch.equal(source.weights, torch.ones(1))

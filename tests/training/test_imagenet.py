@@ -45,8 +45,32 @@ from training.loop.image_trainer import Trainer
 from training.loop.mode_weights import ModeWeights
 
 ROOT = Path(__file__).parents[2]
-SMALL = ["--num-layers", "2", "--num-heads", "2", "--head-dim", "8", "--log-std-dim", "8", "-k", "3", "--device", "cpu"]
-SMALL += ["--batch-size", "16", "--warmup", "3", "--checkpoint-every", "5", "--log-every", "5", "--precision", "fp32"]
+SMALL = [
+    "--num-layers",
+    "2",
+    "--num-heads",
+    "2",
+    "--head-dim",
+    "8",
+    "--log-std-dim",
+    "8",
+    "-k",
+    "3",
+    "--device",
+    "cpu",
+]
+SMALL += [
+    "--batch-size",
+    "16",
+    "--warmup",
+    "3",
+    "--checkpoint-every",
+    "5",
+    "--log-every",
+    "5",
+    "--precision",
+    "fp32",
+]
 
 
 @pytest.fixture(scope="module")
@@ -54,16 +78,36 @@ def data(tmp_path_factory) -> Path:
     """Pictures of 4 x 4 in three classes: plain colours, each with a little noise."""
     folder, generator = tmp_path_factory.mktemp("data"), torch.Generator().manual_seed(0)
     labels = torch.arange(48) % 3
-    x = 40 + 150 * torch.eye(3)[labels][:, :, None, None] + 30 * torch.rand(48, 3, 4, 4, generator=generator)
+    x = (
+        40
+        + 150 * torch.eye(3)[labels][:, :, None, None]
+        + 30 * torch.rand(48, 3, 4, 4, generator=generator)
+    )
     write_shard(folder / "shard-00000.safetensors", x.to(torch.uint8), labels, {})
-    index = {"format": FORMAT, "kind": "pixels", "shape": [3, 4, 4], "classes": ["red", "green", "blue"], "count": 48}
+    index = {
+        "format": FORMAT,
+        "kind": "pixels",
+        "shape": [3, 4, 4],
+        "classes": ["red", "green", "blue"],
+        "count": 48,
+    }
     index |= {"shards": [{"file": "shard-00000.safetensors", "count": 48}], "skipped": []}
     write_index(folder, index)
     return folder
 
 
 def new_trainer(data: Path, out: Path, iterations: int, *more: str) -> Trainer:
-    given = ["--preset", "digits", *SMALL, "--data", str(data), "--out", str(out), "--iterations", str(iterations)]
+    given = [
+        "--preset",
+        "digits",
+        *SMALL,
+        "--data",
+        str(data),
+        "--out",
+        str(out),
+        "--iterations",
+        str(iterations),
+    ]
     return Trainer(parse([*given, *more]))
 
 
@@ -73,7 +117,18 @@ def losses_of(trainer: Trainer, count: int) -> list[float]:
 
 @pytest.mark.parametrize("preset", ["digits", "digits_flow_matching"])
 def test_loss_falls(preset, data, tmp_path):
-    arguments = ["--preset", preset, *SMALL[:8], *SMALL[10:], "--data", str(data), "--out", str(tmp_path), "--lr", "3e-3"]
+    arguments = [
+        "--preset",
+        preset,
+        *SMALL[:8],
+        *SMALL[10:],
+        "--data",
+        str(data),
+        "--out",
+        str(tmp_path),
+        "--lr",
+        "3e-3",
+    ]
     trainer = Trainer(parse([*arguments, "--batch-size", "48", "--lr-schedule", "constant"]))
     losses = losses_of(trainer, 40)
     assert sum(losses[-5:]) / 5 < sum(losses[:5]) / 5 - 0.3
@@ -83,9 +138,21 @@ def test_loss_falls(preset, data, tmp_path):
 def test_resumes_after_sigkill_to_the_same_weights(data, tmp_path):
     whole = new_trainer(data, tmp_path / "whole", 25)
     whole.run()
-    arguments = ["--preset", "digits", *SMALL, "--data", str(data), "--out", str(tmp_path / "killed"), "--iterations", "25"]
+    arguments = [
+        "--preset",
+        "digits",
+        *SMALL,
+        "--data",
+        str(data),
+        "--out",
+        str(tmp_path / "killed"),
+        "--iterations",
+        "25",
+    ]
     process = subprocess.Popen(
-        [sys.executable, "-c", SLOW_STEPS, *arguments], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": threads()}
+        [sys.executable, "-c", SLOW_STEPS, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": threads()},
     )
     checkpoint = tmp_path / "killed" / "model.safetensors"
     try:
@@ -142,17 +209,40 @@ def test_two_processes_have_the_losses_of_one(how, data, tmp_path):
     losses += losses_of(one, 3)
     script = tmp_path / "two_processes.py"
     script.write_text(TWO_PROCESSES)
-    given = ["--preset", "digits", *SMALL, "--data", str(data), "--out", str(tmp_path / "two"), "--iterations", "20"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(script)]
+    given = [
+        "--preset",
+        "digits",
+        *SMALL,
+        "--data",
+        str(data),
+        "--out",
+        str(tmp_path / "two"),
+        "--iterations",
+        "20",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--standalone",
+        str(script),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    subprocess.run([*command, str(len(losses)), *given, *how], cwd=ROOT, env=environment, check=True)
+    subprocess.run(
+        [*command, str(len(losses)), *given, *how], cwd=ROOT, env=environment, check=True
+    )
     processes, found = json.loads((tmp_path / "two" / "losses.json").read_text())
     assert processes == 2
     assert found == pytest.approx(losses, rel=1e-5)
     again = new_trainer(data, tmp_path / "two", 20)  # and back in one process
     assert again.step == 6
     expected = dict(one.sampling_model().named_parameters())
-    assert all(torch.allclose(p, expected[name], atol=1e-5) for name, p in again.sampling_model().named_parameters())
+    assert all(
+        torch.allclose(p, expected[name], atol=1e-5)
+        for name, p in again.sampling_model().named_parameters()
+    )
     assert losses_of(again, 2) == pytest.approx(losses_of(one, 2), rel=1e-4)
 
 
@@ -164,7 +254,13 @@ def test_every_epoch_shows_every_sample_once_whatever_the_division():
     assert seen[:10] != seen[10:]
     halves = [Order(10, 4, rows, 2, 3, first=1) for rows in (range(2), range(2, 4))]
     pieces = list(zip(*(zip(half, range(8), strict=False) for half in halves), strict=True))
-    found = [pieces[2 * i][0][0] + pieces[2 * i + 1][0][0] + pieces[2 * i][1][0] + pieces[2 * i + 1][1][0] for i in range(4)]
+    found = [
+        pieces[2 * i][0][0]
+        + pieces[2 * i + 1][0][0]
+        + pieces[2 * i][1][0]
+        + pieces[2 * i + 1][1][0]
+        for i in range(4)
+    ]
     assert found == steps[1:]
     assert pieces_of(range(4, 10), 3) == [range(4, 6), range(6, 8), range(8, 10)]
 
@@ -178,11 +274,16 @@ def test_noise_belongs_to_the_row():
 
 def test_labels_are_dropped_and_sigmas_drawn_as_asked(data, tmp_path):
     trainer = new_trainer(data, tmp_path, 10, "--batch-size", "4096")
-    labels, sigma, low, high = trainer.draw(torch.ones(4096, dtype=torch.long), (3, 4, 4), range(4096))
+    labels, sigma, low, high = trainer.draw(
+        torch.ones(4096, dtype=torch.long), (3, 4, 4), range(4096)
+    )
     assert (labels == 3).double().mean().item() == pytest.approx(0.1, abs=0.02)
     assert set(labels.tolist()) == {1, 3}
     logit = sigma.double().logit()
-    assert (logit.mean().item(), logit.std().item()) == (pytest.approx(0, abs=0.06), pytest.approx(1, abs=0.05))
+    assert (logit.mean().item(), logit.std().item()) == (
+        pytest.approx(0, abs=0.06),
+        pytest.approx(1, abs=0.05),
+    )
     assert low.shape == high.shape == (4096, 3, 4, 4)
     assert abs((low * high).mean().item()) < 0.01
     assert abs((low[:, 0, 0, 0] * logit).mean().item()) < 0.06
@@ -191,9 +292,14 @@ def test_labels_are_dropped_and_sigmas_drawn_as_asked(data, tmp_path):
 def test_a_step_without_a_finite_gradient_is_skipped_and_counted(data, tmp_path, monkeypatch):
     trainer = new_trainer(data, tmp_path, 12)
     losses_of(trainer, 2)
-    weights, average = [p.clone() for p in trainer.model.parameters()], [a.clone() for a in trainer.average]
+    weights, average = (
+        [p.clone() for p in trainer.model.parameters()],
+        [a.clone() for a in trainer.average],
+    )
     draw = trainer.draw
-    monkeypatch.setattr(trainer, "draw", lambda *a: (*draw(*a)[:2], *(t * float("nan") for t in draw(*a)[2:])))
+    monkeypatch.setattr(
+        trainer, "draw", lambda *a: (*draw(*a)[:2], *(t * float("nan") for t in draw(*a)[2:]))
+    )
     trainer.iterate()
     trainer.count_skipped()
     assert (trainer.step, trainer.skipped) == (3, 1)
@@ -210,29 +316,57 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_counted(data, tmp_path,
 def test_a_run_without_finite_gradients_ends_with_its_last_good_state(data, tmp_path, monkeypatch):
     trainer = new_trainer(data, tmp_path, 40)
     draw = trainer.draw
-    nan = lambda *a: (*draw(*a)[:2], *(t * (float("nan") if trainer.step >= 7 else 1) for t in draw(*a)[2:]))  # noqa: E731
+
+    def nan(*a):
+        poison = float("nan") if trainer.step >= 7 else 1
+        return (*draw(*a)[:2], *(t * poison for t in draw(*a)[2:]))
+
     monkeypatch.setattr(trainer, "draw", nan)
-    with pytest.raises(FloatingPointError, match=r"10 steps in a row.*model\.safetensors still holds the last good"):
+    with pytest.raises(
+        FloatingPointError, match=r"10 steps in a row.*model\.safetensors still holds the last good"
+    ):
         trainer.run()
     network, _ = load_checkpoint(trainer.path)
-    facts = read_metadata(trainer.path)["training"]  # skipped steps leave the weights as they were, so it went on being saved
+    facts = read_metadata(trainer.path)[
+        "training"
+    ]  # skipped steps leave the weights as they were, so it went on being saved
     assert (facts["step"], facts["skipped_steps"]) == (15, 8)
     assert all(p.isfinite().all() for p in network.parameters())
     saved = load_training_state(trainer.path)
-    assert all(torch.equal(p, saved[f"model.{name}"]) for name, p in trainer.model.named_parameters())
+    assert all(
+        torch.equal(p, saved[f"model.{name}"]) for name, p in trainer.model.named_parameters()
+    )
 
 
 def test_a_run_leaves_pictures_curves_and_a_model_to_share(data, tmp_path, capsys):
-    given = ["--preset", "digits", *SMALL, "--data", str(data), "--out", str(tmp_path), "--iterations", "10"]
+    given = [
+        "--preset",
+        "digits",
+        *SMALL,
+        "--data",
+        str(data),
+        "--out",
+        str(tmp_path),
+        "--iterations",
+        "10",
+    ]
     main([*given, "--picture-every", "5", "--picture-solver", "gm-sde"])
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     for name in ("loss", "nll", "spectral", "learning_rate", "skipped_steps"):
         assert [point.step for point in events.Scalars(name)] == [5, 10]
     assert len(events.Images("samples")) == 2
-    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["0000005.png", "0000010.png"]
+    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == [
+        "0000005.png",
+        "0000010.png",
+    ]
     network, config = load_checkpoint(tmp_path / "weights.safetensors")
-    assert (config.num_classes, config.channels, config.latent_size, config.num_components) == (3, 3, 4, 3)
+    assert (config.num_classes, config.channels, config.latent_size, config.num_components) == (
+        3,
+        3,
+        4,
+        3,
+    )
     metadata = read_metadata(tmp_path / "weights.safetensors")
     assert metadata["data"] == {"labels": ["red", "green", "blue"], "space": "pixels"}
     assert metadata["training"]["step"] == 10
@@ -246,7 +380,9 @@ def test_what_does_not_belong_together_is_refused(data, tmp_path):
         new_trainer(data, tmp_path / "run", 10, "-k", "4")
     with pytest.raises(ValueError, match=r"lr: 0\.001 there, 0\.01 here.*--restart"):
         new_trainer(data, tmp_path / "run", 10, "--lr", "0.01")
-    with pytest.raises(ValueError, match="--batch-size 15 cannot be divided among 1 processes with 2 pieces"):
+    with pytest.raises(
+        ValueError, match="--batch-size 15 cannot be divided among 1 processes with 2 pieces"
+    ):
         new_trainer(data, tmp_path / "other", 10, "--batch-size", "15", "--accumulate", "2")
     with pytest.raises(FileNotFoundError, match=r"training\.prepare"):
         new_trainer(tmp_path / "nothing", tmp_path / "other", 10)
@@ -254,19 +390,40 @@ def test_what_does_not_belong_together_is_refused(data, tmp_path):
 
 def test_eight_bit_adamw_resumes_exactly(data, tmp_path):
     pytest.importorskip("bitsandbytes")
-    trainer = new_trainer(data, tmp_path, 20, "--optimizer", "adamw8bit", "--head-dim", "40")  # large enough for 8-bit state
+    trainer = new_trainer(
+        data, tmp_path, 20, "--optimizer", "adamw8bit", "--head-dim", "40"
+    )  # large enough for 8-bit state
     losses_of(trainer, 3)
     trainer.save()
     assert any(t.dtype == torch.uint8 for k, t in load_file(trainer.path).items() if "state1" in k)
     expected = losses_of(trainer, 3)
-    assert losses_of(new_trainer(data, tmp_path, 20, "--optimizer", "adamw8bit", "--head-dim", "40"), 3) == expected
+    assert (
+        losses_of(
+            new_trainer(data, tmp_path, 20, "--optimizer", "adamw8bit", "--head-dim", "40"), 3
+        )
+        == expected
+    )
 
 
 def test_the_papers_preset():
     config = PRESETS["gmdit_xl_k8"]
-    assert (config.num_layers, config.num_heads * config.head_dim, config.num_components) == (28, 1152, 8)
-    assert (config.batch_size, config.iterations, config.lr, config.weight_decay) == (4096, 200_000, 2e-4, 0.05)
-    assert (config.transition_ratio, config.class_dropout, config.clip, config.warmup) == (0.5, 0.1, 10.0, 1000)
+    assert (config.num_layers, config.num_heads * config.head_dim, config.num_components) == (
+        28,
+        1152,
+        8,
+    )
+    assert (config.batch_size, config.iterations, config.lr, config.weight_decay) == (
+        4096,
+        200_000,
+        2e-4,
+        0.05,
+    )
+    assert (config.transition_ratio, config.class_dropout, config.clip, config.warmup) == (
+        0.5,
+        0.1,
+        10.0,
+        1000,
+    )
     decay = Trainer.decay(type("T", (), {"config": config}), 200_000)
     assert decay == pytest.approx(0.5 ** (4096 / 30e6))
     assert Trainer.decay(type("T", (), {"config": config}), 1000) == pytest.approx(0.5 ** (1 / 50))
@@ -280,7 +437,9 @@ def test_the_objective_is_the_weighted_sum_of_the_losses(ratio, data, tmp_path):
     torch.nn.init.normal_(trainer.model.spectrum_net.mlp[-1].weight)
     x0, labels = trainer.dataset.__getitems__(range(16))
     sigma = torch.linspace(0.1, 0.9, 16)
-    low, high = (torch.randn(x0.shape, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    low, high = (
+        torch.randn(x0.shape, generator=torch.Generator().manual_seed(i)) for i in range(2)
+    )
     with torch.no_grad():
         losses = trainer.prepared(x0, labels, sigma, low, high)
         if ratio is None:
@@ -305,7 +464,11 @@ def test_the_spectral_loss_trains_the_spectrum_network_alone(data, tmp_path):
     x0, labels = trainer.dataset.__getitems__(range(4))
     noise = torch.randn(2, *x0.shape, generator=torch.Generator().manual_seed(0))
     trainer.prepared(x0, labels, torch.full((4,), 0.5), *noise)["spectral"].backward()
-    touched = {name.split(".")[0] for name, p in trainer.model.named_parameters() if p.grad is not None and p.grad.any()}
+    touched = {
+        name.split(".")[0]
+        for name, p in trainer.model.named_parameters()
+        if p.grad is not None and p.grad.any()
+    }
     assert touched == {"spectrum_net"}
 
 
@@ -314,24 +477,39 @@ def test_an_iteration_waits_for_no_device(data, tmp_path):
     trainer.iterate()  # which opens the data
     with Waits() as waits:
         trainer.iterate()
-    assert set(waits.found) <= {"aten._linalg_eigh"}  # of the spectral loss, whose errors torch looks at
+    assert set(waits.found) <= {
+        "aten._linalg_eigh"
+    }  # of the spectral loss, whose errors torch looks at
 
 
 def test_a_compiled_network_trains_and_resumes_to_the_same_losses(data, tmp_path, monkeypatch):
     """Traced forwards and backwards, with dropped labels, without a compiler for the code."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True))
+    monkeypatch.setattr(
+        torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
+    )
     eager = losses_of(new_trainer(data, tmp_path / "eager", 10), 5)
     trainer = new_trainer(data, tmp_path / "compiled", 10, "--compile")
     losses = losses_of(trainer, 3)
     trainer.save()
     losses += losses_of(trainer, 2)
     assert losses == pytest.approx(eager, rel=1e-4)
-    assert losses_of(new_trainer(data, tmp_path / "compiled", 10, "--compile", "--gradient-checkpointing"), 2) == losses[3:]
+    assert (
+        losses_of(
+            new_trainer(data, tmp_path / "compiled", 10, "--compile", "--gradient-checkpointing"), 2
+        )
+        == losses[3:]
+    )
 
 
-def test_biases_do_not_decay_and_the_gradient_is_clipped_after_the_warm_up(data, tmp_path, monkeypatch):
+def test_biases_do_not_decay_and_the_gradient_is_clipped_after_the_warm_up(
+    data, tmp_path, monkeypatch
+):
     trainer = new_trainer(data, tmp_path, 10, "--clip", "0.01", "--weight-decay", "0.3")
-    decay = {id(p): group["weight_decay"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    decay = {
+        id(p): group["weight_decay"]
+        for group in trainer.optimizer.param_groups
+        for p in group["params"]
+    }
     assert {group["betas"] for group in trainer.optimizer.param_groups} == {(0.9, 0.95)}
     for name, parameter in trainer.model.named_parameters():
         assert decay[id(parameter)] == (0.0 if name.endswith("bias") else 0.3), name
@@ -352,25 +530,62 @@ def test_the_average_follows_the_weights_with_its_decay(data, tmp_path):
     for step in (61, 62):
         losses_of(trainer, 1)
         decay = 0.5 ** (1 / (0.05 * step))
-        average = [decay * a + (1 - decay) * p.detach() for a, p in zip(average, trainer.model.parameters(), strict=True)]
-    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(average, trainer.average, strict=True))
+        average = [
+            decay * a + (1 - decay) * p.detach()
+            for a, p in zip(average, trainer.model.parameters(), strict=True)
+        ]
+    assert all(
+        torch.allclose(a, b, atol=1e-7) for a, b in zip(average, trainer.average, strict=True)
+    )
     assert torch.equal(next(trainer.sampling_model().parameters()), trainer.average[0])
 
 
 def test_a_model_of_latents_shows_them_through_its_vae(tmp_path):
     """A tiny VAE, whose decoder doubles each side; bf16 and two reading processes, as on a GPU."""
     diffusers = pytest.importorskip("diffusers")
-    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    blocks = {
+        "down_block_types": ["DownEncoderBlock2D"] * 2,
+        "up_block_types": ["UpDecoderBlock2D"] * 2,
+    }
     vae = diffusers.AutoencoderKL(block_out_channels=(4, 4), norm_num_groups=2, **blocks)
     vae.save_pretrained(tmp_path / "vae")
-    write_shard(tmp_path / "shard-00000.safetensors", torch.randn(8, 4, 4, 4), torch.arange(8) % 2, {})
-    index = {"format": FORMAT, "kind": "latents", "shape": [4, 4, 4], "classes": ["a", "b"], "count": 8, "skipped": []}
-    write_index(tmp_path, {**index, "shards": [{"file": "shard-00000.safetensors", "count": 8}], "scaling_factor": 0.18215})
-    more = ["--vae", str(tmp_path / "vae"), "--precision", "bf16", "--workers", "2", "--picture-every", "2"]
+    write_shard(
+        tmp_path / "shard-00000.safetensors", torch.randn(8, 4, 4, 4), torch.arange(8) % 2, {}
+    )
+    index = {
+        "format": FORMAT,
+        "kind": "latents",
+        "shape": [4, 4, 4],
+        "classes": ["a", "b"],
+        "count": 8,
+        "skipped": [],
+    }
+    write_index(
+        tmp_path,
+        {
+            **index,
+            "shards": [{"file": "shard-00000.safetensors", "count": 8}],
+            "scaling_factor": 0.18215,
+        },
+    )
+    more = [
+        "--vae",
+        str(tmp_path / "vae"),
+        "--precision",
+        "bf16",
+        "--workers",
+        "2",
+        "--picture-every",
+        "2",
+    ]
     trainer = new_trainer(tmp_path, tmp_path / "out", 2, *more)
     trainer.run()
     assert Image.open(tmp_path / "out" / "samples" / "0000002.png").size == (2 + 2 * 66, 2 + 4 * 66)
-    assert read_metadata(trainer.path)["data"] == {"labels": ["a", "b"], "space": "sd-vae", "scaling_factor": 0.18215}
+    assert read_metadata(trainer.path)["data"] == {
+        "labels": ["a", "b"],
+        "space": "sd-vae",
+        "scaling_factor": 0.18215,
+    }
     with pytest.raises((ValueError, OSError), match="nowhere"):
         new_trainer(tmp_path, tmp_path / "other", 2, "--vae", str(tmp_path / "nowhere"))
 
@@ -390,13 +605,24 @@ def source(data) -> Path:
     x, labels = LatentDataset(data).__getitems__(range(48))
     means = torch.stack([x[labels == label].mean(0) for label in range(3)])
     save_source(
-        GaussianMixtureSource(means, torch.full((3, 1, 1, 1), 0.2), torch.full((3,), 1 / 3).log()), data / "source.safetensors"
+        GaussianMixtureSource(means, torch.full((3, 1, 1, 1), 0.2), torch.full((3,), 1 / 3).log()),
+        data / "source.safetensors",
     )
     return data / "source.safetensors"
 
 
 def modes_trainer(data: Path, source: Path, out: Path, *more: str) -> Trainer:
-    given = ["--preset", "digits_modes", *SMALL, "--data", str(data), "--source", str(source), "--out", str(out)]
+    given = [
+        "--preset",
+        "digits_modes",
+        *SMALL,
+        "--data",
+        str(data),
+        "--source",
+        str(source),
+        "--out",
+        str(out),
+    ]
     return Trainer(parse([*given, "--iterations", "10", "--picture-every", "5", *more]))
 
 
@@ -408,22 +634,43 @@ def test_noise_comes_from_the_samples_mode_which_is_its_label(data, source, tmp_
     shares = torch.cat([independent.draw_modes(torch.cat([x0] * 40), range(640))]).bincount() / 640
     assert (shares - 1 / 3).abs().max() < 0.08
     seen = {}
-    trainer.prepared.register_forward_pre_hook(lambda _, args: seen.update(labels=args[1], moments=args[5], x0=args[0]))
+    trainer.prepared.register_forward_pre_hook(
+        lambda _, args: seen.update(labels=args[1], moments=args[5], x0=args[0])
+    )
     trainer.iterate()
     assert (seen["moments"][0] - seen["x0"]).square().mean() < 0.05
     assert torch.equal(seen["moments"][0].mean((2, 3)).argmax(1), seen["labels"])
     trainer.run()
     record = {"num_modes": 3, "shape": [3, 4, 4], "coupling": "soft", "conditioning": "mode"}
-    assert read_metadata(trainer.path)["data"]["source"] == {**record, "digest": load_source(source).digest}
+    assert read_metadata(trainer.path)["data"]["source"] == {
+        **record,
+        "digest": load_source(source).digest,
+    }
     assert len(list((tmp_path / "samples").glob("*.png"))) == 2
 
 
 FLOW_MATCHING = ["-k", "1", "--constant-log-std", "0", "--transition-ratio", "None"]
-DITDH = ["--network", "ditdh", "--patch-size", "1", "--ddt-layers", "1", "--ddt-width", "32", "--ddt-heads", "2"]
+DITDH = [
+    "--network",
+    "ditdh",
+    "--patch-size",
+    "1",
+    "--ddt-layers",
+    "1",
+    "--ddt-width",
+    "32",
+    "--ddt-heads",
+    "2",
+]
 
 
 @pytest.mark.parametrize(
-    "more", [[*FLOW_MATCHING, "--mode-weighting"], [*FLOW_MATCHING, "--no-mode-conditional", "--class-dropout", "0.2"], DITDH]
+    "more",
+    [
+        [*FLOW_MATCHING, "--mode-weighting"],
+        [*FLOW_MATCHING, "--no-mode-conditional", "--class-dropout", "0.2"],
+        DITDH,
+    ],
 )
 def test_runs_with_a_source_resume_exactly(more, data, source, tmp_path, monkeypatch):
     monkeypatch.setattr(ModeWeights, "WARMUP", 3)
@@ -453,20 +700,28 @@ def test_tokens_choose_the_modes(data, source, tmp_path):
     _, labels = LatentDataset(data).__getitems__(range(48))
     tokens = torch.eye(3)[labels.roll(1)]  # of other colours than their own
     save_file({"tokens": tokens}, folder / "tokens.safetensors", {"format": "gmflow-tokens-1"})
-    assigner = GaussianMixtureSource(torch.eye(3), torch.full((3, 1), 0.1), torch.full((3,), 1 / 3).log())
+    assigner = GaussianMixtureSource(
+        torch.eye(3), torch.full((3, 1), 0.1), torch.full((3,), 1 / 3).log()
+    )
     save_source(replace(load_source(source), assigner=assigner), folder / "source.safetensors")
     trainer, seen = modes_trainer(folder, folder / "source.safetensors", tmp_path / "out"), {}
-    trainer.prepared.register_forward_pre_hook(lambda _, args: seen.update(labels=args[1], x0=args[0]))
+    trainer.prepared.register_forward_pre_hook(
+        lambda _, args: seen.update(labels=args[1], x0=args[0])
+    )
     trainer.iterate()
     colours = seen["x0"].mean((2, 3)).argmax(1)
     assert torch.equal(seen["labels"], (colours - 1) % 3)
 
 
-def write_with_tokens(data: Path, source: Path, folder: Path, tokens: torch.Tensor, facts: dict, made: dict) -> Path:
+def write_with_tokens(
+    data: Path, source: Path, folder: Path, tokens: torch.Tensor, facts: dict, made: dict
+) -> Path:
     """The data with these tokens, and a source with an assigner that was fitted as `facts` say; the source's path."""
     shutil.copytree(data, folder)
     write_tokens(folder / "tokens.safetensors", tokens, made)
-    assigner = GaussianMixtureSource(torch.eye(3), torch.full((3, 1), 0.1), torch.full((3,), 1 / 3).log())
+    assigner = GaussianMixtureSource(
+        torch.eye(3), torch.full((3, 1), 0.1), torch.full((3,), 1 / 3).log()
+    )
     path = folder / "source.safetensors"
     save_source(replace(load_source(source), assigner=assigner), path, facts=facts)
     return path
@@ -479,16 +734,28 @@ def test_tokens_of_another_encoder_are_refused(data, source, tmp_path):
     path = write_with_tokens(data, source, tmp_path / "same", tokens, {"config": facts}, made)
     modes_trainer(path.parent, path, tmp_path / "out").iterate()
     other = {**made, "encoder": "facebook/vit-mae-base", "size": None}
-    for folder, made_by in (("encoder", {"config": {**facts, "encoder": "mae"}}), ("file", {"config": {}, "tokens": other})):
-        path = write_with_tokens(data, source, tmp_path / folder, tokens, made_by, {**made, "size": 224})
-        with pytest.raises(ValueError, match=r"tokens of encoder \S+dinov2\S+, size 224, but .* of encoder \S+mae-base"):
+    for folder, made_by in (
+        ("encoder", {"config": {**facts, "encoder": "mae"}}),
+        ("file", {"config": {}, "tokens": other}),
+    ):
+        path = write_with_tokens(
+            data, source, tmp_path / folder, tokens, made_by, {**made, "size": 224}
+        )
+        with pytest.raises(
+            ValueError,
+            match=r"tokens of encoder \S+dinov2\S+, size 224, but .* of encoder \S+mae-base",
+        ):
             modes_trainer(path.parent, path, tmp_path / f"{folder}_out")
 
 
 def mapped(path: Path) -> list[range]:
     """The addresses where a file is in this process's memory."""
     lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
-    return [range(*(int(end, 16) for end in line[0].split("-"))) for line in lines if line[-1] == str(path)]
+    return [
+        range(*(int(end, 16) for end in line[0].split("-")))
+        for line in lines
+        if line[-1] == str(path)
+    ]
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux only")
@@ -498,14 +765,25 @@ def test_tokens_are_mapped_and_looked_at(data, source, tmp_path):
     samples = WithTokens(LatentDataset(path.parent))
     for each in (samples, pickle.loads(pickle.dumps(samples))):  # noqa: S301
         assert torch.equal(each.__getitems__([3, 1])[2], tokens[[3, 1]])
-        assert any(each.tokens.data_ptr() in addresses for addresses in mapped(path.parent / "tokens.safetensors"))
+        assert any(
+            each.tokens.data_ptr() in addresses
+            for addresses in mapped(path.parent / "tokens.safetensors")
+        )
     tokens[[2, 47], 1] = torch.tensor([torch.nan, torch.inf])
     path = write_with_tokens(data, source, tmp_path / "broken", tokens, {}, {})
     with pytest.raises(ValueError, match=r"rows 2, 47 of .*tokens\.safetensors are not finite"):
         modes_trainer(path.parent, path, tmp_path / "out")
 
 
-HIDDEN = ["--no-mode-conditional", "-k", "1", "--constant-log-std", "0", "--transition-ratio", "None"]
+HIDDEN = [
+    "--no-mode-conditional",
+    "-k",
+    "1",
+    "--constant-log-std",
+    "0",
+    "--transition-ratio",
+    "None",
+]
 
 
 @pytest.mark.parametrize(
@@ -549,7 +827,11 @@ def test_a_run_goes_on_with_its_own_source_only(data, source, tmp_path):
 
 
 def test_a_source_of_another_shape_is_refused(data, source, tmp_path):
-    other = GaussianMixtureSource(torch.zeros(2, 3, 8, 8), torch.ones(2, 1, 1, 1), torch.full((2,), 0.5).log())
+    other = GaussianMixtureSource(
+        torch.zeros(2, 3, 8, 8), torch.ones(2, 1, 1, 1), torch.full((2,), 0.5).log()
+    )
     save_source(other, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match=r"samples are \(3, 8, 8\), but the latents are \(3, 4, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"samples are \(3, 8, 8\), but the latents are \(3, 4, 4\)"
+    ):
         modes_trainer(data, tmp_path / "other.safetensors", tmp_path)

@@ -34,7 +34,12 @@ def images(tmp_path):
     for folder, count in (("cat", 7), ("dog", 6)):
         for number in range(count):
             size = (8, 8, 3) if number % 2 else (17, 20 + number, 3)
-            path = root / folder / ("deeper" if number == 3 else "") / f"{number}.{('png', 'bmp', 'webp')[number % 3]}"
+            path = (
+                root
+                / folder
+                / ("deeper" if number == 3 else "")
+                / f"{number}.{('png', 'bmp', 'webp')[number % 3]}"
+            )
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8)).save(path)
         (root / folder / "notes.txt").write_text("not an image")
@@ -42,7 +47,14 @@ def images(tmp_path):
 
 
 def run(data, out, **options):
-    settings = {"size": 8, "pixels": True, "shard_size": 5, "workers": 0, "device": "cpu", **options}
+    settings = {
+        "size": 8,
+        "pixels": True,
+        "shard_size": 5,
+        "workers": 0,
+        "device": "cpu",
+        **options,
+    }
     return prepare(Config(data=data, out=out, **settings))
 
 
@@ -58,8 +70,17 @@ def tiny_vae(tmp_path):
     except (ImportError, RuntimeError) as error:
         pytest.skip(f"diffusers does not import: {error}")
     torch.manual_seed(0)
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    network = AutoencoderKL(block_out_channels=(4, 8), norm_num_groups=2, layers_per_block=1, latent_channels=4, **blocks)
+    blocks = {
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+    }
+    network = AutoencoderKL(
+        block_out_channels=(4, 8),
+        norm_num_groups=2,
+        layers_per_block=1,
+        latent_channels=4,
+        **blocks,
+    )
     network.save_pretrained(tmp_path / "pipeline" / "vae", variant="bf16")
     return tmp_path / "pipeline"
 
@@ -68,15 +89,25 @@ def test_crop_by_hand():
     """8x4 to 2: halved once by averages to 4x2, then the middle columns, which are the averages of columns 2-3 and 4-5."""
     values = np.arange(32, dtype=np.uint8).reshape(4, 8) * 4
     cropped = np.array(centre_crop(Image.fromarray(values), 2))
-    assert cropped.tolist() == [[(8 + 12 + 40 + 44) // 4, (16 + 20 + 48 + 52) // 4], [26 + 64, 34 + 64]]
+    assert cropped.tolist() == [
+        [(8 + 12 + 40 + 44) // 4, (16 + 20 + 48 + 52) // 4],
+        [26 + 64, 34 + 64],
+    ]
     wide = np.arange(15, dtype=np.uint8).reshape(3, 5)  # nothing to scale: columns 1 to 3
     assert np.array(centre_crop(Image.fromarray(wide), 3)).tolist() == wide[:, 1:4].tolist()
-    assert centre_crop(Image.new("RGB", (3, 50), (7, 8, 9)), 8).getcolors() == [(64, (7, 8, 9))]  # enlarged
+    assert centre_crop(Image.new("RGB", (3, 50), (7, 8, 9)), 8).getcolors() == [
+        (64, (7, 8, 9))
+    ]  # enlarged
 
 
 @pytest.mark.parametrize(
     ("mode", "value", "seen"),
-    [("L", 90, (90,) * 3), ("I;16", 90 * 257, (90,) * 3), ("1", 1, (255,) * 3), ("RGBA", (9, 8, 7, 0), (9, 8, 7))],
+    [
+        ("L", 90, (90,) * 3),
+        ("I;16", 90 * 257, (90,) * 3),
+        ("1", 1, (255,) * 3),
+        ("RGBA", (9, 8, 7, 0), (9, 8, 7)),
+    ],
 )
 def test_any_kind_of_pixel_becomes_rgb(mode, value, seen):
     file = io.BytesIO()
@@ -86,9 +117,19 @@ def test_any_kind_of_pixel_becomes_rgb(mode, value, seen):
 
 def test_pixels_as_they_are(images, tmp_path):
     index = run(images, tmp_path / "out", flip=False)
-    assert (index["count"], index["classes"], index["shape"], index["skipped"]) == (13, ["cat", "dog"], [3, 8, 8], [])
+    assert (index["count"], index["classes"], index["shape"], index["skipped"]) == (
+        13,
+        ["cat", "dog"],
+        [3, 8, 8],
+        [],
+    )
     data = LatentDataset(tmp_path / "out")
-    assert (len(data), data.shape, data.kind, data.classes) == (13, (3, 8, 8), "pixels", ["cat", "dog"])
+    assert (len(data), data.shape, data.kind, data.classes) == (
+        13,
+        (3, 8, 8),
+        "pixels",
+        ["cat", "dog"],
+    )
     files = list_images(images).files
     assert files == sorted(files)
     assert "cat/deeper/3.png" in files
@@ -112,7 +153,8 @@ def test_flip_is_chance_of_the_image_alone(images, tmp_path):
     run(images, tmp_path / "straight", flip=False)
     run(images, tmp_path / "other", seed=1)
     whole, parts, straight, other = (
-        LatentDataset(tmp_path / name).__getitems__(range(13))[0] for name in ("whole", "parts", "straight", "other")
+        LatentDataset(tmp_path / name).__getitems__(range(13))[0]
+        for name in ("whole", "parts", "straight", "other")
     )
     assert torch.equal(whole, parts)
     same = (whole == straight).flatten(1).all(1)
@@ -125,8 +167,29 @@ def test_flip_is_chance_of_the_image_alone(images, tmp_path):
 def test_two_processes_write_the_same_bytes(images, tmp_path):
     (images / "dog" / "9.png").write_bytes(b"no image")
     run(images, tmp_path / "one")
-    options = ["--size", "8", "--pixels", "--shard-size", "5", "--batch-size", "3", "--workers", "1", "--device", "cpu"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "training.prepare"]
+    options = [
+        "--size",
+        "8",
+        "--pixels",
+        "--shard-size",
+        "5",
+        "--batch-size",
+        "3",
+        "--workers",
+        "1",
+        "--device",
+        "cpu",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "training.prepare",
+    ]
     done = subprocess.run(
         [*command, "--data", str(images), "--out", str(tmp_path / "two"), *options],
         cwd=ROOT,
@@ -168,7 +231,19 @@ def test_ctrl_c_keeps_whole_shards(number, images, tmp_path, monkeypatch):
         return read(self, index)
 
     monkeypatch.setattr(ImageCrops, "__getitem__", interrupted)
-    options = ["--size", "8", "--pixels", "--shard-size", "5", "--batch-size", "1", "--workers", "0", "--device", "cpu"]
+    options = [
+        "--size",
+        "8",
+        "--pixels",
+        "--shard-size",
+        "5",
+        "--batch-size",
+        "1",
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+    ]
     with pytest.raises(SystemExit, match="130"):
         main(["--data", str(images), "--out", str(tmp_path / "out"), *options])
     assert list(shards(tmp_path / "out")) == [shard_name(0)]
@@ -197,10 +272,18 @@ def test_bad_images_are_left_out_by_name(images, tmp_path, capsys):
 
 def test_class_names(images, tmp_path):
     file = tmp_path / "names.json"
-    for names in (["Katze", "Hund"], {"dog": "Hund", "cat": "Katze", "eel": "Aal"}, {"0": "Katze", "1": "Hund"}):
+    for names in (
+        ["Katze", "Hund"],
+        {"dog": "Hund", "cat": "Katze", "eel": "Aal"},
+        {"0": "Katze", "1": "Hund"},
+    ):
         file.write_text(json.dumps(names))
         assert run(images, tmp_path / "out", class_names=file)["classes"] == ["Katze", "Hund"]
-    for names, message in ((["Katze"], "names 1 classes, but .* 2 class folders"), ({"dog": "Hund"}, "not 'cat'"), (3, "list")):
+    for names, message in (
+        (["Katze"], "names 1 classes, but .* 2 class folders"),
+        ({"dog": "Hund"}, "not 'cat'"),
+        (3, "list"),
+    ):
         file.write_text(json.dumps(names))
         with pytest.raises(ValueError, match=message):
             run(images, tmp_path / "out", class_names=file)
@@ -259,7 +342,10 @@ def test_latents_are_posterior_samples(images, tiny_vae, tmp_path):
     vae, data = load_vae(tiny_vae), LatentDataset(tmp_path / "out")
     crops = ImageCrops(list_images(images), 8, True, 0, (4, 4, 4))
     items = [crops[i] for i in range(13)]
-    pictures, noise = to_model(torch.stack([i.pixels for i in items])), torch.stack([i.noise for i in items])
+    pictures, noise = (
+        to_model(torch.stack([i.pixels for i in items])),
+        torch.stack([i.noise for i in items]),
+    )
     posterior = vae.network.encode(pictures).latent_dist
     expected = (posterior.mean + posterior.std * noise) * 0.18215
     found = data.__getitems__(range(13))[0]
@@ -269,7 +355,9 @@ def test_latents_are_posterior_samples(images, tiny_vae, tmp_path):
     assert abs(noise.std() - 1) < 0.1
     assert vae.decode(found).shape == (13, 3, 8, 8)
     run(images, tmp_path / "parts", pixels=False, vae=str(tiny_vae), batch_size=13, shard_size=100)
-    torch.testing.assert_close(LatentDataset(tmp_path / "parts").__getitems__(range(13))[0], found, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        LatentDataset(tmp_path / "parts").__getitems__(range(13))[0], found, rtol=1e-5, atol=1e-6
+    )
     with pytest.raises(ValueError, match="give a multiple of 2"):
         run(images, tmp_path / "odd", pixels=False, vae=str(tiny_vae), size=7)
 
@@ -297,7 +385,9 @@ def test_reading_from_disk_and_from_workers(images, tmp_path):
     order = [12, 0, 5, 4, 4, 9]
     for found, expected in zip(disk.__getitems__(order), memory.__getitems__(order), strict=True):
         assert torch.equal(found, expected)
-    loader = DataLoader(disk, batch_size=4, num_workers=2, collate_fn=lambda batch: batch)  # after this process opened files
+    loader = DataLoader(
+        disk, batch_size=4, num_workers=2, collate_fn=lambda batch: batch
+    )  # after this process opened files
     x, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
     assert torch.equal(x, memory.__getitems__(range(13))[0])
     assert torch.equal(labels, memory.labels)
@@ -317,7 +407,9 @@ def test_parts_of_a_data_set_are_no_classes(images, tmp_path):
 
 def test_reader_errors(images, tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(FileNotFoundError, match=r"python -m training.prepare --data IMAGES --out .*out"):
+    with pytest.raises(
+        FileNotFoundError, match=r"python -m training.prepare --data IMAGES --out .*out"
+    ):
         LatentDataset(out)
     run(images, out)
     index, shard = read_index(out), out / shard_name(1)
@@ -327,10 +419,14 @@ def test_reader_errors(images, tmp_path):
         (out / "index.json").write_text(json.dumps({**index, **changes}))
 
     shard.write_bytes(whole[:-100])
-    with pytest.raises(ValueError, match=r"shard-00001.safetensors is truncated .*rewrites only that shard"):
+    with pytest.raises(
+        ValueError, match=r"shard-00001.safetensors is truncated .*rewrites only that shard"
+    ):
         LatentDataset(out)
     shard.unlink()
-    with pytest.raises(FileNotFoundError, match=r"shard-00001.safetensors is missing; run the same prepare command"):
+    with pytest.raises(
+        FileNotFoundError, match=r"shard-00001.safetensors is missing; run the same prepare command"
+    ):
         LatentDataset(out)
     shard.write_bytes((out / shard_name(2)).read_bytes())
     with pytest.raises(ValueError, match=r"holds 3 samples .*says 5 "):
@@ -363,10 +459,19 @@ def test_digits_folder(tmp_path, capsys):
     sources = {}
     for part in ("train", "test"):
         index = prepare(
-            Config(data=tmp_path / "digits" / part, out=tmp_path / part, size=8, pixels=True, flip=False, workers=0)
+            Config(
+                data=tmp_path / "digits" / part,
+                out=tmp_path / part,
+                size=8,
+                pixels=True,
+                flip=False,
+                workers=0,
+            )
         )
         assert index["classes"] == [str(n) for n in range(10)]
-        sources[part] = {path.name.split("_")[0] for path in (tmp_path / "digits" / part).rglob("*.png")}
+        sources[part] = {
+            path.name.split("_")[0] for path in (tmp_path / "digits" / part).rglob("*.png")
+        }
     assert not sources["train"] & sources["test"]
     assert len(sources["train"] | sources["test"]) == 1797
     shares = [LatentDataset(tmp_path / part).labels.bincount() for part in ("train", "test")]
@@ -391,7 +496,9 @@ def test_saturation_is_measured_as_drawn(size):
         pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
         assert pixels.shape == (1, 3, size, size)
         assert image_saturation(pixels).item() == pytest.approx(saturation, abs=0.01)
-        assert image_saturation(pixels / 255).item() == pytest.approx(image_saturation(pixels).item(), abs=1e-6)
+        assert image_saturation(pixels / 255).item() == pytest.approx(
+            image_saturation(pixels).item(), abs=1e-6
+        )
     assert image_saturation(torch.zeros(2, 3, 4, 4)).tolist() == [0, 0]
     with pytest.raises(ValueError, match=r"got \(3, 8, 8\)"):
         image_saturation(torch.zeros(3, 8, 8))
@@ -400,9 +507,13 @@ def test_saturation_is_measured_as_drawn(size):
 def test_known_distribution_of_saturation():
     rng = np.random.default_rng(0)
     draws = torch.tensor([digits.draw_saturation(rng) for _ in range(20_000)])
-    assert saturation_cdf(torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0])).tolist() == pytest.approx([0, 0, 0.5, 1, 1])
+    assert saturation_cdf(torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0])).tolist() == pytest.approx(
+        [0, 0, 0.5, 1, 1]
+    )
     assert (draws.sort().values.float() > 0.1).all()
-    assert (saturation_cdf(draws.sort().values) - torch.linspace(0, 1, 20_000)).abs().max() < 0.015  # Kolmogorov-Smirnov
+    assert (
+        saturation_cdf(draws.sort().values) - torch.linspace(0, 1, 20_000)
+    ).abs().max() < 0.015  # Kolmogorov-Smirnov
     assert saturation_distance(draws) < 0.02
     with pytest.raises(ValueError, match="all finite"):
         saturation_distance(torch.tensor([0.5, float("nan")]))

@@ -20,7 +20,11 @@ from training.rae import RunningStatistics, main
 
 SIZES = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
 KINDS = {  # tiny encoders whose pictures give 4 x 4 tokens, and whose position tables have to be resized
-    "dinov2": ("Dinov2WithRegisters", {"patch_size": 7, "image_size": 35, "mlp_ratio": 2, "num_register_tokens": 3}, 28),
+    "dinov2": (
+        "Dinov2WithRegisters",
+        {"patch_size": 7, "image_size": 35, "mlp_ratio": 2, "num_register_tokens": 3},
+        28,
+    ),
     "siglip2": ("SiglipVision", {"patch_size": 4, "image_size": 12, "intermediate_size": 12}, 16),
     "mae": ("ViTMAE", {"patch_size": 4, "image_size": 12, "intermediate_size": 12}, 16),
 }
@@ -48,10 +52,19 @@ def write_rae(folder, kind="dinov2", **changes):
     tiny_network(kind).save_pretrained(folder / "encoder")
     save_file(tiny_decoder().state_dict(), folder / "decoder.safetensors")
     shape = (8, 4, 4)
-    torch.save({"mean": normal(*shape, seed=3), "var": normal(*shape, seed=4).exp()}, folder / "stat.pt")
-    parts = {"encoder": "encoder", "decoder": "decoder.safetensors", "statistics": "stat.pt", "decoder_heads": 2}
+    torch.save(
+        {"mean": normal(*shape, seed=3), "var": normal(*shape, seed=4).exp()}, folder / "stat.pt"
+    )
+    parts = {
+        "encoder": "encoder",
+        "decoder": "decoder.safetensors",
+        "statistics": "stat.pt",
+        "decoder_heads": 2,
+    }
     parts |= {"input_size": KINDS[kind][2], **changes}
-    (folder / PARTS).write_text(json.dumps({name: part for name, part in parts.items() if part is not None}))
+    (folder / PARTS).write_text(
+        json.dumps({name: part for name, part in parts.items() if part is not None})
+    )
     return folder
 
 
@@ -65,13 +78,17 @@ def test_golden_decoder():
     figures = golden("rae_decoder_tiny")
     tensors = {name: t for name, t in figures.items() if name.startswith("decoder.")}
     for missing in ("", "decoder.decoder_pos_embed"):
-        decoder = Decoder.from_tensors({k: t for k, t in tensors.items() if k != missing}, grid=4, heads=2)
+        decoder = Decoder.from_tensors(
+            {k: t for k, t in tensors.items() if k != missing}, grid=4, heads=2
+        )
         assert is_near(decoder(figures["latents"]), figures["images"])
 
 
 def test_the_published_decoder_is_a_vit_xl():
     with torch.device("meta"):
-        decoder = Decoder(channels=768, grid=16, width=1152, layers=28, heads=16, hidden=4096, patch=16)
+        decoder = Decoder(
+            channels=768, grid=16, width=1152, layers=28, heads=16, hidden=4096, patch=16
+        )
     assert sum(p.numel() for p in decoder.parameters()) == 415_056_640
 
 
@@ -80,8 +97,14 @@ def test_tokens_are_the_encoders_own_without_the_last_affine(kind, tmp_path):
     """And the token of the whole picture is the encoder's, with it."""
     rae, images = load_rae(write_rae(tmp_path, kind, statistics=None)), normal(2, 3, 8, 8).tanh()
     size = KINDS[kind][2]
-    mean, std = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)) if kind != "siglip2" else ((0.5,) * 3, (0.5,) * 3)
-    pixels = torch.nn.functional.interpolate((images + 1) / 2, (size, size), mode="bicubic", align_corners=False)
+    mean, std = (
+        ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        if kind != "siglip2"
+        else ((0.5,) * 3, (0.5,) * 3)
+    )
+    pixels = torch.nn.functional.interpolate(
+        (images + 1) / 2, (size, size), mode="bicubic", align_corners=False
+    )
     pixels = (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     network, inside = tiny_network(kind), {}
     body = getattr(network, "vision_model", network)
@@ -89,13 +112,19 @@ def test_tokens_are_the_encoders_own_without_the_last_affine(kind, tmp_path):
     norm.register_forward_pre_hook(lambda _, inputs: inside.update(hidden=inputs[0]))
     if kind == "mae":
         network.config.mask_ratio = 0.0
-        theirs = network(pixels, noise=torch.arange(16.0).expand(2, -1), interpolate_pos_encoding=True)
+        theirs = network(
+            pixels, noise=torch.arange(16.0).expand(2, -1), interpolate_pos_encoding=True
+        )
     else:
-        theirs = network(pixels, **({"interpolate_pos_encoding": True} if kind == "siglip2" else {}))
+        theirs = network(
+            pixels, **({"interpolate_pos_encoding": True} if kind == "siglip2" else {})
+        )
     tokens = torch.nn.functional.layer_norm(inside["hidden"], (8,), eps=norm.eps)[:, -16:]
     latents, token = rae.encode_with_token(images)
     assert is_near(latents, tokens.mT.unflatten(2, (4, 4)), 1e-6)
-    assert is_near(token, theirs.pooler_output if kind == "siglip2" else theirs.last_hidden_state[:, 0], 1e-6)
+    assert is_near(
+        token, theirs.pooler_output if kind == "siglip2" else theirs.last_hidden_state[:, 0], 1e-6
+    )
     assert torch.equal(rae.encode(images), latents)
     assert not any(p.requires_grad for p in rae.parameters())
 
@@ -164,18 +193,42 @@ def test_siglip_in_the_layout_of_diffusers(tmp_path):
     """Under the names that the published file has, from before transformers 5; without the last norm's affine part."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1, "patch_size": 4, "image_size": 256}
-    network = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**sizes)).requires_grad_(False)
-    tensors = {f"encoder.vision_model.{k.removeprefix('vision_model.')}": t for k, t in network.state_dict().items()}
+    sizes = {
+        "hidden_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "patch_size": 4,
+        "image_size": 256,
+    }
+    network = transformers.SiglipVisionModel(
+        transformers.SiglipVisionConfig(**sizes)
+    ).requires_grad_(False)
+    tensors = {
+        f"encoder.vision_model.{k.removeprefix('vision_model.')}": t
+        for k, t in network.state_dict().items()
+    }
     tensors = {name: t for name, t in tensors.items() if "post_layernorm" not in name}
     decoder = Decoder(channels=64, grid=16, width=16, layers=1, heads=2, hidden=24, patch=4)
-    tensors |= {f"decoder.{name}": t for name, t in decoder.state_dict().items()} | {"_latents_mean": torch.ones(1)}
+    tensors |= {f"decoder.{name}": t for name, t in decoder.state_dict().items()} | {
+        "_latents_mean": torch.ones(1)
+    }
     save_file(tensors, tmp_path / "diffusion_pytorch_model.safetensors")
-    config = {"_class_name": "AutoencoderRAE", "encoder_type": "siglip2", "encoder_hidden_size": 64, "encoder_patch_size": 4}
-    config |= {"encoder_num_hidden_layers": 1, "encoder_input_size": 64, "decoder_num_attention_heads": 2}
+    config = {
+        "_class_name": "AutoencoderRAE",
+        "encoder_type": "siglip2",
+        "encoder_hidden_size": 64,
+        "encoder_patch_size": 4,
+    }
+    config |= {
+        "encoder_num_hidden_layers": 1,
+        "encoder_input_size": 64,
+        "decoder_num_attention_heads": 2,
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     rae, images = load_rae(tmp_path), normal(1, 3, 64, 64).tanh()
-    theirs = network(images, interpolate_pos_encoding=True).last_hidden_state  # the affine part starts as none
+    theirs = network(
+        images, interpolate_pos_encoding=True
+    ).last_hidden_state  # the affine part starts as none
     assert is_near(rae.encode(images), theirs.mT.unflatten(2, (16, 16)) - 1, 1e-6)
     (tmp_path / "config.json").write_text(json.dumps({**config, "encoder_type": "clip"}))
     with pytest.raises(ValueError, match="'clip'"):
@@ -193,7 +246,9 @@ def test_statistics_in_one_pass(tmp_path):
     found = load_file(tmp_path / "made" / "stat.safetensors")
     exact = latents.double().numpy()
     np.testing.assert_allclose(found["mean"], exact.mean(0), rtol=2e-7)
-    np.testing.assert_allclose(found["var"], exact.var(0), rtol=2e-4)  # the float32 inputs' means have 1000 * 6e-8 to lose
+    np.testing.assert_allclose(
+        found["var"], exact.var(0), rtol=2e-4
+    )  # the float32 inputs' means have 1000 * 6e-8 to lose
     mean, std = load_statistics(tmp_path / "made" / "stat.safetensors")
     assert torch.equal(mean, found["mean"])
     assert torch.equal(std, (found["var"] + 1e-5).sqrt())
@@ -205,7 +260,9 @@ def write_images(folder, count=5):
     for label in ("a", "b"):
         (folder / label).mkdir(parents=True)
         for number in range(count):
-            pixels = np.random.default_rng((number, ord(label))).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+            pixels = np.random.default_rng((number, ord(label))).integers(
+                0, 256, (9, 12, 3), dtype=np.uint8
+            )
             Image.fromarray(pixels).save(folder / label / f"{number}.png")
     return folder
 
@@ -213,7 +270,17 @@ def write_images(folder, count=5):
 def test_prepare_and_statistics_from_the_command_line(rae_folder, tmp_path, capsys):
     """Latents of images as their encoder gives them; statistics of them, named in rae.json, make them standard."""
     data = write_images(tmp_path / "images")
-    common = ["--data", str(data), "--vae", str(rae_folder), "--workers", "0", "--no-flip", "--device", "cpu"]
+    common = [
+        "--data",
+        str(data),
+        "--vae",
+        str(rae_folder),
+        "--workers",
+        "0",
+        "--no-flip",
+        "--device",
+        "cpu",
+    ]
     prepare.main([*common, "--out", str(tmp_path / "out"), "--size", "8"])
     dataset = LatentDataset(tmp_path / "out")
     assert (dataset.kind, dataset.shape, dataset.index["space"]) == ("latents", (8, 4, 4), "rae")
@@ -237,17 +304,25 @@ def test_what_a_folder_lacks_is_named(tmp_path):
 
     says("holds no RAE: neither rae.json nor")
     write_rae(tmp_path, extra=1)
-    says("not an object with some of encoder, decoder, statistics, decoder_heads, input_size", ValueError)
+    says(
+        "not an object with some of encoder, decoder, statistics, decoder_heads, input_size",
+        ValueError,
+    )
     write_rae(tmp_path, decoder="nothing.pt")
     says(r"there is no file .*nothing.pt, which .*rae.json names")
     write_rae(tmp_path, input_size=30)
     says("input_size 30 is not divisible by the encoder's patches of 7", ValueError)
     write_rae(tmp_path, input_size=35)
-    says(r"do not fit a decoder of width 16 for 5 x 5 tokens, first 'decoder_pos_embed'", ValueError)
+    says(
+        r"do not fit a decoder of width 16 for 5 x 5 tokens, first 'decoder_pos_embed'", ValueError
+    )
     write_rae(tmp_path, decoder_heads=3)
     says("a decoder of width 16 cannot have 3 heads; say how many in decoder_heads", ValueError)
     write_rae(tmp_path, decoder="stat.pt")
-    says("stat.pt: an RAE's decoder has a tensor 'decoder_embed.weight', which is not among the 2 found", ValueError)
+    says(
+        "stat.pt: an RAE's decoder has a tensor 'decoder_embed.weight', which is not among the 2 found",
+        ValueError,
+    )
     write_rae(tmp_path, statistics="decoder.safetensors")
     says("instead of mean and var", ValueError)
     write_rae(tmp_path)
@@ -257,12 +332,18 @@ def test_what_a_folder_lacks_is_named(tmp_path):
     says("negative or not finite", ValueError)
     write_rae(tmp_path)
     (tmp_path / "encoder" / "config.json").write_text('{"model_type": "bert"}')
-    says("it is a bert; encoders are dinov2_with_registers, siglip_vision_model, vit_mae", ValueError)
+    says(
+        "it is a bert; encoders are dinov2_with_registers, siglip_vision_model, vit_mae", ValueError
+    )
     (tmp_path / "encoder" / "config.json").unlink()
     says("holds no encoder: there is no config.json")
     write_rae(tmp_path)
     weights = load_file(tmp_path / "encoder" / "model.safetensors")
-    save_file(dict(list(weights.items())[1:]), tmp_path / "encoder" / "model.safetensors", {"format": "pt"})
+    save_file(
+        dict(list(weights.items())[1:]),
+        tmp_path / "encoder" / "model.safetensors",
+        {"format": "pt"},
+    )
     says("tensors of the Dinov2WithRegistersModel are missing", ValueError)
     (tmp_path / "encoder" / "model.safetensors").unlink()
     says("there is no whole encoder")
@@ -280,11 +361,31 @@ def test_only_tensors_are_loaded(tmp_path):
 
 
 def test_published_networks_become_checkpoints(tmp_path):
-    tensors = {k.removeprefix("net."): v for k, v in golden("ddt_tiny").items() if k.startswith("net.")}
-    last = {k.replace("blocks.2", "blocks.3"): v for k, v in tensors.items() if k.startswith("blocks.2")}
+    tensors = {
+        k.removeprefix("net."): v for k, v in golden("ddt_tiny").items() if k.startswith("net.")
+    }
+    last = {
+        k.replace("blocks.2", "blocks.3"): v for k, v in tensors.items() if k.startswith("blocks.2")
+    }
     torch.save({"ema": {**tensors, **last}, "epoch": 3}, tmp_path / "stage2_model.pt")
-    main(["convert", "--source", str(tmp_path / "stage2_model.pt"), "--out", str(tmp_path / "model.safetensors")])
+    main(
+        [
+            "convert",
+            "--source",
+            str(tmp_path / "stage2_model.pt"),
+            "--out",
+            str(tmp_path / "model.safetensors"),
+        ]
+    )
     found = load_file(tmp_path / "model.safetensors")
     assert torch.equal(found["blocks.3.attn.qkv.weight"], tensors["blocks.2.attn.qkv.weight"])
     with pytest.raises(SystemExit, match="there is no"):
-        main(["convert", "--source", str(tmp_path / "none.pt"), "--out", str(tmp_path / "x.safetensors")])
+        main(
+            [
+                "convert",
+                "--source",
+                str(tmp_path / "none.pt"),
+                "--out",
+                str(tmp_path / "x.safetensors"),
+            ]
+        )

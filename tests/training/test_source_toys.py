@@ -43,8 +43,12 @@ def source():
 def test_the_distance_has_its_closed_forms():
     x = normal(20_000, 2)
     assert sliced_wasserstein(x, x.flip(0)) < 1e-7
-    assert sliced_wasserstein(x, x + torch.tensor([0.3, 0.4])) == pytest.approx(0.5 * 2 / math.pi, rel=1e-3)
-    assert sliced_wasserstein(x, torch.zeros_like(x)) == pytest.approx(math.sqrt(2 / math.pi), rel=0.01)
+    assert sliced_wasserstein(x, x + torch.tensor([0.3, 0.4])) == pytest.approx(
+        0.5 * 2 / math.pi, rel=1e-3
+    )
+    assert sliced_wasserstein(x, torch.zeros_like(x)) == pytest.approx(
+        math.sqrt(2 / math.pi), rel=0.01
+    )
     assert sliced_wasserstein(x, 2 * x) == pytest.approx(math.sqrt(2 / math.pi), rel=0.01)
 
 
@@ -57,21 +61,27 @@ def test_the_data_have_unit_variance_and_a_known_distance_to_noise(toy, distance
 
 def test_the_coupling_decides_how_far_a_point_travels(source):
     """Against u = 0 the loss is half the mean of |noise - x_0|^2."""
-    x0, spread = draw_data("checkerboard", 20_000, generator()), 2 * (source.weights @ source.std.square()).item()
+    x0, spread = (
+        draw_data("checkerboard", 20_000, generator()),
+        2 * (source.weights @ source.std.square()).item(),
+    )
 
     def still(x, sigma, labels=None):
         zeros = x.new_zeros(len(x), 1, 1)
         return GaussianMixture(x.new_zeros(len(x), 1, 2), zeros, zeros)
 
     loss = {
-        noise: loss_of(still, Run("checkerboard", noise, 8), source, x0, generator(1)).item() for noise in source_toys.SOURCES
+        noise: loss_of(still, Run("checkerboard", noise, 8), source, x0, generator(1)).item()
+        for noise in source_toys.SOURCES
     }
     assert loss["gaussian"] == pytest.approx(2, rel=0.03)
     assert loss["independent"] == pytest.approx(2, rel=0.03)
     assert loss["mode"] == pytest.approx(spread, rel=0.03)
     modes_std = source.std[source.posterior_modes(x0)]
     # in the frame the same error counts as much, but for the units of the density
-    assert loss["known"] == pytest.approx(loss["mode"] - 2 * modes_std.log().mean().item(), rel=1e-2)
+    assert loss["known"] == pytest.approx(
+        loss["mode"] - 2 * modes_std.log().mean().item(), rel=1e-2
+    )
 
 
 def test_zero_calls_give_the_source_itself(source):
@@ -110,7 +120,11 @@ def test_a_run_is_written_kept_and_taken_up(tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         source_toys_command.main(arguments)
     assert stopped.value.code == 130
-    monkeypatch.setattr(source_toys, "train", lambda network, run, *rest: (trained.append(run), train(network, run, *rest)))
+    monkeypatch.setattr(
+        source_toys,
+        "train",
+        lambda network, run, *rest: (trained.append(run), train(network, run, *rest)),
+    )
     source_toys_command.main(arguments)
     assert len(trained) == len(set(trained)) == 11
     figures = (out / "source_toys.csv").read_text()
@@ -153,14 +167,18 @@ def test_the_published_figures_show_what_a_mixture_source_must():
         for calls in (2, 4):
             assert w1[toy, 8, "mode", "mean", calls] <= 0.5 * w1[toy, 1, "none", "mean", calls]
         for modes in sizes:
-            assert all(w1[toy, modes, "mode", "mean", n] < w1[toy, 1, "none", "mean", n] for n in (1, 2, 4))
+            assert all(
+                w1[toy, modes, "mode", "mean", n] < w1[toy, 1, "none", "mean", n] for n in (1, 2, 4)
+            )
     for toy, modes in (("checkerboard", 8), ("8-gaussians", 4)):
         assert w1[toy, modes, "mode", "mean", 16] < w1[toy, modes, "mode", "mean", 0]
 
 
 def test_a_network_that_knows_labels(tmp_path):
     torch.manual_seed(0)
-    network = GMFlowMLP(GMFlowMLPConfig(num_components=2, embed_dim=8, hidden_dim=16, num_layers=2, num_classes=3))
+    network = GMFlowMLP(
+        GMFlowMLPConfig(num_components=2, embed_dim=8, hidden_dim=16, num_layers=2, num_classes=3)
+    )
     x, labels = normal(3, 2, 4, 5), torch.tensor([2, 0, 1])
     with torch.no_grad():
         mixture = network(x, torch.tensor([0.2, 0.5, 0.9]), labels)
@@ -169,10 +187,15 @@ def test_a_network_that_knows_labels(tmp_path):
         assert is_near(one.means, mixture.means[1:2], 1e-5)
         assert (network(x[1:2], 0.5, labels[:1]).means - one.means).abs().max() > 0.01
         save_checkpoint(network, tmp_path / "network.safetensors")
-        assert torch.equal(load_checkpoint(tmp_path / "network.safetensors")[0](x[1:2], 0.5, labels[1:2]).means, one.means)
+        assert torch.equal(
+            load_checkpoint(tmp_path / "network.safetensors")[0](x[1:2], 0.5, labels[1:2]).means,
+            one.means,
+        )
     with pytest.raises(ValueError, match="knows 3 labels, but no labels came"):
         network(x, 0.5)
     with pytest.raises(ValueError, match="knows 0 labels, but labels came"):
-        GMFlowMLP(GMFlowMLPConfig(num_components=1, embed_dim=4, hidden_dim=4, num_layers=1))(x, 0.5, labels)
+        GMFlowMLP(GMFlowMLPConfig(num_components=1, embed_dim=4, hidden_dim=4, num_layers=1))(
+            x, 0.5, labels
+        )
     with pytest.raises(ValueError, match="num_classes is -1"):
         GMFlowMLPConfig(num_classes=-1)

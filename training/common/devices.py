@@ -16,7 +16,11 @@ def on_cpu(device: str) -> bool:
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A CPU tensor on `device`; a GPU takes it when it gets there, without anyone waiting."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    return (
+        tensor.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda"
+        else tensor.to(device)
+    )
 
 
 def keep_freed_memory() -> None:

@@ -25,7 +25,9 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); delete it, or give another") from error
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({error}); delete it, or give another"
+        ) from error
 
 
 @contextmanager

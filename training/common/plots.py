@@ -13,7 +13,9 @@ def figure(rows: int, columns: int, width: float, height: float, **shared: Any):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    drawing = Figure((2.4 + columns * width, max(2.6, 0.4 + rows * height)), dpi=120, layout="constrained")
+    drawing = Figure(
+        (2.4 + columns * width, max(2.6, 0.4 + rows * height)), dpi=120, layout="constrained"
+    )
     FigureCanvasAgg(drawing)
     axes = drawing.subplots(rows, columns, squeeze=False, **shared)
     for ax in axes.flat:
@@ -24,8 +26,14 @@ def figure(rows: int, columns: int, width: float, height: float, **shared: Any):
 
 def finish(drawing, axes, path: Path) -> Path:
     """Put one legend beside the panels, and save."""
-    entries = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    drawing.legend(entries.values(), entries.keys(), loc="outside right upper", fontsize=8, frameon=False)
+    entries = {
+        label: handle
+        for ax in axes.flat
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
+    }
+    drawing.legend(
+        entries.values(), entries.keys(), loc="outside right upper", fontsize=8, frameon=False
+    )
     with whole_file(path) as temporary:
         drawing.savefig(temporary, format="png")
     return path

@@ -14,7 +14,9 @@ NOISE_BLOCK = 16  # samples whose noise comes from one seed, so that it does not
 
 def seed_of(*parts: int) -> int:
     """A seed for a generator, different for different numbers."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
+    return (
+        int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
+    )
 
 
 class Order:
@@ -27,7 +29,9 @@ class Order:
         pieces: how many pieces that part comes in.
     """
 
-    def __init__(self, count: int, batch_size: int, rows: range, pieces: int, seed: int, first: int):
+    def __init__(
+        self, count: int, batch_size: int, rows: range, pieces: int, seed: int, first: int
+    ):
         self.count, self.batch_size, self.rows, self.pieces, self.seed, self.first = (
             count, batch_size, rows, pieces, seed, first,
         )  # fmt: skip
@@ -38,7 +42,9 @@ class Order:
             for rows in pieces_of(self.rows, self.pieces):
                 indices: list[int] = []
                 while len(indices) < len(rows):
-                    at, position = divmod(step * self.batch_size + rows.start + len(indices), self.count)
+                    at, position = divmod(
+                        step * self.batch_size + rows.start + len(indices), self.count
+                    )
                     if at != epoch:
                         generator = torch.Generator().manual_seed(seed_of(self.seed, at))
                         epoch, order = at, torch.randperm(self.count, generator=generator)
@@ -52,7 +58,9 @@ def pieces_of(rows: range, pieces: int) -> list[range]:
     return [rows[i * size : (i + 1) * size] for i in range(pieces)]
 
 
-def draw_noise(seed: int, step: int, rows: range, shape: tuple[int, ...], device: torch.device) -> Tensor:
+def draw_noise(
+    seed: int, step: int, rows: range, shape: tuple[int, ...], device: torch.device
+) -> Tensor:
     """Standard normal (len(rows), *shape) for these rows of iteration `step`'s batch, whatever other rows are drawn."""
     blocks = range(rows.start // NOISE_BLOCK, (rows.stop - 1) // NOISE_BLOCK + 1)
     noise = []

@@ -14,9 +14,22 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from training.common.processes import together
-from training.data.image_folder import ImageCrops, ImageList, collate, leave_signals_to_main, list_images
+from training.data.image_folder import (
+    ImageCrops,
+    ImageList,
+    collate,
+    leave_signals_to_main,
+    list_images,
+)
 from training.data.shards import LatentDataset, to_model
-from training.data.tokens import FORMAT, TokenFiles, check_record, encoder_settings, read_record, write_tokens
+from training.data.tokens import (
+    FORMAT,
+    TokenFiles,
+    check_record,
+    encoder_settings,
+    read_record,
+    write_tokens,
+)
 from training.encoders.encoder import Encoder, load_encoder
 
 PART = 4096  # images; what a stop can lose
@@ -69,8 +82,15 @@ def encode_images(
     Raises:
         FileNotFoundError, ValueError, ModuleNotFoundError: the encoder or an image cannot be had.
     """
-    listing = hashlib.sha256("\n".join(images.files[number] for number in kept).encode("utf-8", "surrogateescape")).hexdigest()
-    record = {"format": FORMAT, **encoder_settings(encoder, input_size, size), "count": len(kept), "files": listing}
+    listing = hashlib.sha256(
+        "\n".join(images.files[number] for number in kept).encode("utf-8", "surrogateescape")
+    ).hexdigest()
+    record = {
+        "format": FORMAT,
+        **encoder_settings(encoder, input_size, size),
+        "count": len(kept),
+        "files": listing,
+    }
     check_record(path, record)
     state.wait_for_everyone()
     if path.exists():
@@ -80,7 +100,10 @@ def encode_images(
     files = [folder / f"{number:05d}.safetensors" for number in range(len(parts))]
     missing = [number for number, file in enumerate(files) if read_record(file) != record]
     state.wait_for_everyone()
-    mine = [(parts[number], files[number]) for number in missing[state.process_index :: state.num_processes]]
+    mine = [
+        (parts[number], files[number])
+        for number in missing[state.process_index :: state.num_processes]
+    ]
     network = None
     for first in (True, False):  # of a machine: it fetches the encoder for the others
         with together(state):
@@ -109,7 +132,9 @@ def _encode_parts(
     workers: int | None,
 ) -> None:
     if workers is None:
-        workers = min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes)))
+        workers = min(
+            8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
+        )
     crops = ImageCrops(images, record["size"], flip=False, seed=0, noise_shape=None)
     batches = [
         [kept[n] for n in range(low, min(low + batch_size, part.stop))]
@@ -117,9 +142,21 @@ def _encode_parts(
         for low in range(part.start, part.stop, batch_size)
     ]
     loader = iter(
-        DataLoader(crops, batch_sampler=batches, num_workers=workers, collate_fn=collate, worker_init_fn=leave_signals_to_main)
+        DataLoader(
+            crops,
+            batch_sampler=batches,
+            num_workers=workers,
+            collate_fn=collate,
+            worker_init_fn=leave_signals_to_main,
+        )
     )
-    bar = tqdm(total=sum(map(len, batches)), unit="img", desc="tokens", disable=not state.is_main_process, dynamic_ncols=True)
+    bar = tqdm(
+        total=sum(map(len, batches)),
+        unit="img",
+        desc="tokens",
+        disable=not state.is_main_process,
+        dynamic_ncols=True,
+    )
     with bar:
         for part, file in parts:
             tokens = []
@@ -127,7 +164,9 @@ def _encode_parts(
                 batch = next(loader)
                 if batch.failed:
                     failed = batch.failed[0]
-                    raise ValueError(f"{images.root / images.files[failed.index]} cannot be read ({failed.reason}); mend it")
+                    raise ValueError(
+                        f"{images.root / images.files[failed.index]} cannot be read ({failed.reason}); mend it"
+                    )
                 tokens.append(network.token(network(to_model(batch.pixels.to(state.device)))).cpu())
                 bar.update(len(tokens[-1]))
             write_tokens(file, torch.cat(tokens), record)

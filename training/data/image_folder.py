@@ -64,11 +64,19 @@ def list_images(root: Path) -> ImageList:
         ValueError: it has no class folders, or one without images.
     """
     if not root.is_dir():
-        raise FileNotFoundError(f"there is no folder {root}; give --data the folder that holds one subfolder for each class")
+        raise FileNotFoundError(
+            f"there is no folder {root}; give --data the folder that holds one subfolder for each class"
+        )
     known = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    folders = sorted(
+        entry.name
+        for entry in os.scandir(root)
+        if entry.is_dir() and not entry.name.startswith(".")
+    )
     if not folders:
-        raise ValueError(f"{root} has no class folders; put the images of each class into a subfolder of it")
+        raise ValueError(
+            f"{root} has no class folders; put the images of each class into a subfolder of it"
+        )
     if set(folders) <= SPLITS:
         raise ValueError(
             f"{root} holds {' and '.join(folders)}, which are parts of a data set, not classes; give --data "
@@ -78,7 +86,11 @@ def list_images(root: Path) -> ImageList:
     for label, folder in enumerate(folders):
         found = []
         for place, _, names in os.walk(root / folder, followlinks=True):
-            shown = (name for name in names if not name.startswith(".") and Path(name).suffix.lower() in known)
+            shown = (
+                name
+                for name in names
+                if not name.startswith(".") and Path(name).suffix.lower() in known
+            )
             found += [(Path(place) / name).relative_to(root).as_posix() for name in shown]
         if not found:
             empty.append(folder)
@@ -105,7 +117,9 @@ def read_class_names(path: Path | None, folders: list[str]) -> list[str]:
     if path is None:
         return folders
     if not path.exists():
-        raise FileNotFoundError(f"there is no {path}; give --class-names a JSON file, or leave it out")
+        raise FileNotFoundError(
+            f"there is no {path}; give --class-names a JSON file, or leave it out"
+        )
     try:
         names = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -120,7 +134,9 @@ def read_class_names(path: Path | None, folders: list[str]) -> list[str]:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path} must hold a list of names, or an object of them")
     if len(names) != len(folders):
-        raise ValueError(f"{path} names {len(names)} classes, but the images are in {len(folders)} class folders")
+        raise ValueError(
+            f"{path} names {len(names)} classes, but the images are in {len(folders)} class folders"
+        )
     return names
 
 
@@ -139,7 +155,9 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
     if scale != 1:
-        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+        image = image.resize(
+            (round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC
+        )
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
@@ -152,8 +170,21 @@ class ImageCrops(Dataset):
         noise_shape: (C, h, w) of a latent; None if it needs no noise, and for pixels.
     """
 
-    def __init__(self, images: ImageList, size: int, flip: bool, seed: int, noise_shape: tuple[int, ...] | None):
-        self.images, self.size, self.flip, self.seed, self.noise_shape = images, size, flip, seed, noise_shape
+    def __init__(
+        self,
+        images: ImageList,
+        size: int,
+        flip: bool,
+        seed: int,
+        noise_shape: tuple[int, ...] | None,
+    ):
+        self.images, self.size, self.flip, self.seed, self.noise_shape = (
+            images,
+            size,
+            flip,
+            seed,
+            noise_shape,
+        )
 
     def __len__(self) -> int:
         return len(self.images.files)
@@ -164,7 +195,9 @@ class ImageCrops(Dataset):
             raw = path.read_bytes()
         except OSError as error:
             return Item(
-                index, reason=f"{path} cannot be read ({error}); mend that, then run the same command again", fatal=True
+                index,
+                reason=f"{path} cannot be read ({error}); mend that, then run the same command again",
+                fatal=True,
             )
         if not raw:
             return Item(index, reason="the file is empty")
@@ -177,14 +210,22 @@ class ImageCrops(Dataset):
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         if self.flip and mirrored:
             pixels = pixels.flip(-1)
-        noise = None if self.noise_shape is None else torch.from_numpy(rng.standard_normal(self.noise_shape, dtype=np.float32))
+        noise = (
+            None
+            if self.noise_shape is None
+            else torch.from_numpy(rng.standard_normal(self.noise_shape, dtype=np.float32))
+        )
         return Item(index, pixels.contiguous(), noise)
 
 
 def _short(error: Exception) -> str:
     """Why Pillow refused an image, without the address of the buffer it was read from."""
     text = str(error)
-    return "not an image that Pillow can read" if "cannot identify" in text else text or type(error).__name__
+    return (
+        "not an image that Pillow can read"
+        if "cannot identify" in text
+        else text or type(error).__name__
+    )
 
 
 def leave_signals_to_main(_: int) -> None:

@@ -72,7 +72,10 @@ class LatentDataset(Dataset):
         self.shape: tuple[int, int, int] = tuple(self.index["shape"])
         self.classes: list[str] = self.index["classes"]
         self._paths = [self.folder / shard["file"] for shard in self.index["shards"]]
-        labels = [self._checked_labels(path, s["count"]) for path, s in zip(self._paths, self.index["shards"], strict=True)]
+        labels = [
+            self._checked_labels(path, s["count"])
+            for path, s in zip(self._paths, self.index["shards"], strict=True)
+        ]
         self.labels = torch.cat(labels)
         self._starts = torch.tensor([0] + [len(part) for part in labels]).cumsum(0)
         self._files: dict[int, Any] = {}
@@ -144,12 +147,20 @@ def read_index(folder: str | Path) -> dict[str, Any]:
         if (path.parent / PLAN).exists():
             fix = "the folder is not finished; run the same prepare command again, it goes on where it stopped"
         else:
-            out = "ANOTHER_FOLDER" if path.parent.exists() else path.parent  # it may be the folder of images
+            out = (
+                "ANOTHER_FOLDER" if path.parent.exists() else path.parent
+            )  # it may be the folder of images
             fix = f"make it with python -m training.prepare --data IMAGES --out {out}"
         raise FileNotFoundError(f"there is no {path}: {fix}")
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
-        found = index["format"], index["kind"], len(index["shape"]), len(index["classes"]), len(index["shards"])
+        found = (
+            index["format"],
+            index["kind"],
+            len(index["shape"]),
+            len(index["classes"]),
+            len(index["shards"]),
+        )
         total = sum(shard["count"] for shard in index["shards"])
     except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(
@@ -172,7 +183,9 @@ def read_index(folder: str | Path) -> dict[str, Any]:
 def write_index(folder: str | Path, index: dict[str, Any], name: str = INDEX) -> None:
     """Write `index`, or the plan with its `name`, atomically."""
     with whole_file(Path(folder) / name) as temporary:
-        temporary.write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(
+            json.dumps(index, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
 
 
 def open_shard(path: Path):
@@ -189,7 +202,9 @@ def open_shard(path: Path):
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or damaged ({error}); {REPAIR}") from error
     if not {"x", "labels"} <= set(file.keys()):
-        raise ValueError(f"{path} holds {sorted(file.keys())} instead of x and labels; delete it, then {REPAIR}")
+        raise ValueError(
+            f"{path} holds {sorted(file.keys())} instead of x and labels; delete it, then {REPAIR}"
+        )
     return file
 
 

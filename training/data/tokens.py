@@ -48,7 +48,9 @@ class TokenFiles:
         self.arrays = [_open_array(path) for path in self.paths]
         shapes = {tuple(_shape(array)[1:]) for array in self.arrays}
         if len(shapes) != 1:
-            raise ValueError(f"{self.paths[0]} and its companions hold samples of different shapes: {sorted(shapes)}")
+            raise ValueError(
+                f"{self.paths[0]} and its companions hold samples of different shapes: {sorted(shapes)}"
+            )
         self.shape: tuple[int, ...] = shapes.pop()
         self.total = sum(_shape(array)[0] for array in self.arrays)
         self.rows = range(self.total) if rows is None else rows
@@ -68,13 +70,17 @@ class TokenFiles:
             size = _shape(array)[0]
             for low in range(max(start, self.rows.start), min(start + size, self.rows.stop), step):
                 rows = array[low - start : min(low + step, start + size, self.rows.stop) - start]
-                yield (rows if isinstance(rows, Tensor) else torch.from_numpy(np.array(rows))).flatten(1)
+                yield (
+                    rows if isinstance(rows, Tensor) else torch.from_numpy(np.array(rows))
+                ).flatten(1)
             start += size
 
 
 def share_of(count: int, state: PartialState) -> range:
     """This process's part of `count` samples."""
-    edges = [count * i // state.num_processes for i in (state.process_index, state.process_index + 1)]
+    edges = [
+        count * i // state.num_processes for i in (state.process_index, state.process_index + 1)
+    ]
     return range(*edges)
 
 
@@ -85,22 +91,34 @@ def _shape(array: Any) -> list[int]:
 def _open_array(path: Path) -> Any:
     """A NumPy array, or a slice of safetensors."""
     if not path.exists():
-        raise FileNotFoundError(f"there is no {path}; give a .npy, .npz or .safetensors file of samples (n, D)")
+        raise FileNotFoundError(
+            f"there is no {path}; give a .npy, .npz or .safetensors file of samples (n, D)"
+        )
     try:
         if path.suffix == ".safetensors":
             file = safe_open(path, framework="pt")
             found = {name: file.get_slice(name) for name in file.keys()}
         else:
             loaded = np.load(path, mmap_mode="r", allow_pickle=False)
-            found = {NAME: loaded} if isinstance(loaded, np.ndarray) else {name: loaded[name] for name in loaded.files}
+            found = (
+                {NAME: loaded}
+                if isinstance(loaded, np.ndarray)
+                else {name: loaded[name] for name in loaded.files}
+            )
     except (SafetensorError, ValueError, OSError, EOFError) as error:
         raise ValueError(
             f"{path} is no whole array file ({error}); give .npy, .npz or .safetensors, without Python objects"
         ) from error
-    arrays = {name: array for name, array in found.items() if len(_shape(array)) >= 2 and math.prod(_shape(array))}
+    arrays = {
+        name: array
+        for name, array in found.items()
+        if len(_shape(array)) >= 2 and math.prod(_shape(array))
+    }
     if NAME not in arrays and len(arrays) != 1:
         held = {name: _shape(array) for name, array in found.items()}
-        raise ValueError(f'{path} holds {held}; it must have one array of samples (n, D), or one called "{NAME}"')
+        raise ValueError(
+            f'{path} holds {held}; it must have one array of samples (n, D), or one called "{NAME}"'
+        )
     return arrays[NAME] if NAME in arrays else next(iter(arrays.values()))
 
 
@@ -114,7 +132,9 @@ def read_tokens(folder: Path) -> Tensor:
     """
     path = folder / FILE
     if not path.exists():
-        raise FileNotFoundError(f"there is no {path}; python -m training.fit_source --data {folder} --encoder ... makes it")
+        raise FileNotFoundError(
+            f"there is no {path}; python -m training.fit_source --data {folder} --encoder ... makes it"
+        )
     files = TokenFiles([path])
     check_count(files, len(LatentDataset(folder, in_memory=False)), folder)
     tokens = files.arrays[0][:]
@@ -151,7 +171,11 @@ def keep_tokens(tokens: TokenFiles, folder: Path) -> None:
     if any(given.resolve() == path.resolve() for given in tokens.paths):
         return
     made = read_record(tokens.paths[0]) or {}
-    record = {"format": FORMAT, "files": [str(given) for given in tokens.paths], "count": len(tokens)}
+    record = {
+        "format": FORMAT,
+        "files": [str(given) for given in tokens.paths],
+        "count": len(tokens),
+    }
     record |= {name: made[name] for name in SETTINGS if name in made}
     check_record(path, record)
     if not path.exists():
@@ -168,9 +192,15 @@ def check_encoder(folder: Path, fitted: dict[str, Any], source: str) -> None:
     Raises:
         ValueError: they were made by another encoder, or with other settings.
     """
-    here, config, there = read_record(folder / FILE) or {}, fitted.get("config") or {}, fitted.get("tokens") or {}
+    here, config, there = (
+        read_record(folder / FILE) or {},
+        fitted.get("config") or {},
+        fitted.get("tokens") or {},
+    )
     if config.get("encoder") is not None:
-        there = encoder_settings(config["encoder"], config.get("encoder_size"), config.get("image_size"))
+        there = encoder_settings(
+            config["encoder"], config.get("encoder_size"), config.get("image_size")
+        )
     if "encoder" not in here or "encoder" not in there:
         return
     here, there = ({name: record.get(name) for name in SETTINGS} for record in (here, there))
@@ -197,12 +227,18 @@ def check_record(path: Path, record: dict[str, Any]) -> None:
     """
     found = read_record(path)
     if found is None and path.exists():
-        raise ValueError(f"{path} is damaged, or was not made by GMFlow; remove it, or give it as --tokens")
+        raise ValueError(
+            f"{path} is damaged, or was not made by GMFlow; remove it, or give it as --tokens"
+        )
     differ = [
-        f"{key}: {found.get(key)} there, {value} here" for key, value in record.items() if found and found.get(key) != value
+        f"{key}: {found.get(key)} there, {value} here"
+        for key, value in record.items()
+        if found and found.get(key) != value
     ]
     if differ:
-        raise ValueError(f"{path} holds other tokens ({'; '.join(differ)}); remove it, or give it as --tokens")
+        raise ValueError(
+            f"{path} holds other tokens ({'; '.join(differ)}); remove it, or give it as --tokens"
+        )
 
 
 def read_record(path: Path) -> dict[str, Any] | None:

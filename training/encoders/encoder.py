@@ -29,7 +29,9 @@ def find_file(name: str, folder: Path) -> Path:
     owner, _, rest = name.partition("/")
     repository, _, inside = rest.partition("/")
     if not (owner and repository and inside):
-        raise FileNotFoundError(f"there is no file {folder / name}, which {folder / PARTS} names; put it there")
+        raise FileNotFoundError(
+            f"there is no file {folder / name}, which {folder / PARTS} names; put it there"
+        )
     from huggingface_hub import hf_hub_download
 
     with hub_errors(f"{owner}/{repository}", inside):
@@ -48,7 +50,9 @@ def load_encoder(source: str, input_size: int | None = None) -> Encoder:
     """
     transformers = _transformers()
     if Path(source).is_dir() and not (Path(source) / CONFIG).exists():
-        raise FileNotFoundError(f"{source} holds no encoder: there is no {CONFIG}; give a folder in transformers' layout")
+        raise FileNotFoundError(
+            f"{source} holds no encoder: there is no {CONFIG}; give a folder in transformers' layout"
+        )
     try:
         config = transformers.AutoConfig.from_pretrained(source)
         config = getattr(config, "vision_config", config)
@@ -84,7 +88,9 @@ def _network(source: str | None, config, tensors: dict[str, Tensor] | None = Non
     allowed = (f"{family.norm}.weight", f"{family.norm}.bias") if tensors is not None else ()
     missing = sorted(name for name in report["missing_keys"] if not name.endswith(allowed))
     if missing:
-        raise ValueError(f"{len(missing)} tensors of the {family.model} are missing, first {missing[0]}")
+        raise ValueError(
+            f"{len(missing)} tensors of the {family.model} are missing, first {missing[0]}"
+        )
     return network
 
 
@@ -92,7 +98,9 @@ def _transformers():
     try:
         import transformers
     except ImportError as error:
-        raise ModuleNotFoundError(f"an RAE needs transformers ({error}): pip install -e '.[train]'") from error
+        raise ModuleNotFoundError(
+            f"an RAE needs transformers ({error}): pip install -e '.[train]'"
+        ) from error
     return transformers
 
 
@@ -107,12 +115,18 @@ class Family(NamedTuple):
     config: str
     norm: str  # attribute of the last LayerNorm
     input_size: int  # side of the pictures that it is given
-    normalisation: tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of its pictures, of values in [0, 1]
+    normalisation: tuple[
+        tuple[float, ...], tuple[float, ...]
+    ]  # mean and std of its pictures, of values in [0, 1]
 
 
 FAMILIES = {
-    "dinov2_with_registers": Family("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", "layernorm", 224, IMAGENET),
-    "siglip_vision_model": Family("SiglipVisionModel", "SiglipVisionConfig", "post_layernorm", 256, HALF),
+    "dinov2_with_registers": Family(
+        "Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", "layernorm", 224, IMAGENET
+    ),
+    "siglip_vision_model": Family(
+        "SiglipVisionModel", "SiglipVisionConfig", "post_layernorm", 256, HALF
+    ),
     "vit_mae": Family("ViTMAEModel", "ViTMAEConfig", "layernorm", 256, IMAGENET),
 }
 
@@ -136,7 +150,9 @@ class Encoder(nn.Module):
         self.input_size = input_size or family.input_size
         patch = network.config.patch_size
         if self.input_size % patch:
-            raise ValueError(f"input_size {self.input_size} is not divisible by the encoder's patches of {patch} pixels")
+            raise ValueError(
+                f"input_size {self.input_size} is not divisible by the encoder's patches of {patch} pixels"
+            )
         self.grid = self.input_size // patch  # tokens a side
         self.width: int = network.config.hidden_size
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in family.normalisation)
@@ -163,7 +179,9 @@ class Encoder(nn.Module):
         if self.kind != "dinov2_with_registers":
             settings["interpolate_pos_encoding"] = True
         if self.kind == "vit_mae":  # the order of its tokens; with a mask_ratio of 0 it keeps all
-            settings["noise"] = torch.arange(self.grid**2, dtype=x.dtype, device=x.device).expand(len(x), -1)
+            settings["noise"] = torch.arange(self.grid**2, dtype=x.dtype, device=x.device).expand(
+                len(x), -1
+            )
         return self.network(pixel_values=x, **settings).last_hidden_state
 
     def latents(self, hidden: Tensor) -> Tensor:

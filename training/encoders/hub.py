@@ -16,7 +16,11 @@ def download(name: str) -> Path:
     """The VAE's files of a hub repository, from the cache if they are there."""
     from huggingface_hub import snapshot_download
 
-    patterns = [f"{sub}{file}" for sub in ("", "vae/") for file in ("config.json", f"{WEIGHTS}*.safetensors")]
+    patterns = [
+        f"{sub}{file}"
+        for sub in ("", "vae/")
+        for file in ("config.json", f"{WEIGHTS}*.safetensors")
+    ]
     with hub_errors(name):
         return Path(snapshot_download(name, allow_patterns=patterns))
 
@@ -24,7 +28,11 @@ def download(name: str) -> Path:
 @contextmanager
 def hub_errors(name: str, file: str = "") -> Iterator[None]:
     """Errors of the hub about a repository, or a file of it, become a FileNotFoundError that says what to do."""
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     whole = f"{name} {file}".rstrip()
     try:

@@ -35,7 +35,10 @@ def load_vae(source: str | Path = SD_VAE, device: str | torch.device = "cpu") ->
         return load_rae(folder, device)
     try:
         from diffusers import AutoencoderKL
-    except (ImportError, RuntimeError) as error:  # diffusers imports lazily, and says RuntimeError of what it depends on
+    except (
+        ImportError,
+        RuntimeError,
+    ) as error:  # diffusers imports lazily, and says RuntimeError of what it depends on
         raise ModuleNotFoundError(
             f'the VAE needs diffusers, which does not import ({error}); pip install -e ".[train]", and if torchvision is named '
             "above, uninstall it or take the build that fits torch"
@@ -62,10 +65,14 @@ def load_vae(source: str | Path = SD_VAE, device: str | torch.device = "cpu") ->
             output_loading_info=True,
         )
     except Exception as error:  # diffusers and safetensors raise many kinds
-        raise ValueError(f"{folder} is not a whole AutoencoderKL ({error}); download it again") from error
+        raise ValueError(
+            f"{folder} is not a whole AutoencoderKL ({error}); download it again"
+        ) from error
     if report["missing_keys"]:
         missing = report["missing_keys"]
-        raise ValueError(f"{folder} is not an AutoencoderKL: {len(missing)} tensors are missing, first {missing[0]}")
+        raise ValueError(
+            f"{folder} is not an AutoencoderKL: {len(missing)} tensors are missing, first {missing[0]}"
+        )
     return VAE(network).to(device)
 
 

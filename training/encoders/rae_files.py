@@ -12,7 +12,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from training.encoders.encoder import FAMILIES, Encoder, _network, _place, _transformers, find_file, load_encoder
+from training.encoders.encoder import (
+    FAMILIES,
+    Encoder,
+    _network,
+    _place,
+    _transformers,
+    find_file,
+    load_encoder,
+)
 from training.encoders.hub import CONFIG, PARTS, WEIGHTS, download
 from training.encoders.rae_networks import RAE, Decoder
 
@@ -72,9 +80,13 @@ def load_statistics(path: Path) -> tuple[Tensor | None, Tensor | None]:
     tensors = read_tensors(path)
     mean, var = tensors.get("mean"), tensors.get("var")
     if mean is None and var is None:
-        raise ValueError(f"{path} holds {sorted(tensors)[:4]} instead of mean and var; it is no file of latents' statistics")
+        raise ValueError(
+            f"{path} holds {sorted(tensors)[:4]} instead of mean and var; it is no file of latents' statistics"
+        )
     if var is not None and not (var >= 0).all():
-        raise ValueError(f"{path} has variances that are negative or not finite; the file is damaged")
+        raise ValueError(
+            f"{path} has variances that are negative or not finite; the file is damaged"
+        )
     return mean, None if var is None else (var.float() + EPS).sqrt()
 
 
@@ -95,7 +107,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}); get it again") from error
     except Exception as error:  # unpickling raises many kinds
-        raise ValueError(f"{path} is not a PyTorch file of tensors alone, which is all that is loaded ({error})") from error
+        raise ValueError(
+            f"{path} is not a PyTorch file of tensors alone, which is all that is loaded ({error})"
+        ) from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__} instead of named tensors")
     return {name: t for name, t in content.items() if isinstance(t, Tensor)}
@@ -104,7 +118,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def is_rae(source: str | Path) -> bool:
     """Whether `source` names an RAE: one of `PRESETS`, or a folder that holds one."""
     folder = Path(source)
-    return str(source) in PRESETS or (folder / PARTS).exists() or _diffusers_config(folder) is not None
+    return (
+        str(source) in PRESETS or (folder / PARTS).exists() or _diffusers_config(folder) is not None
+    )
 
 
 def load_rae(source: str | Path, device: str | torch.device = "cpu") -> RAE:
@@ -146,7 +162,9 @@ def read_parts(folder: Path) -> Parts:
     """
     path = folder / PARTS
     if not path.exists():
-        raise FileNotFoundError(f"{folder} holds no RAE: neither {PARTS} nor the {CONFIG} of an AutoencoderRAE")
+        raise FileNotFoundError(
+            f"{folder} holds no RAE: neither {PARTS} nor the {CONFIG} of an AutoencoderRAE"
+        )
     try:
         return Parts(**json.loads(path.read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:
@@ -166,7 +184,9 @@ def _load_diffusers(folder: Path, config: dict) -> RAE:
     """An RAE in the layout of diffusers' AutoencoderRAE, whose `_latents_std` is sqrt(var + EPS) of the original statistics."""
     path = folder / f"{WEIGHTS}.safetensors"
     if not path.exists():
-        raise FileNotFoundError(f"{folder} has a {CONFIG} but no {path.name}; copy the weights there too")
+        raise FileNotFoundError(
+            f"{folder} has a {CONFIG} but no {path.name}; copy the weights there too"
+        )
     tensors = read_tensors(path)
     transformers = _transformers()
     try:
@@ -178,11 +198,17 @@ def _load_diffusers(folder: Path, config: dict) -> RAE:
             patch_size=config["encoder_patch_size"],
             image_size=table,
         )
-        weights = {name.removeprefix("encoder."): t for name, t in tensors.items() if name.startswith("encoder.")}
+        weights = {
+            name.removeprefix("encoder."): t
+            for name, t in tensors.items()
+            if name.startswith("encoder.")
+        }
         encoder = Encoder(_network(None, encoder_config, weights), config["encoder_input_size"])
         decoder = Decoder.from_tensors(tensors, encoder.grid, config["decoder_num_attention_heads"])
         return RAE(encoder, decoder, tensors.get("_latents_mean"), tensors.get("_latents_std"))
     except KeyError as error:
-        raise ValueError(f"{folder / CONFIG} lacks {error}, or has a value of it that this version does not know") from error
+        raise ValueError(
+            f"{folder / CONFIG} lacks {error}, or has a value of it that this version does not know"
+        ) from error
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error

@@ -26,21 +26,28 @@ class Decoder(nn.Module):
         patch: pixels of a token, a side.
     """
 
-    def __init__(self, channels: int, grid: int, width: int, layers: int, heads: int, hidden: int, patch: int):
+    def __init__(
+        self, channels: int, grid: int, width: int, layers: int, heads: int, hidden: int, patch: int
+    ):
         super().__init__()
         self.channels, self.grid, self.patch = channels, grid, patch
         self.decoder_embed = nn.Linear(channels, width)
         self.trainable_cls_token = nn.Parameter(torch.zeros(1, 1, width))
         positions = torch.cat([torch.zeros(1, width), grid_features(grid, grid, width, grid)])
         self.register_buffer("decoder_pos_embed", positions.unsqueeze(0))
-        self.decoder_layers = nn.ModuleList(DecoderLayer(width, heads, hidden) for _ in range(layers))
+        self.decoder_layers = nn.ModuleList(
+            DecoderLayer(width, heads, hidden) for _ in range(layers)
+        )
         self.decoder_norm = nn.LayerNorm(width, eps=1e-12)
         self.decoder_pred = nn.Linear(width, 3 * patch**2)
 
     def forward(self, latents: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, 3, h * patch, w * patch), as the encoder is given its pictures."""
         x = self.decoder_embed(latents.flatten(2).transpose(1, 2))
-        x = torch.cat([self.trainable_cls_token.expand(len(x), -1, -1), x], 1) + self.decoder_pos_embed
+        x = (
+            torch.cat([self.trainable_cls_token.expand(len(x), -1, -1), x], 1)
+            + self.decoder_pos_embed
+        )
         for layer in self.decoder_layers:
             x = layer(x)
         x = self.decoder_pred(self.decoder_norm(x))[:, 1:]
@@ -56,25 +63,42 @@ class Decoder(nn.Module):
         Raises:
             ValueError: they are not such a decoder's; the message names a tensor.
         """
-        names = {".to_q.": ".attention.query.", ".to_k.": ".attention.key.", ".to_v.": ".attention.value."}
+        names = {
+            ".to_q.": ".attention.query.",
+            ".to_k.": ".attention.key.",
+            ".to_v.": ".attention.value.",
+        }
         names[".to_out.0."] = ".output.dense."
-        tensors = {k.removeprefix("decoder."): t for k, t in tensors.items() if k.startswith("decoder.")} or dict(tensors)
+        tensors = {
+            k.removeprefix("decoder."): t for k, t in tensors.items() if k.startswith("decoder.")
+        } or dict(tensors)
         for old, new in names.items():
-            tensors = {name.replace(".attention" + old, ".attention" + new): tensor for name, tensor in tensors.items()}
+            tensors = {
+                name.replace(".attention" + old, ".attention" + new): tensor
+                for name, tensor in tensors.items()
+            }
         try:
             width, channels = tensors["decoder_embed.weight"].shape
             hidden = len(tensors["decoder_layers.0.intermediate.dense.weight"])
             patch = math.isqrt(len(tensors["decoder_pred.weight"]) // 3)
         except KeyError as error:
-            raise ValueError(f"an RAE's decoder has a tensor {error}, which is not among the {len(tensors)} found") from error
+            raise ValueError(
+                f"an RAE's decoder has a tensor {error}, which is not among the {len(tensors)} found"
+            ) from error
         if width % heads or width % 4:
-            raise ValueError(f"a decoder of width {width} cannot have {heads} heads; say how many in decoder_heads")
+            raise ValueError(
+                f"a decoder of width {width} cannot have {heads} heads; say how many in decoder_heads"
+            )
         layers = sum(name.endswith(".layernorm_before.weight") for name in tensors)
         decoder = cls(channels, grid, width, layers, heads, hidden, patch)
         expected = {name: tuple(t.shape) for name, t in decoder.state_dict().items()}
         found = {name: tuple(t.shape) for name, t in tensors.items()}
-        found = {name: expected[name] for name in ("trainable_cls_token", "decoder_pos_embed")} | found
-        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        found = {
+            name: expected[name] for name in ("trainable_cls_token", "decoder_pos_embed")
+        } | found
+        wrong = sorted(
+            name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
+        )
         if wrong:
             raise ValueError(
                 f"{len(wrong)} tensors do not fit a decoder of width {width} for {grid} x {grid} tokens, first {wrong[0]!r}: "
@@ -90,7 +114,9 @@ class DecoderLayer(nn.Module):
     def __init__(self, width: int, heads: int, hidden: int):
         super().__init__()
         self.heads = heads
-        projections = nn.ModuleDict({name: nn.Linear(width, width) for name in ("query", "key", "value")})
+        projections = nn.ModuleDict(
+            {name: nn.Linear(width, width) for name in ("query", "key", "value")}
+        )
         mixed = nn.ModuleDict({"dense": nn.Linear(width, width)})
         self.layernorm_before = nn.LayerNorm(width, eps=1e-12)
         self.attention = nn.ModuleDict({"attention": projections, "output": mixed})
@@ -101,8 +127,13 @@ class DecoderLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, width) -> (B, N, width)."""
         normed, projections = self.layernorm_before(x), self.attention["attention"]
-        q, k, v = (projections[n](normed).unflatten(-1, (self.heads, -1)).transpose(1, 2) for n in ("query", "key", "value"))
-        x = x + self.attention["output"]["dense"](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        q, k, v = (
+            projections[n](normed).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for n in ("query", "key", "value")
+        )
+        x = x + self.attention["output"]["dense"](
+            F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        )
         return x + self.output["dense"](F.gelu(self.intermediate["dense"](self.layernorm_after(x))))
 
 
@@ -121,7 +152,13 @@ class RAE(nn.Module):
     needs_noise = False  # latents are no samples
     scaling_factor = 1.0
 
-    def __init__(self, encoder: Encoder, decoder: Decoder | None = None, mean: Tensor | None = None, std: Tensor | None = None):
+    def __init__(
+        self,
+        encoder: Encoder,
+        decoder: Decoder | None = None,
+        mean: Tensor | None = None,
+        std: Tensor | None = None,
+    ):
         super().__init__()
         shape = (encoder.width, encoder.grid, encoder.grid)
         if decoder is not None and (decoder.channels, decoder.grid, decoder.grid) != shape:
@@ -143,7 +180,9 @@ class RAE(nn.Module):
         """
         side = self.encoder.grid * self.factor
         if (height, width) != (side, side):
-            raise ValueError(f"pictures of {width}x{height} do not fit this RAE; it is for {side}x{side}")
+            raise ValueError(
+                f"pictures of {width}x{height} do not fit this RAE; it is for {side}x{side}"
+            )
         return self.encoder.width, self.encoder.grid, self.encoder.grid
 
     @torch.no_grad()
@@ -171,7 +210,9 @@ class RAE(nn.Module):
             raise ValueError(NO_PICTURES)
         shape = (self.encoder.width, self.encoder.grid, self.encoder.grid)
         if tuple(latents.shape[1:]) != shape:
-            raise ValueError(f"this RAE decodes latents {('B', *shape)}, not {tuple(latents.shape)}")
+            raise ValueError(
+                f"this RAE decodes latents {('B', *shape)}, not {tuple(latents.shape)}"
+            )
         images = self.decoder(latents.float() * self.std + self.mean)
         return 2 * (images * self.encoder.image_std + self.encoder.image_mean) - 1
 
@@ -185,7 +226,11 @@ def _statistic(value: Tensor | None, shape: tuple[int, ...], name: str, default:
     except RuntimeError:
         fits = False
     if not fits:
-        raise ValueError(f"the latents' {name} is {tuple(value.shape)}, which does not fit latents {shape} of this encoder")
+        raise ValueError(
+            f"the latents' {name} is {tuple(value.shape)}, which does not fit latents {shape} of this encoder"
+        )
     if not value.isfinite().all() or (name == "std" and not (value > 0).all()):
-        raise ValueError(f"the latents' {name} has values that are not finite{' and positive' if name == 'std' else ''}")
+        raise ValueError(
+            f"the latents' {name} has values that are not finite{' and positive' if name == 'std' else ''}"
+        )
     return value

@@ -27,7 +27,9 @@ class VAE(nn.Module):
         self.network = network.float().eval().requires_grad_(False)
         self.scaling_factor: float = network.config.scaling_factor
         self.shift_factor: float = network.config.shift_factor or 0.0
-        self.factor = 2 ** (len(network.config.block_out_channels) - 1)  # pixels per latent pixel, each way
+        self.factor = 2 ** (
+            len(network.config.block_out_channels) - 1
+        )  # pixels per latent pixel, each way
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, h, w) of the latent of a picture.
@@ -36,7 +38,9 @@ class VAE(nn.Module):
             ValueError: the picture does not divide into whole latent pixels.
         """
         if height % self.factor or width % self.factor:
-            raise ValueError(f"pictures of {width}x{height} do not fit this VAE; give a multiple of {self.factor}")
+            raise ValueError(
+                f"pictures of {width}x{height} do not fit this VAE; give a multiple of {self.factor}"
+            )
         return self.network.config.latent_channels, height // self.factor, width // self.factor
 
     @torch.no_grad()

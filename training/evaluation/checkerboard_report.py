@@ -19,7 +19,9 @@ STEPS = [1, 2, 4, 8, 16]
 MIN_SIGMA = 1e-4  # sigmas are drawn from [MIN_SIGMA, 1], here and in training
 
 
-def write_report(checkpoint: Path, out: Path, count: int, device: str = "auto", seed: int = 0) -> dict:
+def write_report(
+    checkpoint: Path, out: Path, count: int, device: str = "auto", seed: int = 0
+) -> dict:
     """Sample the model with Euler, GM-ODE 2 and GM-SDE 2 at 1 to 16 steps; write OUT/report.png and OUT/report.json.
 
     Returns:
@@ -40,7 +42,9 @@ def write_report(checkpoint: Path, out: Path, count: int, device: str = "auto", 
     report["u_nll"] = velocity_nll(network, data, seed)
     report["data"] = distances(data)
     samples = []
-    for solver, steps, points in tqdm(compare_solvers(network, STEPS, count, seed), total=3 * len(STEPS), desc="report"):
+    for solver, steps, points in tqdm(
+        compare_solvers(network, STEPS, count, seed), total=3 * len(STEPS), desc="report"
+    ):
         samples.append((solver, steps, points))
         report.setdefault(solver, {})[str(steps)] = distances(points)
     out.mkdir(parents=True, exist_ok=True)
@@ -63,7 +67,11 @@ def velocity_nll(network: nn.Module, data: Tensor, seed: int, chunk: int = 20_00
     for x0 in data.split(chunk):
         sigma = torch.rand(len(x0), generator=generator).clamp(min=MIN_SIGMA)
         noise = torch.randn(x0.shape, generator=generator)
-        x, velocity, sigma = diffuse(x0, sigma, noise).to(device), (noise - x0).to(device), sigma.to(device)
+        x, velocity, sigma = (
+            diffuse(x0, sigma, noise).to(device),
+            (noise - x0).to(device),
+            sigma.to(device),
+        )
         total += nll(network(x, sigma), velocity).double().sum().item()
     return total / len(data)
 

@@ -23,7 +23,12 @@ class Chunks:
     """
 
     def __init__(self, folder: Path, key: dict[str, Any], count: int, size: int):
-        self.folder, self.key, self.count, self.size = folder, json.dumps(key, sort_keys=True), count, size
+        self.folder, self.key, self.count, self.size = (
+            folder,
+            json.dumps(key, sort_keys=True),
+            count,
+            size,
+        )
 
     def __len__(self) -> int:
         return -(-self.count // self.size)
@@ -49,7 +54,11 @@ class Chunks:
         if metadata.get("key") != self.key:
             return "foreign"
         here = self.images(number)
-        return "whole" if lengths == {len(here)} and metadata.get("first") == str(here.start) else "short"
+        return (
+            "whole"
+            if lengths == {len(here)} and metadata.get("first") == str(here.start)
+            else "short"
+        )
 
     def differences(self, number: int) -> list[str]:
         """The parts of the key in which a foreign chunk's differs."""
@@ -67,7 +76,9 @@ class Chunks:
         with whole_file(self.path(number)) as temporary:
             tensors = {name: t.contiguous() for name, t in tensors.items()}
             first = str(self.images(number).start)
-            save_file(tensors, temporary, {"key": self.key, "first": first, "facts": json.dumps(facts)})
+            save_file(
+                tensors, temporary, {"key": self.key, "first": first, "facts": json.dumps(facts)}
+            )
 
 
 def key_digest(key: str) -> str:

@@ -88,8 +88,19 @@ class ClassifierFeatures:
         name: for reports.
     """
 
-    def __init__(self, network: Classifier, classes: tuple[str, ...], training: dict[str, Any], name: str = "classifier"):
-        self.network, self.classes, self.training, self.name = network.eval().requires_grad_(False), classes, training, name
+    def __init__(
+        self,
+        network: Classifier,
+        classes: tuple[str, ...],
+        training: dict[str, Any],
+        name: str = "classifier",
+    ):
+        self.network, self.classes, self.training, self.name = (
+            network.eval().requires_grad_(False),
+            classes,
+            training,
+            name,
+        )
         digest = hashlib.sha256()
         for tensor in network.state_dict().values():
             digest.update(tensor.cpu().contiguous().numpy().tobytes())
@@ -97,7 +108,11 @@ class ClassifierFeatures:
 
     @property
     def facts(self) -> dict[str, Any]:
-        facts = {"name": self.name, "dimensions": self.network.config.features, "fingerprint": self.fingerprint[:16]}
+        facts = {
+            "name": self.name,
+            "dimensions": self.network.config.features,
+            "fingerprint": self.fingerprint[:16],
+        }
         return {**facts, **self.training}
 
     def to(self, device: str | torch.device) -> ClassifierFeatures:
@@ -154,9 +169,14 @@ class ClassifierFeatures:
         try:
             network = Classifier(ClassifierConfig(**json.loads(metadata["config"])))
             network.load_state_dict(tensors)
-            classes, training = tuple(json.loads(metadata["classes"])), json.loads(metadata["training"])
+            classes, training = (
+                tuple(json.loads(metadata["classes"])),
+                json.loads(metadata["training"]),
+            )
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{path} is damaged ({_short(error)}); delete it to train the features again") from error
+            raise ValueError(
+                f"{path} is damaged ({_short(error)}); delete it to train the features again"
+            ) from error
         return cls(network.to(device), classes, training, path.stem)
 
 
@@ -197,7 +217,12 @@ def train_classifier(
     generator = torch.Generator().manual_seed(seed)
     if test is None:
         order = torch.randperm(len(images), generator=generator)
-        held_out, rest = order.split([max(1, round(HELD_OUT * len(order))), len(order) - max(1, round(HELD_OUT * len(order)))])
+        held_out, rest = order.split(
+            [
+                max(1, round(HELD_OUT * len(order))),
+                len(order) - max(1, round(HELD_OUT * len(order))),
+            ]
+        )
         test, images, labels = (images[held_out], labels[held_out]), images[rest], labels[rest]
         test_set = "held-out images of the training data"
     else:
@@ -207,7 +232,9 @@ def train_classifier(
         network = Classifier(ClassifierConfig(*images.shape[2:], len(classes))).to(device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=0.5)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=iterations)
-    bar = tqdm(range(iterations), desc="training the features", disable=not progress, dynamic_ncols=True)
+    bar = tqdm(
+        range(iterations), desc="training the features", disable=not progress, dynamic_ncols=True
+    )
     for step in bar:
         chosen = torch.randint(len(images), (batch_size,), generator=generator)
         x = jitter(images[chosen].to(device, torch.float32), generator)
@@ -230,7 +257,13 @@ def train_classifier(
     return features
 
 
-def jitter(images: Tensor, generator: torch.Generator, turn: float = 0.2, grow: float = 0.1, shift: float = 0.15) -> Tensor:
+def jitter(
+    images: Tensor,
+    generator: torch.Generator,
+    turn: float = 0.2,
+    grow: float = 0.1,
+    shift: float = 0.15,
+) -> Tensor:
     """Every image turned, stretched, and moved a little; float (B, 3, H, W), the border continues outwards.
 
     Args:
@@ -238,7 +271,10 @@ def jitter(images: Tensor, generator: torch.Generator, turn: float = 0.2, grow: 
     """
     angle, stretch_x, stretch_y, x, y = torch.rand(5, len(images), generator=generator) * 2 - 1
     cos, sin = (turn * angle).cos(), (turn * angle).sin()
-    rows = [cos * (1 + grow * stretch_x), -sin, shift * x], [sin, cos * (1 + grow * stretch_y), shift * y]
+    rows = (
+        [cos * (1 + grow * stretch_x), -sin, shift * x],
+        [sin, cos * (1 + grow * stretch_y), shift * y],
+    )
     matrix = torch.stack([torch.stack(row, 1) for row in rows], 1).to(images.device)  # (B, 2, 3)
     grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)

@@ -13,7 +13,28 @@ import tyro
 from gmflow_core.sampling.guidance import Guidance
 from gmflow_core.sampling.solvers import SOLVERS, SUBSTEPS
 
-SWEEP = (0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09, 0.11, 0.13, 0.16, 0.19, 0.23, 0.27, 0.33, 0.39, 0.47, 0.55, 0.65, 0.75)
+SWEEP = (
+    0.02,
+    0.03,
+    0.04,
+    0.05,
+    0.06,
+    0.07,
+    0.08,
+    0.09,
+    0.11,
+    0.13,
+    0.16,
+    0.19,
+    0.23,
+    0.27,
+    0.33,
+    0.39,
+    0.47,
+    0.55,
+    0.65,
+    0.75,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,10 +112,14 @@ class Config:
     def __post_init__(self):
         for name in ("batch_size", "chunk_size", "feature_iterations", "substeps"):
             if (getattr(self, name) if getattr(self, name) is not None else 1) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1"
+                )
         for name in ("count", "reference_count"):
             if getattr(self, name) < 2:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; statistics need at least 2 images")
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}; statistics need at least 2 images"
+                )
         for name in ("solver", "steps"):
             if not getattr(self, name):
                 raise ValueError(f"--{name} is empty; give at least one")
@@ -124,10 +149,15 @@ class Config:
                 ".safetensors"
             )
         if self.device not in ("auto", "cpu"):
-            raise ValueError(f"--device is {self.device!r}; give auto or cpu (choose a GPU with CUDA_VISIBLE_DEVICES)")
+            raise ValueError(
+                f"--device is {self.device!r}; give auto or cpu (choose a GPU with CUDA_VISIBLE_DEVICES)"
+            )
 
 
-PRESETS = {"default": Config(), "paper": Config(preset="paper", solver=("gm-ode", "gm-sde"), steps=(8, 32), guidance=SWEEP)}
+PRESETS = {
+    "default": Config(),
+    "paper": Config(preset="paper", solver=("gm-ode", "gm-sde"), steps=(8, 32), guidance=SWEEP),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +181,9 @@ class Setting:
     @property
     def name(self) -> str:
         """Its folder, and its name in the results."""
-        guidance = {"none": "", "probabilistic": f"_w{self.scale:g}", "cfg": f"_cfg{self.scale:g}"}[self.guidance]
+        guidance = {"none": "", "probabilistic": f"_w{self.scale:g}", "cfg": f"_cfg{self.scale:g}"}[
+            self.guidance
+        ]
         return f"{self.checkpoint}_{self.solver}_{self.steps}{guidance}"
 
     def substeps(self, config: Config) -> int | None:
@@ -166,7 +198,9 @@ class Setting:
 def settings_of(config: Config) -> list[Setting]:
     """All that the command asks for, without guidance first; without guidance is one setting, however it is spelt."""
     kinds = [("probabilistic", w) for w in config.guidance] + [("cfg", s) for s in config.cfg]
-    kinds = [("none", 0.0) if Guidance(scale, kind).idle else (kind, scale) for kind, scale in kinds] or [("none", 0.0)]
+    kinds = [
+        ("none", 0.0) if Guidance(scale, kind).idle else (kind, scale) for kind, scale in kinds
+    ] or [("none", 0.0)]
     kinds = sorted(dict.fromkeys(kinds), key=lambda k: (k[0] != "none", k[0] == "cfg"))
     return [
         Setting(model, name, solver, steps, *kind)
@@ -184,8 +218,13 @@ def short_names(checkpoints: Sequence[str]) -> list[str]:
     Raises:
         ValueError: one is given twice.
     """
-    parts = [Path(c).with_suffix("").parts if c.endswith(".safetensors") else Path(c).parts for c in checkpoints]
-    parts = [tuple(part.strip("/\\") or "root" for part in p if part not in (".", "..")) for p in parts]
+    parts = [
+        Path(c).with_suffix("").parts if c.endswith(".safetensors") else Path(c).parts
+        for c in checkpoints
+    ]
+    parts = [
+        tuple(part.strip("/\\") or "root" for part in p if part not in (".", "..")) for p in parts
+    ]
     if len(set(parts)) < len(parts):
         raise ValueError(f"--checkpoint names the same model twice: {' '.join(checkpoints)}")
     short = [p[:-1] if len(p) > 1 and p[-1] in ("model", "weights") else p for p in parts]

@@ -32,7 +32,14 @@ from training.evaluation.extractors import Extractor
 from training.evaluation.inception import InceptionFeatures
 from training.evaluation.metrics import Measures, Reference, Statistics, measure, score, statistics
 from training.evaluation.models import Model, Space, image_labels, image_modes, image_seeds
-from training.evaluation.real_images import ArrayImages, FolderImages, PreparedImages, RealImages, read_npz, to_images
+from training.evaluation.real_images import (
+    ArrayImages,
+    FolderImages,
+    PreparedImages,
+    RealImages,
+    read_npz,
+    to_images,
+)
 from training.evaluation.report import METRICS, sheet, write_csv, write_plots
 from training.evaluation.saturation import saturation_distance
 
@@ -48,12 +55,20 @@ class Evaluation:
                 "give at least one --checkpoint, and --data, the prepared data that it was trained on, or a --reference to "
                 "compare with"
             )
-        if config.data is None and config.features != "inception" and not Path(config.features).exists():
+        if (
+            config.data is None
+            and config.features != "inception"
+            and not Path(config.features).exists()
+        ):
             raise ValueError(f"there is no {config.features}; give --data, to train it on")
         self.config = config
         self.state = PartialState(cpu=on_cpu(config.device), timeout=timedelta(days=7))
         self.device, self.main = self.state.device, self.state.is_main_process
-        data = Space.of_checkpoints(config.checkpoint) if config.data is None else Space.of_data(config.data)
+        data = (
+            Space.of_checkpoints(config.checkpoint)
+            if config.data is None
+            else Space.of_data(config.data)
+        )
         self.space, self.settings = data, settings_of(config)
         self.models = [Model(checkpoint, data) for checkpoint in config.checkpoint]
         self.guide = None if config.guide is None else Model(config.guide, data)
@@ -62,10 +77,17 @@ class Evaluation:
             if self.source is not None:
                 self.source.require_record(model.record, model.checkpoint)
             elif model.record is not None:
-                raise ValueError(f"{model.checkpoint} was trained with a mixture source; give --source")
+                raise ValueError(
+                    f"{model.checkpoint} was trained with a mixture source; give --source"
+                )
             if config.unlabelled and model.conditioning == "mode":
-                raise ValueError(f"--unlabelled does not go with {model.checkpoint}, whose labels are the modes of its source")
-            if self.guide and (self.guide.conditioning, self.guide.classes) != (model.conditioning, model.classes):
+                raise ValueError(
+                    f"--unlabelled does not go with {model.checkpoint}, whose labels are the modes of its source"
+                )
+            if self.guide and (self.guide.conditioning, self.guide.classes) != (
+                model.conditioning,
+                model.classes,
+            ):
                 raise ValueError(
                     f"{config.guide} and {model.checkpoint} have other labels; a guide is told what the model is told"
                 )
@@ -76,11 +98,15 @@ class Evaluation:
         if data.kind == "latents":
             self.vae_name = config.vae or data.vae
             if not self.vae_name:
-                raise ValueError(f"{data.name} has latents, but does not say of which VAE; give --vae a folder or a hub name")
+                raise ValueError(
+                    f"{data.name} has latents, but does not say of which VAE; give --vae a folder or a hub name"
+                )
             with self.state.local_main_process_first():
                 self.vae = load_vae(self.vae_name, self.device)
         elif data.shape[0] != 3:
-            raise ValueError(f"{data.name} has pixels of shape {data.shape}; images of 3 channels are needed")
+            raise ValueError(
+                f"{data.name} has pixels of shape {data.shape}; images of 3 channels are needed"
+            )
         else:
             self.vae_name = None
         self.size = data.shape[1] * (self.vae.factor if self.vae else 1)
@@ -112,7 +138,12 @@ class Evaluation:
             train = self.all_images(config.data)
             test = None if config.test_data is None else self.all_images(config.test_data)
             features = train_classifier(
-                *train, data.classes, test=test, iterations=config.feature_iterations, device=self.device, name=path.stem
+                *train,
+                data.classes,
+                test=test,
+                iterations=config.feature_iterations,
+                device=self.device,
+                name=path.stem,
             )
             features.save(path)
             print(
@@ -121,7 +152,10 @@ class Evaluation:
         self.state.wait_for_everyone()
         features = ClassifierFeatures.load(path, self.device)
         shape = features.network.config
-        if data.classes not in (None, features.classes) or (shape.height, shape.width) != (self.size, self.size):
+        if data.classes not in (None, features.classes) or (shape.height, shape.width) != (
+            self.size,
+            self.size,
+        ):
             raise ValueError(
                 f"{path} is a classifier of {of_classes(features.classes)}images of {shape.width} x {shape.height}, but "
                 f"{data.name} has {of_classes(data.classes)}images of {self.size} x {self.size}; give --features another file "
@@ -161,25 +195,39 @@ class Evaluation:
             report["floor"] = self.floor(reference)
         todo = [s for s in self.settings if s.name not in done]
         if self.main and done:
-            print(f"going on: {len(done)} of {len(self.settings)} settings in {self.results} are finished")
+            print(
+                f"going on: {len(done)} of {len(self.settings)} settings in {self.results} are finished"
+            )
         network, loaded = None, None
-        calls = sum(s.steps * sum(map(len, map(self.samples(s).images, self.my_chunks(self.samples(s))))) for s in todo)
+        calls = sum(
+            s.steps * sum(map(len, map(self.samples(s).images, self.my_chunks(self.samples(s)))))
+            for s in todo
+        )
         quiet = not self.main or not todo
-        with tqdm(total=calls, disable=quiet, unit="call", unit_scale=True, dynamic_ncols=True) as bar:
+        with tqdm(
+            total=calls, disable=quiet, unit="call", unit_scale=True, dynamic_ncols=True
+        ) as bar:
             for number, setting in enumerate(todo):
                 bar.set_description(f"{number + 1}/{len(todo)} {setting.name}")
                 if loaded != setting.model:
                     network = None  # the old one goes before the new one comes
                     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-                    network, loaded = self.models[setting.model].load(self.device, dtype), setting.model
-                    self.guide_network = None if self.guide is None else self.guide.load(self.device, dtype)
+                    network, loaded = (
+                        self.models[setting.model].load(self.device, dtype),
+                        setting.model,
+                    )
+                    self.guide_network = (
+                        None if self.guide is None else self.guide.load(self.device, dtype)
+                    )
                 row = self.evaluate(setting, network, reference, bar)
                 if self.main:
                     rows[setting.name] = row
                     self.save({**report, "results": list(rows.values())})
         if self.main:
             order = {s.name: i for i, s in enumerate(self.settings)}
-            report["results"] = sorted(rows.values(), key=lambda row: order.get(row["name"], len(order)))
+            report["results"] = sorted(
+                rows.values(), key=lambda row: order.get(row["name"], len(order))
+            )
             self.save(report)
             write_csv(report, config.out / "results.csv")
             plots = write_plots(report, config.out)
@@ -212,7 +260,9 @@ class Evaluation:
             report["saturation"]["reference"] = reference.measures.saturation.double().mean().item()
         return report
 
-    def earlier(self, report: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Any] | None]:
+    def earlier(
+        self, report: dict[str, Any]
+    ) -> tuple[dict[str, dict[str, Any]], dict[str, Any] | None]:
         """The rows of OUT/results.json, by name, and its floor; none if they were made in another way."""
         if not self.results.exists():
             return {}, None
@@ -220,10 +270,14 @@ class Evaluation:
             old = json.loads(self.results.read_text(encoding="utf-8"))
             rows = {row["name"]: row for row in old["results"]}
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.results} is damaged ({error!r}); delete it: samples are kept") from error
+            raise ValueError(
+                f"{self.results} is damaged ({error!r}); delete it: samples are kept"
+            ) from error
         differ = [key for key in report if old.get(key) != report[key]]
         if differ:
-            print(f"{self.results} was made with another {', '.join(differ)}; its figures are computed anew from the samples")
+            print(
+                f"{self.results} was made with another {', '.join(differ)}; its figures are computed anew from the samples"
+            )
             return {}, None
         return rows, old.get("floor")
 
@@ -260,7 +314,9 @@ class Evaluation:
     def my_chunks(self, chunks: Chunks) -> range:
         return range(self.state.process_index, len(chunks), self.state.num_processes)
 
-    def evaluate(self, setting: Setting, network: nn.Module, reference: Reference, bar: tqdm) -> dict[str, Any] | None:
+    def evaluate(
+        self, setting: Setting, network: nn.Module, reference: Reference, bar: tqdm
+    ) -> dict[str, Any] | None:
         """Sample, measure and score one setting; its row, in the main process.
 
         Raises:
@@ -268,7 +324,9 @@ class Evaluation:
         """
         samples = self.samples(setting)
         key = {"of": samples.key, "features": self.extractor.fingerprint}
-        measures = Chunks(self.config.out / "measures" / setting.name, key, samples.count, samples.size)
+        measures = Chunks(
+            self.config.out / "measures" / setting.name, key, samples.count, samples.size
+        )
         for number in self.my_chunks(samples):
             state, measured = samples.state(number), measures.state(number) == "whole"
             if state == "foreign":
@@ -283,12 +341,18 @@ class Evaluation:
                 samples.write(number, tensors, facts)
             if not measured:
                 tensors, facts = samples.read(number)
-                measures.write(number, as_tensors(measure(tensors["images"], self.extractor, tensors["labels"])), facts)
+                measures.write(
+                    number,
+                    as_tensors(measure(tensors["images"], self.extractor, tensors["labels"])),
+                    facts,
+                )
             bar.update(setting.steps * len(samples.images(number)))
         self.state.wait_for_everyone()
         if not self.main:
             return None
-        parts, facts = zip(*(read_measures(measures, number) for number in range(len(measures))), strict=True)
+        parts, facts = zip(
+            *(read_measures(measures, number) for number in range(len(measures))), strict=True
+        )
         row = {
             "name": setting.name,
             "checkpoint": setting.checkpoint,
@@ -302,19 +366,25 @@ class Evaluation:
             "network_calls": setting.steps,
             "count": self.config.count,
             **self.score(Measures.cat(parts), reference, labelled=self.labelled(setting)),
-            "out_of_range": None if self.vae else sum(f["out_of_range"] for f in facts) / sum(f["values"] for f in facts),
+            "out_of_range": None
+            if self.vae
+            else sum(f["out_of_range"] for f in facts) / sum(f["values"] for f in facts),
             "seconds": round(sum(f["seconds"] for f in facts), 2),
             "key": key_digest(samples.key),
         }
         if samples.state(0) == "whole":
             images, labels = (samples.read(0)[0][name] for name in ("images", "labels"))
             self.config.out.joinpath("sheets").mkdir(exist_ok=True)
-            sheet(images, labels, self.models[setting.model].classes).save(self.config.out / "sheets" / f"{setting.name}.png")
+            sheet(images, labels, self.models[setting.model].classes).save(
+                self.config.out / "sheets" / f"{setting.name}.png"
+            )
         if self.config.discard_samples:
             shutil.rmtree(samples.folder, ignore_errors=True)
         return row
 
-    def sample(self, setting: Setting, network: nn.Module, images: range) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def sample(
+        self, setting: Setting, network: nn.Module, images: range
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The samples of one chunk: `images` uint8 and `labels`; and how long it took, and how much was clamped.
 
         Raises:
@@ -326,10 +396,14 @@ class Evaluation:
             guidance = Guidance(setting.scale, setting.guidance, interval=config.guidance_interval)
         parts, all_labels, outside, values = [], [], 0, 0
         for start in range(images.start, images.stop, config.batch_size):
-            seeds = image_seeds(config.seed, range(start, min(start + config.batch_size, images.stop)))
+            seeds = image_seeds(
+                config.seed, range(start, min(start + config.batch_size, images.stop))
+            )
             modes = None if self.source is None else image_modes(seeds, self.source)
             known = self.models[setting.model].conditioning == "mode"
-            labels = modes.cpu() if known else image_labels(seeds, max(1, network.config.num_classes))
+            labels = (
+                modes.cpu() if known else image_labels(seeds, max(1, network.config.num_classes))
+            )
             if self.unlabelled(setting):
                 labels = torch.full_like(labels, network.config.num_classes)
             x = sample_images(
@@ -339,7 +413,9 @@ class Evaluation:
                 steps=setting.steps,
                 order=config.order,
                 substeps=setting.substeps(config),
-                sigmas=flow_sigmas(setting.steps, config.shift, end=config.end) if setting.steps else None,
+                sigmas=flow_sigmas(setting.steps, config.shift, end=config.end)
+                if setting.steps
+                else None,
                 guidance=guidance,
                 seeds=seeds,
                 source=self.source,
@@ -348,7 +424,9 @@ class Evaluation:
                 guide_scale=config.guide_scale,
             )
             if not x.isfinite().all():
-                bad = next(seed for seed, image in zip(seeds, x, strict=True) if not image.isfinite().all())
+                bad = next(
+                    seed for seed, image in zip(seeds, x, strict=True) if not image.isfinite().all()
+                )
                 raise ValueError(
                     f"{setting.name}: the sample of seed {bad} is not finite; the checkpoint may have diverged, or try "
                     "--precision fp32"
@@ -356,7 +434,11 @@ class Evaluation:
             outside, values = outside + int((x.abs() > 1).sum()), values + x.numel()
             parts.append(to_images(x, self.vae, self.device))
             all_labels.append(labels)
-        facts = {"seconds": time.perf_counter() - started, "out_of_range": outside, "values": values}
+        facts = {
+            "seconds": time.perf_counter() - started,
+            "out_of_range": outside,
+            "values": values,
+        }
         return {"images": torch.cat(parts), "labels": torch.cat(all_labels)}, facts
 
     def unlabelled(self, setting: Setting) -> bool:
@@ -367,19 +449,29 @@ class Evaluation:
         """Whether the samples' labels are classes."""
         return not self.unlabelled(setting) and self.models[setting.model].conditioning != "mode"
 
-    def score(self, measures: Measures, reference: Reference, labelled: bool = True) -> dict[str, Any]:
+    def score(
+        self, measures: Measures, reference: Reference, labelled: bool = True
+    ) -> dict[str, Any]:
         """The figures; `labelled`: whether the labels are classes."""
         known = saturation_distance if self.config.saturation == "digits" else None
-        figures = score(measures, reference, classes=self.extractor.classes if labelled else None, known=known)
+        figures = score(
+            measures, reference, classes=self.extractor.classes if labelled else None, known=known
+        )
         return {name: figures[name] for name in METRICS}
 
     def measure_images(self, images: RealImages, name: str) -> Measures:
         """What is measured on real images, in all processes; kept in OUT/measures/NAME."""
         key = {"of": images.key, "features": self.extractor.fingerprint, "vae": self.vae_name}
-        chunks = Chunks(self.config.out / "measures" / name, key, len(images), self.config.chunk_size)
+        chunks = Chunks(
+            self.config.out / "measures" / name, key, len(images), self.config.chunk_size
+        )
         missing = [number for number in self.my_chunks(chunks) if chunks.state(number) != "whole"]
         for number in tqdm(
-            missing, desc=name.strip("_"), unit="chunk", disable=not self.main or not missing, dynamic_ncols=True
+            missing,
+            desc=name.strip("_"),
+            unit="chunk",
+            disable=not self.main or not missing,
+            dynamic_ncols=True,
         ):
             pixels, labels = images.get(chunks.images(number))
             chunks.write(number, as_tensors(measure(pixels, self.extractor, labels)), {})
@@ -396,7 +488,11 @@ class Evaluation:
                 file=sys.stderr,
             )
         measures, labelled = self.measure_images(images, "_floor"), self.space.classes is not None
-        return {"name": "real images", "count": len(images), **self.score(measures, reference, labelled)}
+        return {
+            "name": "real images",
+            "count": len(images),
+            **self.score(measures, reference, labelled),
+        }
 
     def reference(self) -> Reference:
         """What the samples are compared with.
@@ -414,7 +510,9 @@ class Evaluation:
             if pixels is not None:
                 stat = path.stat()
                 images = ArrayImages(
-                    pixels, config.reference_count, {"npz": path.name, "bytes": stat.st_size, "time": stat.st_mtime_ns}
+                    pixels,
+                    config.reference_count,
+                    {"npz": path.name, "bytes": stat.st_size, "time": stat.st_mtime_ns},
                 )
             wanted = self.extractor.facts["dimensions"]
             if given is not None and len(given.mean) != wanted:
@@ -427,7 +525,9 @@ class Evaluation:
         elif path.is_dir():
             images = FolderImages(path, config.reference_count, self.size)
         else:
-            raise FileNotFoundError(f"there is no reference {path}; give --reference an .npz file or a folder of images")
+            raise FileNotFoundError(
+                f"there is no reference {path}; give --reference an .npz file or a folder of images"
+            )
         measures = None if images is None else self.measure_images(images, "_reference")
         facts["images"] = 0 if measures is None else len(measures)
         facts["images_for_precision_and_recall"] = min(facts["images"], config.count)
@@ -442,7 +542,9 @@ class Evaluation:
     def save(self, report: dict[str, Any]) -> None:
         """Write OUT/results.json, atomically."""
         with whole_file(self.results) as temporary:
-            temporary.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            temporary.write_text(
+                json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
 
 
 def of_classes(classes: tuple[str, ...] | None) -> str:

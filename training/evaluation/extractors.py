@@ -34,5 +34,7 @@ def _short(error: Exception) -> str:
 
 def _checked(images: Tensor) -> Tensor:
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"features are of uint8 images (B, 3, H, W), not of {images.dtype} {tuple(images.shape)}")
+        raise ValueError(
+            f"features are of uint8 images (B, 3, H, W), not of {images.dtype} {tuple(images.shape)}"
+        )
     return images

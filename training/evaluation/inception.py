@@ -30,7 +30,9 @@ def fidelity(module: str) -> ModuleType:
             # there, and the import stops at the first one named. torch-fidelity uses none of them: their names are enough.
             operators = torch.library.Library("torchvision", "FRAGMENT")
             for name in ("nms", "qnms"):
-                operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+                operators.define(
+                    f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+                )
             _KEPT.append(operators)
         return importlib.import_module(f"torch_fidelity.{module}")
     except (ImportError, RuntimeError) as error:
@@ -69,7 +71,9 @@ class InceptionFeatures:
                 self.network = (
                     fidelity("feature_extractor_inceptionv3")
                     .FeatureExtractorInceptionV3(
-                        self.name, ["2048", "logits_unbiased"], feature_extractor_weights_path=Path(folder) / "weights.pth"
+                        self.name,
+                        ["2048", "logits_unbiased"],
+                        feature_extractor_weights_path=Path(folder) / "weights.pth",
                     )
                     .to(device)
                 )
@@ -104,7 +108,9 @@ def download_inception() -> Path:
         try:
             torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rsplit("-", 1)[1])
         except (OSError, RuntimeError) as error:
-            raise ValueError(f"the Inception weights could not be downloaded ({error}); {_inception_help()}") from error
+            raise ValueError(
+                f"the Inception weights could not be downloaded ({error}); {_inception_help()}"
+            ) from error
     return path
 
 
@@ -119,9 +125,15 @@ def _inception_help() -> str:
 def _read_inception(path: Path) -> dict[str, Tensor]:
     """The tensors of a weight file; a pickle may hold nothing else."""
     if not path.is_file():
-        raise FileNotFoundError(f"there is no weight file {path} (--inception-weights); {_inception_help()}")
+        raise FileNotFoundError(
+            f"there is no weight file {path} (--inception-weights); {_inception_help()}"
+        )
     try:
-        return load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        return (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
     except Exception as error:  # a damaged archive raises nearly anything
         raise ValueError(
             f"{path} (--inception-weights) is not a whole file of tensors ({_short(error)}); {_inception_help()}"

@@ -22,7 +22,10 @@ from training.evaluation.saturation import image_saturation
 
 NEIGHBOURS = 3  # k of precision and recall
 BINS = 20  # of saturation histograms over [0, 1]
-SPLITS, MIN_SPLIT = 10, 100  # of the inception score; fewer, larger ones below SPLITS * MIN_SPLIT images
+SPLITS, MIN_SPLIT = (
+    10,
+    100,
+)  # of the inception score; fewer, larger ones below SPLITS * MIN_SPLIT images
 DISTANCES = 2**27  # so many distances are in memory at a time
 
 
@@ -55,8 +58,12 @@ class Measures:
     @classmethod
     def cat(cls, parts: Iterable[Measures]) -> Measures:
         """All the images of `parts`."""
-        columns = zip(*((p.features, p.probabilities, p.saturation, p.labels) for p in parts), strict=True)
-        return cls(*(None if any(t is None for t in column) else torch.cat(column) for column in columns))
+        columns = zip(
+            *((p.features, p.probabilities, p.saturation, p.labels) for p in parts), strict=True
+        )
+        return cls(
+            *(None if any(t is None for t in column) else torch.cat(column) for column in columns)
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,10 +92,14 @@ class Reference:
         return neighbour_radii(self.neighbours)
 
 
-def measure(images: Tensor, extractor: Extractor, labels: Tensor | None = None, batch: int = 100) -> Measures:
+def measure(
+    images: Tensor, extractor: Extractor, labels: Tensor | None = None, batch: int = 100
+) -> Measures:
     """Everything that is measured on each of the images, uint8 (N, 3, H, W)."""
     parts = [extractor.extract(part) for part in images.split(batch)]
-    features, probabilities = (torch.cat([part[name] for part in parts]) for name in ("features", "probabilities"))
+    features, probabilities = (
+        torch.cat([part[name] for part in parts]) for name in ("features", "probabilities")
+    )
     return Measures(features, probabilities, image_saturation(images).cpu(), labels)
 
 
@@ -99,9 +110,13 @@ def statistics(features: Tensor) -> Statistics:
         ValueError: there are fewer than 2, or some are not finite.
     """
     if len(features) < 2:
-        raise ValueError(f"{len(features)} images have no covariance; at least 2 are needed (--count)")
+        raise ValueError(
+            f"{len(features)} images have no covariance; at least 2 are needed (--count)"
+        )
     if not features.isfinite().all():
-        raise ValueError("some features are not finite; look at the samples, the model may have diverged")
+        raise ValueError(
+            "some features are not finite; look at the samples, the model may have diverged"
+        )
     x = features.double().numpy()
     return Statistics(x.mean(0), np.atleast_2d(np.cov(x, rowvar=False)))
 
@@ -122,7 +137,12 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     values, vectors = np.linalg.eigh(a.covariance)
     root = vectors * np.sqrt(values.clip(min=0)) @ vectors.T
     cross = np.sqrt(np.linalg.eigvalsh(root @ b.covariance @ root).clip(min=0)).sum()
-    distance = np.square(a.mean - b.mean).sum() + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross
+    distance = (
+        np.square(a.mean - b.mean).sum()
+        + np.trace(a.covariance)
+        + np.trace(b.covariance)
+        - 2 * cross
+    )
     return max(0.0, float(distance))
 
 
@@ -136,7 +156,9 @@ def inception_score(probabilities: Tensor) -> float:
     return torch.stack(scores).mean().item()
 
 
-def precision_recall(samples: Tensor, reference: Tensor, radii: Tensor | None = None) -> tuple[float, float]:
+def precision_recall(
+    samples: Tensor, reference: Tensor, radii: Tensor | None = None
+) -> tuple[float, float]:
     """Precision and recall (Kynkäänniemi et al. 2019), k = 3: the share of samples within the k-nearest-neighbour ball of
     some reference image, and the reverse.
 
@@ -148,7 +170,9 @@ def precision_recall(samples: Tensor, reference: Tensor, radii: Tensor | None = 
         ValueError: one of the sets has no more than 3 images.
     """
     radii = neighbour_radii(reference) if radii is None else radii
-    return share_inside(samples, reference, radii), share_inside(reference, samples, neighbour_radii(samples))
+    return share_inside(samples, reference, radii), share_inside(
+        reference, samples, neighbour_radii(samples)
+    )
 
 
 def neighbour_radii(features: Tensor) -> Tensor:
@@ -162,12 +186,16 @@ def neighbour_radii(features: Tensor) -> Tensor:
             f"precision and recall need more than {NEIGHBOURS} images on either side, not {len(features)} (--count, "
             "--reference)"
         )
-    return torch.cat([d.kthvalue(NEIGHBOURS + 1).values for d in _distances(features, features)])  # the nearest is itself
+    return torch.cat(
+        [d.kthvalue(NEIGHBOURS + 1).values for d in _distances(features, features)]
+    )  # the nearest is itself
 
 
 def share_inside(points: Tensor, centres: Tensor, radii: Tensor) -> float:
     """The share of points (N, D) that are inside some ball: centres (M, D), radii (M,)."""
-    return torch.cat([(d <= radii).any(1) for d in _distances(points, centres)]).double().mean().item()
+    return (
+        torch.cat([(d <= radii).any(1) for d in _distances(points, centres)]).double().mean().item()
+    )
 
 
 def nearest_distance(samples: Tensor, reference: Tensor) -> float:
@@ -195,7 +223,9 @@ def histogram_distance(a: Tensor, b: Tensor, bins: int = BINS) -> float:
     return 0.5 * (first - second).abs().sum().item()
 
 
-def score(measures: Measures, reference: Reference, *, classes: tuple[str, ...] | None = None, known=None) -> dict[str, Any]:
+def score(
+    measures: Measures, reference: Reference, *, classes: tuple[str, ...] | None = None, known=None
+) -> dict[str, Any]:
     """The figures of samples.
 
     Args:
@@ -212,7 +242,9 @@ def score(measures: Measures, reference: Reference, *, classes: tuple[str, ...] 
     precision = recall = nearest = accuracy = distance = None
     if images is not None:
         nearest = nearest_distance(measures.features, images.features)
-        precision, recall = precision_recall(measures.features, reference.neighbours, reference.radii)
+        precision, recall = precision_recall(
+            measures.features, reference.neighbours, reference.radii
+        )
     if measures.labels is not None and classes is not None:
         accuracy = class_accuracy(measures.probabilities, measures.labels)
     if known is not None:

@@ -28,13 +28,18 @@ def image_seeds(seed: int, images: Sequence[int]) -> list[int]:
 
 def image_labels(seeds: Sequence[int], classes: int) -> Tensor:
     """The label (n,) of each image, uniform over the classes, from its own seed."""
-    draws = [torch.randint(classes, (1,), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    draws = [
+        torch.randint(classes, (1,), generator=torch.Generator().manual_seed(seed))
+        for seed in seeds
+    ]
     return torch.cat(draws)
 
 
 def image_modes(seeds: Sequence[int], source: GaussianMixtureSource) -> Tensor:
     """The mode (n,) of each image, by weight, from its own seed, but of other random numbers than its noise."""
-    return source.draw_modes(len(seeds), [torch.Generator().manual_seed(zlib.crc32(b"mode %d" % seed)) for seed in seeds])
+    return source.draw_modes(
+        len(seeds), [torch.Generator().manual_seed(zlib.crc32(b"mode %d" % seed)) for seed in seeds]
+    )
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,9 @@ class Space:
         config, data = metadata["config"], metadata["data"]
         kind = {"pixels": "pixels", "sd-vae": "latents", "rae": "latents"}.get(data.get("space"))
         if kind is None or "num_classes" not in config:
-            raise ValueError(f"{checkpoint} does not say what its samples are; give --data, the prepared data of its training")
+            raise ValueError(
+                f"{checkpoint} does not say what its samples are; give --data, the prepared data of its training"
+            )
         classes = None
         if (data.get("source") or {}).get("conditioning") != "mode":
             classes = tuple(data.get("labels") or map(str, range(config["num_classes"])))
@@ -100,9 +107,18 @@ class Model:
         self.checkpoint, self.classes = checkpoint, config["num_classes"]
         self.record = metadata["data"].get("source")  # of the mixture source it was trained with
         self.unlabelled = bool(metadata["data"].get("unlabelled"))  # trained without classes
-        self.conditioning = (self.record or {}).get("conditioning")  # by modes, or they are hidden, or None
-        self.num_components, self.shape = config["num_components"], (config["channels"], *[config["latent_size"]] * 2)
-        if self.conditioning != "mode" and data.classes is not None and self.classes != len(data.classes):
+        self.conditioning = (self.record or {}).get(
+            "conditioning"
+        )  # by modes, or they are hidden, or None
+        self.num_components, self.shape = (
+            config["num_components"],
+            (config["channels"], *[config["latent_size"]] * 2),
+        )
+        if (
+            self.conditioning != "mode"
+            and data.classes is not None
+            and self.classes != len(data.classes)
+        ):
             raise ValueError(
                 f"{checkpoint} knows {self.classes} classes, but {data.name} has {len(data.classes)}; give --data what it was "
                 "trained on"
@@ -118,7 +134,11 @@ class Model:
                 f"{checkpoint} makes samples of {space}, but {data.name} has {data.kind}; give --data what it was trained on"
             )
         digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-        files = [file for _, file in published_weights(checkpoint)] if is_published(checkpoint) else [Path(checkpoint)]
+        files = (
+            [file for _, file in published_weights(checkpoint)]
+            if is_published(checkpoint)
+            else [Path(checkpoint)]
+        )
         for file in files:
             with open(file, "rb") as stream:
                 while block := stream.read(2**24):

@@ -39,8 +39,12 @@ class PreparedImages:
     def __init__(self, folder: Path, count: int, vae: VAE | None, device: torch.device, batch: int):
         self.data, self.vae, self.device, self.batch = LatentDataset(folder), vae, device, batch
         if self.data.kind == "pixels" and self.data.shape[0] != 3:
-            raise ValueError(f"{folder} has pixels of shape {self.data.shape}; images of 3 channels are needed")
-        self.order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(0))[:count].tolist()
+            raise ValueError(
+                f"{folder} has pixels of shape {self.data.shape}; images of 3 channels are needed"
+            )
+        self.order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(0))[
+            :count
+        ].tolist()
         content = hashlib.sha256((folder / INDEX).read_bytes())
         for shard in self.data.index["shards"]:
             stat = (folder / shard["file"]).stat()
@@ -53,7 +57,9 @@ class PreparedImages:
     def get(self, images: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         parts = []
         for start in range(0, len(images), self.batch):
-            x, labels = self.data.__getitems__([self.order[i] for i in images[start : start + self.batch]])
+            x, labels = self.data.__getitems__(
+                [self.order[i] for i in images[start : start + self.batch]]
+            )
             parts.append((to_images(x, self.vae, self.device), labels))
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
@@ -62,13 +68,19 @@ class FolderImages:
     """Image files anywhere in a folder, in an order of chance; the centre of each, scaled to `size` as for training."""
 
     def __init__(self, folder: Path, count: int, size: int):
-        files = sorted(p for p in folder.rglob("*") if p.suffix in IMAGE_FILES or p.suffix.lower() in IMAGE_FILES)
+        files = sorted(
+            p
+            for p in folder.rglob("*")
+            if p.suffix in IMAGE_FILES or p.suffix.lower() in IMAGE_FILES
+        )
         if len(files) < 2:
             raise ValueError(
                 f"{folder} has {len(files)} images ({', '.join(IMAGE_FILES[:-1])}) and no {INDEX}; give --reference a folder "
                 "of images, a prepared folder, or an .npz file"
             )
-        order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))[:count].tolist()
+        order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))[
+            :count
+        ].tolist()
         self.files, self.size = [files[i] for i in order], size
         listing = json.dumps([(str(p.relative_to(folder)), p.stat().st_size) for p in self.files])
         self.key = {"folder": hashlib.sha256(listing.encode()).hexdigest(), "size": size}
@@ -82,7 +94,9 @@ class FolderImages:
             try:
                 image = centre_crop(Image.open(self.files[i]).convert("RGB"), self.size)
             except OSError as error:
-                raise ValueError(f"{self.files[i]} cannot be read as an image ({error}); mend or remove it") from error
+                raise ValueError(
+                    f"{self.files[i]} cannot be read as an image ({error}); mend or remove it"
+                ) from error
             found.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
         return torch.stack(found), None
 
@@ -129,13 +143,21 @@ def read_npz(path: str | Path) -> tuple[Tensor | None, Statistics | None]:
             f"{path} is not a whole .npz file of plain arrays ({error}); download it again, or give a folder of images"
         ) from error
     images, mean, covariance = (arrays.get(name) for name in ("arr_0", "mu", "sigma"))
-    if images is not None and (images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3):
-        raise ValueError(f"{path}: arr_0 is {images.dtype} {images.shape}; it must be uint8 images (N, H, W, 3)")
+    if images is not None and (
+        images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3
+    ):
+        raise ValueError(
+            f"{path}: arr_0 is {images.dtype} {images.shape}; it must be uint8 images (N, H, W, 3)"
+        )
     if (mean is None) != (covariance is None) or (mean is None and images is None):
-        raise ValueError(f"{path} holds {sorted(names)}; it needs images as arr_0, or statistics as mu and sigma, or all three")
+        raise ValueError(
+            f"{path} holds {sorted(names)}; it needs images as arr_0, or statistics as mu and sigma, or all three"
+        )
     found = None
     if mean is not None:
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-            raise ValueError(f"{path}: mu {mean.shape} and sigma {covariance.shape} do not fit; they must be (D,) and (D, D)")
+            raise ValueError(
+                f"{path}: mu {mean.shape} and sigma {covariance.shape} do not fit; they must be (D,) and (D, D)"
+            )
         found = Statistics(mean.astype(np.float64), covariance.astype(np.float64))
     return (None if images is None else torch.from_numpy(images).permute(0, 3, 1, 2)), found

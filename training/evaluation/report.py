@@ -25,14 +25,26 @@ METRICS = (
     "saturation",
     "saturation_distance",
 )
-COLUMNS = ("name", "checkpoint", "num_components", "solver", "steps", "substeps", "guidance", "scale", "network_calls")
+COLUMNS = (
+    "name",
+    "checkpoint",
+    "num_components",
+    "solver",
+    "steps",
+    "substeps",
+    "guidance",
+    "scale",
+    "network_calls",
+)
 COLUMNS += ("count", *METRICS, "out_of_range", "seconds")
 COLOURS = {"euler": "#b0413e", "dpmpp-2m": "#d98c1f", "gm-ode": "#2a6fb0", "gm-sde": "#2f8f5b"}
 TITLES = {"euler": "Euler", "dpmpp-2m": "DPM-Solver++ 2M", "gm-ode": "GM-ODE", "gm-sde": "GM-SDE"}
 KINDS = {"probabilistic": "probabilistic", "cfg": "CFG"}
 
 
-def sheet(images: Tensor, labels: Tensor, classes: int, rows: int = 6, columns: int = 10) -> Image.Image:
+def sheet(
+    images: Tensor, labels: Tensor, classes: int, rows: int = 6, columns: int = 10
+) -> Image.Image:
     """Samples side by side; with up to 10 classes, each has its column.
 
     Args:
@@ -42,15 +54,22 @@ def sheet(images: Tensor, labels: Tensor, classes: int, rows: int = 6, columns: 
     if classes <= columns:
         grid = [(labels == label).nonzero().flatten().tolist()[:rows] for label in range(classes)]
     else:
-        grid = [list(range(column, min(len(images), rows * columns), columns)) for column in range(columns)]
+        grid = [
+            list(range(column, min(len(images), rows * columns), columns))
+            for column in range(columns)
+        ]
     side = max(images.shape[2:])
     tile = side * max(1, 48 // side) if side < 128 else 128
-    picture = Image.new("RGB", (len(grid) * (tile + 2) + 2, max(map(len, grid)) * (tile + 2) + 2), "white")
+    picture = Image.new(
+        "RGB", (len(grid) * (tile + 2) + 2, max(map(len, grid)) * (tile + 2) + 2), "white"
+    )
     for column, members in enumerate(grid):
         for row, member in enumerate(members):
             image = Image.fromarray(images[member].permute(1, 2, 0).numpy())
             how = Image.Resampling.NEAREST if tile >= side else Image.Resampling.BOX
-            picture.paste(image.resize((tile, tile), how), (2 + column * (tile + 2), 2 + row * (tile + 2)))
+            picture.paste(
+                image.resize((tile, tile), how), (2 + column * (tile + 2), 2 + row * (tile + 2))
+            )
     return picture
 
 
@@ -72,17 +91,27 @@ def write_plots(report: dict[str, Any], out: Path) -> list[Path]:
         plots.append(plot_guidance(report, out / "guidance.png"))
         if any(row["precision"] is not None for row in report["results"]):
             plots.append(plot_pair(report, out / "precision.png", "precision", "frechet_distance"))
-        if all(any(row[m] is not None for row in report["results"]) for m in ("class_accuracy", "saturation_distance")):
-            plots.append(plot_pair(report, out / "saturation.png", "saturation_distance", "class_accuracy"))
+        if all(
+            any(row[m] is not None for row in report["results"])
+            for m in ("class_accuracy", "saturation_distance")
+        ):
+            plots.append(
+                plot_pair(report, out / "saturation.png", "saturation_distance", "class_accuracy")
+            )
     return plots
 
 
 def metric_title(report: dict[str, Any], metric: str) -> str:
     if metric != "frechet_distance":
-        return {"saturation_distance": "saturation: total variation distance", "saturation": "mean saturation"}.get(
-            metric, metric.replace("_", " ")
-        )
-    return "FID" if report["features"]["name"] == InceptionFeatures.name else f"Fréchet distance ({report['features']['name']})"
+        return {
+            "saturation_distance": "saturation: total variation distance",
+            "saturation": "mean saturation",
+        }.get(metric, metric.replace("_", " "))
+    return (
+        "FID"
+        if report["features"]["name"] == InceptionFeatures.name
+        else f"Fréchet distance ({report['features']['name']})"
+    )
 
 
 def of_rows(rows: list[dict[str, Any]], key: str) -> list[Any]:
@@ -91,10 +120,16 @@ def of_rows(rows: list[dict[str, Any]], key: str) -> list[Any]:
     return found if key == "checkpoint" else sorted(found)
 
 
-def lines(rows: list[dict[str, Any]], checkpoint: str, steps: int) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+def lines(
+    rows: list[dict[str, Any]], checkpoint: str, steps: int
+) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
     """(how to draw it, rows by rising scale) for each solver and kind of guidance; each begins at the row without guidance."""
     for solver in COLOURS:
-        same = [r for r in rows if (r["checkpoint"], r["solver"], r["steps"]) == (checkpoint, solver, steps)]
+        same = [
+            r
+            for r in rows
+            if (r["checkpoint"], r["solver"], r["steps"]) == (checkpoint, solver, steps)
+        ]
         for kind, title in KINDS.items():
             guided = sorted((r for r in same if r["guidance"] == kind), key=lambda r: r["scale"])
             if guided:
@@ -116,19 +151,45 @@ def plot_calls(report: dict[str, Any], path: Path) -> Path:
     from matplotlib.ticker import LogFormatter
 
     rows, floor = report["results"], report.get("floor")
-    metrics = ["frechet_distance"] + ["class_accuracy"] * any(r["class_accuracy"] is not None for r in rows)
+    metrics = ["frechet_distance"] + ["class_accuracy"] * any(
+        r["class_accuracy"] is not None for r in rows
+    )
     checkpoints, ticks = of_rows(rows, "checkpoint"), of_rows(rows, "network_calls")
-    drawing, axes = figure(len(metrics), len(checkpoints), 2.6 if len(checkpoints) > 1 else 3.8, 2.8, sharex=True, sharey="row")
+    drawing, axes = figure(
+        len(metrics),
+        len(checkpoints),
+        2.6 if len(checkpoints) > 1 else 3.8,
+        2.8,
+        sharex=True,
+        sharey="row",
+    )
     for (r, metric), (c, name) in itertools.product(enumerate(metrics), enumerate(checkpoints)):
         ax = axes[r, c]
         for solver, colour in COLOURS.items():
-            best = best_by_calls([row for row in rows if (row["checkpoint"], row["solver"]) == (name, solver)])
+            best = best_by_calls(
+                [row for row in rows if (row["checkpoint"], row["solver"]) == (name, solver)]
+            )
             calls = sorted(n for n in best if best[n][metric] is not None)
             if calls:
-                label = TITLES[solver] + " (guided)" * any(best[n]["guidance"] != "none" for n in calls)
-                ax.plot(calls, [best[n][metric] for n in calls], label=label, color=colour, marker="o", markersize=4)
+                label = TITLES[solver] + " (guided)" * any(
+                    best[n]["guidance"] != "none" for n in calls
+                )
+                ax.plot(
+                    calls,
+                    [best[n][metric] for n in calls],
+                    label=label,
+                    color=colour,
+                    marker="o",
+                    markersize=4,
+                )
         if floor and floor[metric] is not None:
-            ax.axhline(floor[metric], color="black", linewidth=1, linestyle=(0, (1, 2)), label="real images")
+            ax.axhline(
+                floor[metric],
+                color="black",
+                linewidth=1,
+                linestyle=(0, (1, 2)),
+                label="real images",
+            )
         if 0 in ticks:
             ax.set_xscale("symlog", linthresh=1)  # logarithmic from 1 on
         else:
@@ -141,7 +202,10 @@ def plot_calls(report: dict[str, Any], path: Path) -> Path:
             ax.set_xlabel("network calls")
         if c == 0:
             ax.set_ylabel(metric_title(report, metric))
-    if min([r["frechet_distance"] for r in rows] + ([floor["frechet_distance"]] if floor else [])) > 0:
+    if (
+        min([r["frechet_distance"] for r in rows] + ([floor["frechet_distance"]] if floor else []))
+        > 0
+    ):
         axes[0, 0].set_yscale("log")
         axes[0, 0].yaxis.set_major_formatter(LogFormatter())
         axes[0, 0].yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
@@ -150,7 +214,9 @@ def plot_calls(report: dict[str, Any], path: Path) -> Path:
 
 def best_by_calls(rows: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
     """The row of each number of network calls: that without guidance, or that of the least Fréchet distance."""
-    ranked = sorted(rows, key=lambda row: (row["guidance"] != "none", row["frechet_distance"]), reverse=True)
+    ranked = sorted(
+        rows, key=lambda row: (row["guidance"] != "none", row["frechet_distance"]), reverse=True
+    )
     return {row["network_calls"]: row for row in ranked}
 
 
@@ -173,7 +239,11 @@ def plot_guidance(report: dict[str, Any], path: Path) -> Path:
         if data is not None:
             ax.axhline(data, color="black", linewidth=1, label="real images")
         ax.set_title(f"{name}, {n} network calls", fontsize=9)
-        ax.set_xlabel("probabilistic guidance w" if kind == "probabilistic" else "classifier-free guidance scale")
+        ax.set_xlabel(
+            "probabilistic guidance w"
+            if kind == "probabilistic"
+            else "classifier-free guidance scale"
+        )
         if c == 0:
             ax.set_ylabel(metric_title(report, "saturation"))
     return finish(drawing, axes, path)
@@ -191,7 +261,13 @@ def plot_pair(report: dict[str, Any], path: Path, across: str, up: str) -> Path:
             found = [row for row in found if row[across] is not None and row[up] is not None]
             ax.plot([row[across] for row in found], [row[up] for row in found], **style)
             for row in found[-1:]:
-                ax.annotate(f"{row['scale']:g}", (row[across], row[up]), (4, 3), textcoords="offset points", fontsize=7)
+                ax.annotate(
+                    f"{row['scale']:g}",
+                    (row[across], row[up]),
+                    (4, 3),
+                    textcoords="offset points",
+                    fontsize=7,
+                )
         if floor and floor[across] is not None and floor[up] is not None:
             ax.plot(floor[across], floor[up], "k*", markersize=10, label="real images")
         ax.set_title(f"{name}, {n} network calls", fontsize=9)

@@ -47,7 +47,9 @@ def saturation_distance(values: Tensor, bins: int = 20) -> float:
     """
     values = values.detach().double().flatten().cpu()
     if not len(values) or not values.isfinite().all():
-        raise ValueError(f"the saturations of {len(values)} pictures, all finite, at least one, are needed; check the samples")
+        raise ValueError(
+            f"the saturations of {len(values)} pictures, all finite, at least one, are needed; check the samples"
+        )
     places = (values.clamp(0, 1) * bins).long().clamp(max=bins - 1)
     found = torch.bincount(places, minlength=bins) / len(values)
     expected = saturation_cdf(torch.linspace(0, 1, bins + 1, dtype=torch.float64)).diff()

@@ -42,7 +42,12 @@ FIT_SAMPLES = 20_000
 FIT_TOLERANCE = 1e-3  # nats a sample that EM stops at, and that a better start must gain
 SOLVER_TITLES = {"": "0 calls", "euler": "Euler", "gm-ode": "GM-ODE 2", "gm-sde": "GM-SDE 2"}
 SOURCES = {"gaussian": "N(0, I)", "independent": "mixture", "mode": "mixture", "known": "mixture"}
-COUPLINGS = {"gaussian": "none", "independent": "independent", "mode": "mode", "known": "mode, known"}
+COUPLINGS = {
+    "gaussian": "none",
+    "independent": "independent",
+    "mode": "mode",
+    "known": "mode, known",
+}
 CASE = ("data", "source", "modes", "coupling", "output", "solver", "calls")
 COLUMNS = (*CASE, "sliced_w1", "smallest", "largest", "off_board")
 
@@ -75,14 +80,31 @@ class Config:
     """Throw away the networks and sources found in OUT."""
 
     def __post_init__(self):
-        for name in ("seeds", "starts", "iterations", "batch_size", "width", "num_components", "samples"):
+        for name in (
+            "seeds",
+            "starts",
+            "iterations",
+            "batch_size",
+            "width",
+            "num_components",
+            "samples",
+        ):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(self.lr > 0, "lr", self.lr, "positive")
 
 
 PRESETS = {
     "full": Config(),
-    "quick": Config(preset="quick", seeds=1, starts=2, iterations=20, batch_size=256, width=32, num_components=4, samples=1000),
+    "quick": Config(
+        preset="quick",
+        seeds=1,
+        starts=2,
+        iterations=20,
+        batch_size=256,
+        width=32,
+        num_components=4,
+        samples=1000,
+    ),
 }
 
 
@@ -107,11 +129,17 @@ class Run:
 
     def file(self, seed: int) -> str:
         source = self.noise if self.noise == "gaussian" else f"{self.noise}{self.modes}"
-        return f"{self.toy}_{source}_{'mixture' if self.mixture_output else 'mean'}_{seed}.safetensors"
+        return (
+            f"{self.toy}_{source}_{'mixture' if self.mixture_output else 'mean'}_{seed}.safetensors"
+        )
 
     @property
     def title(self) -> str:
-        return SOURCES[self.noise] if self.noise == "gaussian" else f"{SOURCES[self.noise]} of {self.modes}"
+        return (
+            SOURCES[self.noise]
+            if self.noise == "gaussian"
+            else f"{SOURCES[self.noise]} of {self.modes}"
+        )
 
     def about(self) -> dict[str, str | int]:
         return {
@@ -126,7 +154,9 @@ TABLE = [
     for modes, noise in [(1, "gaussian"), *itertools.product(sizes, ("independent", "mode"))]
 ]
 CORNERS = [
-    Run("checkerboard", noise, modes, output) for noise, modes in (("gaussian", 1), ("known", 8)) for output in (False, True)
+    Run("checkerboard", noise, modes, output)
+    for noise, modes in (("gaussian", 1), ("known", 8))
+    for output in (False, True)
 ]
 CORNER_ROWS = [(run, solver) for run in CORNERS for solver in run.solvers]
 
@@ -148,7 +178,11 @@ def sliced_wasserstein(x: Tensor, y: Tensor, directions: int = DIRECTIONS) -> fl
 
 
 def loss_of(
-    network: GMFlowMLP, run: Run, source: GaussianMixtureSource | None, x0: Tensor, generator: torch.Generator
+    network: GMFlowMLP,
+    run: Run,
+    source: GaussianMixtureSource | None,
+    x0: Tensor,
+    generator: torch.Generator,
 ) -> Tensor:
     """Mean NLL of the velocity at uniform sigmas, in nats per point without the 2 pi constant: half the squared error, up to a
     constant, for the mean output."""
@@ -162,13 +196,22 @@ def loss_of(
             noise = source.draw(modes, noise=noise)
         else:
             frame = source.frame(modes)
-            x0, predict = frame.enter(x0, 0.0), frame.network(functools.partial(network, labels=modes))
+            x0, predict = (
+                frame.enter(x0, 0.0),
+                frame.network(functools.partial(network, labels=modes)),
+            )
     return nll(predict(diffuse(x0, sigma, noise), sigma), noise - x0).mean()
 
 
 @torch.inference_mode()
 def sample(
-    network: GMFlowMLP | None, run: Run, source: GaussianMixtureSource | None, count: int, solver: str, calls: int, seed: int
+    network: GMFlowMLP | None,
+    run: Run,
+    source: GaussianMixtureSource | None,
+    count: int,
+    solver: str,
+    calls: int,
+    seed: int,
 ) -> Tensor:
     """`count` samples (count, 2); 0 calls give the noise itself."""
     generator = torch.Generator().manual_seed(seed)
@@ -179,16 +222,33 @@ def sample(
     if run.noise != "known":
         return _solve(network, source.draw(modes, noise=noise), solver, calls, generator)
     frame = source.frame(modes)
-    y = _solve(frame.network(functools.partial(network, labels=modes)), noise, solver, calls, generator) if calls else noise
+    y = (
+        _solve(
+            frame.network(functools.partial(network, labels=modes)), noise, solver, calls, generator
+        )
+        if calls
+        else noise
+    )
     return frame.leave(y, 0.0 if calls else 1.0)
 
 
 def _solve(
-    network: Callable[[Tensor, Tensor], GaussianMixture], noise: Tensor, solver: str, calls: int, generator: torch.Generator
+    network: Callable[[Tensor, Tensor], GaussianMixture],
+    noise: Tensor,
+    solver: str,
+    calls: int,
+    generator: torch.Generator,
 ) -> Tensor:
     if not calls:
         return noise
-    return solve(solver, denoiser_of(network), noise, flow_sigmas(calls), substeps=max(8, 32 // calls), noise=generator)
+    return solve(
+        solver,
+        denoiser_of(network),
+        noise,
+        flow_sigmas(calls),
+        substeps=max(8, 32 // calls),
+        noise=generator,
+    )
 
 
 # What is kept in OUT
@@ -206,7 +266,9 @@ def require_same(path: Path, found: dict, settings: dict) -> None:
     differ = [f"{name} {found.get(name)} there, {value} asked for" for name, value in settings.items()
               if found.get(name) != value]  # fmt: skip
     if differ:
-        raise ValueError(f"{path} was made with other settings ({'; '.join(differ)}); give another --out, or --restart")
+        raise ValueError(
+            f"{path} was made with other settings ({'; '.join(differ)}); give another --out, or --restart"
+        )
 
 
 def source_of(toy: str, modes: int, seed: int, config: Config) -> GaussianMixtureSource:
@@ -222,26 +284,46 @@ def source_of(toy: str, modes: int, seed: int, config: Config) -> GaussianMixtur
     return source
 
 
-def likeliest_fit(data: Tensor, modes: int, seed: int, starts: int) -> tuple[GaussianMixtureSource, list[float]]:
+def likeliest_fit(
+    data: Tensor, modes: int, seed: int, starts: int
+) -> tuple[GaussianMixtureSource, list[float]]:
     """The first fit that is as likely as the best up to `FIT_TOLERANCE`, and the log-likelihoods of all, in nats a sample."""
     seeds = range(seed, seed + starts)
-    fits = [fit_mixture(data, modes, spherical=True, seed=start, tolerance=FIT_TOLERANCE) for start in seeds]
+    fits = [
+        fit_mixture(data, modes, spherical=True, seed=start, tolerance=FIT_TOLERANCE)
+        for start in seeds
+    ]
     ends = [fit.log_likelihoods[-1] for fit in fits]
-    best = next(fit for fit, end in zip(fits, ends, strict=True) if end >= max(ends) - FIT_TOLERANCE)
+    best = next(
+        fit for fit, end in zip(fits, ends, strict=True) if end >= max(ends) - FIT_TOLERANCE
+    )
     return best.source, ends
 
 
-def network_of(run: Run, seed: int, config: Config, source: GaussianMixtureSource | None) -> GMFlowMLP:
+def network_of(
+    run: Run, seed: int, config: Config, source: GaussianMixtureSource | None
+) -> GMFlowMLP:
     """The trained network, from OUT if it is there."""
     path, settings = config.out / run.file(seed), settings_of(config, seed)
     if path.exists() and not config.restart:
         require_same(path, read_metadata(path)["training"], settings)
         return load_checkpoint(path)[0]
     torch.manual_seed(seed)
-    output = {"num_components": config.num_components} if run.mixture_output else {"num_components": 1, "constant_log_std": 0.0}
+    output = (
+        {"num_components": config.num_components}
+        if run.mixture_output
+        else {"num_components": 1, "constant_log_std": 0.0}
+    )
     labels = run.modes if run.noise == "known" else 0
     network = GMFlowMLP(
-        GMFlowMLPConfig(embed_dim=64, hidden_dim=config.width, num_layers=3, min_period=0.2, num_classes=labels, **output)
+        GMFlowMLPConfig(
+            embed_dim=64,
+            hidden_dim=config.width,
+            num_layers=3,
+            min_period=0.2,
+            num_classes=labels,
+            **output,
+        )
     )
     train(network, run, seed, config, source)
     data = {}
@@ -254,14 +336,18 @@ def network_of(run: Run, seed: int, config: Config, source: GaussianMixtureSourc
     return network.eval()
 
 
-def train(network: GMFlowMLP, run: Run, seed: int, config: Config, source: GaussianMixtureSource | None) -> None:
+def train(
+    network: GMFlowMLP, run: Run, seed: int, config: Config, source: GaussianMixtureSource | None
+) -> None:
     generator = torch.Generator().manual_seed(2000 + seed)
     optimizer = torch.optim.Adam(network.parameters(), lr=config.lr, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.iterations)
     bar = tqdm(range(config.iterations), desc=run.file(seed), leave=False, dynamic_ncols=True)
     for step in bar:
         optimizer.zero_grad()
-        loss = loss_of(network, run, source, draw_data(run.toy, config.batch_size, generator), generator)
+        loss = loss_of(
+            network, run, source, draw_data(run.toy, config.batch_size, generator), generator
+        )
         loss.backward()
         optimizer.step()
         schedule.step()
@@ -276,37 +362,53 @@ def cases(run: Run, calls: tuple[int, ...]) -> Iterator[tuple[str, int]]:
     yield from itertools.product(run.solvers, calls)
 
 
-def measure(config: Config) -> tuple[list[dict], dict[str, list[float]], dict[tuple[Run, str, int], Tensor]]:
+def measure(
+    config: Config,
+) -> tuple[list[dict], dict[str, list[float]], dict[tuple[Run, str, int], Tensor]]:
     """Train or load everything, and sample it.
 
     Returns:
         The lines of the table; the distance between two draws of the data, for each toy and seed; and the points of the first
         seed.
     """
-    calls = {run: SOURCE_CALLS for run in TABLE} | {run: CORNER_CALLS for run in CORNERS if run not in TABLE}
+    calls = {run: SOURCE_CALLS for run in TABLE} | {
+        run: CORNER_CALLS for run in CORNERS if run not in TABLE
+    }
     figures: dict[tuple[Run, str, int], list[tuple[float, float]]] = {}
     points, floor = {}, {}
     bar = tqdm(total=config.seeds * len(calls), desc="networks", dynamic_ncols=True)
     for seed in range(config.seeds):
-        sources = {(toy, modes): source_of(toy, modes, seed, config) for toy, sizes in MODES.items() for modes in sizes}
+        sources = {
+            (toy, modes): source_of(toy, modes, seed, config)
+            for toy, sizes in MODES.items()
+            for modes in sizes
+        }
         generator = torch.Generator().manual_seed(3000 + seed)
         data = {toy: draw_data(toy, config.samples, generator) for toy in MODES}
         for toy in MODES:
-            floor.setdefault(toy, []).append(sliced_wasserstein(draw_data(toy, config.samples, generator), data[toy]))
+            floor.setdefault(toy, []).append(
+                sliced_wasserstein(draw_data(toy, config.samples, generator), data[toy])
+            )
         for run in calls:
             source = sources.get((run.toy, run.modes))
             network = network_of(run, seed, config, source)
             for solver, n in cases(run, calls[run]):
                 x = sample(network, run, source, config.samples, solver, n, 4000 + seed)
                 off = 1 - on_board(x * SCALE, slack=0.05).double().mean().item()
-                figures.setdefault((run, solver, n), []).append((sliced_wasserstein(x, data[run.toy]), off))
+                figures.setdefault((run, solver, n), []).append(
+                    (sliced_wasserstein(x, data[run.toy]), off)
+                )
                 points.setdefault((run, solver, n), x)
             bar.update()
     bar.close()
     lines = []
     for (run, solver, n), values in figures.items():
         distances, off = zip(*values, strict=True)
-        spread = {"sliced_w1": statistics.mean(distances), "smallest": min(distances), "largest": max(distances)}
+        spread = {
+            "sliced_w1": statistics.mean(distances),
+            "smallest": min(distances),
+            "largest": max(distances),
+        }
         off_board = {"off_board": statistics.mean(off)} if run.toy == "checkerboard" else {}
         lines.append(run.about() | {"solver": solver, "calls": n} | spread | off_board)
     return lines, floor, points
@@ -316,19 +418,40 @@ def markdown(lines: list[dict]) -> str:
     """The two tables; the second one with the share of points off the board."""
 
     def table(title: str, calls: tuple[int, ...], rows: list[tuple[Run, str]], shares: bool) -> str:
-        text = ["| " + " | ".join([title, *map(str, calls)]) + " |", "|" + "---|" * (1 + len(calls))]
+        text = [
+            "| " + " | ".join([title, *map(str, calls)]) + " |",
+            "|" + "---|" * (1 + len(calls)),
+        ]
         for run, solver in rows:
             about = run.about()
-            of = {line["calls"]: line for line in lines if about.items() <= line.items() and line["solver"] in ("", solver)}
-            cells = [f"{of[n]['sliced_w1']:.3f}" + (f" ({of[n]['off_board']:.1%})" if shares else "") for n in calls]
+            of = {
+                line["calls"]: line
+                for line in lines
+                if about.items() <= line.items() and line["solver"] in ("", solver)
+            }
+            cells = [
+                f"{of[n]['sliced_w1']:.3f}" + (f" ({of[n]['off_board']:.1%})" if shares else "")
+                for n in calls
+            ]
             name = f"{about['data']}, {run.title}, {about['coupling']}"
             if shares:
                 name = f"{about['source']} to {about['output']}, {SOLVER_TITLES[solver]}"
             text.append("| " + " | ".join([name, *cells]) + " |")
         return "\n".join(text) + "\n"
 
-    first = table("data, source, coupling", (0, *SOURCE_CALLS), [(run, "euler") for run in TABLE], shares=False)
-    return first + "\n" + table("source to output, solver (off the board)", (0, *CORNER_CALLS), CORNER_ROWS, shares=True)
+    first = table(
+        "data, source, coupling",
+        (0, *SOURCE_CALLS),
+        [(run, "euler") for run in TABLE],
+        shares=False,
+    )
+    return (
+        first
+        + "\n"
+        + table(
+            "source to output, solver (off the board)", (0, *CORNER_CALLS), CORNER_ROWS, shares=True
+        )
+    )
 
 
 def sheet(
@@ -349,7 +472,12 @@ def sheet(
         for n in calls:
             key = (run, solver if n else "", n)
             name = f"{n} call{'s' * (n > 1)}" if n else "the source"
-            cells.append((f"{name}   W1 {w1[(*run.about().values(), *key[1:])]:.3f}", picture(points[key], run.toy)))
+            cells.append(
+                (
+                    f"{name}   W1 {w1[(*run.about().values(), *key[1:])]:.3f}",
+                    picture(points[key], run.toy),
+                )
+            )
         content.append((caption, cells))
     return contact_sheet(content, ("data", picture(data, "checkerboard")), title, tile=192)
 
@@ -362,9 +490,21 @@ def write(config: Config) -> list[dict]:
     with open(path.with_suffix(".csv"), "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
-        writer.writerows({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in line.items()} for line in lines)
-    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("out", "restart")}
-    settings |= {"directions": DIRECTIONS, "modes": MODES, "fit_samples": FIT_SAMPLES, "fit_tolerance": FIT_TOLERANCE}
+        writer.writerows(
+            {k: f"{v:.4f}" if isinstance(v, float) else v for k, v in line.items()}
+            for line in lines
+        )
+    settings = {
+        name: value
+        for name, value in dataclasses.asdict(config).items()
+        if name not in ("out", "restart")
+    }
+    settings |= {
+        "directions": DIRECTIONS,
+        "modes": MODES,
+        "fit_samples": FIT_SAMPLES,
+        "fit_tolerance": FIT_TOLERANCE,
+    }
     record = {"settings": settings, "data_against_data": floor, "lines": lines}
     path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
     text = markdown(lines)
@@ -378,7 +518,9 @@ def write(config: Config) -> list[dict]:
         (f"{SOURCES[run.noise]}\nto {run.about()['output']},\n{SOLVER_TITLES[solver]}", run, solver)
         for run, solver in CORNER_ROWS
     ]
-    sheet(rows, (0, *CORNER_CALLS), lines, points, config, title).save(config.out / "source_toys_corners.png")
+    sheet(rows, (0, *CORNER_CALLS), lines, points, config, title).save(
+        config.out / "source_toys_corners.png"
+    )
     print(text)
     for toy, distances in floor.items():
         print(f"{toy}: the data against itself {statistics.mean(distances):.3f}")

@@ -50,7 +50,12 @@ class TrainerConfig:
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(self.warmup >= 0, "warmup", self.warmup, "0 or more")
         require(self.lr > 0, "lr", self.lr, "positive")
-        require(self.device in ("auto", "cpu"), "device", self.device, "auto or cpu (choose a GPU with CUDA_VISIBLE_DEVICES)")
+        require(
+            self.device in ("auto", "cpu"),
+            "device",
+            self.device,
+            "auto or cpu (choose a GPU with CUDA_VISIBLE_DEVICES)",
+        )
 
 
 def require(condition: bool, name: str, value: object, expected: str) -> None:
@@ -59,10 +64,18 @@ def require(condition: bool, name: str, value: object, expected: str) -> None:
         raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be {expected}")
 
 
-def parse_preset(presets: dict[str, TrainerConfig], module: str, description: str, arguments: list[str]) -> Any:
+def parse_preset(
+    presets: dict[str, TrainerConfig], module: str, description: str, arguments: list[str]
+) -> Any:
     """The preset that the arguments name, or else the first, then whatever they change of it."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--preset")
     first = next(iter(presets.values()))
     preset = presets.get(finder.parse_known_args(arguments)[0].preset, first)
-    return tyro.cli(type(first), default=preset, args=arguments, prog=f"python -m {module}", description=description)
+    return tyro.cli(
+        type(first),
+        default=preset,
+        args=arguments,
+        prog=f"python -m {module}",
+        description=description,
+    )

@@ -18,7 +18,14 @@ class Config(TrainerConfig):
     """Training of image models. The defaults shown are those of the chosen preset."""
 
     preset: Literal[
-        "gmdit_xl_k8", "gmdit_b_k8", "gmdit_s_k8", "ditdh_xl", "ditdh_s", "digits", "digits_flow_matching", "digits_modes"
+        "gmdit_xl_k8",
+        "gmdit_b_k8",
+        "gmdit_s_k8",
+        "ditdh_xl",
+        "ditdh_s",
+        "digits",
+        "digits_flow_matching",
+        "digits_modes",
     ] = "gmdit_xl_k8"
     """Where the other defaults come from."""
     data: Path = Path("data/imagenet_256")
@@ -101,19 +108,42 @@ class Config(TrainerConfig):
         require(self.clip > 0, "clip", self.clip, "positive")
         require(self.workers >= 0, "workers", self.workers, "0 or more")
         require(self.time_shift > 0, "time_shift", self.time_shift, "positive")
-        require(MIN_SIGMA < self.time_max <= 1, "time_max", self.time_max, f"above {MIN_SIGMA} and at most 1")
+        require(
+            MIN_SIGMA < self.time_max <= 1,
+            "time_max",
+            self.time_max,
+            f"above {MIN_SIGMA} and at most 1",
+        )
         if self.source is None:
             for name in ("mode_conditional", "mode_weighting"):
                 require(not getattr(self, name), name, True, "off without --source")
             return
-        require(self.spectrum_layers is None, "spectrum_layers", self.spectrum_layers, "None with --source")
+        require(
+            self.spectrum_layers is None,
+            "spectrum_layers",
+            self.spectrum_layers,
+            "None with --source",
+        )
         no_class = self.mode_conditional and self.class_dropout > 0
-        require(not no_class, "class_dropout", self.class_dropout, "0 with --mode-conditional, whose labels are never dropped")
+        require(
+            not no_class,
+            "class_dropout",
+            self.class_dropout,
+            "0 with --mode-conditional, whose labels are never dropped",
+        )
         known = self.mode_conditional or self.transition_ratio is None
-        require(known, "transition_ratio", ratio, "None with --source, unless the network knows the modes (--mode-conditional)")
+        require(
+            known,
+            "transition_ratio",
+            ratio,
+            "None with --source, unless the network knows the modes (--mode-conditional)",
+        )
         flow_matching = self.num_components == 1 and self.constant_log_std == 0
         require(
-            flow_matching or not self.mode_weighting, "mode_weighting", True, "off for a mixture (-k 1 --constant-log-std 0)"
+            flow_matching or not self.mode_weighting,
+            "mode_weighting",
+            True,
+            "off for a mixture (-k 1 --constant-log-std 0)",
         )
 
 
@@ -161,7 +191,12 @@ PRESETS = {
     "gmdit_s_k8": Config(preset="gmdit_s_k8", num_layers=12, num_heads=6, head_dim=64),
     "ditdh_xl": _DITDH_XL,
     "ditdh_s": dataclasses.replace(
-        _DITDH_XL, preset="ditdh_s", out=Path("outputs/ditdh_s"), num_layers=12, num_heads=6, head_dim=64
+        _DITDH_XL,
+        preset="ditdh_s",
+        out=Path("outputs/ditdh_s"),
+        num_layers=12,
+        num_heads=6,
+        head_dim=64,
     ),
     "digits": _DIGITS,
     "digits_flow_matching": dataclasses.replace(

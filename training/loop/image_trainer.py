@@ -59,10 +59,20 @@ class Trainer(trainer.Trainer):
         if self.mode_weights is not None:
             self.mode_weights.sums = self.mode_weights.sums.to(acc.device)
         self.samples: Dataset = self.dataset
-        if self.source is not None and self.source.assigner is not None and config.coupling != "independent":
-            check_encoder(config.data, read_source_metadata(config.source)["training"], config.source)
+        if (
+            self.source is not None
+            and self.source.assigner is not None
+            and config.coupling != "independent"
+        ):
+            check_encoder(
+                config.data, read_source_metadata(config.source)["training"], config.source
+            )
             self.samples = WithTokens(self.dataset)
-        hidden = self.source is not None and not config.mode_conditional and config.coupling != "independent"
+        hidden = (
+            self.source is not None
+            and not config.mode_conditional
+            and config.coupling != "independent"
+        )
         told = config.class_dropout < 1 and len(self.dataset.classes) > 1
         if hidden and told and acc.is_main_process:
             print(
@@ -83,7 +93,9 @@ class Trainer(trainer.Trainer):
     def new_model(self) -> GMDiT | DiTDH:
         config, (channels, height, width) = self.config, self.dataset.shape
         if height != width:
-            raise ValueError(f"{config.data} holds samples of {height} x {width}; the networks are trained on square ones")
+            raise ValueError(
+                f"{config.data} holds samples of {height} x {width}; the networks are trained on square ones"
+            )
         shared = {
             "num_components": config.num_components,
             "channels": channels,
@@ -109,7 +121,12 @@ class Trainer(trainer.Trainer):
             )
         else:
             model = GMDiT(
-                GMDiTConfig(**shared, num_layers=config.num_layers, num_heads=config.num_heads, head_dim=config.head_dim)
+                GMDiTConfig(
+                    **shared,
+                    num_layers=config.num_layers,
+                    num_heads=config.num_heads,
+                    head_dim=config.head_dim,
+                )
             )
         model.gradient_checkpointing = config.gradient_checkpointing
         return model
@@ -129,7 +146,11 @@ class Trainer(trainer.Trainer):
         ]
         self.optimizer_name = config.optimizer
         if config.optimizer == "auto":
-            problem = "--shard divides the state" if config.shard else eight_bit_problem(self.accelerator.device)
+            problem = (
+                "--shard divides the state"
+                if config.shard
+                else eight_bit_problem(self.accelerator.device)
+            )
             self.optimizer_name = "adamw" if problem else "adamw8bit"
             if problem and self.accelerator.is_main_process:
                 print(f"AdamW with 32-bit state, as the 8-bit one does not run here: {problem}")
@@ -137,7 +158,9 @@ class Trainer(trainer.Trainer):
             try:
                 from bitsandbytes.optim import AdamW8bit
             except ImportError as error:
-                raise ImportError(f"--optimizer adamw8bit needs bitsandbytes ({error}): pip install -e '.[8bit]'") from error
+                raise ImportError(
+                    f"--optimizer adamw8bit needs bitsandbytes ({error}): pip install -e '.[8bit]'"
+                ) from error
             return AdamW8bit(groups, lr=config.lr, betas=(0.9, 0.95))
         return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
 
@@ -153,7 +176,9 @@ class Trainer(trainer.Trainer):
         if self.source is not None:
             self.source.require_record(metadata["data"].get("source"), str(self.path))
         found, mine = metadata["config"], dataclasses.asdict(self.model.config)
-        differ = [k for k, v in mine.items() if found.get(k) != (list(v) if isinstance(v, tuple) else v)]
+        differ = [
+            k for k, v in mine.items() if found.get(k) != (list(v) if isinstance(v, tuple) else v)
+        ]
         if differ:
             changes = ", ".join(f"{k}: {found.get(k)} there, {mine[k]} here" for k in differ)
             raise ValueError(
@@ -165,7 +190,14 @@ class Trainer(trainer.Trainer):
     def backward(self) -> dict[str, Tensor]:
         config, acc = self.config, self.accelerator
         if self.batches is None:
-            order = Order(len(self.dataset), config.batch_size, self.rows, config.accumulate, config.seed, self.step)
+            order = Order(
+                len(self.dataset),
+                config.batch_size,
+                self.rows,
+                config.accumulate,
+                config.seed,
+                self.step,
+            )
             self.batches = iter(
                 DataLoader(
                     self.samples,
@@ -193,16 +225,26 @@ class Trainer(trainer.Trainer):
             for name, value in losses.items():
                 totals[name] = totals.get(name, 0) + value.detach() / config.accumulate
         if self.mode_weights is not None:
-            self.mode_weights.update(*map(torch.cat, zip(*seen, strict=True)), lambda sums: acc.reduce(sums, "sum"))
+            self.mode_weights.update(
+                *map(torch.cat, zip(*seen, strict=True)), lambda sums: acc.reduce(sums, "sum")
+            )
         return totals
 
-    def draw(self, labels: Tensor, shape: tuple[int, ...], rows: range) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def draw(
+        self, labels: Tensor, shape: tuple[int, ...], rows: range
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Labels with some dropped out (B,), sigma (B,), and two noises (B, C, h, w), for these rows of the batch."""
         config, size = self.config, torch.Size(shape).numel()
         noise = draw_noise(config.seed, self.step, rows, (2 + 2 * size,), labels.device)
         time, drop, low, high = noise.split([1, 1, size, size], 1)
-        labels = torch.where(normal_cdf(drop[:, 0]) <= config.class_dropout, len(self.dataset.classes), labels)
-        sigma = time[:, 0].sigmoid() if config.time_sampling == "logit-normal" else normal_cdf(time[:, 0])
+        labels = torch.where(
+            normal_cdf(drop[:, 0]) <= config.class_dropout, len(self.dataset.classes), labels
+        )
+        sigma = (
+            time[:, 0].sigmoid()
+            if config.time_sampling == "logit-normal"
+            else normal_cdf(time[:, 0])
+        )
         sigma = shift_time(sigma.clamp(max=config.time_max), config.time_shift).clamp(min=MIN_SIGMA)
         return labels, sigma, low.unflatten(1, shape), high.unflatten(1, shape)
 
@@ -210,7 +252,9 @@ class Trainer(trainer.Trainer):
         """The modes (B,) that the noise of these rows comes from; x are the samples, or their tokens."""
         if self.source is None:
             return None
-        uniform = normal_cdf(draw_noise(self.config.seed + 1, self.step, rows, (1,), x.device)[:, 0])
+        uniform = normal_cdf(
+            draw_noise(self.config.seed + 1, self.step, rows, (1,), x.device)[:, 0]
+        )
         if self.config.coupling == "independent":
             return self.source.draw_modes(len(x), uniform=uniform)
         return self.source.posterior_modes(x, self.config.coupling, uniform=uniform)
@@ -238,8 +282,15 @@ class Trainer(trainer.Trainer):
         closed_forms = self.source is None or (config.mode_conditional and self.source.is_spherical)
         solver = config.picture_solver if closed_forms else "euler"
         model.forward = autocast_of(model.forward, self.autocast)
-        settings = {"solver": solver, "shift": config.time_shift, "source": self.source, "modes": modes}
-        images = self.decode(sample_images(model, None if config.mode_conditional else labels, **settings))
+        settings = {
+            "solver": solver,
+            "shift": config.time_shift,
+            "source": self.source,
+            "modes": modes,
+        }
+        images = self.decode(
+            sample_images(model, None if config.mode_conditional else labels, **settings)
+        )
         picture = image_grid(images, columns=classes, scale=max(1, 64 // images.shape[-1]))
         path = self.config.out / "samples" / f"{self.step:07d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -258,7 +309,9 @@ class Trainer(trainer.Trainer):
 
     def data(self) -> dict[str, Any]:
         index = self.dataset.index
-        space = {"space": "pixels" if self.dataset.kind == "pixels" else index.get("space", "sd-vae")}
+        space = {
+            "space": "pixels" if self.dataset.kind == "pixels" else index.get("space", "sd-vae")
+        }
         if index.get("scaling_factor") is not None:
             space["scaling_factor"] = index["scaling_factor"]
         if self.config.class_dropout == 1:
@@ -267,7 +320,12 @@ class Trainer(trainer.Trainer):
             return {"labels": self.dataset.classes, **space}
         known = self.config.mode_conditional
         space["source"] = self.source.record(self.config.coupling, known)
-        return {"labels": [f"mode {m}" for m in range(self.source.num_modes)] if known else self.dataset.classes, **space}
+        return {
+            "labels": [f"mode {m}" for m in range(self.source.num_modes)]
+            if known
+            else self.dataset.classes,
+            **space,
+        }
 
     def export(self) -> None:
         """Write the weights to share."""

@@ -25,7 +25,9 @@ class ModeWeights:
     def losses(self) -> Tensor:
         """The average loss (M,) of each mode; of one that never came, that of the others."""
         total, count = self.sums
-        return torch.where(count > 0, total / count.clamp(min=1e-30), total.sum() / count.sum().clamp(min=1e-30))
+        return torch.where(
+            count > 0, total / count.clamp(min=1e-30), total.sum() / count.sum().clamp(min=1e-30)
+        )
 
     def __call__(self, modes: Tensor, step: int) -> Tensor:
         """(B,) for samples of these modes, at iteration `step`."""

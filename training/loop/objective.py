@@ -60,12 +60,16 @@ class Objective(nn.Module):
             y = forward_transition(y_low, sigma_low, sigma, noise_high)
             x = y if frame is None else frame.leave(y, sigma)
             velocity = self.mixture(x, sigma, labels)
-            each = transition_nll(velocity if frame is None else frame.velocity(velocity), y_low, y, sigma_low, sigma)
+            each = transition_nll(
+                velocity if frame is None else frame.velocity(velocity), y_low, y, sigma_low, sigma
+            )
         each = each.flatten(1).mean(1)
         flow = (each if weights is None else weights * each).mean()
         losses = {"loss": config.loss_weight * flow, "nll": each.mean(), "each": each.detach()}
         if self.network.spectrum_net is not None:
-            constant = GaussianMixture(velocity.means.detach(), velocity.log_weights.detach(), velocity.log_std.detach())
+            constant = GaussianMixture(
+                velocity.means.detach(), velocity.log_weights.detach(), velocity.log_std.detach()
+            )
             log_power = self.network.spectrum_net(velocity_to_x0(constant.moment_match(), x, sigma))
             target = (x - x0) / sigma[:, None, None, None]
             losses["spectral"] = spectral_nll(constant, target, log_power).mean()

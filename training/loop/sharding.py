@@ -37,7 +37,9 @@ def check_accelerate(accelerator: Accelerator) -> None:
         ValueError: accelerate was told, by its configuration, to do what the trainer does itself.
     """
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise ValueError(f"accelerate is configured for {accelerator.distributed_type}; start with torchrun, and give --shard")
+        raise ValueError(
+            f"accelerate is configured for {accelerator.distributed_type}; start with torchrun, and give --shard"
+        )
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError(
             f"accelerate is configured for {accelerator.gradient_accumulation_steps} gradient accumulation steps; set that to "

@@ -26,7 +26,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from gmflow_core.files.checkpoint import load_checkpoint, load_training_state, read_metadata, save_checkpoint
+from gmflow_core.files.checkpoint import (
+    load_checkpoint,
+    load_training_state,
+    read_metadata,
+    save_checkpoint,
+)
 from training.common.devices import keep_freed_memory, on_cpu
 from training.loop.config import TrainerConfig
 from training.loop.sharding import check_accelerate, distribute_like, local, math_attention, whole
@@ -43,13 +48,25 @@ class Trainer:
 
     module = ""  # as in python -m MODULE
     free_to_change = frozenset(  # a resumed run may differ in these from the run it goes on with
-        {"out", "iterations", "precision", "device", "shard", "checkpoint_every", "log_every", "picture_every", "restart"}
+        {
+            "out",
+            "iterations",
+            "precision",
+            "device",
+            "shard",
+            "checkpoint_every",
+            "log_every",
+            "picture_every",
+            "restart",
+        }
     )
     clip: float = math.inf  # largest norm of the gradient
 
     def __init__(self, config: TrainerConfig):
         self.config = config
-        self.accelerator = Accelerator(cpu=on_cpu(config.device), mixed_precision="no")  # the trainer's own autocast does it
+        self.accelerator = Accelerator(
+            cpu=on_cpu(config.device), mixed_precision="no"
+        )  # the trainer's own autocast does it
         check_accelerate(self.accelerator)
         if self.accelerator.device.type == "cpu":
             keep_freed_memory()
@@ -61,17 +78,25 @@ class Trainer:
         self.step = 0
         self.skipped = 0  # steps without a finite gradient, in all
         self.bad_steps = 0  # and in a row
-        self.finite: list[Tensor] = []  # whether the gradient was, in the steps that are not in these counts yet
+        self.finite: list[
+            Tensor
+        ] = []  # whether the gradient was, in the steps that are not in these counts yet
         self.stop = False  # set by a signal, obeyed between iterations
-        self.starts: list[dict] = []  # every command that this run was started with, and at which iteration
+        self.starts: list[
+            dict
+        ] = []  # every command that this run was started with, and at which iteration
         self.seconds = 0.0  # spent training, over all the starts of this run
         self.average = [p.detach().clone() for p in self.model.parameters()] if config.ema else None
         if self.accelerator.is_main_process:
-            for leftover in config.out.glob(f".{self.path.name}.*.tmp"):  # of a process killed while it wrote
+            for leftover in config.out.glob(
+                f".{self.path.name}.*.tmp"
+            ):  # of a process killed while it wrote
                 leftover.unlink()
         if self.path.exists() and not config.restart:
             self.resume()
-        steps = self.accelerator.gather(torch.tensor([self.step], device=self.accelerator.device)).tolist()
+        steps = self.accelerator.gather(
+            torch.tensor([self.step], device=self.accelerator.device)
+        ).tolist()
         if len(set(steps)) > 1:
             raise ValueError(
                 f"the processes found runs at different iterations in --out {config.out}: {steps}; it must be one folder that "
@@ -96,7 +121,9 @@ class Trainer:
         return ()
 
     def new_optimizer(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.model.parameters(), lr=self.config.lr, weight_decay=0.0, fused=True)
+        return torch.optim.AdamW(
+            self.model.parameters(), lr=self.config.lr, weight_decay=0.0, fused=True
+        )
 
     def backward(self) -> dict[str, Tensor]:
         """Leave the gradient of iteration `self.step` in the parameters; return its losses, "loss" first."""
@@ -126,7 +153,13 @@ class Trainer:
     def run(self) -> None:
         config, main = self.config, self.accelerator.is_main_process
         writer = SummaryWriter(str(config.out), purge_step=self.step + 1) if main else None
-        bar = tqdm(total=config.iterations, initial=self.step, disable=not main, unit="it", dynamic_ncols=True)
+        bar = tqdm(
+            total=config.iterations,
+            initial=self.step,
+            disable=not main,
+            unit="it",
+            dynamic_ncols=True,
+        )
         pending: list[dict[str, Tensor]] = []  # losses since the last point of the curve
         try:
             with stop_signals(self):
@@ -146,11 +179,15 @@ class Trainer:
                         if writer:
                             for name, value in means.items():
                                 writer.add_scalar(name, value, self.step)
-                            writer.add_scalar("learning_rate", learning_rate(config, self.step - 1), self.step)
+                            writer.add_scalar(
+                                "learning_rate", learning_rate(config, self.step - 1), self.step
+                            )
                             writer.add_scalar("skipped_steps", self.skipped, self.step)
                     if last or self.step % config.checkpoint_every == 0:
                         self.save()
-                    if self.step % config.picture_every == 0 or (last and config.picture_every <= config.iterations):
+                    if self.step % config.picture_every == 0 or (
+                        last and config.picture_every <= config.iterations
+                    ):
                         picture = self.draw_picture()
                         if writer and picture is not None:
                             writer.add_image("samples", picture, self.step, dataformats="HWC")
@@ -187,7 +224,10 @@ class Trainer:
     def update(self, finite: Tensor) -> None:
         """Move the weights by the gradient of iteration `self.step`, if it is finite, and their average."""
         self.finite.append(finite)
-        kernel_looks = self.optimizer.defaults.get("fused") and self.accelerator.device.type in ("cpu", "cuda")
+        kernel_looks = self.optimizer.defaults.get("fused") and self.accelerator.device.type in (
+            "cpu",
+            "cuda",
+        )
         if kernel_looks and not self.config.shard:
             self.optimizer.found_inf = (~finite).float()
             self.optimizer.step()
@@ -213,20 +253,28 @@ class Trainer:
         if most >= MAX_BAD_STEPS:
             raise FloatingPointError(
                 f"the gradient was not finite for {MAX_BAD_STEPS} steps in a row before iteration {self.step}; "
-                + (f"{self.path} still holds the last good checkpoint: " if self.path.exists() else "nothing is saved yet: ")
+                + (
+                    f"{self.path} still holds the last good checkpoint: "
+                    if self.path.exists()
+                    else "nothing is saved yet: "
+                )
                 + "lower --lr (in another --out), use --precision fp32, or look for broken values in the data"
             )
 
     def mean_losses(self, losses: list[dict[str, Tensor]]) -> dict[str, float]:
         """The mean of each loss over the iterations that have a finite one, and over all processes; NaN if none has."""
-        table = torch.stack([torch.stack([v.detach().float() for v in entry.values()]) for entry in losses])
+        table = torch.stack(
+            [torch.stack([v.detach().float() for v in entry.values()]) for entry in losses]
+        )
         table = self.accelerator.reduce(table, "mean")
         means = table[table.isfinite().all(1)].mean(0).tolist()
         return dict(zip(losses[0], means, strict=True))
 
     def autocast(self):
         """Where the network runs: matrix products in the precision that the user asked for."""
-        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+        return torch.autocast(
+            self.accelerator.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"
+        )
 
     # State
 
@@ -236,7 +284,9 @@ class Trainer:
         if not self.config.shard:
             return self.accelerator.prepare(objective)
         if self.accelerator.num_processes == 1:
-            raise ValueError("--shard divides the weights among processes, and there is one; start several with torchrun")
+            raise ValueError(
+                "--shard divides the weights among processes, and there is one; start several with torchrun"
+            )
         for block in self.blocks():
             fully_shard(block)
         return fully_shard(objective)
@@ -245,7 +295,9 @@ class Trainer:
         """The context of a piece of a batch: gradients are added up here, and over the processes with the last piece."""
         if self.config.shard:
             self.prepared.set_requires_gradient_sync(last)
-        return nullcontext() if last or self.config.shard else self.accelerator.no_sync(self.prepared)
+        return (
+            nullcontext() if last or self.config.shard else self.accelerator.no_sync(self.prepared)
+        )
 
     def names(self) -> list[str]:
         """The parameters' names, in order."""
@@ -263,7 +315,10 @@ class Trainer:
     def settings(self) -> dict:
         """The configuration, as JSON holds it."""
         values = dataclasses.asdict(self.config)
-        return {k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        return {
+            k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v
+            for k, v in values.items()
+        }
 
     def facts(self) -> dict:
         """How the model was made, for the checkpoint's metadata."""
@@ -281,14 +336,22 @@ class Trainer:
         """Write the checkpoint: all processes gather it, the main one writes. Nothing is written if the weights are not finite,
         so that the last good state stays."""
         self.count_skipped()
-        if self.bad_steps and not all(local(p.detach()).isfinite().all() for p in self.model.parameters()):
+        if self.bad_steps and not all(
+            local(p.detach()).isfinite().all() for p in self.model.parameters()
+        ):
             return
         names = {id(p): name for name, p in self.model.named_parameters()}
-        state = {"step": torch.tensor(self.step), "skipped": torch.tensor(self.skipped), **self.extra_state()}
+        state = {
+            "step": torch.tensor(self.step),
+            "skipped": torch.tensor(self.skipped),
+            **self.extra_state(),
+        }
         state.update({f"model.{name}": whole(t) for name, t in self.model.state_dict().items()})
         for parameter, slots in self.optimizer.state.items():
             name = names[id(parameter)]
-            state.update({f"optimizer.{name}/{slot}": whole(torch.as_tensor(t)) for slot, t in slots.items()})
+            state.update(
+                {f"optimizer.{name}/{slot}": whole(torch.as_tensor(t)) for slot, t in slots.items()}
+            )
         sampling = self.sampling_model()
         if self.accelerator.is_main_process:
             save_checkpoint(sampling, self.path, facts=self.facts(), state=state, data=self.data())
@@ -307,11 +370,17 @@ class Trainer:
         """
         facts, state = read_metadata(self.path)["training"], load_training_state(self.path)
         if "step" not in state or "config" not in facts:
-            raise ValueError(f"{self.path} holds weights only; give another --out, or --restart to overwrite it")
+            raise ValueError(
+                f"{self.path} holds weights only; give another --out, or --restart to overwrite it"
+            )
         mine = self.settings()
-        differ = [k for k in mine if k not in self.free_to_change and facts["config"].get(k) != mine[k]]
+        differ = [
+            k for k in mine if k not in self.free_to_change and facts["config"].get(k) != mine[k]
+        ]
         if differ:
-            changes = ", ".join(f"{k}: {facts['config'].get(k)} there, {mine[k]} here" for k in differ)
+            changes = ", ".join(
+                f"{k}: {facts['config'].get(k)} there, {mine[k]} here" for k in differ
+            )
             raise ValueError(
                 f"{self.path} belongs to a run with other settings ({changes}); give another --out, the same settings to "
                 "go on, or --restart to throw it away"
@@ -341,7 +410,9 @@ class Trainer:
             if key.startswith("optimizer."):
                 name, slot = key.removeprefix("optimizer.").split("/")
                 slots.setdefault(name, {})[slot] = value
-        self.model.load_state_dict({name: distribute_like(model[name], t) for name, t in self.model.state_dict().items()})
+        self.model.load_state_dict(
+            {name: distribute_like(model[name], t) for name, t in self.model.state_dict().items()}
+        )
         numbered = {}
         for index, (name, parameter) in enumerate(self.optimized()):
             for slot, value in slots.get(name, {}).items():
@@ -367,7 +438,10 @@ def learning_rate(config: TrainerConfig, step: int) -> float:
 def stop_signals(trainer: Trainer) -> Iterator[None]:
     """Let Ctrl-C and SIGTERM stop the run after the iteration under way, so that what is saved is whole. Several processes
     would not stop at the same iteration: they are killed, and go on from their last checkpoint."""
-    if trainer.accelerator.num_processes > 1 or threading.current_thread() is not threading.main_thread():
+    if (
+        trainer.accelerator.num_processes > 1
+        or threading.current_thread() is not threading.main_thread()
+    ):
         yield
         return
 

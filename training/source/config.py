@@ -60,13 +60,21 @@ class Config:
     def __post_init__(self):
         for name in ("modes", "max_iterations", "batch_size", "image_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1"
+                )
         if self.tolerance < 0 or not self.reg_covar > 0:
-            raise ValueError(f"--tolerance is {self.tolerance} and --reg-covar {self.reg_covar}; both must be positive")
+            raise ValueError(
+                f"--tolerance is {self.tolerance} and --reg-covar {self.reg_covar}; both must be positive"
+            )
         if self.device not in ("auto", "cpu"):
-            raise ValueError(f"--device is {self.device!r}; give auto or cpu (choose a GPU with CUDA_VISIBLE_DEVICES)")
+            raise ValueError(
+                f"--device is {self.device!r}; give auto or cpu (choose a GPU with CUDA_VISIBLE_DEVICES)"
+            )
         if self.tokens is not None and self.encoder is not None:
-            raise ValueError("both --tokens and --encoder were given; the tokens come from one of them")
+            raise ValueError(
+                "both --tokens and --encoder were given; the tokens come from one of them"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -65,13 +65,19 @@ class Fitting:
     def em(self, samples: Any, covariance: Covariance, what: str) -> GaussianMixtureSource:
         config, path = self.config, self.config.out / "state.safetensors"
         if self.state.is_main_process:
-            for leftover in config.out.glob(f".{path.name}.*.tmp"):  # of a process killed while it wrote
+            for leftover in config.out.glob(
+                f".{path.name}.*.tmp"
+            ):  # of a process killed while it wrote
                 leftover.unlink()
             if config.restart:
                 path.unlink(missing_ok=True)
         self.state.wait_for_everyone()
         bar = tqdm(
-            total=config.max_iterations, desc=what, unit="it", disable=not self.state.is_main_process, dynamic_ncols=True
+            total=config.max_iterations,
+            desc=what,
+            unit="it",
+            disable=not self.state.is_main_process,
+            dynamic_ncols=True,
         )
 
         def progress(done: int, log_likelihood: float) -> None:
@@ -94,10 +100,14 @@ class Fitting:
             )
         self.log_likelihoods = fit.log_likelihoods
         if not fit.converged and self.state.is_main_process:
-            print(f"EM had not converged after {config.max_iterations} iterations; give more --max-iterations to go on")
+            print(
+                f"EM had not converged after {config.max_iterations} iterations; give more --max-iterations to go on"
+            )
         return fit.source.to(dtype=torch.float32)
 
-    def by_tokens(self, tokens: TokenFiles, dataset: LatentDataset, flip: bool) -> GaussianMixtureSource:
+    def by_tokens(
+        self, tokens: TokenFiles, dataset: LatentDataset, flip: bool
+    ) -> GaussianMixtureSource:
         """The mixture of the tokens, then that of the samples of its modes."""
         config, state = self.config, self.state
         check_count(tokens, len(dataset), config.data)
@@ -108,7 +118,12 @@ class Fitting:
         assigner = self.em(mine, config.assigner_covariance, "tokens")
         judge = assigner.to(state.device)
         modes = torch.cat([hardest(judge, chunk.to(state.device)) for chunk in mine])
-        moments = RunningMoments(config.modes, dataset.shape, spherical=config.covariance == "spherical", device=state.device)
+        moments = RunningMoments(
+            config.modes,
+            dataset.shape,
+            spherical=config.covariance == "spherical",
+            device=state.device,
+        )
         path = moments_file(config, state)
         settings = {
             "assigner": assigner.digest, "covariance": config.covariance, "rows": [mine.rows.start, mine.rows.stop],
@@ -118,7 +133,12 @@ class Fitting:
                 path.unlink(missing_ok=True)
             begun = moments.restore(path, settings)
         bar = tqdm(
-            total=len(mine), initial=begun, desc="samples", unit="img", disable=not state.is_main_process, dynamic_ncols=True
+            total=len(mine),
+            initial=begun,
+            desc="samples",
+            unit="img",
+            disable=not state.is_main_process,
+            dynamic_ncols=True,
         )
 
         def samples() -> Iterator[tuple[Tensor, Tensor]]:
@@ -133,7 +153,13 @@ class Fitting:
 
         with bar:
             return fit_given_modes(
-                samples(), config.modes, dataset.shape, flip=flip, assigner=assigner, device=state.device, moments=moments
+                samples(),
+                config.modes,
+                dataset.shape,
+                flip=flip,
+                assigner=assigner,
+                device=state.device,
+                moments=moments,
             )
 
 
@@ -144,7 +170,12 @@ def moments_file(config: Config, state: PartialState) -> Path:
 
 def hardest(judge: GaussianMixtureSource, tokens: Tensor) -> Tensor:
     """The most probable mode of each token."""
-    return torch.cat([judge.posterior_modes(part, "hard") for part in tokens.split(max(1, CHUNK // judge.num_modes))])
+    return torch.cat(
+        [
+            judge.posterior_modes(part, "hard")
+            for part in tokens.split(max(1, CHUNK // judge.num_modes))
+        ]
+    )
 
 
 def fit(config: Config) -> GaussianMixtureSource:
@@ -163,13 +194,17 @@ def fit(config: Config) -> GaussianMixtureSource:
         dataset = LatentDataset(config.data)
         flip = bool(dataset.index.get("flip")) if config.flip is None else config.flip
     elif config.tokens is not None:
-        raise ValueError(f"--tokens are those of a folder that training.prepare wrote, and --data {config.data} is none")
+        raise ValueError(
+            f"--tokens are those of a folder that training.prepare wrote, and --data {config.data} is none"
+        )
     encode = {
         "encoder": config.encoder, "input_size": config.encoder_size, "size": config.image_size,
         "batch_size": config.batch_size, "workers": config.workers,
     }  # fmt: skip
     if prepared and config.encoder is not None:
-        tokens = encode_images(*images_of(dataset, config.images), config.data / FILE, state, **encode)
+        tokens = encode_images(
+            *images_of(dataset, config.images), config.data / FILE, state, **encode
+        )
         source = fitting.by_tokens(tokens, dataset, flip)
     elif prepared and config.tokens is not None:
         source = fitting.by_tokens(TokenFiles([config.tokens]), dataset, flip)
@@ -186,28 +221,49 @@ def fit(config: Config) -> GaussianMixtureSource:
                 f"{config.data} was not written by training.prepare; give such a folder, an array file, or --encoder"
             )
         samples = TokenFiles([config.data])
-        source = shaped(fitting.em(samples.share(state), config.covariance, "samples"), samples.shape)
+        source = shaped(
+            fitting.em(samples.share(state), config.covariance, "samples"), samples.shape
+        )
     with together(state):
         if state.is_main_process:
-            save_source(source, config.out / "source.safetensors", facts=facts(config, fitting, flip), data=space_of(dataset))
+            save_source(
+                source,
+                config.out / "source.safetensors",
+                facts=facts(config, fitting, flip),
+                data=space_of(dataset),
+            )
             path = draw_report(source, fitting.log_likelihoods, dataset, config.out / "report.png")
             kind = "spherical" if source.is_spherical else "diagonal"
-            print(f"{config.out / 'source.safetensors'}: {source.num_modes} {kind} modes of {source.shape}; see {path}")
+            print(
+                f"{config.out / 'source.safetensors'}: {source.num_modes} {kind} modes of {source.shape}; see {path}"
+            )
     moments_file(config, state).unlink(missing_ok=True)
     return source
 
 
 def shaped(source: GaussianMixtureSource, shape: tuple[int, ...]) -> GaussianMixtureSource:
     """A source of vectors as one of samples of `shape`."""
-    std = source.std.view(-1, *[1] * len(shape)) if source.is_spherical else source.std.view(-1, *shape)
+    std = (
+        source.std.view(-1, *[1] * len(shape))
+        if source.is_spherical
+        else source.std.view(-1, *shape)
+    )
     return GaussianMixtureSource(source.means.view(-1, *shape), std, source.log_weights)
 
 
 def facts(config: Config, fitting: Fitting, flip: bool) -> dict[str, Any]:
     """How the source was made, for its metadata."""
-    values = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
+    values = {
+        k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()
+    }
     tokens = {} if config.tokens is None else {"tokens": read_record(config.tokens) or {}}
-    return {"config": values, **tokens, "flip": flip, "log_likelihoods": fitting.log_likelihoods, "torch": torch.__version__}
+    return {
+        "config": values,
+        **tokens,
+        "flip": flip,
+        "log_likelihoods": fitting.log_likelihoods,
+        "torch": torch.__version__,
+    }
 
 
 def space_of(dataset: LatentDataset | None) -> dict[str, Any]:
@@ -216,4 +272,6 @@ def space_of(dataset: LatentDataset | None) -> dict[str, Any]:
         return {}
     index = dataset.index
     space = "pixels" if dataset.kind == "pixels" else index.get("space") or "sd-vae"
-    return {"space": space} | ({} if index.get("scaling_factor") is None else {"scaling_factor": index["scaling_factor"]})
+    return {"space": space} | (
+        {} if index.get("scaling_factor") is None else {"scaling_factor": index["scaling_factor"]}
+    )

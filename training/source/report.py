@@ -13,7 +13,12 @@ from training.data.shards import LatentDataset, to_pixels
 SHOWN = 64  # modes in the picture
 
 
-def draw_report(source: GaussianMixtureSource, log_likelihoods: list[float], dataset: LatentDataset | None, path: Path) -> Path:
+def draw_report(
+    source: GaussianMixtureSource,
+    log_likelihoods: list[float],
+    dataset: LatentDataset | None,
+    path: Path,
+) -> Path:
     """The likeliest modes' means as pictures where they can be drawn, the weights, and the log-likelihood of each iteration."""
     drawing, axes = figure(1, 3, 3.2, 3.2)
     means, weights, curve = axes[0]
@@ -24,7 +29,9 @@ def draw_report(source: GaussianMixtureSource, log_likelihoods: list[float], dat
         x = source.means.cpu()[chosen][:, :3].expand(-1, 3, -1, -1)
         pixels = dataset is not None and dataset.kind == "pixels"
         x = to_pixels(x) / 255 if pixels else (0.5 + 0.25 * x / x.std()).clamp(0, 1)
-        means.imshow(image_grid(x, columns=round(len(x) ** 0.5), scale=max(1, 32 // shape[-1])).numpy())
+        means.imshow(
+            image_grid(x, columns=round(len(x) ** 0.5), scale=max(1, 32 // shape[-1])).numpy()
+        )
         means.set_title(f"means of {len(x)} modes, heaviest first", fontsize=9)
     elif shape == (2,):
         means.axis("on")

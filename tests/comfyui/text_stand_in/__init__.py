@@ -33,7 +33,11 @@ KINDS = {  # CLIPType -> names of its token lists, width of its conditioning, wi
 HEAD_DIM = 128
 VAE_WIDTHS = [  # weight whose first size is the width; what is made with it, and as which argument
     ("decoder.head.0.gamma", [(comfy.ldm.wan.vae, "WanVAE")], "dim"),
-    ("encoder.conv_in.weight", [(comfy.ldm.modules.diffusionmodules.model, name) for name in ("Encoder", "Decoder")], "ch"),
+    (
+        "encoder.conv_in.weight",
+        [(comfy.ldm.modules.diffusionmodules.model, name) for name in ("Encoder", "Decoder")],
+        "ch",
+    ),
 ]
 
 
@@ -43,10 +47,14 @@ VAE_WIDTHS = [  # weight whose first size is the width; what is made with it, an
 class Tokenizer:
     """One token for each word, and eight more."""
 
-    def __init__(self, names: tuple[str, ...], embedding_directory: Any = None, tokenizer_data: Any = None):
+    def __init__(
+        self, names: tuple[str, ...], embedding_directory: Any = None, tokenizer_data: Any = None
+    ):
         self.names = names
 
-    def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **options: Any) -> dict[str, list]:
+    def tokenize_with_weights(
+        self, text: str, return_word_ids: bool = False, **options: Any
+    ) -> dict[str, list]:
         seen = [f"image {image.float().mean().item():.4f}" for image in options.get("images") or ()]
         words = [*seen, *text.split(), *(f"end {i}" for i in range(8))]
         return {name: [[(word, 1.0) for word in words]] for name in self.names}
@@ -58,7 +66,9 @@ class Tokenizer:
 class Encoder(torch.nn.Module):
     """A random vector for each word, plus one for all the text."""
 
-    def __init__(self, names: tuple[str, ...], width: int, pooled_width: int | None, **options: Any):
+    def __init__(
+        self, names: tuple[str, ...], width: int, pooled_width: int | None, **options: Any
+    ):
         super().__init__()
         self.names, self.width, self.pooled_width = names, width, pooled_width
         self.dtypes = {torch.float32}
@@ -67,7 +77,9 @@ class Encoder(torch.nn.Module):
     def encode_token_weights(self, tokens: dict[str, list]) -> tuple:
         words = [word for word, *_ in tokens[self.names[-1]][0]]
         text = " ".join(words)
-        context = (random(self.width, text) + torch.stack([random(self.width, word) for word in words]))[None]
+        context = (
+            random(self.width, text) + torch.stack([random(self.width, word) for word in words])
+        )[None]
         if self.pooled_width is None:
             return context, None, {}
         pooled = " ".join(word for word, *_ in tokens[self.names[0]][0])
@@ -88,7 +100,11 @@ def random(width: int, text: str) -> Tensor:
 
 
 def load_clip(
-    ckpt_paths: list[str], embedding_directory: Any = None, clip_type: Any = None, model_options: Any = None, **options: Any
+    ckpt_paths: list[str],
+    embedding_directory: Any = None,
+    clip_type: Any = None,
+    model_options: Any = None,
+    **options: Any,
 ) -> comfy.sd.CLIP:
     """In place of comfy.sd.load_clip, with its arguments. A file may name the width in its metadata."""
     names, width, pooled_width = KINDS[clip_type.name]
@@ -106,7 +122,9 @@ def sized(detect: Callable[..., dict | None]) -> Callable[..., dict | None]:
     """comfy.model_detection.detect_unet_config with the width of the file."""
 
     @functools.wraps(detect)
-    def detect_sized(state_dict: dict[str, Tensor], key_prefix: str, *args: Any, **options: Any) -> dict | None:
+    def detect_sized(
+        state_dict: dict[str, Tensor], key_prefix: str, *args: Any, **options: Any
+    ) -> dict | None:
         config = detect(state_dict, key_prefix, *args, **options)
         kind = (config or {}).get("image_model")
         if kind in ("flux", "qwen_image"):
@@ -127,7 +145,9 @@ class SizedVAE(comfy.sd.VAE):
         with ExitStack() as stack:
             for key, places, argument in VAE_WIDTHS:
                 for module, name in places if key in (sd or {}) else ():
-                    part = functools.partial(narrow, getattr(module, name), argument, sd[key].shape[0])
+                    part = functools.partial(
+                        narrow, getattr(module, name), argument, sd[key].shape[0]
+                    )
                     stack.enter_context(mock.patch.object(module, name, part))
             super().__init__(sd, *args, **options)
 
@@ -138,7 +158,9 @@ def narrow(part: type, argument: str, width: int, *args: Any, **options: Any) ->
 
 
 if "ckpt_paths" not in inspect.signature(comfy.sd.load_clip).parameters:
-    raise RuntimeError("this ComfyUI's comfy.sd.load_clip has other arguments: tests/comfyui/text_stand_in needs a look")
+    raise RuntimeError(
+        "this ComfyUI's comfy.sd.load_clip has other arguments: tests/comfyui/text_stand_in needs a look"
+    )
 comfy.sd.load_clip = load_clip
 comfy.model_detection.detect_unet_config = sized(comfy.model_detection.detect_unet_config)
 comfy.sd.VAE = SizedVAE

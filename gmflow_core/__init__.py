@@ -15,20 +15,14 @@ from .flow.path import (
     x0_to_velocity,
 )
 from .flow.policy import DXPolicy, DXVelocity, predict_x0
-from .gaussians.mixture import GaussianMixture, IsotropicGaussian
+from .gaussians.mixture import GaussianMixture, IsotropicGaussian, TiltedMixture
 from .gaussians.spectral import hartley, sample_with_spectrum
-from .sampling.denoisers import class_denoiser
-from .sampling.guidance import (
-    Guidance,
-    GuidedMixture,
-    classifier_free_guidance,
-    probabilistic_guidance,
-)
+from .sampling.denoisers import class_denoiser, denoiser_of
+from .sampling.guidance import Guidance, classifier_free_guidance, probabilistic_guidance
 from .sampling.images import sample_images
 from .sampling.rollout import rollout
 from .sampling.second_order import second_order
 from .sampling.solvers import (
-    denoiser_of,
     sample_dpmpp_2m,
     sample_euler,
     sample_gm_ode,
@@ -39,6 +33,8 @@ from .source.files import load_source, save_source
 from .source.mode_frame import ModeFrame
 from .source.source import GaussianMixtureSource
 
+GuidedMixture = TiltedMixture  # what guidance returns
+
 __all__ = [
     "DXPolicy",
     "DXVelocity",
@@ -48,6 +44,7 @@ __all__ = [
     "GuidedMixture",
     "IsotropicGaussian",
     "ModeFrame",
+    "TiltedMixture",
     "class_denoiser",
     "classifier_free_guidance",
     "denoiser_of",

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..flow.path import MIN_SIGMA, Sigma, expand_sigma
-from ..gaussians.mixture import GaussianMixture
+from ..gaussians.mixture import Mixture
 
 LARGEST = 256  # numbers of a pixel that fit a thread's registers
 BLOCK = 32  # pixels of a block: one warp, so that sums over components stay inside a thread
@@ -17,7 +17,7 @@ SMALLEST = tl.constexpr(MIN_SIGMA)
 
 
 def rollout_in_one_kernel(
-    x0: GaussianMixture, x: Tensor, sigma: Sigma, sigma_end: Sigma, substeps: int, shift: float
+    x0: Mixture, x: Tensor, sigma: Sigma, sigma_end: Sigma, substeps: int, shift: float
 ) -> Tensor:
     """As `rollout` of at least two substeps, without gradients or constraints.
 

@@ -1,7 +1,8 @@
-"""The straight path x_sigma = (1 - sigma) x_0 + sigma eps: conversions, transitions along it, and the posterior of x_0.
+"""Straight path x_sigma = (1 - sigma) x_0 + sigma eps: conversions, transitions, posteriors.
 
-sigma is in [0, 1], 0 data and 1 noise; alpha = 1 - sigma; the velocity is u = eps - x_0. Wherever a function takes a
-sigma it may be a number, one value per sample (B,), or a tensor that broadcasts to x, (B, 1, *S).
+sigma is in [0, 1], 0 data and 1 noise; alpha = 1 - sigma; the velocity is u = eps - x_0. Wherever a
+function takes a sigma it may be a number, one value per sample (B,), or a tensor that broadcasts
+to x, (B, 1, *S).
 """
 
 from __future__ import annotations
@@ -11,24 +12,23 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..gaussians.mixture import GaussianMixture, IsotropicGaussian
+from ..gaussians.mixture import GaussianMixture, IsotropicGaussian, Mixture
 from ..gaussians.tensors import at_least_float
 
-MIN_SIGMA = 1e-6  # divisions by sigma stop here: below it x_sigma is x_0 to float32 accuracy
+MIN_SIGMA = 1e-6  # lower bound in divisions: below it x_sigma equals x_0 to float32 accuracy
+
 Sigma = float | Tensor
 
 
 def expand_sigma(sigma: Sigma, x: Tensor) -> Tensor:
-    """`sigma` as a floating-point tensor on x's device that broadcasts to x (B, C, *S).
+    """Return `sigma` as a floating-point tensor on x's device that broadcasts to x (B, C, *S).
 
     Raises:
         ValueError: its shape does not fit x.
     """
     dtype = x.dtype if x.dtype == torch.float64 else torch.float32
-    if not isinstance(sigma, Tensor):
-        return torch.full(
-            [1] * x.ndim, sigma, dtype=dtype, device=x.device
-        )  # a fill: as_tensor would wait for the GPU
+    if not isinstance(sigma, Tensor):  # torch.full fills on the device; as_tensor would sync
+        return torch.full([1] * x.ndim, sigma, dtype=dtype, device=x.device)
     sigma = sigma.to(x.device, dtype)
     if sigma.ndim == 1 and sigma.shape[0] in (1, x.shape[0]):
         return sigma.reshape(-1, *[1] * (x.ndim - 1))
@@ -45,13 +45,28 @@ def expand_sigma(sigma: Sigma, x: Tensor) -> Tensor:
 
 
 def shift_time(t: Sigma, shift: float) -> Sigma:
-    """The time shift t -> shift t / (1 + (shift - 1) t) of [0, 1] (Esser et al. 2024): above 1 it moves times towards noise."""
+    """Shift times in [0, 1]: t -> shift t / (1 + (shift - 1) t) (Esser et al. 2024).
+
+    A shift above 1 moves times towards noise.
+    """
     return shift * t / (1 + (shift - 1) * t)
 
 
 def unshift_time(sigma: Sigma, shift: float) -> Sigma:
-    """The inverse of `shift_time`."""
+    """Invert `shift_time`."""
     return sigma / (shift + (1 - shift) * sigma)
+
+
+def sigma_between(start: Sigma, end: Sigma, part: float | Tensor, shift: float) -> Sigma:
+    """Return the sigma that lies `part` of the way from start to end in unshifted time."""
+    first, last = unshift_time(start, shift), unshift_time(end, shift)
+    return shift_time(first + (last - first) * part, shift)
+
+
+def sigmas_between(start: Sigma, end: Sigma, substeps: int, shift: float) -> tuple[Sigma, ...]:
+    """Return the `substeps` + 1 sigmas from start to end, evenly spaced in unshifted time."""
+    between = (sigma_between(start, end, i / substeps, shift) for i in range(1, substeps))
+    return start, *between, end
 
 
 def flow_sigmas(
@@ -62,13 +77,16 @@ def flow_sigmas(
     final_step_size: float = 1.0,
     end: float = 0.0,
 ) -> Tensor:
-    """`steps` + 1 times from `start` down to `end`, before the time shift.
+    """Return `steps` + 1 sigmas in descending order, evenly spaced before the time shift.
 
     Args:
+        steps: number of network calls, at least 1.
         shift: see `shift_time`.
-        start: in (0, 1]; below 1 for changing an image instead of making one.
-        final_step_size: of the last step, in (0, 1], relative to the others, which are equal (pi-Flow takes 0.5).
-        end: in [0, start); MM-FM stops its 49 steps at 0.001, and takes x there for the sample.
+        start: first time before the shift, in (0, 1]; below 1 for image to image.
+        final_step_size: size of the last step relative to the others, which are equal, in (0, 1];
+            pi-Flow uses 0.5.
+        end: last time before the shift, in [0, start); MM-FM ends its 49 steps at 0.001 and takes
+            x there for the sample.
 
     Raises:
         ValueError: an argument is out of range.
@@ -87,53 +105,66 @@ def flow_sigmas(
 
 
 def diffuse(x0: Tensor, sigma: Sigma, noise: Tensor) -> Tensor:
-    """x_sigma = (1 - sigma) x_0 + sigma noise; all (B, C, *S)."""
+    """Return x_sigma = (1 - sigma) x_0 + sigma noise; all (B, C, *S)."""
     sigma = expand_sigma(sigma, x0)
     return (1 - sigma) * x0 + sigma * noise
 
 
 def velocity_to_x0(
-    velocity: GaussianMixture | IsotropicGaussian | Tensor, x: Tensor, sigma: Sigma
+    velocity: Mixture | IsotropicGaussian | Tensor, x: Tensor, sigma: Sigma
 ) -> GaussianMixture | IsotropicGaussian | Tensor:
-    """x_0 = x_sigma - sigma u, for a velocity (B, C, *S), or a Gaussian or a mixture of velocities."""
+    """Convert velocities at (x, sigma) to x_0 = x - sigma u.
+
+    Args:
+        velocity: (B, C, *S), or a Gaussian or a mixture of velocities.
+        x: (B, C, *S).
+
+    Returns:
+        x_0 in the type of `velocity`.
+    """
     sigma = expand_sigma(sigma, x)
     if isinstance(velocity, Tensor):
         return x - sigma * velocity
+    scale = sigma.clamp(min=MIN_SIGMA)
     if isinstance(velocity, IsotropicGaussian):
-        return IsotropicGaussian(
-            x - sigma * velocity.mean, sigma.clamp(min=MIN_SIGMA).square() * velocity.var
-        )
-    sigma = sigma.unsqueeze(1)
+        return IsotropicGaussian(x - sigma * velocity.mean, scale.square() * velocity.var)
     return GaussianMixture(
-        means=torch.addcmul(x.unsqueeze(1), sigma, velocity.means, value=-1),
+        means=torch.addcmul(x.unsqueeze(1), sigma.unsqueeze(1), velocity.means, value=-1),
         log_weights=velocity.log_weights,
-        log_std=velocity.log_std + sigma.clamp(min=MIN_SIGMA).log(),
+        log_std=velocity.log_std + scale.unsqueeze(1).log(),
     )
 
 
 def x0_to_velocity(x0: Tensor, x: Tensor, sigma: Sigma) -> Tensor:
-    """u = (x_sigma - x_0) / sigma, the inverse of `velocity_to_x0`; sigma 0 is taken as 1e-6."""
+    """Return u = (x - x_0) / sigma, the inverse of `velocity_to_x0`; sigma is at least 1e-6."""
     return (x - x0) / expand_sigma(sigma, x).clamp(min=MIN_SIGMA)
 
 
 def forward_transition(x_low: Tensor, sigma_low: Sigma, sigma_high: Sigma, noise: Tensor) -> Tensor:
-    """A draw of x at sigma_high given x at sigma_low <= sigma_high, with standard normal noise (B, C, *S)."""
+    """Draw x at sigma_high given x at sigma_low <= sigma_high.
+
+    Args:
+        x_low: (B, C, *S).
+        noise: standard normal, (B, C, *S).
+    """
     low, high = expand_sigma(sigma_low, x_low), expand_sigma(sigma_high, x_low)
     ratio = (1 - high) / (1 - low).clamp(min=MIN_SIGMA)
     return ratio * x_low + (high.square() - (ratio * low).square()).clamp(min=0).sqrt() * noise
 
 
 def reverse_transition(
-    x0: GaussianMixture | Tensor,
+    x0: Mixture | Tensor,
     x_high: Tensor,
     sigma_low: Sigma,
     sigma_high: Sigma,
     noise: Tensor | None = None,
 ) -> GaussianMixture | Tensor:
-    """x at sigma_low given x at sigma_high and x_0: N(c1 x_high + c2 x_0, c3), the Gaussian bridge of the path.
+    """Return x at sigma_low given x at sigma_high and x_0: N(c1 x_high + c2 x_0, c3 I).
+
+    This is the Gaussian bridge of the path.
 
     Args:
-        x0: a sample (B, C, *S), which gives a sample; or a mixture, which gives the mixture of x_low.
+        x0: a sample (B, C, *S), which gives a sample; or a mixture, which gives a mixture.
         x_high: (B, C, *S).
         noise: standard normal (B, C, *S), for a sample; None gives the bridge's mean.
     """
@@ -150,11 +181,9 @@ def reverse_transition(
 
 
 def bridge(x_high: Tensor, sigma_low: Sigma, sigma_high: Sigma) -> tuple[Tensor, Tensor, Tensor]:
-    """c1, c2, c3 of `reverse_transition`, broadcastable to x_high."""
-    low, high = (
-        expand_sigma(sigma_low, x_high),
-        expand_sigma(sigma_high, x_high).clamp(min=MIN_SIGMA),
-    )
+    """Return c1, c2, c3 of `reverse_transition`, broadcastable to x_high."""
+    low = expand_sigma(sigma_low, x_high)
+    high = expand_sigma(sigma_high, x_high).clamp(min=MIN_SIGMA)
     shrink = low / high
     decay = (1 - high) / (1 - low).clamp(min=MIN_SIGMA)
     weight = 1 - (shrink * decay).square()
@@ -162,43 +191,46 @@ def bridge(x_high: Tensor, sigma_low: Sigma, sigma_high: Sigma) -> tuple[Tensor,
 
 
 def bridge_log_std(log_std: Tensor, c2: Tensor, c3: Tensor) -> Tensor:
-    """The log-std of x_low, from that of x_0."""
+    """Return the log-std of x_low from that of x_0: log sqrt((c2 std)^2 + c3)."""
     tiny = torch.finfo(c2.dtype).tiny
-    return 0.5 * torch.logaddexp(2 * (log_std + c2.clamp(min=tiny).log()), c3.clamp(min=tiny).log())
+    scaled = 2 * (log_std + c2.clamp(min=tiny).log())
+    return 0.5 * torch.logaddexp(scaled, c3.clamp(min=tiny).log())
 
 
 def posterior(
-    x0: GaussianMixture, x_src: Tensor, sigma_src: Sigma, x: Tensor, sigma: Sigma
+    x0: Mixture, x_src: Tensor, sigma_src: Sigma, x: Tensor, sigma: Sigma
 ) -> GaussianMixture:
-    """The mixture of x_0 given (x, sigma), from the mixture of x_0 given (x_src, sigma_src): GMFlow's analytic denoiser
-    between two network calls (ICML 2025).
+    """Return the mixture of x_0 given (x, sigma), from the mixture given (x_src, sigma_src).
 
-    It is the given mixture times the ratio of the two likelihoods of x_0. With a = 1 - sigma the ratio has the
-    quadratic term (a / sigma)^2 - (a_src / sigma_src)^2 and the linear one a x / sigma^2 - a_src x_src / sigma_src^2;
-    kept as differences of ratios these stay accurate down to sigma = 0.
+    This is GMFlow's analytic denoiser between two network calls (ICML 2025): the given mixture
+    times the ratio of the two likelihoods of x_0. With a = 1 - sigma the ratio has the quadratic
+    term (a / sigma)^2 - (a_src / sigma_src)^2 and the linear term
+    a x / sigma^2 - a_src x_src / sigma_src^2; as differences of ratios both stay accurate down to
+    sigma = 0.
     """
-    return x0.tilt(*_likelihood_ratio(x_src, sigma_src, x, sigma))
+    return x0.tilt(*likelihood_ratio(x_src, sigma_src, x, sigma))
 
 
-def posterior_mean(
-    x0: GaussianMixture, x_src: Tensor, sigma_src: Sigma, x: Tensor, sigma: Sigma
-) -> Tensor:
-    """E[x_0 | x, sigma], (B, C, *S), from the mixture of x_0 given (x_src, sigma_src); see `posterior`."""
+def posterior_mean(x0: Mixture, x_src: Tensor, sigma_src: Sigma, x: Tensor, sigma: Sigma) -> Tensor:
+    """Return E[x_0 | x, sigma], (B, C, *S), from the mixture of x_0 given (x_src, sigma_src).
+
+    See `posterior`.
+    """
     return posterior_means(x0, x_src, sigma_src)(x, sigma)
 
 
 def posterior_means(
-    x0: GaussianMixture, x_src: Tensor, sigma_src: Sigma
+    x0: Mixture, x_src: Tensor, sigma_src: Sigma
 ) -> Callable[[Tensor, Sigma], Tensor]:
-    """`posterior_mean` as a function of (x, sigma), for many of them."""
-    mean = x0.tilted_means()
-    return lambda x, sigma: mean(*_likelihood_ratio(x_src, sigma_src, x, sigma))
+    """Return `posterior_mean` as a function of (x, sigma), for several calls."""
+    x0 = x0.as_tilted()
+    return lambda x, sigma: x0.tilted(*likelihood_ratio(x_src, sigma_src, x, sigma)).mean()
 
 
-def _likelihood_ratio(
+def likelihood_ratio(
     x_src: Tensor, sigma_src: Sigma, x: Tensor, sigma: Sigma
 ) -> tuple[Tensor, Sigma]:
-    """The linear and the quadratic term of `posterior`, for `GaussianMixture.tilt`."""
+    """Return the linear and the quadratic term of `posterior`, for `GaussianMixture.tilt`."""
     x_src, x = at_least_float(x_src), at_least_float(x)
     src, dst = (
         expand_sigma(each, x).clamp(min=MIN_SIGMA)
@@ -207,25 +239,5 @@ def _likelihood_ratio(
         for each in (sigma_src, sigma)
     )
     signal_src, signal = (1 - src) / src, (1 - dst) / dst
-    return (signal / dst) * x - (
-        signal_src / src
-    ) * x_src, signal * signal - signal_src * signal_src
-
-
-def _sigmas_between(
-    sigma: Sigma, sigma_end: Sigma, substeps: int, shift: float, x: Tensor
-) -> tuple[Sigma, ...]:
-    """Before and after every substep."""
-    if isinstance(sigma, Tensor) or isinstance(sigma_end, Tensor):
-        sigma, sigma_end = expand_sigma(sigma, x), expand_sigma(sigma_end, x)
-    return (
-        sigma,
-        *(_sigma_between(sigma, sigma_end, i / substeps, shift) for i in range(1, substeps)),
-        sigma_end,
-    )
-
-
-def _sigma_between(start: Sigma, end: Sigma, part: float | Tensor, shift: float) -> Sigma:
-    """sigma after that part of the way from start to end in unshifted time."""
-    first, last = unshift_time(start, shift), unshift_time(end, shift)
-    return shift_time(first + (last - first) * part, shift)
+    linear = (signal / dst) * x - (signal_src / src) * x_src
+    return linear, signal * signal - signal_src * signal_src

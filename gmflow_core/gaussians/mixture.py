@@ -1,29 +1,31 @@
-"""Gaussian mixtures with one isotropic variance, and the algebra that flow matching needs of them.
+"""Gaussian mixtures with one isotropic variance, and the algebra that flow matching needs.
 
-Shapes: B samples, K components, C channels, and any number of space dimensions *S (none for points, two for images,
-three for video-shaped latents). All densities are per pixel over the C channels; pixels are independent of each other.
+Shapes: B samples, K components, C channels, and any number of space dimensions *S (none for
+points, two for images, three for video-shaped latents). Densities are per pixel over the C
+channels; pixels are independent of each other.
+
+Two types: `GaussianMixture` stores its components; `TiltedMixture` is a mixture times a Gaussian
+factor, whose components are computed only when asked for. `Mixture` is what both can do.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from ..fast.compiling import Parts, fusible
+from . import transport
 from .density import log_density
 from .draws import Generator, draw_like, standard_normal
-from .quantile import mixture_quantile, normal_score
+from .quantile import mixture_quantile
 from .tensors import at_least_float, sum_of_products
-from .transport import _given, _given_point, _principal_axes, _root_weighted, _rotate
 
 
 @dataclass(frozen=True, eq=False)
-class IsotropicGaussian(Parts):
+class IsotropicGaussian:
     """N(mean, var I) per pixel.
 
     Args:
@@ -40,57 +42,27 @@ class IsotropicGaussian(Parts):
     def __post_init__(self):
         if self.mean.ndim != self.var.ndim:
             raise ValueError(
-                f"IsotropicGaussian: mean {tuple(self.mean.shape)} and var {tuple(self.var.shape)} need the same number "
-                "of dimensions; give var as (B, 1, *S), with 1 where it is shared"
+                f"IsotropicGaussian: mean {tuple(self.mean.shape)} and var {tuple(self.var.shape)} "
+                "need the same number of dimensions; give var as (B, 1, *S), with 1 where shared"
             )
         object.__setattr__(self, "mean", at_least_float(self.mean))
         object.__setattr__(self, "var", at_least_float(self.var))
 
 
-@dataclass(frozen=True, eq=False)
-class GaussianMixture(Parts):
-    """sum_k w_k N(means_k, std^2 I) per pixel, the standard deviation shared by all components and channels.
+class Mixture:
+    """A mixture sum_k w_k N(mean_k, std^2 I) per pixel: operations on its components.
 
-    Half-precision inputs are converted to float32, so that all mathematics below runs in float32 (or float64).
-
-    Args:
-        means: (B, K, C, *S).
-        log_weights: (B, K, 1, *S), normalised over K.
-        log_std: natural logarithm of the standard deviation, broadcastable to (B, 1, 1, *S).
-
-    Raises:
-        ValueError: the shapes do not belong together.
+    Subclasses provide `means` (B, K, C, *S), `log_weights` (B, K, 1, *S), normalised over K, and
+    `log_std`, broadcastable to (B, 1, 1, *S), shared by all components and channels.
     """
 
     means: Tensor
     log_weights: Tensor
     log_std: Tensor
 
-    def __post_init__(self):
-        means, log_weights, log_std = self.means, self.log_weights, self.log_std
-        if means.ndim < 3:
-            raise ValueError(
-                f"GaussianMixture: means {tuple(means.shape)} need at least the dimensions (B, K, C)"
-            )
-        if log_weights.shape != (*means.shape[:2], 1, *means.shape[3:]):
-            raise ValueError(
-                f"GaussianMixture: log_weights {tuple(log_weights.shape)} do not fit means {tuple(means.shape)}; "
-                f"expected {(*means.shape[:2], 1, *means.shape[3:])}"
-            )
-        full = (means.shape[0], 1, 1, *means.shape[3:])
-        if log_std.ndim != means.ndim or any(
-            n not in (1, size) for n, size in zip(log_std.shape, full, strict=True)
-        ):
-            raise ValueError(
-                f"GaussianMixture: log_std {tuple(log_std.shape)} does not broadcast to {full}; "
-                "it is shared by all components and channels"
-            )
-        for name in ("means", "log_weights", "log_std"):
-            object.__setattr__(self, name, at_least_float(getattr(self, name)))
-
     @property
     def num_components(self) -> int:
-        """K."""
+        """Number of components K."""
         return self.means.shape[1]
 
     @property
@@ -100,113 +72,93 @@ class GaussianMixture(Parts):
 
     @property
     def var(self) -> Tensor:
-        """The components' common variance, shaped as `log_std`."""
+        """Variance of the components, shaped as `log_std`."""
         return (2 * self.log_std).exp()
-
-    @classmethod
-    def point_mass(cls, mean: Tensor) -> GaussianMixture:
-        """One component without a spread at (B, C, *S): ordinary flow matching."""
-        mean = mean.unsqueeze(1)
-        return cls(
-            mean,
-            torch.zeros_like(mean[:, :, :1]),
-            mean.new_full((len(mean), *[1] * (mean.ndim - 1)), -30.0),
-        )
 
     # Parts and moves
 
     def chunk(self, chunks: int) -> list[GaussianMixture]:
-        """The batch in equal parts; `log_std` needs an entry for each sample."""
+        """Split the batch into equal parts; `log_std` needs an entry per sample."""
         fields = (self.means, self.log_weights, self.log_std)
-        return [
-            GaussianMixture(*parts)
-            for parts in zip(*(field.chunk(chunks) for field in fields), strict=True)
-        ]
+        parts = zip(*(field.chunk(chunks) for field in fields), strict=True)
+        return [GaussianMixture(*part) for part in parts]
 
     def fits(self, x: Tensor) -> bool:
-        """Whether it is a mixture of tensors of the shape of x, (B, C, *S)."""
+        """Return whether samples of the mixture have the shape of x, (B, C, *S)."""
         return (self.means.shape[0], *self.means.shape[2:]) == tuple(x.shape)
 
     def to(self, device: torch.device) -> GaussianMixture:
-        """The mixture on another device."""
-        return GaussianMixture(
-            self.means.to(device), self.log_weights.to(device), self.log_std.to(device)
-        )
+        """Move the mixture to a device."""
+        fields = (self.means, self.log_weights, self.log_std)
+        return GaussianMixture(*(field.to(device) for field in fields))
 
     def moved(self, by: Tensor) -> GaussianMixture:
-        """The mixture moved as a whole, by (B, C, *S)."""
+        """Shift the whole mixture by (B, C, *S)."""
         return GaussianMixture(self.means + by.unsqueeze(1), self.log_weights, self.log_std)
 
     # Moments
 
     def mean(self) -> Tensor:
-        """E[x], (B, C, *S)."""
+        """Return E[x], (B, C, *S)."""
         return sum_of_products(self.means, self.weights, 1).squeeze(1)
 
     def moment_match(self) -> IsotropicGaussian:
-        """The isotropic Gaussian with the mixture's mean and, per pixel, its variance averaged over channels.
+        """Return the isotropic Gaussian with the mixture's mean and its variance.
+
+        The variance is per pixel, averaged over channels.
 
         Returns:
             mean (B, C, *S), var (B, 1, *S).
         """
-        return Tilts(self).moment_match()
+        return TiltedMixture.of(self).untilted_gaussian()
 
     def covariance(self, average: bool = False) -> Tensor:
-        """Full covariance over the channels, per pixel, or averaged over space: (B, *S or *1, C, C)."""
-        channels, *space = self.means.shape[2:]
-        within = self.var[:, 0, 0, ..., None, None]  # (B, *S or *1, 1, 1)
-        diff = _root_weighted(self.means, self.log_weights)
-        if average and space:
-            diff = diff.flatten(3)  # (B, K, C, n)
-            between = (
-                (diff @ diff.mT).sum(1).div(diff.shape[-1]).unflatten(0, (-1, *[1] * len(space)))
-            )
-            within = within.mean(tuple(range(1, 1 + len(space))), keepdim=True)
-        else:
-            diff = diff.movedim((2, 1), (-2, -1))  # (B, *S, C, K)
-            between = diff @ diff.mT
-        return between + within * torch.eye(channels, dtype=diff.dtype, device=diff.device)
+        """Return the full covariance over channels, per pixel or averaged over space.
+
+        Returns:
+            (B, *S or *1, C, C).
+        """
+        return transport.covariance(self.means, self.log_weights, self.log_std, average)
 
     # Products
 
-    def tilt(self, linear: Tensor, quadratic: Tensor | float) -> GaussianMixture:
-        """The mixture times exp(linear . x - quadratic |x|^2 / 2), renormalised: multiplication by a Gaussian, a quotient
-        of Gaussians, or a likelihood, in information form. `quadratic` 0 and `linear` 0 give the mixture back.
+    def as_tilted(self) -> TiltedMixture:
+        """Return the mixture in the form that gives the means of many tilts cheaply."""
+        return TiltedMixture.of(self)
 
-        Component k becomes N((mu_k + v linear) / d, v / d) with d = 1 + v quadratic, and its log-weight grows by
-        mu_k . (linear - quadratic mu_k / 2) / d. Positions are taken relative to the mixture mean: the same in exact
-        arithmetic, and in float32 it keeps the digits when the variance is small beside the means.
+    def tilt(self, linear: Tensor, quadratic: Tensor | float) -> GaussianMixture:
+        """Multiply by exp(linear . x - quadratic |x|^2 / 2) and renormalise.
+
+        This is the product with a Gaussian, a quotient of Gaussians or a likelihood in information
+        form. Component k becomes N((mu_k + v linear) / d, v / d) with d = 1 + v quadratic, and its
+        log-weight grows by mu_k . (linear - quadratic mu_k / 2) / d.
 
         Args:
             linear: (B, C, *S), or broadcastable.
-            quadratic: a number, or broadcastable to (B, 1, *S). Where 1 + v quadratic is not positive no normalisable product
-                exists; it is clamped at 1e-6.
+            quadratic: number, or broadcastable to (B, 1, *S). Where d is not positive there is no
+                normalisable product; d is clamped at 1e-6.
         """
-        tilts = Tilts(self)
-        return TiltedMixture(tilts, tilts.slope(linear, quadratic), quadratic)
-
-    def tilted_means(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """A function (linear, quadratic) -> the mean (B, C, *S) of `tilt(linear, quadratic)`, for many tilts of one mixture:
-        what does not depend on them is computed once, and no component is moved."""
-        tilts = Tilts(self)
-        return lambda linear, quadratic: tilts.mean(tilts.slope(linear, quadratic), quadratic)
+        return self.as_tilted().tilted(linear, quadratic).components
 
     def times(
         self, gaussian: IsotropicGaussian, over: IsotropicGaussian | None = None
     ) -> GaussianMixture:
-        """The renormalised product with `gaussian`, or with the quotient `gaussian / over`.
+        """Multiply by `gaussian`, or by the quotient `gaussian / over`, and renormalise.
 
         Args:
             gaussian: mean (B, C, *S), var broadcastable to (B, 1, *S).
-            over: as `gaussian`; its variance is normally the larger of the two.
+            over: as `gaussian`, normally with the larger variance.
         """
         linear, quadratic = gaussian.mean / gaussian.var, gaussian.var.reciprocal()
         if over is not None:
-            linear, quadratic = linear - over.mean / over.var, quadratic - over.var.reciprocal()
+            linear = linear - over.mean / over.var
+            quadratic = quadratic - over.var.reciprocal()
         return self.tilt(linear, quadratic)
 
     def with_temperature(self, temperature: float) -> GaussianMixture:
-        """Sharpen (temperature < 1) or flatten (> 1): log-weights / T renormalised, variance times T (pi-Flow).
+        """Sharpen (temperature < 1) or flatten (> 1) the mixture, as pi-Flow does.
+
+        Log-weights become log_softmax(log_weights / T), the variance becomes T times itself.
 
         Raises:
             ValueError: `temperature` is not positive.
@@ -224,7 +176,7 @@ class GaussianMixture(Parts):
     # Density and draws
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Log-density per pixel in nats, with the 2 pi term: x (B, C, *S) -> (B, *S)."""
+        """Return the log-density per pixel in nats, with the 2 pi term: (B, C, *S) -> (B, *S)."""
         return log_density(x, self.means, self.log_weights, self.log_std)
 
     def sample(
@@ -234,176 +186,216 @@ class GaussianMixture(Parts):
         component: Tensor | None = None,
         noise: Tensor | None = None,
     ) -> Tensor:
-        """One draw per pixel, (B, C, *S): a component by its weight, then Gaussian noise around its mean.
+        """Draw once per pixel: a component by its weight, then Gaussian noise around its mean.
 
         Args:
-            generator: source of both draws, on any device, or one for each sample; the default generator if None.
+            generator: source of both draws, on any device, or one per sample; torch's if None.
             component: recorded component indices (B, *S) to use instead of a draw.
             noise: recorded standard normal noise (B, C, *S) to use instead of a draw.
+
+        Returns:
+            (B, C, *S).
         """
+        batch, _, channels, *space = self.means.shape
         if component is None:
-            uniform = draw_like(
-                torch.rand, (self.means.shape[0], *self.means.shape[3:]), generator, self.means
-            )
+            uniform = draw_like(torch.rand, (batch, *space), generator, self.means)
             edges = self.weights.squeeze(2).cumsum(1)[:, :-1]  # (B, K - 1, *S)
             component = (uniform.unsqueeze(1) >= edges).sum(1)
         if noise is None:
-            noise = standard_normal(
-                (self.means.shape[0], *self.means.shape[2:]), generator, like=self.means
-            )
-        index = component[:, None, None].expand(-1, 1, *self.means.shape[2:])
+            noise = standard_normal((batch, channels, *space), generator, like=self.means)
+        index = component[:, None, None].expand(-1, 1, channels, *space)
         return self.means.gather(1, index).squeeze(1) + self.log_std.squeeze(1).exp() * noise
 
     # Knothe-Rosenblatt transport
 
     def principal_axes(self, per_pixel: bool = False) -> Tensor:
-        """Orthonormal channel axes, as columns, in descending order of variance; no gradient. Signs are LAPACK's choice. Of a
-        covariance that is not finite the axes are the channels.
+        """Return orthonormal channel axes, as columns, in descending order of variance.
+
+        There is no gradient. Signs are LAPACK's choice. Falls back to the channel axes if the
+        covariance is not finite. The eigenvalue solver forces a GPU sync.
 
         Args:
-            per_pixel: axes of every pixel's own covariance, (B, *S, C, C), instead of those of the covariance averaged
-                over space, (B, *1, C, C).
+            per_pixel: axes of every pixel's own covariance, (B, *S, C, C), instead of those of
+                the covariance averaged over space, (B, *1, C, C).
         """
-        with torch.no_grad():
-            return _principal_axes(
-                GaussianMixture(self.means, self.log_weights, self.log_std), per_pixel
-            )
+        return transport.principal_axes(self.means, self.log_weights, self.log_std, per_pixel)
 
     def to_normal(self, x: Tensor, axes: Tensor | None = None) -> Tensor:
-        """Knothe-Rosenblatt map of samples of the mixture to standard normal ones, axis after axis: the first through its
-        marginal CDF, each later one through its CDF given the earlier ones. Differentiable.
+        """Map samples of the mixture to standard normal ones (Knothe-Rosenblatt); differentiable.
 
         Args:
             x: (B, C, *S).
-            axes: (B, *S or *1, C, C), columns; `principal_axes()` if None.
+            axes: (B, *S or *1, C, C), as columns; `principal_axes()` if None.
 
         Returns:
             (B, C, *S), channel i along axis i.
         """
         axes = self.principal_axes() if axes is None else axes
-        offsets = (_rotate(x.unsqueeze(1) - self.means, axes) / self.log_std.exp()).unbind(
-            2
-        )  # C of (B, K, *S)
-        log_weights, normal = self.log_weights.squeeze(2), []
-        for offset in offsets:
-            normal.append(normal_score(log_weights.softmax(1), offset))
-            log_weights = _given(log_weights, offset)
-        return torch.stack(normal, 1)
+        return transport.to_normal(x, self.means, self.log_weights, self.log_std, axes)
 
-    def from_normal(self, z: Tensor, axes: Tensor | None = None) -> Tensor:
-        """Inverse of `to_normal`: standard normal samples (B, C, *S), channel i along axis i, to samples of the mixture.
-        Differentiable in z and in the mixture (by the implicit function theorem)."""
+    def from_normal(
+        self,
+        z: Tensor,
+        axes: Tensor | None = None,
+        quantile: transport.Quantile = mixture_quantile,
+    ) -> Tensor:
+        """Map standard normal samples to samples of the mixture: inverse of `to_normal`.
+
+        It is differentiable in z and in the mixture (implicit function theorem).
+
+        Args:
+            z: (B, C, *S), channel i along axis i.
+            axes: as in `to_normal`.
+            quantile: the function for quantiles of 1-D mixtures, `mixture_quantile` or an equal
+                one (`gmflow_core.fast.choice.quantile_form`).
+        """
         axes = self.principal_axes() if axes is None else axes
-        batch, _, channels, *space = self.means.shape
-        means = (
-            _rotate(self.means, axes).movedim((2, 1), (0, 1)).flatten(2).unsqueeze(1)
-        )  # (C, 1, K, n), n pixels in all
-        log_weights = self.log_weights.movedim(1, 0).flatten(1).unsqueeze(0)  # (1, K, n)
-        std = self.log_std.exp().expand(batch, 1, 1, *space).reshape(1, 1, -1)
-        z = z.movedim(1, 0).reshape(channels, 1, -1)
-        x = [mixture_quantile(means[0], std, log_weights, z[0])]
-        for axis in range(1, channels):
-            log_weights = _given_point(log_weights, x[-1], means[axis - 1], std)
-            x.append(mixture_quantile(means[axis], std, log_weights, z[axis]))
-        x = torch.stack(x, 1).unflatten(2, (batch, *space)).movedim(2, 0)  # (B, 1, C, *S)
-        return _rotate(x, axes.mT).squeeze(1)
+        parts = (self.means, self.log_weights, self.log_std, axes)
+        return transport.from_normal(z, *parts, quantile)
 
 
-class Tilts(Parts):
-    """The products of one mixture with exp(slope . (x - origin) - quadratic |x - origin|^2 / 2), where `origin` is its mean:
-    the formulas of `GaussianMixture.tilt`, with what several tilts share computed once. Arguments are shaped as there."""
+@dataclass(frozen=True, eq=False)
+class GaussianMixture(Mixture):
+    """sum_k w_k N(means_k, std^2 I) per pixel, with one std for all components and channels.
 
-    def __init__(self, mixture: GaussianMixture):
-        self.log_weights, self.log_std, self.weights = (
-            mixture.log_weights,
-            mixture.log_std,
-            mixture.weights,
-        )
-        self.var = mixture.var.squeeze(1)
-        self.origin = sum_of_products(mixture.means, self.weights, 1).squeeze(1)
-        self.means = mixture.means - self.origin.unsqueeze(1)
-        self._half_norms = self._compute_half_norms()
+    Half-precision inputs become float32, so all mathematics runs in float32 or float64.
 
-    @property
-    def half_norms(self) -> Tensor:
-        """Half of |means|^2, (B, K, 1, *S); what was compiled does not keep it."""
-        return self._half_norms if "_half_norms" in self.__dict__ else self._compute_half_norms()
+    Args:
+        means: (B, K, C, *S).
+        log_weights: (B, K, 1, *S), normalised over K.
+        log_std: natural logarithm of the standard deviation, broadcastable to (B, 1, 1, *S).
 
-    def _compute_half_norms(self) -> Tensor:
-        return 0.5 * sum_of_products(self.means, self.means, 2)
+    Raises:
+        ValueError: the shapes do not fit together.
+    """
 
-    def moment_match(self) -> IsotropicGaussian:
-        """See `GaussianMixture.moment_match`."""
-        spread = sum_of_products(self.weights, self.half_norms, 1).squeeze(1) * (
-            2 / self.means.shape[2]
-        )
-        return IsotropicGaussian(self.origin, spread + self.var)
+    means: Tensor
+    log_weights: Tensor
+    log_std: Tensor
 
-    def slope(self, linear: Tensor, quadratic: Tensor | float) -> Tensor:
-        """At the origin, of exp(linear . x - quadratic |x|^2 / 2)."""
-        return linear - quadratic * self.origin
+    def __post_init__(self):
+        means, log_weights, log_std = self.means, self.log_weights, self.log_std
+        if means.ndim < 3:
+            raise ValueError(
+                f"GaussianMixture: means {tuple(means.shape)} need at least the dimensions "
+                "(B, K, C)"
+            )
+        expected = (*means.shape[:2], 1, *means.shape[3:])
+        if log_weights.shape != expected:
+            raise ValueError(
+                f"GaussianMixture: log_weights {tuple(log_weights.shape)} do not fit means "
+                f"{tuple(means.shape)}; expected {expected}"
+            )
+        full = (means.shape[0], 1, 1, *means.shape[3:])
+        if log_std.ndim != means.ndim or any(
+            n not in (1, size) for n, size in zip(log_std.shape, full, strict=True)
+        ):
+            raise ValueError(
+                f"GaussianMixture: log_std {tuple(log_std.shape)} does not broadcast to {full}; "
+                "it is shared by all components and channels"
+            )
+        for name in ("means", "log_weights", "log_std"):
+            object.__setattr__(self, name, at_least_float(getattr(self, name)))
 
-    @fusible
-    def mean(self, slope: Tensor, quadratic: Tensor | float) -> Tensor:
-        """(B, C, *S)."""
-        logits, scale = self._logits(slope, quadratic)
-        moved = torch.addcmul(
-            sum_of_products(self.means, logits.softmax(1), 1).squeeze(1), self.var, slope
-        )
-        return torch.addcmul(self.origin, moved, scale)
-
-    @fusible
-    def mixture(self, slope: Tensor, quadratic: Tensor | float) -> GaussianMixture:
-        """Component k becomes N((mean_k + var slope) scale, var scale), relative to the origin."""
-        logits, scale = self._logits(slope, quadratic)
-        move, factor = self.var * scale * slope, scale.unsqueeze(1)
-        return GaussianMixture(
-            means=torch.addcmul(move.unsqueeze(1), self.means, factor).add_(
-                self.origin.unsqueeze(1)
-            ),
-            log_weights=logits.log_softmax(1),
-            log_std=self.log_std + 0.5 * factor.log(),
-        )
-
-    def _logits(self, slope: Tensor, quadratic: Tensor | float) -> tuple[Tensor, Tensor]:
-        """The log-weights up to a constant, (B, K, 1, *S), and what the variance is multiplied by."""
-        scale = (1 + self.var * quadratic).clamp(min=1e-6).reciprocal()
-        if torch.compiler.is_compiling():  # in its loops half_norms are computed sooner than read
-            factors = (scale * slope).unsqueeze(1) - (0.5 * scale * quadratic).unsqueeze(
-                1
-            ) * self.means
-            return self.log_weights + sum_of_products(self.means, factors, 2), scale
-        logits = torch.addcmul(
-            self.log_weights, scale.unsqueeze(1), sum_of_products(self.means, slope.unsqueeze(1), 2)
-        )
-        return torch.addcmul(
-            logits, (scale * quadratic).unsqueeze(1), self.half_norms, value=-1
-        ), scale
+    @classmethod
+    def point_mass(cls, mean: Tensor) -> GaussianMixture:
+        """Return one component without spread at (B, C, *S): ordinary flow matching."""
+        mean = mean.unsqueeze(1)
+        log_std = mean.new_full((len(mean), *[1] * (mean.ndim - 1)), -30.0)
+        return cls(mean, torch.zeros_like(mean[:, :, :1]), log_std)
 
 
-class TiltedMixture(GaussianMixture):
-    """A product of `Tilts` as a mixture. Its components are computed when they are asked for: its mean, and that of its own
-    tilts, come without."""
+@dataclass(frozen=True, eq=False)
+class TiltedMixture(Mixture):
+    """A mixture times exp(slope . (x - origin) - quadratic |x - origin|^2 / 2), renormalised.
 
-    def __init__(self, tilts: Tilts, slope: Tensor, quadratic: Tensor | float):
-        self.__dict__.update(
-            tilts=tilts, slope=slope, quadratic=quadratic
-        )  # frozen, as all mixtures
+    With offsets d_k = mean_k - origin and scale = 1 / (1 + var quadratic), component k is
+    N(origin + scale (d_k + var slope), scale var), and its log-weight grows by
+    scale (d_k . slope - quadratic |d_k|^2 / 2). Positions are relative to the mixture's mean, which
+    keeps digits in float32 where the variance is small beside the means.
 
-    means = property(lambda self: self._components.means)
-    log_weights = property(lambda self: self._components.log_weights)
-    log_std = property(lambda self: self._components.log_std)
+    Args:
+        origin: mean of the mixture before the tilt, (B, C, *S).
+        centred: that mixture, shifted by -origin.
+        half_norms: |d_k|^2 / 2, (B, K, 1, *S).
+        slope: broadcastable to (B, C, *S).
+        quadratic: number, or broadcastable to (B, 1, *S).
+    """
 
-    @cached_property
-    def _components(self) -> GaussianMixture:
-        with torch.enable_grad():  # whoever asks first
-            return self.tilts.mixture(self.slope, self.quadratic)
+    origin: Tensor
+    centred: GaussianMixture
+    half_norms: Tensor
+    slope: Tensor
+    quadratic: Tensor | float
+
+    @classmethod
+    def of(cls, mixture: Mixture) -> TiltedMixture:
+        """Return `mixture` with no tilt yet."""
+        origin = sum_of_products(mixture.means, mixture.weights, 1).squeeze(1)
+        offsets = mixture.means - origin.unsqueeze(1)
+        centred = GaussianMixture(offsets, mixture.log_weights, mixture.log_std)
+        half_norms = 0.5 * sum_of_products(offsets, offsets, 2)
+        return cls(origin, centred, half_norms, origin.new_zeros([1] * origin.ndim), 0.0)
+
+    def as_tilted(self) -> TiltedMixture:
+        """Return the mixture itself."""
+        return self
+
+    def tilted(self, linear: Tensor, quadratic: Tensor | float) -> TiltedMixture:
+        """Multiply by exp(linear . x - quadratic |x|^2 / 2); arguments as in `tilt`."""
+        slope = self.slope + (linear - quadratic * self.origin)
+        return replace(self, slope=slope, quadratic=self.quadratic + quadratic)
+
+    def with_tilt(self, slope: Tensor, quadratic: Tensor | float) -> TiltedMixture:
+        """Replace the tilt."""
+        return replace(self, slope=slope, quadratic=quadratic)
+
+    def untilted_gaussian(self) -> IsotropicGaussian:
+        """Return `moment_match()` of the mixture before the tilt."""
+        channels = self.centred.means.shape[2]
+        spread = sum_of_products(self.centred.weights, self.half_norms, 1).squeeze(1)
+        return IsotropicGaussian(self.origin, spread * (2 / channels) + self.centred.var.squeeze(1))
 
     def mean(self) -> Tensor:
-        return self.tilts.mean(self.slope, self.quadratic)
+        """Return E[x], (B, C, *S), without computing the components."""
+        logits, scale = self._logits()
+        mean = sum_of_products(self.centred.means, logits.softmax(1), 1).squeeze(1)
+        mean = torch.addcmul(mean, self.centred.var.squeeze(1), self.slope)
+        return torch.addcmul(self.origin, mean, scale)
 
-    def tilted_means(self) -> Callable[[Tensor, Tensor], Tensor]:
-        tilts = self.tilts
-        return lambda linear, quadratic: tilts.mean(
-            self.slope + tilts.slope(linear, quadratic), self.quadratic + quadratic
-        )
+    @cached_property
+    def components(self) -> GaussianMixture:
+        """The product as a mixture with components of its own."""
+        with torch.enable_grad():  # the first caller may be under no_grad, a later one not
+            logits, scale = self._logits()
+            move = self.centred.var.squeeze(1) * scale * self.slope
+            scale = scale.unsqueeze(1)
+            means = torch.addcmul(move.unsqueeze(1), self.centred.means, scale)
+            return GaussianMixture(
+                means=means.add_(self.origin.unsqueeze(1)),
+                log_weights=logits.log_softmax(1),
+                log_std=self.centred.log_std + 0.5 * scale.log(),
+            )
+
+    def _logits(self) -> tuple[Tensor, Tensor]:
+        """Return log-weights up to a constant, (B, K, 1, *S), and `scale`, (B, 1, *S)."""
+        scale = (1 + self.centred.var.squeeze(1) * self.quadratic).clamp(min=1e-6).reciprocal()
+        inner = sum_of_products(self.centred.means, self.slope.unsqueeze(1), 2)
+        logits = torch.addcmul(self.centred.log_weights, scale.unsqueeze(1), inner)
+        weight = (scale * self.quadratic).unsqueeze(1)
+        return torch.addcmul(logits, weight, self.half_norms, value=-1), scale
+
+    @property
+    def means(self) -> Tensor:
+        """Means of the product's components, (B, K, C, *S)."""
+        return self.components.means
+
+    @property
+    def log_weights(self) -> Tensor:
+        """Log-weights of the product's components, (B, K, 1, *S)."""
+        return self.components.log_weights
+
+    @property
+    def log_std(self) -> Tensor:
+        """Log-std of the product's components, broadcastable to (B, 1, 1, *S)."""
+        return self.components.log_std

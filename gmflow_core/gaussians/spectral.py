@@ -1,30 +1,46 @@
-"""Draws whose neighbouring pixels belong together: standard normal fields with a given power spectrum."""
+"""Correlated draws: standard normal fields with a given power spectrum."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .mixture import GaussianMixture
+from .mixture import Mixture
+from .quantile import mixture_quantile
+from .transport import Quantile
 
 
 def hartley(x: Tensor) -> Tensor:
-    """Real plus imaginary part of the orthonormal Fourier transform over space, (B, C, *S) -> (B, C, *S): the Hartley
-    transform (with the opposite sign of the sines). It is real, orthogonal, and its own inverse, whatever the size."""
+    """Return real plus imaginary part of the orthonormal Fourier transform over space.
+
+    This is the Hartley transform (with the opposite sign of the sines): real, orthogonal, and its
+    own inverse for every size. (B, C, *S) -> (B, C, *S).
+    """
     spectrum = torch.fft.fftn(x, dim=tuple(range(2, x.ndim)), norm="ortho")
     return spectrum.real + spectrum.imag
 
 
 def sample_with_spectrum(
-    mixture: GaussianMixture, log_power: Tensor, noise: Tensor, axes: Tensor | None = None
+    mixture: Mixture,
+    log_power: Tensor,
+    noise: Tensor,
+    axes: Tensor | None = None,
+    quantile: Quantile = mixture_quantile,
 ) -> Tensor:
-    """One draw of `mixture`, (B, C, *S), whose pixels each follow their own mixture and vary together as the spectrum says
-    (GMFlow, ICML 2025): noise with that spectrum goes through the inverse Knothe-Rosenblatt map.
+    """Draw from `mixture` with pixels that vary together as a power spectrum says.
+
+    Noise with that spectrum goes through the inverse Knothe-Rosenblatt map, so every pixel still
+    follows its own mixture (spectral sampling of GMFlow, ICML 2025).
 
     Args:
-        log_power: (B, C, *S), logarithm of the power at every frequency (in the FFT's order) of every principal axis; each
-            axis has the mean power 1. As much at -k as at k (as real images have) gives every pixel exactly its own mixture.
+        log_power: (B, C, *S), logarithm of the power at every frequency (in the FFT's order) of
+            every principal axis, with mean power 1 per axis. A spectrum that is equal at k and -k,
+            as real images have, gives every pixel exactly its own mixture.
         noise: standard normal, (B, C, *S).
         axes: recorded principal axes; `mixture.principal_axes()` if None.
+        quantile: see `GaussianMixture.from_normal`.
+
+    Returns:
+        (B, C, *S).
     """
-    return mixture.from_normal(hartley(noise * (0.5 * log_power).exp()), axes)
+    return mixture.from_normal(hartley(noise * (0.5 * log_power).exp()), axes, quantile)

@@ -1,37 +1,76 @@
-"""Samplers: pure functions (denoiser, x, sigmas, *, callback, ...) -> x.
+"""Solvers: pure functions (denoiser, x, sigmas, *, ..., callback=) -> x, and their registry.
 
-A denoiser is any callable (x, sigma) -> GaussianMixture over x_0, with x (B, C, *S) and sigma (B,). The sigmas are a
-descending sequence in [0, 1], such as `flow_sigmas` gives; one network call for each but the last.
+A denoiser is any callable (x, sigma) -> mixture of x_0, with x (B, C, *S) and sigma (B,). The
+sigmas are a descending sequence in [0, 1], such as `flow_sigmas` gives; there is one network call
+for each but the last. All solvers take the `Hooks` as keyword arguments.
 """
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..fast.tiled import Check
-from ..flow.path import reverse_transition, unshift_time, velocity_to_x0
+from ..fast.choice import quantile_form
+from ..flow.path import reverse_transition, unshift_time
 from ..flow.policy import DXPolicy, Policy
 from ..gaussians.draws import Generator, standard_normal
-from ..gaussians.mixture import GaussianMixture, IsotropicGaussian
+from ..gaussians.mixture import IsotropicGaussian, Mixture
 from ..gaussians.spectral import sample_with_spectrum
 from .denoisers import Denoiser
-from .guidance import MovedMixture, image_gaussian
-from .rollout import Constrain, rollout
+from .guidance import image_gaussian
+from .rollout import Check, Constrain, rollout
 from .second_order import Step, second_order
 
 Callback = Callable[[int, Tensor, Tensor], None]
 Spectrum = Callable[[IsotropicGaussian], Tensor]
 
 
+@dataclass(frozen=True)
+class Hooks:
+    """What a caller may do while a solver runs.
+
+    Args:
+        callback: called as callback(step, x, x0_mean) after each network call.
+        constrain: called as constrain(x, sigma) after every substep; returns the x to go on with.
+            For inpainting masks.
+        check: called at least once per step; an exception from it ends the sampling. For the
+            user's interruption.
+    """
+
+    callback: Callback | None = None
+    constrain: Constrain | None = None
+    check: Check | None = None
+
+    def report(self, step: int, x: Tensor, mean: Callable[[], Tensor]) -> None:
+        """Call the callback after a network call."""
+        if self.callback is not None:
+            self.callback(step, x, mean())
+
+    def settle(self, x: Tensor, sigma: float) -> Tensor:
+        """Return x at sigma as the constraint wants it."""
+        return x if self.constrain is None else self.constrain(x, x.new_full((), sigma))
+
+    def rollout(self, policy: Policy, x: Tensor, *arguments: Any, **settings: Any) -> Tensor:
+        """Return `rollout` under constraint and check."""
+        hooks = {"constrain": self.constrain, "check": self.check}
+        return rollout(policy, x, *arguments, **settings, **hooks)
+
+
 class Draws(NamedTuple):
-    """The random numbers of one GM-SDE step: component indices (B, *S), and standard normal noise (B, C, *S) for the
-    component and for the transition; the last step uses no transition noise."""
+    """Random numbers of one GM-SDE step.
+
+    Args:
+        component: component indices, (B, *S).
+        component_noise: standard normal noise around the component, (B, C, *S).
+        transition_noise: standard normal (B, C, *S); the last step uses none.
+    """
 
     component: Tensor
     component_noise: Tensor
@@ -39,17 +78,17 @@ class Draws(NamedTuple):
 
 
 class SpectralDraws(NamedTuple):
-    """The random numbers of one GM-SDE step with a spectrum: standard normal noise (B, C, *S) for the frequencies and for the
-    transition, and the principal axes (B, *1, C, C), whose signs are arbitrary."""
+    """Random numbers of one GM-SDE step with a spectrum.
+
+    Args:
+        spectral_noise: standard normal noise of the frequencies, (B, C, *S).
+        axes: principal axes, (B, *1, C, C), whose signs are arbitrary.
+        transition_noise: standard normal (B, C, *S); the last step uses none.
+    """
 
     spectral_noise: Tensor
     axes: Tensor | None
     transition_noise: Tensor | None
-
-
-def denoiser_of(network: Callable[[Tensor, Tensor], GaussianMixture]) -> Denoiser:
-    """The denoiser of a network that predicts mixtures of velocities."""
-    return lambda x, sigma: velocity_to_x0(network(x, sigma), x, sigma)
 
 
 def sample_gm_ode(
@@ -59,31 +98,37 @@ def sample_gm_ode(
     *,
     order: int = 2,
     substeps: int = 4,
-    callback: Callback | None = None,
-    constrain: Constrain | None = None,
-    check: Check | None = None,
+    shift: float = 1.0,
+    spacing: Literal["time", "sigma"] = "time",
+    **hooks: Any,
 ) -> Tensor:
-    """GM-ODE (GMFlow, ICML 2025): deterministic; between two network calls x follows the ODE of the predicted mixture.
+    """Sample with GM-ODE (GMFlow, ICML 2025), deterministically.
+
+    Between two network calls x follows the ODE of the predicted mixture.
 
     Args:
         x: (B, C, *S) at sigmas[0].
-        order: 1, or 2 for the second-order correction of every mixture but the first.
+        order: 1; or 2 for the second-order correction of every mixture but the first.
         substeps: Euler substeps between two network calls.
-        callback: called as callback(step, x, x0_mean) after each network call.
-        constrain, check: see `rollout`.
+        shift: time shift of the sigmas, see `shift_time`.
+        spacing: substeps of equal size in unshifted "time", as in the reference, or in "sigma".
+            They differ only if `shift` is not 1.
+        hooks: see `Hooks`.
 
     Returns:
         x at sigmas[-1].
 
     Raises:
-        ValueError: `order`, `substeps` or `sigmas` is out of range.
+        ValueError: `order`, `substeps`, `spacing` or `sigmas` is out of range.
     """
-    previous = None
+    if spacing not in ("time", "sigma"):
+        raise ValueError(f'spacing is {spacing!r}; it must be "time" or "sigma"')
+    hooks, previous = Hooks(**hooks), None
+    grid = shift if spacing == "time" else 1.0
     for index, (sigma, sigma_next) in enumerate(_intervals(sigmas)):
         mixture, previous = _predict(denoiser, x, sigma, sigma_next, order, previous)
-        if callback is not None:
-            callback(index, x, mixture.mean())
-        x = rollout(mixture, x, sigma, sigma_next, substeps, constrain=constrain, check=check)
+        hooks.report(index, x, mixture.mean)
+        x = hooks.rollout(mixture, x, sigma, sigma_next, substeps, shift=grid)
     return x
 
 
@@ -95,76 +140,50 @@ def sample_gm_sde(
     order: int = 2,
     spectrum: Spectrum | None = None,
     noise: Generator | Sequence[Draws | SpectralDraws] | None = None,
-    callback: Callback | None = None,
-    constrain: Constrain | None = None,
-    check: Check | None = None,
+    **hooks: Any,
 ) -> Tensor:
-    """GM-SDE (GMFlow, ICML 2025): at each step draw x_0 from the predicted mixture, then x at the next sigma given both.
+    """Sample with GM-SDE (GMFlow, ICML 2025).
+
+    Each step draws x_0 from the predicted mixture, then x at the next sigma given both.
 
     Args:
-        spectrum: called as spectrum(gaussian) with the Gaussian of x_0 (mean (B, C, *S), var (B, 1, *1)); gives the log
-            power spectrum (B, C, *S) of the draws, see `sample_with_spectrum`. None: every pixel is drawn on its own.
-        noise: a generator (a CPU one gives the same numbers on every device), one for each sample, or recorded draws, one
-            for each step.
+        spectrum: called as spectrum(gaussian) with the Gaussian of x_0 (mean (B, C, *S), var
+            (B, 1, *1)); returns the log power spectrum (B, C, *S) of the draws, see
+            `sample_with_spectrum`. None: every pixel is drawn on its own.
+        noise: a generator (a CPU one gives the same numbers on every device), one per sample, or
+            recorded draws, one per step.
         Other arguments, return value and errors as `sample_gm_ode`.
     """
-    intervals, previous = _intervals(sigmas), None
+    hooks, previous, intervals = Hooks(**hooks), None, _intervals(sigmas)
     recorded = isinstance(noise, Sequence) and not isinstance(noise[0], torch.Generator)
     if recorded and len(noise) != len(intervals):
         raise ValueError(
-            f"{len(noise)} recorded draws do not fit {len(intervals)} steps; give one for each"
+            f"{len(noise)} recorded draws do not fit {len(intervals)} steps; give one per step"
         )
     for index, (sigma, sigma_next) in enumerate(intervals):
         mixture, previous = _predict(denoiser, x, sigma, sigma_next, order, previous)
-        if callback is not None:
-            callback(index, x, mixture.mean())
-        if spectrum is not None:
-            draws = (
-                noise[index]
-                if recorded
-                else SpectralDraws(standard_normal(x.shape, noise, like=x), None, None)
-            )
-            log_power = spectrum(
-                mixture.gaussian if isinstance(mixture, MovedMixture) else image_gaussian(mixture)
-            )
-            x0 = sample_with_spectrum(mixture, log_power, draws.spectral_noise, draws.axes)
-        elif recorded:
-            draws = noise[index]
-            x0 = mixture.sample(component=draws.component, noise=draws.component_noise)
-        else:
-            x0 = mixture.sample(noise)
+        hooks.report(index, x, mixture.mean)
+        draws = noise[index] if recorded else None
+        x0 = _draw_x0(mixture, x, spectrum, noise, draws)
         if recorded:
             transition_noise = draws.transition_noise
         else:
             transition_noise = standard_normal(x.shape, noise, like=x0) if sigma_next > 0 else None
         x = reverse_transition(x0, x, sigma_next, sigma, transition_noise)
-        if constrain is not None:
-            x = constrain(x, x.new_full((), sigma_next))
-        if check is not None:
-            check()
+        x = hooks.settle(x, sigma_next)
+        if hooks.check is not None:
+            hooks.check()
     return x
 
 
 def sample_euler(
-    denoiser: Denoiser,
-    x: Tensor,
-    sigmas: Tensor | Sequence[float],
-    *,
-    callback: Callback | None = None,
-    constrain: Constrain | None = None,
-    check: Check | None = None,
+    denoiser: Denoiser, x: Tensor, sigmas: Tensor | Sequence[float], **hooks: Any
 ) -> Tensor:
-    """Euler steps along the mixture's mean velocity, as for any flow-matching model; arguments as `sample_gm_ode`."""
-    return sample_gm_ode(
-        denoiser,
-        x,
-        sigmas,
-        order=1,
-        substeps=1,
-        callback=callback,
-        constrain=constrain,
-        check=check,
-    )
+    """Sample with Euler steps along the mean velocity, as for any flow-matching model.
+
+    Arguments, return value and errors as `sample_gm_ode`.
+    """
+    return sample_gm_ode(denoiser, x, sigmas, order=1, substeps=1, **hooks)
 
 
 def sample_gm_policy(
@@ -177,33 +196,34 @@ def sample_gm_policy(
     temperature: float | None = None,
     stochasticity: float = 0.0,
     noise: Generator | None = None,
-    callback: Callback | None = None,
-    constrain: Constrain | None = None,
-    check: Check | None = None,
+    **hooks: Any,
 ) -> Tensor:
-    """The policy sampler of pi-Flow (Chen et al. 2025, arXiv 2510.14974): between two network calls x follows the policy that
-    the first one predicted.
+    """Sample with the policy sampler of pi-Flow (Chen et al. 2025, arXiv 2510.14974).
+
+    Between two network calls x follows the policy that the first one predicted.
 
     Args:
-        denoiser: as for `sample_gm_ode`, or one that gives DX policies.
-        substeps: Euler substeps for the whole of [0, 1] in unshifted time; a step gets its share, and 1 at least.
-        shift: the time shift of the sigmas, so that a step's substeps are of equal size in unshifted time.
-        temperature: of the mixture, in (0, 1], at every step but one that ends at 0: below 1 it sharpens. None is pi-Flow's
-            min(1, 0.1 (steps - 1)), of the steps of this call. A DX policy has none.
-        stochasticity: h >= 0. 0 is deterministic; above it each step goes to a lower sigma and adds noise back; 1 is as
-            stochastic as the SDE of DDPM.
-        noise: a generator (a CPU one gives the same numbers on every device), or one for each sample.
+        denoiser: as for `sample_gm_ode`, or one that returns DX policies.
+        substeps: Euler substeps for the whole of [0, 1] in unshifted time; each step takes its
+            share, and at least 1.
+        shift: time shift of the sigmas; a step's substeps are of equal size in unshifted time.
+        temperature: of the mixture, in (0, 1], at every step but one that ends at 0; below 1 it
+            sharpens. None: pi-Flow's min(1, 0.1 (steps - 1)), with the steps of this call. DX
+            policies have none.
+        stochasticity: h >= 0. 0 is deterministic; above it each step goes to a lower sigma and
+            adds noise back; 1 is as stochastic as the SDE of DDPM.
+        noise: a generator (a CPU one gives the same numbers on every device), or one per sample.
         Other arguments, return value and errors as `sample_gm_ode`.
 
     Raises:
-        ValueError: `temperature` or `stochasticity` is out of range.
+        ValueError: `temperature`, `stochasticity` or `substeps` is out of range.
     """
-    intervals = _intervals(sigmas)
+    hooks, intervals = Hooks(**hooks), _intervals(sigmas)
     if temperature is None:
         temperature = usual_temperature(len(intervals))
     elif not 0 < temperature <= 1:
         raise ValueError(
-            f"temperature {temperature} must be above 0 and at most 1, which leaves the mixture as it is"
+            f"temperature {temperature} must be above 0 and at most 1, which changes nothing"
         )
     if not stochasticity >= 0:
         raise ValueError(f"stochasticity {stochasticity} must be 0 (deterministic) or more")
@@ -211,79 +231,90 @@ def sample_gm_policy(
         raise ValueError(f"substeps is {substeps}; at least 1 is needed")
     for index, (sigma, sigma_next) in enumerate(intervals):
         policy = denoiser(x, _batch_sigma(x, sigma))
-        if callback is not None:
-            callback(index, x, policy.mean())
+        hooks.report(index, x, policy.mean)
         if temperature < 1 and sigma_next > 0 and not isinstance(policy, DXPolicy):
             policy = policy.with_temperature(temperature)
         kept = _kept_noise(sigma, sigma_next, stochasticity)
         signal = (1 - sigma_next) + sigma_next * kept
-        target = (
-            sigma_next * kept / signal
-        )  # where the rollout ends; what is missing to sigma_next is fresh noise
-        count = max(1, round((unshift_time(sigma, shift) - unshift_time(target, shift)) * substeps))
-        x = rollout(policy, x, sigma, target, count, shift=shift, constrain=constrain, check=check)
+        target = sigma_next * kept / signal  # the rollout's end; fresh noise leads to sigma_next
+        length = unshift_time(sigma, shift) - unshift_time(target, shift)
+        x = hooks.rollout(policy, x, sigma, target, max(1, round(length * substeps)), shift=shift)
         if kept < 1 and sigma_next > 0:
-            x = signal * x + sigma_next * math.sqrt(1 - kept**2) * standard_normal(
-                x.shape, noise, like=x
-            )
-            if constrain is not None:
-                x = constrain(x, x.new_full((), sigma_next))
+            fresh = sigma_next * math.sqrt(1 - kept**2)
+            x = signal * x + fresh * standard_normal(x.shape, noise, like=x)
+            x = hooks.settle(x, sigma_next)
     return x
 
 
 def usual_temperature(steps: int) -> float:
-    """pi-Flow's temperature for the GM policy; a single step takes none."""
+    """Return pi-Flow's temperature for the GM policy; 1 for a single step."""
     return min(1.0, 0.1 * (steps - 1)) if steps > 1 else 1.0
 
 
-def _kept_noise(sigma: float, sigma_next: float, stochasticity: float) -> float:
-    """How much of the noise in x at sigma_next comes from x at sigma, in [0, 1]; the rest is fresh (pi-Flow's flow map SDE)."""
-    if stochasticity == 0:
-        return 1.0
-    return (sigma_next * (1 - sigma) / (sigma * (1 - sigma_next))) ** (stochasticity**2)
-
-
 def sample_dpmpp_2m(
-    denoiser: Denoiser,
-    x: Tensor,
-    sigmas: Tensor | Sequence[float],
-    *,
-    callback: Callback | None = None,
-    constrain: Constrain | None = None,
-    check: Check | None = None,
+    denoiser: Denoiser, x: Tensor, sigmas: Tensor | Sequence[float], **hooks: Any
 ) -> Tensor:
-    """DPM-Solver++(2M) (Lu et al. 2022) on the mixture's mean, the usual second-order solver with one network call a step; the
-    first two steps (log alpha / sigma is infinite at sigma = 1) and one that ends at 0 are of first order. Arguments as
-    `sample_gm_ode`."""
-    previous = log_snr_previous = None
+    """Sample with DPM-Solver++(2M) (Lu et al. 2022) on the mixture's mean.
+
+    It is the usual second-order solver with one network call per step. The first two steps
+    (log alpha / sigma is infinite at sigma = 1) and one that ends at 0 are of first order.
+    Arguments, return value and errors as `sample_gm_ode`.
+    """
+    hooks, previous, log_snr_previous = Hooks(**hooks), None, math.inf
     for index, (sigma, sigma_next) in enumerate(_intervals(sigmas)):
-        mean = denoiser(x, _batch_sigma(x, sigma)).mean()
-        if callback is not None:
-            callback(index, x, mean)
+        mean = target = denoiser(x, _batch_sigma(x, sigma)).mean()
+        hooks.report(index, x, lambda mean=mean: mean)
         log_snr, log_snr_next = _log_snr(sigma), _log_snr(sigma_next)
-        target = mean
-        if previous is not None and math.isfinite(log_snr_previous) and math.isfinite(log_snr_next):
-            target = mean + (mean - previous) * (
-                0.5 * (log_snr_next - log_snr) / (log_snr - log_snr_previous)
-            )
-        # from the line through x and target at sigma_next: alpha_next target + the part of x that is noise
-        kept = sigma_next / sigma
+        if math.isfinite(log_snr_previous) and math.isfinite(log_snr_next):
+            ratio = (log_snr_next - log_snr) / (log_snr - log_snr_previous)
+            target = mean + (mean - previous) * (0.5 * ratio)
+        kept = sigma_next / sigma  # x_next = alpha_next target + the part of x that is noise
         x = kept * x + ((1 - sigma_next) - kept * (1 - sigma)) * target
         previous, log_snr_previous = mean, log_snr
-        if constrain is not None:
-            x = constrain(x, x.new_full((), sigma_next))
-        if check is not None:
-            check()
+        x = hooks.settle(x, sigma_next)
+        if hooks.check is not None:
+            hooks.check()
     return x
 
 
-SOLVERS = ("gm-ode", "gm-sde", "gm-policy", "euler", "dpmpp-2m")
-MEAN_SOLVERS = ("euler", "dpmpp-2m")  # that follow the mean only
-SUBSTEPS = {
-    "gm-ode": 8,
-    "gm-policy": 128,
-}  # a usual number: between two network calls, and over all of [0, 1]
-FINAL_STEP_SIZE = 0.5  # of the last step beside the others, in the time grids that pi-Flow's adapters are made for
+@dataclass(frozen=True)
+class Solver:
+    """An entry of the registry `SOLVERS`.
+
+    Args:
+        name: as users write it.
+        title: as plots show it.
+        sample: the function.
+        needs_mixture: False if it follows the mean only.
+        substeps: usual number of substeps, as the solver counts them; None if it has none.
+    """
+
+    name: str
+    title: str
+    sample: Callable[..., Tensor]
+    needs_mixture: bool = True
+    substeps: int | None = None
+
+    @property
+    def settings(self) -> frozenset[str]:
+        """Names of the keyword arguments that `sample` takes, without the hooks."""
+        parameters = inspect.signature(self.sample).parameters.values()
+        return frozenset(each.name for each in parameters if each.kind is each.KEYWORD_ONLY)
+
+
+SOLVERS = {
+    solver.name: solver
+    for solver in (
+        Solver("gm-ode", "GM-ODE", sample_gm_ode, substeps=8),
+        Solver("gm-sde", "GM-SDE", sample_gm_sde),
+        Solver("gm-policy", "GM policy", sample_gm_policy, substeps=128),
+        Solver("euler", "Euler on the mean", sample_euler, needs_mixture=False),
+        Solver("dpmpp-2m", "DPM-Solver++(2M)", sample_dpmpp_2m, needs_mixture=False),
+    )
+}
+SUBSTEPS = {name: solver.substeps for name, solver in SOLVERS.items() if solver.substeps}
+MEAN_SOLVERS = tuple(name for name, solver in SOLVERS.items() if not solver.needs_mixture)
+FINAL_STEP_SIZE = 0.5  # last step relative to the others, in the time grids of pi-Flow's adapters
 
 
 def solve(
@@ -292,44 +323,34 @@ def solve(
     x: Tensor,
     sigmas: Tensor | Sequence[float],
     *,
-    order: int = 2,
-    substeps: int | None = None,
-    shift: float = 1.0,
-    temperature: float | None = None,
-    stochasticity: float = 0.0,
-    spectrum: Spectrum | None = None,
-    noise: Generator | None = None,
     callback: Callback | None = None,
     constrain: Constrain | None = None,
     check: Check | None = None,
+    **settings: Any,
 ) -> Tensor:
-    """The solver of that name, for users who choose one from a list; it takes of the settings what it knows.
+    """Run the solver of that name with those of the settings that it takes.
 
     Args:
-        substeps: what the solver means by it; its entry in SUBSTEPS if None.
-        Others: of the solvers.
+        solver: a name in SOLVERS.
+        settings: settings of any solver: `order`, `substeps` (the solver's usual number if None),
+            `shift`, `spacing`, `temperature`, `stochasticity`, `spectrum`, `noise`.
+        Other arguments of the solvers.
 
     Raises:
-        ValueError: `solver` is not one of SOLVERS; or as the solvers.
+        ValueError: `solver` is unknown; or as the solvers.
+        TypeError: no solver has a setting of that name.
     """
-    shared = {"callback": callback, "constrain": constrain, "check": check}
-    substeps = SUBSTEPS.get(solver) if substeps is None else substeps
-    if solver == "gm-ode":
-        return sample_gm_ode(denoiser, x, sigmas, order=order, substeps=substeps, **shared)
-    if solver == "gm-sde":
-        return sample_gm_sde(
-            denoiser, x, sigmas, order=order, spectrum=spectrum, noise=noise, **shared
-        )
-    if solver == "gm-policy":
-        shared.update(
-            shift=shift, temperature=temperature, stochasticity=stochasticity, noise=noise
-        )
-        return sample_gm_policy(denoiser, x, sigmas, substeps=substeps, **shared)
-    if solver == "euler":
-        return sample_euler(denoiser, x, sigmas, **shared)
-    if solver == "dpmpp-2m":
-        return sample_dpmpp_2m(denoiser, x, sigmas, **shared)
-    raise ValueError(f"solver {solver!r} is unknown; choose one of {', '.join(SOLVERS)}")
+    if solver not in SOLVERS:
+        raise ValueError(f"solver {solver!r} is unknown; choose one of {', '.join(SOLVERS)}")
+    unknown = settings.keys() - frozenset().union(*(each.settings for each in SOLVERS.values()))
+    if unknown:
+        raise TypeError(f"no solver has the settings {', '.join(sorted(unknown))}")
+    chosen = SOLVERS[solver]
+    if settings.get("substeps") is None:
+        settings["substeps"] = chosen.substeps
+    taken = {name: value for name, value in settings.items() if name in chosen.settings}
+    hooks = {"callback": callback, "constrain": constrain, "check": check}
+    return chosen.sample(denoiser, x, sigmas, **taken, **hooks)
 
 
 def _predict(
@@ -339,8 +360,8 @@ def _predict(
     sigma_next: float,
     order: int,
     previous: Step | None,
-) -> tuple[GaussianMixture, Step | None]:
-    """One network call, corrected if `order` is 2: the mixture, and what the next correction needs."""
+) -> tuple[Mixture, Step | None]:
+    """Call the network once; return the mixture, corrected if `order` is 2, and this step."""
     if order not in (1, 2):
         raise ValueError(f"order is {order}; it can be 1 or 2")
     mixture = denoiser(x, _batch_sigma(x, sigma))
@@ -352,20 +373,48 @@ def _predict(
     return mixture, step
 
 
+def _draw_x0(
+    mixture: Mixture,
+    x: Tensor,
+    spectrum: Spectrum | None,
+    noise: Generator | None,
+    draws: Draws | SpectralDraws | None,
+) -> Tensor:
+    """Draw x_0, (B, C, *S), with a spectrum or pixel by pixel; recorded draws replace `noise`."""
+    if spectrum is None:
+        if draws is None:
+            return mixture.sample(noise)
+        return mixture.sample(component=draws.component, noise=draws.component_noise)
+    draws = draws or SpectralDraws(standard_normal(x.shape, noise, like=x), None, None)
+    log_power = spectrum(image_gaussian(mixture))
+    quantile = quantile_form(x.device)
+    return sample_with_spectrum(mixture, log_power, draws.spectral_noise, draws.axes, quantile)
+
+
+def _kept_noise(sigma: float, sigma_next: float, stochasticity: float) -> float:
+    """Return the share of the noise in x at sigma_next that comes from x at sigma, in [0, 1].
+
+    The rest is fresh noise (pi-Flow's flow map SDE).
+    """
+    if stochasticity == 0:
+        return 1.0
+    return (sigma_next * (1 - sigma) / (sigma * (1 - sigma_next))) ** (stochasticity**2)
+
+
 def _batch_sigma(x: Tensor, sigma: float) -> Tensor:
-    """`sigma` for every sample, (B,)."""
+    """Return `sigma` for every sample, (B,)."""
     return x.new_full((x.shape[0],), sigma, dtype=torch.float32)
 
 
 def _log_snr(sigma: float) -> float:
-    """log(alpha / sigma), infinite at both ends."""
+    """Return log(alpha / sigma), infinite at both ends."""
     if sigma in (0, 1):
         return math.inf if sigma == 0 else -math.inf
     return math.log((1 - sigma) / sigma)
 
 
 def _intervals(sigmas: Tensor | Sequence[float]) -> list[tuple[float, float]]:
-    """(sigma, next sigma) of every step."""
+    """Return (sigma, next sigma) of every step."""
     values = sigmas.tolist() if isinstance(sigmas, Tensor) else [float(s) for s in sigmas]
     intervals = list(itertools.pairwise(values))
     if not intervals or any(not 1 >= high > low >= 0 for high, low in intervals):

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..flow.path import flow_sigmas
 from ..pictures import contact_sheet
-from ..sampling.solvers import denoiser_of, solve
+from ..sampling.denoisers import denoiser_of
+from ..sampling.solvers import solve
 from .checkerboard import total_variation
 from .density_picture import density_picture
 

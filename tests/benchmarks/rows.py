@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gmflow_core import GaussianMixture, flow_sigmas, sample_gm_ode, transition_nll
-from gmflow_core.fast.compiling import METHOD_VARIABLE, METHODS
+from gmflow_core.fast.choice import METHOD_VARIABLE, METHODS, quantile_form
 from gmflow_core.gaussians.spectral import sample_with_spectrum
 from gmflow_core.sampling.denoisers import class_denoiser
 from gmflow_core.sampling.guidance import Guidance

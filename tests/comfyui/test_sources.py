@@ -18,8 +18,8 @@ from gmflow_core import (
     save_checkpoint,
     save_source,
 )
-from gmflow_core.sampling.denoisers import autoguided, class_denoiser
-from gmflow_core.sampling.solvers import denoiser_of, solve
+from gmflow_core.sampling.denoisers import autoguided, class_denoiser, denoiser_of
+from gmflow_core.sampling.solvers import solve
 from tests.diffusers_folder import random_model
 from tests.helpers import normal
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gmflow_core import GaussianMixture, probabilistic_guidance
-from gmflow_core.sampling.guidance import image_gaussian, image_mean
+from gmflow_core.sampling.guidance import image_gaussian, image_mean, shift_of
 from tests.helpers import (
     F64,
     SPACES,
@@ -26,13 +26,13 @@ def test_the_bias_has_the_mean_square_and_the_direction_asked_for(space, scale, 
     mean, difference = cond.mean().flatten(1), (cond.mean() - uncond_mean).flatten(1)
     covariance = cond.covariance()
     variance = covariance.diagonal(dim1=-2, dim2=-1).flatten(1).mean(1)
-    assert is_near(guided.bias.square().flatten(1).mean(1), scale**2 * variance, 1e-12)
+    assert is_near(shift_of(guided).bias.square().flatten(1).mean(1), scale**2 * variance, 1e-12)
     parallel = (difference * mean).sum(1, keepdim=True) / mean.square().sum(1, keepdim=True) * mean
     expected = difference - orthogonal * parallel
-    cosine = torch.nn.functional.cosine_similarity(guided.bias.flatten(1), expected)
+    cosine = torch.nn.functional.cosine_similarity(shift_of(guided).bias.flatten(1), expected)
     assert is_near(cosine, torch.ones_like(cosine), 1e-12)
     if orthogonal == 1:
-        assert (guided.bias.flatten(1) * mean).sum(1).abs().max() < 1e-12
+        assert (shift_of(guided).bias.flatten(1) * mean).sum(1).abs().max() < 1e-12
 
 
 def test_the_guided_mixture_is_cond_times_the_quotient_of_the_two_gaussians():
@@ -43,7 +43,7 @@ def test_the_guided_mixture_is_cond_times_the_quotient_of_the_two_gaussians():
     def log_ratio(x):
         target = (
             -0.5
-            * (x - gaussian.mean - guided.bias).square().sum(1)
+            * (x - gaussian.mean - shift_of(guided).bias).square().sum(1)
             / (0.64 * gaussian.var.squeeze(1))
         )
         log_quotient = target + 0.5 * (x - gaussian.mean).square().sum(1) / gaussian.var.squeeze(1)
@@ -58,7 +58,7 @@ def test_the_guided_mixture_is_cond_times_the_quotient_of_the_two_gaussians():
 def test_with_one_component_guidance_shifts_and_narrows_it():
     cond = random_mixture(components=1, dtype=F64)
     guided = probabilistic_guidance(cond, normal(2, 3, 2, 3, dtype=F64), 0.6)
-    assert is_near(guided.means[:, 0], cond.means[:, 0] + guided.bias, 1e-12)
+    assert is_near(guided.means[:, 0], cond.means[:, 0] + shift_of(guided).bias, 1e-12)
     assert is_near(guided.var, 0.64 * cond.var, 1e-12)
 
 
@@ -83,16 +83,18 @@ def test_one_scale_for_each_sample_equals_one_by_one():
             cond.means[b : b + 1], cond.log_weights[b : b + 1], cond.log_std[b : b + 1]
         )
         alone = probabilistic_guidance(part, uncond_mean[b : b + 1], scale)
-        assert is_near(together.bias[b : b + 1], alone.bias, 1e-6)
+        assert is_near(shift_of(together).bias[b : b + 1], shift_of(alone).bias, 1e-6)
         assert is_near(together.means[b : b + 1], alone.means, 1e-6)
 
 
 def test_a_guided_mixture_remembers_what_it_was_made_of():
     cond = random_mixture()
     guided = probabilistic_guidance(cond, cond.mean() + 1, 0.3)
-    assert is_near(guided.gaussian.mean - guided.bias, cond.mean())
-    assert guided.scale.flatten().tolist() == pytest.approx([0.3])
-    assert is_near(image_mean(guided.bias.square()), 0.09 * image_gaussian(cond).var, 1e-5)
+    assert is_near(image_gaussian(guided).mean - shift_of(guided).bias, cond.mean())
+    assert shift_of(guided).weight.sqrt().flatten().tolist() == pytest.approx([0.3, 0.3])
+    assert is_near(
+        image_mean(shift_of(guided).bias.square()), 0.09 * image_gaussian(cond).var, 1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -117,6 +119,6 @@ def test_golden_guidance(scale, orthogonal):
     assert is_near(uncond_mean, figures["uncond_mean"])
     assert is_near(gaussian.mean, figures["cond.mean"])
     assert is_near(gaussian.var, figures["cond.var"])
-    assert is_near(guided.bias, figures[f"{case}.bias"])
-    assert is_near(gaussian.mean + guided.bias, figures[f"{case}.mean"])
+    assert is_near(shift_of(guided).bias, figures[f"{case}.bias"])
+    assert is_near(gaussian.mean + shift_of(guided).bias, figures[f"{case}.mean"])
     assert same_mixture(guided, golden_mixture("guidance", f"{case}.gm"))

@@ -231,13 +231,13 @@ def test_hidden_or_diagonal_modes_and_wrong_shapes_are_refused():
     with pytest.raises(ValueError, match="give the source, too"):
         sample_images(network, labels, modes=labels)
     with pytest.raises(
-        ValueError, match=r"gm-ode .* does not know the modes; take one of euler, dpmpp-2m"
+        ValueError, match=r"gm-ode .* does not know the modes; use one of euler, dpmpp-2m"
     ):
         sample_images(network, labels, source=SOURCE)
     diagonal = GaussianMixtureSource(
         SOURCE.means, SOURCE.std.expand_as(SOURCE.means), SOURCE.log_weights
     )
-    with pytest.raises(ValueError, match=r"gm-sde .* its modes are diagonal; take one of euler"):
+    with pytest.raises(ValueError, match=r"gm-sde .* its modes are diagonal; use one of euler"):
         sample_images(network, None, solver="gm-sde", source=diagonal, modes=labels)
     settings = {"solver": "euler", "steps": 2, "modes": labels}
     same = [
@@ -249,5 +249,5 @@ def test_hidden_or_diagonal_modes_and_wrong_shapes_are_refused():
     ):
         sample_images(network, None, source=SOURCE, size=(2, 2), **settings)
     for given in ({"labels": labels}, {"labels": None, "source": SOURCE, "modes": labels}):
-        with pytest.raises(ValueError, match="take autoguidance"):
+        with pytest.raises(ValueError, match="use autoguidance"):
             sample_images(network, **given, guidance=Guidance(0.3))

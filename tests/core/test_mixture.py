@@ -8,7 +8,7 @@ import torch
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 from gmflow_core import GaussianMixture, IsotropicGaussian
-from gmflow_core.gaussians import quantile as transport
+from gmflow_core.fast.quantiles import quantile_by_sections
 from gmflow_core.gaussians.quantile import mixture_quantile
 from tests.helpers import (
     F64,
@@ -111,18 +111,17 @@ def test_means_that_a_tilted_mixture_has_without_its_components_are_theirs(space
     first, second = (
         (linear, quadratic.expand(2, 1, *[1] * len(space))) for linear, quadratic in factors
     )
-    tilted = mixture.tilt(*first)
+    tilted = mixture.as_tilted().tilted(*first)
     components = GaussianMixture(tilted.means, tilted.log_weights, tilted.log_std)
     assert is_near(tilted.mean(), components.mean(), 1e-12)
-    assert is_near(tilted.tilted_means()(*second), components.tilt(*second).mean(), 1e-12)
+    assert is_near(tilted.tilted(*second).mean(), components.tilt(*second).mean(), 1e-12)
 
 
 def test_a_tilted_mixtures_components_have_gradients_whoever_asks_first():
     mixture = random_mixture()
     means = mixture.means.clone().requires_grad_()
-    tilted = GaussianMixture(means, mixture.log_weights, mixture.log_std).tilt(
-        normal(2, 3, 2, 3), torch.ones(2, 1, 1, 1)
-    )
+    tilted = GaussianMixture(means, mixture.log_weights, mixture.log_std).as_tilted()
+    tilted = tilted.tilted(normal(2, 3, 2, 3), torch.ones(2, 1, 1, 1))
     with torch.no_grad():
         assert tilted.covariance().isfinite().all()
         assert tilted.mean().isfinite().all()
@@ -345,14 +344,12 @@ def hard_mixtures():
         )
 
 
-@pytest.mark.parametrize("drop_out", [True, False])
+@pytest.mark.parametrize("quantile", [mixture_quantile, quantile_by_sections])
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
-def test_quantiles_of_hard_mixtures_converge(drop_out, dtype, monkeypatch):
-    solve = transport._quantile
-    monkeypatch.setattr(transport, "_quantile", lambda *args, **_: solve(*args, drop_out=drop_out))
+def test_quantiles_of_hard_mixtures_converge(quantile, dtype):
     for case in hard_mixtures():
         means, log_weights, z = (each.to(dtype).double() for each in case)
-        x = transport.mixture_quantile(
+        x = quantile(
             means.to(dtype), torch.ones(1, 1, dtype=dtype), log_weights.to(dtype), z.to(dtype)
         )
         score = normal_score(
@@ -507,10 +504,12 @@ def test_golden_quantiles():
 @pytest.mark.parametrize("space", SPACES)
 def test_means_of_many_tilts_are_those_of_each(components, space):
     mixture = random_mixture(components=components, space=space, dtype=F64)
-    means = mixture.tilted_means()
+    tilted = mixture.as_tilted()
     for seed, quadratic in ((1, 0.7), (2, -0.5), (3, 0.0)):
         linear, quadratic = (
             normal(2, 3, *space, seed=seed, dtype=F64),
             torch.full((2, 1, *[1] * len(space)), quadratic, dtype=F64),
         )
-        assert is_near(means(linear, quadratic), mixture.tilt(linear, quadratic).mean(), 1e-12)
+        assert is_near(
+            tilted.tilted(linear, quadratic).mean(), mixture.tilt(linear, quadratic).mean(), 1e-12
+        )

@@ -16,8 +16,9 @@ from gmflow_core.flow.path import (
     velocity_to_x0,
 )
 from gmflow_core.gaussians.mixture import GaussianMixture
+from gmflow_core.sampling.denoisers import denoiser_of
 from gmflow_core.sampling.rollout import rollout
-from gmflow_core.sampling.solvers import denoiser_of, sample_euler, sample_gm_ode, sample_gm_sde
+from gmflow_core.sampling.solvers import sample_euler, sample_gm_ode, sample_gm_sde
 from gmflow_core.source.source import GaussianMixtureSource
 from tests.helpers import F64, is_near, normal
 

@@ -1,11 +1,9 @@
 """The substep loop against a slow, obvious one: a float64 loop over pixels with the posterior in plain Bayes form."""
 
-import importlib
 import importlib.util
 import logging
 import math
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +12,7 @@ import pytest
 import torch
 
 from gmflow_core import GaussianMixture, rollout
-from gmflow_core.fast import choice, tiled
+from gmflow_core.fast import choice, compiling, tiled
 from tests.helpers import F64, SPACES, cast, is_near, normal, random_mixture
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -22,18 +20,16 @@ ROOT = Path(__file__).parents[2]
 NO_TRITON = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs Triton: pip install triton (Linux)"
 )
-NO_COMPILER = pytest.mark.skipif(
-    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler"
-)
 METHODS = ["plain", "tiled", pytest.param("triton", marks=NO_TRITON)]
-ways = importlib.import_module("gmflow_core.sampling.rollout")
 
 
 @pytest.fixture(autouse=True)
 def tiles_of_a_few_pixels_and_no_silent_fallback(monkeypatch):
     monkeypatch.setattr(tiled, "TILE", {"cpu": 20, "gpu": 20})
-    monkeypatch.setattr(choice, "_say_once", lambda method, why: pytest.fail(f"{method}: {why}"))
-    monkeypatch.setattr(choice, "declined", set())
+    monkeypatch.setattr(
+        choice, "decline", lambda kind, what, error: pytest.fail(f"{what}: {error}")
+    )
+    compiling.declined.clear()
 
 
 def same_way(method, mixture, x, *args, **options):
@@ -166,45 +162,6 @@ def test_nearly_certain_components_act_as_atoms(method, components, log_std):
     assert is_near(same_way(method, mixture, x, 1.0, 0.0, 4), expected, 5e-6)
 
 
-@NO_COMPILER
-def test_the_compiled_substep_agrees():
-    for size in ((12, 3), (3, 4)):
-        mixture, x = (
-            random_mixture(components=size[0], channels=size[1], dtype=F64),
-            normal(2, size[1], 2, 3, dtype=F64),
-        )
-        assert is_near(
-            same_way("compiled", mixture, x, 0.9, 0.1, 5),
-            rollout(mixture, x, 0.9, 0.1, 5, method="plain"),
-            3e-6,
-        )
-
-
-def test_what_does_not_compile_runs_as_it_is(monkeypatch, caplog):
-    monkeypatch.undo()
-
-    def no_compiler(function, **options):
-        def run(*arguments):
-            raise RuntimeError("no C++ compiler was found")
-
-        return run
-
-    monkeypatch.setattr(torch, "compile", no_compiler)
-    monkeypatch.setattr(choice, "_compiled_code", choice._compiled_code.__wrapped__)
-    monkeypatch.setattr(choice, "declined", set())
-    choice.log_once.cache_clear()
-    mixture, x = random_mixture(), normal(2, 3, 2, 3)
-    with caplog.at_level(logging.WARNING):
-        for _ in range(2):
-            assert torch.equal(
-                rollout(mixture, x, 1.0, 0.0, 6, method="compiled"),
-                rollout(mixture, x, 1.0, 0.0, 6),
-            )
-    assert [record.message for record in caplog.records] == [
-        "GMFlow: no rollout by compiled (RuntimeError: no C++ compiler was found); tiles do the same"
-    ]
-
-
 @NO_TRITON
 def test_the_kernel_compiles_and_keeps_a_pixel_in_registers(tmp_path):
     """For GPUs that need not be there: of compute capability 8.0 and 9.0."""
@@ -239,7 +196,7 @@ for K, C, columns, gram in ((8, 16, 8, True), (8, 4, 4, False)):
 @NO_TRITON
 def test_mixtures_that_do_not_fit_a_thread_are_told_once(monkeypatch, caplog):
     monkeypatch.undo()
-    choice.log_once.cache_clear()
+    compiling.log_once.cache_clear()
     mixture, x = random_mixture(components=64), normal(2, 3, 2, 3)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
@@ -307,15 +264,12 @@ def test_gradients_are_those_of_the_definition():
 
 def test_the_method_is_chosen_and_falls_back(monkeypatch, caplog):
     mixture, x, taken = random_mixture(), normal(2, 3, 2, 3), []
-    for name in ("_plain", "_tiled"):
-        way = getattr(ways, name)
-        monkeypatch.setattr(
-            ways, name, lambda *args, name=name, way=way: taken.append(name) or way(*args)
-        )
+    tiles = tiled.rollout_in_tiles
+    monkeypatch.setattr(tiled, "rollout_in_tiles", lambda *args: taken.append(1) or tiles(*args))
     expected = rollout(mixture, x, 1.0, 0.0, 3)
     monkeypatch.setenv("GMFLOW_METHOD", "plain")
     rollout(mixture, x, 1.0, 0.0, 3)
-    assert taken == ["_tiled", "_plain"]
+    assert len(taken) == 1  # the definition is not in tiles
     monkeypatch.setenv("GMFLOW_METHOD", "fast")
     with pytest.raises(ValueError, match=r"'fast'.*GMFLOW_METHOD.*plain, tiled, compiled, triton"):
         rollout(mixture, x, 1.0, 0.0, 3)
@@ -323,8 +277,8 @@ def test_the_method_is_chosen_and_falls_back(monkeypatch, caplog):
     monkeypatch.setitem(
         sys.modules, "gmflow_core.fast.triton_kernel", None
     )  # as if it could not be imported
-    monkeypatch.setattr(choice, "declined", set())
-    choice.log_once.cache_clear()
+    compiling.declined.clear()
+    compiling.log_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         assert torch.equal(
             rollout(mixture, x, 1.0, 0.0, 3, method="triton"),
@@ -332,7 +286,7 @@ def test_the_method_is_chosen_and_falls_back(monkeypatch, caplog):
         )
     assert is_near(rollout(mixture, x, 1.0, 0.0, 3, method="triton"), expected)
     assert [record.message.split(" (")[0] for record in caplog.records] == [
-        "GMFlow: no rollout by triton"
+        "GMFlow: no rollout by Triton"
     ]
 
 

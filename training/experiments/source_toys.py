@@ -23,7 +23,8 @@ from gmflow_core.flow.path import diffuse, flow_sigmas
 from gmflow_core.gaussians.mixture import GaussianMixture
 from gmflow_core.models.mlp import GMFlowMLP, GMFlowMLPConfig
 from gmflow_core.pictures import contact_sheet
-from gmflow_core.sampling.solvers import denoiser_of, solve
+from gmflow_core.sampling.denoisers import denoiser_of
+from gmflow_core.sampling.solvers import solve
 from gmflow_core.source.em import fit_mixture
 from gmflow_core.source.files import load_source, read_source_metadata, save_source
 from gmflow_core.source.source import GaussianMixtureSource

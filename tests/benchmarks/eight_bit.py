@@ -235,7 +235,7 @@ def child_speed(quantized: Any, path: str, repeats: int, side: int) -> dict[str,
 
 def run_child(part: str, **options: Any) -> Any:
     """The answer of a child process."""
-    from tests.comfyui.conftest import COMFYUI, comfyui_python
+    from tests.comfyui.installation import COMFYUI, comfyui_python
 
     if not (COMFYUI / "main.py").is_file():
         raise SystemExit(f"no ComfyUI in {COMFYUI}; set COMFYUI_PATH")
@@ -294,7 +294,8 @@ def measure_memory(folder: Path) -> dict:
 
 
 def measure_error(folder: Path) -> dict:
-    from tests.comfyui.bases import flux_shapes, random_weights, write, write_adapter
+    from tests.comfyui.adapters import write_adapter
+    from tests.comfyui.bases import flux_shapes, random_weights, write
 
     adapter = write_adapter(
         folder / "adapter.safetensors", hidden=512, depth=2, single=4, rank=32, strength=0.1
@@ -407,7 +408,8 @@ def compute_need() -> list[dict]:
     Activations are ComfyUI's own estimate for 1024 x 1024 without a negative prompt (`memory_usage_factor`, 0.33), or the least
     that it leaves for them; the reserve is what it leaves free besides on Linux; one layer is expanded at a time.
     """
-    from tests.comfyui.bases import adapter_shapes, flux_shapes, qwen_image_shapes
+    from tests.comfyui.adapters import adapter_shapes
+    from tests.comfyui.bases import flux_shapes, qwen_image_shapes
 
     models = {
         "FLUX.1": (flux_shapes(3072, 19, 38), adapter_shapes("flux", 3072, 19, 38), 3.1),

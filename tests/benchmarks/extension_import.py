@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 
-from tests.comfyui.conftest import COMFYUI, REPOSITORY, comfyui_python
+from tests.comfyui.installation import COMFYUI, REPOSITORY, comfyui_python
 
 HEAVY = (
     "accelerate",

@@ -20,7 +20,7 @@ from gmflow_core.models.gmdit import GMDiT, GMDiTConfig
 from gmflow_core.sampling.images import sample_images
 from gmflow_core.sampling.solvers import solve
 from gmflow_core.toys.checkerboard import draw_checkerboard
-from tests.comfyui.conftest import COMFYUI
+from tests.comfyui.installation import COMFYUI
 from training import checkerboard, imagenet
 from training.data.shards import FORMAT, write_index, write_shard
 

@@ -24,10 +24,10 @@ from gmflow_core.toys.checkerboard import (
 )
 from gmflow_core.toys.density_picture import density_picture
 
-from .bases import WORKFLOWS, write_workflow_files
 from .client import Comfy, PromptError
-from .conftest import GGUF_HOW_TO
 from .graphs import NOT_FITTING, latent_of
+from .installation import GGUF_HOW_TO
+from .stand_in_files import WORKFLOWS, write_workflow_files
 
 API = sorted((WORKFLOWS / "api").glob("*.json"))
 PICTURES = {

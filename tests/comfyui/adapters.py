@@ -31,14 +31,15 @@ def write_adapter(
     dtype: torch.dtype = torch.bfloat16,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """An adapter in the published layout: LoRA weights by diffusers' names, and the head's weights.
+    """Write an adapter in the published layout: LoRA weights by diffusers' names, and a head.
 
     Args:
         base: "flux", "qwen" or "flux2".
-        K: number of components; `grid` is the number of grid points of a DX adapter.
+        K: number of components of a GM adapter.
         policy: "GM" or "DX".
-        strength: scale of the LoRA's change of a layer, relative to the layer of a random base.
-        metadata: of the file; its policy_config if None.
+        grid: number of grid points of a DX adapter.
+        strength: size of the LoRA's change of a layer, relative to a random base's layer.
+        metadata: metadata of the file; its policy_config if None.
     """
     shapes = adapter_shapes(base, hidden, depth, single, rank, K, logstd_inner, policy, grid)
     weights = random_weights(shapes, seed, torch.float32)
@@ -46,7 +47,7 @@ def write_adapter(
         if ".lora_B." in name:
             weight *= strength
     head, count = ("proj_out_means", K) if policy == "GM" else ("proj_out", grid)
-    for name in (f"{head}.weight", f"{head}.bias"):  # the components have something in common
+    for name in (f"{head}.weight", f"{head}.bias"):  # components scatter around a common one
         each = weights[name].view(count, CHANNELS[base], -1)
         each.copy_(each[:1] + 0.5 * each)
     if policy == "GM":
@@ -72,7 +73,11 @@ def adapter_shapes(
     policy: str = "GM",
     grid: int = 10,
 ) -> Shapes:
-    """Names and shapes of an adapter; `count` is the number of components."""
+    """Return names and shapes of an adapter with `count` components.
+
+    Raises:
+        ValueError: `base` or `policy` is unknown.
+    """
     if base not in CHANNELS:
         raise ValueError(f"base is {base!r}, not one of {', '.join(CHANNELS)}")
     if policy not in ("GM", "DX"):
@@ -93,7 +98,10 @@ def adapter_shapes(
 
 
 def lora_layers(base: str, hidden: int, depth: int, single: int) -> dict[str, tuple[int, int]]:
-    """The layers that a published adapter changes, by diffusers' names: inputs and outputs."""
+    """Return inputs and outputs of the layers that a published adapter changes, by name.
+
+    Names are those of diffusers.
+    """
     wide = MLP_RATIO[base] * hidden
     embedder = "time_guidance_embed" if base == "flux2" else "time_text_embed"
     layers = {
@@ -107,7 +115,7 @@ def lora_layers(base: str, hidden: int, depth: int, single: int) -> dict[str, tu
                 (hidden, wide),
                 (wide, hidden),
             )
-            if i < depth - 1:  # the last block's text goes nowhere
+            if i < depth - 1:  # the last block's text output is not used
                 layers[f"{block}.txt_mlp.net.0.proj"], layers[f"{block}.txt_mlp.net.2"] = (
                     (hidden, wide),
                     (wide, hidden),
@@ -147,7 +155,10 @@ def write_lora(
     strength: float = 1.0,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Path:
-    """A style LoRA of the image stream's attention: by kohya's names for FLUX, by diffusers' for Qwen-Image."""
+    """Write a style LoRA of the image stream's attention.
+
+    Names are kohya's for FLUX and diffusers' for Qwen-Image.
+    """
     if base == "qwen":
         names = [
             f"transformer.transformer_blocks.{i}.attn.{part}"

@@ -47,7 +47,7 @@ def write_flux(
     dtype: torch.dtype = torch.bfloat16,
     guidance: bool = True,
 ) -> Path:
-    """FLUX.1 in the layout of flux1-dev.safetensors; without guidance of flux1-schnell.safetensors."""
+    """Write FLUX.1 in the layout of flux1-dev.safetensors, without guidance of flux1-schnell."""
     return write(path, random_weights(flux_shapes(hidden, depth, single, guidance), seed, dtype))
 
 
@@ -59,7 +59,7 @@ def write_qwen_image(
     seed: int = 0,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Path:
-    """Qwen-Image in the layout of qwen_image_bf16.safetensors."""
+    """Write Qwen-Image in the layout of qwen_image_bf16.safetensors."""
     return write(path, random_weights(qwen_image_shapes(hidden, depth), seed, dtype))
 
 
@@ -73,11 +73,12 @@ def write_flux2(
     dtype: torch.dtype = torch.bfloat16,
     klein: bool = False,
 ) -> Path:
-    """FLUX.2 in the layout of flux2-dev.safetensors, or of flux-2-klein-4b.safetensors."""
+    """Write FLUX.2 in the layout of flux2-dev.safetensors, or of flux-2-klein-4b.safetensors."""
     return write(path, random_weights(flux2_shapes(hidden, depth, single, klein), seed, dtype))
 
 
 def flux_shapes(hidden: int, depth: int, single: int, guidance: bool = True) -> Shapes:
+    """Return names and shapes of FLUX.1's weights."""
     shapes: Shapes = {}
     linear(shapes, "img_in", CHANNELS["flux"], hidden)
     linear(shapes, "txt_in", CONTEXT["flux"], hidden)
@@ -104,6 +105,7 @@ def flux_shapes(hidden: int, depth: int, single: int, guidance: bool = True) -> 
 
 
 def flux2_shapes(hidden: int, depth: int, single: int, klein: bool = False) -> Shapes:
+    """Return names and shapes of FLUX.2's weights."""
     shapes: Shapes = {}
 
     def plain(name: str, inputs: int, outputs: int) -> None:
@@ -131,6 +133,7 @@ def flux2_shapes(hidden: int, depth: int, single: int, klein: bool = False) -> S
 
 
 def qwen_image_shapes(hidden: int, depth: int) -> Shapes:
+    """Return names and shapes of Qwen-Image's weights."""
     shapes: Shapes = {"txt_norm.weight": (CONTEXT["qwen"],)}
     linear(shapes, "img_in", CHANNELS["qwen"], hidden)
     linear(shapes, "txt_in", CONTEXT["qwen"], hidden)
@@ -160,23 +163,26 @@ def qwen_image_shapes(hidden: int, depth: int) -> Shapes:
 
 
 def flux_attention(shapes: Shapes, name: str, hidden: int, bias: bool) -> None:
+    """Add the weights of an attention layer in FLUX's layout."""
     linear(shapes, f"{name}.qkv", hidden, 3 * hidden, bias)
     query_key_norm(shapes, f"{name}.norm")
     linear(shapes, f"{name}.proj", hidden, hidden, bias)
 
 
 def query_key_norm(shapes: Shapes, name: str) -> None:
+    """Add the scales of the norms of queries and keys."""
     shapes[f"{name}.query_norm.scale"] = shapes[f"{name}.key_norm.scale"] = (HEAD_DIM,)
 
 
 def linear(shapes: Shapes, name: str, inputs: int, outputs: int, bias: bool = True) -> None:
+    """Add weight and bias of a linear layer."""
     shapes[f"{name}.weight"] = (outputs, inputs)
     if bias:
         shapes[f"{name}.bias"] = (outputs,)
 
 
 def write_gguf(source: Path, path: Path, base: str = "flux") -> Path:
-    """A base as the GGUF file of it, matrices in Q8_0; needs the package gguf."""
+    """Write a base as a GGUF file with matrices in Q8_0; needs the package gguf."""
     import gguf
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -200,13 +206,13 @@ def write_gguf(source: Path, path: Path, base: str = "flux") -> Path:
 def random_weights(
     shapes: Mapping[str, Iterable[int]], seed: int, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Weights that keep the size of what goes through them; norms near one, biases small, none of them zero."""
+    """Draw weights that keep the scale of activations; norms near one, biases small, no zeros."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, shape in shapes.items():
         weight = torch.randn(*shape, generator=generator)
         if name.endswith(QUERY_KEY_NORMS):
-            weight = 1.5 + 0.1 * weight  # an attention that chooses
+            weight = 1.5 + 0.1 * weight  # sharpens the attention
         elif name.endswith(".gamma") or (
             "norm" in name and weight.ndim == 1 and not name.endswith(".bias")
         ):
@@ -215,9 +221,8 @@ def random_weights(
             weight *= 0.1
         else:
             weight /= weight[0].numel() ** 0.5
-        if (
-            name.endswith(FREQUENCIES) and weight.shape[1] == 256
-        ):  # the fast half of the cosines and of the sines matters less
+        if name.endswith(FREQUENCIES) and weight.shape[1] == 256:
+            # the fast half of the cosines and sines gets smaller weights
             weight.view(-1, 2, 2, 64).mul_(torch.tensor([0.05, 2**0.5]).view(2, 1))
         weights[name] = weight.to(dtype)
     return weights
@@ -226,6 +231,7 @@ def random_weights(
 def write(
     path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> Path:
+    """Write a safetensors file, make its folder, and return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(
         {name: weight.contiguous() for name, weight in weights.items()},

@@ -48,10 +48,10 @@ def write_stand_ins(base: Path, prompt: Mapping[str, Any], **options: Any) -> li
 
     Args:
         base: the folder that holds models/ and input/.
-        options: for the bases, adapters and LoRAs, where they have them: hidden, depth, single, seed, dtype ...
+        options: of the writers of bases, adapters and LoRAs: hidden, depth, single, seed, dtype.
 
     Returns:
-        The files, those that were there too.
+        All the files, including those that were there already.
     """
     for about in prompt.values():
         if about["class_type"] == "LoadImage":
@@ -64,7 +64,7 @@ def write_stand_ins(base: Path, prompt: Mapping[str, Any], **options: Any) -> li
 
 
 def write_workflow_files(base: Path, workflow: str) -> dict[str, Any]:
-    """The prompt of workflows/api/`workflow`.json, after its files have been written."""
+    """Write the files of workflows/api/`workflow`.json, and return that prompt."""
     prompt = json.loads((WORKFLOWS / "api" / f"{workflow}.json").read_text())
     if workflow == "imagenet_256":
         write_imagenet_stand_ins(base)
@@ -74,7 +74,7 @@ def write_workflow_files(base: Path, workflow: str) -> dict[str, Any]:
 
 
 def write_picture(path: Path) -> Path:
-    """A colourful picture of 96 x 80 pixels, unless it is there."""
+    """Write a colourful picture of 96 x 80 pixels, unless the file is there."""
     if not path.exists():
         x, y = np.meshgrid(np.linspace(0, 255, 96), np.linspace(0, 255, 80))
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,11 @@ def write_picture(path: Path) -> Path:
 
 
 def write_stand_in(path: Path, kind: str, **options: Any) -> Path:
-    """One file of a kind (`write_stand_ins`), whose name says which base it belongs to, unless it is there."""
+    """Write one file of a kind, unless it is there; its name tells the base it belongs to.
+
+    Raises:
+        ValueError: `kind` is unknown.
+    """
     if path.exists():
         return path
     base = base_of(path.name)
@@ -111,15 +115,17 @@ def write_stand_in(path: Path, kind: str, **options: Any) -> Path:
 
 
 def base_of(name: str) -> str:
-    """Which base a file belongs to, by its name."""
+    """Return the base that a file belongs to, by its name."""
     name = name.lower().replace("-", "").replace("_", "").replace(".", "")
     return "flux2" if "flux2" in name else "qwen" if "qwen" in name else "flux"
 
 
 def write_imagenet_stand_ins(base: Path) -> None:
-    """What workflows/imagenet_256.json names, into models/ of a base directory: the published model's folder, and a VAE. The
-    VAE is one that the stock loader takes under any name and that is small: a tiny autoencoder (TAESD), whose 32 x 32 latents
-    are 256 x 256 images too. What is there stays as it is."""
+    """Write the published model's folder and the VAE of workflows/imagenet_256.json.
+
+    The VAE is a tiny autoencoder (TAESD): the stock loader takes it under any name, and its 32 x 32
+    latents are 256 x 256 images too. Files that are there stay as they are.
+    """
     models = base / "models"
     vae = models / "vae" / "vae-ft-ema-560000-ema-pruned.safetensors"
     if vae.exists():
@@ -135,7 +141,10 @@ def write_imagenet_stand_ins(base: Path) -> None:
 
 
 def write_text_encoder(path: Path, width: int | None = None) -> Path:
-    """A file for the loaders that `text_stand_in` replaces; the type chosen in the loader sets the width if it is None."""
+    """Write a file for the loaders that `text_stand_in` replaces.
+
+    Without `width`, the type chosen in the loader sets the width.
+    """
     return write(path, {"stand_in": torch.zeros(1)}, {} if width is None else {"width": str(width)})
 
 
@@ -147,4 +156,5 @@ def install_text_stand_in(base: Path) -> None:
 
 
 def without(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """Return the options but those with these names."""
     return {name: value for name, value in options.items() if name not in names}

@@ -13,8 +13,15 @@ from .bases import Shapes, random_weights, write
 
 
 def write_vae(path: Path, latent: str = "flux", *, seed: int = 3) -> Path:
-    """A VAE that the stock loader takes, for the latents of "flux", "qwen" or "flux2": a tiny autoencoder of 16 channels, the
-    VAE of Wan 2.1, and an autoencoder of 32 channels whose 2 x 2 patches are normalised."""
+    """Write a VAE that the stock loader takes.
+
+    Args:
+        latent: "flux" (a tiny autoencoder of 16 channels), "qwen" (the VAE of Wan 2.1) or "flux2"
+            (an autoencoder of 32 channels whose 2 x 2 patches are normalised).
+
+    Raises:
+        ValueError: `latent` is unknown.
+    """
     if latent == "flux":
         sizes = {
             "taesd_encoder.14.weight": (16, 64, 3, 3),
@@ -41,7 +48,7 @@ def write_vae(path: Path, latent: str = "flux", *, seed: int = 3) -> Path:
 
 
 def wan_vae_shapes(width: int, channels: int = 16) -> Shapes:
-    """The VAE of Wan 2.1, which Qwen-Image shares; published with a width of 96."""
+    """Return names and shapes of Wan 2.1's VAE, which Qwen-Image shares; published width 96."""
     shapes: Shapes = {}
 
     def convolution(name: str, inputs: int, outputs: int, *kernel: int) -> None:
@@ -102,7 +109,7 @@ def wan_vae_shapes(width: int, channels: int = 16) -> Shapes:
 
 
 def flux2_vae_shapes(width: int, channels: int = 32) -> Shapes:
-    """The VAE of FLUX.2 in its own layout; published with a width of 128."""
+    """Return names and shapes of FLUX.2's VAE in its own layout; published width 128."""
     shapes: Shapes = {}
 
     def convolution(name: str, inputs: int, outputs: int, kernel: int = 3) -> None:
@@ -157,7 +164,7 @@ def flux2_vae_shapes(width: int, channels: int = 32) -> Shapes:
 
 
 def tiny_autoencoder() -> dict[str, Tensor]:
-    """Random weights of a TAESD."""
+    """Return random weights of a TAESD for 4-channel latents."""
     shapes: dict[str, tuple[int, ...]] = {}
 
     def convolution(name: str, inputs: int, outputs: int, bias: bool = True) -> None:

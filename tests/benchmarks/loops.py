@@ -25,6 +25,7 @@ from training import checkerboard, imagenet
 from training.data.shards import FORMAT, write_index, write_shard
 
 from . import eight_bit, extension_import, naive
+from .eight_bit_inside import STRAIGHT
 from .measure import Bench, floor, products_of, quartiles, ratios
 from .rows import WEIGHT
 
@@ -298,7 +299,7 @@ def eight_bit_rows(bench: Bench) -> Iterator[dict]:
     if problem := in_comfyui(bench):
         yield not_run(row, case, problem)
         return
-    variants = {"ours": "8-bit", "naive": eight_bit.STRAIGHT, "bf16": "bf16", "fp8": "fp8"}
+    variants = {"ours": "8-bit", "naive": STRAIGHT, "bf16": "bf16", "fp8": "fp8"}
     forms: dict[str, dict] = {name: {"seconds": [], "memory": 0.0} for name in variants}
     with tempfile.TemporaryDirectory() as folder:
         path = write_flux(

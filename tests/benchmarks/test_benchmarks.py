@@ -1,4 +1,4 @@
-"""The benchmarks: their naive forms are ours, their statistics are right, and a tiny run writes what it should."""
+"""Benchmarks: naive forms equal ours, statistics are right, and a tiny run writes its files."""
 
 import json
 

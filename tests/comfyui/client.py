@@ -34,7 +34,7 @@ class Progress(NamedTuple):
 
 @dataclass
 class Result:
-    """The outcome of one prompt. ``status`` is success, error, interrupted or rejected."""
+    """Outcome of one prompt. ``status`` is success, error, interrupted or rejected."""
 
     prompt_id: str
     status: str

@@ -59,7 +59,7 @@ const shows = (name) => pictures.some((each) => each.naturalWidth > 0 && nameOf(
 
 
 class ComfyPage:
-    """The open page of a server. ``page`` is the Playwright page, for all other operations."""
+    """An open page of a server. ``page`` is the Playwright page, for all other operations."""
 
     def __init__(self, comfy: Comfy, page: Page):
         self.comfy, self.page = comfy, page

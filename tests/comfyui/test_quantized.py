@@ -23,7 +23,7 @@ from .graphs import latent_of, node
 from .installation import COMFYUI, comfyui_python
 from .stand_in_files import TEXT_STAND_IN, write_stand_in, write_text_encoder
 
-BENCHMARK = Path(__file__).resolve().parents[1] / "benchmarks" / "eight_bit.py"
+BENCHMARK = Path(__file__).resolve().parents[1] / "benchmarks" / "eight_bit_inside.py"
 LORA = "int8_style.safetensors"
 FILES = {"flux": "int8_flux.safetensors", "qwen": "int8_qwen.safetensors"}
 

@@ -1,4 +1,4 @@
-"""The folders' arrows point down only: read from the imports, without running any module."""
+"""Check that the folders' arrows point down only, from the imports, without running any module."""
 
 import ast
 import graphlib

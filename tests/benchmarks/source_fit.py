@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gmflow_core.source import em as source_fit
+from gmflow_core.source import em
+from gmflow_core.source.moments import fit_given_modes
 from gmflow_core.source.source import GaussianMixtureSource, LogJoint
 from tests.benchmarks.measure import REPOSITORY, extra_memory, machine, measure_rates, seconds
 
@@ -39,7 +40,7 @@ COLUMNS = ("part", "size", "measured_mb", "arithmetic_mb", "ratio", "seconds", "
 
 def em_bytes(modes: int, dims: int) -> int:
     """Return the bytes of an EM iteration and of the mixture that it starts from."""
-    rows = source_fit.rows_of(modes, dims)
+    rows = em.rows_of(modes, dims)
     return max(76 * modes * dims, 60 * modes * dims + 8 * rows * modes + 12 * rows * dims)
 
 
@@ -49,7 +50,7 @@ def start_bytes(samples: int, dims: int, centres: int) -> int:
     It holds the samples, three tables with a column for each candidate, a few more columns, and a
     block of squares.
     """
-    return 4 * samples * (dims + 3 * (2 + int(math.log(centres))) + 8) + 4 * source_fit.BLOCK
+    return 4 * samples * (dims + 3 * (2 + int(math.log(centres))) + 8) + 4 * em.BLOCK
 
 
 def latents_bytes(modes: int, shape: tuple[int, ...], chunk: int) -> int:
@@ -88,23 +89,21 @@ def best(function: Callable, device: str, repeats: int = 3) -> float:
     return min(seconds(function, device) for _ in range(repeats))
 
 
-def random_mixture(modes: int, dims: int, device: str) -> source_fit.EM:
+def random_mixture(modes: int, dims: int, device: str) -> em.EM:
     """Return random modes to start EM from."""
     means = torch.randn(modes, dims, dtype=torch.float64, device=device)
-    return source_fit.EM(
-        means, torch.ones_like(means), means.new_full((modes,), -math.log(modes)), []
-    )
+    return em.EM(means, torch.ones_like(means), means.new_full((modes,), -math.log(modes)), [])
 
 
 def measure_em(modes: int, dims: int, device: str) -> dict:
     """Measure an EM iteration over two blocks of samples."""
-    rows = source_fit.rows_of(modes, dims)
-    x, em = torch.randn(2 * rows, dims), random_mixture(modes, dims, device)
+    rows = em.rows_of(modes, dims)
+    x, start = torch.randn(2 * rows, dims), random_mixture(modes, dims, device)
     origin = torch.zeros(dims, device=device)
 
     def iteration(tokens: Tensor = x) -> None:
-        blocks = source_fit._blocks([tokens], rows, torch.device(device), torch.float32, origin)
-        em.update(blocks, len(tokens), 1e-6, torch.float32)
+        blocks = em._blocks([tokens], rows, torch.device(device), torch.float32, origin)
+        start.update(blocks, len(tokens), 1e-6, torch.float32)
 
     memory = extra_memory(iteration, device) + 16 * modes * dims  # the mixture existed before
     size = f"{modes} x {dims}, {len(x)} samples"
@@ -117,7 +116,7 @@ def measure_start(samples: int, dims: int, centres: int, device: str) -> dict:
     x = torch.randn(samples, dims, device=device)
 
     def choose() -> None:
-        source_fit.kmeans_plus_plus(x, centres)
+        em.kmeans_plus_plus(x, centres)
 
     memory = extra_memory(choose, device) + x.nbytes
     arithmetic, trials = start_bytes(samples, dims, centres), 2 + int(math.log(centres))
@@ -134,7 +133,7 @@ def measure_latents(modes: int, shape: tuple[int, ...], device: str, chunk: int 
     )
 
     def fit() -> None:
-        source_fit.fit_given_modes([(x, mode)] * 4, modes, shape, device=device)
+        fit_given_modes([(x, mode)] * 4, modes, shape, device=device)
 
     memory = extra_memory(fit, device) + x.nbytes
     size = f"{modes} modes of {'x'.join(map(str, shape))}, {4 * chunk} samples"
@@ -159,7 +158,7 @@ def beside_scikit_learn(
     found = {"size": f"{samples} samples, {modes} modes x {dims}, {iterations} iterations"}
 
     def ours(dtype: torch.dtype = torch.float32) -> list[float]:
-        return source_fit.fit_mixture(
+        return em.fit_mixture(
             x, modes, start=start, max_iterations=iterations, tolerance=0, dtype=dtype
         ).log_likelihoods
 
@@ -227,7 +226,7 @@ def errors(modes: int = 256, dims: int = 768, samples: int = 512) -> list[dict]:
 def full_size() -> dict:
     """Compute what ImageNet's source needs; nothing here is measured."""
     modes, dims, samples, shape = FULL.values()
-    rows = max(source_fit.START_ROWS[0] * modes, source_fit.START_ROWS[1])
+    rows = max(em.START_ROWS[0] * modes, em.START_ROWS[1])
     flops = 8 * samples * modes * dims
     trials = 2 + int(math.log(modes))
     needs = {

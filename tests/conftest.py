@@ -1,8 +1,51 @@
-"""Without a GPU, Triton's kernels are interpreted; it looks for that once, when something first imports it."""
+"""Set up the processes that run tests: threads, workers, the Triton interpreter, a word on ComfyUI.
+
+Without file names pytest shares the tests out among workers, one for each core. `-n 0` turns that
+off, `-n 2` turns it on for single files. Tests that share a server or an expensive fixture are
+marked with an `xdist_group`; they run on one worker.
+"""
+
+from __future__ import annotations
 
 import os
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: one thread for each worker
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
 import torch
 
+from tests.comfyui.installation import comfyui_version
+
+MOST_WORKERS = 4  # each takes some 1.5 GB with the processes that it starts
+OUTCOMES = ("passed", "failed", "error", "skipped")
+
 if not torch.cuda.is_available():
+    # Triton reads this once, when it is first imported: without a GPU its kernels are interpreted
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Return the number of workers for `-n auto`: 0 if files are named or there is one core."""
+    if config.args_source is pytest.Config.ArgsSource.ARGS:
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(cores, MOST_WORKERS) if cores > 1 else 0
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say whether the tests in tests/comfyui ran, and against which ComfyUI."""
+    found = {
+        outcome: {report.nodeid for report in terminalreporter.stats.get(outcome, [])}
+        for outcome in OUTCOMES
+    }
+    numbers = {
+        outcome: sum("tests/comfyui/" in nodeid for nodeid in nodeids)
+        for outcome, nodeids in found.items()
+    }
+    counts = ", ".join(f"{number} {outcome}" for outcome, number in numbers.items() if number)
+    if not counts:
+        return
+    version = comfyui_version()
+    ran = f"ran against ComfyUI {version}" if version else "did not run, as there is no ComfyUI"
+    terminalreporter.write_line(f"ComfyUI tests {ran}: {counts}")

@@ -1,4 +1,4 @@
-"""What several test files share: the golden figures, random mixtures, comparisons, and exact 1-D references."""
+"""Golden figures, random mixtures, comparisons and exact 1-D references for several test files."""
 
 import functools
 from pathlib import Path
@@ -11,16 +11,17 @@ from gmflow_core import GaussianMixture
 
 SPACES = [(), (3,), (2, 3), (2, 1, 3)]  # points, signals, images, video-shaped latents
 F64 = torch.float64
-GOLDEN = 2e-6  # how far unit cases may be from the reference's float32 figures, relative to a tensor's largest value
+GOLDEN = 2e-6  # error allowed against the reference's float32, relative to the largest value
 
 
 @functools.cache
 def golden(name):
-    """Recorded inputs and outputs of the reference implementation (GMFlow / LakonLab, CPU, float32)."""
+    """Load recorded inputs and outputs of the reference (GMFlow / LakonLab, CPU, float32)."""
     return load_file(Path(__file__).parent / "golden" / f"{name}.safetensors")
 
 
 def golden_mixture(name, prefix):
+    """Return the recorded mixture whose tensors are called `prefix`.means and so on."""
     figures = golden(name)
     return GaussianMixture(
         *(figures[f"{prefix}.{part}"] for part in ("means", "logweights", "logstds"))
@@ -30,7 +31,7 @@ def golden_mixture(name, prefix):
 def random_mixture(
     seed=0, batch=2, components=4, channels=3, space=(2, 3), spread=1.5, dtype=torch.float32
 ):
-    """Components around 0 with a standard deviation between 0.3 and 0.8 for each sample."""
+    """Return a mixture around 0, with a standard deviation in [0.3, 0.8] for each sample."""
     generator = torch.Generator().manual_seed(seed)
     means = spread * torch.randn(
         batch, components, channels, *space, generator=generator, dtype=F64
@@ -41,17 +42,19 @@ def random_mixture(
 
 
 def normal(*shape, seed=1, dtype=torch.float32):
+    """Draw standard normal numbers of that shape, the same for each call with one seed."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64).to(dtype)
 
 
 def cast(mixture, dtype):
+    """Return the mixture in another dtype."""
     return GaussianMixture(
         mixture.means.to(dtype), mixture.log_weights.to(dtype), mixture.log_std.to(dtype)
     )
 
 
 def repeated(mixture, count):
-    """A mixture of points (B, K, C) as one of `count` pixels that are all alike."""
+    """Return a mixture of points (B, K, C) as one of `count` equal pixels."""
     means, log_weights, log_std = (
         t.unsqueeze(3) for t in (mixture.means, mixture.log_weights, mixture.log_std)
     )
@@ -61,7 +64,7 @@ def repeated(mixture, count):
 
 
 def is_near(actual, expected, tolerance=GOLDEN):
-    """Same shape, and nowhere further apart than `tolerance` times the largest expected value."""
+    """Assert equal shapes and errors of at most `tolerance` times the largest expected value."""
     assert actual.shape == expected.shape, f"{tuple(actual.shape)} is not {tuple(expected.shape)}"
     error = (actual - expected).abs().max().item()
     bound = tolerance * expected.abs().max().item()
@@ -70,14 +73,14 @@ def is_near(actual, expected, tolerance=GOLDEN):
 
 
 def same_mixture(actual, expected, tolerance=GOLDEN):
-    """`is_near` for means, log-weights and the log-std, which may differ in how far it is expanded."""
+    """Assert `is_near` for means, log-weights and log-std; the log-stds are broadcast first."""
     assert is_near(actual.means, expected.means, tolerance)
     assert is_near(actual.log_weights, expected.log_weights, tolerance)
     return is_near(*torch.broadcast_tensors(actual.log_std, expected.log_std), tolerance)
 
 
 def bisect(increasing, low, high):
-    """Where `increasing(x)` changes from negative to positive, elementwise; float64."""
+    """Return where `increasing(x)` changes from negative to positive, elementwise in float64."""
     for _ in range(120):
         middle = 0.5 * (low + high)
         above = increasing(middle) > 0
@@ -86,7 +89,10 @@ def bisect(increasing, low, high):
 
 
 def normal_score(log_weights, offset):
-    """The z for which Phi(z) = sum_k w_k Phi(offset_k), K in dimension 1: a slow float64 reference, exact in both tails."""
+    """Return the z with Phi(z) = sum_k w_k Phi(offset_k), with K in dimension 1.
+
+    A slow float64 reference that is exact in both tails.
+    """
     log_weights, offset = log_weights.double(), offset.double()
     below = (log_weights + torch.special.log_ndtr(offset)).logsumexp(1)
     above = (log_weights + torch.special.log_ndtr(-offset)).logsumexp(1)
@@ -106,13 +112,11 @@ WAITING = (
     "aten.equal",
     "aten._linalg_eigh",
 )
-COPYING = (
-    "aten.lift_fresh",
-)  # of numbers of Python's, which on a GPU is a copy that is waited for
+COPYING = ("aten.lift_fresh",)  # a Python number becomes a tensor: a copy that syncs on a GPU
 
 
 class Waits(TorchDispatchMode):
-    """Notes what would make Python wait for a GPU: values that are read, and shapes that depend on them."""
+    """A record of operations that force a GPU sync: values read, and shapes that depend on them."""
 
     def __init__(self, names=WAITING):
         super().__init__()

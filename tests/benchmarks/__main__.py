@@ -1,15 +1,19 @@
-"""Measures the hot paths against naive forms, other implementations and what the machine can do at best.
+"""Measure the hot paths against naive forms, other implementations and the machine's limits.
 
-    python -m tests.benchmarks                                  # everything, 5 to 10 minutes on one CPU thread; and the GPU
+    python -m tests.benchmarks                                  # all, 5 to 10 minutes on one thread
     python -m tests.benchmarks --only rollout loss --threads 4  # some of the rows
     python -m tests.benchmarks --quick --out /tmp/quick         # tiny sizes: does it all run?
-    GMFLOW_PATH=... LAKONLAB_PATH=... PIFLOW_PATH=... python -m tests.benchmarks    # with checkouts of the peers, see peers.py
+    GMFLOW_PATH=... LAKONLAB_PATH=... PIFLOW_PATH=... python -m tests.benchmarks    # see peers.py
 
-Each row: our form and the naive one (the papers' formulas written straight, naive.py) on the same tensors, in turns; the median
-ratio of paired repeats with its quartiles; the floor, from memory bandwidth and matmul rate measured in the same run; peak
-extra memory; the error in float32 against float64. Writes benchmarks.json after every row, then benchmarks.png and
-benchmarks_growth.png, and prints a markdown table. Rows that need a GPU or a ComfyUI say "not run" where there is none.
-glibc's allocator is told to keep freed memory, which spares the naive forms page faults; --stock-malloc leaves it alone.
+Every row runs our form and the naive one (the papers' formulas written straight, naive.py) on the
+same tensors, in turns. It reports the median ratio of paired repeats with its quartiles; the floor,
+from memory bandwidth and matmul rate measured in the same run; the peak of extra memory; and the
+error in float32 against float64. Both CPU and GPU are measured if there are both. Rows that need a
+GPU or a ComfyUI say "not run" where there is none.
+
+Writes benchmarks.json after every row, then benchmarks.png and benchmarks_growth.png, and prints a
+markdown table. glibc's allocator is told to keep freed memory, which spares the naive forms page
+faults; --stock-malloc leaves it alone.
 """
 
 from __future__ import annotations
@@ -33,7 +37,8 @@ from .measure import REPOSITORY, Bench, machine
 ROWS = {**rows.ROWS, **loops.ROWS}
 
 
-def main(arguments: list[str] | None = None) -> None:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.benchmarks",
         description=__doc__,
@@ -44,10 +49,10 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--threads", type=int, default=1, help="threads of the CPU (1)")
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), help="one of them; both, if there are both, by default"
+        "--device", choices=("cpu", "cuda"), help="measure one of them (all that there are)"
     )
     parser.add_argument(
-        "--no-compile", action="store_true", help="leave out what torch.compile takes its time for"
+        "--no-compile", action="store_true", help="leave out the forms that torch.compile makes"
     )
     parser.add_argument(
         "--stock-malloc", action="store_true", help="leave the C library's allocator as it is"
@@ -56,10 +61,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--out", type=Path, default=REPOSITORY / "docs" / "results", help="folder for the results"
     )
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the rows that are asked for, write the results, print the table."""
+    options = parse(arguments)
     torch.set_num_threads(options.threads)
     os.environ["OMP_NUM_THREADS"] = str(options.threads)  # for child processes
-    warnings.filterwarnings("ignore", category=FutureWarning)  # the peers'
+    warnings.filterwarnings("ignore", category=FutureWarning)  # raised by the peers' code
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     if not options.stock_malloc:
         keep_freed_memory()
@@ -93,7 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
                     traceback.print_exc()
     except KeyboardInterrupt:
         stopped = True
-        print("\nstopped; what is measured is kept")
+        print("\nstopped; the rows measured so far are kept")
     write(results, options.out)
     written = report.plots(results, options.out)
     print(f"\n{report.markdown(results)}\n")
@@ -107,19 +117,18 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def about(results: dict, device: str) -> str:
-    """The machine, and what it can do at best."""
+    """Return the machine and its limits as two lines of text."""
     facts, rates = results["machines"][device], results["rates"][device]
-    return "\n".join(
-        [
-            ", ".join(f"{key} {value}" for key, value in facts.items()),
-            f"{rates['bytes_per_second'] / 1e9:.1f} GB/s, {rates['flops_per_second'] / 1e9:.0f} GFLOP/s (float32), "
-            f"{report.duration(rates['seconds_of_a_call'])} a call at least",
-        ]
+    bandwidth, products = rates["bytes_per_second"] / 1e9, rates["flops_per_second"] / 1e9
+    return (
+        f"{', '.join(f'{key} {value}' for key, value in facts.items())}\n"
+        f"{bandwidth:.1f} GB/s, {products:.0f} GFLOP/s (float32), "
+        f"{report.duration(rates['seconds_of_a_call'])} a call at least"
     )
 
 
 def write(results: dict, folder: Path) -> None:
-    """All of it, at once: a run that is killed leaves a whole file."""
+    """Write all results atomically: a run that is killed leaves a whole file."""
     path = folder / "benchmarks.json"
     new = path.with_suffix(".tmp")
     new.write_text(json.dumps(results, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""What the extension adds to ComfyUI's start: milliseconds, and modules that nothing else has imported.
+"""Measure what the extension adds to ComfyUI's start: milliseconds, and newly imported modules.
 
     python -m tests.benchmarks.extension_import [REPEATS]
 
@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 
-from tests.comfyui.conftest import COMFYUI, REPOSITORY, comfyui_python
+from tests.comfyui.installation import COMFYUI, REPOSITORY, comfyui_python
 
 HEAVY = (
     "accelerate",
@@ -37,17 +37,22 @@ empty = pathlib.Path(tempfile.mkdtemp()) / "empty"
 empty.mkdir()
 (empty / "__init__.py").write_text("NODE_CLASS_MAPPINGS = {}")
 (empty / "pyproject.toml").write_text("[project]\\nname = 'empty'\\nversion = '1'")
-asyncio.run(nodes.load_custom_node(str(empty)))  # what ComfyUI itself imports for the first extension
+asyncio.run(nodes.load_custom_node(str(empty)))  # ComfyUI's own imports for the first extension
 before, ready = set(sys.modules), time.perf_counter()
 loaded = asyncio.run(nodes.load_custom_node(repository))
 done = time.perf_counter()
-new = sorted(name for name in set(sys.modules) - before if not name.startswith(repository) and not name.startswith("/"))
-print(json.dumps({"loaded": loaded, "comfyui": ready - start, "extension": done - ready, "modules": new}))
+new = sorted(name for name in set(sys.modules) - before if not name.startswith((repository, "/")))
+found = {"loaded": loaded, "comfyui": ready - start, "extension": done - ready, "modules": new}
+print(json.dumps(found))
 """
 
 
 def measure() -> dict:
-    """One import in a new process: `comfyui` and `extension` in seconds, `modules` that came with the extension."""
+    """Import the extension in a new process.
+
+    Returns:
+        loaded; seconds as `comfyui` and `extension`; `modules` that came with the extension.
+    """
     command = [comfyui_python(), "-c", SCRIPT, str(COMFYUI), str(REPOSITORY)]
     done = subprocess.run(
         command,
@@ -61,13 +66,15 @@ def measure() -> dict:
 
 
 def main() -> None:
+    """Print the median of several imports, their spread, and the modules."""
     repeats = int(sys.argv[1]) if len(sys.argv) > 1 else 5
     runs = [measure() for _ in range(repeats)]
     extension, comfyui = (
         statistics.median(run[key] for run in runs) for key in ("extension", "comfyui")
     )
     print(
-        f"extension {1000 * extension:.0f} ms, {extension / comfyui:.1%} of the {comfyui:.1f} s of ComfyUI's own imports"
+        f"extension {1000 * extension:.0f} ms, {extension / comfyui:.1%} of the {comfyui:.1f} s "
+        "of ComfyUI's own imports"
     )
     times = sorted(1000 * run["extension"] for run in runs)
     print(f"spread {times[0]:.0f} to {times[-1]:.0f} ms, {repeats} runs")

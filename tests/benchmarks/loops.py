@@ -1,4 +1,4 @@
-"""Rows of the table: training loops, a whole sampler, and what happens in ComfyUI before it."""
+"""Rows of the table for training loops, a whole sampler, and start-up work in ComfyUI."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from gmflow_core.models.gmdit import GMDiT, GMDiTConfig
 from gmflow_core.sampling.images import sample_images
 from gmflow_core.sampling.solvers import solve
 from gmflow_core.toys.checkerboard import draw_checkerboard
-from tests.comfyui.conftest import COMFYUI
+from tests.comfyui.installation import COMFYUI
 from training import checkerboard, imagenet
 from training.data.shards import FORMAT, write_index, write_shard
 
 from . import eight_bit, extension_import, naive
+from .eight_bit_inside import STRAIGHT
 from .measure import Bench, floor, products_of, quartiles, ratios
 from .rows import WEIGHT
 
@@ -37,7 +38,7 @@ GB = 1e9
 def plain_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], decay: float
 ) -> Callable:
-    """One iteration of a loop as one writes it first, with the average of the weights."""
+    """Return one iteration of a plain training loop that also averages the weights."""
     average = [parameter.detach().clone() for parameter in model.parameters()]
 
     def step() -> None:
@@ -53,7 +54,7 @@ def plain_step(
 
 
 def compare_steps(bench: Bench, case: str, forms: dict[str, Callable | str]) -> dict:
-    """Iterations of the trainer and of the plain loop."""
+    """Measure iterations of the trainer and of the plain loop."""
     return bench.compare(
         "training",
         case,
@@ -65,16 +66,15 @@ def compare_steps(bench: Bench, case: str, forms: dict[str, Callable | str]) -> 
 
 
 def cpu_or_auto(bench: Bench) -> str:
-    AcceleratorState._reset_state(
-        reset_partial_state=True
-    )  # accelerate remembers the device of this process
+    """Return the trainer's `device` setting, and make accelerate forget the process's device."""
+    AcceleratorState._reset_state(reset_partial_state=True)
     return "cpu" if bench.device == "cpu" else "auto"
 
 
 def checkerboard_loss(
     model: nn.Module, batch: int, ratio: float, device: str
 ) -> Callable[[], Tensor]:
-    """Draw a batch; the transition loss."""
+    """Return a function that draws a batch of points and computes the transition loss."""
 
     def loss() -> Tensor:
         x0 = draw_checkerboard(batch).to(device)
@@ -93,7 +93,11 @@ def checkerboard_loss(
 def image_loss(
     model: GMDiT, x: Tensor, labels: Tensor, batch: int, ratio: float, device: str
 ) -> Callable[[], Tensor]:
-    """Draw a batch of `x` (uint8 or float); the transition loss and the spectral one."""
+    """Return a function that draws a batch of `x` and computes transition and spectral loss.
+
+    Args:
+        x: images, either uint8 in [0, 255] or float latents, (N, C, H, W).
+    """
 
     def loss() -> Tensor:
         rows = torch.randint(len(x), (batch,))
@@ -121,7 +125,10 @@ def image_loss(
 
 
 def training_rows(bench: Bench) -> Iterator[dict]:
-    """Iterations of the trainers against plain loops of the same network, loss, optimiser and average."""
+    """Measure iterations of the trainers beside plain loops.
+
+    Both use the same network, loss, optimizer and weight average.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = dataclasses.replace(
@@ -135,14 +142,15 @@ def training_rows(bench: Bench) -> Iterator[dict]:
         plain = checkerboard_loss(model, config.batch_size, config.transition_ratio, bench.device)
         yield compare_steps(
             bench,
-            f"checkerboard, K = {config.num_components}, an iteration of {config.batch_size} points",
+            f"checkerboard, K = {config.num_components}, "
+            f"an iteration of {config.batch_size} points",
             {"ours": trainer.iterate, "naive": plain_step(model, optimizer, plain, 0.999)},
         )
         yield gmdit_row(bench, folder)
 
 
 def gmdit_row(bench: Bench, folder: Path) -> dict:
-    """The digits' GM-DiT in float32 on a CPU, GM-DiT S in bfloat16 on a GPU."""
+    """Measure iterations of a GM-DiT: the digits' in float32 on a CPU, S in bfloat16 on a GPU."""
     preset, shape, batch = {
         "cpu": ("digits", (3, 8, 8), 64),
         "cuda": ("gmdit_s_k8", (4, 32, 32), 128),
@@ -196,7 +204,7 @@ def gmdit_row(bench: Bench, folder: Path) -> dict:
 
 
 def sampler_rows(bench: Bench) -> Iterator[dict]:
-    """GM-ODE 2 of a GM-DiT with guidance: cond and uncond in one batch, or in two calls of the network."""
+    """Measure guided GM-ODE 2 with a GM-DiT, as one batched network call a step or as two."""
     torch.manual_seed(0)
     config = GMDiTConfig(num_layers=12, num_heads=6, head_dim=64, num_classes=10)
     if bench.quick:
@@ -221,7 +229,8 @@ def sampler_rows(bench: Bench) -> Iterator[dict]:
         return [torch.Generator().manual_seed(seed) for seed in range(2)]
 
     steps = 2
-    size = f"{config.num_layers} layers of width {config.width}, {config.latent_size} x {config.latent_size}"
+    side = config.latent_size
+    size = f"{config.num_layers} layers of width {config.width}, {side} x {side}"
     with torch.inference_mode():
         flops = products_of(lambda: two_calls(steps))
     yield bench.compare(
@@ -243,7 +252,7 @@ def sampler_rows(bench: Bench) -> Iterator[dict]:
 def measured_elsewhere(
     row: str, case: str, forms: dict[str, dict], reference: str, rates: dict, moved: float
 ) -> dict:
-    """A line of figures that child processes found."""
+    """Return a line of the table from figures that child processes measured."""
     for about in forms.values():
         about["median"] = quartiles(about["seconds"])[1]
         about["ratio"] = ratios(forms[reference]["seconds"], about["seconds"])
@@ -260,6 +269,7 @@ def measured_elsewhere(
 
 
 def not_run(row: str, case: str, why: str) -> dict:
+    """Return a line of the table that says why a row was not measured."""
     return {
         "row": row,
         "case": case,
@@ -269,15 +279,18 @@ def not_run(row: str, case: str, why: str) -> dict:
 
 
 def in_comfyui(bench: Bench) -> str:
-    """Why a row is not run in ComfyUI; empty if it can be."""
+    """Return the reason why rows in ComfyUI cannot run here; empty if they can."""
     if not (COMFYUI / "main.py").is_file():
         return f"no ComfyUI in {COMFYUI}, set COMFYUI_PATH"
     return ""
 
 
 def eight_bit_rows(bench: Bench) -> Iterator[dict]:
-    """Loading one bf16 file of FLUX's layout: the 8-bit loader against ComfyUI's own followed by the rounding of every weight;
-    and what ComfyUI's own takes without any rounding."""
+    """Measure loading one bf16 file in FLUX's layout in 8 bit.
+
+    Compared: our 8-bit loader, ComfyUI's loader followed by rounding every weight, and ComfyUI's
+    loader alone in bf16 and in fp8.
+    """
     from tests.comfyui.bases import write_flux
 
     if bench.device != "cpu":
@@ -286,7 +299,7 @@ def eight_bit_rows(bench: Bench) -> Iterator[dict]:
     if problem := in_comfyui(bench):
         yield not_run(row, case, problem)
         return
-    variants = {"ours": "8-bit", "naive": eight_bit.STRAIGHT, "bf16": "bf16", "fp8": "fp8"}
+    variants = {"ours": "8-bit", "naive": STRAIGHT, "bf16": "bf16", "fp8": "fp8"}
     forms: dict[str, dict] = {name: {"seconds": [], "memory": 0.0} for name in variants}
     with tempfile.TemporaryDirectory() as folder:
         path = write_flux(
@@ -313,7 +326,7 @@ def eight_bit_rows(bench: Bench) -> Iterator[dict]:
 
 
 def import_rows(bench: Bench) -> Iterator[dict]:
-    """Importing the extension, beside ComfyUI's own imports."""
+    """Measure importing the extension beside ComfyUI's own imports."""
     if bench.device != "cpu":
         return
     row, case = "extension import", "a new process"

@@ -1,4 +1,4 @@
-"""Time, memory and error of functions that compute the same, and what the machine could do at best."""
+"""Measure time, memory and error of functions that compute the same, and the machine's limits."""
 
 from __future__ import annotations
 
@@ -17,21 +17,19 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's start and stop are no news
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # do not log the profiler's start and stop
 REPOSITORY = Path(__file__).resolve().parents[2]
-SHORTEST = (
-    0.005  # seconds that a reading takes at least; quick functions are called several times for one
-)
+SHORTEST = 0.005  # seconds of a reading; a quick function is called several times for one reading
 
 
 def wait(device: str) -> None:
-    """Until the device has done all it was told."""
+    """Wait until the device has finished all its work."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def seconds(function: Callable, device: str, count: int = 1) -> float:
-    """Seconds of one of `count` calls in a row; on a GPU between two events of its own clock."""
+    """Return the seconds of one of `count` calls in a row; on a GPU by events of its own clock."""
     wait(device)
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -50,8 +48,11 @@ def seconds(function: Callable, device: str, count: int = 1) -> float:
 def take_turns(
     functions: dict[str, Callable], device: str, budget: float, least: int = 5, most: int = 30
 ) -> dict[str, list[float]]:
-    """Seconds of every function in every repeat. They take turns, every other time in reverse, so that what else the machine
-    does meets all of them; the number of repeats is what fits `budget` seconds, between `least` and `most`."""
+    """Return the seconds of every function in every repeat.
+
+    The functions take turns, every other time in reverse, so that other load on the machine meets
+    all of them. As many repeats as fit into `budget` seconds, between `least` and `most`.
+    """
     counts, total = {}, 0.0
     for name, function in functions.items():
         for _ in range(3):  # the first calls compile
@@ -66,20 +67,23 @@ def take_turns(
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """The lower quartile, the median and the upper quartile."""
+    """Return the lower quartile, the median and the upper quartile."""
     if len(values) == 1:
         return (values[0],) * 3
     return tuple(statistics.quantiles(values, n=4, method="inclusive"))
 
 
 def ratios(slow: Sequence[float], fast: Sequence[float]) -> tuple[float, float, float]:
-    """Quartiles of slow / fast over paired repeats: above 1 where `fast` deserves its name."""
+    """Return the quartiles of slow / fast over paired repeats: above 1 where `fast` is faster."""
     return quartiles([a / b for a, b in zip(slow, fast, strict=True)])
 
 
 def extra_memory(function: Callable, device: str) -> int:
-    """Bytes that a call holds at its peak beyond what there was before it, its result included: on a CPU by the profiler's
-    record of the allocations, on a GPU by the allocator's statistics."""
+    """Return the bytes that a call holds at its peak beyond those held before, with its result.
+
+    Measured by the profiler's record of allocations on a CPU, and by the allocator's statistics on
+    a GPU.
+    """
     function()
     if device == "cuda":
         wait(device)
@@ -102,19 +106,25 @@ def extra_memory(function: Callable, device: str) -> int:
 
 
 def relative_error(x: Tensor, exact: Tensor) -> float:
-    """The largest error, relative to the largest exact value."""
+    """Return the largest error relative to the largest exact value."""
     return ((x.double() - exact).abs().max() / exact.abs().max()).item()
 
 
 def products_of(function: Callable) -> int:
-    """Floating-point operations of the matrix products in a call."""
+    """Return the floating-point operations of the matrix products in a call."""
     with FlopCounterMode(display=False) as counter:
         function()
     return counter.get_total_flops()
 
 
 def floor(rates: dict[str, float], bytes_moved: float, flops: float) -> dict:
-    """The least time at these rates for so many bytes read and written and so many floating-point operations."""
+    """Return the least time at these rates, and whether memory or arithmetic sets it.
+
+    Args:
+        rates: see `measure_rates`.
+        bytes_moved: bytes read and written.
+        flops: floating-point operations.
+    """
     times = {
         "memory": bytes_moved / rates["bytes_per_second"],
         "arithmetic": flops / rates["flops_per_second"],
@@ -124,8 +134,12 @@ def floor(rates: dict[str, float], bytes_moved: float, flops: float) -> dict:
 
 
 def measure_rates(device: str, quick: bool = False) -> dict[str, float]:
-    """What the device does at best: bytes read and written in a second (the faster of a copy and a sum of a large tensor), and
-    operations in a second of a float32 matrix product; and the seconds of the smallest call."""
+    """Measure the device's limits.
+
+    Returns:
+        bytes_per_second (the faster of a copy and a sum of a large tensor), flops_per_second of a
+        float32 matrix product, and seconds_of_a_call of the smallest operation.
+    """
     count, side = {"cpu": (2**26, 1024), "cuda": (2**29, 8192)}[device]
     count, side = (count // 16, side // 4) if quick else (count, side)
     source, target = torch.ones(2, count, device=device)
@@ -146,7 +160,7 @@ def measure_rates(device: str, quick: bool = False) -> dict[str, float]:
 
 
 def machine(device: str) -> dict:
-    """What the figures were measured on."""
+    """Return the facts about the machine that figures are published with."""
     about = {
         "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
         "cores": os.cpu_count(),
@@ -160,7 +174,7 @@ def machine(device: str) -> dict:
 
 
 def processor() -> str:
-    """The CPU's name."""
+    """Return the CPU's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(
@@ -171,7 +185,7 @@ def processor() -> str:
 
 
 def revision() -> str | None:
-    """The commit that is checked out, with "+" if files differ from it; None outside of git."""
+    """Return the commit that is checked out, with "+" if files differ; None outside of git."""
     try:
         answer = subprocess.run(
             ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
@@ -183,22 +197,22 @@ def revision() -> str | None:
 
 
 class Bench:
-    """One device, and how long each row may take.
+    """One device, its limits, and the sizes and repeats of a run.
 
     Args:
         device: "cpu" or "cuda".
-        quick: tiny sizes and few repeats, to see that everything runs.
-        compiled: also measure what torch.compile makes.
+        quick: use tiny sizes and few repeats, to see that everything runs.
+        compiled: also measure the forms that torch.compile makes.
     """
 
     def __init__(self, device: str, quick: bool = False, compiled: bool = True):
         self.device, self.quick, self.compiled = device, quick, compiled
         self.rates = measure_rates(device, quick)
-        self.problems: dict[
-            str, str
-        ] = {}  # why methods of rollouts do not run here; the log says it once
+        # method of a rollout -> why it does not run here; the log says it only once
+        self.problems: dict[str, str] = {}
 
     def size(self, usual: tuple, quick: tuple) -> tuple:
+        """Return the size for this run."""
         return quick if self.quick else usual
 
     def compare(
@@ -214,15 +228,18 @@ class Bench:
         reference: str = "naive",
         gradient: bool = False,
     ) -> dict:
-        """A line of the table.
+        """Measure forms of one computation, and return a line of the table.
 
         Args:
-            forms: what is compared, by name; a text says why there is nothing to call. "ours" is among them.
-            work: bytes that have to be read and written, and floating-point operations that have to be done.
-            unit: of the extra memory: its name and bytes.
-            exact: the result in float64.
-            results: a form's result for the error, where the form itself gives another.
-            reference: the form that all are compared with.
+            row, case: what is computed, and on which size.
+            forms: functions to compare, by name, "ours" among them; a text in place of a function
+                says why it is not run.
+            work: bytes that have to be read and written, and floating-point operations.
+            unit: name and bytes of the unit for the extra memory.
+            exact: computes the result in float64.
+            results: functions for the error, by name, where a form's own result does not serve.
+            reference: name of the form that all are compared with.
+            gradient: run with gradients instead of in inference mode.
         """
         line = {
             "row": row,

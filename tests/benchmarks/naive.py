@@ -1,7 +1,8 @@
-"""The papers' formulas written straight, with every K x C tensor in memory: what the benchmarks compare with.
+"""Naive forms of the papers' formulas, for the benchmarks to compare with.
 
-Shapes are those of `gmflow_core`: mixtures of (B, K, C, *S), sigmas that are numbers, x (B, C, *S). Nothing here is cached,
-fused or rearranged; in float64 it is also what the errors are measured against.
+Every K x C tensor is in memory; nothing is cached, fused or rearranged. Run in float64, these forms
+give the exact results for the errors. Shapes are those of `gmflow_core`: mixtures (B, K, C, *S),
+x (B, C, *S); sigmas are numbers.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ ROOT_2 = math.sqrt(2)
 
 
 def velocity_to_x0(velocity: GaussianMixture, x: Tensor, sigma: float | Tensor) -> GaussianMixture:
-    """The mixture of x_0 = x - sigma u."""
+    """Convert a mixture of velocities u to the mixture of x_0 = x - sigma u."""
     sigma = torch.as_tensor(sigma).to(x).reshape(-1, *[1] * x.ndim)
     return GaussianMixture(
         x.unsqueeze(1) - sigma * velocity.means,
@@ -27,14 +28,18 @@ def velocity_to_x0(velocity: GaussianMixture, x: Tensor, sigma: float | Tensor) 
 
 
 def mean_of(mixture: GaussianMixture) -> Tensor:
+    """Return the mean (B, C, *S)."""
     return (mixture.log_weights.softmax(1) * mixture.means).sum(1)
 
 
 def posterior_mean(
     x0: GaussianMixture, x_src: Tensor, sigma_src: float, x: Tensor, sigma: float
 ) -> Tensor:
-    """E[x_0 | x, sigma]: the mixture times the Gaussian that the ratio of the two likelihoods is (GMFlow, equation of the
-    analytic denoiser)."""
+    """Return E[x_0 | x, sigma] (GMFlow, analytic denoiser).
+
+    The mixture at (x_src, sigma_src) is multiplied by the ratio of the likelihoods of x and x_src,
+    which is a Gaussian.
+    """
     alpha_src, alpha = 1 - sigma_src, 1 - sigma
     zeta = alpha**2 * sigma_src**2 - alpha_src**2 * sigma**2
     mean = ((alpha * sigma_src**2 * x - alpha_src * sigma**2 * x_src) / zeta).unsqueeze(1)
@@ -43,7 +48,12 @@ def posterior_mean(
 
 
 def product(mixture: GaussianMixture, mean: Tensor, var: float | Tensor) -> GaussianMixture:
-    """The mixture times N(mean, var I), renormalised; mean (B, 1, C, *S), var a number or (B, 1, 1, *1)."""
+    """Return the mixture times N(mean, var I), renormalised.
+
+    Args:
+        mean: (B, 1, C, *S).
+        var: a number or (B, 1, 1, *1).
+    """
     own = (2 * mixture.log_std).exp()
     total = own + var
     differences = mixture.means - mean
@@ -59,7 +69,7 @@ def product(mixture: GaussianMixture, mean: Tensor, var: float | Tensor) -> Gaus
 def rollout(
     x0: GaussianMixture, x: Tensor, sigma: float, sigma_end: float, substeps: int
 ) -> Tensor:
-    """Equal Euler steps along u = (x - E[x_0 | x, sigma]) / sigma."""
+    """Take equal Euler steps along u = (x - E[x_0 | x, sigma]) / sigma."""
     x_src, sigma_src = x, sigma
     size = (sigma - sigma_end) / substeps
     for substep in range(substeps):
@@ -73,11 +83,12 @@ def rollout(
 
 
 def image_mean(x: Tensor) -> Tensor:
+    """Average over all dimensions but the batch, which are kept: (B, 1, *1)."""
     return x.mean(tuple(range(1, x.ndim)), keepdim=True)
 
 
 def moments(mixture: GaussianMixture) -> tuple[Tensor, Tensor]:
-    """The mean (B, C, *S), and the variance averaged over the image (B, 1, *1)."""
+    """Return the mean (B, C, *S), and the variance averaged over the image (B, 1, *1)."""
     mean = mean_of(mixture)
     between = (mixture.log_weights.exp() * (mixture.means - mean.unsqueeze(1)).square()).sum(1)
     return mean, image_mean(between + (2 * mixture.log_std).exp().squeeze(1))
@@ -86,7 +97,7 @@ def moments(mixture: GaussianMixture) -> tuple[Tensor, Tensor]:
 def replaced(
     mixture: GaussianMixture, mean: Tensor, var: Tensor, to_mean: Tensor, to_var: Tensor
 ) -> GaussianMixture:
-    """The mixture times N(to_mean, to_var) / N(mean, var), a Gaussian too."""
+    """Return the mixture times N(to_mean, to_var) / N(mean, var)."""
     quotient_var = to_var * var / (var - to_var)
     quotient_mean = (var * to_mean - to_var * mean) / (var - to_var)
     return product(mixture, quotient_mean.unsqueeze(1), quotient_var.unsqueeze(1))
@@ -95,7 +106,10 @@ def replaced(
 def guided_gm_ode(
     velocities: list[GaussianMixture], x: Tensor, sigmas: list[float], substeps: int, weight: float
 ) -> Tensor:
-    """GM-ODE of second order with probabilistic guidance; the network's outputs are given, [cond, uncond] in one batch."""
+    """Run GM-ODE of second order with probabilistic guidance.
+
+    `velocities` are the network's outputs, with [cond, uncond] in one batch.
+    """
     previous = None
     for velocity, sigma, sigma_next in zip(velocities, sigmas[:-1], sigmas[1:], strict=True):
         both = velocity_to_x0(velocity, torch.cat([x, x]), sigma)
@@ -125,7 +139,10 @@ def guided_gm_ode(
 
 
 def principal_axes(mixture: GaussianMixture) -> Tensor:
-    """Axes of the covariance averaged over space, (B, C, C), as columns, by descending variance."""
+    """Return the axes of the covariance averaged over space.
+
+    (B, C, C), as columns by descending variance.
+    """
     means = mixture.means.flatten(3).permute(0, 3, 1, 2)  # (B, S, K, C)
     weights = mixture.log_weights.exp().flatten(3).permute(0, 3, 1, 2)
     differences = means - (weights * means).sum(2, keepdim=True)
@@ -139,15 +156,22 @@ def principal_axes(mixture: GaussianMixture) -> Tensor:
 
 
 def rotated(x: Tensor, axes: Tensor) -> Tensor:
-    """(B, ..., C, *S) in the coordinates of (B, C, C), for x (B, C, *S) or (B, K, C, *S) flattened over space."""
+    """Return x in the coordinates of the axes (B, C, C).
+
+    x is (B, C, S) or (B, K, C, S), flattened over space.
+    """
     return axes.transpose(-1, -2).reshape(len(axes), *[1] * (x.ndim - 3), *axes.shape[1:]) @ x
 
 
 def from_normal(
     mixture: GaussianMixture, z: Tensor, axes: Tensor | None = None, steps: int = 16
 ) -> Tensor:
-    """Standard normal (B, C, *S) to samples of the mixture: along each axis Newton's method on the CDF of the mixture given the
-    earlier axes, from the moment-matched Gaussian on, no step longer than 1.5 standard deviations (GMFlow takes 16)."""
+    """Map standard normal z (B, C, *S) to samples of the mixture, axis by axis.
+
+    Newton's method inverts the mixture's CDF given the earlier axes. It starts at the
+    moment-matched Gaussian, and no step is longer than 1.5 standard deviations. GMFlow takes 16
+    steps.
+    """
     axes = principal_axes(mixture) if axes is None else axes
     means, z = rotated(mixture.means.flatten(3), axes), z.flatten(2)
     log_weights, std = (
@@ -179,7 +203,7 @@ def from_normal(
 
 
 def to_normal(mixture: GaussianMixture, x: Tensor, axes: Tensor | None = None) -> Tensor:
-    """The inverse of `from_normal`: every axis through the CDF given the earlier ones, all of them in one tensor."""
+    """Invert `from_normal`: map every axis by its CDF given the earlier ones, all at once."""
     axes = principal_axes(mixture) if axes is None else axes
     means = rotated(mixture.means.flatten(3), axes)
     offsets = (rotated(x.flatten(2), axes).unsqueeze(1) - means) / mixture.log_std.exp().reshape(
@@ -194,8 +218,10 @@ def to_normal(mixture: GaussianMixture, x: Tensor, axes: Tensor | None = None) -
 def sample_with_spectrum(
     mixture: GaussianMixture, log_power: Tensor, noise: Tensor, axes: Tensor | None = None
 ) -> Tensor:
-    """Noise with a power spectrum, through `from_normal`; images only. Real and imaginary part of the spectrum are what is even
-    and what is odd of the noise under k -> -k."""
+    """Draw samples from noise with a power spectrum, through `from_normal`; images only.
+
+    The even and the odd part of the noise under k -> -k are the spectrum's real and imaginary part.
+    """
     coefficients = noise * (0.5 * log_power).exp()
     mirrored = coefficients.flip((-2, -1)).roll((1, 1), (-2, -1))
     spectrum = torch.complex(coefficients + mirrored, coefficients - mirrored) / 2
@@ -208,8 +234,10 @@ def sample_with_spectrum(
 def transition_nll(
     velocity: GaussianMixture, x_low: Tensor, x_high: Tensor, low: Tensor, high: Tensor
 ) -> Tensor:
-    """GMFlow's loss, (B, *S): the mixture of x_low that the velocities at x_high imply, and the NLL of x_low under it; low and
-    high are (B,)."""
+    """Return GMFlow's loss (B, *S): the NLL of x_low under the mixture predicted at x_high.
+
+    `low` and `high` are the sigmas (B,) of x_low and x_high.
+    """
     low, high = (sigma.reshape(-1, *[1] * x_high.ndim) for sigma in (low, high))
     x_low, x_high = x_low.unsqueeze(1), x_high.unsqueeze(1)
     means_x0 = x_high - high * velocity.means
@@ -222,7 +250,7 @@ def transition_nll(
 
 
 def spectral_nll(velocity: GaussianMixture, target: Tensor, log_power: Tensor) -> Tensor:
-    """GMFlow's spectral loss, (B, *S), of images; its gradient goes to `log_power`."""
+    """Return GMFlow's spectral loss (B, *S) of images, with gradients in `log_power` only."""
     with torch.no_grad():
         spectrum = torch.fft.fft2(to_normal(velocity, target), norm="ortho")
         power = (spectrum.real + spectrum.imag).square()
@@ -230,7 +258,10 @@ def spectral_nll(velocity: GaussianMixture, target: Tensor, log_power: Tensor) -
 
 
 def round_rows(weight: Tensor, group: int = 256) -> tuple[Tensor, Tensor]:
-    """A weight (N, K), rotated by the regular Hadamard matrix in groups of its inputs, as int8 with one scale a row."""
+    """Round a weight (N, K) to int8 with one scale a row.
+
+    Groups of its inputs are rotated by the regular Hadamard matrix first.
+    """
     four, matrix = torch.ones(4, 4) - 2 * torch.eye(4).flip(0), torch.ones(1, 1)
     while len(matrix) < group:
         matrix = torch.kron(matrix, four) / 2

@@ -1,12 +1,12 @@
-"""Other implementations of the same formulas, if their checkouts are at hand: they are called, never copied.
+"""Call other implementations of the same formulas, from their own checkouts; nothing is copied.
 
     PIFLOW_PATH     a checkout of Lakonik/ComfyUI-piFlow, else ~/comfy/ComfyUI-piFlow
     GMFLOW_PATH     a checkout of Lakonik/GMFlow
     LAKONLAB_PATH   a checkout of Lakonik/LakonLab
 
-What the last two wrap around their formulas (mmcv, mmgen, ...) is seldom installed, so that only the definitions that are
-needed are run, out of their files as they are. Each function here gives, by the peer's name, something to call, or why it
-is not run.
+The packages that the last two need (mmcv, mmgen, ...) are seldom installed, so only the needed
+definitions are run, straight from their files. Every function of a row returns, by the peer's
+name, a function to call or the reason why it is not run.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ JIT = ("probabilistic_guidance_jit", "denoising_gm_convert_to_mean_jit")
 
 
 def forms_of(makers: dict[str, Callable[[Path], Callable[[], Tensor]]]) -> Forms:
-    """What the makers give for the checkouts that are there, and what is missing of the others."""
+    """Return the forms that the makers build from checkouts, or the reasons why there are none."""
     found: Forms = {}
     for name, make in makers.items():
         variable, usual = PLACES[name]
@@ -47,7 +47,7 @@ def forms_of(makers: dict[str, Callable[[Path], Callable[[], Tensor]]]) -> Forms
             continue
         try:
             found[name] = make(Path(given).expanduser().absolute())
-        except Exception as error:  # another project's code: whatever it lacks
+        except Exception as error:  # another project's code may raise anything
             found[name] = f"not run: {type(error).__name__}: {error}"
     return found
 
@@ -55,7 +55,11 @@ def forms_of(makers: dict[str, Callable[[Path], Callable[[], Tensor]]]) -> Forms
 def definitions(
     path: Path, names: tuple[str, ...], decorated: bool = True, **known: Any
 ) -> SimpleNamespace:
-    """Functions and classes of a file, run with `known` as the names they use, without the rest of it."""
+    """Run only the named functions and classes of a file, with `known` as the names they use.
+
+    Raises:
+        ImportError: the file does not define them all.
+    """
     nodes = [
         node for node in ast.parse(path.read_text()).body if getattr(node, "name", None) in names
     ]
@@ -78,7 +82,7 @@ def definitions(
 
 
 def module(path: Path, name: str) -> Any:
-    """A file, or a package by its __init__.py, as the module `name`."""
+    """Import a file, or a package by its __init__.py, as the module `name`."""
     if name not in sys.modules:
         place = importlib.util.spec_from_file_location(
             name, path, submodule_search_locations=[str(path.parent)]
@@ -93,7 +97,7 @@ def module(path: Path, name: str) -> Any:
 
 
 def gmflow_parts(root: Path) -> SimpleNamespace:
-    """GMFlow's functions of mixtures, and its mixin with the time scaled to [0, 1]."""
+    """Load GMFlow's functions of mixtures, and its mixin with the time scaled to [0, 1]."""
     ops = module(root / "lib/ops/gmflow_ops/gmflow_ops.py", "gmflow_ops_of_gmflow")
     file = root / "lib/models/diffusions/gmflow.py"
     jit = vars(definitions(file, JIT))
@@ -102,16 +106,17 @@ def gmflow_parts(root: Path) -> SimpleNamespace:
 
 
 def as_dict(mixture: GaussianMixture) -> dict[str, Tensor]:
+    """Return a mixture in the peers' form."""
     return {"means": mixture.means, "logstds": mixture.log_std, "logweights": mixture.log_weights}
 
 
 def image(tensor: Tensor) -> Tensor:
-    """(B, ..., C) as (B, ..., C, 1, 1): the peers' points are images of one pixel."""
+    """Reshape (B, ..., C) to (B, ..., C, 1, 1): the peers' points are images of one pixel."""
     return tensor[..., None, None]
 
 
 def pointwise(mixture: GaussianMixture, *tensors: Tensor) -> tuple:
-    """The arguments as images, if they are points."""
+    """Return the arguments, points as images of one pixel."""
     if tensors[0].ndim == 4:
         return mixture, *tensors
     fields = (mixture.means, mixture.log_weights, mixture.log_std)
@@ -119,13 +124,14 @@ def pointwise(mixture: GaussianMixture, *tensors: Tensor) -> tuple:
 
 
 def times(sigma: float, sigma_end: float, substeps: int) -> list[float]:
+    """Return substeps + 1 equally spaced sigmas."""
     return [sigma + (sigma_end - sigma) * i / substeps for i in range(substeps)] + [sigma_end]
 
 
 def rollouts(
     x0: GaussianMixture, x: Tensor, sigma: float, sigma_end: float, substeps: int
 ) -> Forms:
-    """The substeps between two network calls."""
+    """Return the peers' substeps between two network calls."""
     shape = x.shape
     x0, x = pointwise(x0, x)
     sigmas = [x.new_full((len(x), 1, 1, 1), value) for value in times(sigma, sigma_end, substeps)]
@@ -170,7 +176,7 @@ def rollouts(
 def gmflow_substeps(
     parts: SimpleNamespace, gm: dict[str, Tensor], x: Tensor, sigmas: list[Tensor]
 ) -> Tensor:
-    """The substeps of GMFlow's sampler, with the Euler step of its scheduler."""
+    """Run the substeps of GMFlow's sampler, with the Euler step of its scheduler."""
     now = x
     for substep, (here, there) in enumerate(itertools.pairwise(sigmas)):
         if substep == 0:
@@ -186,7 +192,10 @@ def gmflow_substeps(
 def guided_gm_odes(
     velocities: list[GaussianMixture], x: Tensor, sigmas: list[float], substeps: int, weight: float
 ) -> Forms:
-    """GM-ODE 2 with probabilistic guidance, without the network: `velocities` are what it gave for [cond, uncond]."""
+    """Return the peers' GM-ODE 2 with probabilistic guidance, without the network's time.
+
+    `velocities` are the network's outputs for [cond, uncond].
+    """
 
     def gmflow(root: Path) -> Callable[[], Tensor]:
         parts = gmflow_parts(root)
@@ -227,7 +236,7 @@ def guided_gm_odes(
 
 
 def transports(mixture: GaussianMixture, z: Tensor) -> Forms:
-    """Standard normal samples to samples of the mixture."""
+    """Return the peers' maps from standard normal samples to samples of the mixture."""
 
     def gmflow(root: Path) -> Callable[[], Tensor]:
         ops = module(root / "lib/ops/gmflow_ops/gmflow_ops.py", "gmflow_ops_of_gmflow")
@@ -244,7 +253,7 @@ def transports(mixture: GaussianMixture, z: Tensor) -> Forms:
 def losses(
     velocity: GaussianMixture, x_low: Tensor, x_high: Tensor, low: Tensor, high: Tensor
 ) -> Forms:
-    """The transition NLL (B, *S)."""
+    """Return the peers' transition NLL (B, *S)."""
     shape = (len(x_low), *x_low.shape[2:])
     velocity, x_low, x_high = pointwise(velocity, x_low, x_high)
 

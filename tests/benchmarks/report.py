@@ -1,4 +1,4 @@
-"""The table, as text and as markdown, and the plots."""
+"""Present results as text, as a markdown table, and as plots."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ OURS = "ours"
 
 
 def duration(seconds: float) -> str:
-    """Three digits, in the unit that suits."""
+    """Format seconds with three digits, as s, ms or µs."""
     size, unit = next(
         (each for each in ((1, "s"), (1e-3, "ms")) if seconds >= each[0]), (1e-6, "µs")
     )
@@ -18,7 +18,7 @@ def duration(seconds: float) -> str:
 
 
 def ratio(about: dict, name: str) -> str:
-    """median (lower quartile to upper quartile)"""
+    """Format a ratio as "median (lower quartile to upper quartile)"; empty if there is none."""
     if name not in about:
         return ""
     low, middle, high = (f"{value:.3g}" for value in about[name])
@@ -26,15 +26,17 @@ def ratio(about: dict, name: str) -> str:
 
 
 def memory(about: dict, unit: str) -> str:
+    """Format the extra memory; empty if it was not measured."""
     return f"{about['memory']:.2f} {unit}" if "memory" in about else ""
 
 
 def error(about: dict) -> str:
+    """Format the error with one digit; empty if it was not measured."""
     return f"{about['error']:.0e}" if "error" in about else ""
 
 
 def grid(rows: list[list[str]]) -> list[str]:
-    """Rows of text in aligned columns."""
+    """Align the columns of rows of text."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -43,17 +45,20 @@ def grid(rows: list[list[str]]) -> list[str]:
 
 
 def lines_of(results: dict) -> list[dict]:
-    """All lines but the curves."""
+    """Return all lines of the results but the curves."""
     return [line for line in results["rows"] if "axis" not in line]
 
 
 def title(line: dict) -> str:
+    """Return a line's row, case and device in words."""
     return f"{line['row']}: {line['case']}" + (" [GPU]" if line["device"] == "cuda" else "")
 
 
 def text(line: dict) -> str:
-    """One line of the results: every form, its time, how it compares with the reference, with ours and with the floor, its
-    extra memory and its error."""
+    """Format one line of the results as text, a row for every form.
+
+    Columns: time; ratio to the reference, to ours and to the floor; extra memory; error.
+    """
     least = line.get("floor")
     heading = title(line)
     if least and least["seconds"]:
@@ -94,7 +99,10 @@ def text(line: dict) -> str:
 
 
 def markdown(results: dict) -> str:
-    """A compact table to quote, below the machine and the date: ours against the reference, and the others' times."""
+    """Format a compact table to quote, below the machine and the date.
+
+    It compares ours with the reference, and lists the times of the other forms.
+    """
     rows = [
         [
             "",
@@ -114,7 +122,8 @@ def markdown(results: dict) -> str:
             rows.append([title(line), "", ours["not_run"], "", "", "", "", ""])
             continue
         others = [
-            f"{name.removeprefix('ours, ')} {duration(about['median'])} ({about['over_ours'][1]:.2g})"
+            f"{name.removeprefix('ours, ')} {duration(about['median'])} "
+            f"({about['over_ours'][1]:.2g})"
             for name, about in forms.items()
             if name not in (OURS, line["reference"]) and "median" in about
         ]
@@ -142,7 +151,11 @@ def markdown(results: dict) -> str:
 
 
 def plots(results: dict, folder: Path) -> list[Path]:
-    """benchmarks.png, and benchmarks_growth.png if there are curves; what there is nothing for is not drawn."""
+    """Draw benchmarks.png if there are lines and benchmarks_growth.png if there are curves.
+
+    Returns:
+        The files that were written.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -154,7 +167,7 @@ def plots(results: dict, folder: Path) -> list[Path]:
     return written
 
 
-SIGNS = {  # of a form: marker and colour; further ones take what is left
+SIGNS = {  # a form's marker and colour; other forms take one of FURTHER
     "naive": ("s", "tab:red"),
     OURS: ("o", "tab:blue"),
     "floor": ("|", "black"),
@@ -173,7 +186,7 @@ FURTHER = tuple(
 
 
 def caption(results: dict) -> str:
-    """The machines."""
+    """Return the machines in words."""
     return "; ".join(
         f"{about['device']}, threads: {about['threads']}, torch {about['torch']}, {about['date']}"
         for about in results["machines"].values()
@@ -181,7 +194,7 @@ def caption(results: dict) -> str:
 
 
 def plot_rows(results: dict, path: Path) -> Path:
-    """Every form's time, and how many times as fast as the naive form ours is."""
+    """Draw every form's time, and the ratio of the naive form to ours."""
     import matplotlib.pyplot as plt
 
     lines = [line for line in lines_of(results) if "median" in line["forms"][OURS]]
@@ -249,7 +262,7 @@ def plot_rows(results: dict, path: Path) -> Path:
 
 
 def plot_growth(results: dict, path: Path) -> Path:
-    """A rollout's time against K, pixels, substeps and batch; one row of panels for each device."""
+    """Draw a rollout's time against K, pixels, substeps and batch, a row of panels a device."""
     import matplotlib.pyplot as plt
 
     curves = [line for line in results["rows"] if "axis" in line]

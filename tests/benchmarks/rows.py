@@ -1,4 +1,4 @@
-"""Rows of the table: the mathematics between two network calls, and the losses."""
+"""Rows of the table for the mathematics between two network calls, and for the losses."""
 
 from __future__ import annotations
 
@@ -22,21 +22,23 @@ from tests.helpers import F64, cast, normal, random_mixture
 from . import naive, peers
 from .measure import Bench, floor, quartiles, ratios, take_turns
 
-FLOAT = 4  # bytes
+FLOAT = 4  # bytes of a float32
 START, END = 0.9, 0.4  # sigmas of a rollout
-WEIGHT = 0.3  # of guidance
+WEIGHT = 0.3  # guidance scale
 
 
 def size_of(*tensors: Tensor) -> int:
-    """Bytes."""
+    """Return the bytes that the tensors hold."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def bytes_of(mixture: GaussianMixture) -> int:
+    """Return the bytes of a mixture's three fields."""
     return size_of(mixture.means, mixture.log_weights, mixture.log_std)
 
 
 def describe(mixture: GaussianMixture, more: str = "") -> str:
+    """Return a mixture's sizes in words, followed by `more`."""
     batch, components, channels, *space = mixture.means.shape
     place = f"{' x '.join(map(str, space))}, batch {batch}" if space else f"{batch} points"
     return f"K = {components}, C = {channels}, {place}{more}"
@@ -45,7 +47,7 @@ def describe(mixture: GaussianMixture, more: str = "") -> str:
 def inputs(
     bench: Bench, batch: int, components: int, channels: int, *space: int
 ) -> tuple[GaussianMixture, Tensor]:
-    """A mixture, and standard normal noise of the shape of its samples."""
+    """Return a random mixture, and standard normal noise in the shape of its samples."""
     mixture = random_mixture(0, batch, components, channels, space, spread=1.0)
     return mixture.to(bench.device), normal(batch, channels, *space).to(bench.device)
 
@@ -54,8 +56,12 @@ def inputs(
 
 
 def rollout_work(mixture: GaussianMixture, substeps: int) -> tuple[float, float]:
-    """One pass over the mixture, x read and written once; and per pixel the products that a rollout needs: weights and mean of
-    K x C numbers in every substep, or through the K x K inner products of the means."""
+    """Return the least bytes moved and the least operations of a rollout.
+
+    Bytes: one pass over the mixture, with x read once and written once. Operations: every substep
+    computes weights and mean from K x C numbers, or it works through the K x K inner products of
+    the means; the cheaper of the two counts.
+    """
     batch, components, channels, *space = mixture.means.shape
     direct = 4 * components * channels * substeps
     gram = 2 * components**2 * (channels + substeps) + 4 * components * channels
@@ -66,7 +72,10 @@ def rollout_work(mixture: GaussianMixture, substeps: int) -> tuple[float, float]
 def our_rollouts(
     bench: Bench, mixture: GaussianMixture, x: Tensor, substeps: int, compiled: bool
 ) -> dict[str, Callable | str]:
-    """The automatic choice as "ours", then every method of METHODS that runs on this device."""
+    """Return the automatic choice as "ours", and every method of METHODS, by name.
+
+    A method that does not run on this device is replaced by a text with the reason.
+    """
     forms: dict[str, Callable | str] = {"ours": lambda: rollout(mixture, x, START, END, substeps)}
     for method in METHODS:
         name = f"ours, {method}"
@@ -77,13 +86,13 @@ def our_rollouts(
             forms[name] = "not run: not asked for"
         else:
             bench.problems[method] = bench.problems.get(method) or said_by(forms[name])
-            if bench.problems[method]:  # another method took its place
+            if bench.problems[method]:  # rollout fell back to another method
                 forms[name] = f"not run: {bench.problems[method]}"
     return forms
 
 
 def said_by(function: Callable) -> str:
-    """What a call writes to the log as warnings."""
+    """Call `function` and return the warnings it logs, joined by semicolons."""
     messages: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: messages.append(record.getMessage())
@@ -97,6 +106,7 @@ def said_by(function: Callable) -> str:
 
 
 def compare_rollouts(bench: Bench, row: str, shape: tuple[int, ...], substeps: int = 32) -> dict:
+    """Measure one rollout of a mixture of `shape` (B, K, C, *S) in every form."""
     mixture, x = inputs(bench, *shape)
     forms = {
         **our_rollouts(bench, mixture, x, substeps, bench.compiled),
@@ -114,14 +124,18 @@ def compare_rollouts(bench: Bench, row: str, shape: tuple[int, ...], substeps: i
 
 
 def rollout_rows(bench: Bench) -> Iterator[dict]:
-    """FLUX-size latents, small latents, points."""
+    """Measure rollouts of latents of FLUX's size, of small latents, and of points."""
     yield compare_rollouts(bench, "rollout", bench.size((1, 8, 16, 96, 170), (1, 8, 16, 12, 10)))
     yield compare_rollouts(bench, "rollout", bench.size((8, 8, 4, 32, 32), (2, 8, 4, 8, 8)))
     yield compare_rollouts(bench, "rollout", bench.size((16384, 32, 2), (256, 32, 2)))
 
 
 def substep_rows(bench: Bench) -> Iterator[dict]:
-    """The slope of a rollout's time over its substeps; the floor is one pass over the mixture."""
+    """Measure the seconds that each further substep adds to a rollout.
+
+    The figure is the slope of a line through the times of 2, 8, 32 and 128 substeps. The floor is
+    one pass over the mixture.
+    """
     mixture, x = inputs(bench, *bench.size((1, 8, 16, 96, 170), (1, 8, 16, 12, 10)))
     counts = (2, 8, 32, 128)
     forms: dict[str, Callable[[int], Tensor]] = {
@@ -168,7 +182,7 @@ def substep_rows(bench: Bench) -> Iterator[dict]:
 
 
 def growth_rows(bench: Bench) -> Iterator[dict]:
-    """Curves: the time of a rollout against K, pixels, substeps and batch."""
+    """Measure curves of a rollout's time against K, pixels, substeps and batch."""
     components, channels, side, substeps = bench.size((8, 16, 64, 32), (4, 4, 8, 4))
     axes = {
         "components": [
@@ -223,7 +237,7 @@ def growth_rows(bench: Bench) -> Iterator[dict]:
 
 
 def compiled(function: Callable) -> Callable:
-    """`function` with the method that compiles."""
+    """Return a form of `function` that runs with the environment asking for "compiled"."""
 
     def run() -> Tensor:
         before = os.environ.get(METHOD_VARIABLE)
@@ -239,16 +253,19 @@ def compiled(function: Callable) -> Callable:
 
 
 def with_compiled(bench: Bench, function: Callable) -> dict[str, Callable | str]:
-    """`function` as "ours", and compiled."""
+    """Return `function` as "ours", and its compiled form or the reason why there is none."""
     form = compiled(function)
     said = "not asked for"
     if bench.compiled:
-        said = said_by(lambda: [form() for _ in range(3)])  # the first call does not compile yet
+        said = said_by(lambda: [form() for _ in range(3)])  # compilation starts at a later call
     return {"ours": function, "ours, compiled": f"not run: {said}" if said else form}
 
 
 def transport_rows(bench: Bench) -> Iterator[dict]:
-    """GM-SDE's draw: the axes, and the inverse Knothe-Rosenblatt map, without and with a spectrum."""
+    """Measure GM-SDE's draw: principal axes and inverse Knothe-Rosenblatt map.
+
+    One line without a spectrum, one with a spectrum.
+    """
     mixture, z = inputs(bench, *bench.size((8, 8, 4, 32, 32), (2, 4, 3, 6, 8)))
     log_power = 0.3 * normal(*z.shape, seed=2).to(z)
     axes = mixture.principal_axes()
@@ -268,7 +285,7 @@ def transport_rows(bench: Bench) -> Iterator[dict]:
         },
         work=work,
         exact=lambda: exact.from_normal(z.to(F64), exact_axes),
-        results={  # with the same axes, whose signs are arbitrary
+        results={  # all forms share one set of axes, because the signs of axes are arbitrary
             "ours": lambda: mixture.from_normal(z, axes),
             "ours, compiled": compiled(lambda: mixture.from_normal(z, axes)),
             "naive": lambda: naive.from_normal(mixture, z, straight.to(z)),
@@ -294,8 +311,11 @@ def transport_rows(bench: Bench) -> Iterator[dict]:
 
 
 def guided_rows(bench: Bench) -> Iterator[dict]:
-    """GM-ODE 2 with probabilistic guidance and 4 substeps, all but the network, whose outputs are made beforehand: a call of
-    four steps (the first has no correction)."""
+    """Measure four steps of GM-ODE 2 with probabilistic guidance and 4 substeps each.
+
+    The network's outputs are made beforehand, so its time does not count. The first step has no
+    second-order correction.
+    """
     for shape in (
         bench.size((8, 8, 4, 32, 32), (2, 4, 3, 6, 8)),
         bench.size((1, 8, 16, 96, 170), (1, 4, 5, 6, 8)),
@@ -306,6 +326,7 @@ def guided_rows(bench: Bench) -> Iterator[dict]:
 def compare_guided_steps(
     bench: Bench, batch: int, components: int, channels: int, *space: int
 ) -> dict:
+    """Measure the guided steps at one size."""
     sigmas, substeps = flow_sigmas(4).tolist(), 4
     outputs = [
         random_mixture(seed, 2 * batch, components, channels, space, spread=1.0)
@@ -338,7 +359,7 @@ def compare_guided_steps(
         work=(
             sum(moved for moved, _ in least),
             sum(flops for _, flops in least) / 2,
-        ),  # the substeps are of one half
+        ),  # the substeps read only the guided half
         unit=("means", size_of(outputs[0].means) / 2),
         exact=lambda: naive.guided_gm_ode(
             [cast(output, F64) for output in outputs], x.to(F64), sigmas, substeps, WEIGHT
@@ -350,13 +371,16 @@ def compare_guided_steps(
 
 
 def gradients(loss: Tensor, velocity: GaussianMixture) -> Tensor:
-    """Of the loss's mean, in the three fields."""
+    """Return the gradients of the mean loss in the mixture's three fields, flattened."""
     fields = (velocity.means, velocity.log_weights, velocity.log_std)
     return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss.mean(), fields)])
 
 
 def loss_rows(bench: Bench) -> Iterator[dict]:
-    """The transition NLL, forward, and forward with the gradients of the network's three outputs."""
+    """Measure the transition NLL: the forward pass, and the forward with the backward pass.
+
+    Gradients are taken in the network's three outputs.
+    """
     for shape in (
         bench.size((4096, 64, 2), (64, 8, 2)),
         bench.size((32, 8, 4, 32, 32), (2, 8, 4, 8, 8)),
@@ -371,7 +395,7 @@ def loss_rows(bench: Bench) -> Iterator[dict]:
 def compare_losses(
     bench: Bench, mixture: GaussianMixture, given: tuple[Tensor, ...], backward: bool
 ) -> dict:
-    """transition_nll(mixture, *given)."""
+    """Measure `transition_nll(mixture, *given)`, with gradients if `backward`."""
 
     def leaf(dtype: torch.dtype) -> GaussianMixture:
         fields = (mixture.means, mixture.log_weights, mixture.log_std)

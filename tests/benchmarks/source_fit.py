@@ -1,10 +1,10 @@
-"""Measures memory and time of fitting a source, and computes what ImageNet's needs.
+"""Measure memory and time of fitting a source, and compute what ImageNet's source needs.
 
-    python -m tests.benchmarks.source_fit              # one CPU thread, some two minutes; on a GPU if there is one
+    python -m tests.benchmarks.source_fit      # one CPU thread, 2 minutes; on a GPU if there is one
 
-Peak memory is that of the tensors (measure.extra_memory). It is held against the arithmetic at small sizes, and the arithmetic
-is then evaluated for 8192 modes of 768 dimensions and 1.28 million images with latents of 768 x 16 x 16. Results go to
-docs/results/source_fit.json and .csv.
+Peak memory is that of the tensors (measure.extra_memory). At small sizes it is compared with the
+arithmetic. The arithmetic is then evaluated for 8192 modes of 768 dimensions and 1.28 million
+images with latents of 768 x 16 x 16. Results go to docs/results/source_fit.json and .csv.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gmflow_core.source import em as source_fit
+from gmflow_core.source import em
+from gmflow_core.source.moments import fit_given_modes
 from gmflow_core.source.source import GaussianMixtureSource, LogJoint
 from tests.benchmarks.measure import REPOSITORY, extra_memory, machine, measure_rates, seconds
 
@@ -38,24 +39,29 @@ COLUMNS = ("part", "size", "measured_mb", "arithmetic_mb", "ratio", "seconds", "
 
 
 def em_bytes(modes: int, dims: int) -> int:
-    """Of an iteration and the mixture that it begins with."""
-    rows = source_fit.rows_of(modes, dims)
+    """Return the bytes of an EM iteration and of the mixture that it starts from."""
+    rows = em.rows_of(modes, dims)
     return max(76 * modes * dims, 60 * modes * dims + 8 * rows * modes + 12 * rows * dims)
 
 
 def start_bytes(samples: int, dims: int, centres: int) -> int:
-    """Of k-means++: the samples, three tables with a column for each candidate, a few columns, and a block of squares."""
-    return 4 * samples * (dims + 3 * (2 + int(math.log(centres))) + 8) + 4 * source_fit.BLOCK
+    """Return the bytes of k-means++.
+
+    It holds the samples, three tables with a column for each candidate, a few more columns, and a
+    block of squares.
+    """
+    return 4 * samples * (dims + 3 * (2 + int(math.log(centres))) + 8) + 4 * em.BLOCK
 
 
 def latents_bytes(modes: int, shape: tuple[int, ...], chunk: int) -> int:
-    """Of the running means, and of a chunk of samples and what is made of it."""
+    """Return the bytes of the running means, and of a chunk of samples with its temporaries."""
     return 4 * math.prod(shape) * (modes + 6 * chunk)
 
 
 def row(
     part: str, size: str, measured: int, arithmetic: int, spent: float, flops: float | None = None
 ) -> dict:
+    """Print and return one row of the results."""
     line = {
         "part": part,
         "size": size,
@@ -78,55 +84,56 @@ def row(
     return line
 
 
-def best(function, device: str, repeats: int = 3) -> float:
+def best(function: Callable, device: str, repeats: int = 3) -> float:
+    """Return the seconds of the fastest of several calls."""
     return min(seconds(function, device) for _ in range(repeats))
 
 
-def random_mixture(modes: int, dims: int, device: str) -> source_fit.EM:
+def random_mixture(modes: int, dims: int, device: str) -> em.EM:
+    """Return random modes to start EM from."""
     means = torch.randn(modes, dims, dtype=torch.float64, device=device)
-    return source_fit.EM(
-        means, torch.ones_like(means), means.new_full((modes,), -math.log(modes)), []
-    )
+    return em.EM(means, torch.ones_like(means), means.new_full((modes,), -math.log(modes)), [])
 
 
 def measure_em(modes: int, dims: int, device: str) -> dict:
-    rows = source_fit.rows_of(modes, dims)
-    x, em = torch.randn(2 * rows, dims), random_mixture(modes, dims, device)
+    """Measure an EM iteration over two blocks of samples."""
+    rows = em.rows_of(modes, dims)
+    x, start = torch.randn(2 * rows, dims), random_mixture(modes, dims, device)
     origin = torch.zeros(dims, device=device)
 
     def iteration(tokens: Tensor = x) -> None:
-        blocks = source_fit._blocks([tokens], rows, torch.device(device), torch.float32, origin)
-        em.update(blocks, len(tokens), 1e-6, torch.float32)
+        blocks = em._blocks([tokens], rows, torch.device(device), torch.float32, origin)
+        start.update(blocks, len(tokens), 1e-6, torch.float32)
 
-    memory = extra_memory(iteration, device) + 16 * modes * dims  # the mixture was there before
-    return row(
-        "EM", f"{modes} x {dims}, {len(x)} samples", memory, em_bytes(modes, dims), best(iteration, device),
-        8 * len(x) * modes * dims,
-    )  # fmt: skip
+    memory = extra_memory(iteration, device) + 16 * modes * dims  # the mixture existed before
+    size = f"{modes} x {dims}, {len(x)} samples"
+    flops = 8 * len(x) * modes * dims
+    return row("EM", size, memory, em_bytes(modes, dims), best(iteration, device), flops)
 
 
 def measure_start(samples: int, dims: int, centres: int, device: str) -> dict:
+    """Measure the choice of centres by k-means++."""
     x = torch.randn(samples, dims, device=device)
 
     def choose() -> None:
-        source_fit.kmeans_plus_plus(x, centres)
+        em.kmeans_plus_plus(x, centres)
 
     memory = extra_memory(choose, device) + x.nbytes
-    trials = 2 + int(math.log(centres))
-    return row(
-        "start", f"{centres} of {samples} x {dims}", memory, start_bytes(samples, dims, centres), best(choose, device, 1),
-        2 * samples * dims * centres * trials,
-    )  # fmt: skip
+    arithmetic, trials = start_bytes(samples, dims, centres), 2 + int(math.log(centres))
+    size = f"{centres} of {samples} x {dims}"
+    flops = 2 * samples * dims * centres * trials
+    return row("start", size, memory, arithmetic, best(choose, device, 1), flops)
 
 
 def measure_latents(modes: int, shape: tuple[int, ...], device: str, chunk: int = 64) -> dict:
+    """Measure the moments of latents of `shape` whose modes are known."""
     x, mode = (
         torch.randn(chunk, *shape, device=device),
         torch.randint(0, modes, (chunk,), device=device),
     )
 
     def fit() -> None:
-        source_fit.fit_given_modes([(x, mode)] * 4, modes, shape, device=device)
+        fit_given_modes([(x, mode)] * 4, modes, shape, device=device)
 
     memory = extra_memory(fit, device) + x.nbytes
     size = f"{modes} modes of {'x'.join(map(str, shape))}, {4 * chunk} samples"
@@ -136,7 +143,7 @@ def measure_latents(modes: int, shape: tuple[int, ...], device: str, chunk: int 
 def beside_scikit_learn(
     samples: int = 20_000, modes: int = 256, dims: int = 192, iterations: int = 5
 ) -> dict:
-    """The same iterations from the same start by scikit-learn, in float64 and float32."""
+    """Measure the same iterations from the same start by scikit-learn, in float64 and float32."""
     import warnings
 
     from sklearn.mixture import GaussianMixture
@@ -151,7 +158,7 @@ def beside_scikit_learn(
     found = {"size": f"{samples} samples, {modes} modes x {dims}, {iterations} iterations"}
 
     def ours(dtype: torch.dtype = torch.float32) -> list[float]:
-        return source_fit.fit_mixture(
+        return em.fit_mixture(
             x, modes, start=start, max_iterations=iterations, tolerance=0, dtype=dtype
         ).log_likelihoods
 
@@ -169,13 +176,18 @@ def beside_scikit_learn(
     for name, dtype in (("float64", torch.float64), ("float32", torch.float32)):
         note(f"ours_{name}", lambda dtype=dtype: ours(dtype)[-1])
         theirs = GaussianMixture(
-            modes, covariance_type="diag", max_iter=iterations, tol=0, means_init=start.means.numpy().astype(name),
-            precisions_init=torch.ones(modes, dims).numpy().astype(name), init_params="random_from_data",
+            modes,
+            covariance_type="diag",
+            max_iter=iterations,
+            tol=0,
+            means_init=start.means.numpy().astype(name),
+            precisions_init=torch.ones(modes, dims).numpy().astype(name),
             weights_init=start.weights.numpy().astype(name),
-        )  # fmt: skip
+            init_params="random_from_data",
+        )
         data = x.numpy().astype(name)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it has not converged
+            warnings.simplefilter("ignore")  # so few iterations do not converge
             note(
                 f"scikit_learn_{name}",
                 lambda theirs=theirs, data=data: float(theirs.fit(data).lower_bound_),
@@ -191,7 +203,7 @@ def beside_scikit_learn(
 
 
 def errors(modes: int = 256, dims: int = 768, samples: int = 512) -> list[dict]:
-    """Largest error of log w_m + log N in float32 against float64, in nats, of each sample's likeliest mode."""
+    """Measure the largest float32 error of log w_m + log N at the likeliest modes, in nats."""
     lines = []
     for std in (1.0, 0.1, 0.01):
         means = torch.randn(
@@ -212,9 +224,9 @@ def errors(modes: int = 256, dims: int = 768, samples: int = 512) -> list[dict]:
 
 
 def full_size() -> dict:
-    """Arithmetic for ImageNet; nothing here is measured."""
+    """Compute what ImageNet's source needs; nothing here is measured."""
     modes, dims, samples, shape = FULL.values()
-    rows = max(source_fit.START_ROWS[0] * modes, source_fit.START_ROWS[1])
+    rows = max(em.START_ROWS[0] * modes, em.START_ROWS[1])
     flops = 8 * samples * modes * dims
     trials = 2 + int(math.log(modes))
     needs = {
@@ -234,6 +246,7 @@ def full_size() -> dict:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Measure, compute, and write the results."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.benchmarks.source_fit",
         description=__doc__,

@@ -1,4 +1,4 @@
-"""The benchmarks: their naive forms are ours, their statistics are right, and a tiny run writes what it should."""
+"""Benchmarks: naive forms equal ours, statistics are right, and a tiny run writes its files."""
 
 import json
 
@@ -10,7 +10,7 @@ from gmflow_core.flow.losses import spectral_nll
 from gmflow_core.flow.path import velocity_to_x0
 from gmflow_core.gaussians.spectral import sample_with_spectrum
 from gmflow_core.sampling.rollout import rollout
-from tests.benchmarks import naive, report
+from tests.benchmarks import naive, report, source_fit
 from tests.benchmarks.__main__ import main
 from tests.benchmarks.measure import (
     extra_memory,
@@ -160,3 +160,12 @@ def test_tiny_run_writes_table_json_and_plots(tmp_path, capsys, monkeypatch):
     table = report.markdown(results)
     assert table in capsys.readouterr().out
     assert "| rollout: K = 8, C = 16, 12 x 10, batch 1, 32 substeps |" in table
+
+
+def test_a_fits_memory_is_that_of_its_arithmetic():
+    """The needs of ImageNet's source rest on that arithmetic."""
+    start = source_fit.measure_start(*source_fit.START_SIZES[0], "cpu")
+    latents = source_fit.measure_latents(16, (8, 8, 8), "cpu")
+    assert 0.6 < start["ratio"] < 1.1
+    assert 0.6 < latents["ratio"] < 1.1
+    assert source_fit.full_size()["fits"]

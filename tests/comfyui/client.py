@@ -1,4 +1,4 @@
-"""A small client of a running ComfyUI server: prompts, their pictures, errors, progress and previews."""
+"""A small client of a ComfyUI server: run prompts; read pictures, errors, progress, previews."""
 
 from __future__ import annotations
 
@@ -34,38 +34,36 @@ class Progress(NamedTuple):
 
 @dataclass
 class Result:
-    """What one prompt did. ``status`` is success, error, interrupted or rejected."""
+    """Outcome of one prompt. ``status`` is success, error, interrupted or rejected."""
 
     prompt_id: str
     status: str
-    outputs: dict[str, dict[str, Any]] = field(
-        default_factory=dict
-    )  # node -> what it showed in the interface
+    # node -> the output that the interface shows
+    outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
     images: dict[str, list[Image.Image]] = field(default_factory=dict)  # node -> its pictures
     errors: dict[str, str] = field(default_factory=dict)  # node ("" for the prompt itself) -> text
     executed: list[str] = field(default_factory=list)  # nodes in the order they ran
     cached: list[str] = field(default_factory=list)  # nodes that did not run again
     progress: list[Progress] = field(default_factory=list)
     previews: list[bytes] = field(default_factory=list)  # JPEG or PNG files
-    texts: dict[str, str] = field(
-        default_factory=dict
-    )  # node -> the last text it showed on itself while it ran
+    # node -> the last text that it showed on itself while it ran
+    texts: dict[str, str] = field(default_factory=dict)
     traceback: str = ""  # of the node that failed
 
     @property
     def image(self) -> Image.Image:
-        """The only picture of the prompt."""
+        """Return the only picture of the prompt."""
         (image,) = [image for images in self.images.values() for image in images]
         return image
 
     @property
     def array(self) -> np.ndarray:
-        """The only picture as float32 in [0, 1], height x width x channels."""
+        """Return the only picture as float32 in [0, 1], height x width x channels."""
         return np.asarray(self.image, np.float32) / 255
 
 
 class PromptError(AssertionError):
-    """A prompt was rejected, or a node of it failed."""
+    """Raised if the server rejects a prompt or one of its nodes fails."""
 
     def __init__(self, result: Result):
         lines = [f"node {node}: {text}" if node else text for node, text in result.errors.items()]
@@ -75,7 +73,7 @@ class PromptError(AssertionError):
 
 @dataclass
 class _Run:
-    """What the websocket has said about one prompt."""
+    """Messages of the websocket about one prompt."""
 
     executed: list[str] = field(default_factory=list)
     progress: list[Progress] = field(default_factory=list)
@@ -91,21 +89,25 @@ class Comfy:
         self.url, self.base, self._log_path, self._process = url, base, log_path, process
         self.client_id = uuid.uuid4().hex
         self._runs: dict[str, _Run] = {}
-        self._left_out: dict[
-            str, dict[str, str]
-        ] = {}  # errors of the outputs that a queued prompt has to do without
+        # errors of outputs that ComfyUI drops from a prompt before it queues the rest
+        self._left_out: dict[str, dict[str, str]] = {}
         self._heard = threading.Condition()
-        self._now = _Run()  # the one that runs
+        self._now = _Run()  # the prompt that is running
         self._socket: websocket.WebSocket | None = None
 
     # --- the server
 
     def log(self) -> str:
-        """What the server has printed so far."""
+        """Return what the server has printed so far."""
         return self._log_path.read_text(encoding="utf-8", errors="replace")
 
     def wait_ready(self, timeout: float = 120) -> None:
-        """Wait until the server answers; raises with the end of its log if it dies or is late."""
+        """Wait until the server answers, and connect to its websocket.
+
+        Raises:
+            RuntimeError: the server has ended; the message holds the end of its log.
+            TimeoutError: no answer in `timeout` seconds; the message holds the end of its log.
+        """
         deadline = time.monotonic() + timeout
         while True:
             try:
@@ -138,23 +140,23 @@ class Comfy:
             self._process.kill()
 
     def get(self, path: str) -> Any:
-        """The JSON answer to GET."""
+        """Return the JSON answer to GET."""
         return json.loads(self._request(path))
 
     def post(self, path: str, data: Any) -> Any:
-        """The JSON answer to POST of JSON, None if it is empty."""
+        """Return the JSON answer to a POST of JSON; None if the answer is empty."""
         answer = self._request(path, json.dumps(data).encode())
         return json.loads(answer) if answer else None
 
     def view(self, reference: dict[str, str]) -> Image.Image:
-        """The picture that an output names by filename, subfolder and type."""
+        """Load the picture that an output names by filename, subfolder and type."""
         keys = {key: reference.get(key, "") for key in ("filename", "subfolder", "type")}
         image = Image.open(io.BytesIO(self._request(f"/view?{urllib.parse.urlencode(keys)}")))
         image.load()
         return image
 
     def object_info(self) -> dict[str, Any]:
-        """All node types with their inputs and outputs."""
+        """Return all node types with their inputs and outputs."""
         return self.get("/object_info")
 
     # --- prompts
@@ -162,7 +164,11 @@ class Comfy:
     def run(
         self, prompt: dict[str, Any], timeout: float = 120, expect_error: bool = False
     ) -> Result:
-        """Run a prompt in API format to its end; PromptError if it is rejected or fails, unless that is expected."""
+        """Run a prompt in API format to its end.
+
+        Raises:
+            PromptError: the prompt is rejected or fails, and no error is expected.
+        """
         try:
             return self.wait(self.submit(prompt), timeout, expect_error)
         except PromptError as error:
@@ -171,7 +177,11 @@ class Comfy:
             return error.result
 
     def submit(self, prompt: dict[str, Any], **extra_data: Any) -> str:
-        """Queue a prompt and return its id; PromptError if it is rejected."""
+        """Queue a prompt and return its id.
+
+        Raises:
+            PromptError: the server rejects the prompt.
+        """
         body = {"prompt": prompt, "client_id": self.client_id, "extra_data": extra_data}
         try:
             answer = self.post("/prompt", body)
@@ -182,7 +192,12 @@ class Comfy:
         return answer["prompt_id"]
 
     def wait(self, prompt_id: str, timeout: float = 120, expect_error: bool = False) -> Result:
-        """Wait for the end of a prompt; PromptError if a node failed, unless that is expected."""
+        """Wait for the end of a prompt and return its result.
+
+        Raises:
+            PromptError: a node failed, and no error is expected.
+            TimeoutError: the prompt has not ended in `timeout` seconds.
+        """
         self._wait_until(prompt_id, lambda run: run.done, timeout, "end")
         result = self.result(prompt_id)
         if result.errors and not expect_error:
@@ -190,7 +205,7 @@ class Comfy:
         return result
 
     def result(self, prompt_id: str) -> Result:
-        """What a prompt that has ended did, whoever queued it."""
+        """Return the result of a prompt that has ended, whoever queued it."""
         history = self.get(f"/history/{prompt_id}")[prompt_id]
         run = self._runs.get(prompt_id, _Run())
         result = Result(
@@ -219,7 +234,7 @@ class Comfy:
         return result
 
     def wait_progress(self, prompt_id: str, value: float = 1, timeout: float = 120) -> Progress:
-        """Wait until a progress bar of the prompt has reached ``value``."""
+        """Wait until a progress bar of the prompt has reached ``value``, and return that step."""
         found: list[Progress] = []
 
         def reached(run: _Run) -> bool:
@@ -303,7 +318,7 @@ class Comfy:
 
 
 def prompt_errors(answer: dict[str, Any]) -> dict[str, str]:
-    """The error texts of an answer to POST /prompt, by node."""
+    """Return the error texts in an answer to POST /prompt, by node."""
     errors = {}
     for node, about in answer.get("node_errors", {}).items():
         texts = [

@@ -1,72 +1,35 @@
-"""Starts a real ComfyUI on the CPU with this repository as its only extension, beside a stand-in for text encoders.
-
-ComfyUI is looked for in ``COMFYUI_PATH``, then in ``~/comfy/ComfyUI``; it runs with ``COMFYUI_PYTHON``, then with
-the Python in its folder ``.venv``, else with the running one. ComfyUI-GGUF, for the tests that need it, is looked for in
-``COMFYUI_GGUF_PATH``, then in ``~/comfy/ComfyUI-GGUF``.
-"""
+"""Start a real ComfyUI on the CPU with this repository and a stand-in for text encoders in it."""
 
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from .bases import install_text_stand_in
 from .client import Comfy
+from .installation import COMFYUI, GGUF, HOW_TO, REPOSITORY, comfyui_python, is_installed
+from .stand_in_files import install_text_stand_in
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-HOW_TO = (
-    "clone https://github.com/comfyanonymous/ComfyUI to ~/comfy/ComfyUI or set COMFYUI_PATH, "
-    "make a .venv there and install torch, torchvision, torchaudio and its requirements.txt"
-)
-GGUF = Path(os.environ.get("COMFYUI_GGUF_PATH") or "~/comfy/ComfyUI-GGUF").expanduser().absolute()
-GGUF_HOW_TO = (
-    "clone https://github.com/city96/ComfyUI-GGUF to ~/comfy/ComfyUI-GGUF or set COMFYUI_GGUF_PATH, and install gguf in the "
-    "Python that runs ComfyUI and in the one that runs the tests"
-)
-COMFYUI = Path(os.environ.get("COMFYUI_PATH") or "~/comfy/ComfyUI").expanduser().absolute()
+OPTIONS = ("--cpu", "--disable-api-nodes", "--preview-method", "auto")
+DATABASE = ("--database-url", "sqlite:///:memory:")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Without a ComfyUI, skip every test of this folder."""
-    if not (COMFYUI / "main.py").is_file():
-        for item in items:
-            if item.path.is_relative_to(Path(__file__).parent):
+    """Skip the tests of this folder without a ComfyUI; keep those that share one on one worker.
+
+    All tests with a server share one. The other tests of a file share a process that they start.
+    """
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            if not is_installed():
                 item.add_marker(pytest.mark.skip(f"no ComfyUI in {COMFYUI}: {HOW_TO}"))
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say whether the tests of this folder ran, and against which ComfyUI."""
-    reports = {
-        kind: len(
-            {r.nodeid for r in terminalreporter.stats.get(kind, []) if "tests/comfyui/" in r.nodeid}
-        )
-        for kind in ("passed", "failed", "error", "skipped")
-    }
-    counts = ", ".join(f"{count} {kind}" for kind, count in reports.items() if count)
-    if not counts:
-        return
-    if (COMFYUI / "comfyui_version.py").is_file():
-        version = re.search(r'"(.+?)"', (COMFYUI / "comfyui_version.py").read_text())
-        terminalreporter.write_line(
-            f"ComfyUI tests ran against ComfyUI {version and version[1]}: {counts}"
-        )
-    else:
-        terminalreporter.write_line(f"ComfyUI tests did not run, as there is no ComfyUI: {counts}")
-
-
-def comfyui_python() -> str:
-    """The Python that runs ComfyUI."""
-    places = [COMFYUI / ".venv" / "bin" / "python", COMFYUI / ".venv" / "Scripts" / "python.exe"]
-    own = next((str(place) for place in places if place.is_file()), sys.executable)
-    return os.environ.get("COMFYUI_PYTHON") or own
+            group = "server" if "comfy" in item.fixturenames else item.path.stem
+            item.add_marker(pytest.mark.xdist_group(f"ComfyUI {group}"))
 
 
 @pytest.fixture(scope="session")
@@ -84,24 +47,8 @@ def comfy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Comfy]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    options = [
-        "--cpu",
-        "--disable-api-nodes",
-        "--database-url",
-        "sqlite:///:memory:",
-        "--preview-method",
-        "auto",
-    ]
-    command = [
-        comfyui_python(),
-        "main.py",
-        *options,
-        "--base-directory",
-        str(base),
-        "--port",
-        str(port),
-    ]
-    command += ["--extra-model-paths-config", str(extra)]
+    command = [comfyui_python(), "main.py", *OPTIONS, *DATABASE, "--port", str(port)]
+    command += ["--base-directory", str(base), "--extra-model-paths-config", str(extra)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     with (base / "server.log").open("wb") as log:
         process = subprocess.Popen(
@@ -116,10 +63,9 @@ def comfy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Comfy]:
 
 
 def install(place: Path, extension: Path = REPOSITORY) -> None:
-    """Put an extension, this repository, among the extensions: as a link, or as a copy where links are impossible."""
+    """Link an extension into custom_nodes; copy it where links are impossible."""
     try:
         place.symlink_to(extension, target_is_directory=True)
     except OSError:
-        shutil.copytree(
-            extension, place, ignore=shutil.ignore_patterns(".*", "__pycache__", "outputs", "tests")
-        )
+        left_out = shutil.ignore_patterns(".*", "__pycache__", "outputs", "tests")
+        shutil.copytree(extension, place, ignore=left_out)

@@ -1,9 +1,10 @@
-"""Loads a base model and its adapted clone in turn under ComfyUI's newer memory manager; started by `test_dynamic_memory.py`.
+"""Load a base model and its adapted clone in turn under ComfyUI's newer memory manager.
 
     COMFYUI/.venv/bin/python dynamic_memory.py COMFYUI WORK
 
-That manager is for NVIDIA cards. What it does with weights, backups and patches is run here on a CPU; what reserves GPU memory
-for it is left out. Prints what it saw as JSON.
+That manager is for NVIDIA cards. Its handling of weights, backups and patches runs here on a CPU;
+its reservation of GPU memory is replaced by stubs. Prints the time grids it saw as JSON.
+`test_dynamic_memory.py` starts it.
 """
 
 from __future__ import annotations

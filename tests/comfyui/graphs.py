@@ -1,4 +1,4 @@
-"""Prompts in API format that several test files build on."""
+"""Prompts in API format for several test files."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import Tensor
 
 from .client import Comfy
 
-# what ComfyUI logs when weights find no place
+# ComfyUI logs one of these if weights of a file fit no layer
 NOT_FITTING = re.compile(
     r"unet missing|unet unexpected|lora key not loaded|NOT LOADED|ERROR lora", re.IGNORECASE
 )
 
 
 def node(kind: str, **inputs: Any) -> dict[str, Any]:
-    """One node of a prompt; a link is [node, slot]."""
+    """Return one node of a prompt; a link is [node, slot]."""
     return {"class_type": kind, "inputs": inputs}
 
 
 def latent_of(comfy: Comfy, prompt: dict) -> Tensor:
-    """Run a prompt and read the latent that its node "save" saves, (B, C, H, W)."""
+    """Run a prompt and return the latent that its node "save" saves, (B, C, H, W)."""
     folder = comfy.base / "output" / "latents"
     name = f"test{len(list(folder.glob('*.latent')))}"
     save = {

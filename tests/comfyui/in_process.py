@@ -1,8 +1,9 @@
-"""Runs the extension in the process of a ComfyUI, on the cases that ComfyUI-piFlow was run on; started by `test_piflow.py`.
+"""Run the extension inside ComfyUI's process, on the cases that ComfyUI-piFlow was run on.
 
     COMFYUI/.venv/bin/python in_process.py COMFYUI WORK CASES OUT
 
-COMFYUI is its folder; WORK holds the models; CASES is a JSON file, OUT a safetensors file with a latent for each case.
+COMFYUI is its folder; WORK holds the models; CASES is a JSON file; OUT is a safetensors file that
+gets a latent for each case. `test_piflow.py` starts it.
 """
 
 from __future__ import annotations
@@ -34,9 +35,8 @@ def main(comfyui: Path, work: Path, cases: Path, out: Path) -> None:
     stand_in = importlib.util.spec_from_file_location(
         "text_stand_in", Path(__file__).parent / "text_stand_in" / "__init__.py"
     )
-    stand_in.loader.exec_module(
-        importlib.util.module_from_spec(stand_in)
-    )  # for the sizes of tiny models
+    # the stand-in makes ComfyUI accept the sizes of tiny models
+    stand_in.loader.exec_module(importlib.util.module_from_spec(stand_in))
     folder_paths.add_model_folder_path("diffusion_models", str(work))
     folder_paths.add_model_folder_path("loras", str(work))
     if not asyncio.run(nodes.load_custom_node(str(REPOSITORY))):
@@ -44,7 +44,7 @@ def main(comfyui: Path, work: Path, cases: Path, out: Path) -> None:
     adapter, sampler = (
         nodes.NODE_CLASS_MAPPINGS[name] for name in ("GMFlowAdapter", "GMFlowSampler")
     )
-    # the noise of stochastic steps as ComfyUI-piFlow draws it: for the whole batch from one generator
+    # ComfyUI-piFlow draws the noise of stochastic steps for the whole batch from one generator
     gm_sampler = sys.modules[sampler.__module__.replace(".samplers", ".comfyui.gm_sampler")]
     gm_sampler.image_generators = lambda seed, noise: torch.Generator().manual_seed(seed)
 
@@ -87,7 +87,10 @@ def main(comfyui: Path, work: Path, cases: Path, out: Path) -> None:
 
 
 def inputs_of(base: str, torch) -> tuple:
-    """Conditioning (1, n, width), and the pooled one (1, 768), as they were drawn for ComfyUI-piFlow: FLUX.1's first."""
+    """Draw conditioning (1, n, width) and pooled output (1, 768), as for ComfyUI-piFlow's runs.
+
+    FLUX.1's come first from the generator, then Qwen-Image's.
+    """
     generator = torch.Generator().manual_seed(0)
     for name, count, width in (("flux", 10, 4096), ("qwen", 9, 3584)):
         drawn = (
@@ -100,7 +103,7 @@ def inputs_of(base: str, torch) -> tuple:
 
 
 def latent_of(case: dict, torch) -> tuple:
-    """The latent that goes in, and its noise mask, if it has one."""
+    """Return a case's input latent, and its noise mask or None."""
     height, width = case["size"]
     shape = (
         (case["batch"], 16, height, width)

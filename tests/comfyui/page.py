@@ -1,4 +1,4 @@
-"""ComfyUI's web page in headless Chromium, used as a person uses it: drop a workflow file, press Run, see the picture."""
+"""Use ComfyUI's page in headless Chromium as a person does: drop a workflow, press Run, look."""
 
 from __future__ import annotations
 
@@ -35,25 +35,31 @@ SETTINGS = {
     "Comfy.TutorialCompleted": True,  # no templates at the first visit
     "Comfy.Notification.ShowVersionUpdates": False,
     "Comfy.Workflow.ShowMissingNodesWarning": True,
-    "Comfy.Workflow.ShowMissingModelsWarning": False,  # the default workflow names a model nobody has here
+    "Comfy.Workflow.ShowMissingModelsWarning": False,  # the default workflow's model is missing
     "Comfy.Minimap.Visible": False,  # it covers nodes
 }
-READY = "window.app?.vueAppReady && window.app.canvas?.graph?.nodes.length > 0"  # the default workflow is there
-RUN_BUTTON = (
-    'button[data-testid="queue-button"], [data-testid="queue-button"] button'  # since 2026, before
-)
+# true as soon as the default workflow is loaded
+READY = "window.app?.vueAppReady && window.app.canvas?.graph?.nodes.length > 0"
+# the first selector fits pages since 2026, the second fits older ones
+RUN_BUTTON = 'button[data-testid="queue-button"], [data-testid="queue-button"] button'
 NOTICES = """
-const places = document.querySelectorAll('[role="dialog"], [role="alert"], [data-testid="error-overlay"]');
-const notices = [...places].filter((place) => place.checkVisibility()).map((place) => place.innerText.trim());
+const kinds = '[role="dialog"], [role="alert"], [data-testid="error-overlay"]';
+const places = [...document.querySelectorAll(kinds)].filter((place) => place.checkVisibility());
+const notices = places.map((place) => place.innerText.trim());
 """
 NODES = """
 const root = window.app.canvas.graph.rootGraph ?? window.app.canvas.graph;
 const nodes = [root, ...(root.subgraphs?.values() ?? [])].flatMap((graph) => graph.nodes);
 """
+PICTURES = """
+const pictures = [...nodes.flatMap((node) => node.imgs ?? []), ...document.images];
+const nameOf = (picture) => new URL(picture.src).searchParams.get('filename');
+const shows = (name) => pictures.some((each) => each.naturalWidth > 0 && nameOf(each) === name);
+"""
 
 
 class ComfyPage:
-    """The open page. ``page`` is the Playwright page, for what is not here."""
+    """An open page of a server. ``page`` is the Playwright page, for all other operations."""
 
     def __init__(self, comfy: Comfy, page: Page):
         self.comfy, self.page = comfy, page
@@ -71,7 +77,7 @@ class ComfyPage:
             f"() => {{ {NODES} return nodes.length && !nodes.some((node) => node.beforeDrop) }}"
         )
         deadline = time.monotonic() + timeout
-        while True:  # a page that is still busy starting up lets a drop fall
+        while True:  # a page that is still starting up ignores a drop
             for kind in ("dragEnter", "dragOver", "drop"):
                 chrome.send("Input.dispatchDragEvent", {"type": kind, **where, "data": data})
             try:
@@ -81,28 +87,29 @@ class ComfyPage:
                     raise
 
     def node_types(self) -> list[str]:
-        """The types of the nodes in the graph and its subgraphs."""
+        """Return the types of the nodes in the graph and its subgraphs."""
         return self.page.evaluate(f"() => {{ {NODES} return nodes.map((node) => node.type) }}")
 
     def missing_nodes(self) -> list[str]:
-        """The node types of the graph that this ComfyUI does not know."""
+        """Return the node types of the graph that this ComfyUI does not know."""
         known = "Object.keys(window.LiteGraph.registered_node_types)"
         return sorted(set(self.node_types()) - set(self.page.evaluate(known)))
 
     def notices(self) -> list[str]:
-        """The texts of the dialogs, alerts and toasts that are open."""
+        """Return the texts of the dialogs, alerts and toasts that are open."""
         return self.page.evaluate(f"() => {{ {NOTICES} return notices.filter(Boolean) }}")
 
     def wait_for_notice(self, text: str, timeout: float = 10) -> None:
         """Wait until a dialog, alert or toast contains ``text``."""
-        self._wait(
-            f"() => {{ {NOTICES} return notices.some((notice) => notice.includes({json.dumps(text)})) }}",
-            timeout,
-            text,
-        )
+        found = f"notices.some((notice) => notice.includes({json.dumps(text)}))"
+        self._wait(f"() => {{ {NOTICES} return {found} }}", timeout, text)
 
     def run(self, timeout: float = 30) -> str:
-        """Press Run; returns the prompt's id, PromptError if the server rejects it."""
+        """Press Run and return the prompt's id.
+
+        Raises:
+            PromptError: the server rejects the prompt.
+        """
         with self.page.expect_response(
             lambda answer: answer.request.method == "POST" and answer.url.endswith("/prompt"),
             timeout=1000 * timeout,
@@ -115,7 +122,12 @@ class ComfyPage:
         return self._prompt_id
 
     def wait_for_images(self, timeout: float = 120) -> list[Image.Image]:
-        """Wait until the prompt of the last Run has ended and its nodes show their pictures; returns them."""
+        """Return the pictures of the last Run's prompt, once its nodes show them on the page.
+
+        Raises:
+            PromptError: a node failed.
+            TimeoutError: the prompt has not ended, or its pictures do not appear.
+        """
         deadline = time.monotonic() + timeout
         while not self.comfy.get(f"/history/{self._prompt_id}"):
             if time.monotonic() > deadline:
@@ -132,21 +144,17 @@ class ComfyPage:
             for image in output.get("images", [])
         ]
         assert names, "the prompt made no picture"
-        shown = (
-            f"() => {{ {NODES} const pictures = [...nodes.flatMap((node) => node.imgs ?? []), ...document.images];"
-            f" return {json.dumps(names)}.every((name) => pictures.some((picture) => picture.naturalWidth > 0"
-            f" && new URL(picture.src).searchParams.get('filename') === name)) }}"
-        )
+        shown = f"() => {{ {NODES} {PICTURES} return {json.dumps(names)}.every(shows) }}"
         self._wait(shown, max(deadline - time.monotonic(), 5), "picture")
-        self.page.wait_for_timeout(500)  # let the canvas draw them
+        self.page.wait_for_timeout(500)  # the canvas draws them meanwhile
         return [image for images in result.images.values() for image in images]
 
     def screenshot(self, path: Path) -> None:
-        """Save what the page shows."""
+        """Save a picture of the page."""
         self.page.screenshot(path=path)
 
     def templates(self) -> dict[str, Any]:
-        """The example workflows of the extensions, by extension."""
+        """Return the example workflows of the extensions, by extension."""
         return self.comfy.get("/api/workflow_templates")
 
     def _wait(self, expression: str, timeout: float, what: str) -> None:
@@ -160,7 +168,7 @@ class ComfyPage:
 
 @contextmanager
 def open_page(comfy: Comfy) -> Iterator[ComfyPage]:
-    """Open the page of a server in a new browser; the test is skipped where there is no Playwright or no browser."""
+    """Open the page of a server in a new browser; skip the test without Playwright or a browser."""
     browser_path = os.environ.get("CHROMIUM") or next(
         filter(None, map(shutil.which, BROWSERS)), None
     )
@@ -171,7 +179,8 @@ def open_page(comfy: Comfy) -> Iterator[ComfyPage]:
             browser_path = playwright.chromium.executable_path
         if not Path(browser_path).is_file():
             pytest.skip(
-                "no Chromium: install it, run `playwright install chromium`, or set CHROMIUM to its executable"
+                "no Chromium: install it, run `playwright install chromium`, "
+                "or set CHROMIUM to its executable"
             )
     comfy.post("/settings", SETTINGS)
 

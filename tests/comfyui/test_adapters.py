@@ -13,18 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .bases import (
-    write_adapter,
-    write_flux,
-    write_flux2,
-    write_gguf,
-    write_lora,
-    write_qwen_image,
-    write_text_encoder,
-)
+from .adapters import write_adapter, write_lora
+from .bases import write_flux, write_flux2, write_gguf, write_qwen_image
 from .client import Comfy, PromptError
-from .conftest import GGUF_HOW_TO
 from .graphs import NOT_FITTING, latent_of, node
+from .installation import GGUF_HOW_TO
+from .stand_in_files import write_text_encoder
 
 FILES = {
     "flux": "flux1-dev.safetensors",

@@ -12,20 +12,18 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from .adapters import adapter_shapes, write_adapter, write_lora
 from .bases import (
-    adapter_shapes,
     flux2_shapes,
     flux_shapes,
     qwen_image_shapes,
-    write_adapter,
     write_flux,
     write_gguf,
-    write_lora,
     write_qwen_image,
-    write_stand_ins,
 )
 from .client import Comfy
 from .graphs import latent_of, node
+from .stand_in_files import write_stand_ins
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 NAMES = {

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from .bases import write_adapter, write_flux
-from .conftest import COMFYUI, comfyui_python
+from .adapters import write_adapter
+from .bases import write_flux
+from .installation import COMFYUI, comfyui_python
 
 
 def test_base_and_adapter_do_not_touch_each_other(tmp_path: Path) -> None:

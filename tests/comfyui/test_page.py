@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from .bases import WORKFLOWS, write_workflow_files
 from .client import Comfy
 from .page import ComfyPage, open_page
+from .stand_in_files import WORKFLOWS, write_workflow_files
 
 DEFAULTS = {  # of inputs that came after the first workflows were saved
     "GMFlowLoader": {"hub_id_or_path": "", "weight_dtype": "default"},

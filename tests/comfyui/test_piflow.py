@@ -24,8 +24,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .bases import write_adapter, write_flux, write_qwen_image
-from .conftest import COMFYUI, comfyui_python
+from .adapters import write_adapter
+from .bases import write_flux, write_qwen_image
+from .installation import COMFYUI, comfyui_python
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "piflow.safetensors"
 with safe_open(GOLDEN, "pt") as file:

@@ -16,19 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .bases import (
-    TEXT_STAND_IN,
-    write_adapter,
-    write_flux,
-    write_lora,
-    write_stand_in,
-    write_text_encoder,
-)
+from .adapters import write_adapter, write_lora
+from .bases import write_flux
 from .client import Comfy
-from .conftest import COMFYUI, comfyui_python
 from .graphs import latent_of, node
+from .installation import COMFYUI, comfyui_python
+from .stand_in_files import TEXT_STAND_IN, write_stand_in, write_text_encoder
 
-BENCHMARK = Path(__file__).resolve().parents[1] / "benchmarks" / "eight_bit.py"
+BENCHMARK = Path(__file__).resolve().parents[1] / "benchmarks" / "eight_bit_inside.py"
 LORA = "int8_style.safetensors"
 FILES = {"flux": "int8_flux.safetensors", "qwen": "int8_qwen.safetensors"}
 

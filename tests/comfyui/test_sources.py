@@ -23,9 +23,11 @@ from gmflow_core.sampling.solvers import solve
 from tests.diffusers_folder import random_model
 from tests.helpers import normal
 
-from .bases import write_flux, write_lora, write_text_encoder
+from .adapters import write_lora
+from .bases import write_flux
 from .client import Comfy, PromptError
 from .graphs import latent_of, node
+from .stand_in_files import write_text_encoder
 
 SHAPE, MODES = (3, 8, 8), 5
 BY_LIST = {"choice": "from the list", "modes": "3, 0-1"}

@@ -82,12 +82,8 @@ def test_the_unconditional_half_is_computed_only_where_guidance_acts():
         == [2] * 4
     )
     assert calls_of(network, Guidance(0.3)) == [4] * 4
-    assert calls_of(network, Guidance(0.3, interval=(0.4, 0.8))) == [
-        2,
-        4,
-        4,
-        2,
-    ]  # sigmas 1, .75, .5, .25
+    for interval in ((0.4, 0.8), (0.5, 0.75)):  # sigmas 1, .75, .5, .25; both ends belong to it
+        assert calls_of(network, Guidance(0.3, interval=interval)) == [2, 4, 4, 2]
 
 
 def test_classifier_free_guidance_extrapolates_the_mean_and_keeps_the_spread():
@@ -200,6 +196,27 @@ def test_previews_are_those_of_the_samples():
         1e-5,
     )
     assert (seen[-1][1] - x).abs().max() < 1  # in the data's own units
+
+
+@pytest.mark.parametrize("solver", ["gm-ode", "gm-policy", "euler"])
+def test_samples_may_end_half_way_to_the_data(solver):
+    """At sigma a mode's samples are around (1 - sigma) times its data and sigma times its noise."""
+    sigmas, modes = torch.linspace(1, 0.4, 25), torch.arange(3).repeat_interleave(60)
+    x = sample_images(
+        ExactNetwork(), None, solver=solver, sigmas=sigmas, source=SOURCE, modes=modes
+    )
+    end, means = sigmas[-1], SOURCE.means[:, 0, 0, 0]
+    found = x.unflatten(0, (3, 60)).flatten(1).mean(1)
+    assert is_near(found, (1 - end) * CENTRES + end * means, 0.03)
+
+
+def test_a_spectrum_is_not_used_with_a_source():
+    """The spectrum network was trained on white noise; a source's noise does without."""
+    settings = {"solver": "gm-sde", "source": SOURCE, "modes": [0, 2], "steps": 2}
+    plain, with_spectrum = ExactNetwork(), ExactNetwork()
+    with_spectrum.spectrum_net = lambda gaussian: torch.full_like(gaussian.mean, 3.0)
+    same = [sample_images(each, None, **settings) for each in (plain, with_spectrum)]
+    assert torch.equal(*same)
 
 
 def test_modes_come_by_weight_and_from_each_seed():

@@ -117,6 +117,23 @@ def test_means_that_a_tilted_mixture_has_without_its_components_are_theirs(space
     assert is_near(tilted.tilted(*second).mean(), components.tilt(*second).mean(), 1e-12)
 
 
+def test_products_that_cannot_be_normalised_widen_components_by_a_million_at_most():
+    """Where 1 + v quadratic is below 1e-6, it is clamped there: variances and distances grow by 1e6."""
+    mixture, move = random_mixture(spread=1e-3, dtype=F64), normal(2, 3, 2, 3, dtype=F64)
+    for below in (0.5e-6, 0.0, -1.0):
+        quadratic = (below - 1) / mixture.var.squeeze(1)
+        linear = quadratic * mixture.mean() + move
+        tilted = mixture.tilt(linear, quadratic)
+        assert is_near(tilted.var, (1e6 * mixture.var).expand_as(tilted.var), 1e-9)
+        offsets = mixture.means - mixture.mean().unsqueeze(1)
+        shift = 1e6 * (offsets + mixture.var * move.unsqueeze(1))
+        assert is_near(tilted.means, mixture.mean().unsqueeze(1) + shift, 1e-9)
+        half_norms = (0.5 * quadratic.unsqueeze(1) * offsets.square()).sum(2, keepdim=True)
+        gain = 1e6 * ((offsets * move.unsqueeze(1)).sum(2, keepdim=True) - half_norms)
+        assert is_near(tilted.log_weights, (mixture.log_weights + gain).log_softmax(1), 1e-9)
+        assert is_near(tilted.mean(), (tilted.weights * tilted.means).sum(1), 1e-9)
+
+
 def test_a_tilted_mixtures_components_have_gradients_whoever_asks_first():
     mixture = random_mixture()
     means = mixture.means.clone().requires_grad_()

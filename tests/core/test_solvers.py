@@ -219,6 +219,26 @@ def test_gm_ode_with_many_substeps_draws_from_the_data(calls):
     assert_distributed_as(x, mixture_data(2), tolerance=0.02)  # Euler's own error, about 4 / 256
 
 
+def test_dpmpp_2m_takes_the_mean_at_the_middle_of_a_step_in_log_snr():
+    """Steps of unequal size: a mean that is linear in log(alpha / sigma) is extrapolated exactly."""
+    sigmas, x = [0.9, 0.8, 0.3, 0.2], normal(5, 2, dtype=F64)
+    log_snr = [math.log((1 - sigma) / sigma) for sigma in sigmas]
+
+    def mean_at(log_snr):
+        return torch.full_like(x, 0.5 + 2 * log_snr)
+
+    def denoiser(x, sigma):
+        return GaussianMixture.point_mass(mean_at(((1 - sigma[0]) / sigma[0]).log().item()))
+
+    expected = x
+    for step, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
+        middle = 0.5 * (log_snr[step] + log_snr[step + 1])
+        target = mean_at(middle if step else log_snr[0])  # the first step is of first order
+        noise = (expected - (1 - sigma) * target) / sigma
+        expected = (1 - sigma_next) * target + sigma_next * noise
+    assert is_near(solve("dpmpp-2m", denoiser, x, sigmas), expected, 1e-6)
+
+
 def test_sigmas_need_not_end_at_0():
     data, x, sigma = mixture_data(2), normal(20_000, 2), 0.375
     half_way = GaussianMixture(
@@ -255,6 +275,19 @@ def test_the_correction_extrapolates_half_a_step_when_the_mean_moves_little():
         image_gaussian(corrected).mean - moved.mean(), torch.full_like(x, 1e-2 * 0.5 / 4), 1e-9
     )
     assert is_near(corrected.moment_match().mean, image_gaussian(corrected).mean, 0.01)
+
+
+@pytest.mark.parametrize(("before", "size"), [(0.4, 0.1), (0.4, 0.8), (0.1, 0.4)])
+def test_the_correction_is_damped_by_the_size_of_the_step_before(before, size):
+    """The network's error ca V counts against the square of the previous step, not of this one."""
+    mixture, x, ca = random_mixture(dtype=F64), normal(2, 3, 2, 3, dtype=F64), 0.02
+    moved = GaussianMixture(mixture.means + 1e-2, mixture.log_weights, mixture.log_std)
+    var = moved.moment_match().var.mean((1, 2, 3), keepdim=True)
+    damping = (1 - ca * var / before**2).clamp(min=0).sqrt()
+    assert ((damping > 0) == (before == 0.4)).all()  # both sides of the limit are tested
+    corrected = second_order(moved, Step(mixture, x, 0.9, before), x, 0.9, size, ca=ca)
+    shift = (damping * (1e-2 * 0.5 * size / before)).expand_as(x)
+    assert (corrected.gaussian.mean - moved.mean() - shift).abs().max() < 1e-11
 
 
 def test_the_correction_stays_within_the_mixtures_own_spread():

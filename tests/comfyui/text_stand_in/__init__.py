@@ -1,8 +1,9 @@
-"""For tests only: lets ComfyUI run tiny models in the layout of real ones.
+"""Extension for tests only: lets ComfyUI run tiny models in the layout of real ones.
 
-Text encoders come in one size, so the stock loaders get a small one that makes random conditioning out of the text: the same
-text, the same tensors. And where a version of ComfyUI takes a size from a table (Qwen-Image and its VAE, the VAE of FLUX.2,
-FLUX.1 before 0.9), the size of the file counts. Nodes, their inputs and all the rest stay ComfyUI's own.
+Text encoders come in one size, so the stock loaders get a small one that turns the text into random
+conditioning: the same text gives the same tensors. Where a version of ComfyUI takes a size from a
+table (Qwen-Image and its VAE, the VAE of FLUX.2, FLUX.1 before 0.9), this extension takes it from
+the file. Nodes and their inputs stay ComfyUI's own.
 """
 
 from __future__ import annotations
@@ -25,13 +26,15 @@ from safetensors import safe_open
 from torch import Tensor
 
 NODE_CLASS_MAPPINGS: dict[str, type] = {}
-KINDS = {  # CLIPType -> names of its token lists, width of its conditioning, width of its pooled output
+# CLIPType -> names of its token lists, width of its conditioning, width of its pooled output
+KINDS = {
     "FLUX": (("l", "t5xxl"), 4096, 768),
     "QWEN_IMAGE": (("qwen25_7b",), 3584, None),
     "FLUX2": (("mistral3_24b",), 15360, None),
 }
 HEAD_DIM = 128
-VAE_WIDTHS = [  # weight whose first size is the width; what is made with it, and as which argument
+# a weight whose first size is the width; the classes that take the width, and as which argument
+VAE_WIDTHS = [
     ("decoder.head.0.gamma", [(comfy.ldm.wan.vae, "WanVAE")], "dim"),
     (
         "encoder.conv_in.weight",
@@ -45,7 +48,7 @@ VAE_WIDTHS = [  # weight whose first size is the width; what is made with it, an
 
 
 class Tokenizer:
-    """One token for each word, and eight more."""
+    """A tokenizer with one token for each word, and eight more."""
 
     def __init__(
         self, names: tuple[str, ...], embedding_directory: Any = None, tokenizer_data: Any = None
@@ -64,7 +67,7 @@ class Tokenizer:
 
 
 class Encoder(torch.nn.Module):
-    """A random vector for each word, plus one for all the text."""
+    """An encoder that adds a random vector for the whole text to one for each word."""
 
     def __init__(
         self, names: tuple[str, ...], width: int, pooled_width: int | None, **options: Any
@@ -96,6 +99,7 @@ class Encoder(torch.nn.Module):
 
 
 def random(width: int, text: str) -> Tensor:
+    """Draw a random vector (width,), the same for the same text."""
     return torch.randn(width, generator=torch.Generator().manual_seed(zlib.crc32(text.encode())))
 
 
@@ -106,7 +110,7 @@ def load_clip(
     model_options: Any = None,
     **options: Any,
 ) -> comfy.sd.CLIP:
-    """In place of comfy.sd.load_clip, with its arguments. A file may name the width in its metadata."""
+    """Replace comfy.sd.load_clip, with its arguments; a file's metadata may name the width."""
     names, width, pooled_width = KINDS[clip_type.name]
     for path in ckpt_paths:
         with safe_open(path, "pt") as file:
@@ -119,7 +123,7 @@ def load_clip(
 
 
 def sized(detect: Callable[..., dict | None]) -> Callable[..., dict | None]:
-    """comfy.model_detection.detect_unet_config with the width of the file."""
+    """Wrap comfy.model_detection.detect_unet_config so that it takes the width from the file."""
 
     @functools.wraps(detect)
     def detect_sized(
@@ -139,7 +143,7 @@ def sized(detect: Callable[..., dict | None]) -> Callable[..., dict | None]:
 
 
 class SizedVAE(comfy.sd.VAE):
-    """The stock VAE, with parts as wide as those of the file."""
+    """A stock VAE whose parts are as wide as those in the file."""
 
     def __init__(self, sd: dict[str, Tensor] | None = None, *args: Any, **options: Any):
         with ExitStack() as stack:
@@ -153,13 +157,14 @@ class SizedVAE(comfy.sd.VAE):
 
 
 def narrow(part: type, argument: str, width: int, *args: Any, **options: Any) -> Any:
-    """An instance of a class whose width is not the one that is asked for."""
+    """Return an instance of the class `part` with `width` in place of the width asked for."""
     return part(*args, **{**options, argument: width})
 
 
 if "ckpt_paths" not in inspect.signature(comfy.sd.load_clip).parameters:
     raise RuntimeError(
-        "this ComfyUI's comfy.sd.load_clip has other arguments: tests/comfyui/text_stand_in needs a look"
+        "this ComfyUI's comfy.sd.load_clip has no argument ckpt_paths: "
+        "adapt load_clip in tests/comfyui/text_stand_in"
     )
 comfy.sd.load_clip = load_clip
 comfy.model_detection.detect_unet_config = sized(comfy.model_detection.detect_unet_config)

@@ -1,0 +1,45 @@
+"""Where ComfyUI and ComfyUI-GGUF are on this machine, and how to get them.
+
+ComfyUI is looked for in ``COMFYUI_PATH``, then in ``~/comfy/ComfyUI``. It runs with
+``COMFYUI_PYTHON``, then with the Python in its folder ``.venv``, else with the running one.
+ComfyUI-GGUF is looked for in ``COMFYUI_GGUF_PATH``, then in ``~/comfy/ComfyUI-GGUF``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+COMFYUI = Path(os.environ.get("COMFYUI_PATH") or "~/comfy/ComfyUI").expanduser().absolute()
+HOW_TO = (
+    "clone https://github.com/comfyanonymous/ComfyUI to ~/comfy/ComfyUI or set COMFYUI_PATH, "
+    "make a .venv there and install torch, torchvision, torchaudio and its requirements.txt"
+)
+GGUF = Path(os.environ.get("COMFYUI_GGUF_PATH") or "~/comfy/ComfyUI-GGUF").expanduser().absolute()
+GGUF_HOW_TO = (
+    "clone https://github.com/city96/ComfyUI-GGUF to ~/comfy/ComfyUI-GGUF or set "
+    "COMFYUI_GGUF_PATH, and install gguf in the Python that runs ComfyUI and in the one that "
+    "runs the tests"
+)
+
+
+def is_installed() -> bool:
+    """Return whether there is a ComfyUI."""
+    return (COMFYUI / "main.py").is_file()
+
+
+def comfyui_version() -> str | None:
+    """Return ComfyUI's version; None if there is no ComfyUI."""
+    file = COMFYUI / "comfyui_version.py"
+    found = re.search(r'"(.+?)"', file.read_text()) if file.is_file() else None
+    return found and found[1]
+
+
+def comfyui_python() -> str:
+    """Return the path of the Python that runs ComfyUI."""
+    places = [COMFYUI / ".venv" / "bin" / "python", COMFYUI / ".venv" / "Scripts" / "python.exe"]
+    own = next((str(place) for place in places if place.is_file()), sys.executable)
+    return os.environ.get("COMFYUI_PYTHON") or own

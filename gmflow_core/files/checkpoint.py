@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..models import MODELS
+from ..models.state_dict import check_shapes, shapes_of
+from .atomic import atomic_write
 from .diffusers_folder import published_metadata, published_weights
 from .hub import is_published
 
@@ -68,19 +68,8 @@ def save_checkpoint(
 
 def write_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str]) -> None:
     """Write a safetensors file, atomically: it is either the old one or the whole new one, even after a power cut."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    try:
+    with atomic_write(path) as temporary:
         save_file(tensors, temporary, metadata)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def read_metadata(source: str | Path) -> dict[str, Any]:
@@ -130,7 +119,7 @@ def load_checkpoint(
             f"{source}: its config {metadata['config']} is not one that this version's {cls.__name__} knows ({error}); "
             "update GMFlow, or train the model again"
         ) from error
-    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    expected = shapes_of(model.state_dict())
     with ExitStack() as stack:
         places = {}  # name in the model -> file, name there
         for prefix, path in published_weights(source) if is_published(source) else [("", source)]:
@@ -146,16 +135,13 @@ def load_checkpoint(
             found = {
                 name: tuple(file.get_slice(key).get_shape()) for name, (file, key) in places.items()
             }
-            if expected != found:
-                wrong = sorted(
-                    name
-                    for name in expected.keys() | found.keys()
-                    if expected.get(name) != found.get(name)
-                )
-                raise ValueError(
-                    f"{source}: {len(wrong)} tensors do not fit its config, first {wrong[0]!r}: expected "
-                    f"{expected.get(wrong[0], 'none')}, found {found.get(wrong[0], 'none')}; the file was edited or damaged"
-                )
+            check_shapes(
+                expected,
+                found,
+                "its config",
+                source=str(source),
+                advice="the file was edited or damaged",
+            )
             # copies, as a file that is overwritten while it is mapped would take the process down; one after another, so that
             # never more than one tensor is in memory twice
             tensors = {

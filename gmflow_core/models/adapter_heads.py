@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..flow.policy import DXVelocity
 from ..gaussians.mixture import GaussianMixture
+from .state_dict import check_shapes, shapes_of
 
 EPS = 1e-6  # of the last layer norm
 
@@ -213,7 +214,7 @@ def build_head(
     )
     with torch.device("meta"):
         if kind == "GMFlow":
-            count = _rows(found, "proj_out_logweights", layout.patch**2)
+            count = _groups(found, "proj_out_logweights", layout.patch**2)
             parts = {
                 name.split(".")[1]: t.shape[0]
                 for name, t in found.items()
@@ -230,30 +231,26 @@ def build_head(
                     f"the adapter's DX policy has settings {settings}; this version knows segment_size, shift and mode; update "
                     "GMFlow"
                 ) from None
-            head = DXHead(width, layout, _rows(found, "proj_out", layout.width), settings)
+            head = DXHead(width, layout, _groups(found, "proj_out", layout.width), settings)
         else:
             raise ValueError(
                 f"the adapter's policy is {dict(policy)}; this version knows GMFlow and DX; update GMFlow"
             )
-    expected = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
-    shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
-    wrong = [
-        f"{name}: expected {expected.get(name, 'none')}, found {shapes.get(name, 'none')}"
-        for name in sorted(expected.keys() | shapes.keys())
-        if expected.get(name) != shapes.get(name)
-    ]
-    if wrong:
-        raise ValueError(
-            f"{len(wrong)} tensors of the adapter's {kind} head do not fit a base model of width {width} with tokens of "
-            f"{layout.width} values: {'; '.join(wrong)}. The file is damaged, or made for another base model"
-        )
+    check_shapes(
+        shapes_of(head.state_dict()),
+        shapes_of(found),
+        f"a base model of width {width} with tokens of {layout.width} values",
+        source=f"the adapter's {kind} head",
+        advice="the file is damaged, or made for another base model",
+    )
     head.load_state_dict({name: tensor.clone() for name, tensor in found.items()}, assign=True)
     return head.eval().requires_grad_(False)
 
 
-def _rows(tensors: Mapping[str, Tensor], name: str, size: int) -> int:
-    """How many groups of `size` outputs a projection has; 1 if it is missing."""
-    return max(1, tensors[f"{name}.weight"].shape[0] // size) if f"{name}.weight" in tensors else 1
+def _groups(tensors: Mapping[str, Tensor], name: str, size: int) -> int:
+    """Return how many groups of `size` outputs a projection has; 1 if the adapter lacks it."""
+    found = [tensors[key] for key in (f"{name}.weight", f"{name}.bias") if key in tensors]
+    return max(1, len(found[0]) // size) if found else 1
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:

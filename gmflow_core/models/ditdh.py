@@ -15,6 +15,7 @@ from ..gaussians.mixture import GaussianMixture
 from .mixture_output import MixtureOutput, log_std_head
 from .position_features import grid_features
 from .spectrum import SpectrumMLP
+from .state_dict import check_shapes, shapes_of
 
 FREQUENCIES = 256  # random ones of the time's features, each with a sine and a cosine
 EPS = 1e-6  # of the norms
@@ -288,17 +289,12 @@ class DiTDH(MixtureOutput, nn.Module):
         with torch.device("meta"):
             network = cls(config)
         kept = {name: t.float() for name, t in tensors.items() if not name.startswith(DERIVED)}
-        expected = {name: tuple(t.shape) for name, t in network.state_dict().items()}
-        wrong = sorted(
-            name
-            for name in expected.keys() | kept.keys()
-            if expected.get(name) != (shapes.get(name) if name in kept else None)
+        check_shapes(
+            shapes_of(network.state_dict()),
+            shapes_of(kept),
+            f"a {config}",
+            advice="this version knows RMSNorm, SwiGLU, adaLN with shifts, and no qk-norm",
         )
-        if wrong:
-            raise ValueError(
-                f"{len(wrong)} tensors do not fit a {config}, first {wrong[0]!r}: expected {expected.get(wrong[0], 'none')}, "
-                f"found {shapes.get(wrong[0], 'none')}; this version knows RMSNorm, SwiGLU, adaLN with shifts, and no qk-norm"
-            )
         network.load_state_dict(kept, assign=True)
         return network
 

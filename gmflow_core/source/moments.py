@@ -21,11 +21,25 @@ BLOCK = 2**22  # elements of a temporary tensor
 
 # Modes that are given
 class RunningMoments:
-    """Mean and spread of samples that belong to known modes, in one pass.
+    """Mean and variance of samples of known modes, in one pass; with one mode, those of all samples.
 
-    Each chunk's own mean and squared deviations are merged into the mode's (Chan et al. 1979): only differences are squared, so
-    a mean that is large beside the spread does no harm in float32. Memory: one float32 copy of the means, two for diagonal
-    modes. On a GPU the order of the additions, and so the last bit, is not always the same.
+    The mean and the squared deviations of each chunk are merged into those of its modes (Chan et
+    al. 1979). Only differences are squared, so a mean that is large beside the spread loses no
+    digits in float32. Memory: one copy of the means, two for diagonal modes. On a GPU the order of
+    the additions varies, and so does the last bit.
+
+    Args:
+        num_modes: M.
+        shape: of one sample.
+        spherical: keep one variance for each mode instead of one for each of its dimensions.
+        dtype: of the means, and of the squared deviations of diagonal modes.
+        device: where the sums are kept; samples are moved there.
+
+    Attributes:
+        means: (M, *shape).
+        squares: sums of the squared deviations from the means, (M, *shape), or (M, 1, ...) summed
+            over the dimensions too for spherical modes.
+        counts: samples of each mode, (M,) int64.
     """
 
     def __init__(
@@ -34,15 +48,15 @@ class RunningMoments:
         shape: tuple[int, ...],
         *,
         spherical: bool = True,
+        dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
     ):
         self.spherical = spherical
-        self.means = torch.zeros(num_modes, *shape, device=device)
+        self.means = torch.zeros(num_modes, *shape, dtype=dtype, device=device)
         self.counts = torch.zeros(num_modes, dtype=torch.int64, device=device)
         spread = (num_modes, *[1] * len(shape)) if spherical else (num_modes, *shape)
-        self.squares = torch.zeros(
-            spread, dtype=widest(self.means.device) if spherical else torch.float32, device=device
-        )
+        wide = widest(self.means.device) if spherical else dtype
+        self.squares = torch.zeros(spread, dtype=wide, device=device)
 
     def save(self, path: str | Path, settings: dict[str, Any]) -> None:
         """Keep what came until now, to go on with after a stop; `settings` are to tell what it belongs to."""
@@ -103,9 +117,9 @@ class RunningMoments:
     def _merge(self, modes: Tensor, number: Tensor, mean: Tensor, squares: Tensor) -> None:
         before = self.counts[modes]
         total = before + number
-        ratio = (number / total).view(-1, *[1] * (mean.ndim - 1))
+        ratio = (number.to(mean.dtype) / total).view(-1, *[1] * (mean.ndim - 1))
         difference = mean - self.means[modes]
-        weight = (before * (number / total)).view_as(ratio)
+        weight = before.view_as(ratio) * ratio
         self.squares[modes] += squares + self._fold(difference.square()) * weight
         self.means[modes] += difference.mul_(ratio)
         self.counts[modes] = total

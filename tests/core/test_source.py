@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from gmflow_core.source.files import load_source, read_source_metadata, save_source
+from gmflow_core.source.moments import RunningMoments
 from gmflow_core.source.pickles import convert_pickle
 from gmflow_core.source.source import GaussianMixtureSource, LogJoint, _choose
 from tests.helpers import F64, normal
@@ -373,3 +374,15 @@ def test_the_largest_uniform_number_is_a_mode_too():
     ones = torch.ones(4)
     assert source.draw_modes(4, uniform=ones).tolist() == [1] * 4
     assert source.posterior_modes(torch.full((4, 1), 9.0), uniform=ones).tolist() == [1] * 4
+
+
+def test_running_moments_of_one_mode_are_those_of_all_samples():
+    """In float64, for values whose mean is far larger than their spread, whatever the batches."""
+    x = 1000 + normal(50, 3, 2, 2) * torch.tensor([0.1, 1, 10]).view(3, 1, 1)
+    moments = RunningMoments(1, (3, 2, 2), spherical=False, dtype=torch.float64)
+    for part in x.split([7, 1, 30, 12]):
+        moments.add(part, torch.zeros(len(part), dtype=torch.int64))
+    var, mean = torch.var_mean(x.double(), 0, correction=0)
+    assert moments.counts.tolist() == [50]
+    torch.testing.assert_close(moments.means[0], mean, rtol=1e-13, atol=0)
+    torch.testing.assert_close(moments.squares[0] / 50, var, rtol=1e-9, atol=0)

@@ -46,10 +46,8 @@ def modulated(t, tokens, embedding):
 def test_a_gm_head_predicts_the_mixture_of_every_pixel(size):
     *frames, height, width = size
     rows, columns, count = (height + 1) // 2, (width + 1) // 2, (frames or [1])[0]
-    tokens, embedding = (
-        normal(2, count * rows * columns + 3, WIDTH),
-        normal(2, WIDTH, seed=9),
-    )  # 3 of a reference image
+    tokens = normal(2, count * rows * columns + 3, WIDTH)  # the last 3 of a reference image
+    embedding = normal(2, WIDTH, seed=9)
     t = head_tensors()
     head = build_head(t, {"type": "GMFlow"}, LAYOUT, WIDTH)
     prediction = head(tokens, embedding)

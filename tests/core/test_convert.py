@@ -49,7 +49,5 @@ def test_inspect_shows_what_the_samples_are(hub, folder, tmp_path, capsys):
         main(["inspect", source])
         out = capsys.readouterr().out
         assert f"{source}: GMDiT" in out
-        assert (
-            'data: 10 labels ("tench, Tinca tinca", "class 1", "größer", ...), space "sd-vae", scaling_factor 0.18215'
-            in out
-        )
+        data = '10 labels ("tench, Tinca tinca", "class 1", "größer", ...), space "sd-vae"'
+        assert f"data: {data}, scaling_factor 0.18215" in out

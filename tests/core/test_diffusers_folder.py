@@ -102,10 +102,7 @@ def test_a_spectrum_network_that_got_lost_is_missed_aloud(folder):
 def test_the_folder_is_one_that_diffusers_knows(tmp_path, model):
     try:
         from diffusers import AutoencoderKL
-    except (
-        ImportError,
-        RuntimeError,
-    ) as error:  # diffusers imports lazily, and says RuntimeError of what it depends on
+    except (ImportError, RuntimeError) as error:  # RuntimeError: one of its own imports fails
         pytest.skip(f"diffusers does not import: {error}")
     written = write_published_folder(tmp_path / "x", model, vae_weights=True)
     vae = AutoencoderKL.from_pretrained(written / "vae", variant="bf16")
@@ -114,7 +111,7 @@ def test_the_folder_is_one_that_diffusers_knows(tmp_path, model):
 
 
 def test_the_published_model_at_full_size(tmp_path):
-    """Its names and shapes, without its weights."""
+    """Compare names and shapes with those of the published files."""
     layout = json.loads(
         (Path(__file__).parents[1] / "golden" / "gmdit_imagenet_k8_layout.json").read_text()
     )
@@ -139,7 +136,7 @@ def test_the_published_model_at_full_size(tmp_path):
 
 
 def test_weights_beside_the_config_are_all_that_is_read(folder):
-    """A file of another variant does not get in the way."""
+    """Ignore a file of another variant."""
     write_weights(folder / "transformer", {"other": torch.zeros(1)}, "fp16", None)
     load_checkpoint(folder)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from .hub import folder_of
 
-PREFIXES = {"transformer": "", "spectrum_net": "spectrum_net."}  # of a part's tensors in our GMDiT
+PREFIXES = {"transformer": "", "spectrum_net": "spectrum_net."}  # of tensor names in our GMDiT
 CLASSES = {  # class names in config.json, with or without a leading underscore
     "transformer": "GMDiTTransformer2DModel",
     "spectrum_net": "SpectrumMLP",
@@ -36,7 +36,7 @@ CONFIG = {  # the transformer's settings -> fields of GMDiTConfig
     "gm_num_logstd_layers": "log_std_layers",
     "constant_logstd": "constant_log_std",
 }
-FIXED = {  # settings for which our GMDiT supports these values only; others do not affect sampling
+FIXED = {  # settings with the only values that our GMDiT supports; others do not affect sampling
     "activation_fn": ("gelu-approximate",),
     "attention_bias": (True,),
     "norm_type": ("ada_norm_zero",),

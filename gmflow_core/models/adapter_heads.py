@@ -20,7 +20,7 @@ from ..flow.policy import DXVelocity
 from ..gaussians.mixture import GaussianMixture
 from .state_dict import check_shapes, shapes_of
 
-EPS = 1e-6  # of the last layer norm
+EPS = 1e-6  # epsilon of the last layer norm
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from .mixture_output import ImageConfig, MixtureOutput, log_std_head, spectrum_n
 from .position_features import grid_angles, grid_features
 from .state_dict import check_shapes, shapes_of
 
-FREQUENCIES = 256  # random ones of the time's features, each with a sine and a cosine
-EPS = 1e-6  # of the norms
+FREQUENCIES = 256  # random frequencies in the time's features, each with a sine and a cosine
+EPS = 1e-6  # epsilon of the norms
 PARTS = ("trunk", "head")
 DERIVED = ("pos_embed", "enc_feat_rope.", "dec_feat_rope.")  # published, but follow from the sizes
 
@@ -182,14 +182,14 @@ class DiTDH(MixtureOutput, nn.Module):
         latents = x.to(dtype)
         time = self.t_embedder(torch.as_tensor(sigma, device=x.device).expand(len(x)))
         condition = self.condition(time, labels)
-        # the trunk: what each token of the head is conditioned on
+        # trunk: its output is the condition of each token in the head
         positions = grid_features(*size, config.trunk_width, extent, x.device).to(dtype)
         tokens = self.s_embedder["proj"](latents).flatten(2).transpose(1, 2) + positions
         rotation = grid_rotation(*size, config.trunk_width // config.trunk_heads, extent, x.device)
         trunk, head = self.blocks[: config.trunk_layers], self.blocks[config.trunk_layers :]
         tokens = self.run_blocks(trunk, tokens, F.silu(condition).unsqueeze(1), rotation)
         local = self.s_projector(F.silu(time.unsqueeze(1) + tokens))  # (B, N, head_width)
-        # the head
+        # head: predicts the velocity of each token
         tokens = self.x_embedder["proj"](latents).flatten(2).transpose(1, 2).to(dtype)
         rotation = grid_rotation(*size, config.head_width // config.head_heads, extent, x.device)
         tokens = self.run_blocks(head, tokens, local, rotation)

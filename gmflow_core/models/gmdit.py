@@ -12,7 +12,7 @@ from ..gaussians.mixture import GaussianMixture
 from .mixture_output import ImageConfig, MixtureOutput, log_std_head, spectrum_network
 from .position_features import grid_features, time_features
 
-TIME_FEATURES = 256  # cosines and sines of the time
+TIME_FEATURES = 256  # number of cosines and sines of the time
 
 
 @dataclass(frozen=True, kw_only=True)

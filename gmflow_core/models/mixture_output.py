@@ -42,6 +42,8 @@ class ImageConfig:
     def check(self, *more: str) -> None:
         """Check the shared settings, and that those named in `more` are at least 1.
 
+        Converts `spectrum_layers` to a tuple, as JSON gives a list.
+
         Raises:
             ValueError: a value is out of range.
         """
@@ -53,7 +55,7 @@ class ImageConfig:
             raise ValueError(
                 f"latent_size {self.latent_size} is not divisible by patch_size {self.patch_size}"
             )
-        if self.spectrum_layers is not None:  # JSON gives a list
+        if self.spectrum_layers is not None:
             object.__setattr__(self, "spectrum_layers", tuple(self.spectrum_layers))
 
 

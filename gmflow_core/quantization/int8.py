@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 GROUPS = (256, 64, 16)  # sizes of a rotation: powers of 4
-LEVELS = 127  # of an int8 on either side of 0
+LEVELS = 127  # largest magnitude of an int8 value that is used
 CHUNK = {"cpu": 2**18}  # entries of a weight in float32 at a time: what a CPU's cache holds
-GPU_CHUNK = 2**24  # the same on all other devices
+GPU_CHUNK = 2**24  # the same on other devices
 SMALLEST = 1e-30  # scale of a row of zeros
 MIN_ROWS = 17  # cuBLAS requires more than 16 rows of int8
 

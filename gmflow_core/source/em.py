@@ -243,10 +243,11 @@ def look_at(tokens: Chunks, num_modes: int, device: torch.device) -> Survey:
             )
         if dims is None:
             dims, total = chunk.shape[1], total.new_zeros(chunk.shape[1])
-        finite = chunk.to(device).sum(1, dtype=total.dtype).isfinite()
+        chunk = chunk.to(device)
+        finite = chunk.sum(1, dtype=total.dtype).isfinite()
         if not finite.all():
             bad += [count + row for row in finite.logical_not().nonzero().flatten().tolist()]
-        total += chunk.to(device).sum(0, dtype=total.dtype)
+        total += chunk.sum(0, dtype=total.dtype)
         count += len(chunk)
     counts = gather(torch.tensor([count, len(bad), dims or 0], device=device)).tolist()
     first = sum(n for n, _, _ in counts[: rank()])

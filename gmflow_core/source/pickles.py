@@ -158,8 +158,8 @@ ALLOWED: dict[tuple[str, str], Any] = {
     **{(f"numpy.{core}.multiarray", "scalar"): _scalar for core in ("core", "_core")},
     **{(f"numpy.{core}.numeric", "_frombuffer"): _frombuffer for core in ("core", "_core")},
 }
-PYTHON = sys.stdlib_module_names | {"__builtin__", "copy_reg", "commands"}  # some of Python 2's too
-PYTHON -= {"__main__"}
+PYTHON = sys.stdlib_module_names | {"__builtin__", "copy_reg", "commands"}  # and Python 2's
+PYTHON -= {"__main__"}  # classes of the script that wrote the pickle
 
 
 class _Unpickler(pickle._Unpickler):

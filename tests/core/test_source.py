@@ -318,9 +318,7 @@ def test_attacks_are_refused_and_do_nothing(tmp_path):
             ValueError, match=r"refused: it asks for Python's .* it may be an attack"
         ):
             convert_pickle(write_pickle(tmp_path, {**arrays, "more": attack}))
-    harmless = Attack(
-        np.testing.assert_equal, 1, 2
-    )  # of NumPy: it becomes a record and is not called
+    harmless = Attack(np.testing.assert_equal, 1, 2)  # NumPy's: becomes a record, is not called
     assert convert_pickle(write_pickle(tmp_path, {**arrays, "more": harmless})).num_modes == 2
     assert not marker.exists()
     # this pickle would change a function of ours

@@ -1,4 +1,12 @@
-"""GMFlow: Gaussian-mixture flow matching (Chen et al., ICML 2025) in pure torch."""
+"""GMFlow: Gaussian-mixture flow matching (Chen et al., ICML 2025) in pure torch.
+
+Time is sigma in [0, 1], 0 for data and 1 for noise: x_sigma = (1 - sigma) x_0 + sigma eps, and the
+velocity is u = eps - x_0. Networks predict a `GaussianMixture` of u. A denoiser is any callable
+(x, sigma) -> `GaussianMixture` of x_0; the samplers integrate it from noise to data:
+
+    network, config = load_checkpoint("model.safetensors")
+    x = sample_gm_ode(denoiser_of(network), noise, flow_sigmas(8))
+"""
 
 from .files.checkpoint import load_checkpoint, read_metadata, save_checkpoint
 from .flow.losses import nll, spectral_nll, transition_nll

@@ -1,4 +1,4 @@
-"""The `gmflow` command: demo, sample, inspect, convert."""
+"""Command line of `gmflow`: demo, sample, inspect, convert."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DTYPES = {"keep": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": t
 
 
 def demo(args: argparse.Namespace) -> None:
-    """Contact sheet of the shipped model."""
+    """Draw a contact sheet of the shipped model's samples."""
     started = time.perf_counter()
     if args.out.suffix != ".png":
         raise ValueError(f"--out {args.out} must end in .png")
@@ -51,7 +51,7 @@ def demo(args: argparse.Namespace) -> None:
 
 
 def sample(args: argparse.Namespace) -> None:
-    """Samples of a checkpoint, as a picture or as numbers."""
+    """Sample a checkpoint and write a picture or the numbers."""
     if args.out.suffix not in (".png", ".safetensors"):
         raise ValueError(
             f"--out {args.out} must end in .png (a picture) or .safetensors (the numbers)"
@@ -69,7 +69,7 @@ def sample(args: argparse.Namespace) -> None:
 
 
 def progress(done: int, total: int) -> None:
-    """A line that says how far it is."""
+    """Print how far the sampling is, on one line."""
     print(
         f"\rnetwork call {done}/{total}",
         end="\n" if done == total else "",
@@ -81,10 +81,15 @@ def progress(done: int, total: int) -> None:
 def sample_density(
     args: argparse.Namespace, network: torch.nn.Module, data: dict[str, Any]
 ) -> tuple[dict, torch.Tensor]:
-    """Points of a 2-D model, and a picture of their density."""
+    """Sample points of a 2-D model, and draw a picture of their density.
+
+    Returns:
+        The tensors to write, by name, and the picture (H, W, 3) in [0, 1].
+    """
     if args.labels or args.unlabelled or args.guidance:
         raise ValueError(
-            f"{args.checkpoint} is a 2-D model without classes; leave out --labels, --unlabelled and --guidance"
+            f"{args.checkpoint} is a 2-D model without classes; leave out --labels, --unlabelled "
+            "and --guidance"
         )
     points = sample_points(
         network,
@@ -103,32 +108,23 @@ def sample_density(
 def sample_class_images(
     args: argparse.Namespace, network: MixtureOutput, data: dict[str, Any]
 ) -> tuple[dict, torch.Tensor]:
-    """Images of the labels, a row for each, and the grid of them."""
-    names, classes = data.get("labels", []), network.config.num_classes
+    """Sample images of the labels, and draw a grid with a row for each label.
+
+    Returns:
+        The tensors to write, by name, and the picture (H, W, 3) in [0, 1].
+    """
     if args.out.suffix == ".png" and data.get("space") != "pixels":
         raise ValueError(
-            f"{args.checkpoint} makes latents ({data.get('space', 'of an unknown kind')}), which need a VAE to be seen: "
-            "give an --out that ends in .safetensors, or use the model in ComfyUI"
+            f"{args.checkpoint} makes latents ({data.get('space', 'of an unknown kind')}), which "
+            "need a VAE to be seen: give an --out that ends in .safetensors, or use the model in "
+            "ComfyUI"
         )
     count = 8 if args.count is None else args.count
     if count < 1:
         raise ValueError(f"--count is {count}; it must be at least 1")
     trained = data.get("source")
     known = trained is not None and trained.get("conditioning") == "mode"
-    if args.unlabelled or (data.get("unlabelled") and not args.labels):
-        if args.labels or known:
-            has = (
-                f"--labels {' '.join(args.labels)}"
-                if args.labels
-                else f"{args.checkpoint}, whose labels are modes of its source"
-            )
-            raise ValueError(f"--unlabelled does not go with {has}")
-        labels = torch.full((count,), classes)
-    else:
-        wanted = args.labels or [str(label) for label in range(min(10, classes))]
-        labels = torch.tensor(
-            [find_label(text, names, classes) for text in wanted]
-        ).repeat_interleave(count)
+    labels = _labels(args, network.config.num_classes, data, known, count)
     source = None if args.source is None else load_source(args.source, args.device)
     if source is not None:
         source.require_record(trained, args.checkpoint)
@@ -150,14 +146,41 @@ def sample_class_images(
         seeds=range(args.seed, args.seed + len(labels)),
         callback=lambda step, x, x0: progress(step + 1, args.steps),
     ).cpu()
-    grid = image_grid(
-        (x[:, :3] + 1).clamp(0, 2) / 2, columns=count, scale=max(1, 64 // x.shape[-1])
-    )
+    images = (x[:, :3] + 1).clamp(0, 2) / 2
+    grid = image_grid(images, columns=count, scale=max(1, 64 // x.shape[-1]))
     return {"samples": x, "labels": labels}, grid
 
 
+def _labels(
+    args: argparse.Namespace, classes: int, data: dict[str, Any], known: bool, count: int
+) -> torch.Tensor:
+    """Return the label of every image, each label `count` times; `classes` stands for none.
+
+    Args:
+        args: the command's arguments.
+        classes: number of the model's classes.
+        data: the checkpoint's data.
+        known: the labels are the modes of the model's source.
+        count: images of each label.
+
+    Raises:
+        ValueError: a label is unknown, or --unlabelled does not go with the rest.
+    """
+    if not args.unlabelled and (args.labels or not data.get("unlabelled")):
+        wanted = args.labels or [str(label) for label in range(min(10, classes))]
+        labels = [find_label(text, data.get("labels", []), classes) for text in wanted]
+        return torch.tensor(labels).repeat_interleave(count)
+    if args.labels:
+        raise ValueError(f"--unlabelled does not go with --labels {' '.join(args.labels)}")
+    if known:
+        raise ValueError(
+            f"--unlabelled does not go with {args.checkpoint}, whose labels are modes of its source"
+        )
+    return torch.full((count,), classes)
+
+
 def inspect(args: argparse.Namespace) -> None:
-    """Config, parameters, data and training facts of a checkpoint."""
+    """Print config, parameters, data and training facts of a checkpoint."""
     metadata = read_metadata(args.checkpoint)
     network, _ = load_checkpoint(args.checkpoint, dtype=None)
     print(f"{args.checkpoint}: {metadata['model_class']}")
@@ -168,7 +191,7 @@ def inspect(args: argparse.Namespace) -> None:
 
 
 def convert(args: argparse.Namespace) -> None:
-    """Any checkpoint that can be loaded, written as our single file, without what only its trainer needs."""
+    """Write any checkpoint that can be loaded as one file, without the trainer's state."""
     if args.out.suffix != ".safetensors":
         raise ValueError(f"{args.out} must end in .safetensors")
     if args.out.exists() and not args.force:
@@ -179,18 +202,20 @@ def convert(args: argparse.Namespace) -> None:
     network, _ = load_checkpoint(args.source, dtype=DTYPES[args.dtype])
     save_checkpoint(network, args.out, facts=metadata["training"], data=metadata["data"])
     print(
-        f"{args.out.resolve()}: {metadata['model_class']}, parameters: {describe_parameters(network)}, {size_of(args.out)}"
+        f"{args.out.resolve()}: {metadata['model_class']}, "
+        f"parameters: {describe_parameters(network)}, {size_of(args.out)}"
     )
 
 
 def describe_parameters(network: torch.nn.Module) -> str:
-    """How many, in which types."""
+    """Describe the number of parameters and their types."""
     parameters = list(network.parameters())
-    return f"{sum(p.numel() for p in parameters):,} in {', '.join(sorted({str(p.dtype) for p in parameters}))}"
+    types = ", ".join(sorted({str(p.dtype) for p in parameters}))
+    return f"{sum(p.numel() for p in parameters):,} in {types}"
 
 
 def describe_data(data: dict[str, Any]) -> str:
-    """A checkpoint's `data` in a line."""
+    """Describe a checkpoint's `data` on one line."""
     entries = [
         f"{name} {json.dumps(value, ensure_ascii=False)}"
         for name, value in data.items()
@@ -203,13 +228,17 @@ def describe_data(data: dict[str, Any]) -> str:
 
 
 def size_of(path: Path) -> str:
-    """Of a file, in MB or GB."""
+    """Describe the size of a file, in MB or GB."""
     size = path.stat().st_size
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
 
 
 def check_device(name: str) -> None:
-    """ValueError if torch cannot use the device here."""
+    """Check that torch can use the device here.
+
+    Raises:
+        ValueError: it cannot.
+    """
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -219,31 +248,67 @@ def check_device(name: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Run the command with these arguments, by default those of the process.
+
+    Raises:
+        SystemExit: an argument or a file is wrong; the message is one line.
+    """
+    args = _parser().parse_args(arguments)
+    try:
+        if not 0 <= getattr(args, "seed", 0) < 2**63:
+            raise ValueError(f"--seed {args.seed} must be between 0 and 2**63 - 1")
+        if hasattr(args, "device"):
+            check_device(args.device)
+        args.run(args)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"gmflow: error: {error}") from error
+
+
+SOURCE_HELP = (
+    "a checkpoint, a folder in the layout of diffusers, or the id of one on the Hugging Face hub "
+    "(owner/name)"
+)
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Build the parser of all commands; each sets `run` to its function."""
     parser = argparse.ArgumentParser(prog="gmflow", description="Gaussian-mixture flow matching")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--seed", type=int, default=0, help="seed of all noise (default 0)")
-    common.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device"
-    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    common.add_argument("--device", default=device, help="torch device")
 
-    p = commands.add_parser(
-        "demo",
-        parents=[common],
-        help="picture of the shipped model: three solvers at 1, 2, 4, 8 steps",
-    )
+    about = "picture of the shipped model: three solvers at 1, 2, 4, 8 steps"
+    p = commands.add_parser("demo", parents=[common], help=about)
     p.add_argument("--count", type=int, default=30_000, help="samples per picture (default 30000)")
-    p.add_argument(
-        "--out",
-        type=Path,
-        default=Path("gmflow_demo.png"),
-        help="picture to write (default gmflow_demo.png)",
-    )
+    about = "picture to write (default gmflow_demo.png)"
+    p.add_argument("--out", type=Path, default=Path("gmflow_demo.png"), help=about)
     p.set_defaults(run=demo)
 
-    p = commands.add_parser(
-        "sample", parents=[common], help="sample a checkpoint: points, or images of classes"
-    )
+    about = "sample a checkpoint: points, or images of classes"
+    p = commands.add_parser("sample", parents=[common], help=about)
+    _add_sample_arguments(p)
+    p.set_defaults(run=sample)
+
+    about = "config, parameters, data and training facts of a checkpoint"
+    p = commands.add_parser("inspect", help=about)
+    p.add_argument("checkpoint", help=SOURCE_HELP)
+    p.set_defaults(run=inspect)
+
+    about = "write a published model as one file, for ComfyUI's models/gmflow"
+    p = commands.add_parser("convert", help=about)
+    p.add_argument("source", help=SOURCE_HELP)
+    p.add_argument("out", type=Path, help="file to write, .safetensors")
+    about = "type of the weights (default keep: as they are)"
+    p.add_argument("--dtype", choices=DTYPES, default="keep", help=about)
+    p.add_argument("--force", action="store_true", help="overwrite OUT")
+    p.set_defaults(run=convert)
+    return parser
+
+
+def _add_sample_arguments(p: argparse.ArgumentParser) -> None:
+    """Add the arguments of `gmflow sample`."""
     p.add_argument("checkpoint", type=Path)
     p.add_argument(
         "--solver",
@@ -262,7 +327,8 @@ def main(arguments: list[str] | None = None) -> None:
     p.add_argument(
         "--substeps",
         type=int,
-        help="GM-ODE's substeps per network call (default 8; 32 for 1 step), GM policy's in all (default 128)",
+        help="GM-ODE's substeps per network call (default 8; 32 for 1 step), GM policy's in all "
+        "(default 128)",
     )
     p.add_argument(
         "--shift",
@@ -300,35 +366,3 @@ def main(arguments: list[str] | None = None) -> None:
         default=Path("samples.png"),
         help=".png or .safetensors (default samples.png)",
     )
-    p.set_defaults(run=sample)
-
-    source = "a checkpoint, a folder in the layout of diffusers, or the id of one on the Hugging Face hub (owner/name)"
-    p = commands.add_parser(
-        "inspect", help="config, parameters, data and training facts of a checkpoint"
-    )
-    p.add_argument("checkpoint", help=source)
-    p.set_defaults(run=inspect)
-
-    p = commands.add_parser(
-        "convert", help="write a published model as one file, for ComfyUI's models/gmflow"
-    )
-    p.add_argument("source", help=source)
-    p.add_argument("out", type=Path, help="file to write, .safetensors")
-    p.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        default="keep",
-        help="type of the weights (default keep: as they are)",
-    )
-    p.add_argument("--force", action="store_true", help="overwrite OUT")
-    p.set_defaults(run=convert)
-
-    args = parser.parse_args(arguments)
-    try:
-        if not 0 <= getattr(args, "seed", 0) < 2**63:
-            raise ValueError(f"--seed {args.seed} must be between 0 and 2**63 - 1")
-        if hasattr(args, "device"):
-            check_device(args.device)
-        args.run(args)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"gmflow: error: {error}") from error

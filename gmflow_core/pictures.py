@@ -1,4 +1,4 @@
-"""Pictures: densities of 2-D samples, grids of images, captioned sheets."""
+"""Grids of images and captioned sheets of pictures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def to_image(picture: Tensor) -> Image.Image:
-    """(H, W, 3) in [0, 1] as a PIL image."""
+    """Convert a picture (H, W, 3) in [0, 1] to a PIL image."""
     return Image.fromarray((picture * 255).round().clamp(0, 255).to(torch.uint8).numpy())
 
 
@@ -20,12 +20,12 @@ def contact_sheet(
     title: str,
     tile: int = 256,
 ) -> Image.Image:
-    """Pictures in a captioned grid, below a title with a picture to compare them with.
+    """Draw pictures in a captioned grid, below a title and a reference picture.
 
     Args:
         rows: (row caption, [(caption, picture (H, W, 3)), ...]).
-        reference: (caption, picture), beside the title.
-        title: may have several lines.
+        reference: (caption, picture), drawn beside the title.
+        title: one or more lines.
         tile: pixels a side of each picture on the sheet.
     """
     gap, line, left = tile // 16, max(12, tile // 14), tile // 2
@@ -48,7 +48,10 @@ def contact_sheet(
 
 
 def image_grid(images: Tensor, columns: int, scale: int = 1, gap: int = 2) -> Tensor:
-    """Images (B, 3, h, w) in [0, 1] side by side, row after row, on white: (H, W, 3), each pixel drawn `scale` x `scale`."""
+    """Arrange images (B, 3, h, w) in [0, 1] row by row on white, and return the picture (H, W, 3).
+
+    Each pixel is drawn as `scale` x `scale` pixels, with `gap` white pixels between images.
+    """
     images = images.float().cpu().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     rows = -(-len(images) // columns)
     height, width = images.shape[2] + gap, images.shape[3] + gap

@@ -1,4 +1,4 @@
-"""Writes a small random GM-DiT in the layout of the published folder, for the tests that load one."""
+"""Write a small random GM-DiT in the layout of diffusers, for the tests that load one."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from gmflow_core.models import GMDiT
 from gmflow_core.models.gmdit import GMDiTConfig
 from tests.helpers import normal
 
+WEIGHTS = "diffusion_pytorch_model.bf16.safetensors"
 TINY = {
     "num_components": 3,
     "channels": 4,
@@ -28,11 +29,24 @@ TINY = {
 
 
 def random_model(dtype: torch.dtype = torch.bfloat16, seed: int = 0, **changes) -> GMDiT:
-    """A tiny GM-DiT without the zeros of a fresh one; `changes` are to its config."""
+    """Return a tiny GM-DiT without the zeros of a fresh one; `changes` are to its config."""
     model = GMDiT(GMDiTConfig(**{**TINY, **changes}))
     for i, parameter in enumerate(model.parameters()):
         parameter.data.copy_(0.1 * normal(*parameter.shape, seed=1000 * seed + i))
     return model.to(dtype).eval().requires_grad_(False)
+
+
+def same_model(loaded: GMDiT, model: GMDiT) -> bool:
+    """Compare config, names and values, and return whether the output is the same."""
+    assert loaded.config == model.config
+    expected, found = model.state_dict(), loaded.state_dict()
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], expected[name].to(found[name].dtype)) for name in expected)
+    size, labels = model.config.latent_size, torch.tensor([0, model.config.num_classes])
+    x, sigma = normal(2, model.config.channels, size, size), torch.tensor([0.9, 0.2])
+    actual = loaded(x, sigma, labels)
+    wanted = model.to(next(loaded.parameters()).dtype)(x, sigma, labels)
+    return torch.equal(actual.means, wanted.means) and torch.equal(actual.log_std, wanted.log_std)
 
 
 def write_published_folder(
@@ -46,43 +60,18 @@ def write_published_folder(
     shards: int | None = None,
     vae_weights: bool = False,
 ) -> Path:
-    """`model` as the published folder has it: model_index.json, transformer/, spectrum_net/, scheduler/, vae/.
+    """Write model_index.json, transformer/, spectrum_net/, scheduler/ and vae/, as published.
 
     Args:
-        underscore: whether the class names begin with one.
+        underscore: the class names begin with an underscore.
         library: of the classes, "lib" or "lakonlab".
-        labels: id2label; there is none if None.
-        shards: number of files that the transformer's weights are spread over; one without an index if None.
-        vae_weights: whether vae/ holds the weights of a tiny random AutoencoderKL (needs diffusers), not its config alone.
+        variant: of the weights' files, None for full precision.
+        labels: id2label; left out if None.
+        shards: number of files for the transformer's weights; None: one without an index.
+        vae_weights: vae/ holds the weights of a tiny random AutoencoderKL too (needs diffusers).
     """
     config, mark = model.config, "_" if underscore else ""
-    parts = {
-        "transformer": {
-            "_class_name": f"{mark}GMDiTTransformer2DModel",
-            "_diffusers_version": "0.32.2",
-            "activation_fn": "gelu-approximate",
-            "attention_bias": True,
-            "attention_head_dim": config.head_dim,
-            "class_dropout_prob": 0.0,
-            "constant_logstd": config.constant_log_std,
-            "dropout": 0.0,
-            "gm_num_logstd_layers": config.log_std_layers,
-            "in_channels": config.channels,
-            "logstd_inner_dim": config.log_std_dim,
-            "norm_elementwise_affine": False,
-            "norm_eps": 1e-5,
-            "norm_num_groups": 32,
-            "norm_type": "ada_norm_zero",
-            "num_attention_heads": config.num_heads,
-            "num_embeds_ada_norm": config.num_classes,
-            "num_gaussians": config.num_components,
-            "num_layers": config.num_layers,
-            "out_channels": None,
-            "patch_size": config.patch_size,
-            "sample_size": config.latent_size,
-            "upcast_attention": False,
-        }
-    }
+    parts = {"transformer": transformer_config(config, mark)}
     if config.spectrum_layers is not None:
         parts["spectrum_net"] = {
             "_class_name": f"{mark}SpectrumMLP",
@@ -117,9 +106,39 @@ def write_published_folder(
     return folder
 
 
+def transformer_config(config: GMDiTConfig, mark: str) -> dict[str, Any]:
+    """Return the content of transformer/config.json."""
+    return {
+        "_class_name": f"{mark}GMDiTTransformer2DModel",
+        "_diffusers_version": "0.32.2",
+        "activation_fn": "gelu-approximate",
+        "attention_bias": True,
+        "attention_head_dim": config.head_dim,
+        "class_dropout_prob": 0.0,
+        "constant_logstd": config.constant_log_std,
+        "dropout": 0.0,
+        "gm_num_logstd_layers": config.log_std_layers,
+        "in_channels": config.channels,
+        "logstd_inner_dim": config.log_std_dim,
+        "norm_elementwise_affine": False,
+        "norm_eps": 1e-5,
+        "norm_num_groups": 32,
+        "norm_type": "ada_norm_zero",
+        "num_attention_heads": config.num_heads,
+        "num_embeds_ada_norm": config.num_classes,
+        "num_gaussians": config.num_components,
+        "num_layers": config.num_layers,
+        "out_channels": None,
+        "patch_size": config.patch_size,
+        "sample_size": config.latent_size,
+        "upcast_attention": False,
+    }
+
+
 def write_weights(
     folder: Path, tensors: dict[str, Tensor], variant: str | None, shards: int | None
 ) -> None:
+    """Write tensors as one file, or in shards with an index."""
     stem = f"diffusion_pytorch_model{f'.{variant}' if variant else ''}"
     if shards is None:
         save_file(tensors, folder / f"{stem}.safetensors", {"format": "pt"})
@@ -137,6 +156,7 @@ def write_weights(
 
 
 def write_vae(folder: Path, channels: int, weights: bool) -> None:
+    """Write the config of a tiny AutoencoderKL, and its weights if told to."""
     settings = {
         "act_fn": "silu",
         "block_out_channels": [8, 8, 8, 8],
@@ -160,6 +180,7 @@ def write_vae(folder: Path, channels: int, weights: bool) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file; missing folders are created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

@@ -1,1 +1,1 @@
-"""Files: checkpoints, class labels, diffusers folders, the hub."""
+"""Files: atomic writes, checkpoints, class names, folders in the layout of diffusers, the hub."""

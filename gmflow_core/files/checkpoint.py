@@ -1,16 +1,15 @@
-"""Checkpoints: one safetensors file whose metadata names the model's class and holds its config as JSON.
+"""Checkpoints: one safetensors file whose metadata names the model's class and holds its config.
 
-Tensors: the weights to sample with, under the model's own names; and, in a training checkpoint, what the trainer needs
-to go on, under names that begin with `training.`, which loaders skip. Nothing is ever unpickled. Published models in other
-layouts (`published.py`) are read by the same functions.
+The tensors are the weights to sample with, under the model's own names. A training checkpoint also
+holds the state that the trainer resumes from, under names that begin with `training.`, which
+loaders skip. Nothing is ever unpickled. The same functions read models in the layout of diffusers
+(`diffusers_folder.py`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..models import MODELS
+from ..models.state_dict import check_shapes, shapes_of
+from .atomic import atomic_write
 from .diffusers_folder import published_metadata, published_weights
 from .hub import is_published
 
 FORMAT = "gmflow-1"
 TRAINING = "training."
-SOURCE_CLASS = "GaussianMixtureSource"  # in the place of a model's class, see source.py
+SOURCE_CLASS = "GaussianMixtureSource"  # stands where a model's class does, see source/files.py
 SHIPPED = Path(__file__).parents[1] / "shipped"  # models that come with the package
 
 
@@ -39,20 +40,24 @@ def save_checkpoint(
     dtype: torch.dtype | None = None,
     data: dict[str, Any] | None = None,
 ) -> None:
-    """Write `model` to `path`, atomically: the file is either the old one or the whole new one, even after a power cut.
+    """Write a model to one safetensors file, atomically.
 
     Args:
         model: one of the classes in `gmflow_core.models`; its `config` goes into the metadata.
+        path: the file to write; missing folders are created.
         facts: JSON-able record of how the model was made, returned by `read_metadata`.
-        state: further tensors for the trainer to resume from, returned by `load_training_state`.
+        state: further tensors that the trainer resumes from, returned by `load_training_state`.
         dtype: stored type of the weights; their own if None.
-        data: JSON-able record of what the model's samples are, returned by `read_metadata`. Free-form; these entries are known:
+        data: JSON-able record of what the model's samples are, returned by `read_metadata`. It may
+            hold anything; these entries are known:
             `labels`: list of the labels' names, by number;
-            `space`: "pixels" for RGB in [-1, 1], "sd-vae" for latents of Stable Diffusion's VAE, "rae" for those of
-            a representation autoencoder;
-            `scaling_factor`: what the VAE's latents are multiplied by (0.18215 for Stable Diffusion's);
-            `source`: of a model that was trained with a `GaussianMixtureSource`: its `num_modes` and `shape`, the `coupling`,
-            and `conditioning`, "mode" if the labels are its modes, else "hidden".
+            `space`: "pixels" for RGB in [-1, 1], "sd-vae" for latents of Stable Diffusion's VAE,
+            "rae" for latents of a representation autoencoder;
+            `scaling_factor`: the factor that the VAE's latents are multiplied by (0.18215 for
+            Stable Diffusion's);
+            `source`: set if the model was trained with a `GaussianMixtureSource`: the source's
+            `num_modes` and `shape`, the `coupling`, and `conditioning`, "mode" if the labels are
+            the source's modes, else "hidden".
     """
     metadata = {
         "format": FORMAT,
@@ -67,37 +72,29 @@ def save_checkpoint(
 
 
 def write_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str]) -> None:
-    """Write a safetensors file, atomically: it is either the old one or the whole new one, even after a power cut."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    try:
+    """Write a safetensors file, atomically; `tensors` are on the CPU, see `stored`."""
+    with atomic_write(path) as temporary:
         save_file(tensors, temporary, metadata)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def read_metadata(source: str | Path) -> dict[str, Any]:
-    """`model_class`, `config`, `training` facts and `data` of a checkpoint, without reading its weights.
+    """Return the metadata of a checkpoint, without reading its weights.
 
     Args:
         source: as in `load_checkpoint`.
 
+    Returns:
+        A dict with `model_class`, `config`, `training` (the facts) and `data`.
+
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not a whole GMFlow checkpoint; the message names the file and what to do.
-        OSError: it is on the hub, and cannot be had from there.
+        ValueError: it is not a whole GMFlow checkpoint; the message names the file and the fix.
+        OSError: it is on the hub and cannot be downloaded.
     """
     if is_published(source):
         return published_metadata(source)
     with open_checkpoint(source) as file:
-        return _metadata(file, source)
+        return _parse_metadata(file.metadata() or {}, source)
 
 
 def load_checkpoint(
@@ -105,60 +102,66 @@ def load_checkpoint(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = torch.float32,
 ) -> tuple[nn.Module, Any]:
-    """Read a model.
+    """Load a model.
 
     Args:
-        source: a file of `save_checkpoint`; a folder in the layout of diffusers, as the published GM-DiT is; or the id of
-            such a folder on the Hugging Face hub, "owner/name" or "owner/name@revision", of which a file or folder of that
-            name takes precedence.
+        source: a file of `save_checkpoint`; a folder in the layout of diffusers, such as the
+            published GM-DiT; or the id of such a folder on the Hugging Face hub, "owner/name" or
+            "owner/name@revision". A file or folder of that name takes precedence over the hub.
+        device: where the weights are put.
         dtype: type of the weights in memory; as stored if None.
 
     Returns:
-        The model in evaluation mode, and its config.
+        The model in evaluation mode, without gradients, and its config.
 
     Raises:
-        FileNotFoundError, ValueError, OSError: as `read_metadata`; also when the tensors do not fit the config.
+        FileNotFoundError, ValueError, OSError: as `read_metadata`; also if the tensors do not fit
+            the config.
     """
-    metadata = read_metadata(source)
+    model = _empty_model(read_metadata(source), source)
+    tensors = _read_weights(source, shapes_of(model.state_dict()), device, dtype)
+    model.load_state_dict(tensors, assign=True)
+    return model.eval().requires_grad_(False), model.config
+
+
+def _empty_model(metadata: dict[str, Any], source: str | Path) -> nn.Module:
+    """Build the model of a checkpoint's metadata on the meta device."""
     cls = MODELS[metadata["model_class"]]
     try:
-        config = cls.Config(**metadata["config"])
         with torch.device("meta"):
-            model = cls(config)
+            return cls(cls.Config(**metadata["config"]))
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"{source}: its config {metadata['config']} is not one that this version's {cls.__name__} knows ({error}); "
-            "update GMFlow, or train the model again"
+            f"{source}: its config {metadata['config']} is not one that this version's "
+            f"{cls.__name__} knows ({error}); update GMFlow, or train the model again"
         ) from error
-    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+
+
+def _read_weights(
+    source: str | Path,
+    expected: dict[str, tuple[int, ...]],
+    device: str | torch.device,
+    dtype: torch.dtype | None,
+) -> dict[str, Tensor]:
+    """Read the weights of a checkpoint after a check of all their shapes."""
+    files = published_weights(source) if is_published(source) else [("", source)]
     with ExitStack() as stack:
-        places = {}  # name in the model -> file, name there
-        for prefix, path in published_weights(source) if is_published(source) else [("", source)]:
+        places = {}  # name in the model -> file, name in that file
+        for prefix, path in files:
             file = stack.enter_context(open_checkpoint(path))
-            places.update(
-                {
-                    prefix + name: (file, name)
-                    for name in file.keys()
-                    if not name.startswith(TRAINING)
-                }
-            )
+            names = [name for name in file.keys() if not name.startswith(TRAINING)]
+            places.update({prefix + name: (file, name) for name in names})
         try:
-            found = {
-                name: tuple(file.get_slice(key).get_shape()) for name, (file, key) in places.items()
-            }
-            if expected != found:
-                wrong = sorted(
-                    name
-                    for name in expected.keys() | found.keys()
-                    if expected.get(name) != found.get(name)
-                )
-                raise ValueError(
-                    f"{source}: {len(wrong)} tensors do not fit its config, first {wrong[0]!r}: expected "
-                    f"{expected.get(wrong[0], 'none')}, found {found.get(wrong[0], 'none')}; the file was edited or damaged"
-                )
-            # copies, as a file that is overwritten while it is mapped would take the process down; one after another, so that
-            # never more than one tensor is in memory twice
-            tensors = {
+            check_shapes(
+                expected,
+                {n: tuple(file.get_slice(key).get_shape()) for n, (file, key) in places.items()},
+                "its config",
+                source=str(source),
+                advice="the file was edited or damaged",
+            )
+            # Copies: a file that is overwritten while it is mapped would crash the process.
+            # One after another: no more than one tensor is in memory twice.
+            return {
                 name: file.get_tensor(key).to(device, dtype, copy=True)
                 for name, (file, key) in places.items()
             }
@@ -166,14 +169,16 @@ def load_checkpoint(
             raise ValueError(
                 f"{source} is damaged ({error}); download or train it again"
             ) from error
-    model.load_state_dict(tensors, assign=True)
-    return model.eval().requires_grad_(False), config
 
 
 def load_training_state(path: str | Path) -> dict[str, Tensor]:
-    """The `state` of `save_checkpoint`; empty for a checkpoint that holds weights only."""
+    """Load the `state` of `save_checkpoint`; empty for a checkpoint that holds weights only.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_metadata`.
+    """
     with open_checkpoint(path) as file:
-        _metadata(file, path)
+        _parse_metadata(file.metadata() or {}, path)
         return {
             name.removeprefix(TRAINING): file.get_tensor(name)
             for name in file.keys()
@@ -182,51 +187,66 @@ def load_training_state(path: str | Path) -> dict[str, Tensor]:
 
 
 def stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """On the CPU, in memory of its own, as save_file wants it."""
+    """Return a contiguous copy on the CPU, as `save_file` needs it."""
     return tensor.detach().to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def open_checkpoint(path: str | Path):
-    """safe_open with errors a user can act on."""
+    """Open a safetensors file with `safe_open`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is a folder, a pickle, or not a whole safetensors file; the message says
+            what to do.
+    """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(
-            f"there is no checkpoint {path}: no such file or folder, and no hub id (owner/name) either"
+            f"there is no checkpoint {path}: no such file or folder, and no hub id "
+            "(owner/name) either"
         )
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give the .safetensors file inside it")
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
-        with open(path, "rb") as file:
-            head = file.read(9)
-        if head[:2] == b"PK" or (
-            head[:1] == b"\x80" and head[8:] != b"{"
-        ):  # a zip, as torch.save writes, or a bare pickle
+        if _is_pickle(path):
             raise ValueError(
-                f"{path} is a pickle file (.pt, .ckpt), which could run any code when opened, so GMFlow never reads one; "
-                "use the .safetensors version of the model"
+                f"{path} is a pickle file (.pt, .ckpt), which could run any code when opened, so "
+                "GMFlow never reads one; use the .safetensors version of the model"
             ) from None
         raise ValueError(
-            f"{path} is not a whole safetensors file ({error}); if it was downloaded or copied, do that again"
+            f"{path} is not a whole safetensors file ({error}); if it was downloaded or copied, "
+            "do that again"
         ) from error
 
 
-def _metadata(file, path) -> dict[str, Any]:
-    raw = file.metadata() or {}
+def _is_pickle(path: Path) -> bool:
+    """Return whether the file begins as a zip of torch.save or as a bare pickle does.
+
+    The length of a safetensors header may begin with the byte of a pickle; its ninth byte is "{".
+    """
+    with open(path, "rb") as file:
+        head = file.read(9)
+    return head[:2] == b"PK" or (head[:1] == b"\x80" and head[8:] != b"{")
+
+
+def _parse_metadata(raw: dict[str, str], path: str | Path) -> dict[str, Any]:
+    """Return what `read_metadata` does from a file's own metadata."""
     if "format" not in raw or not raw["format"].startswith("gmflow"):
         raise ValueError(
-            f"{path} is a safetensors file but not a GMFlow checkpoint (its metadata has no GMFlow format); "
-            "load other models with their own loader"
+            f"{path} is a safetensors file but not a GMFlow checkpoint (its metadata has no GMFlow "
+            "format); load other models with their own loader"
         )
     if raw.get("model_class") == SOURCE_CLASS:
         raise ValueError(
-            f"{path} holds a Gaussian-mixture source, not a model; give it where a source is asked for"
+            f"{path} holds a Gaussian-mixture source, not a model; give it where a source is asked "
+            "for"
         )
     if raw["format"] != FORMAT or raw.get("model_class") not in MODELS:
         raise ValueError(
-            f"{path} holds a {raw.get('model_class')} in format {raw['format']}; this version knows {sorted(MODELS)} "
-            f"in format {FORMAT}; update GMFlow"
+            f"{path} holds a {raw.get('model_class')} in format {raw['format']}; this version "
+            f"knows {sorted(MODELS)} in format {FORMAT}; update GMFlow"
         )
     try:
         return {

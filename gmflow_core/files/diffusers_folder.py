@@ -1,11 +1,12 @@
-"""Published models: a GM-DiT in the folder layout of diffusers, on disk or on the Hugging Face hub.
+"""Read a GM-DiT in the folder layout of diffusers, on disk or on the Hugging Face hub.
 
-    model_index.json         the parts' class names; `id2label`: the labels' names
-    transformer/             config.json and diffusion_pytorch_model[.bf16].safetensors, whole or in shards with an index
-    spectrum_net/            the same for the spectrum network; may be missing
-    vae/config.json          scaling_factor of the latents; may be missing
+    model_index.json   the parts' class names; `id2label`: the labels' names
+    transformer/       config.json and diffusion_pytorch_model[.bf16].safetensors, whole or in
+                       shards with an index
+    spectrum_net/      the same for the spectrum network; optional
+    vae/config.json    scaling_factor of the latents; optional
 
-This file knows where things are and what they are called there; `checkpoint.py` reads the tensors, whose names are ours.
+This file knows the layout and its names; `checkpoint.py` reads the tensors, whose names are ours.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from typing import Any
 
 from .hub import folder_of
 
-PREFIXES = {"transformer": "", "spectrum_net": "spectrum_net."}  # of a part's tensors in our GMDiT
-CLASSES = {
+PREFIXES = {"transformer": "", "spectrum_net": "spectrum_net."}  # of tensor names in our GMDiT
+CLASSES = {  # class names in config.json, with or without a leading underscore
     "transformer": "GMDiTTransformer2DModel",
     "spectrum_net": "SpectrumMLP",
-}  # there with or without underscore
-CONFIG = {  # the transformer's settings and ours
+}
+CONFIG = {  # the transformer's settings -> fields of GMDiTConfig
     "num_gaussians": "num_components",
     "in_channels": "channels",
     "sample_size": "latent_size",
@@ -35,16 +36,16 @@ CONFIG = {  # the transformer's settings and ours
     "gm_num_logstd_layers": "log_std_layers",
     "constant_logstd": "constant_log_std",
 }
-FIXED = {  # settings that our GMDiT knows one value of; others change nothing in sampling
+FIXED = {  # settings with the only values that our GMDiT supports; others do not affect sampling
     "activation_fn": ("gelu-approximate",),
     "attention_bias": (True,),
     "norm_type": ("ada_norm_zero",),
     "norm_elementwise_affine": (False,),
     "norm_eps": (1e-5,),
 }
-SD_SCALING = 0.18215  # of Stable Diffusion's VAE
+SD_SCALING = 0.18215  # scaling factor of Stable Diffusion's VAE
 WEIGHTS = "diffusion_pytorch_model"
-VARIANTS = (".bf16", "")  # the first that is there is read
+VARIANTS = (".bf16", "")  # the first one found is read
 CONFIG_FILES = [
     "model_index.json",
     "transformer/*.json",
@@ -59,59 +60,72 @@ WEIGHT_FILES = {
 
 
 def published_metadata(source: str | Path) -> dict[str, Any]:
-    """What `read_metadata` returns, from the folder's JSON files; no weights are read or downloaded.
+    """Return the metadata of such a folder as `read_metadata` does, from its JSON files alone.
+
+    Warns if the spectrum network is named but missing; GM-SDE then draws without it.
 
     Raises:
-        ValueError: it is not a GM-DiT that our network can be; the message quotes the setting.
+        ValueError: it is not a GM-DiT that our network supports; the message quotes the setting.
         OSError: the hub has no such model, or cannot be reached.
     """
-    return _metadata(folder_of(source, CONFIG_FILES), source)
+    folder = folder_of(source, CONFIG_FILES)
+    if not (folder / "transformer" / "config.json").exists():
+        raise ValueError(
+            f"{source} is a folder without transformer/config.json, so not a published GM-DiT; "
+            "give the .safetensors file inside it, or the folder that holds model_index.json and "
+            "transformer/"
+        )
+    index = _optional_json(folder / "model_index.json", source)
+    config = _transformer_config(_part_config(folder, "transformer", source), source)
+    if (folder / "spectrum_net").is_dir():
+        spectrum = _part_config(folder, "spectrum_net", source)
+        config["spectrum_layers"] = _spectrum_layers(spectrum, config, source)
+    elif (index.get("spectrum_net") or [None])[0]:
+        warnings.warn(
+            f"{source}: model_index.json names a spectrum_net, but the folder spectrum_net is "
+            "missing; GM-SDE will go without",
+            stacklevel=3,
+        )
+    vae = _optional_json(folder / "vae" / "config.json", source)
+    data = {"space": "sd-vae", "scaling_factor": vae.get("scaling_factor", SD_SCALING)}
+    if isinstance(index.get("id2label"), dict):
+        data["labels"] = _labels(index["id2label"], config["num_classes"], source)
+    return {"model_class": "GMDiT", "config": config, "training": {}, "data": data}
 
 
 def published_weights(source: str | Path) -> list[tuple[str, Path]]:
-    """The weights' files, each with the prefix that its tensors have in our GMDiT; from the hub, one variant of them.
+    """List the files of weights in such a folder, downloaded from the hub if need be.
+
+    Returns:
+        Pairs of (the prefix of the file's tensors in our GMDiT, the file). Only one variant of
+        each part is downloaded and listed: bf16 if there is one, else full precision.
 
     Raises:
         ValueError: there are none in safetensors format.
         OSError: as `published_metadata`.
     """
     patterns = CONFIG_FILES + [
-        f"{part}/{files}" for part in PREFIXES for files in WEIGHT_FILES[".bf16"]
+        f"{part}/{name}" for part in PREFIXES for name in WEIGHT_FILES[".bf16"]
     ]
     folder = folder_of(source, patterns)
     parts = [part for part in PREFIXES if (folder / part).is_dir()]
-    without = [
-        part for part in parts if not any(path.exists() for path in _part_files(folder, part))
-    ]
-    if without and folder != Path(source):  # the hub has them in full precision only
-        folder = folder_of(
-            source, patterns + [f"{part}/{files}" for part in without for files in WEIGHT_FILES[""]]
-        )
+    without = [part for part in parts if not any(f.exists() for f in _part_files(folder, part))]
+    if without and folder != Path(source):  # the hub has these in full precision only
+        patterns += [f"{part}/{name}" for part in without for name in WEIGHT_FILES[""]]
+        folder = folder_of(source, patterns)
     files = []
     for part in parts:
         found = _part_files(folder, part)
-        if not found:
-            names = sorted(path.name for path in (folder / part).iterdir())
-            pickled = any(name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in names)
-            fix = (
-                "pickle files, which could run any code when opened, are never read: use the .safetensors version of the model"
-                if pickled
-                else "download the folder again"
-            )
-            raise ValueError(
-                f"{source}/{part} holds no {WEIGHTS}.bf16.safetensors or {WEIGHTS}.safetensors, only {names}; {fix}"
-            )
-        for path in found:
-            if not path.exists():
-                raise ValueError(
-                    f"{source}/{part}/{path.name} is missing, but the index names it; download the folder again"
-                )
+        _check_part_files(found, folder / part, f"{source}/{part}")
         files += [(PREFIXES[part], path) for path in found]
     return files
 
 
 def _part_files(folder: Path, part: str) -> list[Path]:
-    """Files of a part's weights: of the first variant that is there, whole or in shards; empty if there are none."""
+    """Return the files of a part's weights, whole or in shards; [] if there are none.
+
+    A shard that the index names is listed even if its file is missing.
+    """
     for variant in VARIANTS:
         whole = folder / part / f"{WEIGHTS}{variant}.safetensors"
         if whole.exists():
@@ -123,43 +137,45 @@ def _part_files(folder: Path, part: str) -> list[Path]:
                 Path(str(name)).name != name for name in shards.values()
             ):
                 raise ValueError(
-                    f"{index}: its weight_map does not name files beside it; download the folder again"
+                    f"{index}: its weight_map does not name files beside it; "
+                    "download the folder again"
                 )
             return [folder / part / name for name in sorted(set(shards.values()))]
     return []
 
 
-def _metadata(folder: Path, source: str | Path) -> dict[str, Any]:
-    if not (folder / "transformer" / "config.json").exists():
+def _check_part_files(files: list[Path], folder: Path, where: str) -> None:
+    """Check that a part has files of weights, and that all of them are there.
+
+    Raises:
+        ValueError: there are none, or one is missing.
+    """
+    if not files:
+        names = sorted(path.name for path in folder.iterdir())
+        fix = "download the folder again"
+        if any(name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in names):
+            fix = (
+                "pickle files, which could run any code when opened, are never read: use the "
+                ".safetensors version of the model"
+            )
         raise ValueError(
-            f"{source} is a folder without transformer/config.json, so not a published GM-DiT; give the .safetensors file "
-            "inside it, or the folder that holds model_index.json and transformer/"
+            f"{where} holds no {WEIGHTS}.bf16.safetensors or {WEIGHTS}.safetensors, "
+            f"only {names}; {fix}"
         )
-    index = (
-        _json(folder / "model_index.json", source) if (folder / "model_index.json").exists() else {}
-    )
-    config = _transformer_config(_part_config(folder, "transformer", source), source)
-    if (folder / "spectrum_net").is_dir():
-        config["spectrum_layers"] = _spectrum_layers(
-            _part_config(folder, "spectrum_net", source), config, source
-        )
-    elif (index.get("spectrum_net") or [None])[0]:
-        warnings.warn(
-            f"{source}: model_index.json names a spectrum_net, but the folder spectrum_net is missing; GM-SDE will go without",
-            stacklevel=4,
-        )
-    vae = (
-        _json(folder / "vae" / "config.json", source)
-        if (folder / "vae" / "config.json").exists()
-        else {}
-    )
-    data = {"space": "sd-vae", "scaling_factor": vae.get("scaling_factor", SD_SCALING)}
-    if isinstance(index.get("id2label"), dict):
-        data["labels"] = _labels(index["id2label"], config["num_classes"], source)
-    return {"model_class": "GMDiT", "config": config, "training": {}, "data": data}
+    for path in files:
+        if not path.exists():
+            raise ValueError(
+                f"{where}/{path.name} is missing, but the index names it; download the folder again"
+            )
+
+
+def _optional_json(path: Path, source: str | Path) -> dict[str, Any]:
+    """Read the settings in a JSON file; {} if there is no such file."""
+    return _json(path, source) if path.exists() else {}
 
 
 def _json(path: Path, source: str | Path) -> dict[str, Any]:
+    """Read the settings in a JSON file; `source` is named in errors."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -168,13 +184,14 @@ def _json(path: Path, source: str | Path) -> dict[str, Any]:
         ) from error
     if not isinstance(found, dict):
         raise ValueError(
-            f"{source}: {path.name} holds a {type(found).__name__} instead of settings; download the folder again"
+            f"{source}: {path.name} holds a {type(found).__name__} instead of settings; "
+            "download the folder again"
         )
     return found
 
 
 def _part_config(folder: Path, part: str, source: str | Path) -> dict[str, Any]:
-    """A part's config.json, if its class is the one we know."""
+    """Read a part's config.json and check its class."""
     path = folder / part / "config.json"
     if not path.exists():
         raise ValueError(f"{source}/{part}/config.json is missing; download the folder again")
@@ -182,13 +199,14 @@ def _part_config(folder: Path, part: str, source: str | Path) -> dict[str, Any]:
     name = config.get("_class_name", CLASSES[part])
     if str(name).lstrip("_") != CLASSES[part]:
         raise ValueError(
-            f"{source}/{part}/config.json is of a {name}, not of a {CLASSES[part]}; load other models with their own loader"
+            f"{source}/{part}/config.json is of a {name}, not of a {CLASSES[part]}; "
+            "load other models with their own loader"
         )
     return config
 
 
 def _transformer_config(there: dict[str, Any], source: str | Path) -> dict[str, Any]:
-    """The transformer's settings as those of our GMDiTConfig, without a spectrum network."""
+    """Convert the transformer's settings to those of a GMDiTConfig without a spectrum network."""
     where = f"{source}/transformer/config.json"
     missing = sorted(CONFIG.keys() - there.keys() - {"constant_logstd"})
     if missing:
@@ -196,14 +214,15 @@ def _transformer_config(there: dict[str, Any], source: str | Path) -> dict[str, 
     for name in CONFIG.keys() - {"constant_logstd"}:
         if not isinstance(there[name], int):
             raise ValueError(
-                f"{where} has {name} = {there[name]!r} instead of a whole number; this is a model of another kind"
+                f"{where} has {name} = {there[name]!r} instead of a whole number; "
+                "this is a model of another kind"
             )
     fixed = {**FIXED, "out_channels": (None, there["in_channels"])}
     for name, known in fixed.items():
         if there.get(name, known[0]) not in known:
             raise ValueError(
-                f"{where} has {name} = {there[name]!r}; GMFlow's GMDiT knows only {' or '.join(map(repr, known))}: this is "
-                "a model of another kind"
+                f"{where} has {name} = {there[name]!r}; GMFlow's GMDiT knows only "
+                f"{' or '.join(map(repr, known))}: this is a model of another kind"
             )
     return {ours: there.get(name) for name, ours in CONFIG.items()} | {"spectrum_layers": None}
 
@@ -211,25 +230,28 @@ def _transformer_config(there: dict[str, Any], source: str | Path) -> dict[str, 
 def _spectrum_layers(
     there: dict[str, Any], config: dict[str, Any], source: str | Path
 ) -> list[int]:
+    """Return the widths of the spectrum network's hidden layers, after a check of its size."""
     where = f"{source}/spectrum_net/config.json"
     size = [config["channels"], config["latent_size"], config["latent_size"]]
     if there.get("base_size") != size:
         raise ValueError(
-            f"{where} has base_size = {there.get('base_size')}, but the transformer works on latents {size}; the two are not "
-            "of the same model"
+            f"{where} has base_size = {there.get('base_size')}, but the transformer works on "
+            f"latents {size}; the two are not of the same model"
         )
     if not isinstance(there.get("layers"), list):
         raise ValueError(
-            f"{where} has layers = {there.get('layers')!r} instead of a list of widths; download the folder again"
+            f"{where} has layers = {there.get('layers')!r} instead of a list of widths; "
+            "download the folder again"
         )
     return there["layers"]
 
 
 def _labels(id2label: dict[str, Any], num_classes: int, source: str | Path) -> list[str]:
-    """Names by index; those that are not given are called "class N"."""
+    """List the labels' names by number; those that are missing are called "class N"."""
     if not all(key.isdecimal() for key in id2label):
         wrong = next(key for key in id2label if not key.isdecimal())
         raise ValueError(
-            f"{source}/model_index.json: id2label has the key {wrong!r}; the keys must be numbers of labels"
+            f"{source}/model_index.json: id2label has the key {wrong!r}; "
+            "the keys must be numbers of labels"
         )
     return [str(id2label.get(str(label), f"class {label}")) for label in range(num_classes)]

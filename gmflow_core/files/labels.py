@@ -1,4 +1,4 @@
-"""Names of classes: which of them are installed, and which label a user means."""
+"""List the class names of checkpoints, and find the label that a user's text means."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ MOST_LISTED = 8  # classes that an error names
 
 
 def known_names(paths: Iterable[str]) -> list[str]:
-    """The class names of these checkpoints, each once, in order; of classes that share a name, with their numbers."""
+    """List the class names of these checkpoints, each once, in order, as `distinct` spells them."""
     names = [name for path in paths for name in _names_of(path, *_stamp(path))]
     return list(dict.fromkeys(names))
 
 
 def distinct(names: Sequence[str]) -> list[str]:
-    """Names by which `find_label` tells all classes apart: where two are alike, "name (number)"."""
+    """Return unique names for `find_label`: "name (number)" where two classes share a name."""
     counts = Counter(name.casefold() for name in names)
     return [
         name if counts[name.casefold()] == 1 else f"{name} ({label})"
@@ -30,7 +30,10 @@ def distinct(names: Sequence[str]) -> list[str]:
 
 @functools.lru_cache(maxsize=256)
 def _names_of(path: str, *stamp: float) -> tuple[str, ...]:
-    """The class names of one checkpoint; none if it cannot be read (loading it says why)."""
+    """Return the class names of one checkpoint; none if it cannot be read (loading says why).
+
+    The stamp is part of the cache's key: a changed file is read again.
+    """
     try:
         return tuple(
             distinct([str(name) for name in read_metadata(path)["data"].get("labels") or []])
@@ -40,7 +43,7 @@ def _names_of(path: str, *stamp: float) -> tuple[str, ...]:
 
 
 def _stamp(path: str) -> tuple[float, ...]:
-    """What changes when the names do."""
+    """Return the modification time and size of the file that holds the names."""
     try:
         stat = os.stat(os.path.join(path, "model_index.json") if os.path.isdir(path) else path)
     except OSError:
@@ -49,11 +52,15 @@ def _stamp(path: str) -> tuple[float, ...]:
 
 
 def find_label(text: str, names: Sequence[str], num_classes: int) -> int:
-    """The label that `text` means: a class's whole name (as `distinct` has it), one of the synonyms that a comma separates in
-    it, its number, or a part of the name that no other class has. Case does not matter.
+    """Find the label that `text` means.
+
+    In this order: a class's whole name (as `distinct` spells it), one of the comma-separated
+    synonyms in a name, a class's number, a part of exactly one name. Case does not matter.
 
     Args:
-        names: of the classes, by number; empty if the checkpoint gives none.
+        text: what the user wrote.
+        names: the classes' names by number; empty if the checkpoint gives none.
+        num_classes: number of classes.
 
     Raises:
         ValueError: it fits no class, or several; the message lists the nearest.
@@ -75,33 +82,32 @@ def find_label(text: str, names: Sequence[str], num_classes: int) -> int:
         return found[0]
     if found:
         raise ValueError(
-            f"{text.strip()!r} fits {len(found)} classes: {_listed(found, names)}. Give a whole name or a number"
+            f"{text.strip()!r} fits {len(found)} classes: {_listed(found, names)}. "
+            "Give a whole name or a number"
         )
     if not names:
         raise ValueError(
-            f"{text.strip()!r}: this checkpoint names no classes; give a number from 0 to {num_classes - 1}"
+            f"{text.strip()!r}: this checkpoint names no classes; "
+            f"give a number from 0 to {num_classes - 1}"
         )
-    close = difflib.get_close_matches(
-        wanted, [part for parts in synonyms for part in parts], MOST_LISTED, 0.5
-    )
-    near = [
-        label
-        for part in dict.fromkeys(close)
-        for label, parts in enumerate(synonyms)
-        if part in parts
-    ]
-    hint = (
-        f"near it: {_listed(near, names)}"
-        if near
-        else f"its classes: {_listed(range(len(names)), names)}"
-    )
     raise ValueError(
-        f"this model has no class {text.strip()!r}; {hint}. A number from 0 to {num_classes - 1} will do too"
+        f"this model has no class {text.strip()!r}; {_nearest(wanted, synonyms, names)}. "
+        f"A number from 0 to {num_classes - 1} will do too"
     )
+
+
+def _nearest(wanted: str, synonyms: Sequence[Sequence[str]], names: Sequence[str]) -> str:
+    """Describe the classes whose synonyms are spelt most alike, or all classes if none is near."""
+    every = [part for parts in synonyms for part in parts]
+    close = dict.fromkeys(difflib.get_close_matches(wanted, every, MOST_LISTED, 0.5))
+    near = [label for part in close for label, parts in enumerate(synonyms) if part in parts]
+    if near:
+        return f"near it: {_listed(near, names)}"
+    return f"its classes: {_listed(range(len(names)), names)}"
 
 
 def _listed(labels: Sequence[int], names: Sequence[str]) -> str:
-    """The first few, with their numbers."""
+    """Name the first few labels with their numbers."""
     rest = len(labels) - MOST_LISTED
     return "; ".join(f"{label} {names[label]}" for label in labels[:MOST_LISTED]) + (
         f"; and {rest} more" if rest > 0 else ""

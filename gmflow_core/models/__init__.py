@@ -1,4 +1,4 @@
-"""The networks, by the class name that a checkpoint's metadata carries."""
+"""Networks, by the class name in a checkpoint's metadata."""
 
 from .ditdh import DiTDH
 from .gmdit import GMDiT

@@ -1,7 +1,8 @@
-"""Heads that take the place of a flow transformer's last layers, so that it predicts a policy instead of one velocity.
+"""Heads of adapters: they replace a flow transformer's last layers, so that it predicts a policy.
 
-Names and shapes are those of the published adapters (pi-Flow, Chen et al. 2025, arXiv 2510.14974), whose weights are a LoRA and
-one of these heads. A head knows nothing of the transformer in front of it but its tokens and its conditioning embedding.
+Names and shapes are those of the published adapters (pi-Flow, Chen et al. 2025, arXiv 2510.14974),
+whose weights are a LoRA and one of these heads. A head sees only the transformer's tokens and its
+conditioning embedding.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -17,20 +18,22 @@ from torch import Tensor, nn
 
 from ..flow.policy import DXVelocity
 from ..gaussians.mixture import GaussianMixture
+from .state_dict import check_shapes, shapes_of
 
-EPS = 1e-6  # of the last layer norm
+EPS = 1e-6  # epsilon of the last layer norm
 
 
 @dataclass(frozen=True)
 class HeadLayout:
-    """What a token of a base model stands for: patch x patch pixels of an image of `channels` channels, in the order (c, p, p).
+    """Layout of a base model's tokens: each is patch x patch pixels of C channels, order (c, p, p).
 
     Args:
         channels: C of the mixture.
-        patch: pixels a side.
-        folded: how many of them the base model's own latents hold in their channels, a side: 1, or `patch` for bases such as
-            FLUX.2, whose latents are (C patch^2, h, w), a token for each pixel.
-        modulation_bias: whether the base model's last adaptive norm has a bias.
+        patch: pixels a side of a token.
+        folded: pixels a side that a pixel of the base model's own latents holds in its channels:
+            1, or `patch` for bases such as FLUX.2, whose latents are (C patch^2, h, w), a token
+            for each pixel.
+        modulation_bias: the base model's last adaptive norm has a bias.
     """
 
     channels: int
@@ -40,49 +43,48 @@ class HeadLayout:
 
     @property
     def width(self) -> int:
-        """Values in a token."""
+        """Number of values in a token."""
         return self.channels * self.patch**2
 
     def image_size(self, latent_shape: tuple[int, ...]) -> tuple[int, ...]:
-        """*S of the mixture for latents of shape (B, C', *S')."""
+        """Return *S of the mixture for latents of shape (B, C', *S')."""
         *frames, height, width = latent_shape[2:]
         return (*frames, height * self.folded, width * self.folded)
 
     def unfold(self, latent: Tensor) -> Tensor:
-        """A latent (B, C', *S') in the mixture's shape (B, C, *S)."""
+        """Convert a latent (B, C', *S') to the mixture's shape (B, C, *S)."""
         return F.pixel_shuffle(latent, self.folded)
 
     def fold(self, image: Tensor) -> Tensor:
-        """The inverse of `unfold`."""
+        """Invert `unfold`."""
         return F.pixel_unshuffle(image, self.folded)
 
     def to_image(self, tokens: Tensor, size: tuple[int, ...]) -> Tensor:
-        """(..., N, patch^2) -> (..., *size): the pixels of the first tokens in their places; what goes beyond an odd size, and
-        further tokens (of reference images), is dropped."""
+        """Arrange the values of tokens as images, (..., N, patch^2) -> (..., *size).
+
+        Drops pixels beyond an odd size, and tokens after the image's own (of reference images).
+        """
         *frames, height, width = size
         rows, columns = math.ceil(height / self.patch), math.ceil(width / self.patch)
-        lead, count = tokens.shape[:-2], math.prod(frames) * rows * columns
-        patches = tokens[..., :count, :].reshape(
-            *lead, *frames, rows, columns, self.patch, self.patch
-        )
-        image = patches.transpose(-3, -2).reshape(
-            *lead, *frames, rows * self.patch, columns * self.patch
-        )
+        lead, count = (*tokens.shape[:-2], *frames), math.prod(frames) * rows * columns
+        image = tokens[..., :count, :].reshape(*lead, rows, columns, self.patch, self.patch)
+        image = image.transpose(-3, -2).reshape(*lead, rows * self.patch, columns * self.patch)
         return image[..., :height, :width]
 
     def to_tokens(self, values: Tensor) -> Tensor:
-        """(B, C, N, patch^2) -> (B, N, C patch^2), as the base model gives its tokens on."""
+        """Convert (B, C, N, patch^2) to the base model's output tokens (B, N, C patch^2)."""
         return values.transpose(1, 2).flatten(2)
 
 
 class Head(nn.Module):
-    """What the heads share: the adaptive layer norm before the projections.
+    """Base class of the heads: the adaptive layer norm before the projections.
 
-    Weights are cast to the type and device of the tokens in each call: the base model may compute in any, and live on the GPU
-    while the head still waits on the CPU.
+    Each call casts the weights to the type and device of the tokens, as the base model may compute
+    in any type, and be on the GPU while the head is still on the CPU.
 
     Args:
         width: D of the transformer.
+        layout: of its tokens.
     """
 
     def __init__(self, width: int, layout: HeadLayout):
@@ -93,17 +95,18 @@ class Head(nn.Module):
         )
 
     def modulated(self, tokens: Tensor, embedding: Tensor) -> Tensor:
-        """The tokens (B, N, D), normalised, then scaled and shifted by the embedding (B, D)."""
+        """Normalise the tokens (B, N, D), then scale and shift them by the embedding (B, D)."""
         scale, shift = _linear(self.norm_out["linear"], F.silu(embedding)).unsqueeze(1).chunk(2, -1)
         return F.layer_norm(tokens, (self.width,), eps=EPS) * (1 + scale) + shift
 
 
 class GMHead(Head):
-    """Predicts the mixture of velocities of every pixel.
+    """Head that predicts the mixture of velocities of every pixel.
 
     Args:
         num_gaussians: K.
-        log_std_widths: of the hidden layers between the embedding and the standard deviation, which is one per image.
+        log_std_widths: widths of the hidden layers between the embedding and the standard
+            deviation, which is one per image.
     """
 
     def __init__(
@@ -122,19 +125,18 @@ class GMHead(Head):
         self.proj_out_logstds = nn.Sequential(*(module for pair in layers for module in pair))
 
     def forward(self, tokens: Tensor, embedding: Tensor) -> GaussianMixture:
-        """The mixture of velocities with the space dimensions (N, patch^2), in float32.
+        """Predict the mixture of velocities with the space dimensions (N, patch^2), in float32.
 
         Args:
             tokens: (B, N, D).
-            embedding: (B, D), of time and the like.
+            embedding: (B, D), of time and other conditions.
         """
         modulated = self.modulated(tokens, embedding)
         batch, count, _ = modulated.shape
         split = (batch, count, self.num_gaussians, -1, self.layout.patch**2)
         means = _linear(self.proj_out_means, modulated).reshape(split)
-        log_weights = (
-            _linear(self.proj_out_logweights, modulated).reshape(split).float().log_softmax(2)
-        )
+        logits = _linear(self.proj_out_logweights, modulated).reshape(split)
+        log_weights = logits.float().log_softmax(2)
         log_std = embedding
         for layer in self.proj_out_logstds:
             log_std = F.silu(log_std) if isinstance(layer, nn.SiLU) else _linear(layer, log_std)
@@ -144,19 +146,18 @@ class GMHead(Head):
         )
 
     def to_image(self, mixture: GaussianMixture, size: tuple[int, ...]) -> GaussianMixture:
-        """What `forward` gave, as a mixture of images (B, K, C, *size)."""
-        means, log_weights = (
-            self.layout.to_image(t, size) for t in (mixture.means, mixture.log_weights)
-        )
-        return GaussianMixture(
-            means, log_weights, mixture.log_std.reshape(-1, 1, 1, *[1] * len(size))
-        )
+        """Convert what `forward` returned to a mixture of images (B, K, C, *size)."""
+        means = self.layout.to_image(mixture.means, size)
+        log_weights = self.layout.to_image(mixture.log_weights, size)
+        log_std = mixture.log_std.reshape(-1, 1, 1, *[1] * len(size))
+        return GaussianMixture(means, log_weights, log_std)
 
 
 class DXHead(Head):
-    """Predicts velocities at N times (pi-Flow's DX policy).
+    """Head that predicts velocities at N times (pi-Flow's DX policy).
 
     Args:
+        num_times: N.
         settings: keyword arguments for `DXVelocity`.
     """
 
@@ -166,19 +167,18 @@ class DXHead(Head):
         self.proj_out = nn.Linear(width, num_times * layout.width)
 
     def forward(self, tokens: Tensor, embedding: Tensor) -> DXVelocity:
-        """The velocities, with the space dimensions (N, patch^2); arguments as for `GMHead`."""
+        """Predict velocities with the space dimensions (N, patch^2); arguments as of `GMHead`."""
         velocities = _linear(self.proj_out, self.modulated(tokens, embedding))
-        velocities = velocities.reshape(
-            *velocities.shape[:2], self.num_times, -1, self.layout.patch**2
-        )
+        split = (*velocities.shape[:2], self.num_times, -1, self.layout.patch**2)
+        velocities = velocities.reshape(split)
         return DXVelocity(velocities.permute(0, 2, 3, 1, 4), **self.settings)
 
     def to_image(self, velocity: DXVelocity, size: tuple[int, ...]) -> DXVelocity:
-        """What `forward` gave, as images (B, N, C, *size)."""
+        """Convert what `forward` returned to images (B, N, C, *size)."""
         return DXVelocity(self.layout.to_image(velocity.velocities, size), **self.settings)
 
 
-HEAD_NAMES = (
+HEAD_NAMES = (  # prefixes of the heads' tensors in an adapter
     "norm_out.",
     "proj_out.",
     "proj_out_means.",
@@ -188,74 +188,79 @@ HEAD_NAMES = (
 
 
 def is_head_key(name: str) -> bool:
-    """Whether a tensor of an adapter belongs to its head, not to its LoRA."""
+    """Return whether a tensor of an adapter belongs to its head, not to its LoRA."""
     return name.startswith(HEAD_NAMES) and "lora" not in name
 
 
 def build_head(
     tensors: Mapping[str, Tensor], policy: Mapping[str, object], layout: HeadLayout, width: int
 ) -> Head:
-    """The head of an adapter, with copies of its tensors, in their own type.
+    """Build the head of an adapter, with copies of its tensors in their own type.
 
     Args:
         tensors: of the adapter; those that belong to no head are ignored.
-        policy: what the adapter's metadata say of its policy: `type` "GMFlow", or "DX" with the settings of `DXVelocity`.
+        policy: the policy in the adapter's metadata: `type` "GMFlow", or "DX" with the settings of
+            `DXVelocity`.
         layout, width: of the base model.
 
     Raises:
-        ValueError: the policy is unknown; tensors are missing, too many, or of a shape that does not fit the base model; the
-            message names them.
+        ValueError: the policy is unknown; or tensors are missing, left over, or of a shape that
+            does not fit the base model (the message counts them and names the first).
     """
     found = {name: tensor for name, tensor in tensors.items() if is_head_key(name)}
-    kind, settings = (
-        policy.get("type", "GMFlow"),
-        {name: value for name, value in policy.items() if name != "type"},
-    )
+    settings = {name: value for name, value in policy.items() if name != "type"}
+    kind = policy.get("type", "GMFlow")
     with torch.device("meta"):
         if kind == "GMFlow":
-            count = _rows(found, "proj_out_logweights", layout.patch**2)
-            parts = {
-                name.split(".")[1]: t.shape[0]
-                for name, t in found.items()
-                if name.startswith("proj_out_logstds.")
-            }
-            rows = {int(part): size for part, size in parts.items() if part.isdigit()}
-            hidden = tuple(rows[index] for index in sorted(rows)[:-1]) if rows else (1024,)
-            head = GMHead(width, layout, count, hidden)
+            count = _groups(found, "proj_out_logweights", layout.patch**2)
+            head = GMHead(width, layout, count, _log_std_widths(found))
         elif kind == "DX":
-            try:
-                DXVelocity(torch.empty(0), **settings)
-            except TypeError:
-                raise ValueError(
-                    f"the adapter's DX policy has settings {settings}; this version knows segment_size, shift and mode; update "
-                    "GMFlow"
-                ) from None
-            head = DXHead(width, layout, _rows(found, "proj_out", layout.width), settings)
+            _check_dx(settings)
+            head = DXHead(width, layout, _groups(found, "proj_out", layout.width), settings)
         else:
             raise ValueError(
-                f"the adapter's policy is {dict(policy)}; this version knows GMFlow and DX; update GMFlow"
+                f"the adapter's policy is {dict(policy)}; this version knows GMFlow and DX; "
+                "update GMFlow"
             )
-    expected = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
-    shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
-    wrong = [
-        f"{name}: expected {expected.get(name, 'none')}, found {shapes.get(name, 'none')}"
-        for name in sorted(expected.keys() | shapes.keys())
-        if expected.get(name) != shapes.get(name)
-    ]
-    if wrong:
-        raise ValueError(
-            f"{len(wrong)} tensors of the adapter's {kind} head do not fit a base model of width {width} with tokens of "
-            f"{layout.width} values: {'; '.join(wrong)}. The file is damaged, or made for another base model"
-        )
+    check_shapes(
+        shapes_of(head.state_dict()),
+        shapes_of(found),
+        f"a base model of width {width} with tokens of {layout.width} values",
+        source=f"the adapter's {kind} head",
+        advice="the file is damaged, or made for another base model",
+    )
     head.load_state_dict({name: tensor.clone() for name, tensor in found.items()}, assign=True)
     return head.eval().requires_grad_(False)
 
 
-def _rows(tensors: Mapping[str, Tensor], name: str, size: int) -> int:
-    """How many groups of `size` outputs a projection has; 1 if it is missing."""
-    return max(1, tensors[f"{name}.weight"].shape[0] // size) if f"{name}.weight" in tensors else 1
+def _check_dx(settings: dict[str, object]) -> None:
+    """Check the settings of a DX policy.
+
+    Raises:
+        ValueError: one is unknown, or its value is out of range.
+    """
+    known = {field.name for field in fields(DXVelocity)} - {"velocities"}
+    if settings.keys() - known:
+        raise ValueError(
+            f"the adapter's DX policy has settings {settings}; this version knows segment_size, "
+            "shift and mode; update GMFlow"
+        )
+    DXVelocity(torch.empty(0), **settings)  # checks the values
+
+
+def _log_std_widths(tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """Return the widths of the hidden layers that predict the log-std; the default if none."""
+    parts = ((n.split(".")[1], t) for n, t in tensors.items() if n.startswith("proj_out_logstds."))
+    rows = {int(part): len(tensor) for part, tensor in parts if part.isdigit()}
+    return tuple(rows[index] for index in sorted(rows)[:-1]) if rows else (1024,)
+
+
+def _groups(tensors: Mapping[str, Tensor], name: str, size: int) -> int:
+    """Return how many groups of `size` outputs a projection has; 1 if the adapter lacks it."""
+    found = [tensors[key] for key in (f"{name}.weight", f"{name}.bias") if key in tensors]
+    return max(1, len(found[0]) // size) if found else 1
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """The layer in the type and on the device of x."""
+    """Apply the layer in the type and on the device of x."""
     return F.linear(x, layer.weight.to(x), None if layer.bias is None else layer.bias.to(x))

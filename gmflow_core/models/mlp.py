@@ -1,4 +1,4 @@
-"""The network of the 2-D experiments: an MLP that predicts a mixture of velocities for every point on its own."""
+"""MLP for the 2-D experiments: it predicts a mixture of velocities for every point on its own."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ class GMFlowMLPConfig:
 
     Args:
         num_components: K, at least 1; 1 with a `constant_log_std` is ordinary flow matching.
-        embed_dim: size of the time features and of the position features, divisible by 4.
+        embed_dim: number of time features and of position features, divisible by 4.
         hidden_dim, num_layers: width and number of hidden layers.
         min_period, max_period: shortest and longest period of the position features, in units of x.
-        constant_log_std: fixes the mixture's log-std instead of predicting it.
-        num_classes: number of labels that the network is told, such as the modes of a source; 0 for a network without.
+        constant_log_std: fixes the mixture's log-std; None predicts it.
+        num_classes: number of labels, such as the modes of a source; 0: the network is
+            unconditional.
 
     Raises:
         ValueError: a value is out of range.
@@ -44,7 +45,8 @@ class GMFlowMLPConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.embed_dim % 4:
             raise ValueError(
-                f"embed_dim is {self.embed_dim}; it must be divisible by 4 (sine and cosine of x and y)"
+                f"embed_dim is {self.embed_dim}; it must be divisible by 4 (sine and cosine of x "
+                "and y)"
             )
         if self.num_classes < 0:
             raise ValueError(f"num_classes is {self.num_classes}; it must be 0 or more")
@@ -53,9 +55,10 @@ class GMFlowMLPConfig:
 
 
 class GMFlowMLP(nn.Module):
-    """GMFlow's toy network: sine and cosine features of position and time, SiLU layers, one head per mixture parameter.
+    """GMFlow's toy network: position and time features, SiLU layers, a head per parameter.
 
-    Its parameters are named as in the reference implementation (`net.N`, `out_means`, `out_logweights`, `out_logstds`).
+    Parameters are named as in the reference implementation (`net.N`, `out_means`,
+    `out_logweights`, `out_logstds`).
     """
 
     channels = 2
@@ -64,9 +67,8 @@ class GMFlowMLP(nn.Module):
     def __init__(self, config: GMFlowMLPConfig = GMFlowMLPConfig()):
         super().__init__()
         self.config = config
-        widths = [(3 if config.num_classes else 2) * config.embed_dim] + [
-            config.hidden_dim
-        ] * config.num_layers
+        inputs = (3 if config.num_classes else 2) * config.embed_dim
+        widths = [inputs] + [config.hidden_dim] * config.num_layers
         layers = [(nn.Linear(a, b), nn.SiLU()) for a, b in itertools.pairwise(widths)]
         self.net = nn.Sequential(*[module for layer in layers for module in layer])
         self.out_means = nn.Linear(config.hidden_dim, 2 * config.num_components)
@@ -78,6 +80,7 @@ class GMFlowMLP(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
+        """Initialise as the reference: Kaiming, with equal weights and log-std 0 at first."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -87,17 +90,18 @@ class GMFlowMLP(nn.Module):
             nn.init.zeros_(self.out_logstds.weight)
 
     def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> GaussianMixture:
-        """
+        """Predict the mixture of velocities.
+
         Args:
-            x: (B, 2, *S) noisy points; every pixel of *S is a point of its own.
+            x: (B, 2, *S) noisy points; every position of *S is a point of its own.
             sigma: (B,) or a scalar, in [0, 1].
-            labels: (B,) integers below `num_classes`, if there are any.
+            labels: (B,) integers below `num_classes`; None for an unconditional network.
 
         Returns:
-            The mixture of velocities: means (B, K, 2, *S), log_weights (B, K, 1, *S), log_std (B, 1, 1, *S); float32.
+            means (B, K, 2, *S), log_weights (B, K, 1, *S), log_std (B, 1, 1, *S); float32.
 
         Raises:
-            ValueError: x does not have two channels; labels are missing, or too many.
+            ValueError: x does not have two channels; labels are missing, or not expected.
         """
         if x.ndim < 2 or x.shape[1] != self.channels:
             raise ValueError(
@@ -106,24 +110,20 @@ class GMFlowMLP(nn.Module):
         if (labels is None) != (self.config.num_classes == 0):
             came = "no labels came" if labels is None else "labels came"
             raise ValueError(
-                f"this GMFlowMLP knows {self.config.num_classes} labels, but {came}; they belong together"
+                f"this GMFlowMLP knows {self.config.num_classes} labels, but {came}; "
+                "they belong together"
             )
         points = x.movedim(1, -1)  # (B, *S, 2)
         sigma = torch.as_tensor(sigma, device=x.device).expand(x.shape[0])
-        time = time_features(
-            sigma, self.config.embed_dim, include_end=True
-        )  # (B, E); with the label's embedding (B, 2 E)
+        time = time_features(sigma, self.config.embed_dim, include_end=True)  # (B, E)
         if labels is not None:
-            time = torch.cat([time, self.embed_labels(labels).to(time)], -1)
+            time = torch.cat([time, self.embed_labels(labels).to(time)], -1)  # (B, 2 E)
         time = time.reshape(x.shape[0], *[1] * (x.ndim - 2), -1).expand(*points.shape[:-1], -1)
-        features = torch.cat([time, self.position_features(points)], -1).to(
-            self.out_means.weight.dtype
-        )
-        hidden = self.net(features)  # (B, *S, H)
+        features = torch.cat([time, self.position_features(points)], -1)
+        hidden = self.net(features.to(self.out_means.weight.dtype))  # (B, *S, H)
         means = self.out_means(hidden).float().unflatten(-1, (-1, 2)).movedim((-2, -1), (1, 2))
-        log_weights = (
-            self.out_logweights(hidden).float().log_softmax(-1).movedim(-1, 1).unsqueeze(2)
-        )
+        log_weights = self.out_logweights(hidden).float().log_softmax(-1)
+        log_weights = log_weights.movedim(-1, 1).unsqueeze(2)
         if self.config.constant_log_std is None:
             log_std = self.out_logstds(hidden).float().movedim(-1, 1).unsqueeze(2)
         else:
@@ -131,7 +131,10 @@ class GMFlowMLP(nn.Module):
         return GaussianMixture(means, log_weights, log_std)
 
     def position_features(self, points: Tensor) -> Tensor:
-        """Sines, then cosines, of each coordinate at geometrically spaced periods: (..., 2) -> (..., E)."""
+        """Return sines, then cosines, of each coordinate, (..., 2) -> (..., E).
+
+        The periods are spaced geometrically from `min_period` to `max_period`.
+        """
         c = self.config
         log_period = torch.linspace(
             math.log(c.min_period), math.log(c.max_period), c.embed_dim // 4, device=points.device

@@ -1,4 +1,4 @@
-"""The spectrum network: how strongly the spatial frequencies of GM-SDE's draws vary together."""
+"""Spectrum network: predicts the power of each spatial frequency in GM-SDE's draws."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from ..gaussians.mixture import IsotropicGaussian
 
 
 class SpectrumMLP(nn.Module):
-    """Log power spectrum of the whitened x_0, from two statistics of its predicted Gaussian (GMFlow, ICML 2025).
+    """MLP from two statistics of the Gaussian of x_0 to the log power spectrum of whitened x_0.
 
-    Its parameters are named as in the published checkpoints (`mlp.N`).
+    GMFlow, ICML 2025. Whitening maps each pixel's mixture to a standard normal, see
+    `sample_with_spectrum`. Parameters are named as in the published checkpoints (`mlp.N`).
 
     Args:
-        base_size: (C, h, w) that it was trained at, the largest latent it can serve.
+        base_size: (C, h, w) in training, the largest latent that it can serve.
         layers: widths of the hidden layers.
     """
 
@@ -34,7 +35,7 @@ class SpectrumMLP(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
-        """Every spectrum is white at first."""
+        """Initialise so that every spectrum is white."""
         for module in self.mlp:
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -42,50 +43,41 @@ class SpectrumMLP(nn.Module):
         nn.init.zeros_(self.mlp[-1].weight)
 
     def forward(self, x0: IsotropicGaussian) -> Tensor:
-        """
+        """Predict the log power spectrum.
+
         Args:
-            x0: mean (B, C, h, w), var broadcastable to (B, 1, h, w): the Gaussian of x_0 that the draw is made from.
+            x0: the Gaussian of x_0 that the draw is made from: mean (B, C, h, w), var
+                broadcastable to (B, 1, h, w).
 
         Returns:
-            (B, C, h, w), float32: logarithm of the power at every frequency (in the FFT's order) of every principal axis;
-            the mean power of an axis is 1.
+            (B, C, h, w), float32: log power at every frequency (in the FFT's order) of every
+            principal axis; the mean power of an axis is 1.
 
         Raises:
             ValueError: the latent has other channels than the network, or is larger.
         """
         channels, base_height, base_width = self.base_size
         height, width = x0.mean.shape[-2:]
-        if (
-            x0.mean.shape[1:2] != (channels,)
-            or height > base_height
-            or width > base_width
-            or x0.mean.ndim != 4
-        ):
+        other = x0.mean.ndim != 4 or x0.mean.shape[1] != channels
+        if other or height > base_height or width > base_width:
             raise ValueError(
-                f"the spectrum network serves latents of {channels} channels up to {base_height} x {base_width}, not "
-                f"{tuple(x0.mean.shape)}"
+                f"the spectrum network serves latents of {channels} channels up to {base_height} x "
+                f"{base_width}, not {tuple(x0.mean.shape)}"
             )
-        spread = (
-            x0.mean.var((-2, -1)).mean(1) if height * width > 1 else x0.mean.new_zeros(len(x0.mean))
-        )
+        spread = x0.mean.new_zeros(len(x0.mean))  # variance of the mean over the pixels
+        if height * width > 1:
+            spread = x0.mean.var((-2, -1)).mean(1)
         statistics = torch.stack([x0.var.mean((1, 2, 3)).expand(len(x0.mean)), spread], 1)
-        spectrum = (
-            self.mlp(statistics.to(self.mlp[0].weight.dtype)).float().unflatten(1, self.base_size)
-        )
+        spectrum = self.mlp(statistics.to(self.mlp[0].weight.dtype)).float()
+        spectrum = spectrum.unflatten(1, self.base_size)
         spectrum = _low_frequencies(_low_frequencies(spectrum, height, 2), width, 3)
-        return spectrum.flatten(2).log_softmax(2).unflatten(2, (height, width)) + math.log(
-            height * width
-        )
+        share = spectrum.flatten(2).log_softmax(2).unflatten(2, (height, width))
+        return share + math.log(height * width)
 
 
 def _low_frequencies(spectrum: Tensor, count: int, dim: int) -> Tensor:
-    """The `count` lowest frequencies of a dimension in the FFT's order (0, 1, ..., -2, -1)."""
-    positive = (count + 1) // 2
-    negative = count - positive
-    return torch.cat(
-        [
-            spectrum.narrow(dim, 0, positive),
-            spectrum.narrow(dim, spectrum.shape[dim] - negative, negative),
-        ],
-        dim,
-    )
+    """Return the `count` lowest frequencies of a dimension, in the FFT's order (0, 1, ..., -1)."""
+    negative = count // 2
+    low = spectrum.narrow(dim, 0, count - negative)
+    high = spectrum.narrow(dim, spectrum.shape[dim] - negative, negative)
+    return torch.cat([low, high], dim)

@@ -1,1 +1,1 @@
-"""Quantised weights, a file a format."""
+"""Quantised weights, one file per format."""

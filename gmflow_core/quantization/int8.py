@@ -1,9 +1,10 @@
-"""8-bit weights: row-wise int8 after a rotation, and the linear layer on them. Pure torch.
+"""8-bit weights: row-wise int8 after a rotation, and the linear layer on them, in pure torch.
 
-A row of a weight (the weights of one output) shares one scale, so one large entry costs all others their precision. Before
-rounding, every group of 256 inputs is therefore rotated by a Hadamard matrix, which spreads such entries over the group;
-the layer's input is rotated alike, and x W^T = (x H) (W H)^T is unchanged. (QuaRot, arXiv:2404.00456; the regular Hadamard
-matrix is that of ConvRot and of ComfyUI's `int8_tensorwise` layout with `convrot`, so the numbers can be exchanged.)
+The weights of one output (a row) share one scale, so one large entry costs all others their
+precision. Before rounding, every group of 256 inputs is therefore rotated by a Hadamard matrix,
+which spreads such entries over the group. The layer's input is rotated alike, and x W^T =
+(x H) (W H)^T stays the same (QuaRot, arXiv 2404.00456). The regular Hadamard matrix is that of
+ConvRot and of ComfyUI's `int8_tensorwise` layout with `convrot`, so weights can be exchanged.
 """
 
 from __future__ import annotations
@@ -17,20 +18,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 GROUPS = (256, 64, 16)  # sizes of a rotation: powers of 4
-LEVELS = 127  # of an int8 on either side of 0
-CHUNK = {
-    "cpu": 2**18
-}  # entries of a weight that are in float32 at a time: on a CPU what its cache holds
-GPU_CHUNK = 2**24
+LEVELS = 127  # largest magnitude of an int8 value that is used
+CHUNK = {"cpu": 2**18}  # entries of a weight in float32 at a time: what a CPU's cache holds
+GPU_CHUNK = 2**24  # the same on other devices
 SMALLEST = 1e-30  # scale of a row of zeros
-MIN_ROWS = 17  # cuBLAS wants more than 16 rows of int8
+MIN_ROWS = 17  # cuBLAS requires more than 16 rows of int8
 
 
 @dataclass(frozen=True)
 class Int8Weight:
-    """The weight of a linear layer with N outputs and K inputs: W H = values * scale.
+    """Weight of a linear layer with N outputs and K inputs: W H = values * scale.
 
-    values: (N, K) int8. scale: (N, 1) or (1, 1) float32. group: inputs that are rotated together; 0: not rotated, H = 1.
+    Args:
+        values: (N, K) int8.
+        scale: (N, 1) or (1, 1) float32.
+        group: number of inputs that are rotated together; 0: not rotated, H = 1.
     """
 
     values: Tensor
@@ -38,24 +40,23 @@ class Int8Weight:
     group: int
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight (N, K) that the int8 values stand for, without the rotation."""
+        """Return the weight (N, K) that the int8 values stand for, rotated back."""
         out = torch.empty(self.values.shape, dtype=dtype, device=self.values.device)
+        scale = self.scale.expand(len(self.values), 1)
         for rows in row_slices(self.values, self.values.device):
-            part = self.values[rows].float() * (
-                self.scale[rows] if len(self.scale) > 1 else self.scale
-            )
+            part = self.values[rows].float() * scale[rows]
             out[rows] = rotate(part, self.group)  # H is its own inverse
         return out
 
 
 def row_slices(weight: Tensor, device: torch.device) -> list[slice]:
-    """Slices that cover the rows of `weight` (N, K), as large as is good for work on that device."""
+    """Return slices that cover the rows of `weight` (N, K), of a good size for that device."""
     rows = max(1, CHUNK.get(device.type, GPU_CHUNK) // max(1, weight.shape[1]))
     return [slice(start, start + rows) for start in range(0, len(weight), rows)]
 
 
 def rotation_group(inputs: int) -> int:
-    """Size of the rotation for a layer with that many inputs: the largest of GROUPS that divides it, else 0 for none."""
+    """Return the largest of GROUPS that divides the number of inputs; 0 (no rotation) if none."""
     return next((group for group in GROUPS if inputs % group == 0), 0)
 
 
@@ -63,16 +64,19 @@ def rotation_group(inputs: int) -> int:
 def hadamard(
     size: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """The regular Hadamard matrix (size, size) over sqrt(size): symmetric, orthogonal, all rows with one sum.
+    """Return the regular Hadamard matrix (size, size) over sqrt(size).
+
+    It is symmetric and orthogonal, and all its rows have the same sum.
 
     Raises:
         ValueError: `size` is not a power of 4.
     """
-    with torch.inference_mode(False):  # kept, so that training can use it as well
+    with torch.inference_mode(False):  # it is cached, and training may use it later
         return _hadamard(size).to(device, dtype)
 
 
 def _hadamard(size: int) -> Tensor:
+    """Build the matrix of `hadamard` as a Kronecker power of the one of size 4."""
     four = torch.ones(4, 4) - 2 * torch.eye(4).flip(0)
     matrix = torch.ones(1, 1)
     while len(matrix) < size:
@@ -85,10 +89,10 @@ def _hadamard(size: int) -> Tensor:
 
 
 def rotate(x: Tensor, group: int) -> Tensor:
-    """x (..., K) times the Hadamard matrix, in groups of `group` of its last dimension; 0 leaves it as it is.
+    """Multiply each group of `group` entries in x (..., K) by the Hadamard matrix.
 
-    The matrix is a Kronecker product, so that in float32 two small products do instead of a large one; of coarser types the
-    number between the two would be rounded once more.
+    A group of 0 leaves x as it is. The matrix is a Kronecker product, so in float32 two small
+    products replace a large one; coarser types would round the result between the two once more.
     """
     if not group:
         return x
@@ -106,14 +110,16 @@ def quantize_rows(
     seed: int | None = None,
     device: torch.device | str | None = None,
 ) -> Int8Weight:
-    """A weight (N, K) of any float type as int8 with one scale a row.
+    """Quantize a weight (N, K) of any float type to int8 with one scale per row.
 
-    It is worked on in chunks of rows, so that no float32 copy of the whole is made; `weight` is only read.
+    It works on chunks of rows, so no float32 copy of the whole is made; `weight` is only read.
 
     Args:
+        weight: (N, K).
         group: size of the rotation; None chooses it by the number of inputs.
-        seed: of stochastic rounding, which keeps changes smaller than a step on average; None rounds to the nearest.
-        device: where the chunks are worked on; the result is where `weight` is.
+        seed: of stochastic rounding, which keeps changes smaller than a step on average; None
+            rounds to nearest.
+        device: where the chunks are computed; the result is where `weight` is.
 
     Raises:
         ValueError: `weight` is not a matrix, or not finite.
@@ -133,29 +139,33 @@ def quantize_rows(
         values[rows], scale[rows] = part_values.to(weight.device), part_scale.to(weight.device)
     if not scale.isfinite().all():
         raise ValueError(
-            f"{(~scale.isfinite()).sum().item()} of {len(scale)} rows hold values that are not finite numbers"
+            f"{(~scale.isfinite()).sum().item()} of {len(scale)} rows hold values that are not "
+            "finite numbers"
         )
     return Int8Weight(values, scale, group)
 
 
 def _round_rows(x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-    """x (M, K) as int8 and the scale (M, 1) of each row, whose largest magnitude becomes 127."""
+    """Return x (M, K) as int8, and scales (M, 1) such that each row's largest magnitude is 127.
+
+    Rounds to nearest, or stochastically if there is a generator.
+    """
     scale = x.abs().amax(-1, keepdim=True).float().div_(LEVELS).clamp_(min=SMALLEST)
     steps = x.float() / scale
     if generator is None:
         steps = steps.round_()
     else:
-        steps = steps.add_(
-            torch.rand(steps.shape, generator=generator, device=steps.device)
-        ).floor_()
+        uniform = torch.rand(steps.shape, generator=generator, device=steps.device)
+        steps = steps.add_(uniform).floor_()
     return steps.clamp_(-LEVELS, LEVELS).to(torch.int8), scale
 
 
 def linear(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
-    """x W^T + bias with x (..., K) as it is: the int8 values are expanded to its type for the time of the product.
+    """Return x W^T + bias for x (..., K), with the int8 values expanded to the type of x.
 
-    Integers up to 127 are exact in bfloat16 and in float32, so the scale can wait for the result, which is smaller than the
-    weight. In float16 the result without the scale could be too large.
+    Integers up to 127 are exact in bfloat16 and float32, so the scale is applied to the result,
+    which is smaller than the weight. In float16 the unscaled result could overflow, so the weight
+    is scaled.
     """
     expanded = weight.values.to(x.dtype)
     if x.dtype == torch.float16:
@@ -165,28 +175,26 @@ def linear(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
 
 
 def int8_linear(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
-    """x W^T + bias as a product of int8 matrices: x (..., K) is rounded too, with one scale a row. Faster where the device
-    multiplies int8; the rounding of x adds an error about as large as that of the weight."""
+    """Return x W^T + bias for x (..., K) as a product of int8 matrices.
+
+    The rows of x are rounded to int8 too, each with its own scale. This is faster where the device
+    multiplies int8, and adds an error about as large as that of the weight.
+    """
     values, scale = _round_rows(rotate(x, weight.group).reshape(-1, x.shape[-1]))
-    out = (
-        int8_product(values, weight.values)
-        .float()
-        .mul_(scale)
-        .mul_(weight.scale.flatten())
-        .to(x.dtype)
-    )
-    out = out.reshape(*x.shape[:-1], out.shape[-1])
+    out = int8_product(values, weight.values).float().mul_(scale).mul_(weight.scale.flatten())
+    out = out.to(x.dtype).reshape(*x.shape[:-1], out.shape[-1])
     return out if bias is None else out.add_(bias)
 
 
 def int8_product(a: Tensor, b: Tensor) -> Tensor:
-    """a b^T of int8 matrices (M, K), (N, K) as int32 (M, N): by bitsandbytes on a GPU if it is installed, else by torch."""
+    """Return a b^T, int32 (M, N), of int8 matrices (M, K) and (N, K).
+
+    bitsandbytes computes it on a GPU if it is installed, else torch.
+    """
     if a.is_cuda and (product := bitsandbytes_product()) is not None:
         return product(a, b)
-    if (a.is_cuda and (len(b) % 8 or b.shape[1] % 8)) or a.device.type not in (
-        "cpu",
-        "cuda",
-    ):  # torch has no int8 for these
+    odd = a.is_cuda and (len(b) % 8 or b.shape[1] % 8)
+    if odd or a.device.type not in ("cpu", "cuda"):  # torch has no int8 product for these
         return (a.float() @ b.float().T).int()
     missing = max(0, MIN_ROWS - len(a)) if a.is_cuda else 0
     return torch._int_mm(F.pad(a, (0, 0, 0, missing)), b.T)[: len(a)]
@@ -194,7 +202,7 @@ def int8_product(a: Tensor, b: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=1)
 def bitsandbytes_product() -> Callable[[Tensor, Tensor], Tensor] | None:
-    """The int8 product of bitsandbytes, None where it is not installed or cannot be imported; that takes seconds."""
+    """Import the int8 product of bitsandbytes, which takes seconds; None if that fails."""
     try:
         from bitsandbytes.functional import int8_linear_matmul
     except (ImportError, OSError, RuntimeError):
@@ -203,8 +211,11 @@ def bitsandbytes_product() -> Callable[[Tensor, Tensor], Tensor] | None:
 
 
 def pack(weight: Int8Weight) -> Tensor:
-    """Values and scales as ONE int8 tensor (N + ceil(4 N / K), K), for keepers that know of a single tensor a weight: the
-    bytes of the scales are its last rows. The rotation is not kept."""
+    """Pack values and scales into one int8 tensor (N + ceil(4 N / K), K).
+
+    For callers that hold a single tensor per weight. The last rows are the bytes of the scales; the
+    size of the rotation is not stored.
+    """
     values, scale = weight.values, weight.scale.expand(len(weight.values), 1)
     extra = scale.contiguous().view(torch.int8).flatten()
     extra = F.pad(extra, (0, -len(extra) % values.shape[1]))
@@ -212,8 +223,11 @@ def pack(weight: Int8Weight) -> Tensor:
 
 
 def unpack(packed: Tensor, rows: int, group: int) -> Int8Weight:
-    """The inverse of `pack`, for a weight of N = `rows` rows. The values are a view; `packed` may be of another type that
-    holds its numbers, such as float32."""
+    """Unpack what `pack` returned for a weight of N = `rows` rows.
+
+    The values are a view. `packed` may have another type that holds the same numbers, such as
+    float32.
+    """
     packed = packed.to(torch.int8)
     scale = packed[rows:].flatten()[: 4 * rows].clone().view(torch.float32).unsqueeze(1)
     return Int8Weight(packed[:rows], scale, group)

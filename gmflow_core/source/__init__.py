@@ -1,1 +1,1 @@
-"""Gaussian-mixture sources (MM-FM): the source, its mode frame, EM, files."""
+"""Gaussian-mixture sources (MM-FM): the source, its mode frame, EM, running moments, files."""

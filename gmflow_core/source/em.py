@@ -1,13 +1,13 @@
-"""Fitting Gaussian-mixture sources to data that is streamed: EM with a k-means++ start, and the mixture of given modes in one
-pass.
+"""Fit Gaussian-mixture sources to streamed data: EM with a k-means++ start.
 
-Tokens and latents come in chunks, from anything that can be iterated anew for every pass. Nothing of the size of the data is
-kept but the rows of the start. Where torch.distributed is initialised, each process streams its own part, in the order of the
-ranks, and the sums are added up over all of them.
+Tokens come in chunks, from anything that can be iterated again for every pass. Of all that grows
+with the data, only the rows for k-means++ are kept in memory. If torch.distributed is initialised,
+each process streams its own part, in the order of the ranks, and the sums are added up over all.
 
-Memory of EM in float32, in bytes, with M modes, D dimensions and B = `rows_of` samples at a time: at most
-max(76 MD, 60 MD + 8 BM + 12 BD), and of its start from S samples 4 S (D + 40): 0.5 GB and 0.9 GB for 8192 modes of 768
-dimensions, whatever the number of samples (measured in tests/benchmarks/source_fit.py).
+Peak memory of EM in float32, in bytes, with M modes, D dimensions and B = `rows_of` samples at a
+time: at most max(76 MD, 60 MD + 8 BM + 12 BD); of the start from S samples: 4 S (D + 40). That is
+0.5 GB and 0.9 GB for 8192 modes of 768 dimensions, whatever the number of samples (measured in
+tests/benchmarks/source_fit.py).
 """
 
 from __future__ import annotations
@@ -29,16 +29,13 @@ from .source import GaussianMixtureSource, LogJoint, listed, widest
 
 FORMAT = "gmflow-source-fit-1"
 BLOCK = 2**22  # elements of (rows, modes) and (rows, dimensions) at a time
-START_ROWS = (
-    32,
-    2**16,
-)  # rows that k-means++ looks at: so many for each mode, and at least so many in all
-LOG_NOTHING = -60.0  # least log-responsibility: a billion of such weigh nothing, and denormal numbers would take their time
-Chunks = Iterable[Tensor]
+START_ROWS = (32, 2**16)  # rows that k-means++ looks at: per mode, and at least in all
+LOG_NOTHING = -60.0  # floor of log-responsibilities: no denormal numbers, which are slow
+Chunks = Iterable[Tensor]  # (n, D) each
 
 
 class Fit(NamedTuple):
-    """What EM came to."""
+    """Result of EM."""
 
     source: GaussianMixtureSource
     log_likelihoods: list[float]  # mean over the samples in nats, before each iteration's update
@@ -46,10 +43,10 @@ class Fit(NamedTuple):
 
 
 class Survey(NamedTuple):
-    """The data of all processes, after a first look."""
+    """Summary of the data of all processes."""
 
     count: int
-    first: int  # number of this process's first sample
+    first: int  # number of this process's first sample among all
     mean: Tensor  # (D,) float64
 
 
@@ -68,53 +65,54 @@ def fit_mixture(
     state: str | Path | None = None,
     progress: Callable[[int, float], None] | None = None,
 ) -> Fit:
-    """A diagonal or spherical Gaussian mixture by EM, as scikit-learn's GaussianMixture fits it.
+    """Fit a diagonal or spherical Gaussian mixture by EM, as scikit-learn's GaussianMixture does.
 
-    From centres that k-means++ chose, all modes begin with the variance `reg_covar`, so that the first iteration gives each
-    sample to the nearest one. A mode that loses all its samples stays where it was, with the variance `reg_covar` and a weight
-    of about 0.
+    k-means++ chooses the means. All modes begin with the variance `reg_covar`, so the first
+    iteration assigns each sample to its nearest mean. A mode that loses all its samples keeps its
+    mean, with the variance `reg_covar` and a weight of about 0.
 
     Args:
-        tokens: (N, D), or chunks (n, D) that can be iterated again and again; this process's part of them. Results do not
-            depend on the size of the chunks.
+        tokens: (N, D), or chunks (n, D) that can be iterated again and again; this process's part
+            of them. Results do not depend on the size of the chunks.
+        num_modes: M.
+        spherical: one variance for each mode instead of one for each dimension.
         start: the mixture that EM begins with, instead of k-means++.
-        seed: of k-means++, which looks at 32 samples for each mode (65,536 at least), drawn uniformly.
-        tolerance: EM stops when the mean log-likelihood changes by less, in nats.
+        seed: of k-means++, which looks at 32 random samples for each mode (at least 65,536).
+        max_iterations: EM stops after as many, converged or not.
+        tolerance: EM has converged when the mean log-likelihood changes by less, in nats.
         reg_covar: added to the variances.
-        dtype: of the products over samples and modes; what is summed up over blocks of samples is float64. In float32 a
-            sample's log-density is off by about 1e-3 nats where modes are as wide as they lie apart, and by a few nats where
-            they are a hundred times narrower; the likeliest mode stays the same.
-        state: a file that EM's state is written to after every iteration, and read from if it is there: on one process, a fit
-            that was stopped goes on to the very same result.
+        dtype: of the products over samples and modes; sums over blocks of samples are float64. In
+            float32 a log-density is off by about 1e-3 nats where modes are as wide as their
+            distance, by a few nats where they are 100 times narrower; the likeliest mode stays.
+        device: where EM runs.
+        state: a file that EM's state is written to after every iteration, and resumed from if it
+            exists. On one process, a resumed fit gives exactly the same result.
         progress: called as progress(iterations done, log-likelihood) after every iteration.
 
     Raises:
-        ValueError: the tokens are not (n, D), or not finite (the message says which rows), fewer than the modes, or too
-            large; the state is of another fit.
+        ValueError: the tokens are not (n, D), not finite (the message lists the rows), fewer than
+            the modes, or too large; or the state is of another fit.
     """
     device = torch.device(device)
     tokens = _chunks(tokens)
     survey = look_at(tokens, num_modes, device)
     origin = survey.mean.to(dtype)
+    rows = rows_of(num_modes, len(origin))
     settings = {
-        "num_modes": num_modes, "spherical": spherical, "seed": seed, "reg_covar": reg_covar, "dtype": str(dtype),
-        "count": survey.count, "dimensions": len(origin),
-    }  # fmt: skip
+        "num_modes": num_modes,
+        "spherical": spherical,
+        "seed": seed,
+        "reg_covar": reg_covar,
+        "dtype": str(dtype),
+        "count": survey.count,
+        "dimensions": len(origin),
+    }
     em = _load_state(state, settings, survey.mean) if state is not None else None
     if em is None:
         em = _start(start, tokens, survey, settings, origin)
     while not (converged := em.converged(tolerance)) and len(em.log_likelihoods) < max_iterations:
-        em = em.update(
-            _blocks(tokens, rows_of(num_modes, len(origin)), device, dtype, origin),
-            survey.count,
-            reg_covar,
-            dtype,
-        )
-        if not math.isfinite(em.log_likelihoods[-1]):
-            raise ValueError(
-                f"the log-likelihood is {em.log_likelihoods[-1]} at iteration {len(em.log_likelihoods)}: the data's values are "
-                "too large to be squared, or too far apart; scale them, or compute with float64"
-            )
+        blocks = _blocks(tokens, rows, device, dtype, origin)
+        em = em.update(blocks, survey.count, reg_covar, dtype)
         if state is not None and rank() == 0:
             _save_state(state, em, settings, survey.mean)
         if progress is not None:
@@ -131,14 +129,11 @@ def _start(
     settings: dict[str, Any],
     origin: Tensor,
 ) -> EM:
-    """What EM begins with: the given mixture, or centres of k-means++."""
+    """Return the mixture that EM begins with: the given one, or centres of k-means++."""
     num_modes, spherical, wide = settings["num_modes"], settings["spherical"], survey.mean.dtype
     if start is None:
-        means = kmeans_plus_plus(
-            _subset(tokens, survey, num_modes, settings["seed"], origin),
-            num_modes,
-            settings["seed"],
-        )
+        rows = _subset(tokens, survey, num_modes, settings["seed"], origin)
+        means = kmeans_plus_plus(rows, num_modes, settings["seed"])
         if dist.is_initialized():
             dist.broadcast(means, 0)  # GPUs of several kinds may round differently
         means = means.to(wide)
@@ -147,7 +142,8 @@ def _start(
     start.require_shape(origin.shape)
     if start.num_modes != num_modes:
         raise ValueError(
-            f"a start of {start.num_modes} modes does not fit a fit of {num_modes}; give one of as many"
+            f"a start of {start.num_modes} modes does not fit a fit of {num_modes}; "
+            "give one of as many"
         )
     start = start.to(origin.device, wide)
     var = start.std.square().expand(num_modes, -1)
@@ -156,13 +152,13 @@ def _start(
 
 
 def rows_of(num_modes: int, dims: int) -> int:
-    """Samples that EM takes at a time."""
+    """Return how many samples EM takes at a time."""
     return max(1, BLOCK // max(num_modes, dims))
 
 
 @dataclass(frozen=True)
 class EM:
-    """A mixture in float64 around the data's mean, and how it came about."""
+    """State of EM: a mixture in float64 around the data's mean, and the log-likelihoods so far."""
 
     means: Tensor  # (M, D)
     var: Tensor  # (M, D) or (M, 1)
@@ -170,20 +166,28 @@ class EM:
     log_likelihoods: list[float]
 
     def converged(self, tolerance: float) -> bool:
-        return (
-            len(self.log_likelihoods) > 1
-            and abs(self.log_likelihoods[-1] - self.log_likelihoods[-2]) < tolerance
-        )
+        """Return whether the last iteration changed the mean log-likelihood by less."""
+        last = self.log_likelihoods[-2:]
+        return len(last) == 2 and abs(last[1] - last[0]) < tolerance
 
     def update(
         self, blocks: Iterator[Tensor], count: int, reg_covar: float, dtype: torch.dtype
     ) -> EM:
-        """One iteration over all processes: expectations of blocks (n, D), then the mixture that they make likeliest."""
+        """Run one iteration over all processes and return the new state.
+
+        Args:
+            blocks: this process's samples minus the origin, (n, D) each.
+            count: number of samples of all processes.
+            reg_covar, dtype: as in `fit_mixture`.
+
+        Raises:
+            ValueError: the samples are too large to be squared.
+        """
         log_joint = LogJoint(self.means, self.var, self.log_weights, dtype)
         like, spherical = self.means, self.var.shape[1] == 1
         number, total = torch.zeros_like(self.log_weights), torch.zeros_like(self.log_weights[:1])
         sums, squares = torch.zeros_like(self.means), torch.zeros_like(self.var)
-        for x in blocks:
+        for x in blocks:  # E step: sums of responsibilities, of samples and of their squares
             responsibility = log_joint(x)
             most = responsibility.amax(1, keepdim=True)
             responsibility.sub_(most).clamp_(min=LOG_NOTHING).exp_()
@@ -195,29 +199,36 @@ class EM:
             x2 = x.square()
             squares += responsibility.T @ (x2.mean(1, keepdim=True) if spherical else x2)
         add_up(number, sums, squares, total)
+        # M step
         floor = 10 * torch.finfo(like.dtype).eps
         alive = (number > floor).unsqueeze(1)
-        number = number + floor  # as scikit-learn's, so that nothing is divided by 0
+        number = number + floor  # as in scikit-learn, to avoid division by 0
         means = torch.where(alive, sums.div_(number.unsqueeze(1)), self.means)
         norms = means.square().mean(1, keepdim=True) if spherical else means.square()
-        var = (
-            torch.where(alive, squares.div_(number.unsqueeze(1)).sub_(norms).clamp_(min=0), 0)
-            + reg_covar
-        )
-        log_weights = (number / number.sum()).log()
-        return EM(means, var, log_weights, [*self.log_likelihoods, (total / count).item()])
+        var = squares.div_(number.unsqueeze(1)).sub_(norms).clamp_(min=0)
+        var = torch.where(alive, var, 0) + reg_covar
+        log_weights, log_likelihood = (number / number.sum()).log(), (total / count).item()
+        if not math.isfinite(log_likelihood):
+            raise ValueError(
+                f"the log-likelihood is {log_likelihood} at iteration "
+                f"{len(self.log_likelihoods) + 1}: the data's values are too large to be squared, "
+                "or too far apart; scale them, or compute with float64"
+            )
+        return EM(means, var, log_weights, [*self.log_likelihoods, log_likelihood])
 
 
-# The data
 def _chunks(tokens: Chunks | Tensor) -> Chunks:
+    """Return the tokens as chunks that can be iterated again and again."""
     if isinstance(tokens, Iterator):
-        raise ValueError("tokens that can be iterated only once do not do for a fit, which takes many passes; give a list of "
-                         "chunks, a tensor, or an object with __iter__")  # fmt: skip
+        raise ValueError(
+            "tokens that can be iterated only once do not do for a fit, which takes many passes; "
+            "give a list of chunks, a tensor, or an object with __iter__"
+        )
     return [tokens] if isinstance(tokens, Tensor) else tokens
 
 
 def look_at(tokens: Chunks, num_modes: int, device: torch.device) -> Survey:
-    """Count the samples and average them.
+    """Count and average the samples of all processes, and check them.
 
     Raises:
         ValueError: as `fit_mixture`, on all processes alike.
@@ -227,46 +238,59 @@ def look_at(tokens: Chunks, num_modes: int, device: torch.device) -> Survey:
         if chunk.ndim != 2 or dims not in (None, chunk.shape[1]):
             before = f" after ones of {dims} numbers" if dims else ""
             raise ValueError(
-                f"a chunk of tokens is {tuple(chunk.shape)}{before}; give (n, D), the same D throughout"
+                f"a chunk of tokens is {tuple(chunk.shape)}{before}; "
+                "give (n, D), the same D throughout"
             )
         if dims is None:
             dims, total = chunk.shape[1], total.new_zeros(chunk.shape[1])
-        sums = chunk.to(device).sum(1, dtype=total.dtype)
-        if not sums.isfinite().all():
-            bad += [
-                count + row for row in sums.isfinite().logical_not().nonzero().flatten().tolist()
-            ]
-        total += chunk.to(device).sum(0, dtype=total.dtype)
+        chunk = chunk.to(device)
+        finite = chunk.sum(1, dtype=total.dtype).isfinite()
+        if not finite.all():
+            bad += [count + row for row in finite.logical_not().nonzero().flatten().tolist()]
+        total += chunk.sum(0, dtype=total.dtype)
         count += len(chunk)
     counts = gather(torch.tensor([count, len(bad), dims or 0], device=device)).tolist()
     first = sum(n for n, _, _ in counts[: rank()])
+    _check_counts(counts, [first + row for row in bad], num_modes)
+    if not count:
+        total = total.new_zeros(max(d for _, _, d in counts))
+    add_up(total)
     everywhere = sum(n for n, _, _ in counts)
+    return Survey(everywhere, first, total / everywhere)
+
+
+def _check_counts(counts: list[list[int]], bad: list[int], num_modes: int) -> None:
+    """Check what the processes counted.
+
+    Args:
+        counts: of each process: its samples, how many of them are not finite, their dimensions.
+        bad: numbers of this process's samples that are not finite.
+
+    Raises:
+        ValueError: dimensions differ, samples are not finite, or there are too few for the modes.
+    """
     if len({d for n, _, d in counts if n}) > 1:
         raise ValueError(
             f"the processes have tokens of different lengths: {sorted({d for _, _, d in counts})}"
         )
+    everywhere = sum(n for n, _, _ in counts)
     if broken := sum(n for _, n, _ in counts):
-        named = (
-            f"rows {listed([first + row for row in bad])}"
-            if bad
-            else f"{broken} rows of other processes' parts"
-        )
+        named = f"rows {listed(bad)}" if bad else f"{broken} rows of other processes' parts"
         raise ValueError(
-            f"{named} of {everywhere} tokens are not finite (NaN or infinite); mend or leave out what made them"
+            f"{named} of {everywhere} tokens are not finite (NaN or infinite); "
+            "mend or leave out what made them"
         )
     if everywhere < num_modes or num_modes < 1:
         raise ValueError(
-            f"{everywhere} samples cannot be fitted with {num_modes} modes; give 1 to {everywhere}, best far fewer"
+            f"{everywhere} samples cannot be fitted with {num_modes} modes; "
+            f"give 1 to {everywhere}, best far fewer"
         )
-    total = total if count else total.new_zeros(max(d for _, _, d in counts))
-    add_up(total)
-    return Survey(everywhere, first, total / everywhere)
 
 
 def _blocks(
     tokens: Chunks, rows: int, device: torch.device, dtype: torch.dtype, origin: Tensor
 ) -> Iterator[Tensor]:
-    """This process's tokens minus `origin`, in blocks of `rows` whatever the chunks are."""
+    """Yield this process's tokens minus `origin`, in blocks of `rows` whatever the chunks are."""
     rest: list[Tensor] = []
     held = 0
     for chunk in tokens:
@@ -282,13 +306,13 @@ def _blocks(
 
 
 def _subset(tokens: Chunks, survey: Survey, num_modes: int, seed: int, origin: Tensor) -> Tensor:
-    """The samples that k-means++ looks at, minus the origin, on every process: (S, D), all of them or a uniform draw."""
+    """Return the samples that k-means++ looks at, minus the origin, (S, D) on every process.
+
+    These are all samples, or a uniform draw.
+    """
     size = min(survey.count, max(START_ROWS[0] * num_modes, START_ROWS[1]))
-    chosen = (
-        torch.randperm(survey.count, generator=torch.Generator().manual_seed(seed))[:size]
-        .sort()
-        .values
-    )
+    order = torch.randperm(survey.count, generator=torch.Generator().manual_seed(seed))
+    chosen = order[:size].sort().values
     rows = origin.new_zeros(size, len(origin))
     start = survey.first
     for chunk in tokens:
@@ -300,34 +324,30 @@ def _subset(tokens: Chunks, survey: Survey, num_modes: int, seed: int, origin: T
 
 
 def kmeans_plus_plus(x: Tensor, num_centres: int, seed: int = 0) -> Tensor:
-    """Centres (num_centres, D) among the rows of x (S, D), by greedy k-means++ (Arthur and Vassilvitskii 2007), as
-    scikit-learn chooses them: each is the best of 2 + log(num_centres) candidates drawn by their squared distance to the
-    nearest centre so far.
+    """Choose centres (num_centres, D) among the rows of x (S, D) by greedy k-means++.
 
-    It reads x once for each centre: num_centres S D (2 + log(num_centres)) multiplications. The numbers are drawn on the CPU,
-    and nothing waits for a GPU.
+    Arthur and Vassilvitskii 2007, with scikit-learn's candidates: each centre is the best of 2 +
+    log(num_centres) candidates, drawn by their squared distance to the nearest centre so far.
+
+    It reads x once for each centre: num_centres S D (2 + log(num_centres)) multiplications. The
+    random numbers are drawn on the CPU, and nothing forces a GPU sync.
     """
     trials = 2 + int(math.log(num_centres))
-    uniform = torch.rand(
-        num_centres, trials, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    ).to(x.device)
+    generator = torch.Generator().manual_seed(seed)
+    uniform = torch.rand(num_centres, trials, generator=generator, dtype=torch.float64).to(x.device)
     norms = torch.cat([part.square().sum(1) for part in x.split(max(1, BLOCK // x.shape[1]))])
 
     def distances(candidates: Tensor) -> Tensor:
-        """Squared, (S, candidates)."""
-        return (
-            torch.addmm(norms.unsqueeze(1), x, x[candidates].T, alpha=-2)
-            .add_(norms[candidates])
-            .clamp_(min=0)
-        )
+        """Return the squared distances (S, candidates)."""
+        products = torch.addmm(norms.unsqueeze(1), x, x[candidates].T, alpha=-2)
+        return products.add_(norms[candidates]).clamp_(min=0)
 
     chosen = [(uniform[0, :1] * len(x)).long()]
     nearest = distances(chosen[0]).squeeze(1)
     for centre in range(1, num_centres):
         edges = nearest.cumsum(0, dtype=widest(x.device))
-        candidates = torch.searchsorted(
-            edges, uniform[centre].to(edges) * edges[-1], right=True
-        ).clamp_(max=len(x) - 1)
+        drawn = uniform[centre].to(edges) * edges[-1]
+        candidates = torch.searchsorted(edges, drawn, right=True).clamp_(max=len(x) - 1)
         closer = torch.minimum(nearest.unsqueeze(1), distances(candidates))  # (S, trials)
         best = closer.sum(0).argmin().unsqueeze(0)
         chosen.append(candidates[best])
@@ -335,8 +355,8 @@ def kmeans_plus_plus(x: Tensor, num_centres: int, seed: int = 0) -> Tensor:
     return x[torch.cat(chosen)]
 
 
-# State
 def _save_state(path: str | Path, em: EM, settings: dict[str, Any], mean: Tensor) -> None:
+    """Write EM's state, with the fit's settings and the data's mean to recognise it by."""
     tensors = {"means": em.means, "var": em.var, "log_weights": em.log_weights, "mean": mean}
     tensors["log_likelihoods"] = torch.tensor(em.log_likelihoods, dtype=torch.float64)
     metadata = {"format": FORMAT, "settings": json.dumps(settings)}
@@ -344,7 +364,7 @@ def _save_state(path: str | Path, em: EM, settings: dict[str, Any], mean: Tensor
 
 
 def _load_state(path: str | Path, settings: dict[str, Any], mean: Tensor) -> EM | None:
-    """The state in the file `path`; None if there is no such file.
+    """Read EM's state from the file `path`; None if there is no such file.
 
     Raises:
         ValueError: it is of another fit, or not the same for all processes.
@@ -358,27 +378,27 @@ def _load_state(path: str | Path, settings: dict[str, Any], mean: Tensor) -> EM 
                     f"{path} is not the state of a fit; give another file, or remove it"
                 )
             found = json.loads(metadata["settings"])
-            differ = [f"{name}: {found.get(name)} there, {value} here" for name, value in settings.items()
-                      if found.get(name) != value]  # fmt: skip
-            there = file.get_tensor("mean").to(mean)
-            if not differ and not torch.allclose(
-                there, mean, rtol=1e-6, atol=1e-6 * float(mean.abs().max())
-            ):
+            differ = [
+                f"{name}: {found.get(name)} there, {value} here"
+                for name, value in settings.items()
+                if found.get(name) != value
+            ]
+            there, slack = file.get_tensor("mean").to(mean), 1e-6 * float(mean.abs().max())
+            if not differ and not torch.allclose(there, mean, rtol=1e-6, atol=slack):
                 differ = ["the data have another mean"]
             if differ:
                 raise ValueError(
-                    f"{path} is the state of another fit ({'; '.join(differ)}); remove it to begin anew"
+                    f"{path} is the state of another fit ({'; '.join(differ)}); "
+                    "remove it to begin anew"
                 )
             names = ("means", "var", "log_weights", "log_likelihoods")
             *tensors, history = (file.get_tensor(name).clone() for name in names)
             em = EM(*(t.to(mean) for t in tensors), history.tolist())
-    done = (
-        gather(torch.tensor([len(em.log_likelihoods) if em else 0], device=mean.device))
-        .flatten()
-        .tolist()
-    )
+    mine = torch.tensor([len(em.log_likelihoods) if em else 0], device=mean.device)
+    done = gather(mine).flatten().tolist()
     if len(set(done)) > 1:
         raise ValueError(
-            f"the processes found {path} after different numbers of iterations: {done}; it must be one shared file"
+            f"the processes found {path} after different numbers of iterations: {done}; "
+            "it must be one shared file"
         )
     return em

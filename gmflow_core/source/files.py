@@ -13,10 +13,9 @@ from ..files.checkpoint import FORMAT, SOURCE_CLASS, open_checkpoint, stored, wr
 from ..files.hub import folder_of, is_published
 from .source import FIT, GaussianMixtureSource
 
-FILE = "source.safetensors"  # in a folder, or on the hub
+FILE = "source.safetensors"  # name in a folder or on the hub
 
 
-# Files
 def save_source(
     source: GaussianMixtureSource,
     path: str | Path,
@@ -25,10 +24,13 @@ def save_source(
     dtype: torch.dtype | None = None,
     data: dict[str, Any] | None = None,
 ) -> None:
-    """Write `source` with its assigner, atomically, as one safetensors file.
+    """Write a source and its assigner to one safetensors file, atomically.
 
     Args:
-        facts, data: JSON-able records of how it was fitted, and of what its samples are; as of `save_checkpoint`.
+        source: the source.
+        path: the file to write; missing folders are created.
+        facts, data: JSON-able records of how the source was fitted and of what its samples are, as
+            in `save_checkpoint`.
         dtype: stored type of the means; their own if None.
     """
     config = {
@@ -52,14 +54,14 @@ def save_source(
 
 
 def read_source_metadata(source: str | Path) -> dict[str, Any]:
-    """`config` (num_modes, shape, assigner), `training` facts and `data` of a source, without reading it.
+    """Return `config` (num_modes, shape, assigner), `training` (the facts) and `data` of a source.
 
     Raises:
         FileNotFoundError, ValueError, OSError: as `load_source`.
     """
     path = _source_file(source)
     with open_checkpoint(path) as file:
-        return _metadata(file, path)
+        return _parse_metadata(file.metadata() or {}, path)
 
 
 def load_source(
@@ -67,30 +69,28 @@ def load_source(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = torch.float32,
 ) -> GaussianMixtureSource:
-    """Read a source.
+    """Load a source.
 
     Args:
-        source: a file of `save_source`; a folder that holds source.safetensors; or the id of such a folder on the Hugging Face
-            hub, "owner/name" or "owner/name@revision".
+        source: a file of `save_source`; a folder that holds source.safetensors; or the id of such
+            a folder on the Hugging Face hub, "owner/name" or "owner/name@revision".
+        device: where the tensors are put.
         dtype: type of the tensors in memory; as stored if None, but at least float32.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is not a whole source; the message names the file and what to do.
-        OSError: it is on the hub, and cannot be had from there.
+        OSError: it is on the hub and cannot be downloaded.
     """
     path = _source_file(source)
     with open_checkpoint(path) as file:
-        config = _metadata(file, path)["config"]
-        names = [
-            f"{prefix}{name}"
-            for prefix in ("", "assigner.")
-            for name in ("means", "std", "log_weights")
-        ]
-        names = names if config.get("assigner") else names[:3]
+        config = _parse_metadata(file.metadata() or {}, path)["config"]
+        prefixes = ("", "assigner.") if config.get("assigner") else ("",)
+        names = [prefix + name for prefix in prefixes for name in ("means", "std", "log_weights")]
         if sorted(names) != sorted(file.keys()):
             raise ValueError(
-                f"{path} holds {sorted(file.keys())} instead of {sorted(names)}; the file was edited or damaged"
+                f"{path} holds {sorted(file.keys())} instead of {sorted(names)}; "
+                "the file was edited or damaged"
             )
         try:
             tensors = [file.get_tensor(name).to(device, dtype, copy=True) for name in names]
@@ -101,6 +101,7 @@ def load_source(
 
 
 def _source_file(source: str | Path) -> Path:
+    """Return the file of a source, downloaded from the hub if need be."""
     if not is_published(source):
         return Path(source)
     path = folder_of(source, [FILE]) / FILE
@@ -109,8 +110,8 @@ def _source_file(source: str | Path) -> Path:
     return path
 
 
-def _metadata(file, path: Path) -> dict[str, Any]:
-    raw = file.metadata() or {}
+def _parse_metadata(raw: dict[str, str], path: Path) -> dict[str, Any]:
+    """Return what `read_source_metadata` does from a file's own metadata."""
     if raw.get("format") != FORMAT or raw.get("model_class") != SOURCE_CLASS:
         found = (
             f"a {raw['model_class']} in format {raw.get('format')}"
@@ -118,8 +119,8 @@ def _metadata(file, path: Path) -> dict[str, Any]:
             else "something else"
         )
         raise ValueError(
-            f"{path} holds {found}, not a Gaussian-mixture source in format {FORMAT}; give a source: {FIT}, or convert a "
-            "published .pkl with python -m training.fit_source convert"
+            f"{path} holds {found}, not a Gaussian-mixture source in format {FORMAT}; give a "
+            f"source: {FIT}, or convert a published .pkl with python -m training.fit_source convert"
         )
     try:
         return {name: dict(json.loads(raw[name])) for name in ("config", "training", "data")}

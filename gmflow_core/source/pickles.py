@@ -1,8 +1,9 @@
-"""Published mixtures in .pkl files, read without running anything that is in them.
+"""Read published mixtures in .pkl files without running anything that is in them.
 
-A pickle is a program. Here it can make plain containers, numbers and arrays of numbers; an object of any other class becomes
-an inert record of its attributes, and what belongs to Python itself (os.system and the like) is refused. Neither NumPy nor
-scikit-learn takes part: the names that a pickle asks for are answered with stand-ins from this file.
+A pickle is a program. This reader lets it make plain containers, numbers and arrays of numbers. An
+object of any other class becomes an inert record of its attributes, and names of Python's own
+modules (os.system and others) are refused. NumPy's and scikit-learn's own loaders take no part:
+stand-ins from this file answer the names that a pickle asks for.
 """
 
 from __future__ import annotations
@@ -26,15 +27,14 @@ WEIGHTS = ("weights_", "weights", "pi")
 LOG_WEIGHTS = ("log_weights",)
 VARIANCES = ("covariances_", "covariances", "covs", "variances", "vars", "variance", "var")
 STDS = ("stds", "std")
-NUMBERS = "biuf"  # kinds of NumPy's types
+NUMBERS = "biuf"  # kinds of NumPy's types that are numbers
 
 
 class Record:
-    """An object of a class that is not loaded: its attributes, and what it was made from."""
+    """Stand-in for an object of a class that is not loaded: its attributes and its arguments."""
 
-    def __new__(
-        cls, *parts: Any, **attributes: Any
-    ) -> Record:  # which pickles call without __init__
+    def __new__(cls, *parts: Any, **attributes: Any) -> Record:
+        """Keep the arguments; pickles call this without `__init__`."""
         self = super().__new__(cls)
         self.parts, self.attributes = parts, attributes
         return self
@@ -43,7 +43,8 @@ class Record:
         pass
 
     def __setstate__(self, state: Any) -> None:
-        for part in state if isinstance(state, tuple) else (state,):  # of __slots__ too
+        """Keep the attributes, those in __slots__ too."""
+        for part in state if isinstance(state, tuple) else (state,):
             if isinstance(part, dict):
                 self.attributes.update(part)
 
@@ -55,7 +56,7 @@ class Record:
 
 
 class _Type:
-    """numpy.dtype."""
+    """Stand-in for numpy.dtype."""
 
     order = "="
 
@@ -67,13 +68,13 @@ class _Type:
 
     @property
     def dtype(self) -> np.dtype | None:
-        """NumPy's, of numbers; None for others."""
+        """NumPy's own type if it is one of numbers, else None."""
         code = self.code.lstrip("<>=|")
         return np.dtype(self.order + code) if code[:1] in NUMBERS and code[1:].isdigit() else None
 
 
 class _Array:
-    """numpy.ndarray, before it is known."""
+    """Stand-in for numpy.ndarray, whose content comes with the state."""
 
     array: np.ndarray | None = None
 
@@ -86,31 +87,30 @@ class _Array:
 
 
 class _Inline:
-    """joblib's NumpyArrayWrapper, whose array lies in the file behind it."""
+    """Stand-in for joblib's NumpyArrayWrapper, whose array follows it in the file."""
 
     array: np.ndarray | None = None
 
     def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
+        self.state = state
 
     def read(self, file: io.BufferedIOBase) -> None:
-        if getattr(self, "numpy_array_alignment_bytes", None) is not None:
+        """Read the array from the file.
+
+        Raises:
+            ValueError: it does not hold numbers.
+        """
+        kind, shape = self.state["dtype"], tuple(int(n) for n in self.state["shape"])
+        if self.state.get("numpy_array_alignment_bytes") is not None:  # padding after its length
             file.read(int.from_bytes(file.read(1), "little"))
-        if self.dtype.dtype is None:
-            raise ValueError(
-                f"it has an array of type {self.dtype.code!r}, which is not of numbers"
-            )
-        dtype, shape = self.dtype.dtype, tuple(int(n) for n in self.shape)
-        self.array = _array(
-            file.read(int(np.prod(shape, dtype=object)) * dtype.itemsize),
-            self.dtype,
-            shape,
-            self.order,
-        )
+        if kind.dtype is None:
+            raise ValueError(f"it has an array of type {kind.code!r}, which is not of numbers")
+        size = int(np.prod(shape, dtype=object)) * kind.dtype.itemsize
+        self.array = _array(file.read(size), kind, shape, self.state["order"])
 
 
 def _array(raw: Any, kind: _Type, shape: tuple[int, ...], order: str = "C") -> np.ndarray | None:
-    """None for what is not numbers."""
+    """Return bytes as an array; None if they are not numbers."""
     if kind.dtype is None:
         return None
     raw = raw.encode("latin-1") if isinstance(raw, str) else bytes(raw)
@@ -158,20 +158,24 @@ ALLOWED: dict[tuple[str, str], Any] = {
     **{(f"numpy.{core}.multiarray", "scalar"): _scalar for core in ("core", "_core")},
     **{(f"numpy.{core}.numeric", "_frombuffer"): _frombuffer for core in ("core", "_core")},
 }
-PYTHON = (sys.stdlib_module_names | {"__builtin__", "copy_reg", "commands"}) - {
-    "__main__"
-}  # some of Python 2's too
+PYTHON = sys.stdlib_module_names | {"__builtin__", "copy_reg", "commands"}  # and Python 2's
+PYTHON -= {"__main__"}  # classes of the script that wrote the pickle
 
 
-class _Unpickler(
-    pickle._Unpickler
-):  # the one in Python, so that arrays can be read from between two objects
+class _Unpickler(pickle._Unpickler):
+    """Unpickler that refuses Python's own names and replaces classes by stand-ins.
+
+    The C unpickler has no hook to read joblib's arrays between two objects, so this is the one
+    written in Python.
+    """
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in ALLOWED:
             return ALLOWED[module, name]
         if module.split(".")[0] in PYTHON:
             raise ValueError(
-                f"it asks for Python's {module}.{name}, which no mixture needs, so it may be an attack"
+                f"it asks for Python's {module}.{name}, which no mixture needs, "
+                "so it may be an attack"
             )
         return Record
 
@@ -193,42 +197,51 @@ class _Unpickler(
 
 
 def read_pickle(path: str | Path) -> Any:
-    """What is in a pickle, with a `Record` for every object of an unknown class and a stand-in with an `array` for every array.
+    """Read a pickle.
+
+    Every object of an unknown class becomes a `Record`, every array a stand-in with an `array`.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it asks for what is not allowed, or is no whole pickle.
+        ValueError: it asks for what is not allowed, or is not a whole pickle.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}; give the pickle of a mixture")
     raw = Path(path).read_bytes()
     if raw[:2] == b"PK":
         raise ValueError(
-            f"{path} is a file of torch.save; only pickles of NumPy arrays are read: save it as one, or as safetensors"
+            f"{path} is a file of torch.save; only pickles of NumPy arrays are read: "
+            "save it as one, or as safetensors"
         )
     try:
         return _Unpickler(io.BytesIO(raw)).load()
-    except Exception as error:  # a broken pickle can end in any of them
+    except Exception as error:  # a broken pickle can raise any of them
         reason = str(error) or type(error).__name__
         raise ValueError(
-            f"{path} is refused: {reason}; get the mixture from where you trust, as arrays (.npz, .safetensors)"
+            f"{path} is refused: {reason}; get the mixture from where you trust, as arrays "
+            "(.npz, .safetensors)"
         ) from error
 
 
 def convert_pickle(
     path: str | Path, assigner: GaussianMixtureSource | None = None
 ) -> GaussianMixtureSource:
-    """The source in a pickle: an estimator of scikit-learn (or of a class with its attributes), or a dict of arrays.
+    """Convert the mixture in a pickle to a source.
 
-    Means (M, *shape) are called means_, means, mean or mu; variances covariances_, covariances, covs, variances, vars or var
-    (or their roots std, stds), one for each mode or for each of its dimensions; weights weights_, weights or pi.
+    The pickle holds an estimator of scikit-learn (or of a class with its attributes), or a dict of
+    arrays. Names of the means (M, *shape): means_, means, mean or mu; of the variances, one for
+    each mode or for each of its dimensions: covariances_, covariances, covs, variances, vars,
+    variance or var, or their roots stds or std; of the weights: weights_, weights, pi, or their
+    logarithms log_weights.
 
     Args:
-        assigner: the mixture of the tokens, for one of latents; its weights are taken where the file has none.
+        path: the pickle.
+        assigner: the mixture of the tokens, for a source of latents; its weights are taken if the
+            file has none.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is refused, or holds no such mixture; the message says what it holds.
+        ValueError: it is refused, or holds no such mixture; the message lists what it holds.
     """
     content = read_pickle(path)
     for fields in _candidates(content):
@@ -243,7 +256,8 @@ def convert_pickle(
     kind = fields.get("covariance_type", "diag")
     if kind not in ("diag", "spherical"):
         raise ValueError(
-            f"{path} has covariances of the type {kind!r}; a source is diagonal or spherical: fit one of these"
+            f"{path} has covariances of the type {kind!r}; a source is diagonal or spherical: "
+            "fit one of these"
         )
     std = _std(squares if stds is None else stds.square(), means, path)
     weights, log_weights = _field(fields, WEIGHTS), _field(fields, LOG_WEIGHTS)
@@ -253,18 +267,18 @@ def convert_pickle(
         log_weights = assigner.log_weights.double()
     if log_weights is None:
         raise ValueError(
-            f"{path} has no weights of its modes; give the mixture of the tokens, which has them, with --assigner"
+            f"{path} has no weights of its modes; give the mixture of the tokens, which has them, "
+            "with --assigner"
         )
     try:
-        return GaussianMixtureSource(
-            means.float(), std.float(), log_weights.flatten().float(), assigner
-        )
+        log_weights = log_weights.flatten().float()
+        return GaussianMixtureSource(means.float(), std.float(), log_weights, assigner)
     except ValueError as error:
         raise ValueError(f"{path} holds a mixture that is none ({error})") from error
 
 
 def _candidates(content: Any) -> Iterator[dict[str, Any]]:
-    """The dicts and the records' attributes in what a pickle holds, from the outside in, each once."""
+    """Yield the dicts and the attributes of records in a pickle's content, outermost first."""
     left, seen = deque([content]), set()
     while left:
         value = left.popleft()
@@ -280,34 +294,38 @@ def _candidates(content: Any) -> Iterator[dict[str, Any]]:
 
 
 def _array_of(value: Any) -> Any:
-    """The array that a stand-in holds."""
+    """Return the array of a stand-in; anything else as it is."""
     return value.array if isinstance(value, (_Array, _Inline)) else value
 
 
 def _field(fields: dict[str, Any], names: tuple[str, ...]) -> Tensor | None:
+    """Return the first of these fields that holds numbers, in float64; None if there is none."""
     for name in names:
         value = _array_of(fields.get(name))
         if isinstance(value, list) and value:
             parts = [_array_of(part) for part in value]
-            value = (
-                np.array(parts)
-                if all(isinstance(part, (int, float, np.ndarray)) for part in parts)
-                else None
-            )
+            numbers = all(isinstance(part, (int, float, np.ndarray)) for part in parts)
+            value = np.array(parts) if numbers else None
         if isinstance(value, np.ndarray):
             return torch.from_numpy(value.astype(np.float64))
     return None
 
 
 def _std(var: Tensor, means: Tensor, path: str | Path) -> Tensor:
-    """Standard deviations that broadcast to the means, from one variance for each mode, or for each of its dimensions."""
+    """Return standard deviations that broadcast to the means.
+
+    Args:
+        var: one variance for each mode, or for each of its dimensions.
+        means: (M, *shape).
+        path: named in errors.
+    """
     if var.numel() == len(means):
         var = var.reshape(-1, *[1] * (means.ndim - 1))
     if var.ndim != means.ndim or any(
         n not in (1, size) for n, size in zip(var.shape, means.shape, strict=True)
     ):
         raise ValueError(
-            f"{path} has variances {tuple(var.shape)} for means {tuple(means.shape)}; a spherical source has one for each "
-            "mode, a diagonal one has one for each of its dimensions"
+            f"{path} has variances {tuple(var.shape)} for means {tuple(means.shape)}; a spherical "
+            "source has one for each mode, a diagonal one has one for each of its dimensions"
         )
     return var.sqrt()

@@ -1,4 +1,4 @@
-"""Sums over the processes of torch.distributed."""
+"""Sums over the processes of torch.distributed; with one process they change nothing."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-# Processes
 def rank() -> int:
+    """Return the number of this process; 0 without torch.distributed."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -20,7 +20,7 @@ def add_up(*tensors: Tensor) -> None:
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """(processes, ...): the tensors of all of them."""
+    """Stack the tensors of all processes, (processes, ...)."""
     if not dist.is_initialized():
         return tensor.unsqueeze(0)
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]

@@ -1,1 +1,1 @@
-"""2-D toys: the checkerboard, samples of 2-D models, their pictures."""
+"""2-D toys: the checkerboard, samples of 2-D models, and their pictures."""

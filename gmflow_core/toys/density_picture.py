@@ -1,4 +1,4 @@
-"""Draw where 2-D samples lie."""
+"""Pictures of the density of 2-D samples."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from ..pictures import to_image
 from .checkerboard import CELLS, EXTENT, histogram
 
-# Perceptually even colours from no samples to many.
+# Perceptually uniform colours, from no samples to many
 _COLOURS = torch.tensor(
     [
         [13, 8, 45],
@@ -33,14 +33,15 @@ def density_picture(
     peak: float | None = None,
     outline: bool = False,
 ) -> Tensor:
-    """A picture of where points lie, y upwards.
+    """Draw the density of points, with y upwards.
 
     Args:
         points: (N, 2).
         size: pixels a side.
         bins: histogram cells a side, at most `size`.
         extent: the picture shows [-extent, extent]^2.
-        peak: the density per unit area that gets the brightest colour; 1.5 times that of a checkerboard if None.
+        peak: density per unit area that gets the brightest colour; 1.5 times that of a checkerboard
+            if None.
         outline: draw the border of the checkerboard's filled squares.
 
     Returns:
@@ -51,7 +52,8 @@ def density_picture(
     """
     if points.ndim != 2 or points.shape[1] != 2 or not len(points):
         raise ValueError(
-            f"points of shape {tuple(points.shape)} cannot be drawn; give (N, 2) with at least one point"
+            f"points of shape {tuple(points.shape)} cannot be drawn; "
+            "give (N, 2) with at least one point"
         )
     if not 1 <= bins <= size or not extent > 0:
         raise ValueError(
@@ -71,7 +73,7 @@ def density_picture(
 
 
 def _draw_board(picture: Tensor, extent: float) -> Tensor:
-    """The outlines of the filled squares over `picture` (size, size, 3)."""
+    """Draw the outlines of the filled squares over `picture` (size, size, 3) in [0, 255]."""
     size = len(picture)
     image = to_image(picture / 255)
     draw = ImageDraw.Draw(image)
@@ -82,8 +84,5 @@ def _draw_board(picture: Tensor, extent: float) -> Tensor:
             corners = [(x + extent), (extent - y - side), (x + side + extent), (extent - y)]
             box = [round(c * size / (2 * extent)) for c in corners]
             draw.rectangle(box, outline=tuple(_OUTLINE.int().tolist()), width=max(1, size // 256))
-    return (
-        torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-        .reshape(size, size, 3)
-        .float()
-    )
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return pixels.reshape(size, size, 3).float()

@@ -1,4 +1,4 @@
-"""2-D models: their samples, and a picture that compares the solvers."""
+"""Samples of 2-D models, and a picture that compares the solvers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..sampling.solvers import solve
 from .checkerboard import total_variation
 from .density_picture import density_picture
 
-CHUNK = 8_192  # points sampled at a time: few enough for the cache
+CHUNK = 8_192  # points sampled at a time, so that they fit the cache
 SOLVER_TITLES = {"euler": "Euler on\nthe mean", "gm-ode": "GM-ODE 2", "gm-sde": "GM-SDE 2"}
 
 
@@ -32,11 +32,12 @@ def sample_points(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """`count` samples (count, 2) of a 2-D model, on the CPU.
+    """Draw samples (count, 2) of a 2-D model and return them on the CPU.
 
     Args:
         network: a `GMFlowMLP`.
-        solver, order, substeps, shift: see `gmflow_core.solvers.solve`.
+        count: number of samples.
+        solver, order, substeps, shift: see `gmflow_core.sampling.solvers.solve`.
         steps: network calls per sample.
         seed: of the initial noise and of GM-SDE's; the numbers do not depend on the device.
         progress: called as progress(done, total) with numbers of network calls.
@@ -50,48 +51,56 @@ def sample_points(
         raise ValueError(f"count is {count}; it must be at least 1")
     device = next(network.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    sigmas, chunks = flow_sigmas(steps, shift), math.ceil(count / CHUNK)
+    sigmas, calls, done = flow_sigmas(steps, shift), math.ceil(count / CHUNK) * steps, 0
+
+    def callback(step: int, x: Tensor, x0: Tensor) -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, calls)
+
     points = []
-    for chunk in range(chunks):
-
-        def callback(step: int, x: Tensor, x0: Tensor, done: int = chunk * steps) -> None:
-            if progress is not None:
-                progress(done + step + 1, chunks * steps)
-
-        noise = torch.randn(min(CHUNK, count - chunk * CHUNK), 2, generator=generator).to(device)
+    for start in range(0, count, CHUNK):
+        noise = torch.randn(min(CHUNK, count - start), 2, generator=generator).to(device)
         with torch.inference_mode():
-            settings = {
-                "order": order,
-                "substeps": substeps,
-                "shift": shift,
-                "noise": generator,
-                "callback": callback,
-            }
-            points.append(solve(solver, denoiser_of(network), noise, sigmas, **settings).cpu())
+            samples = solve(
+                solver,
+                denoiser_of(network),
+                noise,
+                sigmas,
+                order=order,
+                substeps=substeps,
+                shift=shift,
+                noise=generator,
+                callback=callback,
+            )
+        points.append(samples.cpu())
     return torch.cat(points)
 
 
 def compare_solvers(
     network: nn.Module, steps: list[int], count: int, seed: int = 0
 ) -> Iterator[tuple[str, int, Tensor]]:
-    """(solver, steps, points (count, 2)) for Euler on the mean, GM-ODE 2 and GM-SDE 2; GM-ODE takes 8 substeps between two
-    network calls, and at least 32 in all."""
-    for solver in ("euler", "gm-ode", "gm-sde"):
+    """Sample a 2-D model with every solver of SOLVER_TITLES and number of steps.
+
+    GM-ODE takes 8 substeps between two network calls, and at least 32 in all.
+
+    Yields:
+        (solver, steps, points (count, 2)).
+    """
+    for solver in SOLVER_TITLES:
         for n in steps:
-            yield (
-                solver,
-                n,
-                sample_points(
-                    network, count, solver=solver, steps=n, substeps=max(8, 32 // n), seed=seed
-                ),
-            )
+            settings = {"solver": solver, "steps": n, "substeps": max(8, 32 // n), "seed": seed}
+            yield solver, n, sample_points(network, count, **settings)
 
 
 def comparison_sheet(
     samples: list[tuple[str, int, Tensor]], data: Tensor, title: str
 ) -> Image.Image:
-    """The picture of `compare_solvers`, a row for each solver, below one of the data; the captions give the network calls
-    and the total variation distance (TV) to the checkerboard."""
+    """Draw the samples of `compare_solvers`, a row for each solver, below a picture of the data.
+
+    Captions give the network calls and the total variation distance (TV) to the checkerboard.
+    """
     rows = []
     for solver, name in SOLVER_TITLES.items():
         cells = [

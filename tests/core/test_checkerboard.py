@@ -1,4 +1,4 @@
-"""The checkerboard: its draws, its density, and the distance that judges samples."""
+"""Checkerboard: its draws, its density, and the distance that judges samples."""
 
 import pytest
 import torch
@@ -66,9 +66,8 @@ def test_a_uniform_box_is_half_wrong():
 def test_samples_outside_count_as_wrong():
     inside, far = exact_draws(150_000), torch.full((50_000, 2), 100.0)
     lost = total_variation(torch.cat([inside, far]))
-    assert lost == pytest.approx(
-        0.25, abs=0.005
-    )  # a quarter is missing inside, and the floor hides in it
+    # a quarter is missing inside; the distance of exact samples hides in it
+    assert lost == pytest.approx(0.25, abs=0.005)
     assert total_variation(far) == pytest.approx(1)
     assert total_variation(
         torch.cat([inside, torch.full((50_000, 2), float("nan"))])

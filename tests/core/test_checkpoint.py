@@ -1,4 +1,4 @@
-"""Checkpoints: round trips, atomic writing, and for every kind of bad file an error that names it and says what to do."""
+"""Checkpoints: round trips, failed writes, and an error with advice for every kind of bad file."""
 
 import io
 import json
@@ -98,7 +98,7 @@ def test_a_file_from_before_the_data_entry_has_none(saved):
 
 
 def test_every_length_of_the_header_is_read(path):
-    """A file begins with that length: some lengths begin like a pickle or a zip."""
+    """Files begin with the length of the header, and some lengths begin like a pickle or a zip."""
     seen, model = set(), network()
     for pad in range(0, 300, 8):
         save_checkpoint(model, path, facts={"pad": "x" * pad})
@@ -148,7 +148,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def retrained(**config):
-    """Metadata with another config."""
+    """Return metadata with another config."""
     return {"config": json.dumps({**vars(network().config), **config})}
 
 
@@ -227,7 +227,7 @@ def torch_saved(as_zip):
 
 
 def rewrite(path, tensors=(), metadata=()):
-    """The checkpoint with other tensors or metadata; None removes an entry."""
+    """Rewrite the checkpoint with other tensors or metadata; None removes an entry."""
     config = json.dumps(vars(network().config))
     entries = {
         "format": "gmflow-1",

@@ -1,4 +1,4 @@
-"""The `gmflow` command on the shipped model."""
+"""Command line of `gmflow` on the shipped models."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ from gmflow_core.toys.points import sample_points
 
 @pytest.mark.parametrize("solver", ["gm-ode", "gm-sde"])
 def test_shipped_model_samples_the_checkerboard(solver):
-    """In four steps: nearly all points within 0.05 of the board, at a distance near that of as many exact samples."""
+    """In four steps nearly all points lie on the board, as far from it as exact samples do."""
     network, _ = load_checkpoint(DEMO_MODEL)
     points = sample_points(network, 20_000, solver=solver, steps=4)
     floor = total_variation(draw_checkerboard(20_000, torch.Generator().manual_seed(1)))
@@ -101,7 +101,7 @@ def test_errors_are_one_line(arguments, complaint):
 
 
 def test_density_picture_puts_points_where_they_are():
-    """y upwards; points outside the frame are left out; bins need not divide the size."""
+    """Draw y upwards, leave out points outside the frame; bins need not divide the size."""
     picture = density_picture(
         torch.tensor([[3.0, -3.0], [99.0, 0.0]]), size=100, bins=30, extent=4.0
     )
@@ -114,7 +114,7 @@ def test_density_picture_puts_points_where_they_are():
 
 
 def test_sample_draws_the_classes_asked_for(tmp_path):
-    """The shipped digits: each label's own, a row of three."""
+    """Sample the shipped digits: a row of three for each label."""
     checkpoint, common = (
         str(SHIPPED / "digits_k8.safetensors"),
         ["--steps", "4", "--count", "3", "--device", "cpu"],

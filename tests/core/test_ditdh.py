@@ -1,4 +1,4 @@
-"""DiTDH: the reference's figures, published sizes, the two parts, labels or none, and a mixture at its output."""
+"""DiTDH: reference figures, published sizes, its two parts, labels, and a mixture at its output."""
 
 import dataclasses
 
@@ -36,7 +36,7 @@ def published_tensors():
 
 
 def test_golden_network():
-    """RAE's public DiTwDDTHead, under its own names."""
+    """Compare with figures of RAE's public DiTwDDTHead, whose names are the same."""
     figures, network = golden("ddt_tiny"), DiTDH.from_published(published_tensors(), head_layers=1)
     assert dataclasses.replace(network.config, num_classes=10, log_std_dim=16) == DiTDHConfig(
         **SMALL
@@ -66,7 +66,7 @@ def test_published_tensors_that_do_not_fit_are_named():
     [({}, 838_380_628), (S, 196_357_204), (MODES, 846_664_660), ({"num_classes": 0}, 837_227_476)],
 )
 def test_published_sizes(changes, count):
-    """839 M and 196 M, of which the published files store 0.3 M of positions that are computed here."""
+    """XL 838.4 M, S 196.4 M. Published files also store positions, which are computed here."""
     with torch.device("meta"):
         network = DiTDH(DiTDHConfig(**changes))
     assert sum(p.numel() for p in network.parameters()) == count
@@ -147,9 +147,8 @@ def test_positions_are_relative_in_rotations_and_stretch_with_the_grid():
     turned_q, turned_k = (
         rotate_pairs(t.expand(15, 8), cosine, sine).unflatten(0, (3, 5)) for t in (q, k)
     )
-    products = torch.einsum(
-        "hwc,hwc->hw", turned_q[:2, :3], turned_k[1:, 2:]
-    )  # one down, two to the right
+    # each query with the key one down and two to the right
+    products = torch.einsum("hwc,hwc->hw", turned_q[:2, :3], turned_k[1:, 2:])
     assert torch.allclose(products, products[0, 0].expand(2, 3), atol=1e-5)
     assert not torch.allclose(products[0, 0], (turned_q[0, 0] * turned_k[1, 1]).sum(), atol=1e-3)
     half, whole = grid_rotation(2, 2, 8, 4), grid_rotation(4, 4, 8, 4)
@@ -165,7 +164,7 @@ def test_positions_are_relative_in_rotations_and_stretch_with_the_grid():
 
 
 def test_patches_are_put_back_where_they_came_from():
-    """Without what the trunk and attention say, a pixel depends on its own patch alone."""
+    """Without trunk and attention, a pixel depends on its own patch alone."""
     network = small_network(patch_size=2, num_components=2)
     for part in (network.s_projector, *(block.adaLN_modulation[-1] for block in network.blocks)):
         torch.nn.init.zeros_(part.weight)
@@ -197,7 +196,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory():
 
 
 def test_low_precision():
-    """bfloat16 weights, or autocast, give float32 mixtures near the exact ones, with the same frequencies of time."""
+    """bfloat16 weights or autocast give float32 mixtures near the exact ones."""
     network, x = small_network(), normal(2, 6, 4, 4)
     arguments = x, torch.tensor([0.3, 0.8]), torch.tensor([0, 10])
     exact, frequencies = network(*arguments).means, network.t_embedder.W.clone()

@@ -1,4 +1,4 @@
-"""GM-DiT and its spectrum network: the reference's figures, sizes, labels, and what only the whole network can get wrong."""
+"""GM-DiT and its spectrum network: reference figures, sizes, labels, patches, initialisation."""
 
 import dataclasses
 

@@ -45,13 +45,12 @@ def test_hadamard_is_orthogonal_symmetric_and_regular(size: int) -> None:
     assert torch.equal(matrix, matrix.T)
     assert torch.allclose(matrix @ matrix, torch.eye(size).double(), atol=1e-6)
     assert torch.allclose(matrix.abs(), torch.full_like(matrix, size**-0.5))
-    assert torch.allclose(
-        matrix.sum(0), torch.ones(size).double(), atol=1e-6
-    )  # regular: no row is a plain mean
+    sums = matrix.sum(0)  # regular: no row is a plain mean
+    assert torch.allclose(sums, torch.ones(size).double(), atol=1e-6)
 
 
 def test_hadamard_is_that_of_comfyui() -> None:
-    """Files are exchanged, so every sign counts: the 4 x 4 matrix as ComfyUI has it, and the order of the product."""
+    """Files are exchanged with ComfyUI, so the 4 x 4 matrix and the product's order are fixed."""
     four = torch.tensor([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]) / 2
     assert torch.equal(hadamard(4), four)
     assert torch.equal(hadamard(16), torch.kron(four, four))
@@ -115,7 +114,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_small_float32_copies_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No float32 tensor larger than a chunk is made, whatever the size of the weight."""
+    """Make no float32 tensor larger than a chunk, whatever the size of the weight."""
     sizes = []
     real = quantize.rotate
     monkeypatch.setattr(quantize, "CHUNK", {"cpu": 1024})
@@ -153,13 +152,10 @@ def test_refuses_what_is_no_float_matrix(weight: Tensor) -> None:
 
 def test_stochastic_rounding_is_right_on_average() -> None:
     weight = normal(8, 64)
-    mean = torch.stack([quantize_rows(weight, seed=seed).dequantize() for seed in range(400)]).mean(
-        0
-    )
-    step = quantize_rows(weight).scale
-    assert (
-        (mean - weight).abs() < 0.15 * step
-    ).all()  # one draw is off by up to a step, 400 by about 0.025 on average
+    draws = [quantize_rows(weight, seed=seed).dequantize() for seed in range(400)]
+    error = (torch.stack(draws).mean(0) - weight).abs()
+    # one draw is off by up to a step, the mean of 400 by about 0.025 steps
+    assert (error < 0.15 * quantize_rows(weight).scale).all()
     assert torch.equal(quantize_rows(weight, seed=3).values, quantize_rows(weight, seed=3).values)
     assert not torch.equal(
         quantize_rows(weight, seed=3).values, quantize_rows(weight, seed=4).values
@@ -167,7 +163,7 @@ def test_stochastic_rounding_is_right_on_average() -> None:
 
 
 def test_changes_below_a_step_survive_stochastic_rounding_only() -> None:
-    """A LoRA on a rounded weight: to the nearest, most of a small change is rounded away."""
+    """Add a LoRA to a rounded weight: rounding to nearest would lose most of a small change."""
     rounded = quantize_rows(normal(64, 256)).dequantize()
     change = 0.003 * normal(64, 4, seed=1) @ normal(4, 256, seed=2) / 2
 
@@ -242,14 +238,17 @@ def test_bitsandbytes_gives_the_same_product() -> None:
 
 
 def test_bitsandbytes_is_imported_on_demand() -> None:
-    """It takes seconds, and ComfyUI works without."""
-    code = "import sys, gmflow_core, gmflow_core.quantization.int8; sys.exit('bitsandbytes' in sys.modules)"
+    """Import it only on use: that takes seconds, and ComfyUI works without."""
+    code = (
+        "import sys, gmflow_core, gmflow_core.quantization.int8; "
+        "sys.exit('bitsandbytes' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 @pytest.mark.parametrize("kind", ["none", "weights", "activations"])
 def test_error_is_at_most_half_of_fp8(kind: str) -> None:
-    """Outlier channels in the weight, or in the input, do not hurt either product."""
+    """Outlier channels in the weight or in the input hurt neither product."""
     weight, x = normal(512, 1024) / 32, normal(64, 1024, seed=1)
     if kind == "weights":
         weight[:, :8] *= 10
@@ -276,10 +275,8 @@ def test_pack_and_back(shape: tuple[int, int]) -> None:
     assert packed.dtype == torch.int8
     assert packed.shape[1] == shape[1]
     assert packed.shape[0] > shape[0]
-    for kept in (
-        packed,
-        packed.float(),
-    ):  # ComfyUI's patcher casts a weight before it asks for the conversion
+    # ComfyUI's patcher casts a weight before it asks for the conversion
+    for kept in (packed, packed.float()):
         back = unpack(kept, shape[0], int8.group)
         assert torch.equal(back.values, int8.values)
         assert torch.equal(back.scale, int8.scale)
@@ -290,7 +287,7 @@ def test_pack_and_back(shape: tuple[int, int]) -> None:
 
 
 def test_need_of_the_real_models() -> None:
-    """The shapes add up to the published sizes, 8 bit is half of 16, and every row says that it is computed."""
+    """Shapes add up to the published sizes, 8 bit is half of 16, rows are marked as computed."""
     rows = {(row["model"], row["weights"]): row for row in compute_need()}
     assert set(rows) == {
         (model, kind) for model in ("FLUX.1", "Qwen-Image") for kind in ("bf16", "fp8", "8-bit")

@@ -1,5 +1,8 @@
-"""Both mixtures at once: with the mode known, all of the path, the losses and the solvers hold in the mode's frame. The
-reference is x itself: quadrature over x_0, draws of the source, and a fine ODE, none of which knows the frame."""
+"""Mode frame: path, losses and solvers hold in the frame of a known mode.
+
+References are computed on x without the frame: quadrature over x_0, draws of the source, and a
+fine ODE.
+"""
 
 import math
 
@@ -28,9 +31,9 @@ JUMPS = [(1.0, 0.6), (0.9, 0.3), (0.5, 0.45), (0.3, 0.1)]  # sigma_high, sigma_l
 
 
 class World:
-    """A source of spherical modes, and for each of them data of their own: K Gaussians of one width.
+    """A source of spherical modes, with data for each mode: K Gaussians of one width.
 
-    Everything about x is written out here: p(x_0 | m) = sum_k w_mk N(centres_mk, width^2) and
+    All distributions of x are written out here: p(x_0 | m) = sum_k w_mk N(centres_mk, width^2) and
     x_sigma = (1 - sigma) x_0 + sigma (mu_m + s_m eps).
     """
 
@@ -48,7 +51,7 @@ class World:
         self.dims = dims
 
     def posterior(self, modes, x, sigma):
-        """p(x_0 | x, m) by Bayes' rule; sigma > 0."""
+        """Return p(x_0 | x, m) by Bayes' rule; sigma > 0."""
         mu, s = self.source.moments(modes)
         precision = ((1 - sigma) / (sigma * s)).square()  # of x_0 in the likelihood, (B, 1)
         var = 1 / (1 / self.width**2 + precision)
@@ -62,7 +65,7 @@ class World:
         )
 
     def network(self, modes):
-        """The perfect one: the distribution of u = (x - x_0) / sigma."""
+        """Return the perfect network: the distribution of u = (x - x_0) / sigma."""
 
         def predict(x, sigma):
             sigma = sigma[0].item() if isinstance(sigma, torch.Tensor) else sigma
@@ -79,14 +82,14 @@ class World:
         return self.centres[modes, component] + self.width * noise
 
     def draw(self, count, sigma, seed=0):
-        """x_sigma and the modes, by simulation."""
+        """Simulate x_sigma and the modes."""
         generator = torch.Generator().manual_seed(seed)
         modes = self.source.draw_modes(count, generator)
         x0 = self.draw_x0(modes, generator)
         return (1 - sigma) * x0 + sigma * self.source.draw(modes, generator), modes
 
     def grid(self, modes):
-        """Points (N, dims) around the data of all modes, and log p(x_0 | m) plus the log of a cell's size, (B, N)."""
+        """Return points (N, dims) and the log-probability of each one's cell given m, (B, N)."""
         low, high = self.centres.min() - 8 * self.width, self.centres.max() + 8 * self.width
         axis = torch.linspace(low.item(), high.item(), {1: 4001, 2: 401}[self.dims], dtype=F64)
         x0 = torch.cartesian_prod(*[axis] * self.dims).reshape(-1, self.dims)
@@ -97,7 +100,7 @@ class World:
         )
 
     def log_likelihood(self, x0, x, sigma, modes):
-        """log p(x_sigma = x | x_0, m): (B, N) for x_0 (N, D)."""
+        """Return log p(x_sigma = x | x_0, m), (B, N) for x_0 (N, D)."""
         mu, s = self.source.moments(modes)
         std = sigma * s
         offset = (x - sigma * mu)[:, None] - (1 - sigma) * x0
@@ -107,7 +110,7 @@ class World:
 
 
 def jump(world, high, low, count=6, seed=5):
-    """Modes, the frame, x at sigma_high and x at sigma_low of one path each."""
+    """Return modes, their frame, and x at sigma_high and at sigma_low on the same paths."""
     x_low, modes = world.draw(count, low, seed)
     frame = world.source.frame(modes)
     noise = normal(count, world.dims, seed=seed + 1, dtype=F64)
@@ -116,7 +119,7 @@ def jump(world, high, low, count=6, seed=5):
 
 
 def x0_in_frame(world, modes, frame, x, sigma):
-    """y_0 given x, from the perfect network by way of the frame."""
+    """Return y_0 given x, from the perfect network through the frame."""
     y = frame.enter(x, sigma)
     return velocity_to_x0(frame.network(world.network(modes))(y, sigma), y, sigma), y
 
@@ -145,7 +148,7 @@ def test_the_frame_makes_the_noise_standard_normal_and_the_path_an_ordinary_one(
 @pytest.mark.parametrize("dims", [1, 2])
 @pytest.mark.parametrize(("high", "low"), JUMPS)
 def test_forward_transitions_keep_the_marginals(dims, high, low):
-    """x_t = r (x_s - sigma_s mu) + sigma_t mu + s sqrt(beta) xi has the mean and the variance of x_t given x_0."""
+    """Check mean and variance of r (x_s - sigma_s mu) + sigma_t mu + s sqrt(beta) xi given x_0."""
     world = World(dims)
     modes = torch.arange(3)
     frame, x0 = world.source.frame(modes), normal(3, dims, dtype=F64)
@@ -168,7 +171,7 @@ def test_forward_transitions_keep_the_marginals(dims, high, low):
 @pytest.mark.parametrize("dims", [1, 2])
 @pytest.mark.parametrize(("high", "low"), JUMPS)
 def test_reverse_transitions_and_their_nll_against_quadrature(dims, high, low):
-    """p(x_low | x_high) = p(x_high | x_low) integral p(x_0) p(x_low | x_0) / integral p(x_0) p(x_high | x_0)."""
+    """Check p(x_low | x_high) = p(x_high | x_low) p(x_low) / p(x_high), by integrals over x_0."""
     world = World(dims)
     modes, frame, x_high, x_low = jump(world, high, low)
     x0, log_prior = world.grid(modes)
@@ -200,7 +203,7 @@ def test_reverse_transitions_and_their_nll_against_quadrature(dims, high, low):
 @pytest.mark.parametrize("dims", [1, 2])
 @pytest.mark.parametrize(("src", "dst"), [*JUMPS, (0.3, 0.5)])
 def test_posterior_means_elsewhere_against_quadrature(dims, src, dst):
-    """From one network call at (x_src, sigma_src) to E[x_0 | x, sigma] at any other place."""
+    """Derive E[x_0 | x, sigma] anywhere from one network call at (x_src, sigma_src)."""
     world = World(dims)
     x_src, modes = world.draw(6, src)
     x, frame = world.draw(6, dst, seed=9)[0], world.source.frame(modes)
@@ -230,7 +233,7 @@ def test_without_the_frame_the_weights_are_wrong():
 
 @pytest.mark.parametrize(("high", "low"), JUMPS)
 def test_simulated_paths_are_standard_normal_under_the_predicted_transition(high, low):
-    """The Knothe-Rosenblatt map of p(x_low | x_high) takes draws of the source, diffused, to N(0, I)."""
+    """Map simulated x_low to N(0, I) by the Knothe-Rosenblatt map of p(x_low | x_high)."""
     world, count = World(2), 40_000
     modes, frame, x_high, x_low = jump(world, high, low, count)
     mixture, y_high = x0_in_frame(world, modes, frame, x_high, high)
@@ -252,21 +255,20 @@ def test_one_step_of_gm_sde_keeps_the_marginal(high, low, order):
         mine = x[modes == mode]
         mu, s = world.source.means[mode], world.source.std[mode]
         std = (((1 - low) * world.width) ** 2 + (low * s).square()).sqrt()
-        each = torch.special.ndtr(
-            (mine.unsqueeze(1) - (1 - low) * world.centres[mode] - low * mu) / std
-        )  # (N, K, D)
+        offset = mine.unsqueeze(1) - (1 - low) * world.centres[mode] - low * mu  # (N, K, D)
+        each = torch.special.ndtr(offset / std)
         assert kolmogorov((each * world.weights[mode].unsqueeze(1)).sum(1)) < 1.95
 
 
 def kolmogorov(levels):
-    """Kolmogorov's statistic of levels (N, D) against the uniform distribution, times sqrt(N); the largest of the axes."""
+    """Return Kolmogorov's statistic of levels (N, D) in [0, 1] times sqrt(N), the largest axis'."""
     count = len(levels)
     steps = (torch.arange(count, dtype=levels.dtype).unsqueeze(1) + 0.5) / count
     return (levels.sort(0).values - steps).abs().max().item() * math.sqrt(count)
 
 
 def flow(world, modes, x, high, low, steps=4000):
-    """x at sigma_low on the ODE of the exact mean velocity of x, by Runge and Kutta's fourth-order method."""
+    """Integrate the ODE of the exact mean velocity of x to sigma_low, by Runge-Kutta 4."""
     velocity = lambda x, sigma: world.network(modes)(x, max(sigma, 1e-9)).mean()  # noqa: E731
     h = (low - high) / steps
     for i in range(steps):
@@ -281,7 +283,7 @@ def flow(world, modes, x, high, low, steps=4000):
 
 @pytest.mark.parametrize("dims", [1, 2])
 def test_rollouts_follow_the_flow_of_x(dims):
-    """One network call, then substeps in the frame: their error falls like the length of a substep."""
+    """After one network call, the error of substeps in the frame falls like a substep's length."""
     world, high, low = World(dims), 0.95, 0.1
     modes, frame, x, _ = jump(world, high, 0.5, count=16)
     exact = flow(world, modes, x, high, low, steps=400)

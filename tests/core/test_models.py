@@ -1,4 +1,4 @@
-"""The 2-D network: shapes, independence of its pixels, precision, size and configuration."""
+"""MLP for 2-D points: shapes, independence of its pixels, precision, size and configuration."""
 
 import pytest
 import torch

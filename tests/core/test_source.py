@@ -1,4 +1,4 @@
-"""The Gaussian-mixture source: draws, assignment, files, and published mixtures in pickles."""
+"""Gaussian-mixture source: draws, assignment, moments, files, published mixtures in pickles."""
 
 import builtins
 import copy
@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from gmflow_core.source.files import load_source, read_source_metadata, save_source
+from gmflow_core.source.moments import RunningMoments
 from gmflow_core.source.pickles import convert_pickle
 from gmflow_core.source.source import GaussianMixtureSource, LogJoint, _choose
 from tests.helpers import F64, normal
@@ -30,7 +31,7 @@ def random_source(
 
 
 def exact_responsibilities(source, x):
-    """p(m | x) in float64, every difference written out."""
+    """Compute p(m | x) in float64, with every difference written out."""
     means, std = (
         source.means.double().flatten(1),
         source.std.double().expand_as(source.means).flatten(1),
@@ -105,11 +106,9 @@ def test_what_a_posterior_needs_of_the_source_is_computed_once(monkeypatch):
 
 
 def test_a_posterior_waits_for_no_device():
-    """On the device "meta", whose tensors have no values to read; samples that are not finite still get a mode."""
-    source, away = (
-        random_source(),
-        copy.copy(random_source()),
-    )  # a copy, as what makes a source looks at its values
+    """Run on the device "meta", where reading a value fails; NaN samples still get a mode."""
+    source = random_source()
+    away = copy.copy(random_source())  # a copy, as a constructor reads the values
     for name in ("means", "std", "log_weights"):
         object.__setattr__(away, name, getattr(source, name).to("meta"))
     for coupling in ("soft", "hard"):
@@ -173,11 +172,8 @@ def test_files_round_trip(tmp_path, spherical):
     save_source(
         source, tmp_path / "source.safetensors", facts={"seed": 3}, data={"space": "pixels"}
     )
-    for place in (
-        tmp_path / "source.safetensors",
-        tmp_path,
-        str(tmp_path),
-    ):  # the file, or its folder
+    # the file, or its folder
+    for place in (tmp_path / "source.safetensors", tmp_path, str(tmp_path)):
         again = load_source(place)
         for mine, theirs in ((source, again), (source.assigner, again.assigner)):
             assert all(
@@ -322,12 +318,11 @@ def test_attacks_are_refused_and_do_nothing(tmp_path):
             ValueError, match=r"refused: it asks for Python's .* it may be an attack"
         ):
             convert_pickle(write_pickle(tmp_path, {**arrays, "more": attack}))
-    harmless = Attack(np.testing.assert_equal, 1, 2)  # of NumPy, and so not called at all
+    harmless = Attack(np.testing.assert_equal, 1, 2)  # NumPy's: becomes a record, is not called
     assert convert_pickle(write_pickle(tmp_path, {**arrays, "more": harmless})).num_modes == 2
     assert not marker.exists()
-    (tmp_path / "mixture.pkl").write_bytes(
-        b"c_codecs\nencode\n}S'x'\nI1\nsb."
-    )  # would change a function of ours
+    # this pickle would change a function of ours
+    (tmp_path / "mixture.pkl").write_bytes(b"c_codecs\nencode\n}S'x'\nI1\nsb.")
     with pytest.raises(ValueError, match="refused: it changes a function"):
         convert_pickle(tmp_path / "mixture.pkl")
 
@@ -373,3 +368,15 @@ def test_the_largest_uniform_number_is_a_mode_too():
     ones = torch.ones(4)
     assert source.draw_modes(4, uniform=ones).tolist() == [1] * 4
     assert source.posterior_modes(torch.full((4, 1), 9.0), uniform=ones).tolist() == [1] * 4
+
+
+def test_running_moments_of_one_mode_are_those_of_all_samples():
+    """In float64, for values whose mean is far larger than their spread, whatever the batches."""
+    x = 1000 + normal(50, 3, 2, 2) * torch.tensor([0.1, 1, 10]).view(3, 1, 1)
+    moments = RunningMoments(1, (3, 2, 2), spherical=False, dtype=torch.float64)
+    for part in x.split([7, 1, 30, 12]):
+        moments.add(part, torch.zeros(len(part), dtype=torch.int64))
+    var, mean = torch.var_mean(x.double(), 0, correction=0)
+    assert moments.counts.tolist() == [50]
+    torch.testing.assert_close(moments.means[0], mean, rtol=1e-13, atol=0)
+    torch.testing.assert_close(moments.squares[0] / 50, var, rtol=1e-9, atol=0)

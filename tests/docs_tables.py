@@ -101,7 +101,7 @@ def filled(table: str, lines: str, records: list[Record], file: str) -> str:
 
     Args:
         table: header, rule and rows in markdown.
-        lines: of the mark: at most one "cell", one "row" for each row, one "column" for each column.
+        lines: of the mark: at most one "cell"; a "row" for each row, a "column" for each column.
     """
     said: dict[str, list[Selection]] = {"cell": [], "row": [], "column": []}
     for line in lines.strip().splitlines():

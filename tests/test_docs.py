@@ -30,7 +30,7 @@ each_page = pytest.mark.parametrize("name", PAGES)
 
 
 def code(text: str) -> list[str]:
-    """Return the lines of code of a page: its blocks, with continued lines joined, and its spans."""
+    """Return the code of a page: lines of its blocks, continued ones joined, and inline spans."""
     lines = [
         line for _, block in FENCE.findall(text) for line in block.replace("\\\n", " ").splitlines()
     ]

@@ -275,19 +275,26 @@ def transport_rows(bench: Bench) -> Iterator[dict]:
     shared = {"unit": ("means", size_of(mixture.means))}
     exact, exact_axes = cast(mixture, F64), axes.to(F64)
     straight = exact_axes.flatten(1, -3).squeeze(1)  # the naive form's shape, (B, C, C)
+
+    def ours(axes: Tensor | None = None) -> Tensor:
+        return mixture.from_normal(z, axes, quantile_form(z.device))
+
+    def ours_with_spectrum(axes: Tensor | None = None) -> Tensor:
+        return sample_with_spectrum(mixture, log_power, z, axes, quantile_form(z.device))
+
     yield bench.compare(
         "transport",
         describe(mixture, ", from_normal"),
         {
-            **with_compiled(bench, lambda: mixture.from_normal(z)),
+            **with_compiled(bench, ours),
             "naive": lambda: naive.from_normal(mixture, z),
             **peers.transports(mixture, z),
         },
         work=work,
         exact=lambda: exact.from_normal(z.to(F64), exact_axes),
         results={  # all forms share one set of axes, because the signs of axes are arbitrary
-            "ours": lambda: mixture.from_normal(z, axes),
-            "ours, compiled": compiled(lambda: mixture.from_normal(z, axes)),
+            "ours": lambda: ours(axes),
+            "ours, compiled": compiled(lambda: ours(axes)),
             "naive": lambda: naive.from_normal(mixture, z, straight.to(z)),
         },
         **shared,
@@ -296,14 +303,14 @@ def transport_rows(bench: Bench) -> Iterator[dict]:
         "transport",
         describe(mixture, ", sample_with_spectrum"),
         {
-            **with_compiled(bench, lambda: sample_with_spectrum(mixture, log_power, z)),
+            **with_compiled(bench, ours_with_spectrum),
             "naive": lambda: naive.sample_with_spectrum(mixture, log_power, z),
         },
         work=(work[0] + size_of(log_power), work[1]),
         exact=lambda: sample_with_spectrum(exact, log_power.to(F64), z.to(F64), exact_axes),
         results={
-            "ours": lambda: sample_with_spectrum(mixture, log_power, z, axes),
-            "ours, compiled": compiled(lambda: sample_with_spectrum(mixture, log_power, z, axes)),
+            "ours": lambda: ours_with_spectrum(axes),
+            "ours, compiled": compiled(lambda: ours_with_spectrum(axes)),
             "naive": lambda: naive.sample_with_spectrum(mixture, log_power, z, straight.to(z)),
         },
         **shared,

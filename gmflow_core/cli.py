@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from .files.checkpoint import SHIPPED, load_checkpoint, read_metadata, save_checkpoint
 from .files.labels import find_label
-from .models.mixture_output import MixtureOutput
+from .models.image_network import ImageNetwork
 from .pictures import image_grid, to_image
 from .sampling.guidance import Guidance
 from .sampling.images import sample_images
@@ -58,7 +58,7 @@ def sample(args: argparse.Namespace) -> None:
         )
     data = read_metadata(args.checkpoint)["data"]
     network, _ = load_checkpoint(args.checkpoint, device=args.device)
-    draw = sample_class_images if isinstance(network, MixtureOutput) else sample_density
+    draw = sample_class_images if isinstance(network, ImageNetwork) else sample_density
     tensors, picture = draw(args, network, data)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     if args.out.suffix == ".png":
@@ -106,7 +106,7 @@ def sample_density(
 
 
 def sample_class_images(
-    args: argparse.Namespace, network: MixtureOutput, data: dict[str, Any]
+    args: argparse.Namespace, network: ImageNetwork, data: dict[str, Any]
 ) -> tuple[dict, torch.Tensor]:
     """Sample images of the labels, and draw a grid with a row for each label.
 

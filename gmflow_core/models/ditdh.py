@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..gaussians.mixture import GaussianMixture
-from .mixture_output import ImageConfig, MixtureOutput, log_std_head, spectrum_network
+from .image_network import ImageConfig, ImageNetwork, log_std_head, spectrum_network
 from .position_features import grid_angles, grid_features
 from .state_dict import check_shapes, shapes_of
 
@@ -77,7 +77,7 @@ class DiTDHConfig(ImageConfig):
                 )
 
 
-class DiTDH(MixtureOutput, nn.Module):
+class DiTDH(ImageNetwork, nn.Module):
     """DiT^DH (Zheng et al. 2025, arXiv 2510.11690), with a mixture of velocities at its output.
 
     The decoupled head is that of DDT (Wang et al. 2025, arXiv 2504.05741).

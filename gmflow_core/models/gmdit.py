@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..gaussians.mixture import GaussianMixture
-from .mixture_output import ImageConfig, MixtureOutput, log_std_head, spectrum_network
+from .image_network import ImageConfig, ImageNetwork, log_std_head, spectrum_network
 from .position_features import grid_features, time_features
 
 TIME_FEATURES = 256  # number of cosines and sines of the time
@@ -54,7 +54,7 @@ class GMDiTConfig(ImageConfig):
         return self.num_heads * self.head_dim
 
 
-class GMDiT(MixtureOutput, nn.Module):
+class GMDiT(ImageNetwork, nn.Module):
     """DiT (Peebles & Xie 2023) with GMFlow's output (Chen et al. 2025, arXiv 2504.05304).
 
     It predicts means and log-weights for every latent pixel, and one log-std for the image. The

@@ -80,7 +80,7 @@ class GMFlowMLP(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
-        """Initialise as the reference: Kaiming, with equal weights and log-std 0 at first."""
+        """Initialise with Kaiming weights; mixture weights are equal and log-std is 0 at first."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")

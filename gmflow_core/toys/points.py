@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Iterator
 
 import torch
@@ -12,12 +13,12 @@ from torch import Tensor, nn
 from ..flow.path import flow_sigmas
 from ..pictures import contact_sheet
 from ..sampling.denoisers import denoiser_of
-from ..sampling.solvers import solve
+from ..sampling.solvers import SOLVERS, solve
 from .checkerboard import total_variation
 from .density_picture import density_picture
 
 CHUNK = 8_192  # points sampled at a time, so that they fit the cache
-SOLVER_TITLES = {"euler": "Euler on\nthe mean", "gm-ode": "GM-ODE 2", "gm-sde": "GM-SDE 2"}
+COMPARED = ("euler", "gm-ode", "gm-sde")  # solvers in the picture of `compare_solvers`
 
 
 def sample_points(
@@ -81,14 +82,14 @@ def sample_points(
 def compare_solvers(
     network: nn.Module, steps: list[int], count: int, seed: int = 0
 ) -> Iterator[tuple[str, int, Tensor]]:
-    """Sample a 2-D model with every solver of SOLVER_TITLES and number of steps.
+    """Sample a 2-D model with each of the COMPARED solvers and numbers of steps.
 
     GM-ODE takes 8 substeps between two network calls, and at least 32 in all.
 
     Yields:
         (solver, steps, points (count, 2)).
     """
-    for solver in SOLVER_TITLES:
+    for solver in COMPARED:
         for n in steps:
             settings = {"solver": solver, "steps": n, "substeps": max(8, 32 // n), "seed": seed}
             yield solver, n, sample_points(network, count, **settings)
@@ -102,12 +103,18 @@ def comparison_sheet(
     Captions give the network calls and the total variation distance (TV) to the checkerboard.
     """
     rows = []
-    for solver, name in SOLVER_TITLES.items():
+    for solver in COMPARED:
         cells = [
             (f"{n} step{'s' * (n > 1)}   TV {total_variation(points):.3f}", density_picture(points))
             for s, n, points in samples
             if s == solver
         ]
-        rows.append((name, cells))
+        rows.append((_row_title(solver), cells))
     reference = (f"data   TV {total_variation(data):.3f}", density_picture(data))
     return contact_sheet(rows, reference, title)
+
+
+def _row_title(solver: str) -> str:
+    """Return the solver's title, with its order if it has one, in short lines."""
+    entry = SOLVERS[solver]
+    return textwrap.fill(f"{entry.title} 2" if "order" in entry.settings else entry.title, 9)

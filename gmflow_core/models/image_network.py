@@ -59,7 +59,7 @@ class ImageConfig:
             object.__setattr__(self, "spectrum_layers", tuple(self.spectrum_layers))
 
 
-class MixtureOutput:
+class ImageNetwork:
     """Mixin for a network whose `config` is an `ImageConfig` and `gm_out` a `log_std_head`.
 
     Set `gradient_checkpointing` to compute the blocks again in the backward pass instead of

@@ -41,7 +41,7 @@ from training.data.shards import FORMAT, LatentDataset, write_index, write_shard
 from training.data.tokens import SETTINGS, WithTokens, write_tokens
 from training.imagenet import main, parse
 from training.loop.image_presets import PRESETS
-from training.loop.image_trainer import Trainer
+from training.loop.image_trainer import ImageTrainer
 from training.loop.mode_weights import ModeWeights
 
 ROOT = Path(__file__).parents[2]
@@ -96,7 +96,7 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
-def new_trainer(data: Path, out: Path, iterations: int, *more: str) -> Trainer:
+def new_trainer(data: Path, out: Path, iterations: int, *more: str) -> ImageTrainer:
     given = [
         "--preset",
         "digits",
@@ -108,10 +108,10 @@ def new_trainer(data: Path, out: Path, iterations: int, *more: str) -> Trainer:
         "--iterations",
         str(iterations),
     ]
-    return Trainer(parse([*given, *more]))
+    return ImageTrainer(parse([*given, *more]))
 
 
-def losses_of(trainer: Trainer, count: int) -> list[float]:
+def losses_of(trainer: ImageTrainer, count: int) -> list[float]:
     return [trainer.iterate()["loss"].item() for _ in range(count)]
 
 
@@ -129,7 +129,7 @@ def test_loss_falls(preset, data, tmp_path):
         "--lr",
         "3e-3",
     ]
-    trainer = Trainer(parse([*arguments, "--batch-size", "48", "--lr-schedule", "constant"]))
+    trainer = ImageTrainer(parse([*arguments, "--batch-size", "48", "--lr-schedule", "constant"]))
     losses = losses_of(trainer, 40)
     assert sum(losses[-5:]) / 5 < sum(losses[:5]) / 5 - 0.3
     assert (trainer.model.spectrum_net is None) == (preset == "digits_flow_matching")
@@ -174,9 +174,9 @@ def test_resumes_after_sigkill_to_the_same_weights(data, tmp_path):
 SLOW_STEPS = """
 import time
 from training.imagenet import main
-from training.loop.image_trainer import Trainer
-iterate = Trainer.iterate
-Trainer.iterate = lambda self: (time.sleep(0.1), iterate(self))[1]
+from training.loop.image_trainer import ImageTrainer
+iterate = ImageTrainer.iterate
+ImageTrainer.iterate = lambda self: (time.sleep(0.1), iterate(self))[1]
 main()
 """
 
@@ -188,9 +188,9 @@ def threads() -> str:
 TWO_PROCESSES = """
 import json, sys
 from training.imagenet import parse
-from training.loop.image_trainer import Trainer
+from training.loop.image_trainer import ImageTrainer
 arguments, count = sys.argv[2:], int(sys.argv[1])
-trainer = Trainer(parse(arguments))
+trainer = ImageTrainer(parse(arguments))
 losses = [trainer.accelerator.reduce(trainer.iterate()["loss"], "mean").item() for _ in range(count)]
 trainer.save()
 if trainer.accelerator.is_main_process:
@@ -302,15 +302,15 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_counted(data, tmp_path,
     )
     trainer.iterate()
     trainer.count_skipped()
-    assert (trainer.step, trainer.skipped) == (3, 1)
+    assert (trainer.step, trainer.skipped.total) == (3, 1)
     assert all(torch.equal(a, b) for a, b in zip(weights, trainer.model.parameters(), strict=True))
     towards = [a.lerp(w, 1 - trainer.decay(3)) for a, w in zip(average, weights, strict=True)]
     assert all(torch.allclose(a, b) for a, b in zip(towards, trainer.average, strict=True))
     monkeypatch.undo()
     trainer.run()
-    assert (trainer.step, trainer.skipped) == (12, 1)
+    assert (trainer.step, trainer.skipped.total) == (12, 1)
     assert read_metadata(trainer.path)["training"]["skipped_steps"] == 1
-    assert new_trainer(data, tmp_path, 20).skipped == 1
+    assert new_trainer(data, tmp_path, 20).skipped.total == 1
 
 
 def test_a_run_without_finite_gradients_ends_with_its_last_good_state(data, tmp_path, monkeypatch):
@@ -424,9 +424,11 @@ def test_the_papers_preset():
         10.0,
         1000,
     )
-    decay = Trainer.decay(type("T", (), {"config": config}), 200_000)
+    decay = ImageTrainer.decay(type("T", (), {"config": config}), 200_000)
     assert decay == pytest.approx(0.5 ** (4096 / 30e6))
-    assert Trainer.decay(type("T", (), {"config": config}), 1000) == pytest.approx(0.5 ** (1 / 50))
+    assert ImageTrainer.decay(type("T", (), {"config": config}), 1000) == pytest.approx(
+        0.5 ** (1 / 50)
+    )
 
 
 @pytest.mark.parametrize("ratio", [0.8, None])
@@ -611,7 +613,7 @@ def source(data) -> Path:
     return data / "source.safetensors"
 
 
-def modes_trainer(data: Path, source: Path, out: Path, *more: str) -> Trainer:
+def modes_trainer(data: Path, source: Path, out: Path, *more: str) -> ImageTrainer:
     given = [
         "--preset",
         "digits_modes",
@@ -623,7 +625,7 @@ def modes_trainer(data: Path, source: Path, out: Path, *more: str) -> Trainer:
         "--out",
         str(out),
     ]
-    return Trainer(parse([*given, "--iterations", "10", "--picture-every", "5", *more]))
+    return ImageTrainer(parse([*given, "--iterations", "10", "--picture-every", "5", *more]))
 
 
 def test_noise_comes_from_the_samples_mode_which_is_its_label(data, source, tmp_path):

@@ -16,12 +16,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
-from training import digits
+from training.data import digits
 from training.data.image_folder import ImageCrops, centre_crop, list_images, read_rgb
+from training.data.preparation import PreparationConfig, prepare
 from training.data.shards import LatentDataset, read_index, shard_name, to_model, to_pixels
+from training.digits import main as digits_main
 from training.encoders.load import load_vae
 from training.evaluation.saturation import image_saturation, saturation_cdf, saturation_distance
-from training.prepare import Config, main, prepare
+from training.prepare import main
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,7 +57,7 @@ def run(data, out, **options):
         "device": "cpu",
         **options,
     }
-    return prepare(Config(data=data, out=out, **settings))
+    return prepare(PreparationConfig(data=data, out=out, **settings))
 
 
 def shards(folder):
@@ -180,16 +182,8 @@ def test_two_processes_write_the_same_bytes(images, tmp_path):
         "--device",
         "cpu",
     ]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "training.prepare",
-    ]
+    launcher = "-m torch.distributed.run --standalone --nproc-per-node 2 -m training.prepare"
+    command = [sys.executable, *launcher.split()]
     done = subprocess.run(
         [*command, "--data", str(images), "--out", str(tmp_path / "two"), *options],
         cwd=ROOT,
@@ -332,7 +326,7 @@ def test_errors_name_the_folder_and_the_fix(images, tmp_path):
         main(["--data", str(tmp_path / "nowhere"), "--out", str(out)])
     for wrong in ({"size": 0}, {"shard_size": 0}, {"workers": -1}, {"seed": -1}, {"device": "gpu"}):
         with pytest.raises(ValueError, match=next(iter(wrong)).replace("_", "-")):
-            Config(data=images, out=out, **wrong)
+            PreparationConfig(data=images, out=out, **wrong)
 
 
 def test_latents_are_posterior_samples(images, tiny_vae, tmp_path):
@@ -454,12 +448,12 @@ def test_reader_errors(images, tmp_path):
 
 def test_digits_folder(tmp_path, capsys):
     pytest.importorskip("sklearn")
-    digits.main(["--out", str(tmp_path / "digits"), "--copies", "2"])
+    digits_main(["--out", str(tmp_path / "digits"), "--copies", "2"])
     assert "2876 pictures" in capsys.readouterr().out
     sources = {}
     for part in ("train", "test"):
         index = prepare(
-            Config(
+            PreparationConfig(
                 data=tmp_path / "digits" / part,
                 out=tmp_path / part,
                 size=8,
@@ -482,7 +476,7 @@ def test_digits_folder(tmp_path, capsys):
     assert saturation_distance(measured * 1.3) > 0.25
     assert saturation_distance(torch.ones(10)) == pytest.approx(1)
     with pytest.raises(SystemExit, match="exists already; delete it"):
-        digits.main(["--out", str(tmp_path / "digits")])
+        digits_main(["--out", str(tmp_path / "digits")])
 
 
 @pytest.mark.parametrize("size", [8, 16])

@@ -1,4 +1,4 @@
-"""The checkerboard trainer: it learns, it resumes exactly after SIGKILL, and it reports."""
+"""Test the checkerboard trainer: learning, exact resume after SIGKILL, the report."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from shlex import split
 
 import pytest
 import torch
@@ -23,20 +24,7 @@ from training.loop.checkerboard_trainer import CheckerboardTrainer, draw_batch, 
 from training.loop.optimizer import lr_factor
 
 ROOT = Path(__file__).parents[2]
-SMALL = [
-    "-k",
-    "4",
-    "--batch-size",
-    "64",
-    "--warmup",
-    "5",
-    "--checkpoint-every",
-    "10",
-    "--log-every",
-    "5",
-    "--device",
-    "cpu",
-]
+SMALL = split("-k 4 --batch-size 64 --warmup 5 --checkpoint-every 10 --log-every 5 --device cpu")
 
 
 def train(out: Path, iterations: int, *more: str) -> CheckerboardTrainer:
@@ -183,7 +171,7 @@ def test_diverged_run_keeps_its_last_good_checkpoint(tmp_path):
 
 
 def test_processes_share_the_batch():
-    """Whatever the number of processes, together they see the batch that one would see."""
+    """Together, any number of processes see the batch that one would see."""
     config = CheckerboardConfig(batch_size=10)
     whole = draw_batch(config, torch.Generator().manual_seed(0))["x"]
     shares = [

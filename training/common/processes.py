@@ -72,10 +72,10 @@ def together(state: PartialState) -> Iterator[None]:
 
 @contextmanager
 def stop_signals() -> Iterator[threading.Event]:
-    """Give an event that Ctrl-C and SIGTERM set, instead of interrupting the code in the block.
+    """Yield an event that Ctrl-C and SIGTERM set, instead of interrupting the code in the block.
 
-    The block looks at the event where it can stop without loss. Signals reach the main thread
-    only: in another thread the event stays unset.
+    The block checks the event where it can stop without loss. Only the main thread can handle
+    signals: in another one the event stays unset.
     """
     stopped = threading.Event()
     if threading.current_thread() is not threading.main_thread():

@@ -21,7 +21,7 @@ SPLITS = {"train", "test", "val", "valid", "validation"}
 
 
 class ImageList(NamedTuple):
-    """The images of a folder of class folders."""
+    """Images of a folder of class folders."""
 
     root: Path
     folders: list[str]  # the classes, sorted
@@ -178,7 +178,7 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 class ImageCrops(Dataset):
-    """The images in the order of the list, cropped, flipped, each with its posterior noise.
+    """Images in the order of the list, cropped, flipped, each with its posterior noise.
 
     Args:
         images: from `list_images`.

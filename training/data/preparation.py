@@ -44,22 +44,21 @@ class PreparationConfig:
     flip: bool = True
     """Mirror each image with probability 1/2."""
     vae: str = SD_VAE
-    """The VAE: a folder in diffusers' layout, or its name on the hub; or an RAE such as
-    rae-dinov2-b (see training/rae.py)."""
+    """Folder of the VAE in diffusers' layout, or its name on the hub;
+    or an RAE such as rae-dinov2-b (see training/rae.py)."""
     dtype: Literal["float32", "float16"] = "float32"
-    """Type of the stored latents. ImageNet at 256 x 256 takes 21 GB in float32 and 10 GB in float16
-    for a VAE (4 x 32 x 32), 1.0 TB and 0.5 TB for an RAE (768 x 16 x 16). float16 rounds to 0.05 %;
-    training converts to float32."""
+    """Type of the stored latents; float16 takes half the space and rounds to 0.05 %.
+    ImageNet's latents of an RAE (768 x 16 x 16) take 1.0 TB in float32, 0.5 TB in float16;
+    those of a VAE (4 x 32 x 32) take 21 GB and 10 GB."""
     class_names: Path | None = None
-    """JSON file of readable names: a list in the order of the class folders, or {folder: name}, or
-    {"0": name}."""
+    """JSON file of readable names: a list in the order of the class folders,
+    or {folder: name}, or {"0": name}."""
     batch_size: int = 32
     """Images that the VAE encodes at a time."""
     shard_size: int = 4096
     """Images in a shard; a stop loses the work on one shard at most."""
     workers: int | None = None
-    """Processes that decode images, for each GPU; by default as many as there are cores for, up to
-    8."""
+    """Processes that decode images, for each GPU; None: as many as there are cores for, up to 8."""
     seed: int = 0
     """Seed of the flips and of the posterior samples."""
     device: str = "auto"

@@ -28,7 +28,7 @@ class ShardWriter:
         out: the prepared folder.
         images: all images of the plan.
         plan: from `make_plan`.
-        vae: encodes the images, on the device of `state`; None stores the pixels themselves.
+        vae: a VAE or an RAE on the device of `state`; None stores the pixels themselves.
         batch_size: images that the VAE encodes at a time.
         workers: processes that decode images; see `loader_workers`.
     """
@@ -133,10 +133,10 @@ def sample_shape(plan: dict[str, Any], vae: VAE | RAE | None) -> tuple[int, int,
 def until_stopped(loader: DataLoader, stopped: threading.Event) -> Iterator[Batch]:
     """Yield the loader's batches until the event is set.
 
-    The event is looked at between batches, so that no worker is left in the middle of a message.
+    The event is checked between batches, so that no worker is stopped in the middle of a message.
 
     Raises:
-        KeyboardInterrupt: it was set, and the last batch has been used.
+        KeyboardInterrupt: the event is set; the batch under way is done.
     """
     batches = iter(loader)
     while True:

@@ -58,7 +58,7 @@ def stored_dtype(record: dict[str, Any]) -> str:
 
 
 class LatentDataset(Dataset):
-    """The samples of a prepared folder.
+    """A data set of the samples in a prepared folder.
 
     A DataLoader fetches whole batches at once, so `collate_fn` has nothing to do:
 

@@ -90,6 +90,7 @@ def share_of(count: int, state: PartialState) -> range:
 
 
 def _shape(array: Any) -> list[int]:
+    """Return the shape of a NumPy array or of a slice of safetensors."""
     return list(array.shape if isinstance(array, np.ndarray) else array.get_shape())
 
 
@@ -234,6 +235,7 @@ def encoder_settings(encoder: str, input_size: int | None, size: int | None) -> 
 
 
 def _settings_text(settings: dict[str, Any]) -> str:
+    """Return the settings that are given, as text for a message."""
     return ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
 
 

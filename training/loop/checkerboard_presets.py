@@ -23,22 +23,20 @@ class CheckerboardConfig(TrainerConfig):
     preset: Literal["full", "minimal", "flow-matching"] = "full"
     """Preset that sets the other defaults."""
     out: Path = Path("outputs/checkerboard")
-    """Folder for the checkpoint, the TensorBoard logs and the report; a run found there is
-    resumed."""
+    """Folder for checkpoint, TensorBoard logs and report; a run found there is resumed."""
     num_components: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 64
     """K, the number of Gaussians."""
     constant_log_std: float | None = None
     """Fix the mixture's log-std instead of learning it; 0 with K = 1 is ordinary flow matching."""
     transition_ratio: float | None = 0.9
-    """Step of the transition loss, (sigma_high - sigma_low) / sigma_high in (0, 1]; None: plain
-    velocity NLL."""
+    """Step of the transition loss, (sigma_high - sigma_low) / sigma_high in (0, 1].
+    None: plain velocity NLL."""
     optimizer: Literal["adamw", "adam"] = "adamw"
     """AdamW (without weight decay) or Adam."""
     ema: bool = True
     """Keep the power-function average of the weights, decay (1 - 1/t)^8, and sample with it."""
     evaluate: Path | None = None
-    """Only write the report of this checkpoint, into --out or, without it, beside the
-    checkpoint."""
+    """Only write the report of this checkpoint: into --out, or without it beside the checkpoint."""
     eval_samples: int = 200_000
     """Samples for each solver and step count in the report."""
 

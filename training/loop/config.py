@@ -18,8 +18,7 @@ class TrainerConfig:
     """
 
     out: Path = Path("outputs/run")
-    """Folder for the checkpoint, the TensorBoard logs and the results; a run found there is
-    resumed."""
+    """Folder for checkpoint, TensorBoard logs and results; a run found there is resumed."""
     batch_size: int = 4096
     """Samples in an iteration, over all processes together."""
     iterations: int = 200_000
@@ -33,15 +32,13 @@ class TrainerConfig:
     ema: bool = True
     """Average the weights, and sample with the average."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Matrix products in float32 or bfloat16; weights, optimizer and mixture are float32 either
-    way."""
+    """Type of matrix products; weights, optimizer and mixture are always float32."""
     seed: int = 0
     """Seed of the weights and of the data."""
     device: str = "auto"
     """auto (the device that accelerate finds) or cpu."""
     shard: bool = False
-    """With several processes: divide weights, gradients and optimizer state among them (FSDP 2)
-    instead of copying them."""
+    """Divide weights, gradients and optimizer state among the processes (FSDP 2)."""
     checkpoint_every: int = 1000
     """Iterations between checkpoints."""
     log_every: int = 100

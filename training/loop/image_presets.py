@@ -34,8 +34,7 @@ class ImageConfig(TrainerConfig):
     data: Path = Path("data/imagenet_256")
     """Folder written by training.prepare."""
     out: Path = Path("outputs/imagenet")
-    """Folder for the checkpoint, the TensorBoard logs and the pictures; a run found there is
-    resumed."""
+    """Folder for checkpoint, TensorBoard logs and pictures; a run found there is resumed."""
     network: Literal["gmdit", "ditdh"] = "gmdit"
     """GM-DiT, or the DiT with a decoupled head (RAE's and MM-FM's)."""
     num_components: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 8
@@ -61,26 +60,24 @@ class ImageConfig(TrainerConfig):
     spectrum_layers: tuple[int, ...] | None = (64, 8)
     """Hidden widths of the spectrum network; None trains none."""
     transition_ratio: float | None = 0.5
-    """Step of the transition loss, (sigma_high - sigma_low) / sigma_high in (0, 1]; None: plain
-    velocity NLL."""
+    """Step of the transition loss, (sigma_high - sigma_low) / sigma_high in (0, 1].
+    None: plain velocity NLL."""
     time_sampling: Literal["logit-normal", "uniform"] = "logit-normal"
     """Distribution of sigma."""
     time_max: float = 1.0
     """Largest time; times above are set to it, before the shift."""
     time_shift: float = 1.0
-    """Shift of times towards noise, sigma = shift t / (1 + (shift - 1) t); for latents of many
-    dimensions (RAE) take sqrt(dimensions / 4096)."""
+    """Shift of times towards noise, sigma = shift t / (1 + (shift - 1) t).
+    For latents of many dimensions (RAE) take sqrt(dimensions / 4096)."""
     source: str | None = None
-    """Mixture source of the noise: file or folder written by training.fit_source, or the hub id of
-    such a folder. None: N(0, I)."""
+    """Mixture source of the noise: from training.fit_source, or the hub id of such a folder.
+    None: N(0, I)."""
     coupling: Literal["soft", "hard", "independent"] = "soft"
-    """Mode of a sample's noise: drawn from the sample's posterior (soft), the most probable one
-    (hard), or drawn by weight (independent)."""
+    """Mode of the noise: drawn from the posterior, the most probable one, or drawn by weight."""
     mode_conditional: bool = False
     """Give the network the mode as its label, instead of the class."""
     mode_weighting: bool = False
-    """Weight the loss by mode, more where it is large (MM-FM's focal weights); for flow matching
-    only."""
+    """Weight modes with a large loss more (MM-FM's focal weights); for flow matching only."""
     loss_weight: float = 2.0
     """Weight of the transition loss (nats per pixel, summed over channels)."""
     spectral_weight: float = 1.0
@@ -90,8 +87,7 @@ class ImageConfig(TrainerConfig):
     accumulate: int = 1
     """Pieces that each process's part of a batch is divided into, to fit into memory."""
     optimizer: Literal["auto", "adamw8bit", "adamw"] = "auto"
-    """AdamW with 8-bit state (bitsandbytes), or with 32-bit state; auto takes 8 bits where they
-    run."""
+    """AdamW with 8-bit state (bitsandbytes) or with 32-bit state; auto: 8-bit where it runs."""
     weight_decay: float = 0.05
     """Weight decay of the weights; biases have none."""
     clip: float = 10.0
@@ -103,13 +99,12 @@ class ImageConfig(TrainerConfig):
     workers: int = 4
     """Processes that read the data, for each GPU; 0 reads in the main process."""
     precision: Literal["fp32", "bf16"] = "bf16"
-    """Matrix products in float32 or bfloat16; weights, optimizer and mixture are float32 either
-    way."""
+    """Type of matrix products; weights, optimizer and mixture are always float32."""
     picture_solver: Literal["gm-ode", "gm-sde"] = "gm-ode"
     """Solver of the pictures, in 8 network calls each."""
     vae: str | None = None
-    """Folder or hub id of the VAE that decodes the pictures of a model of latents; None shows the
-    first three channels of the latents."""
+    """Folder or hub id of the VAE that decodes the pictures of a model of latents.
+    None shows the first three channels of the latents."""
 
     def __post_init__(self):
         super().__post_init__()

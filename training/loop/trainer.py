@@ -209,9 +209,9 @@ class Trainer:
         flag here would force a GPU sync (8-bit and sharded optimizers need that sync).
         """
         self.optimizer.zero_grad()
-        on_cpu = self.accelerator.device.type == "cpu"
+        cpu = self.accelerator.device.type == "cpu"
         # on a CPU, with few tokens, plain attention has the faster backward pass
-        with sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext():
+        with sdpa_kernel(SDPBackend.MATH) if cpu else nullcontext():
             losses = self.backward()
         self.update(self.clip_gradient().isfinite())
         self.schedule.step()
@@ -243,7 +243,7 @@ class Trainer:
         if self.average is not None:
             pairs = zip(self.average, self.model.parameters(), strict=True)
             average, current = zip(*((local(a), local(p.detach())) for a, p in pairs), strict=True)
-            # its step alone: AveragedModel reads a tensor each time, and is no model to sample
+            # AveragedModel would give the step as a GPU tensor, but the decay needs its value
             get_ema_multi_avg_fn(self.decay(self.step + 1))(average, current, None)
 
     def count_skipped(self) -> None:

@@ -223,6 +223,30 @@ def test_what_does_not_belong_together_is_refused(data, tmp_path):
         new_trainer(tmp_path / "nothing", tmp_path / "other", 10)
 
 
+def test_the_command_ends_in_a_line_when_memory_runs_out_or_it_is_stopped(
+    data, tmp_path, monkeypatch, capsys
+):
+    iterate = ImageTrainer.iterate
+
+    def too_large(self):
+        raise torch.OutOfMemoryError("out of memory")
+
+    def stopped(self):
+        if self.step == 6:
+            signal.raise_signal(signal.SIGTERM)
+        return iterate(self)
+
+    monkeypatch.setattr(ImageTrainer, "iterate", too_large)
+    with pytest.raises(SystemExit, match=r"error: out of memory\n.*give --accumulate a larger"):
+        main(arguments(data, tmp_path, 10))
+    monkeypatch.setattr(ImageTrainer, "iterate", stopped)
+    with pytest.raises(SystemExit, match="130"):
+        main(arguments(data, tmp_path, 10))
+    assert "stopped at iteration 7; run the same command again" in capsys.readouterr().err
+    assert not (tmp_path / "weights.safetensors").exists()
+    assert new_trainer(data, tmp_path, 10).step == 7
+
+
 def test_eight_bit_adamw_resumes_exactly(data, tmp_path):
     pytest.importorskip("bitsandbytes")
     trainer = new_trainer(
@@ -295,9 +319,7 @@ def test_a_compiled_network_trains_and_resumes_to_the_same_losses(data, tmp_path
     )
 
 
-def test_biases_do_not_decay_and_the_gradient_is_clipped_after_the_warm_up(
-    data, tmp_path, monkeypatch
-):
+def test_biases_do_not_decay_and_the_gradient_is_clipped_after_the_warm_up(data, tmp_path):
     trainer = new_trainer(data, tmp_path, 10, "--clip", "0.01", "--weight-decay", "0.3")
     decay = {
         id(p): group["weight_decay"]
@@ -308,10 +330,12 @@ def test_biases_do_not_decay_and_the_gradient_is_clipped_after_the_warm_up(
     for name, parameter in trainer.model.named_parameters():
         assert decay[id(parameter)] == (0.0 if name.endswith("bias") else 0.3), name
     norms = []
-    step = trainer.optimizer.step
-    total = torch.nn.utils.get_total_norm
-    measure = lambda: norms.append(total([p.grad for p in trainer.model.parameters()]).item())  # noqa: E731
-    monkeypatch.setattr(trainer.optimizer, "step", lambda: (measure(), step()))
+
+    def measure(*_):
+        gradients = [p.grad for p in trainer.model.parameters()]
+        norms.append(torch.nn.utils.get_total_norm(gradients).item())
+
+    trainer.optimizer.register_step_pre_hook(measure)
     losses_of(trainer, 5)  # the warm-up has 3
     assert min(norms[:3]) > 0.1
     assert norms[3:] == pytest.approx([0.01, 0.01], rel=1e-3)

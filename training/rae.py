@@ -29,10 +29,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from gmflow_core.files.atomic import atomic_write
 from gmflow_core.files.checkpoint import save_checkpoint
 from gmflow_core.models.ditdh import DiTDH
 from training.common.devices import on_cpu
-from training.common.files import whole_file
 from training.common.processes import leave
 from training.data.image_folder import ImageCrops, collate, list_images
 from training.data.shards import to_model
@@ -89,7 +89,7 @@ class RunningStatistics:
 
     def save(self, path: str | Path) -> None:
         """Write the file that `load_statistics` reads, with "mean" and "var"."""
-        with whole_file(Path(path)) as temporary:
+        with atomic_write(Path(path)) as temporary:
             save_file(
                 {"mean": self.mean.float(), "var": (self.squares / self.count).float()}, temporary
             )

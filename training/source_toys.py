@@ -25,8 +25,8 @@ import sys
 import torch
 
 from training.common.devices import keep_freed_memory
+from training.common.settings import parse_preset
 from training.experiments.source_toys import MODULE, PRESETS, write
-from training.loop.config import parse_preset
 
 
 def main(arguments: list[str] | None = None) -> None:

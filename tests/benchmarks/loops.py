@@ -21,8 +21,10 @@ from gmflow_core.sampling.images import sample_images
 from gmflow_core.sampling.solvers import solve
 from gmflow_core.toys.checkerboard import draw_checkerboard
 from tests.comfyui.installation import COMFYUI
-from training import checkerboard, imagenet
 from training.data.shards import FORMAT, write_index, write_shard
+from training.loop import checkerboard_presets, image_presets
+from training.loop.checkerboard_trainer import CheckerboardTrainer
+from training.loop.image_trainer import ImageTrainer
 
 from . import eight_bit, extension_import, naive
 from .eight_bit_inside import STRAIGHT
@@ -132,11 +134,13 @@ def training_rows(bench: Bench) -> Iterator[dict]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = dataclasses.replace(
-            checkerboard.PRESETS["full"], out=folder / "checkerboard", device=cpu_or_auto(bench)
+            checkerboard_presets.PRESETS["full"],
+            out=folder / "checkerboard",
+            device=cpu_or_auto(bench),
         )
         if bench.quick:
             config = dataclasses.replace(config, batch_size=64, num_components=4)
-        trainer = checkerboard.Trainer(config)
+        trainer = CheckerboardTrainer(config)
         model = copy.deepcopy(trainer.model)
         optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0)
         plain = checkerboard_loss(model, config.batch_size, config.transition_ratio, bench.device)
@@ -168,7 +172,7 @@ def gmdit_row(bench: Bench, folder: Path) -> dict:
     }
     write_index(folder, index | {"shards": [{"file": "shard-00000.safetensors", "count": 512}]})
     config = dataclasses.replace(
-        imagenet.PRESETS[preset],
+        image_presets.PRESETS[preset],
         data=folder,
         out=folder / "imagenet",
         batch_size=4 if bench.quick else batch,
@@ -180,7 +184,7 @@ def gmdit_row(bench: Bench, folder: Path) -> dict:
     )
     if bench.quick:
         config = dataclasses.replace(config, num_layers=2)
-    trainer = imagenet.Trainer(config)
+    trainer = ImageTrainer(config)
     model = copy.deepcopy(trainer.model)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay
@@ -188,7 +192,7 @@ def gmdit_row(bench: Bench, folder: Path) -> dict:
     loss = image_loss(model, x, labels, config.batch_size, config.transition_ratio, bench.device)
     compiled: Callable | str = "not run: not asked for"
     if bench.compiled:
-        compiled = imagenet.Trainer(dataclasses.replace(config, compile=True)).iterate
+        compiled = ImageTrainer(dataclasses.replace(config, compile=True)).iterate
     forms = {
         "ours": trainer.iterate,
         "ours, compiled": compiled,

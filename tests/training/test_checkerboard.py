@@ -1,4 +1,4 @@
-"""The checkerboard trainer: it learns, it resumes exactly after SIGKILL, and it reports."""
+"""Test the checkerboard trainer: learning, exact resume after SIGKILL, the report."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from shlex import split
 
 import pytest
 import torch
@@ -16,50 +17,28 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from gmflow_core import load_checkpoint, read_metadata, save_checkpoint
 from gmflow_core.models.mlp import GMFlowMLP, GMFlowMLPConfig
 from tests.helpers import Waits
-from training.checkerboard import PRESETS, Config, Trainer, draw_batch, loss_of, main, parse
+from training.checkerboard import main, parse
 from training.evaluation.checkerboard_report import write_report
-from training.loop.trainer import learning_rate
+from training.loop.checkerboard_presets import PRESETS, CheckerboardConfig
+from training.loop.checkerboard_trainer import CheckerboardTrainer, draw_batch, loss_of
+from training.loop.optimizer import lr_factor
 
 ROOT = Path(__file__).parents[2]
-SMALL = [
-    "-k",
-    "4",
-    "--batch-size",
-    "64",
-    "--warmup",
-    "5",
-    "--checkpoint-every",
-    "10",
-    "--log-every",
-    "5",
-    "--device",
-    "cpu",
-]
+SMALL = split("-k 4 --batch-size 64 --warmup 5 --checkpoint-every 10 --log-every 5 --device cpu")
 
 
-def train(out: Path, iterations: int, *more: str) -> Trainer:
-    trainer = Trainer(parse([*SMALL, "--out", str(out), "--iterations", str(iterations), *more]))
+def train(out: Path, iterations: int, *more: str) -> CheckerboardTrainer:
+    trainer = CheckerboardTrainer(
+        parse([*SMALL, "--out", str(out), "--iterations", str(iterations), *more])
+    )
     trainer.run()
     return trainer
 
 
 @pytest.mark.parametrize("preset", list(PRESETS))
 def test_loss_falls(preset, tmp_path):
-    trainer = Trainer(
-        parse(
-            [
-                "--preset",
-                preset,
-                *SMALL[2:],
-                "--batch-size",
-                "256",
-                "--out",
-                str(tmp_path),
-                "--lr",
-                "1e-3",
-            ]
-        )
-    )
+    given = ["--preset", preset, *SMALL[2:], "--batch-size", "256", "--out", str(tmp_path)]
+    trainer = CheckerboardTrainer(parse([*given, "--lr", "1e-3"]))
     held_out = draw_batch(trainer.config, torch.Generator().manual_seed(123))
     before = loss_of(trainer.model, held_out).item()
     for _ in range(30):
@@ -69,14 +48,8 @@ def test_loss_falls(preset, tmp_path):
 
 def test_resumes_after_sigkill_to_the_same_weights(tmp_path):
     whole = train(tmp_path / "whole", 60)
-    command = [
-        sys.executable,
-        "-m",
-        "training.checkerboard",
-        *SMALL,
-        "--out",
-        str(tmp_path / "killed"),
-    ]
+    command = [sys.executable, "-m", "training.checkerboard", *SMALL]
+    command += ["--out", str(tmp_path / "killed")]
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen(
         [*command, "--iterations", "100000"], cwd=ROOT, env={**os.environ, **threads}
@@ -99,25 +72,25 @@ def test_resumes_after_sigkill_to_the_same_weights(tmp_path):
         assert torch.equal(tensor, found[name]), name
 
 
-@pytest.mark.parametrize("where", ["backward", "optimiser"])
+@pytest.mark.parametrize("where", ["backward", "optimizer"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_in_the_middle_of_an_iteration_loses_nothing(where, number, tmp_path, monkeypatch):
     whole = train(tmp_path / "whole", 30)
-    trainer = Trainer(parse([*SMALL, "--out", str(tmp_path / "stopped"), "--iterations", "30"]))
-    owner, name = {
-        "backward": (trainer.accelerator, "backward"),
-        "optimiser": (trainer.optimizer, "step"),
-    }[where]
-    function = getattr(owner, name)
+    trainer = CheckerboardTrainer(
+        parse([*SMALL, "--out", str(tmp_path / "stopped"), "--iterations", "30"])
+    )
+    backward = trainer.accelerator.backward
 
-    def interrupted(*args):
-        function(*args)
+    def interrupt(*_):
         if trainer.step == 13:
             signal.raise_signal(number)
 
-    monkeypatch.setattr(owner, name, interrupted)
-    trainer.run()
-    assert trainer.stop
+    if where == "backward":
+        monkeypatch.setattr(trainer.accelerator, "backward", lambda x: interrupt(backward(x)))
+    else:
+        trainer.optimizer.register_step_post_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt, match="stopped at iteration 14"):
+        trainer.run()
     assert trainer.step == 14
     resumed = train(tmp_path / "stopped", 30)
     expected, found = (load_file(t.path) for t in (whole, resumed))
@@ -135,30 +108,44 @@ def test_loss_curve_of_a_resumed_run_has_no_gap(tmp_path):
 
 def test_resumed_run_repeats_the_losses(tmp_path):
     config = parse([*SMALL, "--out", str(tmp_path), "--iterations", "20"])
-    trainer = Trainer(config)
+    trainer = CheckerboardTrainer(config)
     losses = []
     for step in range(20):
         losses.append(trainer.iterate()["loss"].item())
         if step == 9:
             trainer.save()
-    again = Trainer(config)
+    again = CheckerboardTrainer(config)
     assert again.step == 10
     assert [again.iterate()["loss"].item() for _ in range(10)] == losses[10:]
 
 
 def test_an_iteration_waits_for_no_device(tmp_path):
-    trainer = Trainer(parse([*SMALL, "--out", str(tmp_path)]))
+    trainer = CheckerboardTrainer(parse([*SMALL, "--out", str(tmp_path)]))
     with Waits() as waits:
         trainer.iterate()
     assert not waits.found
 
 
+def test_each_iteration_has_its_learning_rate_also_after_a_restart(tmp_path):
+    more = ["--lr-schedule", "cosine", "--iterations", "12", "--lr", "3e-3"]
+    config, found = parse([*SMALL, "--out", str(tmp_path), *more]), []
+    for iterations in (7, 5):
+        trainer = CheckerboardTrainer(config)
+        for _ in range(iterations):
+            found += [group["lr"] for group in trainer.optimizer.param_groups]
+            trainer.iterate()
+        trainer.save()
+    assert found == [3e-3 * lr_factor(config, step) for step in range(12)]
+
+
 def test_another_configuration_is_not_resumed(tmp_path):
     train(tmp_path, 10)
     with pytest.raises(ValueError, match=r"batch_size: 64 there, 32 here.*--restart"):
-        Trainer(parse([*SMALL, "--out", str(tmp_path), "--batch-size", "32"]))
+        CheckerboardTrainer(parse([*SMALL, "--out", str(tmp_path), "--batch-size", "32"]))
     assert (
-        Trainer(parse([*SMALL, "--out", str(tmp_path), "--batch-size", "32", "--restart"])).step
+        CheckerboardTrainer(
+            parse([*SMALL, "--out", str(tmp_path), "--batch-size", "32", "--restart"])
+        ).step
         == 0
     )
 
@@ -166,12 +153,12 @@ def test_another_configuration_is_not_resumed(tmp_path):
 def test_weights_alone_are_not_overwritten(tmp_path):
     save_checkpoint(GMFlowMLP(GMFlowMLPConfig(num_components=4)), tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="holds weights only"):
-        Trainer(parse([*SMALL, "--out", str(tmp_path)]))
+        CheckerboardTrainer(parse([*SMALL, "--out", str(tmp_path)]))
 
 
 def test_diverged_run_keeps_its_last_good_checkpoint(tmp_path):
     train(tmp_path, 10)
-    trainer = Trainer(parse([*SMALL, "--out", str(tmp_path), "--iterations", "30"]))
+    trainer = CheckerboardTrainer(parse([*SMALL, "--out", str(tmp_path), "--iterations", "30"]))
     with torch.no_grad():
         trainer.model.net[0].weight.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="last good checkpoint"):
@@ -182,8 +169,8 @@ def test_diverged_run_keeps_its_last_good_checkpoint(tmp_path):
 
 
 def test_processes_share_the_batch():
-    """Whatever the number of processes, together they see the batch that one would see."""
-    config = Config(batch_size=10)
+    """Together, any number of processes see the batch that one would see."""
+    config = CheckerboardConfig(batch_size=10)
     whole = draw_batch(config, torch.Generator().manual_seed(0))["x"]
     shares = [
         draw_batch(config, torch.Generator().manual_seed(0))["x"][rank::2] for rank in range(2)
@@ -192,12 +179,12 @@ def test_processes_share_the_batch():
 
 
 def test_learning_rate_and_average():
-    config = Config(lr=1.0, warmup=10, iterations=110, lr_schedule="cosine")
-    assert learning_rate(config, 0) == pytest.approx(0.001)
-    assert learning_rate(config, 10) == 1.0
-    assert learning_rate(config, 60) == pytest.approx(0.5)
-    assert learning_rate(config, 110) == 0
-    assert Trainer.decay(None, 8) == pytest.approx((7 / 8) ** 8)
+    config = CheckerboardConfig(warmup=10, iterations=110, lr_schedule="cosine")
+    assert lr_factor(config, 0) == pytest.approx(0.001)
+    assert lr_factor(config, 10) == 1.0
+    assert lr_factor(config, 60) == pytest.approx(0.5)
+    assert lr_factor(config, 110) == 0
+    assert CheckerboardTrainer.decay(None, 8) == pytest.approx((7 / 8) ** 8)
 
 
 def test_report_and_facts(tmp_path, capsys):

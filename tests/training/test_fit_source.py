@@ -23,12 +23,12 @@ from gmflow_core.source.files import load_source, read_source_metadata
 from gmflow_core.source.moments import RunningMoments, fit_given_modes
 from gmflow_core.source.source import GaussianMixtureSource
 from tests.helpers import F64, normal
+from training.data.preparation import PreparationConfig as PrepareConfig
+from training.data.preparation import prepare
 from training.data.shards import LatentDataset
 from training.data.tokens import TokenFiles, read_tokens, write_tokens
 from training.encoders.encoder import ENCODERS
 from training.fit_source import main
-from training.prepare import Config as PrepareConfig
-from training.prepare import prepare
 from training.source import fitting
 from training.source.config import Config
 from training.source.fitting import fit

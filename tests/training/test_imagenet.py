@@ -1,135 +1,47 @@
-"""The GM-DiT trainer: it learns, resumes exactly, sees the same batch in any number of processes, survives bad steps."""
+"""Test the trainer of images: learning, exact resume, several processes, bad steps."""
 
 import functools
-import itertools
 import json
 import os
-import pickle
-import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
+from shlex import split
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gmflow_core import (
-    GaussianMixtureSource,
-    diffuse,
-    forward_transition,
     load_checkpoint,
-    load_source,
-    nll,
     read_metadata,
-    save_source,
-    spectral_nll,
-    transition_nll,
-    velocity_to_x0,
 )
 from gmflow_core.files.checkpoint import load_training_state
 from gmflow_core.sampling.images import sample_images
 from tests.helpers import Waits
-from training.data.batches import Order, draw_noise, pieces_of
-from training.data.shards import FORMAT, LatentDataset, write_index, write_shard
-from training.data.tokens import SETTINGS, WithTokens, write_tokens
+from tests.training.image_runs import SMALL, arguments, losses_of, new_trainer, write_colours
+from training.data.shards import FORMAT, write_index, write_shard
 from training.imagenet import main, parse
 from training.loop.image_presets import PRESETS
-from training.loop.image_trainer import Trainer
-from training.loop.mode_weights import ModeWeights
+from training.loop.image_trainer import ImageTrainer
 
 ROOT = Path(__file__).parents[2]
-SMALL = [
-    "--num-layers",
-    "2",
-    "--num-heads",
-    "2",
-    "--head-dim",
-    "8",
-    "--log-std-dim",
-    "8",
-    "-k",
-    "3",
-    "--device",
-    "cpu",
-]
-SMALL += [
-    "--batch-size",
-    "16",
-    "--warmup",
-    "3",
-    "--checkpoint-every",
-    "5",
-    "--log-every",
-    "5",
-    "--precision",
-    "fp32",
-]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Pictures of 4 x 4 in three classes: plain colours, each with a little noise."""
-    folder, generator = tmp_path_factory.mktemp("data"), torch.Generator().manual_seed(0)
-    labels = torch.arange(48) % 3
-    x = (
-        40
-        + 150 * torch.eye(3)[labels][:, :, None, None]
-        + 30 * torch.rand(48, 3, 4, 4, generator=generator)
-    )
-    write_shard(folder / "shard-00000.safetensors", x.to(torch.uint8), labels, {})
-    index = {
-        "format": FORMAT,
-        "kind": "pixels",
-        "shape": [3, 4, 4],
-        "classes": ["red", "green", "blue"],
-        "count": 48,
-    }
-    index |= {"shards": [{"file": "shard-00000.safetensors", "count": 48}], "skipped": []}
-    write_index(folder, index)
-    return folder
-
-
-def new_trainer(data: Path, out: Path, iterations: int, *more: str) -> Trainer:
-    given = [
-        "--preset",
-        "digits",
-        *SMALL,
-        "--data",
-        str(data),
-        "--out",
-        str(out),
-        "--iterations",
-        str(iterations),
-    ]
-    return Trainer(parse([*given, *more]))
-
-
-def losses_of(trainer: Trainer, count: int) -> list[float]:
-    return [trainer.iterate()["loss"].item() for _ in range(count)]
+    return write_colours(tmp_path_factory.mktemp("data"))
 
 
 @pytest.mark.parametrize("preset", ["digits", "digits_flow_matching"])
 def test_loss_falls(preset, data, tmp_path):
-    arguments = [
-        "--preset",
-        preset,
-        *SMALL[:8],
-        *SMALL[10:],
-        "--data",
-        str(data),
-        "--out",
-        str(tmp_path),
-        "--lr",
-        "3e-3",
-    ]
-    trainer = Trainer(parse([*arguments, "--batch-size", "48", "--lr-schedule", "constant"]))
+    given = ["--preset", preset, *SMALL[:8], *SMALL[10:], "--data", str(data)]
+    given += ["--out", str(tmp_path), "--lr", "3e-3", "--batch-size", "48"]
+    trainer = ImageTrainer(parse([*given, "--lr-schedule", "constant"]))
     losses = losses_of(trainer, 40)
     assert sum(losses[-5:]) / 5 < sum(losses[:5]) / 5 - 0.3
     assert (trainer.model.spectrum_net is None) == (preset == "digits_flow_matching")
@@ -138,19 +50,9 @@ def test_loss_falls(preset, data, tmp_path):
 def test_resumes_after_sigkill_to_the_same_weights(data, tmp_path):
     whole = new_trainer(data, tmp_path / "whole", 25)
     whole.run()
-    arguments = [
-        "--preset",
-        "digits",
-        *SMALL,
-        "--data",
-        str(data),
-        "--out",
-        str(tmp_path / "killed"),
-        "--iterations",
-        "25",
-    ]
+    given = arguments(data, tmp_path / "killed", 25)
     process = subprocess.Popen(
-        [sys.executable, "-c", SLOW_STEPS, *arguments],
+        [sys.executable, "-c", SLOW_STEPS, *given],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": threads()},
     )
@@ -174,9 +76,9 @@ def test_resumes_after_sigkill_to_the_same_weights(data, tmp_path):
 SLOW_STEPS = """
 import time
 from training.imagenet import main
-from training.loop.image_trainer import Trainer
-iterate = Trainer.iterate
-Trainer.iterate = lambda self: (time.sleep(0.1), iterate(self))[1]
+from training.loop.image_trainer import ImageTrainer
+iterate = ImageTrainer.iterate
+ImageTrainer.iterate = lambda self: (time.sleep(0.1), iterate(self))[1]
 main()
 """
 
@@ -188,19 +90,22 @@ def threads() -> str:
 TWO_PROCESSES = """
 import json, sys
 from training.imagenet import parse
-from training.loop.image_trainer import Trainer
+from training.loop.image_trainer import ImageTrainer
 arguments, count = sys.argv[2:], int(sys.argv[1])
-trainer = Trainer(parse(arguments))
-losses = [trainer.accelerator.reduce(trainer.iterate()["loss"], "mean").item() for _ in range(count)]
+trainer = ImageTrainer(parse(arguments))
+accelerator, losses = trainer.accelerator, []
+for _ in range(count):
+    losses.append(accelerator.reduce(trainer.iterate()["loss"], "mean").item())
 trainer.save()
-if trainer.accelerator.is_main_process:
-    (trainer.config.out / "losses.json").write_text(json.dumps([trainer.accelerator.num_processes, losses]))
+if accelerator.is_main_process:
+    found = json.dumps([accelerator.num_processes, losses])
+    (trainer.config.out / "losses.json").write_text(found)
 """
 
 
 @pytest.mark.parametrize("how", [[], ["--accumulate", "2", "--shard"]])
 def test_two_processes_have_the_losses_of_one(how, data, tmp_path):
-    """With gloo: DDP from the start; FSDP in two pieces each, going on from a checkpoint that one process wrote."""
+    """Train with gloo: DDP from the start; FSDP, two pieces each, from one process's checkpoint."""
     one = new_trainer(data, tmp_path / "two", 20)
     losses = losses_of(one, 3)
     if how:
@@ -209,26 +114,9 @@ def test_two_processes_have_the_losses_of_one(how, data, tmp_path):
     losses += losses_of(one, 3)
     script = tmp_path / "two_processes.py"
     script.write_text(TWO_PROCESSES)
-    given = [
-        "--preset",
-        "digits",
-        *SMALL,
-        "--data",
-        str(data),
-        "--out",
-        str(tmp_path / "two"),
-        "--iterations",
-        "20",
-    ]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--standalone",
-        str(script),
-    ]
+    given = arguments(data, tmp_path / "two", 20)
+    launcher = split("-m torch.distributed.run --nproc-per-node 2 --standalone")
+    command = [sys.executable, *launcher, str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     subprocess.run(
         [*command, str(len(losses)), *given, *how], cwd=ROOT, env=environment, check=True
@@ -246,49 +134,6 @@ def test_two_processes_have_the_losses_of_one(how, data, tmp_path):
     assert losses_of(again, 2) == pytest.approx(losses_of(one, 2), rel=1e-4)
 
 
-def test_every_epoch_shows_every_sample_once_whatever_the_division():
-    whole = Order(count=10, batch_size=4, rows=range(4), pieces=1, seed=3, first=0)
-    steps = [indices for indices, _ in zip(whole, range(5), strict=False)]
-    seen = list(itertools.chain.from_iterable(steps))
-    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
-    assert seen[:10] != seen[10:]
-    halves = [Order(10, 4, rows, 2, 3, first=1) for rows in (range(2), range(2, 4))]
-    pieces = list(zip(*(zip(half, range(8), strict=False) for half in halves), strict=True))
-    found = [
-        pieces[2 * i][0][0]
-        + pieces[2 * i + 1][0][0]
-        + pieces[2 * i][1][0]
-        + pieces[2 * i + 1][1][0]
-        for i in range(4)
-    ]
-    assert found == steps[1:]
-    assert pieces_of(range(4, 10), 3) == [range(4, 6), range(6, 8), range(8, 10)]
-
-
-def test_noise_belongs_to_the_row():
-    whole = draw_noise(0, 7, range(40), (3,), torch.device("cpu"))
-    assert torch.equal(draw_noise(0, 7, range(13, 37), (3,), torch.device("cpu")), whole[13:37])
-    assert not torch.equal(draw_noise(0, 8, range(40), (3,), torch.device("cpu")), whole)
-    assert abs(draw_noise(0, 0, range(4000), (5,), torch.device("cpu")).std().item() - 1) < 0.02
-
-
-def test_labels_are_dropped_and_sigmas_drawn_as_asked(data, tmp_path):
-    trainer = new_trainer(data, tmp_path, 10, "--batch-size", "4096")
-    labels, sigma, low, high = trainer.draw(
-        torch.ones(4096, dtype=torch.long), (3, 4, 4), range(4096)
-    )
-    assert (labels == 3).double().mean().item() == pytest.approx(0.1, abs=0.02)
-    assert set(labels.tolist()) == {1, 3}
-    logit = sigma.double().logit()
-    assert (logit.mean().item(), logit.std().item()) == (
-        pytest.approx(0, abs=0.06),
-        pytest.approx(1, abs=0.05),
-    )
-    assert low.shape == high.shape == (4096, 3, 4, 4)
-    assert abs((low * high).mean().item()) < 0.01
-    assert abs((low[:, 0, 0, 0] * logit).mean().item()) < 0.06
-
-
 def test_a_step_without_a_finite_gradient_is_skipped_and_counted(data, tmp_path, monkeypatch):
     trainer = new_trainer(data, tmp_path, 12)
     losses_of(trainer, 2)
@@ -302,15 +147,15 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_counted(data, tmp_path,
     )
     trainer.iterate()
     trainer.count_skipped()
-    assert (trainer.step, trainer.skipped) == (3, 1)
+    assert (trainer.step, trainer.skipped.total) == (3, 1)
     assert all(torch.equal(a, b) for a, b in zip(weights, trainer.model.parameters(), strict=True))
     towards = [a.lerp(w, 1 - trainer.decay(3)) for a, w in zip(average, weights, strict=True)]
     assert all(torch.allclose(a, b) for a, b in zip(towards, trainer.average, strict=True))
     monkeypatch.undo()
     trainer.run()
-    assert (trainer.step, trainer.skipped) == (12, 1)
+    assert (trainer.step, trainer.skipped.total) == (12, 1)
     assert read_metadata(trainer.path)["training"]["skipped_steps"] == 1
-    assert new_trainer(data, tmp_path, 20).skipped == 1
+    assert new_trainer(data, tmp_path, 20).skipped.total == 1
 
 
 def test_a_run_without_finite_gradients_ends_with_its_last_good_state(data, tmp_path, monkeypatch):
@@ -339,17 +184,7 @@ def test_a_run_without_finite_gradients_ends_with_its_last_good_state(data, tmp_
 
 
 def test_a_run_leaves_pictures_curves_and_a_model_to_share(data, tmp_path, capsys):
-    given = [
-        "--preset",
-        "digits",
-        *SMALL,
-        "--data",
-        str(data),
-        "--out",
-        str(tmp_path),
-        "--iterations",
-        "10",
-    ]
+    given = arguments(data, tmp_path, 10)
     main([*given, "--picture-every", "5", "--picture-solver", "gm-sde"])
     events = EventAccumulator(str(tmp_path))
     events.Reload()
@@ -388,6 +223,30 @@ def test_what_does_not_belong_together_is_refused(data, tmp_path):
         new_trainer(tmp_path / "nothing", tmp_path / "other", 10)
 
 
+def test_the_command_ends_in_a_line_when_memory_runs_out_or_it_is_stopped(
+    data, tmp_path, monkeypatch, capsys
+):
+    iterate = ImageTrainer.iterate
+
+    def too_large(self):
+        raise torch.OutOfMemoryError("out of memory")
+
+    def stopped(self):
+        if self.step == 6:
+            signal.raise_signal(signal.SIGTERM)
+        return iterate(self)
+
+    monkeypatch.setattr(ImageTrainer, "iterate", too_large)
+    with pytest.raises(SystemExit, match=r"error: out of memory\n.*give --accumulate a larger"):
+        main(arguments(data, tmp_path, 10))
+    monkeypatch.setattr(ImageTrainer, "iterate", stopped)
+    with pytest.raises(SystemExit, match="130"):
+        main(arguments(data, tmp_path, 10))
+    assert "stopped at iteration 7; run the same command again" in capsys.readouterr().err
+    assert not (tmp_path / "weights.safetensors").exists()
+    assert new_trainer(data, tmp_path, 10).step == 7
+
+
 def test_eight_bit_adamw_resumes_exactly(data, tmp_path):
     pytest.importorskip("bitsandbytes")
     trainer = new_trainer(
@@ -424,52 +283,11 @@ def test_the_papers_preset():
         10.0,
         1000,
     )
-    decay = Trainer.decay(type("T", (), {"config": config}), 200_000)
+    decay = ImageTrainer.decay(type("T", (), {"config": config}), 200_000)
     assert decay == pytest.approx(0.5 ** (4096 / 30e6))
-    assert Trainer.decay(type("T", (), {"config": config}), 1000) == pytest.approx(0.5 ** (1 / 50))
-
-
-@pytest.mark.parametrize("ratio", [0.8, None])
-def test_the_objective_is_the_weighted_sum_of_the_losses(ratio, data, tmp_path):
-    """Written out from the losses, with weights of its own."""
-    weights = ["--loss-weight", "3", "--spectral-weight", "0.5", "--transition-ratio", str(ratio)]
-    trainer = new_trainer(data, tmp_path, 10, *weights)
-    torch.nn.init.normal_(trainer.model.spectrum_net.mlp[-1].weight)
-    x0, labels = trainer.dataset.__getitems__(range(16))
-    sigma = torch.linspace(0.1, 0.9, 16)
-    low, high = (
-        torch.randn(x0.shape, generator=torch.Generator().manual_seed(i)) for i in range(2)
+    assert ImageTrainer.decay(type("T", (), {"config": config}), 1000) == pytest.approx(
+        0.5 ** (1 / 50)
     )
-    with torch.no_grad():
-        losses = trainer.prepared(x0, labels, sigma, low, high)
-        if ratio is None:
-            x = diffuse(x0, sigma, low)
-            velocity = trainer.model(x, sigma, labels)
-            flow = nll(velocity, low - x0).mean()
-        else:
-            x_low = diffuse(x0, 0.2 * sigma, low)
-            x = forward_transition(x_low, 0.2 * sigma, sigma, high)
-            velocity = trainer.model(x, sigma, labels)
-            flow = transition_nll(velocity, x_low, x, 0.2 * sigma, sigma).mean()
-        log_power = trainer.model.spectrum_net(velocity_to_x0(velocity.moment_match(), x, sigma))
-        spectral = spectral_nll(velocity, (x - x0) / sigma[:, None, None, None], log_power).mean()
-    assert losses["nll"].item() == pytest.approx(flow.item(), rel=1e-5)
-    assert losses["spectral"].item() == pytest.approx(spectral.item(), rel=1e-4)
-    assert losses["loss"].item() == pytest.approx(3 * flow.item() + 0.5 * spectral.item(), rel=1e-5)
-
-
-def test_the_spectral_loss_trains_the_spectrum_network_alone(data, tmp_path):
-    trainer = new_trainer(data, tmp_path, 10)
-    torch.nn.init.normal_(trainer.model.spectrum_net.mlp[-1].weight)
-    x0, labels = trainer.dataset.__getitems__(range(4))
-    noise = torch.randn(2, *x0.shape, generator=torch.Generator().manual_seed(0))
-    trainer.prepared(x0, labels, torch.full((4,), 0.5), *noise)["spectral"].backward()
-    touched = {
-        name.split(".")[0]
-        for name, p in trainer.model.named_parameters()
-        if p.grad is not None and p.grad.any()
-    }
-    assert touched == {"spectrum_net"}
 
 
 def test_an_iteration_waits_for_no_device(data, tmp_path):
@@ -483,7 +301,7 @@ def test_an_iteration_waits_for_no_device(data, tmp_path):
 
 
 def test_a_compiled_network_trains_and_resumes_to_the_same_losses(data, tmp_path, monkeypatch):
-    """Traced forwards and backwards, with dropped labels, without a compiler for the code."""
+    """Trace forward and backward passes, with dropped labels, without compiling the code."""
     monkeypatch.setattr(
         torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
     )
@@ -501,9 +319,7 @@ def test_a_compiled_network_trains_and_resumes_to_the_same_losses(data, tmp_path
     )
 
 
-def test_biases_do_not_decay_and_the_gradient_is_clipped_after_the_warm_up(
-    data, tmp_path, monkeypatch
-):
+def test_biases_do_not_decay_and_the_gradient_is_clipped_after_the_warm_up(data, tmp_path):
     trainer = new_trainer(data, tmp_path, 10, "--clip", "0.01", "--weight-decay", "0.3")
     decay = {
         id(p): group["weight_decay"]
@@ -514,10 +330,12 @@ def test_biases_do_not_decay_and_the_gradient_is_clipped_after_the_warm_up(
     for name, parameter in trainer.model.named_parameters():
         assert decay[id(parameter)] == (0.0 if name.endswith("bias") else 0.3), name
     norms = []
-    step = trainer.optimizer.step
-    total = torch.nn.utils.get_total_norm
-    measure = lambda: norms.append(total([p.grad for p in trainer.model.parameters()]).item())  # noqa: E731
-    monkeypatch.setattr(trainer.optimizer, "step", lambda: (measure(), step()))
+
+    def measure(*_):
+        gradients = [p.grad for p in trainer.model.parameters()]
+        norms.append(torch.nn.utils.get_total_norm(gradients).item())
+
+    trainer.optimizer.register_step_pre_hook(measure)
     losses_of(trainer, 5)  # the warm-up has 3
     assert min(norms[:3]) > 0.1
     assert norms[3:] == pytest.approx([0.01, 0.01], rel=1e-3)
@@ -541,7 +359,7 @@ def test_the_average_follows_the_weights_with_its_decay(data, tmp_path):
 
 
 def test_a_model_of_latents_shows_them_through_its_vae(tmp_path):
-    """A tiny VAE, whose decoder doubles each side; bf16 and two reading processes, as on a GPU."""
+    """Train with a tiny VAE that doubles each side, in bf16 with two reading processes."""
     diffusers = pytest.importorskip("diffusers")
     blocks = {
         "down_block_types": ["DownEncoderBlock2D"] * 2,
@@ -568,16 +386,8 @@ def test_a_model_of_latents_shows_them_through_its_vae(tmp_path):
             "scaling_factor": 0.18215,
         },
     )
-    more = [
-        "--vae",
-        str(tmp_path / "vae"),
-        "--precision",
-        "bf16",
-        "--workers",
-        "2",
-        "--picture-every",
-        "2",
-    ]
+    more = split("--precision bf16 --workers 2 --picture-every 2")
+    more += ["--vae", str(tmp_path / "vae")]
     trainer = new_trainer(tmp_path, tmp_path / "out", 2, *more)
     trainer.run()
     assert Image.open(tmp_path / "out" / "samples" / "0000002.png").size == (2 + 2 * 66, 2 + 4 * 66)
@@ -594,244 +404,3 @@ def test_what_accelerate_would_do_behind_the_trainers_back_is_refused(data, tmp_
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     with pytest.raises(ValueError, match=r"4 gradient accumulation steps.*--accumulate"):
         new_trainer(data, tmp_path, 10)
-
-
-# A mixture source
-
-
-@pytest.fixture(scope="module")
-def source(data) -> Path:
-    """Three modes, one for each colour."""
-    x, labels = LatentDataset(data).__getitems__(range(48))
-    means = torch.stack([x[labels == label].mean(0) for label in range(3)])
-    save_source(
-        GaussianMixtureSource(means, torch.full((3, 1, 1, 1), 0.2), torch.full((3,), 1 / 3).log()),
-        data / "source.safetensors",
-    )
-    return data / "source.safetensors"
-
-
-def modes_trainer(data: Path, source: Path, out: Path, *more: str) -> Trainer:
-    given = [
-        "--preset",
-        "digits_modes",
-        *SMALL,
-        "--data",
-        str(data),
-        "--source",
-        str(source),
-        "--out",
-        str(out),
-    ]
-    return Trainer(parse([*given, "--iterations", "10", "--picture-every", "5", *more]))
-
-
-def test_noise_comes_from_the_samples_mode_which_is_its_label(data, source, tmp_path):
-    trainer = modes_trainer(data, source, tmp_path)
-    x0, labels = trainer.dataset.__getitems__(range(16))
-    assert torch.equal(trainer.draw_modes(x0, range(16)), labels)  # colours lie far apart
-    independent = modes_trainer(data, source, tmp_path / "independent", "--coupling", "independent")
-    shares = torch.cat([independent.draw_modes(torch.cat([x0] * 40), range(640))]).bincount() / 640
-    assert (shares - 1 / 3).abs().max() < 0.08
-    seen = {}
-    trainer.prepared.register_forward_pre_hook(
-        lambda _, args: seen.update(labels=args[1], moments=args[5], x0=args[0])
-    )
-    trainer.iterate()
-    assert (seen["moments"][0] - seen["x0"]).square().mean() < 0.05
-    assert torch.equal(seen["moments"][0].mean((2, 3)).argmax(1), seen["labels"])
-    trainer.run()
-    record = {"num_modes": 3, "shape": [3, 4, 4], "coupling": "soft", "conditioning": "mode"}
-    assert read_metadata(trainer.path)["data"]["source"] == {
-        **record,
-        "digest": load_source(source).digest,
-    }
-    assert len(list((tmp_path / "samples").glob("*.png"))) == 2
-
-
-FLOW_MATCHING = ["-k", "1", "--constant-log-std", "0", "--transition-ratio", "None"]
-DITDH = [
-    "--network",
-    "ditdh",
-    "--patch-size",
-    "1",
-    "--ddt-layers",
-    "1",
-    "--ddt-width",
-    "32",
-    "--ddt-heads",
-    "2",
-]
-
-
-@pytest.mark.parametrize(
-    "more",
-    [
-        [*FLOW_MATCHING, "--mode-weighting"],
-        [*FLOW_MATCHING, "--no-mode-conditional", "--class-dropout", "0.2"],
-        DITDH,
-    ],
-)
-def test_runs_with_a_source_resume_exactly(more, data, source, tmp_path, monkeypatch):
-    monkeypatch.setattr(ModeWeights, "WARMUP", 3)
-    whole = modes_trainer(data, source, tmp_path / "whole", *more)
-    losses = losses_of(whole, 8)
-    stopped = modes_trainer(data, source, tmp_path / "stopped", *more)
-    losses_of(stopped, 5)
-    stopped.save()
-    assert losses_of(modes_trainer(data, source, tmp_path / "stopped", *more), 3) == losses[5:]
-
-
-def test_focal_weights_grow_with_the_loss_of_a_mode():
-    weights, modes = ModeWeights(3), torch.tensor([0, 0, 0, 1, 2])
-    assert torch.equal(weights(modes, 0), torch.ones(5))
-    weights.update(modes, torch.full((5,), 7.0), lambda sums: sums)
-    assert weights(modes, 10**4) == pytest.approx(torch.ones(5))  # however often they come
-    for _ in range(20_000):
-        weights.update(modes, torch.tensor([1.0, 3.0, 2.0, 1.0, torch.nan]), lambda sums: sums)
-    assert weights.losses == pytest.approx(torch.tensor([2.0, 1.0, 7.0]), rel=0.03)
-    focal = torch.tensor([4.0, 1.0, 49.0]) / 18
-    assert weights(torch.arange(3), 10**4) == pytest.approx(focal.clamp(0.3, 3), rel=0.05)
-
-
-def test_tokens_choose_the_modes(data, source, tmp_path):
-    folder = tmp_path / "data"
-    shutil.copytree(data, folder)
-    _, labels = LatentDataset(data).__getitems__(range(48))
-    tokens = torch.eye(3)[labels.roll(1)]  # of other colours than their own
-    save_file({"tokens": tokens}, folder / "tokens.safetensors", {"format": "gmflow-tokens-1"})
-    assigner = GaussianMixtureSource(
-        torch.eye(3), torch.full((3, 1), 0.1), torch.full((3,), 1 / 3).log()
-    )
-    save_source(replace(load_source(source), assigner=assigner), folder / "source.safetensors")
-    trainer, seen = modes_trainer(folder, folder / "source.safetensors", tmp_path / "out"), {}
-    trainer.prepared.register_forward_pre_hook(
-        lambda _, args: seen.update(labels=args[1], x0=args[0])
-    )
-    trainer.iterate()
-    colours = seen["x0"].mean((2, 3)).argmax(1)
-    assert torch.equal(seen["labels"], (colours - 1) % 3)
-
-
-def write_with_tokens(
-    data: Path, source: Path, folder: Path, tokens: torch.Tensor, facts: dict, made: dict
-) -> Path:
-    """The data with these tokens, and a source with an assigner that was fitted as `facts` say; the source's path."""
-    shutil.copytree(data, folder)
-    write_tokens(folder / "tokens.safetensors", tokens, made)
-    assigner = GaussianMixtureSource(
-        torch.eye(3), torch.full((3, 1), 0.1), torch.full((3,), 1 / 3).log()
-    )
-    path = folder / "source.safetensors"
-    save_source(replace(load_source(source), assigner=assigner), path, facts=facts)
-    return path
-
-
-def test_tokens_of_another_encoder_are_refused(data, source, tmp_path):
-    facts = {"encoder": "dinov2", "encoder_size": None, "image_size": 256}
-    made = dict(zip(SETTINGS, ("facebook/dinov2-with-registers-base", None, 256), strict=True))
-    tokens = torch.eye(3)[torch.arange(48) % 3]
-    path = write_with_tokens(data, source, tmp_path / "same", tokens, {"config": facts}, made)
-    modes_trainer(path.parent, path, tmp_path / "out").iterate()
-    other = {**made, "encoder": "facebook/vit-mae-base", "size": None}
-    for folder, made_by in (
-        ("encoder", {"config": {**facts, "encoder": "mae"}}),
-        ("file", {"config": {}, "tokens": other}),
-    ):
-        path = write_with_tokens(
-            data, source, tmp_path / folder, tokens, made_by, {**made, "size": 224}
-        )
-        with pytest.raises(
-            ValueError,
-            match=r"tokens of encoder \S+dinov2\S+, size 224, but .* of encoder \S+mae-base",
-        ):
-            modes_trainer(path.parent, path, tmp_path / f"{folder}_out")
-
-
-def mapped(path: Path) -> list[range]:
-    """The addresses where a file is in this process's memory."""
-    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
-    return [
-        range(*(int(end, 16) for end in line[0].split("-")))
-        for line in lines
-        if line[-1] == str(path)
-    ]
-
-
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux only")
-def test_tokens_are_mapped_and_looked_at(data, source, tmp_path):
-    tokens = torch.eye(3)[torch.arange(48) % 3]
-    path = write_with_tokens(data, source, tmp_path / "data", tokens, {}, {})
-    samples = WithTokens(LatentDataset(path.parent))
-    for each in (samples, pickle.loads(pickle.dumps(samples))):  # noqa: S301
-        assert torch.equal(each.__getitems__([3, 1])[2], tokens[[3, 1]])
-        assert any(
-            each.tokens.data_ptr() in addresses
-            for addresses in mapped(path.parent / "tokens.safetensors")
-        )
-    tokens[[2, 47], 1] = torch.tensor([torch.nan, torch.inf])
-    path = write_with_tokens(data, source, tmp_path / "broken", tokens, {}, {})
-    with pytest.raises(ValueError, match=r"rows 2, 47 of .*tokens\.safetensors are not finite"):
-        modes_trainer(path.parent, path, tmp_path / "out")
-
-
-HIDDEN = [
-    "--no-mode-conditional",
-    "-k",
-    "1",
-    "--constant-log-std",
-    "0",
-    "--transition-ratio",
-    "None",
-]
-
-
-@pytest.mark.parametrize(
-    ("more", "noted"),
-    [
-        ([*HIDDEN, "--class-dropout", "0.1"], True),
-        ([*HIDDEN, "--class-dropout", "1"], False),
-        ([*HIDDEN, "--coupling", "independent"], False),
-        ([], False),
-    ],
-)
-def test_classes_beside_hidden_modes_are_noted(more, noted, data, source, tmp_path, capsys):
-    trainer = modes_trainer(data, source, tmp_path, *more)
-    assert ("note: a sample's noise" in capsys.readouterr().out) == noted
-    if trainer.config.class_dropout == 1:
-        labels, *_ = trainer.draw(torch.zeros(4096, dtype=torch.long), (3, 4, 4), range(4096))
-        assert set(labels.tolist()) == {3}
-        assert trainer.draw_picture() is not None
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (["--no-mode-conditional"], r"--transition-ratio .* must be None with --source, unless"),
-        (["--mode-weighting"], r"--mode-weighting .* must be off for a mixture"),
-        (["--spectrum-layers", "8"], r"--spectrum-layers .* must be None with --source"),
-    ],
-)
-def test_settings_that_a_source_does_not_go_with(more, message, data, source, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        modes_trainer(data, source, tmp_path, *more)
-    assert re.search(message, " ".join(capsys.readouterr().err.replace("│", " ").split()))
-
-
-def test_a_run_goes_on_with_its_own_source_only(data, source, tmp_path):
-    modes_trainer(data, source, tmp_path).save()
-    again = load_source(source)
-    save_source(replace(again, means=again.means + 0.1), tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match=r"was trained with a source of 3 modes .* give that one"):
-        modes_trainer(data, tmp_path / "other.safetensors", tmp_path)
-
-
-def test_a_source_of_another_shape_is_refused(data, source, tmp_path):
-    other = GaussianMixtureSource(
-        torch.zeros(2, 3, 8, 8), torch.ones(2, 1, 1, 1), torch.full((2,), 0.5).log()
-    )
-    save_source(other, tmp_path / "other.safetensors")
-    with pytest.raises(
-        ValueError, match=r"samples are \(3, 8, 8\), but the latents are \(3, 4, 4\)"
-    ):
-        modes_trainer(data, tmp_path / "other.safetensors", tmp_path)

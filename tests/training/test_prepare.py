@@ -1,6 +1,5 @@
-"""Preparation of images: the crop, what chance depends on, restarts, bad data, the VAE, the reader; and the coloured digits."""
+"""Test the preparation of images: crops, flips, latents, restarts, bad data."""
 
-import colorsys
 import io
 import json
 import os
@@ -8,85 +7,39 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from shlex import split
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader
 
-from training import digits
+from tests.training.image_folders import run, shards, write_images, write_tiny_vae
+from tests.training.test_rae import write_rae
 from training.data.image_folder import ImageCrops, centre_crop, list_images, read_rgb
+from training.data.preparation import PreparationConfig
 from training.data.shards import LatentDataset, read_index, shard_name, to_model, to_pixels
 from training.encoders.load import load_vae
-from training.evaluation.saturation import image_saturation, saturation_cdf, saturation_distance
-from training.prepare import Config, main, prepare
+from training.imagenet import parse
+from training.loop.image_trainer import ImageTrainer
+from training.prepare import main
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
 def images(tmp_path):
-    """Two classes of random pictures of several sizes and formats: 7 and 6."""
-    rng = np.random.default_rng(0)
-    root = tmp_path / "images"
-    for folder, count in (("cat", 7), ("dog", 6)):
-        for number in range(count):
-            size = (8, 8, 3) if number % 2 else (17, 20 + number, 3)
-            path = (
-                root
-                / folder
-                / ("deeper" if number == 3 else "")
-                / f"{number}.{('png', 'bmp', 'webp')[number % 3]}"
-            )
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8)).save(path)
-        (root / folder / "notes.txt").write_text("not an image")
-    return root
-
-
-def run(data, out, **options):
-    settings = {
-        "size": 8,
-        "pixels": True,
-        "shard_size": 5,
-        "workers": 0,
-        "device": "cpu",
-        **options,
-    }
-    return prepare(Config(data=data, out=out, **settings))
-
-
-def shards(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("shard-*"))}
+    return write_images(tmp_path / "images")
 
 
 @pytest.fixture
 def tiny_vae(tmp_path):
-    """A random AutoencoderKL in a folder laid out as the published pipeline is."""
-    try:
-        from diffusers import AutoencoderKL
-    except (ImportError, RuntimeError) as error:
-        pytest.skip(f"diffusers does not import: {error}")
-    torch.manual_seed(0)
-    blocks = {
-        "down_block_types": ("DownEncoderBlock2D",) * 2,
-        "up_block_types": ("UpDecoderBlock2D",) * 2,
-    }
-    network = AutoencoderKL(
-        block_out_channels=(4, 8),
-        norm_num_groups=2,
-        layers_per_block=1,
-        latent_channels=4,
-        **blocks,
-    )
-    network.save_pretrained(tmp_path / "pipeline" / "vae", variant="bf16")
-    return tmp_path / "pipeline"
+    return write_tiny_vae(tmp_path / "pipeline")
 
 
 def test_crop_by_hand():
-    """8x4 to 2: halved once by averages to 4x2, then the middle columns, which are the averages of columns 2-3 and 4-5."""
+    """Crop 8x4 to 2: halve by averages to 4x2, then take the columns of 2-3 and 4-5."""
     values = np.arange(32, dtype=np.uint8).reshape(4, 8) * 4
     cropped = np.array(centre_crop(Image.fromarray(values), 2))
     assert cropped.tolist() == [
@@ -140,13 +93,6 @@ def test_pixels_as_they_are(images, tmp_path):
     assert label == 1
 
 
-def test_uint8_mapping():
-    values = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(to_pixels(to_model(values)), values)
-    assert to_model(values)[[0, 255]].tolist() == [-1, 1]
-    assert to_pixels(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
-
-
 def test_flip_is_chance_of_the_image_alone(images, tmp_path):
     run(images, tmp_path / "whole", batch_size=32, shard_size=100)
     run(images, tmp_path / "parts", batch_size=2, workers=1)
@@ -167,29 +113,9 @@ def test_flip_is_chance_of_the_image_alone(images, tmp_path):
 def test_two_processes_write_the_same_bytes(images, tmp_path):
     (images / "dog" / "9.png").write_bytes(b"no image")
     run(images, tmp_path / "one")
-    options = [
-        "--size",
-        "8",
-        "--pixels",
-        "--shard-size",
-        "5",
-        "--batch-size",
-        "3",
-        "--workers",
-        "1",
-        "--device",
-        "cpu",
-    ]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "training.prepare",
-    ]
+    options = split("--size 8 --pixels --shard-size 5 --batch-size 3 --workers 1 --device cpu")
+    launcher = "-m torch.distributed.run --standalone --nproc-per-node 2 -m training.prepare"
+    command = [sys.executable, *split(launcher)]
     done = subprocess.run(
         [*command, "--data", str(images), "--out", str(tmp_path / "two"), *options],
         cwd=ROOT,
@@ -231,19 +157,7 @@ def test_ctrl_c_keeps_whole_shards(number, images, tmp_path, monkeypatch):
         return read(self, index)
 
     monkeypatch.setattr(ImageCrops, "__getitem__", interrupted)
-    options = [
-        "--size",
-        "8",
-        "--pixels",
-        "--shard-size",
-        "5",
-        "--batch-size",
-        "1",
-        "--workers",
-        "0",
-        "--device",
-        "cpu",
-    ]
+    options = split("--size 8 --pixels --shard-size 5 --batch-size 1 --workers 0 --device cpu")
     with pytest.raises(SystemExit, match="130"):
         main(["--data", str(images), "--out", str(tmp_path / "out"), *options])
     assert list(shards(tmp_path / "out")) == [shard_name(0)]
@@ -332,7 +246,7 @@ def test_errors_name_the_folder_and_the_fix(images, tmp_path):
         main(["--data", str(tmp_path / "nowhere"), "--out", str(out)])
     for wrong in ({"size": 0}, {"shard_size": 0}, {"workers": -1}, {"seed": -1}, {"device": "gpu"}):
         with pytest.raises(ValueError, match=next(iter(wrong)).replace("_", "-")):
-            Config(data=images, out=out, **wrong)
+            PreparationConfig(data=images, out=out, **wrong)
 
 
 def test_latents_are_posterior_samples(images, tiny_vae, tmp_path):
@@ -362,6 +276,54 @@ def test_latents_are_posterior_samples(images, tiny_vae, tmp_path):
         run(images, tmp_path / "odd", pixels=False, vae=str(tiny_vae), size=7)
 
 
+def test_float16_shards_of_rae_latents_load_and_train(images, tmp_path):
+    rae, x = write_rae(tmp_path), {}
+    for dtype in ("float32", "float16"):
+        out = tmp_path / dtype
+        index = run(images, out, pixels=False, vae=str(rae), dtype=dtype)
+        assert (index["dtype"], index["space"], index["shape"]) == (dtype, "rae", [8, 4, 4])
+        data = LatentDataset(out)
+        assert {load_file(path)["x"].dtype for path in out.glob("shard-*")} == {data.dtype}
+        x[dtype] = data.__getitems__(range(13))[0]
+        on_disk = LatentDataset(out, in_memory=False).__getitems__(range(13))[0]
+        assert torch.equal(on_disk, x[dtype])
+        assert run(images, out, pixels=False, vae=str(rae), dtype=dtype) == index  # goes on
+    assert x["float16"].dtype == torch.float32
+    assert torch.equal(x["float16"], x["float32"].half().float())
+    assert not torch.equal(x["float16"], x["float32"])
+    losses = {}
+    for dtype in x:
+        given = f"--preset ditdh_s --data {tmp_path / dtype} --out {tmp_path / 'run'}-{dtype}"
+        sizes = "--num-layers 1 --num-heads 1 --ddt-layers 1 --ddt-width 16 --ddt-heads 1"
+        rest = "--batch-size 8 --iterations 9 --warmup 0 --optimizer adamw --device cpu --workers 0"
+        trainer = ImageTrainer(parse(split(f"{given} {sizes} {rest}")))
+        losses[dtype] = [trainer.iterate()["loss"].item() for _ in range(3)]
+    assert losses["float16"] == pytest.approx(losses["float32"], rel=1e-2)
+
+
+def test_another_type_is_refused_in_a_folder_that_is_begun(images, tiny_vae, tmp_path):
+    latents = {"pixels": False, "vae": str(tiny_vae)}
+    run(images, tmp_path / "out", **latents)
+    # as in older versions, so that their folders go on
+    assert "dtype" not in json.loads((tmp_path / "out" / "plan.json").read_text())
+    with pytest.raises(ValueError, match=r"\(dtype: float32 there, float16 here\)"):
+        run(images, tmp_path / "out", dtype="float16", **latents)
+    run(images, tmp_path / "half", dtype="float16", **latents)
+    with pytest.raises(ValueError, match=r"\(dtype: float16 there, float32 here\)"):
+        run(images, tmp_path / "half", **latents)
+    with pytest.raises(ValueError, match="--dtype is float16; it must be left out with --pixels"):
+        PreparationConfig(data=images, out=tmp_path, pixels=True, dtype="float16")
+
+
+def test_latents_that_float16_cannot_hold_are_refused(images, tiny_vae, tmp_path):
+    config = tiny_vae / "vae" / "config.json"
+    config.write_text(
+        config.read_text().replace('"scaling_factor": 0.18215', '"scaling_factor": 1e7')
+    )
+    with pytest.raises(FloatingPointError, match=r"latents up to .*; give --dtype float32"):
+        run(images, tmp_path / "out", pixels=False, vae=str(tiny_vae), dtype="float16")
+
+
 def test_damaged_vaes(tiny_vae, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"neither config.json nor vae/config.json"):
         load_vae(tmp_path)
@@ -379,23 +341,6 @@ def test_damaged_vaes(tiny_vae, tmp_path):
         load_vae(tiny_vae)
 
 
-def test_reading_from_disk_and_from_workers(images, tmp_path):
-    run(images, tmp_path)
-    memory, disk = LatentDataset(tmp_path), LatentDataset(tmp_path, in_memory=False)
-    order = [12, 0, 5, 4, 4, 9]
-    for found, expected in zip(disk.__getitems__(order), memory.__getitems__(order), strict=True):
-        assert torch.equal(found, expected)
-    loader = DataLoader(
-        disk, batch_size=4, num_workers=2, collate_fn=lambda batch: batch
-    )  # after this process opened files
-    x, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
-    assert torch.equal(x, memory.__getitems__(range(13))[0])
-    assert torch.equal(labels, memory.labels)
-    assert torch.equal(memory[-1][0], x[12])
-    with pytest.raises(IndexError, match="sample 13 of 13"):
-        memory[13]
-
-
 def test_parts_of_a_data_set_are_no_classes(images, tmp_path):
     whole = tmp_path / "whole"
     whole.mkdir()
@@ -403,117 +348,3 @@ def test_parts_of_a_data_set_are_no_classes(images, tmp_path):
         (whole / part).symlink_to(images)
     with pytest.raises(ValueError, match=r"test and train, which are parts .*give --data .*test"):
         list_images(whole)
-
-
-def test_reader_errors(images, tmp_path):
-    out = tmp_path / "out"
-    with pytest.raises(
-        FileNotFoundError, match=r"python -m training.prepare --data IMAGES --out .*out"
-    ):
-        LatentDataset(out)
-    run(images, out)
-    index, shard = read_index(out), out / shard_name(1)
-    whole = shard.read_bytes()
-
-    def write(**changes):
-        (out / "index.json").write_text(json.dumps({**index, **changes}))
-
-    shard.write_bytes(whole[:-100])
-    with pytest.raises(
-        ValueError, match=r"shard-00001.safetensors is truncated .*rewrites only that shard"
-    ):
-        LatentDataset(out)
-    shard.unlink()
-    with pytest.raises(
-        FileNotFoundError, match=r"shard-00001.safetensors is missing; run the same prepare command"
-    ):
-        LatentDataset(out)
-    shard.write_bytes((out / shard_name(2)).read_bytes())
-    with pytest.raises(ValueError, match=r"holds 3 samples .*says 5 "):
-        LatentDataset(out)
-    save_file({"y": torch.zeros(1)}, shard)
-    with pytest.raises(ValueError, match=r"holds \['y'\] instead of x and labels"):
-        LatentDataset(out)
-    shard.write_bytes(whole)
-    write(classes=["cat"])
-    with pytest.raises(ValueError, match=r"labels from 0 to 1, but index.json lists 1 classes"):
-        LatentDataset(out)
-    write(count=14)
-    with pytest.raises(ValueError, match="says 14 samples, but its shards add up to 13"):
-        LatentDataset(out)
-    write(format="gmflow-latents-9")
-    with pytest.raises(ValueError, match="update GMFlow"):
-        LatentDataset(out)
-    (out / "index.json").write_text("{")
-    with pytest.raises(ValueError, match="is damaged"):
-        LatentDataset(out)
-    (out / "index.json").unlink()
-    with pytest.raises(FileNotFoundError, match="goes on where it stopped"):
-        LatentDataset(out)
-
-
-def test_digits_folder(tmp_path, capsys):
-    pytest.importorskip("sklearn")
-    digits.main(["--out", str(tmp_path / "digits"), "--copies", "2"])
-    assert "2876 pictures" in capsys.readouterr().out
-    sources = {}
-    for part in ("train", "test"):
-        index = prepare(
-            Config(
-                data=tmp_path / "digits" / part,
-                out=tmp_path / part,
-                size=8,
-                pixels=True,
-                flip=False,
-                workers=0,
-            )
-        )
-        assert index["classes"] == [str(n) for n in range(10)]
-        sources[part] = {
-            path.name.split("_")[0] for path in (tmp_path / "digits" / part).rglob("*.png")
-        }
-    assert not sources["train"] & sources["test"]
-    assert len(sources["train"] | sources["test"]) == 1797
-    shares = [LatentDataset(tmp_path / part).labels.bincount() for part in ("train", "test")]
-    assert ((shares[1] / (shares[0] + shares[1]) - 0.2).abs() < 0.005).all()
-    pictures = to_pixels(LatentDataset(tmp_path / "train").__getitems__(range(2876))[0])
-    measured = image_saturation(pictures)
-    assert saturation_distance(measured) < 0.06  # 0.035 is usual for as many exact draws
-    assert saturation_distance(measured * 1.3) > 0.25
-    assert saturation_distance(torch.ones(10)) == pytest.approx(1)
-    with pytest.raises(SystemExit, match="exists already; delete it"):
-        digits.main(["--out", str(tmp_path / "digits")])
-
-
-@pytest.mark.parametrize("size", [8, 16])
-def test_saturation_is_measured_as_drawn(size):
-    rng = np.random.default_rng(0)
-    for saturation in (0.1, 0.35, 0.9):
-        hue = rng.random()
-        rgb = digits.colour(hue, saturation)
-        assert rgb == pytest.approx(colorsys.hsv_to_rgb(hue, saturation, 1), abs=1e-12)
-        picture = digits.draw_digit(rng.integers(0, 17, (8, 8)), rgb, size)
-        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
-        assert pixels.shape == (1, 3, size, size)
-        assert image_saturation(pixels).item() == pytest.approx(saturation, abs=0.01)
-        assert image_saturation(pixels / 255).item() == pytest.approx(
-            image_saturation(pixels).item(), abs=1e-6
-        )
-    assert image_saturation(torch.zeros(2, 3, 4, 4)).tolist() == [0, 0]
-    with pytest.raises(ValueError, match=r"got \(3, 8, 8\)"):
-        image_saturation(torch.zeros(3, 8, 8))
-
-
-def test_known_distribution_of_saturation():
-    rng = np.random.default_rng(0)
-    draws = torch.tensor([digits.draw_saturation(rng) for _ in range(20_000)])
-    assert saturation_cdf(torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0])).tolist() == pytest.approx(
-        [0, 0, 0.5, 1, 1]
-    )
-    assert (draws.sort().values.float() > 0.1).all()
-    assert (
-        saturation_cdf(draws.sort().values) - torch.linspace(0, 1, 20_000)
-    ).abs().max() < 0.015  # Kolmogorov-Smirnov
-    assert saturation_distance(draws) < 0.02
-    with pytest.raises(ValueError, match="all finite"):
-        saturation_distance(torch.tensor([0.5, float("nan")]))

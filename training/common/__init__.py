@@ -1,1 +1,1 @@
-"""What several commands share: devices, processes, files, plots."""
+"""Parts that several commands share: settings, devices, processes, files, plots."""

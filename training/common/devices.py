@@ -1,4 +1,4 @@
-"""Which device a command computes on."""
+"""Choose the device of a command, and move tensors there."""
 
 from __future__ import annotations
 
@@ -10,22 +10,28 @@ from torch import Tensor
 
 
 def on_cpu(device: str) -> bool:
-    """Whether --device (auto or cpu) means the CPU; accelerate leaves processes on CPUs strangers to each other unless told."""
+    """Return whether --device (auto or cpu) means the CPU.
+
+    Pass the result to accelerate: without `cpu=True`, it starts no process group on CPUs.
+    """
     return device == "cpu" or not torch.accelerator.is_available()
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on `device`; a GPU takes it when it gets there, without anyone waiting."""
-    return (
-        tensor.pin_memory().to(device, non_blocking=True)
-        if device.type == "cuda"
-        else tensor.to(device)
-    )
+    """Copy a CPU tensor to `device`; to a CUDA device without a sync."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc's malloc to keep what is freed for what comes next: by default it may give an iteration's activations back and
-    fetch them anew, page by page, a tenth of the time of a small network on a CPU. Other allocators are left as they are."""
+    """Tell glibc's malloc to keep freed memory for later allocations.
+
+    By default malloc may return the activations of an iteration to the system and fetch them again
+    page by page, which takes a tenth of the time of a small network on a CPU. With another
+    allocator than glibc's, the function does nothing.
+    """
+    # ctypes, as glibc reads its MALLOC_ variables only when the process starts
     with contextlib.suppress(OSError, AttributeError, TypeError):
         for option, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
             ctypes.CDLL(None).mallopt(option, value)

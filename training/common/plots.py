@@ -5,17 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from training.common.files import whole_file
+from gmflow_core.files.atomic import atomic_write
 
 
 def figure(rows: int, columns: int, width: float, height: float, **shared: Any):
-    """A matplotlib figure of panels of width x height inches, drawn without a screen, and its axes (rows, columns)."""
+    """Create a matplotlib figure that needs no screen.
+
+    Args:
+        width, height: of each panel, in inches.
+        shared: further arguments of `Figure.subplots`.
+
+    Returns:
+        The figure, and its axes as an array (rows, columns).
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    drawing = Figure(
-        (2.4 + columns * width, max(2.6, 0.4 + rows * height)), dpi=120, layout="constrained"
-    )
+    size = (2.4 + columns * width, max(2.6, 0.4 + rows * height))
+    drawing = Figure(size, dpi=120, layout="constrained")
     FigureCanvasAgg(drawing)
     axes = drawing.subplots(rows, columns, squeeze=False, **shared)
     for ax in axes.flat:
@@ -25,7 +32,7 @@ def figure(rows: int, columns: int, width: float, height: float, **shared: Any):
 
 
 def finish(drawing, axes, path: Path) -> Path:
-    """Put one legend beside the panels, and save."""
+    """Put one legend beside the panels, save the figure as PNG, and return its path."""
     entries = {
         label: handle
         for ax in axes.flat
@@ -34,6 +41,6 @@ def finish(drawing, axes, path: Path) -> Path:
     drawing.legend(
         entries.values(), entries.keys(), loc="outside right upper", fontsize=8, frameon=False
     )
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         drawing.savefig(temporary, format="png")
     return path

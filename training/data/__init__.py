@@ -1,1 +1,1 @@
-"""Training data: image folders, latent shards, tokens, batches."""
+"""Data of training: folders of images, shards of latents, tokens, batches."""

@@ -1,40 +1,47 @@
-"""Which samples an iteration sees, and with what noise: the same whatever the number of processes."""
+"""Choose the samples of an iteration and their noise, the same for any number of processes."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-NOISE_BLOCK = 16  # samples whose noise comes from one seed, so that it does not depend on the number of processes
+from training.common.processes import ignore_interrupt
+
+NOISE_BLOCK = 16  # rows whose noise shares a seed, so that it does not depend on the processes
 
 
 def seed_of(*parts: int) -> int:
-    """A seed for a generator, different for different numbers."""
-    return (
-        int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
-    )
+    """Return a generator's seed, different for different numbers."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 class Order:
-    """Which samples this process sees, piece by piece, from iteration `first` on, for ever: each epoch is a permutation of the
-    data, and the batch of an iteration is the same whatever the number of processes.
+    """An endless sampler of the indices that this process sees, piece by piece.
+
+    Each epoch is a permutation of the data, and the batch of an iteration is the same for any
+    number of processes and pieces.
 
     Args:
         count: samples in the data.
+        batch_size: samples in an iteration, over all processes.
         rows: this process's part of the batch's rows, 0 to `batch_size` - 1.
-        pieces: how many pieces that part comes in.
+        pieces: number of pieces that this part is divided into; each one is yielded as a list.
+        seed: of the permutations.
+        first: iteration to begin with.
     """
 
     def __init__(
         self, count: int, batch_size: int, rows: range, pieces: int, seed: int, first: int
     ):
-        self.count, self.batch_size, self.rows, self.pieces, self.seed, self.first = (
-            count, batch_size, rows, pieces, seed, first,
-        )  # fmt: skip
+        self.count, self.batch_size, self.rows = count, batch_size, rows
+        self.pieces, self.seed, self.first = pieces, seed, first
 
     def __iter__(self) -> Iterator[list[int]]:
         epoch, order = -1, None
@@ -53,7 +60,7 @@ class Order:
 
 
 def pieces_of(rows: range, pieces: int) -> list[range]:
-    """`rows` in `pieces` equal parts."""
+    """Divide `rows` into equal parts; a remainder is left out."""
     size = len(rows) // pieces
     return [rows[i * size : (i + 1) * size] for i in range(pieces)]
 
@@ -61,7 +68,13 @@ def pieces_of(rows: range, pieces: int) -> list[range]:
 def draw_noise(
     seed: int, step: int, rows: range, shape: tuple[int, ...], device: torch.device
 ) -> Tensor:
-    """Standard normal (len(rows), *shape) for these rows of iteration `step`'s batch, whatever other rows are drawn."""
+    """Draw standard normal noise for some rows of a batch.
+
+    A row's noise depends on the seed, the iteration `step` and the row, not on the other rows.
+
+    Returns:
+        (len(rows), *shape).
+    """
     blocks = range(rows.start // NOISE_BLOCK, (rows.stop - 1) // NOISE_BLOCK + 1)
     noise = []
     for block in blocks:
@@ -69,3 +82,28 @@ def draw_noise(
         noise.append(torch.randn(NOISE_BLOCK, *shape, generator=generator, device=device))
     offset = rows.start - blocks.start * NOISE_BLOCK
     return torch.cat(noise)[offset : offset + len(rows)]
+
+
+def batch_loader(
+    samples: Dataset, batches: Iterable[list[int]], workers: int, pin_memory: bool
+) -> DataLoader:
+    """Load batches from a data set that fetches whole batches at once.
+
+    Args:
+        batches: indices of each batch, such as `Order`.
+        workers: processes that read; 0 reads in this one.
+        pin_memory: for copies to a CUDA device.
+    """
+    return DataLoader(
+        samples,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=_unchanged,
+        worker_init_fn=ignore_interrupt,
+        pin_memory=pin_memory,
+    )
+
+
+def _unchanged(batch: Any) -> Any:
+    """Return a batch that is collated already."""
+    return batch

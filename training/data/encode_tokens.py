@@ -3,57 +3,56 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from training.common.processes import together
-from training.data.image_folder import (
-    ImageCrops,
-    ImageList,
-    collate,
-    leave_signals_to_main,
-    list_images,
-)
+from training.data.image_folder import ImageCrops, ImageList, image_loader, list_images
 from training.data.shards import LatentDataset, to_model
 from training.data.tokens import (
     FORMAT,
     TokenFiles,
     check_record,
     encoder_settings,
-    read_record,
+    read_tokens_record,
     write_tokens,
 )
 from training.encoders.encoder import Encoder, load_encoder
 
-PART = 4096  # images; what a stop can lose
+PART = 4096  # images in a part; a stop loses the work on one part at most
 
 
 def images_of(dataset: LatentDataset, root: Path | None) -> tuple[ImageList, list[int]]:
-    """The images that a prepared folder was made from, below `root` or where they were then, and which of them are its
-    samples, in order.
+    """Find the images that a prepared folder was made from.
+
+    Args:
+        root: their folder; if None, the one they were in when the folder was prepared.
+
+    Returns:
+        All images, and the indices of those that are the folder's samples, in order.
 
     Raises:
-        FileNotFoundError, ValueError: they are not there, or not the same.
+        FileNotFoundError: the images are not there.
+        ValueError: they are not the same images.
     """
     root = Path(dataset.index["source"]) if root is None else root
     if not root.is_dir():
         raise FileNotFoundError(
-            f"{dataset.folder} was made from images in {root}, which is no folder here; give it as --images"
+            f"{dataset.folder} was made from images in {root}, which is no folder here; give it as "
+            "--images"
         )
     images = list_images(root)
     skipped = {entry["file"] for entry in dataset.index["skipped"]}
     kept = [number for number, file in enumerate(images.files) if file not in skipped]
     if [images.labels[number] for number in kept] != dataset.labels.tolist():
         raise ValueError(
-            f"the {len(kept)} images in {root} are not the {len(dataset)} that {dataset.folder} was made from; give their "
-            "folder as --images"
+            f"the {len(kept)} images in {root} are not the {len(dataset)} that {dataset.folder} "
+            "was made from; give their folder as --images"
         )
     return images, kept
 
@@ -70,26 +69,31 @@ def encode_images(
     batch_size: int = 64,
     workers: int | None = None,
 ) -> TokenFiles:
-    """Write one token of each image to `path`, unless they are there. Every process does its share; parts that are done are
-    kept beside `path`, so that a run that was stopped goes on.
+    """Write one token of each image to `path`, unless the tokens are there.
+
+    Every process encodes its share. Finished parts are kept beside `path`, so that a run that was
+    stopped goes on.
 
     Args:
-        kept: which of the images, in order.
+        kept: indices of the images to encode, in order.
         encoder: one of `ENCODERS`, or the folder or hub id of one.
-        input_size: side of the pictures that the encoder is given; that of its kind if None.
+        input_size: side of the pictures that the encoder is given; if None, that of its kind.
         size: side of the centre crops.
+        batch_size: images that are encoded at a time.
+        workers: processes that decode images; see `loader_workers`.
 
     Raises:
-        FileNotFoundError, ValueError, ModuleNotFoundError: the encoder or an image cannot be had.
+        FileNotFoundError: the encoder or an image is missing.
+        ValueError: the encoder cannot be used, an image cannot be read, or `path` holds other
+            tokens.
+        ModuleNotFoundError: transformers is not installed.
     """
-    listing = hashlib.sha256(
-        "\n".join(images.files[number] for number in kept).encode("utf-8", "surrogateescape")
-    ).hexdigest()
+    names = "\n".join(images.files[number] for number in kept)
     record = {
         "format": FORMAT,
         **encoder_settings(encoder, input_size, size),
         "count": len(kept),
-        "files": listing,
+        "files": hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest(),
     }
     check_record(path, record)
     state.wait_for_everyone()
@@ -98,14 +102,14 @@ def encode_images(
     parts = [range(start, min(start + PART, len(kept))) for start in range(0, len(kept), PART)]
     folder = path.parent / f"{path.stem}.parts"
     files = [folder / f"{number:05d}.safetensors" for number in range(len(parts))]
-    missing = [number for number, file in enumerate(files) if read_record(file) != record]
+    missing = [number for number, file in enumerate(files) if read_tokens_record(file) != record]
     state.wait_for_everyone()
     mine = [
         (parts[number], files[number])
         for number in missing[state.process_index :: state.num_processes]
     ]
     network = None
-    for first in (True, False):  # of a machine: it fetches the encoder for the others
+    for first in (True, False):  # the first process of a machine downloads for the others
         with together(state):
             if mine and state.is_local_main_process == first:
                 network = load_encoder(record["encoder"], input_size).to(state.device)
@@ -131,25 +135,14 @@ def _encode_parts(
     batch_size: int,
     workers: int | None,
 ) -> None:
-    if workers is None:
-        workers = min(
-            8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
-        )
+    """Encode these parts of `kept`, each into its file."""
     crops = ImageCrops(images, record["size"], flip=False, seed=0, noise_shape=None)
     batches = [
         [kept[n] for n in range(low, min(low + batch_size, part.stop))]
         for part, _ in parts
         for low in range(part.start, part.stop, batch_size)
     ]
-    loader = iter(
-        DataLoader(
-            crops,
-            batch_sampler=batches,
-            num_workers=workers,
-            collate_fn=collate,
-            worker_init_fn=leave_signals_to_main,
-        )
-    )
+    loader = iter(image_loader(crops, batches, workers, state))
     bar = tqdm(
         total=sum(map(len, batches)),
         unit="img",
@@ -165,7 +158,8 @@ def _encode_parts(
                 if batch.failed:
                     failed = batch.failed[0]
                     raise ValueError(
-                        f"{images.root / images.files[failed.index]} cannot be read ({failed.reason}); mend it"
+                        f"{images.root / images.files[failed.index]} cannot be read "
+                        f"({failed.reason}); mend it"
                     )
                 tokens.append(network.token(network(to_model(batch.pixels.to(state.device)))).cpu())
                 bar.update(len(tokens[-1]))

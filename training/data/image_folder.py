@@ -1,25 +1,27 @@
-"""Folders of images, a subfolder a class: list, read, crop."""
+"""Read folders of images with one subfolder for each class: list, crop, load in workers."""
 
 from __future__ import annotations
 
 import io
 import json
 import os
-import signal
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
+
+from training.common.processes import ignore_interrupt, loader_workers
 
 SPLITS = {"train", "test", "val", "valid", "validation"}
 
 
 class ImageList(NamedTuple):
-    """The images of a folder of class folders."""
+    """Images of a folder of class folders."""
 
     root: Path
     folders: list[str]  # the classes, sorted
@@ -28,17 +30,17 @@ class ImageList(NamedTuple):
 
 
 class Item(NamedTuple):
-    """One image on its way through, or why it is left out."""
+    """One image on its way through a loader, or the reason why it is left out."""
 
     index: int
     pixels: Tensor | None = None  # (3, size, size) uint8
     noise: Tensor | None = None  # for the posterior sample, of the latent's shape
     reason: str = ""
-    fatal: bool = False  # nothing wrong with the image: its file could not be read
+    fatal: bool = False  # its file could not be read, so the image itself may be good
 
 
 class Batch(NamedTuple):
-    """Some images on their way through; those left out are in `failed`."""
+    """Some images on their way through a loader; `failed` holds those that are left out."""
 
     indices: list[int]
     pixels: Tensor | None  # (n, 3, size, size) uint8
@@ -47,6 +49,7 @@ class Batch(NamedTuple):
 
 
 def collate(items: list[Item]) -> Batch:
+    """Stack the readable items, and list the others."""
     good = [item for item in items if item.pixels is not None]
     return Batch(
         [item.index for item in good],
@@ -57,7 +60,7 @@ def collate(items: list[Item]) -> Batch:
 
 
 def list_images(root: Path) -> ImageList:
-    """Find the images below `root`: all that have the name of a format that Pillow opens.
+    """List the images below `root`: all files whose ending is that of a format Pillow opens.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -65,9 +68,9 @@ def list_images(root: Path) -> ImageList:
     """
     if not root.is_dir():
         raise FileNotFoundError(
-            f"there is no folder {root}; give --data the folder that holds one subfolder for each class"
+            f"there is no folder {root}; give --data the folder that holds one subfolder for each "
+            "class"
         )
-    known = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     folders = sorted(
         entry.name
         for entry in os.scandir(root)
@@ -79,40 +82,46 @@ def list_images(root: Path) -> ImageList:
         )
     if set(folders) <= SPLITS:
         raise ValueError(
-            f"{root} holds {' and '.join(folders)}, which are parts of a data set, not classes; give --data "
-            f"{root / folders[0]}, and prepare each into a folder of its own"
+            f"{root} holds {' and '.join(folders)}, which are parts of a data set, not classes; "
+            f"give --data {root / folders[0]}, and prepare each into a folder of its own"
         )
     files, labels, empty = [], [], []
     for label, folder in enumerate(folders):
-        found = []
-        for place, _, names in os.walk(root / folder, followlinks=True):
-            shown = (
-                name
-                for name in names
-                if not name.startswith(".") and Path(name).suffix.lower() in known
-            )
-            found += [(Path(place) / name).relative_to(root).as_posix() for name in shown]
+        found = _images_below(root, folder)
         if not found:
             empty.append(folder)
-        files += sorted(found)
+        files += found
         labels += [label] * len(found)
     if len(empty) == len(folders):
         raise ValueError(
-            f"{root} has {len(folders)} subfolders but no images in them; --data wants DATA/CLASS/IMAGE.jpg or the like"
+            f"{root} has {len(folders)} subfolders but no images in them; --data must hold "
+            "CLASS/IMAGE.jpg or the like"
         )
     if empty:
         raise ValueError(
-            f"{len(empty)} of the {len(folders)} class folders of {root} have no images, first {root / empty[0]}; "
-            "put images there, or remove the folder"
+            f"{len(empty)} of the {len(folders)} class folders of {root} have no images, first "
+            f"{root / empty[0]}; put images there, or remove the folder"
         )
     return ImageList(root, folders, files, labels)
 
 
+def _images_below(root: Path, folder: str) -> list[str]:
+    """Return the paths from `root` of the images in one class folder, sorted."""
+    known = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    found = []
+    for place, _, names in os.walk(root / folder, followlinks=True):
+        for name in names:
+            if not name.startswith(".") and Path(name).suffix.lower() in known:
+                found.append((Path(place) / name).relative_to(root).as_posix())
+    return sorted(found)
+
+
 def read_class_names(path: Path | None, folders: list[str]) -> list[str]:
-    """Readable names of the class folders; the folders' own without a file.
+    """Read readable names of the class folders from JSON; without a file, return `folders`.
 
     Raises:
-        FileNotFoundError, ValueError: the file is missing, is no such JSON, or does not name every class.
+        FileNotFoundError: the file is missing.
+        ValueError: the file is no such JSON, or does not name every class.
     """
     if path is None:
         return folders
@@ -141,7 +150,10 @@ def read_class_names(path: Path | None, folders: list[str]) -> list[str]:
 
 
 def read_rgb(raw: bytes) -> Image.Image:
-    """The first picture in an image file, as RGB of 8 bits; 16-bit grey is scaled, where Pillow would clip it."""
+    """Decode the first picture of an image file as RGB of 8 bits.
+
+    Grey of 16 bits is scaled to 8, where Pillow would clip it.
+    """
     image = Image.open(io.BytesIO(raw))
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
@@ -149,8 +161,11 @@ def read_rgb(raw: bytes) -> Image.Image:
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """The central square of an image, scaled to size x size, as ADM does: halved by box averages while its shorter side is
-    at least twice too long, then scaled bicubically, then cropped."""
+    """Crop an image to its central square, scaled to size x size, as ADM does.
+
+    The image is halved by box averages while its shorter side is at least 2 size, then scaled
+    bicubically, then cropped (Dhariwal and Nichol 2021).
+    """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -163,11 +178,14 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 class ImageCrops(Dataset):
-    """The images, cropped and flipped, each with the noise for its posterior sample; in the order of the list.
+    """Images in the order of the list, cropped, flipped, each with its posterior noise.
 
     Args:
         images: from `list_images`.
-        noise_shape: (C, h, w) of a latent; None if it needs no noise, and for pixels.
+        size: width and height of the crops.
+        flip: mirror each image with probability 1/2.
+        seed: flip and noise of an image depend on this seed and on its number alone.
+        noise_shape: (C, h, w) of a latent; None for pixels, and for a VAE that needs no noise.
     """
 
     def __init__(
@@ -178,13 +196,8 @@ class ImageCrops(Dataset):
         seed: int,
         noise_shape: tuple[int, ...] | None,
     ):
-        self.images, self.size, self.flip, self.seed, self.noise_shape = (
-            images,
-            size,
-            flip,
-            seed,
-            noise_shape,
-        )
+        self.images, self.size, self.flip = images, size, flip
+        self.seed, self.noise_shape = seed, noise_shape
 
     def __len__(self) -> int:
         return len(self.images.files)
@@ -194,11 +207,8 @@ class ImageCrops(Dataset):
         try:
             raw = path.read_bytes()
         except OSError as error:
-            return Item(
-                index,
-                reason=f"{path} cannot be read ({error}); mend that, then run the same command again",
-                fatal=True,
-            )
+            reason = f"{path} cannot be read ({error}); mend that, then run the same command again"
+            return Item(index, reason=reason, fatal=True)
         if not raw:
             return Item(index, reason="the file is empty")
         try:
@@ -210,24 +220,36 @@ class ImageCrops(Dataset):
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         if self.flip and mirrored:
             pixels = pixels.flip(-1)
-        noise = (
-            None
-            if self.noise_shape is None
-            else torch.from_numpy(rng.standard_normal(self.noise_shape, dtype=np.float32))
-        )
+        noise = None
+        if self.noise_shape is not None:
+            noise = torch.from_numpy(rng.standard_normal(self.noise_shape, dtype=np.float32))
         return Item(index, pixels.contiguous(), noise)
 
 
 def _short(error: Exception) -> str:
-    """Why Pillow refused an image, without the address of the buffer it was read from."""
+    """Return why Pillow refused an image, without the address of the buffer it read."""
     text = str(error)
-    return (
-        "not an image that Pillow can read"
-        if "cannot identify" in text
-        else text or type(error).__name__
+    if "cannot identify" in text:
+        return "not an image that Pillow can read"
+    return text or type(error).__name__
+
+
+def image_loader(
+    crops: ImageCrops, batches: list[list[int]], workers: int | None, state: PartialState
+) -> DataLoader:
+    """Load these batches of images in worker processes.
+
+    Args:
+        batches: indices of each batch, in order.
+        workers: as the user gave it; see `loader_workers`.
+
+    Returns:
+        A loader of `Batch`.
+    """
+    return DataLoader(
+        crops,
+        batch_sampler=batches,
+        num_workers=loader_workers(workers, state),
+        collate_fn=collate,
+        worker_init_fn=ignore_interrupt,
     )
-
-
-def leave_signals_to_main(_: int) -> None:
-    """Ctrl-C reaches every process of the terminal; only the main one should speak of it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

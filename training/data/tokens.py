@@ -1,5 +1,8 @@
-"""Tokens: one vector for each sample, from array files or from a frozen encoder; and `tokens.safetensors`, which keeps those of
-a prepared folder beside its latents, in the same order."""
+"""Read and write tokens: one vector for each sample, by which a mixture source finds its mode.
+
+Tokens come from array files or from a frozen encoder. Those of a prepared folder are kept beside
+its shards in `tokens.safetensors`, in the same order.
+"""
 
 from __future__ import annotations
 
@@ -13,30 +16,31 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from gmflow_core.files.checkpoint import write_tensors
 from gmflow_core.source.source import listed
-from training.common.files import whole_file
 from training.data.shards import LatentDataset
 from training.encoders.encoder import ENCODERS
 
 FORMAT = "gmflow-tokens-1"
 FILE = "tokens.safetensors"  # in a prepared folder
-NAME = "tokens"  # of the array in it
+NAME = "tokens"  # name of the array in that file
 CHUNK = 2**24  # elements that are read at a time
-SETTINGS = ("encoder", "input_size", "size")  # in the record of tokens: what made them
+SETTINGS = ("encoder", "input_size", "size")  # entries of a record that say what made the tokens
 
 
 class TokenFiles:
-    """Samples (n, *shape) in array files, one file after the other, as chunks (m, D), as often as it is iterated; at least one
-    chunk, without rows if there are none.
+    """Samples (n, *shape) in array files, one file after the other.
+
+    Each iteration yields the samples as chunks (m, D), at least one chunk, with 0 rows if there are
+    no samples.
 
     Args:
-        paths: .npy (read from disk piece by piece), .npz (read as a whole) or .safetensors files, each with one such array, or
-            with one called "tokens".
-        rows: which samples; all of them if None.
+        paths: .npy (read from disk piece by piece), .npz (read as a whole) or .safetensors files,
+            each with one such array, or with one called "tokens".
+        rows: the samples to yield; all of them if None.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -49,7 +53,8 @@ class TokenFiles:
         shapes = {tuple(_shape(array)[1:]) for array in self.arrays}
         if len(shapes) != 1:
             raise ValueError(
-                f"{self.paths[0]} and its companions hold samples of different shapes: {sorted(shapes)}"
+                f"{self.paths[0]} and its companions hold samples of different shapes: "
+                f"{sorted(shapes)}; give files of one shape"
             )
         self.shape: tuple[int, ...] = shapes.pop()
         self.total = sum(_shape(array)[0] for array in self.arrays)
@@ -59,25 +64,25 @@ class TokenFiles:
         return len(self.rows)
 
     def share(self, state: PartialState) -> TokenFiles:
-        """The part of one process; the parts follow each other in the order of the processes."""
+        """Return the part of this process; the parts follow the order of the processes."""
         return TokenFiles(self.paths, share_of(len(self), state))
 
     def __iter__(self) -> Iterator[Tensor]:
-        if not self.rows:  # the part of a process that is left over
+        if not self.rows:  # with more processes than samples
             yield torch.empty(0, math.prod(self.shape))
         step, start = max(1, CHUNK // math.prod(self.shape)), 0
         for array in self.arrays:
             size = _shape(array)[0]
             for low in range(max(start, self.rows.start), min(start + size, self.rows.stop), step):
                 rows = array[low - start : min(low + step, start + size, self.rows.stop) - start]
-                yield (
-                    rows if isinstance(rows, Tensor) else torch.from_numpy(np.array(rows))
-                ).flatten(1)
+                if not isinstance(rows, Tensor):
+                    rows = torch.from_numpy(np.array(rows))
+                yield rows.flatten(1)
             start += size
 
 
 def share_of(count: int, state: PartialState) -> range:
-    """This process's part of `count` samples."""
+    """Return this process's part of `count` samples."""
     edges = [
         count * i // state.num_processes for i in (state.process_index, state.process_index + 1)
     ]
@@ -85,11 +90,12 @@ def share_of(count: int, state: PartialState) -> range:
 
 
 def _shape(array: Any) -> list[int]:
+    """Return the shape of a NumPy array or of a slice of safetensors."""
     return list(array.shape if isinstance(array, np.ndarray) else array.get_shape())
 
 
 def _open_array(path: Path) -> Any:
-    """A NumPy array, or a slice of safetensors."""
+    """Open the samples of a file as a NumPy array, or as a slice of safetensors."""
     if not path.exists():
         raise FileNotFoundError(
             f"there is no {path}; give a .npy, .npz or .safetensors file of samples (n, D)"
@@ -107,7 +113,8 @@ def _open_array(path: Path) -> Any:
             )
     except (SafetensorError, ValueError, OSError, EOFError) as error:
         raise ValueError(
-            f"{path} is no whole array file ({error}); give .npy, .npz or .safetensors, without Python objects"
+            f"{path} is no whole array file ({error}); give .npy, .npz or .safetensors, without "
+            "Python objects"
         ) from error
     arrays = {
         name: array
@@ -123,17 +130,24 @@ def _open_array(path: Path) -> Any:
 
 
 def read_tokens(folder: Path) -> Tensor:
-    """The tokens (n, D) of a prepared folder, in the order of its samples. The file is mapped: processes of one machine share
-    the memory, and only what is looked at is read.
+    """Read the tokens of a prepared folder, in the order of its samples.
+
+    The file is memory-mapped: the processes of a machine share the memory, and rows are read when
+    they are used.
+
+    Returns:
+        (n, D).
 
     Raises:
-        FileNotFoundError: there are none.
-        ValueError: the file is damaged, of another number of samples, or has values that are not finite.
+        FileNotFoundError: the folder has no tokens.
+        ValueError: the file is damaged, has another number of samples, or values that are not
+            finite.
     """
     path = folder / FILE
     if not path.exists():
         raise FileNotFoundError(
-            f"there is no {path}; python -m training.fit_source --data {folder} --encoder ... makes it"
+            f"there is no {path}; make it with python -m training.fit_source --data {folder} "
+            "--encoder ..."
         )
     files = TokenFiles([path])
     check_count(files, len(LatentDataset(folder, in_memory=False)), folder)
@@ -144,33 +158,37 @@ def read_tokens(folder: Path) -> Tensor:
         done += len(chunk)
     if bad:
         raise ValueError(
-            f"rows {listed(bad)} of {path} are not finite, so their samples belong to no mode; remove the file and make it anew"
+            f"rows {listed(bad)} of {path} are not finite, so their samples belong to no mode; "
+            "remove the file and make it anew"
         )
     return tokens
 
 
 def check_count(tokens: TokenFiles, count: int, folder: Path) -> None:
-    """
+    """Check that there is one token, a vector, for each of the `count` samples.
+
     Raises:
-        ValueError: there is not one token for each of the `count` samples.
+        ValueError: there is not.
     """
     if len(tokens) != count or len(tokens.shape) != 1:
         raise ValueError(
-            f"{tokens.paths[0]} holds {len(tokens)} tokens of {tokens.shape}, but {folder} has {count} samples; give one "
-            "vector for each sample, in their order"
+            f"{tokens.paths[0]} holds {len(tokens)} tokens of {tokens.shape}, but {folder} has "
+            f"{count} samples; give one vector for each sample, in their order"
         )
 
 
 def keep_tokens(tokens: TokenFiles, folder: Path) -> None:
-    """Write them as `FILE` into a prepared folder, with what they say of their encoder, unless they come from there.
+    """Copy tokens into a prepared folder as `FILE`, unless they come from there.
+
+    The record of their encoder is copied too.
 
     Raises:
-        ValueError: other tokens are there.
+        ValueError: the folder holds other tokens.
     """
     path = folder / FILE
     if any(given.resolve() == path.resolve() for given in tokens.paths):
         return
-    made = read_record(tokens.paths[0]) or {}
+    made = read_tokens_record(tokens.paths[0]) or {}
     record = {
         "format": FORMAT,
         "files": [str(given) for given in tokens.paths],
@@ -183,20 +201,19 @@ def keep_tokens(tokens: TokenFiles, folder: Path) -> None:
 
 
 def check_encoder(folder: Path, fitted: dict[str, Any], source: str) -> None:
-    """See that a prepared folder's tokens are such as a source tells its modes apart by, as far as both say what made them.
+    """Check that the folder's tokens come from the encoder the source was fitted with.
+
+    Nothing is checked if one of the two does not say what made it.
 
     Args:
         fitted: how the source was fitted, the "training" of its metadata.
-        source: its name.
+        source: name of the source, for the error.
 
     Raises:
-        ValueError: they were made by another encoder, or with other settings.
+        ValueError: the tokens come from another encoder, or were made with other settings.
     """
-    here, config, there = (
-        read_record(folder / FILE) or {},
-        fitted.get("config") or {},
-        fitted.get("tokens") or {},
-    )
+    here, there = read_tokens_record(folder / FILE) or {}, fitted.get("tokens") or {}
+    config = fitted.get("config") or {}
     if config.get("encoder") is not None:
         there = encoder_settings(
             config["encoder"], config.get("encoder_size"), config.get("image_size")
@@ -206,26 +223,29 @@ def check_encoder(folder: Path, fitted: dict[str, Any], source: str) -> None:
     here, there = ({name: record.get(name) for name in SETTINGS} for record in (here, there))
     if here != there:
         raise ValueError(
-            f"{folder / FILE} holds tokens of {_told(here)}, but {source} tells its modes apart by tokens of {_told(there)}; "
-            "give a source that was fitted to the former, or remove the file and make the latter: training.fit_source --encoder"
+            f"{folder / FILE} holds tokens of {_settings_text(here)}, but {source} finds its modes "
+            f"by tokens of {_settings_text(there)}; give a source that was fitted to the former, "
+            "or remove the file and make the latter: training.fit_source --encoder"
         )
 
 
 def encoder_settings(encoder: str, input_size: int | None, size: int | None) -> dict[str, Any]:
-    """What the record of tokens says of what made them; see `encode_images`."""
+    """Return the entries of a tokens' record that say what made them; see `encode_images`."""
     return dict(zip(SETTINGS, (ENCODERS.get(encoder, encoder), input_size, size), strict=True))
 
 
-def _told(settings: dict[str, Any]) -> str:
+def _settings_text(settings: dict[str, Any]) -> str:
+    """Return the settings that are given, as text for a message."""
     return ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
 
 
 def check_record(path: Path, record: dict[str, Any]) -> None:
-    """
+    """Check that the file at `path`, if there is one, holds tokens with this record.
+
     Raises:
-        ValueError: the file is there, with tokens that were made otherwise.
+        ValueError: it is damaged, or holds other tokens.
     """
-    found = read_record(path)
+    found = read_tokens_record(path)
     if found is None and path.exists():
         raise ValueError(
             f"{path} is damaged, or was not made by GMFlow; remove it, or give it as --tokens"
@@ -241,8 +261,8 @@ def check_record(path: Path, record: dict[str, Any]) -> None:
         )
 
 
-def read_record(path: Path) -> dict[str, Any] | None:
-    """How the tokens in `path` were made; None if the file is missing or damaged."""
+def read_tokens_record(path: Path) -> dict[str, Any] | None:
+    """Read how the tokens in `path` were made; None if the file is missing or damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             return dict(json.loads((file.metadata() or {})["gmflow"]))
@@ -251,16 +271,16 @@ def read_record(path: Path) -> dict[str, Any] | None:
 
 
 def write_tokens(path: Path, tokens: Tensor, record: dict[str, Any]) -> None:
-    """Write tokens (n, D), atomically."""
-    with whole_file(path) as temporary:
-        save_file({NAME: tokens.contiguous()}, temporary, {"gmflow": json.dumps(record)})
+    """Write tokens (n, D) and their record, atomically."""
+    write_tensors({NAME: tokens.contiguous()}, path, {"gmflow": json.dumps(record)})
 
 
 class WithTokens(Dataset):
-    """A prepared folder's samples, each with the token that says its mode.
+    """A prepared folder's samples, each with the token by which its mode is found.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_tokens`.
+        FileNotFoundError: as `read_tokens`.
+        ValueError: as `read_tokens`.
     """
 
     def __init__(self, dataset: LatentDataset):
@@ -270,7 +290,9 @@ class WithTokens(Dataset):
         return len(self.dataset)
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return samples and labels as `LatentDataset`, and tokens (n, D) float32."""
         return *self.dataset.__getitems__(indices), self.tokens[indices].float()
 
     def __reduce__(self) -> tuple:
-        return WithTokens, (self.dataset,)  # another process maps the file for itself
+        """Send the data set alone: the other process maps the file itself."""
+        return WithTokens, (self.dataset,)

@@ -14,9 +14,9 @@ from gmflow_core.flow.losses import nll
 from gmflow_core.flow.path import diffuse
 from gmflow_core.toys.checkerboard import draw_checkerboard, on_board, total_variation
 from gmflow_core.toys.points import compare_solvers, comparison_sheet
+from training.common.settings import SMALLEST_SIGMA
 
 STEPS = [1, 2, 4, 8, 16]
-MIN_SIGMA = 1e-4  # sigmas are drawn from [MIN_SIGMA, 1], here and in training
 
 
 def write_report(
@@ -65,7 +65,7 @@ def velocity_nll(network: nn.Module, data: Tensor, seed: int, chunk: int = 20_00
     generator = torch.Generator().manual_seed(seed + 1)
     total = 0.0
     for x0 in data.split(chunk):
-        sigma = torch.rand(len(x0), generator=generator).clamp(min=MIN_SIGMA)
+        sigma = torch.rand(len(x0), generator=generator).clamp(min=SMALLEST_SIGMA)
         noise = torch.randn(x0.shape, generator=generator)
         x, velocity, sigma = (
             diffuse(x0, sigma, noise).to(device),

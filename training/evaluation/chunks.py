@@ -11,7 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from training.common.files import read_tensors, whole_file
+from gmflow_core.files.atomic import atomic_write
+from training.common.files import read_safetensors
 
 
 class Chunks:
@@ -68,12 +69,12 @@ class Chunks:
 
     def read(self, number: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """A whole chunk's tensors, and the facts that were saved with them."""
-        tensors, metadata = read_tensors(self.path(number))
+        tensors, metadata = read_safetensors(self.path(number))
         return tensors, json.loads(metadata["facts"])
 
     def write(self, number: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Save a chunk, atomically."""
-        with whole_file(self.path(number)) as temporary:
+        with atomic_write(self.path(number)) as temporary:
             tensors = {name: t.contiguous() for name, t in tensors.items()}
             first = str(self.images(number).start)
             save_file(

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from training.common.files import read_tensors, whole_file
+from gmflow_core.files.atomic import atomic_write
+from training.common.files import read_safetensors
 from training.evaluation.extractors import _checked, _short
 
 FORMAT = "gmflow-features-1"
@@ -149,7 +150,7 @@ class ClassifierFeatures:
             "training": json.dumps(self.training),
         }
         tensors = {name: t.cpu().contiguous() for name, t in self.network.state_dict().items()}
-        with whole_file(Path(path)) as temporary:
+        with atomic_write(Path(path)) as temporary:
             save_file(tensors, temporary, metadata)
 
     @classmethod
@@ -160,7 +161,7 @@ class ClassifierFeatures:
             ValueError: it holds something else, or is damaged.
         """
         path = Path(path)
-        tensors, metadata = read_tensors(path)
+        tensors, metadata = read_safetensors(path)
         if metadata.get("format") != FORMAT:
             raise ValueError(
                 f"{path} holds no features that this version knows (format {metadata.get('format')!r}, not {FORMAT!r}); give "

@@ -17,12 +17,12 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from gmflow_core.files.atomic import atomic_write
 from gmflow_core.flow.path import flow_sigmas
 from gmflow_core.sampling.guidance import Guidance
 from gmflow_core.sampling.images import sample_images
 from gmflow_core.source.files import load_source
 from training.common.devices import on_cpu
-from training.common.files import whole_file
 from training.data.shards import INDEX
 from training.encoders.load import load_vae
 from training.evaluation.chunks import Chunks, key_digest
@@ -541,7 +541,7 @@ class Evaluation:
 
     def save(self, report: dict[str, Any]) -> None:
         """Write OUT/results.json, atomically."""
-        with whole_file(self.results) as temporary:
+        with atomic_write(self.results) as temporary:
             temporary.write_text(
                 json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
             )

@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from training.common.files import whole_file
+from gmflow_core.files.atomic import atomic_write
 from training.common.plots import figure, finish
 from training.evaluation.inception import InceptionFeatures
 
@@ -76,7 +76,10 @@ def sheet(
 def write_csv(report: dict[str, Any], path: Path) -> None:
     """The rows as a table; the real images', if there are any, first."""
     rows = [*([report["floor"]] if report.get("floor") else []), *report["results"]]
-    with whole_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    with (
+        atomic_write(path) as temporary,
+        open(temporary, "w", newline="", encoding="utf-8") as file,
+    ):
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-SATURATION = (0.1, 0.9)  # the range that saturations are drawn from
+from training.data.digits import SATURATION
 
 
 def saturation_cdf(s: Tensor) -> Tensor:

@@ -30,8 +30,7 @@ from gmflow_core.source.files import load_source, read_source_metadata, save_sou
 from gmflow_core.source.source import GaussianMixtureSource
 from gmflow_core.toys.checkerboard import EXTENT, draw_checkerboard, on_board
 from gmflow_core.toys.density_picture import density_picture
-from training.evaluation.checkerboard_report import MIN_SIGMA
-from training.loop.config import require
+from training.common.settings import SMALLEST_SIGMA, require
 
 MODULE = "training.source_toys"
 SCALE = EXTENT / math.sqrt(3)  # the checkerboard's standard deviation along each axis
@@ -187,7 +186,7 @@ def loss_of(
 ) -> Tensor:
     """Mean NLL of the velocity at uniform sigmas, in nats per point without the 2 pi constant: half the squared error, up to a
     constant, for the mean output."""
-    sigma = torch.rand(len(x0), generator=generator).clamp(min=MIN_SIGMA)
+    sigma = torch.rand(len(x0), generator=generator).clamp(min=SMALLEST_SIGMA)
     predict, noise = network, torch.randn(x0.shape, generator=generator)
     if run.noise == "independent":
         noise = source.draw(source.draw_modes(len(x0), generator), noise=noise)

@@ -1,1 +1,1 @@
-"""Training loops: trainers, objectives, optimizers, settings."""
+"""Training loops: the loop itself, its settings, and the trainers of each kind of model."""

@@ -1,4 +1,4 @@
-"""The trainer of image models."""
+"""Train image models on prepared data, from N(0, I) or from a mixture source."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from gmflow_core.files.checkpoint import read_metadata, save_checkpoint
 from gmflow_core.flow.path import shift_time
@@ -18,83 +18,105 @@ from gmflow_core.models.gmdit import GMDiT, GMDiTConfig
 from gmflow_core.pictures import image_grid, to_image
 from gmflow_core.sampling.images import sample_images
 from gmflow_core.source.files import load_source, read_source_metadata
-from training.data.batches import Order, draw_noise, pieces_of
+from training.common.settings import SMALLEST_SIGMA
+from training.data.batches import Order, batch_loader, draw_noise, pieces_of
 from training.data.shards import LatentDataset, to_pixels
 from training.data.tokens import WithTokens, check_encoder
 from training.encoders.load import load_vae
-from training.loop import trainer
-from training.loop.image_presets import MIN_SIGMA, Config
+from training.loop.image_presets import ImageConfig
 from training.loop.mode_weights import ModeWeights
-from training.loop.objective import Objective, _identity, autocast_of
-from training.loop.optimizer import eight_bit_problem
+from training.loop.objective import Objective
+from training.loop.optimizer import eight_bit_problem, new_adamw
+from training.loop.trainer import Trainer
 
-MODULE = "training.imagenet"
+PICTURE_ROWS, PICTURE_CLASSES = 4, 10  # samples in a picture: rows, and at most as many columns
 
 
-class Trainer(trainer.Trainer):
-    """A run."""
+class ImageTrainer(Trainer):
+    """A run that trains an image model.
 
-    module = MODULE
-    free_to_change = trainer.Trainer.free_to_change | {
-        "data", "accumulate", "gradient_checkpointing", "compile", "workers", "picture_solver", "vae",
-    }  # fmt: skip
+    Raises:
+        FileNotFoundError: the data, the source or the VAE is missing.
+        ValueError: they do not fit each other or the settings, or as `Trainer`.
+    """
 
-    def __init__(self, config: Config):
+    module = "training.imagenet"
+    free_to_change = Trainer.free_to_change | {
+        "data",
+        "accumulate",
+        "gradient_checkpointing",
+        "compile",
+        "workers",
+        "picture_solver",
+        "vae",
+    }
+    config: ImageConfig
+
+    def __init__(self, config: ImageConfig):
         self.dataset = LatentDataset(config.data)
         self.source = None if config.source is None else load_source(config.source)
         if self.source is not None:
             self.source.require_shape(self.dataset.shape)
             if config.transition_ratio is not None:
-                self.source.frame([0])  # that it has spherical modes
+                self.source.frame([0])  # raises unless the modes are spherical
         self.mode_weights = ModeWeights(self.source.num_modes) if config.mode_weighting else None
         super().__init__(config)
-        acc = self.accelerator
-        if config.batch_size % (acc.num_processes * config.accumulate):
+        acc, pieces = self.accelerator, self.accelerator.num_processes * config.accumulate
+        if config.batch_size % pieces:
             raise ValueError(
-                f"--batch-size {config.batch_size} cannot be divided among {acc.num_processes} processes with "
-                f"{config.accumulate} pieces each; make it a multiple of {acc.num_processes * config.accumulate}"
+                f"--batch-size {config.batch_size} cannot be divided among {acc.num_processes} "
+                f"processes with {config.accumulate} pieces each; make it a multiple of {pieces}"
             )
         share = config.batch_size // acc.num_processes
-        self.source = None if self.source is None else self.source.to(acc.device)
+        self.rows = range(acc.process_index * share, (acc.process_index + 1) * share)
+        self.batches: Iterator | None = None
+        if self.source is not None:
+            self.source = self.source.to(acc.device)
         if self.mode_weights is not None:
             self.mode_weights.sums = self.mode_weights.sums.to(acc.device)
-        self.samples: Dataset = self.dataset
-        if (
-            self.source is not None
-            and self.source.assigner is not None
-            and config.coupling != "independent"
-        ):
-            check_encoder(
-                config.data, read_source_metadata(config.source)["training"], config.source
-            )
-            self.samples = WithTokens(self.dataset)
-        hidden = (
-            self.source is not None
-            and not config.mode_conditional
-            and config.coupling != "independent"
-        )
-        told = config.class_dropout < 1 and len(self.dataset.classes) > 1
-        if hidden and told and acc.is_main_process:
-            print(
-                "note: a sample's noise comes from its own mode, which the network is not told, but its class is: in sampling "
-                "the two would be drawn apart, and contradict each other; give --mode-conditional, or --class-dropout 1"
-            )
+        self.samples = self.training_samples()
+        self.warn_of_hidden_modes()
         self.vae: Any = None
         if config.vae is not None and self.dataset.kind == "latents" and acc.is_main_process:
             self.vae = load_vae(config.vae, acc.device)
-        self.rows = range(acc.process_index * share, (acc.process_index + 1) * share)
-        self.batches: Iterator | None = None
+
+    def training_samples(self) -> Dataset:
+        """Return the data set, with tokens if the source finds a sample's mode by its token."""
+        config, source = self.config, self.source
+        if source is None or source.assigner is None or config.coupling == "independent":
+            return self.dataset
+        fitted = read_source_metadata(config.source)["training"]
+        check_encoder(config.data, fitted, config.source)
+        return WithTokens(self.dataset)
+
+    def warn_of_hidden_modes(self) -> None:
+        """Print a note if the network is given a sample's class, but not the mode of its noise."""
+        config = self.config
+        coupled = self.source is not None and config.coupling != "independent"
+        classes = config.class_dropout < 1 and len(self.dataset.classes) > 1
+        if coupled and classes and not config.mode_conditional and self.accelerator.is_main_process:
+            print(
+                "note: a sample's noise comes from its own mode. The network is given the "
+                "sample's class but not this mode, and sampling would draw the two "
+                "independently, so that they contradict each other; give --mode-conditional, or "
+                "--class-dropout 1"
+            )
 
     @property
     def num_labels(self) -> int:
-        """Of the network: classes, or modes."""
+        """Number of the network's labels: classes, or modes of the source."""
         return self.source.num_modes if self.config.mode_conditional else len(self.dataset.classes)
 
     def new_model(self) -> GMDiT | DiTDH:
+        """Create the network for the data's shape and labels.
+
+        Raises:
+            ValueError: the samples are not square.
+        """
         config, (channels, height, width) = self.config, self.dataset.shape
         if height != width:
             raise ValueError(
-                f"{config.data} holds samples of {height} x {width}; the networks are trained on square ones"
+                f"{config.data} holds samples of {height} x {width}; the networks need square ones"
             )
         shared = {
             "num_components": config.num_components,
@@ -132,62 +154,62 @@ class Trainer(trainer.Trainer):
         return model
 
     def objective(self) -> nn.Module:
+        """Return the losses, which hold the network."""
         return Objective(self.model, self.config, self.autocast)
 
     def blocks(self) -> Iterable[nn.Module]:
+        """Return the transformer blocks."""
         return self.model.transformer_blocks
 
     def new_optimizer(self) -> torch.optim.Optimizer:
-        config = self.config
-        parameters = list(self.model.parameters())
-        groups = [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        self.optimizer_name = config.optimizer
-        if config.optimizer == "auto":
-            problem = (
-                "--shard divides the state"
-                if config.shard
-                else eight_bit_problem(self.accelerator.device)
-            )
-            self.optimizer_name = "adamw" if problem else "adamw8bit"
+        """Create AdamW, with 8-bit state if the user asks for it or it runs here."""
+        config, name = self.config, self.config.optimizer
+        if name == "auto":
+            problem = "--shard divides the state" if config.shard else None
+            problem = problem or eight_bit_problem(self.accelerator.device)
+            name = "adamw" if problem else "adamw8bit"
             if problem and self.accelerator.is_main_process:
                 print(f"AdamW with 32-bit state, as the 8-bit one does not run here: {problem}")
-        if self.optimizer_name == "adamw8bit":
-            try:
-                from bitsandbytes.optim import AdamW8bit
-            except ImportError as error:
-                raise ImportError(
-                    f"--optimizer adamw8bit needs bitsandbytes ({error}): pip install -e '.[8bit]'"
-                ) from error
-            return AdamW8bit(groups, lr=config.lr, betas=(0.9, 0.95))
-        return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
+        self.optimizer_name = name
+        return new_adamw(
+            self.model,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            eight_bit=name == "adamw8bit",
+        )
 
     @property
     def clip(self) -> float:
+        """Largest norm of the gradient; infinite in the warm-up."""
         return self.config.clip if self.step >= self.config.warmup else torch.inf
 
-    def settings(self) -> dict:
+    def settings(self) -> dict[str, Any]:
+        """Return the configuration, with the optimizer that was chosen for auto."""
         return {**super().settings(), "optimizer": self.optimizer_name}
 
     def resume(self) -> None:
+        """Load the checkpoint in OUT.
+
+        Raises:
+            ValueError: it was trained with another source, holds another network, or as `Trainer`.
+        """
         metadata = read_metadata(self.path)
         if self.source is not None:
             self.source.require_record(metadata["data"].get("source"), str(self.path))
         found, mine = metadata["config"], dataclasses.asdict(self.model.config)
-        differ = [
-            k for k, v in mine.items() if found.get(k) != (list(v) if isinstance(v, tuple) else v)
-        ]
+        mine = {k: list(v) if isinstance(v, tuple) else v for k, v in mine.items()}  # as in JSON
+        differ = [k for k in mine if found.get(k) != mine[k]]
         if differ:
             changes = ", ".join(f"{k}: {found.get(k)} there, {mine[k]} here" for k in differ)
             raise ValueError(
-                f"{self.path} holds a model of another shape ({changes}); give another --out, the same settings and data "
-                f"(now {self.config.data}) to go on, or --restart to throw it away"
+                f"{self.path} holds a model of another shape ({changes}); give another --out, the "
+                f"same settings and data (now {self.config.data}) to go on, or --restart to throw "
+                "it away"
             )
         super().resume()
 
     def backward(self) -> dict[str, Tensor]:
+        """Compute the gradients of an iteration piece by piece; return the mean losses."""
         config, acc = self.config, self.accelerator
         if self.batches is None:
             order = Order(
@@ -198,15 +220,8 @@ class Trainer(trainer.Trainer):
                 config.seed,
                 self.step,
             )
-            self.batches = iter(
-                DataLoader(
-                    self.samples,
-                    batch_sampler=order,
-                    num_workers=config.workers,
-                    collate_fn=_identity,
-                    pin_memory=acc.device.type == "cuda",
-                )
-            )
+            on_gpu = acc.device.type == "cuda"
+            self.batches = iter(batch_loader(self.samples, order, config.workers, on_gpu))
         totals: dict[str, Tensor] = {}
         seen = []
         for piece, rows in enumerate(pieces_of(self.rows, config.accumulate)):
@@ -233,23 +248,37 @@ class Trainer(trainer.Trainer):
     def draw(
         self, labels: Tensor, shape: tuple[int, ...], rows: range
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Labels with some dropped out (B,), sigma (B,), and two noises (B, C, h, w), for these rows of the batch."""
+        """Draw what an iteration needs beside its samples, for these rows of the batch.
+
+        Times are limited to `time_max` before they are shifted, so that sigma reaches
+        shift_time(time_max, time_shift).
+
+        Args:
+            labels: (B,).
+            shape: (C, h, w) of a sample.
+
+        Returns:
+            Labels (B,), some replaced by "none"; sigma (B,) in [SMALLEST_SIGMA, 1]; two noises
+            (B, C, h, w).
+        """
         config, size = self.config, torch.Size(shape).numel()
         noise = draw_noise(config.seed, self.step, rows, (2 + 2 * size,), labels.device)
         time, drop, low, high = noise.split([1, 1, size, size], 1)
         labels = torch.where(
             normal_cdf(drop[:, 0]) <= config.class_dropout, len(self.dataset.classes), labels
         )
-        sigma = (
-            time[:, 0].sigmoid()
-            if config.time_sampling == "logit-normal"
-            else normal_cdf(time[:, 0])
-        )
-        sigma = shift_time(sigma.clamp(max=config.time_max), config.time_shift).clamp(min=MIN_SIGMA)
+        normal = time[:, 0]
+        times = normal.sigmoid() if config.time_sampling == "logit-normal" else normal_cdf(normal)
+        sigma = shift_time(times.clamp(max=config.time_max), config.time_shift)
+        sigma = sigma.clamp(min=SMALLEST_SIGMA)
         return labels, sigma, low.unflatten(1, shape), high.unflatten(1, shape)
 
     def draw_modes(self, x: Tensor, rows: range) -> Tensor | None:
-        """The modes (B,) that the noise of these rows comes from; x are the samples, or their tokens."""
+        """Draw the modes (B,) that the noise of these rows comes from; None without a source.
+
+        Args:
+            x: the samples (B, C, h, w), or their tokens (B, D) if the source has an assigner.
+        """
         if self.source is None:
             return None
         uniform = normal_cdf(
@@ -260,45 +289,54 @@ class Trainer(trainer.Trainer):
         return self.source.posterior_modes(x, self.config.coupling, uniform=uniform)
 
     def extra_state(self) -> dict[str, Tensor]:
+        """Return the sums behind the weights of the modes."""
         return {} if self.mode_weights is None else {"mode_losses": self.mode_weights.sums}
 
     def load_extra_state(self, state: dict[str, Tensor]) -> None:
+        """Load the sums behind the weights of the modes."""
         if self.mode_weights is not None:
             self.mode_weights.sums = state["mode_losses"].to(self.mode_weights.sums)
 
     def decay(self, step: int) -> float:
-        """Half-life of 30 million images, or a twentieth of those seen if that is less (Karras et al. 2022)."""
+        """Return the decay of EDM's profile (Karras et al. 2022).
+
+        The half-life is 30 million images, or a twentieth of the images seen if that is less.
+        """
         return 0.5 ** (1 / min(30e6 / self.config.batch_size, 0.05 * step))
 
     def draw_picture(self) -> Tensor | None:
+        """Draw samples of some labels, a column each, and save them in OUT/samples too."""
         model = self.sampling_model()
         if not self.accelerator.is_main_process:
             return None
-        rows, classes, config = 4, min(10, self.num_labels), self.config
-        labels = torch.linspace(0, self.num_labels - 1, classes).long().repeat(rows)
+        config, columns = self.config, min(PICTURE_CLASSES, self.num_labels)
+        labels = torch.linspace(0, self.num_labels - 1, columns).long().repeat(PICTURE_ROWS)
         modes = labels if config.mode_conditional else None
         if config.class_dropout == 1:
             labels = torch.full_like(labels, self.num_labels)
         closed_forms = self.source is None or (config.mode_conditional and self.source.is_spherical)
-        solver = config.picture_solver if closed_forms else "euler"
-        model.forward = autocast_of(model.forward, self.autocast)
-        settings = {
-            "solver": solver,
-            "shift": config.time_shift,
-            "source": self.source,
-            "modes": modes,
-        }
-        images = self.decode(
-            sample_images(model, None if config.mode_conditional else labels, **settings)
+        # on this copy of the model: the network alone runs under autocast, not the solver
+        model.forward = self.autocast()(model.forward)
+        samples = sample_images(
+            model,
+            None if config.mode_conditional else labels,
+            solver=config.picture_solver if closed_forms else "euler",
+            shift=config.time_shift,
+            source=self.source,
+            modes=modes,
         )
-        picture = image_grid(images, columns=classes, scale=max(1, 64 // images.shape[-1]))
-        path = self.config.out / "samples" / f"{self.step:07d}.png"
+        images = self.decode(samples)
+        picture = image_grid(images, columns=columns, scale=max(1, 64 // images.shape[-1]))
+        path = config.out / "samples" / f"{self.step:07d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         to_image(picture).save(path)
         return picture
 
     def decode(self, x: Tensor) -> Tensor:
-        """Samples as images (B, 3, H, W) in [0, 1]."""
+        """Decode samples (B, C, h, w) to images (B, 3, H, W) in [0, 1].
+
+        Latents without a VAE show their first three channels.
+        """
         if self.dataset.kind == "pixels":
             return to_pixels(x).cpu() / 255
         if self.vae is None:
@@ -308,27 +346,23 @@ class Trainer(trainer.Trainer):
         return (images * 0.5 + 0.5).clamp(0, 1)
 
     def data(self) -> dict[str, Any]:
-        index = self.dataset.index
-        space = {
-            "space": "pixels" if self.dataset.kind == "pixels" else index.get("space", "sd-vae")
-        }
+        """Return labels and space of the model's samples, and its source."""
+        config, index, source = self.config, self.dataset.index, self.source
+        pixels = self.dataset.kind == "pixels"
+        space = {"space": "pixels" if pixels else index.get("space", "sd-vae")}
         if index.get("scaling_factor") is not None:
             space["scaling_factor"] = index["scaling_factor"]
-        if self.config.class_dropout == 1:
+        if config.class_dropout == 1:
             space["unlabelled"] = True
-        if self.source is None:
-            return {"labels": self.dataset.classes, **space}
-        known = self.config.mode_conditional
-        space["source"] = self.source.record(self.config.coupling, known)
-        return {
-            "labels": [f"mode {m}" for m in range(self.source.num_modes)]
-            if known
-            else self.dataset.classes,
-            **space,
-        }
+        labels = self.dataset.classes
+        if source is not None:
+            space["source"] = source.record(config.coupling, config.mode_conditional)
+            if config.mode_conditional:
+                labels = [f"mode {m}" for m in range(source.num_modes)]
+        return {"labels": labels, **space}
 
     def export(self) -> None:
-        """Write the weights to share."""
+        """Write the weights to share, in bfloat16."""
         path, model = self.config.out / "weights.safetensors", self.sampling_model()
         if self.accelerator.is_main_process:
             save_checkpoint(model, path, facts=self.facts(), data=self.data(), dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Modes of a mixture source in training: the tokens that they are found by, and weights of the loss."""
+"""Weight the loss by the modes of a mixture source."""
 
 from __future__ import annotations
 
@@ -9,28 +9,31 @@ from torch import Tensor
 
 
 class ModeWeights:
-    """Weights of the samples in the loss by their mode: (average loss of the mode / mean of these)^2, brought to a mean of 1
-    over the modes, then between 0.3 and 3 (MM-FM's focal weights; all 1 in the first iterations). Old losses are forgotten.
+    """MM-FM's focal weights: samples of modes with a large loss count more.
+
+    The weight of a mode is (its average loss / mean of these over the modes)^2, divided by the mean
+    over the modes and clamped to [0.3, 3]; in the first iterations it is 1. The averages forget old
+    losses exponentially.
 
     Args:
-        modes: M.
+        modes: M, the number of modes.
     """
 
     POWER, LOWEST, HIGHEST, DECAY, WARMUP = 2.0, 0.3, 3.0, 0.9995, 2500
 
     def __init__(self, modes: int):
-        self.sums = torch.zeros(2, modes)  # of the losses, and how many
+        self.sums = torch.zeros(2, modes)  # decayed sums of the losses, and of their number
 
     @property
     def losses(self) -> Tensor:
-        """The average loss (M,) of each mode; of one that never came, that of the others."""
+        """Average loss (M,) of each mode; a mode without samples has the average over all."""
         total, count = self.sums
         return torch.where(
             count > 0, total / count.clamp(min=1e-30), total.sum() / count.sum().clamp(min=1e-30)
         )
 
     def __call__(self, modes: Tensor, step: int) -> Tensor:
-        """(B,) for samples of these modes, at iteration `step`."""
+        """Return the weights (B,) of samples of these modes (B,) at iteration `step`."""
         if step < self.WARMUP:
             return torch.ones(len(modes), device=self.sums.device)
         losses = self.losses
@@ -38,7 +41,12 @@ class ModeWeights:
         return (weights / weights.mean()).clamp(self.LOWEST, self.HIGHEST)[modes]
 
     def update(self, modes: Tensor, losses: Tensor, reduce: Callable[[Tensor], Tensor]) -> None:
-        """Take in what an iteration found for samples (B,); `reduce` adds up over the processes."""
+        """Add the losses of an iteration; losses that are not finite are ignored.
+
+        Args:
+            modes, losses: (B,).
+            reduce: sums a tensor over the processes.
+        """
         found = torch.zeros_like(self.sums)
         finite = losses.isfinite()
         found[0].index_add_(0, modes, torch.where(finite, losses, 0))

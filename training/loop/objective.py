@@ -1,9 +1,8 @@
-"""The training objective of image models."""
+"""Compute the losses of image training."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +13,22 @@ from gmflow_core.gaussians.mixture import GaussianMixture
 from gmflow_core.models.ditdh import DiTDH
 from gmflow_core.models.gmdit import GMDiT
 from gmflow_core.source.mode_frame import ModeFrame
-from training.loop.image_presets import Config
+from training.loop.image_presets import ImageConfig
 
 
 class Objective(nn.Module):
-    """GMFlow's losses of an image network (ICML 2025): the transition NLL, and the spectral loss. With a mixture source whose
-    modes the network knows, the transitions are those of the coordinates where its noise is N(0, I) (`ModeFrame`)."""
+    """GMFlow's losses of an image network: the transition NLL and the spectral loss.
 
-    def __init__(self, network: GMDiT | DiTDH, config: Config, autocast):
+    With a mixture source whose modes the network knows, the transitions are those of the mode's
+    frame, in which the noise is N(0, I) (`ModeFrame`). Losses: Chen et al., ICML 2025.
+
+    Args:
+        network: predicts a mixture of velocities.
+        config: settings of the losses.
+        autocast: creates the context that the network runs in.
+    """
+
+    def __init__(self, network: GMDiT | DiTDH, config: ImageConfig, autocast: Callable):
         super().__init__()
         self.network, self.config, self.autocast = network, config, autocast
         self.predict = torch.compile(network.forward) if config.compile else network.forward
@@ -36,15 +43,20 @@ class Objective(nn.Module):
         moments: tuple[Tensor, Tensor] | None = None,
         weights: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """
+        """Return the losses of a batch.
+
         Args:
-            x0, noise_low, noise_high: (B, C, h, w); labels: (B,), already dropped out; sigma: (B,), in [0, 1].
+            x0: samples (B, C, h, w).
+            labels: (B,), after label dropout.
+            sigma: (B,), in [0, 1].
+            noise_low: standard normal (B, C, h, w), to reach the lower time of a transition.
+            noise_high: standard normal (B, C, h, w), for the transition itself.
             moments: mean (B, C, h, w) and standard deviation (B, ...) of each sample's mode.
-            weights: (B,) of the samples in the loss.
+            weights: (B,), of the samples in the loss; 1 if None.
 
         Returns:
-            Means over the batch and its pixels: "loss", what to minimise; "nll" and, with a spectrum network, "spectral",
-            in nats, summed over channels. "each": (B,), the NLL of every sample.
+            "loss", to minimise; "nll" and, with a spectrum network, "spectral", in nats, averaged
+            over batch and pixels and summed over channels; "each" (B,), the NLL of each sample.
         """
         config = self.config
         if config.transition_ratio is None:
@@ -77,20 +89,6 @@ class Objective(nn.Module):
         return losses
 
     def mixture(self, x: Tensor, sigma: Tensor, labels: Tensor) -> GaussianMixture:
-        """The network's output; all that is done with it is done in float32."""
+        """Run the network under autocast; its output is float32, and so is all that follows."""
         with self.autocast():
             return self.predict(x, sigma, labels)
-
-
-def autocast_of(function: Callable, autocast: Callable) -> Callable:
-    """`function`, run under `autocast`; what is done with its result is not."""
-
-    def run(*args: Any) -> Any:
-        with autocast():
-            return function(*args)
-
-    return run
-
-
-def _identity(batch: Any) -> Any:
-    return batch  # LatentDataset fetches whole batches

@@ -1,29 +1,23 @@
-"""Tensors that accelerate distributes over processes."""
+"""Handle tensors that FSDP divides among processes, and accelerate's own settings."""
 
 from __future__ import annotations
 
 from accelerate import Accelerator, DistributedType
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-
-
-def math_attention():
-    """Plain attention: on a CPU, with few tokens, its backward pass is faster than the fused one's."""
-    return sdpa_kernel(SDPBackend.MATH)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor."""
+    """Return this process's part of a tensor."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor with the parts of all processes."""
+    """Gather the parts of a tensor from all processes."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def distribute_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, divided among the processes as `like` is."""
+    """Divide a whole tensor among the processes in the same way as `like`."""
     if not hasattr(like, "device_mesh"):
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -32,16 +26,18 @@ def distribute_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def check_accelerate(accelerator: Accelerator) -> None:
-    """
+    """Check that accelerate's configuration leaves to the trainer what the trainer does itself.
+
     Raises:
-        ValueError: accelerate was told, by its configuration, to do what the trainer does itself.
+        ValueError: it asks for FSDP, DeepSpeed or gradient accumulation.
     """
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise ValueError(
-            f"accelerate is configured for {accelerator.distributed_type}; start with torchrun, and give --shard"
+            f"accelerate is configured for {accelerator.distributed_type}; start with torchrun, "
+            "and give --shard"
         )
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError(
-            f"accelerate is configured for {accelerator.gradient_accumulation_steps} gradient accumulation steps; set that to "
-            "1, and give --accumulate instead"
+            f"accelerate is configured for {accelerator.gradient_accumulation_steps} gradient "
+            "accumulation steps; set that to 1, and give --accumulate instead"
         )

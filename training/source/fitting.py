@@ -23,7 +23,14 @@ from training.common.processes import together
 from training.data.encode_tokens import encode_images, images_of
 from training.data.image_folder import list_images
 from training.data.shards import INDEX, PLAN, LatentDataset
-from training.data.tokens import FILE, TokenFiles, check_count, keep_tokens, read_record, share_of
+from training.data.tokens import (
+    FILE,
+    TokenFiles,
+    check_count,
+    keep_tokens,
+    read_tokens_record,
+    share_of,
+)
 from training.source.config import Config, Covariance
 from training.source.report import draw_report
 
@@ -256,7 +263,7 @@ def facts(config: Config, fitting: Fitting, flip: bool) -> dict[str, Any]:
     values = {
         k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()
     }
-    tokens = {} if config.tokens is None else {"tokens": read_record(config.tokens) or {}}
+    tokens = {} if config.tokens is None else {"tokens": read_tokens_record(config.tokens) or {}}
     return {
         "config": values,
         **tokens,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from gmflow_core.files.atomic import atomic_write
 from gmflow_core.pictures import image_grid
 from gmflow_core.source.source import GaussianMixtureSource
-from training.common.files import whole_file
 from training.common.plots import figure
 from training.data.shards import LatentDataset, to_pixels
 
@@ -48,6 +48,6 @@ def draw_report(
     curve.plot(done, shown, marker="." if len(shown) < 50 else "")
     curve.set_xlabel("iteration of EM")
     curve.set_ylabel("log-likelihood, nats per sample")
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         drawing.savefig(temporary, format="png")
     return path

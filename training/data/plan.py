@@ -1,0 +1,110 @@
+"""Plan the shards of a prepared folder: settings in common, ranges of images, restarts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from training.data.image_folder import ImageList
+from training.data.shards import (
+    FORMAT,
+    INDEX,
+    PLAN,
+    read_shard_record,
+    shard_name,
+    stored_dtype,
+    write_index,
+)
+
+
+def make_plan(images: ImageList, **settings: Any) -> dict[str, Any]:
+    """Return the record that all shards of a folder have in common.
+
+    Args:
+        settings: kind, size, flip, vae, seed, shard_size, dtype.
+    """
+    listing = hashlib.sha256("\n".join(images.files).encode("utf-8", "surrogateescape")).hexdigest()
+    plan = {"format": FORMAT, **settings, "images": len(images.files), "files": listing}
+    if plan["dtype"] == stored_dtype({"kind": plan["kind"]}):
+        del plan["dtype"]  # so that folders of older versions, which had no choice, go on
+    return plan
+
+
+def begin_plan(out: Path, plan: dict[str, Any], restart: bool) -> None:
+    """Write the plan into the folder, after removing what a killed process left there.
+
+    Args:
+        restart: also remove all finished shards and their index.
+
+    Raises:
+        ValueError: as `check_plan`.
+    """
+    leftovers = [*out.glob(".shard-*.tmp"), *out.glob(".*.json.*.tmp")]
+    if restart:
+        leftovers += [out / PLAN, out / INDEX, *out.glob("shard-*.safetensors")]
+    for old in leftovers:
+        old.unlink(missing_ok=True)
+    check_plan(out, plan)
+    write_index(out, plan, PLAN)
+
+
+def check_plan(out: Path, plan: dict[str, Any]) -> None:
+    """Check that a folder is new, or was begun with the same plan.
+
+    Raises:
+        ValueError: it was begun with other settings, or holds something else.
+    """
+    path = out / PLAN
+    if not path.exists():
+        if out.is_dir() and (any(out.glob("shard-*.safetensors")) or (out / INDEX).exists()):
+            raise ValueError(
+                f"{out} holds shards but no {PLAN}; give another --out, or --restart to throw them "
+                "away"
+            )
+        return
+    try:
+        found = dict(json.loads(path.read_text(encoding="utf-8")))
+        old, new = ({**each, "dtype": stored_dtype(each)} for each in (found, plan))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}); give --restart to throw the folder's shards away"
+        ) from error
+    differ = [key for key in new if old.get(key) != new[key]]
+    if differ:
+        changes = ", ".join(
+            "not the same list of image files"
+            if key == "files"
+            else f"{key}: {old.get(key)} there, {new[key]} here"
+            for key in differ
+        )
+        raise ValueError(
+            f"{out} was begun with other settings ({changes}); give another --out, the same "
+            "settings to go on, or --restart to throw its shards away"
+        )
+
+
+def plan_key(plan: dict[str, Any]) -> str:
+    """Return a short digest of the plan, which each shard carries."""
+    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def number_of_shards(plan: dict[str, Any]) -> int:
+    """Return how many shards the plan's images fill."""
+    return -(-plan["images"] // plan["shard_size"])
+
+
+def shard_range(number: int, plan: dict[str, Any]) -> range:
+    """Return the indices of the images in shard `number`."""
+    start = number * plan["shard_size"]
+    return range(start, min(start + plan["shard_size"], plan["images"]))
+
+
+def finished_shard(out: Path, number: int, plan: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the record of shard `number`; None if it has to be written (again)."""
+    record = read_shard_record(out / shard_name(number))
+    if record is None or record.get("plan") != plan_key(plan):
+        return None
+    whole = record["count"] + len(record["skipped"]) == len(shard_range(number, plan))
+    return record if whole else None

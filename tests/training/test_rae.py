@@ -1,4 +1,4 @@
-"""RAE latents: the decoder's recorded figures, the encoders' own tokens, statistics in one pass, and what a folder can lack."""
+"""RAEs: the decoder's recorded outputs, the encoders' own tokens, statistics, and bad folders."""
 
 import json
 
@@ -14,12 +14,14 @@ from training.data.image_folder import centre_crop
 from training.data.shards import LatentDataset
 from training.encoders.hub import PARTS
 from training.encoders.load import load_vae
-from training.encoders.rae_files import load_rae, load_statistics, read_tensors
-from training.encoders.rae_networks import RAE, Decoder
-from training.rae import RunningStatistics, main
+from training.encoders.rae import RAE, load_decoder, new_decoder
+from training.encoders.rae_files import load_rae, load_statistics, read_weights
+from training.encoders.rae_statistics import add_latents, new_moments, save_statistics
+from training.rae import main
 
 SIZES = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
-KINDS = {  # tiny encoders whose pictures give 4 x 4 tokens, and whose position tables have to be resized
+# Tiny encoders that make 4 x 4 tokens, and whose position tables have to be resized for that
+KINDS = {
     "dinov2": (
         "Dinov2WithRegisters",
         {"patch_size": 7, "image_size": 35, "mlp_ratio": 2, "num_register_tokens": 3},
@@ -31,7 +33,7 @@ KINDS = {  # tiny encoders whose pictures give 4 x 4 tokens, and whose position 
 
 
 def tiny_network(kind):
-    """A random encoder, none of whose norms, biases and tokens is what it starts as."""
+    """Return a random encoder; norms, biases and tokens differ from their initial values too."""
     transformers = pytest.importorskip("transformers")
     name, sizes, _ = KINDS[kind]
     torch.manual_seed(0)
@@ -44,13 +46,21 @@ def tiny_network(kind):
 
 def tiny_decoder():
     torch.manual_seed(1)
-    return Decoder(channels=8, grid=4, width=16, layers=2, heads=2, hidden=24, patch=2)
+    return new_decoder(channels=8, grid=4, width=16, layers=2, heads=2, hidden=24, patch=2).eval()
+
+
+def decode(decoder, latents):
+    """Decode latents (B, C, h, w), without the RAE's normalisations."""
+    with torch.no_grad():
+        return decoder.unpatchify(decoder(latents.flatten(2).mT).logits)
 
 
 def write_rae(folder, kind="dinov2", **changes):
-    """An RAE of 8 x 8 pictures in parts, as rae.json names them."""
+    """Write the parts of an RAE of 8 x 8 images, and the rae.json that names them."""
     tiny_network(kind).save_pretrained(folder / "encoder")
-    save_file(tiny_decoder().state_dict(), folder / "decoder.safetensors")
+    decoder = tiny_decoder()
+    tensors = {**decoder.state_dict(), "decoder_pos_embed": decoder.decoder_pos_embed}
+    save_file(tensors, folder / "decoder.safetensors")
     shape = (8, 4, 4)
     torch.save(
         {"mean": normal(*shape, seed=3), "var": normal(*shape, seed=4).exp()}, folder / "stat.pt"
@@ -74,19 +84,27 @@ def rae_folder(tmp_path):
 
 
 def test_golden_decoder():
-    """RAE's public GeneralDecoder, under its own names; positions are computed, or read."""
+    """RAE's public GeneralDecoder under its own names; positions are read, or computed."""
     figures = golden("rae_decoder_tiny")
     tensors = {name: t for name, t in figures.items() if name.startswith("decoder.")}
     for missing in ("", "decoder.decoder_pos_embed"):
-        decoder = Decoder.from_tensors(
-            {k: t for k, t in tensors.items() if k != missing}, grid=4, heads=2
-        )
-        assert is_near(decoder(figures["latents"]), figures["images"])
+        found = {name: t for name, t in tensors.items() if name != missing}
+        decoder = load_decoder(found, grid=4, heads=2)
+        assert is_near(decode(decoder, figures["latents"]), figures["images"], 1e-5)
+
+
+def test_positions_of_the_file_are_taken():
+    decoder = tiny_decoder()
+    positions, names = decoder.decoder_pos_embed + 1, decoder.state_dict()
+    again = load_decoder({**names, "decoder_pos_embed": positions}, grid=4, heads=2)
+    assert torch.equal(again.decoder_pos_embed, positions)
+    early = {name: t for name, t in names.items() if name != "trainable_cls_token"}
+    assert load_decoder(early, grid=4, heads=2).trainable_cls_token.eq(0).all()
 
 
 def test_the_published_decoder_is_a_vit_xl():
     with torch.device("meta"):
-        decoder = Decoder(
+        decoder = new_decoder(
             channels=768, grid=16, width=1152, layers=28, heads=16, hidden=4096, patch=16
         )
     assert sum(p.numel() for p in decoder.parameters()) == 415_056_640
@@ -94,7 +112,7 @@ def test_the_published_decoder_is_a_vit_xl():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokens_are_the_encoders_own_without_the_last_affine(kind, tmp_path):
-    """And the token of the whole picture is the encoder's, with it."""
+    """The token of the whole image is the encoder's own, with the affine part."""
     rae, images = load_rae(write_rae(tmp_path, kind, statistics=None)), normal(2, 3, 8, 8).tanh()
     size = KINDS[kind][2]
     mean, std = (
@@ -139,7 +157,7 @@ def test_latents_are_normalised_and_back(rae_folder):
     assert is_near(latents, (raw - mean) / (var + 1e-5).sqrt(), 1e-6)
     assert torch.equal(rae.encode(images), latents)
     pictures = rae.decode(latents)
-    expected = tiny_decoder()(raw) * torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
+    expected = decode(tiny_decoder(), raw) * torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
     expected = 2 * (expected + torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1)) - 1
     assert is_near(pictures, expected, 1e-5)
     with pytest.raises(ValueError, match="pictures of 16x8 do not fit this RAE; it is for 8x8"):
@@ -154,7 +172,10 @@ def test_latents_are_normalised_and_back(rae_folder):
 
 @pytest.mark.parametrize("kind", ["dinov2", "mae"])
 def test_the_layout_of_diffusers(kind, tmp_path):
-    """Against diffusers' own class, whose standard deviations are 1e-5 larger, with the 256 tokens its positions are for."""
+    """Compare with diffusers' class, whose standard deviations are 1e-5 larger.
+
+    It makes 16 x 16 tokens, the only grid for which its positions equal RAE's.
+    """
     pytest.importorskip("transformers")
     try:
         from diffusers import AutoencoderRAE
@@ -190,7 +211,7 @@ def test_the_layout_of_diffusers(kind, tmp_path):
 
 
 def test_siglip_in_the_layout_of_diffusers(tmp_path):
-    """Under the names that the published file has, from before transformers 5; without the last norm's affine part."""
+    """The published names, from before transformers 5, without the last norm's affine part."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     sizes = {
@@ -208,7 +229,7 @@ def test_siglip_in_the_layout_of_diffusers(tmp_path):
         for k, t in network.state_dict().items()
     }
     tensors = {name: t for name, t in tensors.items() if "post_layernorm" not in name}
-    decoder = Decoder(channels=64, grid=16, width=16, layers=1, heads=2, hidden=24, patch=4)
+    decoder = new_decoder(channels=64, grid=16, width=16, layers=1, heads=2, hidden=24, patch=4)
     tensors |= {f"decoder.{name}": t for name, t in decoder.state_dict().items()} | {
         "_latents_mean": torch.ones(1)
     }
@@ -236,24 +257,22 @@ def test_siglip_in_the_layout_of_diffusers(tmp_path):
 
 
 def test_statistics_in_one_pass(tmp_path):
-    """Against numpy in float64, for values whose mean is far larger than their spread; and without batches' borders."""
+    """Compare with numpy in float64, for means far larger than the spread, and any batch sizes."""
     latents = 1000 + normal(50, 3, 2, 2) * torch.tensor([0.1, 1, 10]).view(3, 1, 1)
-    running = RunningStatistics((3, 2, 2))
+    path, moments = tmp_path / "made" / "stat.safetensors", new_moments((3, 2, 2), latents.device)
     for part in latents.split([7, 1, 30, 12]):
-        running.update(part)
-    running.reduce(torch.device("cpu"))
-    running.save(tmp_path / "made" / "stat.safetensors")
-    found = load_file(tmp_path / "made" / "stat.safetensors")
+        add_latents(moments, part)
+    moments.add_up_processes()
+    save_statistics(moments, path)
+    found = load_file(path)
     exact = latents.double().numpy()
     np.testing.assert_allclose(found["mean"], exact.mean(0), rtol=2e-7)
-    np.testing.assert_allclose(
-        found["var"], exact.var(0), rtol=2e-4
-    )  # the float32 inputs' means have 1000 * 6e-8 to lose
-    mean, std = load_statistics(tmp_path / "made" / "stat.safetensors")
+    np.testing.assert_allclose(found["var"], exact.var(0), rtol=2e-7)
+    mean, std = load_statistics(path)
     assert torch.equal(mean, found["mean"])
     assert torch.equal(std, (found["var"] + 1e-5).sqrt())
     with pytest.raises(FloatingPointError, match="not finite"):
-        running.update(torch.full((2, 3, 2, 2), torch.nan))
+        add_latents(moments, torch.full((2, 3, 2, 2), torch.nan))
 
 
 def write_images(folder, count=5):
@@ -268,7 +287,7 @@ def write_images(folder, count=5):
 
 
 def test_prepare_and_statistics_from_the_command_line(rae_folder, tmp_path, capsys):
-    """Latents of images as their encoder gives them; statistics of them, named in rae.json, make them standard."""
+    """Prepared latents are the encoder's; the statistics are those of the raw latents."""
     data = write_images(tmp_path / "images")
     common = [
         "--data",
@@ -317,11 +336,12 @@ def test_what_a_folder_lacks_is_named(tmp_path):
         r"do not fit a decoder of width 16 for 5 x 5 tokens, first 'decoder_pos_embed'", ValueError
     )
     write_rae(tmp_path, decoder_heads=3)
-    says("a decoder of width 16 cannot have 3 heads; say how many in decoder_heads", ValueError)
+    says(
+        "a decoder of width 16 cannot have 3 heads; give their number in decoder_heads", ValueError
+    )
     write_rae(tmp_path, decoder="stat.pt")
     says(
-        "stat.pt: an RAE's decoder has a tensor 'decoder_embed.weight', which is not among the 2 found",
-        ValueError,
+        "stat.pt: an RAE's decoder has a tensor 'decoder_embed.weight', .* the 2 found", ValueError
     )
     write_rae(tmp_path, statistics="decoder.safetensors")
     says("instead of mean and var", ValueError)
@@ -352,12 +372,12 @@ def test_what_a_folder_lacks_is_named(tmp_path):
 def test_only_tensors_are_loaded(tmp_path):
     torch.save({"mean": RAE}, tmp_path / "code.pt")
     with pytest.raises(ValueError, match="not a PyTorch file of tensors alone"):
-        read_tensors(tmp_path / "code.pt")
+        read_weights(tmp_path / "code.pt")
     (tmp_path / "short.pt").write_bytes(b"PK")
     with pytest.raises(ValueError, match=r"short\.pt is"):
-        read_tensors(tmp_path / "short.pt")
+        read_weights(tmp_path / "short.pt")
     torch.save({"model": {"x": torch.zeros(1)}, "ema": {"x": torch.ones(1)}}, tmp_path / "both.pt")
-    assert read_tensors(tmp_path / "both.pt") == {"x": torch.ones(1)}
+    assert read_weights(tmp_path / "both.pt") == {"x": torch.ones(1)}
 
 
 def test_published_networks_become_checkpoints(tmp_path):

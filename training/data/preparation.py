@@ -23,7 +23,7 @@ from training.data.plan import (
 from training.data.shard_writer import ShardWriter, sample_shape
 from training.data.shards import DTYPES, FORMAT, INDEX, shard_name, stored_dtype, write_index
 from training.encoders.load import load_vae
-from training.encoders.rae_networks import RAE
+from training.encoders.rae import RAE
 from training.encoders.vae import SD_VAE, VAE
 
 NAMED = 20  # images left out that are named on the screen

@@ -17,7 +17,7 @@ from training.common.processes import stop_signals
 from training.data.image_folder import Batch, ImageCrops, ImageList, image_loader
 from training.data.plan import plan_key, shard_range
 from training.data.shards import shard_name, stored_dtype, to_model, write_shard
-from training.encoders.rae_networks import RAE
+from training.encoders.rae import RAE
 from training.encoders.vae import VAE
 
 

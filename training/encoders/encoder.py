@@ -1,8 +1,9 @@
-"""Frozen vision transformers that encode images."""
+"""Frozen vision transformers (DINOv2, SigLIP, ViT-MAE) that encode images."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -10,75 +11,169 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from training.encoders.hub import CONFIG, PARTS, hub_errors
+from training.encoders.hub import CONFIG
+
+ENCODERS = {
+    "dinov2": "facebook/dinov2-with-registers-base",
+    "siglip2": "google/siglip2-base-patch16-256",
+    "mae": "facebook/vit-mae-base",
+}
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std of R, G, B
+HALF = ((0.5,) * 3, (0.5,) * 3)
 
 
-def _place(name: str, folder: Path) -> str:
-    """A path inside `folder` if there is one of that name, else the name."""
-    return str(folder / name) if (folder / name).exists() else name
+class Family(NamedTuple):
+    """A kind of encoder that transformers names by its `model_type`."""
+
+    model: str  # class of transformers
+    config: str
+    norm: str  # attribute of the last LayerNorm
+    input_size: int  # side of the input images, in pixels
+    normalisation: tuple[tuple[float, ...], tuple[float, ...]]  # mean and std in [0, 1]
 
 
-def find_file(name: str, folder: Path) -> Path:
-    """The file of that name in `folder`, or OWNER/NAME/PATH from the hub.
+FAMILIES = {
+    "dinov2_with_registers": Family(
+        "Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", "layernorm", 224, IMAGENET
+    ),
+    "siglip_vision_model": Family(
+        "SiglipVisionModel", "SiglipVisionConfig", "post_layernorm", 256, HALF
+    ),
+    "vit_mae": Family("ViTMAEModel", "ViTMAEConfig", "layernorm", 256, IMAGENET),
+}
+
+
+class Encoder(nn.Module):
+    """A frozen vision transformer in float32.
+
+    Its last LayerNorm is applied without the affine part, as RAE (arXiv 2510.11690) defines its
+    latents; only `token` applies the affine part.
+
+    Args:
+        network: a model of transformers, of one of `FAMILIES`.
+        input_size: side of the input images in pixels; the default of the family if None.
 
     Raises:
-        FileNotFoundError: it is in neither.
+        ValueError: the image side is not a multiple of the patch side.
     """
-    if (folder / name).is_file():
-        return folder / name
-    owner, _, rest = name.partition("/")
-    repository, _, inside = rest.partition("/")
-    if not (owner and repository and inside):
-        raise FileNotFoundError(
-            f"there is no file {folder / name}, which {folder / PARTS} names; put it there"
-        )
-    from huggingface_hub import hf_hub_download
 
-    with hub_errors(f"{owner}/{repository}", inside):
-        return Path(hf_hub_download(f"{owner}/{repository}", inside))
+    def __init__(self, network: nn.Module, input_size: int | None = None):
+        super().__init__()
+        self.network = network.float().eval().requires_grad_(False)
+        self.kind: str = network.config.model_type
+        family = FAMILIES[self.kind]
+        self.input_size = input_size or family.input_size
+        patch = network.config.patch_size
+        if self.input_size % patch:
+            raise ValueError(
+                f"input_size {self.input_size} is not divisible by the encoder's patches of "
+                f"{patch} pixels"
+            )
+        self.grid = self.input_size // patch  # patches per side
+        self.width: int = network.config.hidden_size
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in family.normalisation)
+        self.register_buffer("image_mean", mean)
+        self.register_buffer("image_std", std)
+        norm = getattr(self._body(), family.norm)
+        self.register_buffer("scale", norm.weight.detach().clone())
+        self.register_buffer("shift", norm.bias.detach().clone())
+        nn.init.ones_(norm.weight)
+        nn.init.zeros_(norm.bias)
+
+    def _body(self) -> nn.Module:
+        """Return the module that holds the layers; transformers < 5 wraps SigLIP's once more."""
+        return getattr(self.network, "vision_model", self.network)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Encode images; the tokens of the patches come last, in row-major order.
+
+        Args:
+            images: (B, 3, H, W) in [-1, 1], of any size.
+
+        Returns:
+            Last hidden states (B, N, D).
+        """
+        x = images.float() / 2 + 0.5
+        if x.shape[2:] != (self.input_size, self.input_size):
+            x = F.interpolate(x, (self.input_size, self.input_size), mode="bicubic")
+        x = (x - self.image_mean) / self.image_std
+        settings = {}
+        if self.kind != "dinov2_with_registers":
+            settings["interpolate_pos_encoding"] = True
+        if self.kind == "vit_mae":
+            # With mask_ratio 0, MAE keeps all tokens and only sorts them by this noise.
+            order = torch.arange(self.grid**2, dtype=x.dtype, device=x.device)
+            settings["noise"] = order.expand(len(x), -1)
+        return self.network(pixel_values=x, **settings).last_hidden_state
+
+    def latents(self, hidden: Tensor) -> Tensor:
+        """Return the patch tokens of hidden states (B, N, D) as latents (B, D, h, w)."""
+        return hidden[:, -(self.grid**2) :].transpose(1, 2).unflatten(2, (self.grid, self.grid))
+
+    @torch.no_grad()
+    def token(self, hidden: Tensor) -> Tensor:
+        """Return one token (B, D) per image: the CLS token, or SigLIP's pooled output.
+
+        Args:
+            hidden: last hidden states (B, N, D), as `forward` returns them.
+        """
+        if self.kind == "siglip_vision_model":
+            return self._body().head(hidden * self.scale + self.shift)
+        return hidden[:, 0] * self.scale + self.shift
 
 
 def load_encoder(source: str, input_size: int | None = None) -> Encoder:
-    """Read a frozen encoder; transformers fetches what is not on the disk.
+    """Load a frozen encoder; transformers downloads what is not on the disk.
 
     Args:
-        source: folder or hub id of DINOv2 with registers, SigLIP or SigLIP 2 of one picture size, or ViT-MAE.
-        input_size: side of the pictures that it is given; that of its kind if None.
+        source: folder or hub id of DINOv2 with registers, of SigLIP or SigLIP 2 with a fixed
+            image size, or of ViT-MAE.
+        input_size: side of the input images in pixels; the default of the family if None.
 
     Raises:
-        ModuleNotFoundError, FileNotFoundError, ValueError: as `load_rae`.
+        ModuleNotFoundError: transformers is not installed.
+        FileNotFoundError: the folder is not complete, or the hub cannot be reached.
+        ValueError: the files do not hold such an encoder.
     """
-    transformers = _transformers()
+    transformers = import_transformers()
     if Path(source).is_dir() and not (Path(source) / CONFIG).exists():
         raise FileNotFoundError(
-            f"{source} holds no encoder: there is no {CONFIG}; give a folder in transformers' layout"
+            f"{source} holds no encoder: there is no {CONFIG}; "
+            "give a folder in transformers' layout"
         )
     try:
         config = transformers.AutoConfig.from_pretrained(source)
         config = getattr(config, "vision_config", config)
         if config.model_type not in FAMILIES:
             raise ValueError(f"it is a {config.model_type}; encoders are {', '.join(FAMILIES)}")
-        return Encoder(_network(source, config), input_size)
+        return Encoder(load_network(source, config), input_size)
     except OSError as error:
         raise FileNotFoundError(
-            f"there is no whole encoder {source}: neither a folder with {CONFIG} and model.safetensors, nor to be had from the "
-            f"hub ({error}). Download it elsewhere (hf download NAME --local-dir FOLDER) and give the folder"
+            f"there is no whole encoder {source}: it is neither a folder with {CONFIG} and "
+            f"model.safetensors, nor available from the hub ({error}). Download it elsewhere "
+            "(hf download NAME --local-dir FOLDER) and give the folder"
         ) from error
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"the encoder {source} cannot be used: {error}") from error
 
 
-def _network(source: str | None, config, tensors: dict[str, Tensor] | None = None) -> nn.Module:
-    """A model of transformers from its place, or of these tensors; a last norm without affine part may be missing.
+def load_network(source: str | None, config, tensors: dict[str, Tensor] | None = None) -> nn.Module:
+    """Load a model of transformers from `source`, or build it from given tensors.
+
+    Args:
+        source: folder or hub id; None if `tensors` are given.
+        config: the model's config, of one of `FAMILIES`.
+        tensors: state dict; the affine part of the last LayerNorm may be missing in it.
 
     Raises:
         ValueError: other tensors are missing.
     """
-    transformers, family = _transformers(), FAMILIES[config.model_type]
+    transformers, family = import_transformers(), FAMILIES[config.model_type]
     if config.model_type == "vit_mae":
         config.mask_ratio = 0.0
     verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # it reports the text encoders that are left out
+    transformers.logging.set_verbosity_error()  # silence the report of SigLIP's unused text tower
     try:
         network, report = getattr(transformers, family.model).from_pretrained(
             source, config=config, state_dict=tensors, output_loading_info=True
@@ -94,7 +189,12 @@ def _network(source: str | None, config, tensors: dict[str, Tensor] | None = Non
     return network
 
 
-def _transformers():
+def import_transformers() -> ModuleType:
+    """Import transformers.
+
+    Raises:
+        ModuleNotFoundError: it is not installed; the message says how to install it.
+    """
     try:
         import transformers
     except ImportError as error:
@@ -102,102 +202,3 @@ def _transformers():
             f"an RAE needs transformers ({error}): pip install -e '.[train]'"
         ) from error
     return transformers
-
-
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-HALF = ((0.5,) * 3, (0.5,) * 3)
-
-
-class Family(NamedTuple):
-    """A kind of encoder, by its `model_type` in transformers."""
-
-    model: str  # class of transformers
-    config: str
-    norm: str  # attribute of the last LayerNorm
-    input_size: int  # side of the pictures that it is given
-    normalisation: tuple[
-        tuple[float, ...], tuple[float, ...]
-    ]  # mean and std of its pictures, of values in [0, 1]
-
-
-FAMILIES = {
-    "dinov2_with_registers": Family(
-        "Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", "layernorm", 224, IMAGENET
-    ),
-    "siglip_vision_model": Family(
-        "SiglipVisionModel", "SiglipVisionConfig", "post_layernorm", 256, HALF
-    ),
-    "vit_mae": Family("ViTMAEModel", "ViTMAEConfig", "layernorm", 256, IMAGENET),
-}
-
-
-class Encoder(nn.Module):
-    """A frozen vision transformer in float32. Its last LayerNorm has no affine part, except for what `token` gives.
-
-    Args:
-        network: a model of transformers, of one of `FAMILIES`.
-        input_size: side of the pictures that it is given.
-
-    Raises:
-        ValueError: the pictures do not divide into its patches.
-    """
-
-    def __init__(self, network: nn.Module, input_size: int | None = None):
-        super().__init__()
-        self.network = network.float().eval().requires_grad_(False)
-        self.kind: str = network.config.model_type
-        family = FAMILIES[self.kind]
-        self.input_size = input_size or family.input_size
-        patch = network.config.patch_size
-        if self.input_size % patch:
-            raise ValueError(
-                f"input_size {self.input_size} is not divisible by the encoder's patches of {patch} pixels"
-            )
-        self.grid = self.input_size // patch  # tokens a side
-        self.width: int = network.config.hidden_size
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in family.normalisation)
-        self.register_buffer("image_mean", mean)
-        self.register_buffer("image_std", std)
-        norm = getattr(self._body(), family.norm)
-        self.register_buffer("scale", norm.weight.detach().clone())
-        self.register_buffer("shift", norm.bias.detach().clone())
-        nn.init.ones_(norm.weight)
-        nn.init.zeros_(norm.bias)
-
-    def _body(self) -> nn.Module:
-        """Where the layers are: older versions of transformers wrap those of SigLIP once more."""
-        return getattr(self.network, "vision_model", self.network)
-
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
-        """The last hidden states of pictures (B, 3, H, W) in [-1, 1]: (B, N, D), those of patches last, row by row."""
-        x = images.float() / 2 + 0.5
-        if x.shape[2:] != (self.input_size, self.input_size):
-            x = F.interpolate(x, (self.input_size, self.input_size), mode="bicubic")
-        x = (x - self.image_mean) / self.image_std
-        settings = {}
-        if self.kind != "dinov2_with_registers":
-            settings["interpolate_pos_encoding"] = True
-        if self.kind == "vit_mae":  # the order of its tokens; with a mask_ratio of 0 it keeps all
-            settings["noise"] = torch.arange(self.grid**2, dtype=x.dtype, device=x.device).expand(
-                len(x), -1
-            )
-        return self.network(pixel_values=x, **settings).last_hidden_state
-
-    def latents(self, hidden: Tensor) -> Tensor:
-        """The tokens of the patches, (B, D, h, w)."""
-        return hidden[:, -(self.grid**2) :].transpose(1, 2).unflatten(2, (self.grid, self.grid))
-
-    @torch.no_grad()
-    def token(self, hidden: Tensor) -> Tensor:
-        """One token (B, D) for each picture, as the encoder was trained to give it: CLS, or SigLIP's pooled output."""
-        if self.kind == "siglip_vision_model":
-            return self._body().head(hidden * self.scale + self.shift)
-        return hidden[:, 0] * self.scale + self.shift
-
-
-ENCODERS = {
-    "dinov2": "facebook/dinov2-with-registers-base",
-    "siglip2": "google/siglip2-base-patch16-256",
-    "mae": "facebook/vit-mae-base",
-}

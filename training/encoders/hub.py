@@ -1,4 +1,4 @@
-"""Download parts of encoders from the Hugging Face hub."""
+"""Find the parts of autoencoders and encoders in folders and on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -8,26 +8,61 @@ from pathlib import Path
 
 from training.encoders.vae import SD_VAE
 
-PARTS, CONFIG = "rae.json", "config.json"
+PARTS = "rae.json"  # names the parts of an RAE
+CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model"
 
 
 def download(name: str) -> Path:
-    """The VAE's files of a hub repository, from the cache if they are there."""
+    """Download the autoencoder's files of a hub repository, or find them in the cache.
+
+    Returns:
+        The folder of the snapshot.
+
+    Raises:
+        FileNotFoundError: there is no such repository, or the hub cannot be reached.
+    """
     from huggingface_hub import snapshot_download
 
     patterns = [
-        f"{sub}{file}"
-        for sub in ("", "vae/")
-        for file in ("config.json", f"{WEIGHTS}*.safetensors")
+        f"{sub}{file}" for sub in ("", "vae/") for file in (CONFIG, f"{WEIGHTS}*.safetensors")
     ]
     with hub_errors(name):
         return Path(snapshot_download(name, allow_patterns=patterns))
 
 
+def local_or_hub(name: str, folder: Path) -> str:
+    """Return the path `name` inside `folder` if it exists there, otherwise `name` as a hub id."""
+    return str(folder / name) if (folder / name).exists() else name
+
+
+def find_file(name: str, folder: Path) -> Path:
+    """Return the file `name` in `folder`, or download it if `name` is OWNER/NAME/PATH on the hub.
+
+    Raises:
+        FileNotFoundError: the file is in neither place.
+    """
+    if (folder / name).is_file():
+        return folder / name
+    owner, _, rest = name.partition("/")
+    repository, _, inside = rest.partition("/")
+    if not (owner and repository and inside):
+        raise FileNotFoundError(
+            f"there is no file {folder / name}, which {folder / PARTS} names; put it there"
+        )
+    from huggingface_hub import hf_hub_download
+
+    with hub_errors(f"{owner}/{repository}", inside):
+        return Path(hf_hub_download(f"{owner}/{repository}", inside))
+
+
 @contextmanager
 def hub_errors(name: str, file: str = "") -> Iterator[None]:
-    """Errors of the hub about a repository, or a file of it, become a FileNotFoundError that says what to do."""
+    """Turn the hub's errors about a repository, or one of its files, into a message with a remedy.
+
+    Raises:
+        FileNotFoundError: in place of huggingface_hub's own errors.
+    """
     from huggingface_hub.errors import (
         HFValidationError,
         LocalEntryNotFoundError,
@@ -39,10 +74,12 @@ def hub_errors(name: str, file: str = "") -> Iterator[None]:
         yield
     except (HFValidationError, RepositoryNotFoundError) as error:
         raise FileNotFoundError(
-            f"--vae {name} is neither a folder here nor a repository on huggingface.co; give one of the two, e.g. {SD_VAE}"
+            f"--vae {name} is neither a local folder nor a repository on huggingface.co; "
+            f"give one of the two, e.g. {SD_VAE}"
         ) from error
     except (LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
-            f"the VAE {whole} is not on this machine and the hub cannot be reached, or does not have it; download it elsewhere "
-            f"(hf download {whole} --local-dir FOLDER), copy the folder here, and give --vae FOLDER"
+            f"the VAE {whole} is not on this machine, and the hub cannot be reached or does not "
+            f"have it; download it elsewhere (hf download {whole} --local-dir FOLDER), copy the "
+            "folder here, and give --vae FOLDER"
         ) from error

@@ -1,4 +1,4 @@
-"""RAEs in files: where their parts lie, and how they are read; `training/rae.py` tells what can be named."""
+"""Load RAEs and their parts from files; `training.rae` lists the names that RAEs have."""
 
 from __future__ import annotations
 
@@ -12,20 +12,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from gmflow_core.files.checkpoint import save_checkpoint
+from gmflow_core.models.ditdh import DiTDH
 from training.encoders.encoder import (
     FAMILIES,
     Encoder,
-    _network,
-    _place,
-    _transformers,
-    find_file,
+    import_transformers,
     load_encoder,
+    load_network,
 )
-from training.encoders.hub import CONFIG, PARTS, WEIGHTS, download
-from training.encoders.rae_networks import RAE, Decoder
+from training.encoders.hub import CONFIG, PARTS, WEIGHTS, download, find_file, local_or_hub
+from training.encoders.rae import RAE, load_decoder
 
-EPS = 1e-5  # added to the latents' variances
-DIFFUSERS = {  # encoder_type of an AutoencoderRAE -> model_type, and the side of the pictures that its position table is for
+EPS = 1e-5  # added to the variances of the latents
+COLLECTION = "nyu-visionx/RAE-collections"
+# encoder_type of an AutoencoderRAE -> model_type of transformers, image side of its position table
+ENCODER_TYPES = {
     "dinov2": ("dinov2_with_registers", 518),
     "siglip2": ("siglip_vision_model", 256),
     "mae": ("vit_mae", 224),
@@ -34,14 +36,14 @@ DIFFUSERS = {  # encoder_type of an AutoencoderRAE -> model_type, and the side o
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What an RAE is made of; the fields of rae.json.
+    """The parts of an RAE; the fields of rae.json.
 
     Args:
         encoder: folder or hub id of a model of transformers.
         decoder: file of the decoder's weights (.safetensors or .pt).
         statistics: file of the latents' mean and variance (.safetensors or .pt).
-        decoder_heads: attention heads of the decoder, which its weights do not tell.
-        input_size: side of the pictures that the encoder is given; that of its kind if None.
+        decoder_heads: attention heads of the decoder; its weights do not tell their number.
+        input_size: side of the encoder's input images in pixels; its family's default if None.
     """
 
     encoder: str
@@ -51,7 +53,6 @@ class Parts:
     input_size: int | None = None
 
 
-COLLECTION = "nyu-visionx/RAE-collections"
 PRESETS = {
     "rae-dinov2-b": Parts(
         encoder="facebook/dinov2-with-registers-base",
@@ -71,82 +72,40 @@ PRESETS = {
 }
 
 
-def load_statistics(path: Path) -> tuple[Tensor | None, Tensor | None]:
-    """Mean and standard deviation of the latents from a file with "mean" and "var", of which one may be missing.
-
-    Raises:
-        ValueError: it holds neither, or negative variances.
-    """
-    tensors = read_tensors(path)
-    mean, var = tensors.get("mean"), tensors.get("var")
-    if mean is None and var is None:
-        raise ValueError(
-            f"{path} holds {sorted(tensors)[:4]} instead of mean and var; it is no file of latents' statistics"
-        )
-    if var is not None and not (var >= 0).all():
-        raise ValueError(
-            f"{path} has variances that are negative or not finite; the file is damaged"
-        )
-    return mean, None if var is None else (var.float() + EPS).sqrt()
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, or of a PyTorch file, of which nothing else is loaded; of the averaged weights if it
-    has several.
-
-    Raises:
-        ValueError: it is damaged, or holds other things.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        for name in ("ema", "model", "state_dict"):
-            if isinstance(content, dict) and isinstance(content.get(name), dict):
-                content = content[name]
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}); get it again") from error
-    except Exception as error:  # unpickling raises many kinds
-        raise ValueError(
-            f"{path} is not a PyTorch file of tensors alone, which is all that is loaded ({error})"
-        ) from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__} instead of named tensors")
-    return {name: t for name, t in content.items() if isinstance(t, Tensor)}
-
-
 def is_rae(source: str | Path) -> bool:
-    """Whether `source` names an RAE: one of `PRESETS`, or a folder that holds one."""
+    """Return whether `source` is one of `PRESETS`, or a local folder that holds an RAE."""
     folder = Path(source)
     return (
-        str(source) in PRESETS or (folder / PARTS).exists() or _diffusers_config(folder) is not None
+        str(source) in PRESETS or (folder / PARTS).exists() or diffusers_config(folder) is not None
     )
 
 
 def load_rae(source: str | Path, device: str | torch.device = "cpu") -> RAE:
-    """Read an RAE.
+    """Load an RAE.
 
     Args:
-        source: one of `PRESETS`; a folder with rae.json or an AutoencoderRAE; or the hub's name of an AutoencoderRAE.
+        source: one of `PRESETS`; a folder with rae.json or with an AutoencoderRAE of diffusers;
+            or the hub's name of an AutoencoderRAE.
 
     Raises:
-        ModuleNotFoundError: transformers is not installed.
-        FileNotFoundError: a part is missing, or the hub cannot be reached; the message says what to do.
+        ModuleNotFoundError: transformers or diffusers is not installed.
+        FileNotFoundError: a part is missing, or the hub cannot be reached; the message says what
+            to do.
         ValueError: the files are not an RAE's, or do not fit each other.
     """
     folder = Path(source)
     if str(source) not in PRESETS and not folder.is_dir():
         folder = download(str(source))
-    config = _diffusers_config(folder)
+    config = diffusers_config(folder)
     if config is not None:
-        return _load_diffusers(folder, config).to(device)
+        return load_diffusers(folder, config).to(device)
     parts = PRESETS[str(source)] if str(source) in PRESETS else read_parts(folder)
-    encoder = load_encoder(_place(parts.encoder, folder), parts.input_size)
+    encoder = load_encoder(local_or_hub(parts.encoder, folder), parts.input_size)
     decoder, mean, std = None, None, None
     if parts.decoder is not None:
         path = find_file(parts.decoder, folder)
         try:
-            decoder = Decoder.from_tensors(read_tensors(path), encoder.grid, parts.decoder_heads)
+            decoder = load_decoder(read_weights(path), encoder.grid, parts.decoder_heads)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
     if parts.statistics is not None:
@@ -155,10 +114,11 @@ def load_rae(source: str | Path, device: str | torch.device = "cpu") -> RAE:
 
 
 def read_parts(folder: Path) -> Parts:
-    """What rae.json says.
+    """Read rae.json.
 
     Raises:
-        FileNotFoundError, ValueError: there is none, or it says something else.
+        FileNotFoundError: there is none.
+        ValueError: it is no JSON object with the fields of `Parts`.
     """
     path = folder / PARTS
     if not path.exists():
@@ -172,25 +132,36 @@ def read_parts(folder: Path) -> Parts:
         raise ValueError(f"{path} is not an object with some of {known} ({error})") from error
 
 
-def _diffusers_config(folder: Path) -> dict | None:
-    """The config of an AutoencoderRAE in diffusers' layout, if that is what the folder holds."""
+def diffusers_config(folder: Path) -> dict | None:
+    """Return the config of the AutoencoderRAE in a folder in diffusers' layout; None if none."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         return config if config.get("_class_name") == "AutoencoderRAE" else None
     return None
 
 
-def _load_diffusers(folder: Path, config: dict) -> RAE:
-    """An RAE in the layout of diffusers' AutoencoderRAE, whose `_latents_std` is sqrt(var + EPS) of the original statistics."""
+def load_diffusers(folder: Path, config: dict) -> RAE:
+    """Load an RAE from a folder in the layout of diffusers' AutoencoderRAE.
+
+    AutoencoderRAE.from_pretrained is not used: it cannot build SigLIP with transformers 5.
+
+    Args:
+        config: config.json of the folder. `_latents_std` in the weights is sqrt(var + EPS) of the
+            original statistics.
+
+    Raises:
+        FileNotFoundError: there are no weights.
+        ValueError: the config or the weights are not those of an AutoencoderRAE.
+    """
     path = folder / f"{WEIGHTS}.safetensors"
     if not path.exists():
         raise FileNotFoundError(
             f"{folder} has a {CONFIG} but no {path.name}; copy the weights there too"
         )
-    tensors = read_tensors(path)
-    transformers = _transformers()
+    tensors = read_weights(path)
+    transformers = import_transformers()
     try:
-        kind, table = DIFFUSERS[config["encoder_type"]]
+        kind, table = ENCODER_TYPES[config["encoder_type"]]
         encoder_config = getattr(transformers, FAMILIES[kind].config)(
             hidden_size=config["encoder_hidden_size"],
             num_hidden_layers=config["encoder_num_hidden_layers"],
@@ -199,12 +170,13 @@ def _load_diffusers(folder: Path, config: dict) -> RAE:
             image_size=table,
         )
         weights = {
-            name.removeprefix("encoder."): t
-            for name, t in tensors.items()
+            name.removeprefix("encoder."): tensor
+            for name, tensor in tensors.items()
             if name.startswith("encoder.")
         }
-        encoder = Encoder(_network(None, encoder_config, weights), config["encoder_input_size"])
-        decoder = Decoder.from_tensors(tensors, encoder.grid, config["decoder_num_attention_heads"])
+        network = load_network(None, encoder_config, weights)
+        encoder = Encoder(network, config["encoder_input_size"])
+        decoder = load_decoder(tensors, encoder.grid, config["decoder_num_attention_heads"])
         return RAE(encoder, decoder, tensors.get("_latents_mean"), tensors.get("_latents_std"))
     except KeyError as error:
         raise ValueError(
@@ -212,3 +184,74 @@ def _load_diffusers(folder: Path, config: dict) -> RAE:
         ) from error
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
+
+
+def load_statistics(path: Path) -> tuple[Tensor | None, Tensor | None]:
+    """Load the mean and the standard deviation of the latents.
+
+    Args:
+        path: file with the tensors "mean" and "var", one of which may be missing.
+
+    Returns:
+        mean and sqrt(var + EPS); None for a missing one.
+
+    Raises:
+        ValueError: the file holds neither, or negative variances.
+    """
+    tensors = read_weights(path)
+    mean, var = tensors.get("mean"), tensors.get("var")
+    if mean is None and var is None:
+        raise ValueError(
+            f"{path} holds {sorted(tensors)[:4]} instead of mean and var; "
+            "give a file of the latents' statistics"
+        )
+    if var is not None and not (var >= 0).all():
+        raise ValueError(
+            f"{path} has variances that are negative or not finite; the file is damaged"
+        )
+    return mean, None if var is None else (var.float() + EPS).sqrt()
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a safetensors file or of a PyTorch file.
+
+    Of a PyTorch file that holds several state dicts, the averaged weights ("ema") are taken.
+    Nothing but tensors is unpickled.
+
+    Raises:
+        ValueError: the file is damaged, or holds something else.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        for name in ("ema", "model", "state_dict"):
+            if isinstance(content, dict) and isinstance(content.get(name), dict):
+                content = content[name]
+    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}); get it again") from error
+    except Exception as error:  # unpickling raises many kinds
+        raise ValueError(
+            f"{path} is not a PyTorch file of tensors alone, and nothing else is loaded ({error})"
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__} instead of named tensors")
+    return {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
+
+
+def convert(source: Path, out: Path, null_class: bool = True) -> None:
+    """Convert a published DiT^DH network to a GMFlow checkpoint in float32.
+
+    Args:
+        source: State dict, .pt or .safetensors; the averaged weights if the file has several.
+        out: File to write, .safetensors.
+        null_class: The last row of the label embedding means no label, as after training with
+            label dropout.
+    """
+    if not source.exists():
+        raise FileNotFoundError(
+            f"there is no {source}; download it first (hf download {COLLECTION} --local-dir FOLDER)"
+        )
+    network = DiTDH.from_published(read_weights(source), null_class)
+    save_checkpoint(network, out, data={"space": RAE.space})
+    print(f"{out}: {network.config}")

@@ -1,5 +1,6 @@
-"""Representation autoencoders (RAE, arXiv 2510.11690): a frozen vision transformer encodes images to
-latents, and a trained one decodes them.
+"""Representation autoencoders (RAE, arXiv 2510.11690): measure their latents, convert networks.
+
+A frozen vision transformer encodes images to latents, and a trained one decodes them.
 
 Every option that takes a VAE (--vae) takes an RAE too:
 

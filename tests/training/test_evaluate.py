@@ -26,7 +26,7 @@ from gmflow_core.models.gmdit import GMDiT, GMDiTConfig
 from gmflow_core.models.mlp import GMFlowMLP, GMFlowMLPConfig
 from training.data.shards import FORMAT, to_pixels, write_index, write_shard
 from training.evaluate import main, parse
-from training.evaluation import evaluation
+from training.evaluation import inputs, sampling
 from training.evaluation.classifier import (
     Classifier,
     ClassifierConfig,
@@ -428,9 +428,9 @@ def test_goes_on_where_it_was_stopped(place, tmp_path, monkeypatch):
     assert [len(t["images"]) for t in before.values()] == [20, 20, 10]
 
     calls = []
-    sample = evaluation.sample_images
+    sample = sampling.sample_images
     monkeypatch.setattr(
-        evaluation, "sample_images", lambda *a, **k: calls.append(k["seeds"]) or sample(*a, **k)
+        sampling, "sample_images", lambda *a, **k: calls.append(k["seeds"]) or sample(*a, **k)
     )
     assert run(place, tmp_path) == report
     assert calls == []  # finished settings are not sampled, nor their chunks looked at
@@ -607,7 +607,7 @@ def test_latents_are_decoded(tmp_path, monkeypatch):
     more = ["--features", str(tmp_path / "f.safetensors"), "--feature-iterations", "2"]
     with pytest.raises(ValueError, match="give --vae"):
         run(tmp_path, tmp_path / "out", *more)
-    monkeypatch.setattr(evaluation, "load_vae", lambda *_: HalfVAE())
+    monkeypatch.setattr(inputs, "load_vae", lambda *_: HalfVAE())
     row = run(tmp_path, tmp_path / "out", *more, "--vae", "half")["results"][0]
     assert row["out_of_range"] is None
     chunk = load_file(tmp_path / "out" / "samples" / "tiny_gm-ode_2" / "chunk-00000.safetensors")

@@ -15,6 +15,7 @@ from gmflow_core.files.atomic import atomic_write
 from gmflow_core.source.moments import RunningMoments
 from gmflow_core.source.source import widest
 from training.common.devices import on_cpu
+from training.common.settings import require_device
 from training.data.image_folder import ImageCrops, collate, list_images
 from training.data.shards import to_model
 from training.encoders.rae_files import load_rae
@@ -42,6 +43,7 @@ def statistics(
         seed: Seed of the flips.
         device: auto (what accelerate finds) or cpu.
     """
+    require_device(device)
     state = PartialState(cpu=on_cpu(device))
     images = list_images(data)
     with state.local_main_process_first():

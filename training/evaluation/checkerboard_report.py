@@ -1,4 +1,4 @@
-"""How good a checkerboard model's samples are: OUT/report.png to look at, OUT/report.json to compare."""
+"""Report on a checkerboard model: OUT/report.png with its samples, OUT/report.json with figures."""
 
 from __future__ import annotations
 
@@ -22,12 +22,19 @@ STEPS = [1, 2, 4, 8, 16]
 def write_report(
     checkpoint: Path, out: Path, count: int, device: str = "auto", seed: int = 0
 ) -> dict:
-    """Sample the model with Euler, GM-ODE 2 and GM-SDE 2 at 1 to 16 steps; write OUT/report.png and OUT/report.json.
+    """Sample the model with Euler, GM-ODE 2 and GM-SDE 2 at 1 to 16 steps, and write the report.
+
+    Args:
+        checkpoint: file of the model.
+        out: folder for report.png and report.json.
+        count: samples per solver and number of steps.
+        device: auto (CUDA if there is any) or a device of torch.
 
     Returns:
-        What the JSON holds: `u_nll` (nats, without 2 pi, sigma uniform; exact: 1.358) and, per solver and step count,
-        `total_variation` (64 x 64 histogram over [-4, 4]^2; exact samples: 0.0405 at 200,000) and the shares of samples
-        off the board, `off_support` exactly and `off_support_slack` by more than 0.05.
+        The content of report.json: `u_nll` (nats, without the 2 pi constant, sigma uniform; the
+        exact model has 1.358), and for each solver and number of steps `total_variation`
+        (64 x 64 histogram over [-4, 4]^2; exact samples have 0.0405 at 200,000), `off_support`
+        (share of samples off the board) and `off_support_slack` (off by more than 0.05).
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -60,24 +67,28 @@ def write_report(
 
 @torch.inference_mode()
 def velocity_nll(network: nn.Module, data: Tensor, seed: int, chunk: int = 20_000) -> float:
-    """Mean NLL of the velocity under the network's mixtures, sigma uniform on (0, 1]."""
+    """Return the mean NLL of the velocity under the network's mixtures, sigma uniform in (0, 1].
+
+    Args:
+        data: points x_0 (N, 2).
+        chunk: points per network call.
+
+    Returns:
+        Nats per point, without the 2 pi constant.
+    """
     device = next(network.parameters()).device
     generator = torch.Generator().manual_seed(seed + 1)
     total = 0.0
     for x0 in data.split(chunk):
         sigma = torch.rand(len(x0), generator=generator).clamp(min=SMALLEST_SIGMA)
         noise = torch.randn(x0.shape, generator=generator)
-        x, velocity, sigma = (
-            diffuse(x0, sigma, noise).to(device),
-            (noise - x0).to(device),
-            sigma.to(device),
-        )
-        total += nll(network(x, sigma), velocity).double().sum().item()
+        x, velocity = diffuse(x0, sigma, noise).to(device), (noise - x0).to(device)
+        total += nll(network(x, sigma.to(device)), velocity).double().sum().item()
     return total / len(data)
 
 
 def distances(points: Tensor) -> dict[str, float]:
-    """Total variation, and shares off the board."""
+    """Return the total variation distance of points (N, 2), and their shares off the board."""
     return {
         "total_variation": total_variation(points),
         "off_support": 1 - on_board(points).double().mean().item(),

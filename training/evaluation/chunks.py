@@ -1,4 +1,4 @@
-"""Tensors of many images in files that a command which was stopped finds again."""
+"""Keep the tensors of many images in files of equal size, so that a stopped command can go on."""
 
 from __future__ import annotations
 
@@ -16,34 +16,38 @@ from training.common.files import read_safetensors
 
 
 class Chunks:
-    """Tensors of `count` images in files of `size` images each, every one with a key that says what it was made from.
+    """Tensors of `count` images in files of `size` images each.
 
     Args:
-        folder: where the files are.
-        key: JSON-able; a file with another key is not one of these.
+        folder: place of the files.
+        key: JSON-serialisable; says what the tensors were made from. A file with another key is
+            foreign.
+        count: images in all.
+        size: images per file.
     """
 
     def __init__(self, folder: Path, key: dict[str, Any], count: int, size: int):
-        self.folder, self.key, self.count, self.size = (
-            folder,
-            json.dumps(key, sort_keys=True),
-            count,
-            size,
-        )
+        self.folder, self.count, self.size = folder, count, size
+        self.key = json.dumps(key, sort_keys=True)
 
     def __len__(self) -> int:
         return -(-self.count // self.size)
 
     def path(self, number: int) -> Path:
+        """Return the file of a chunk."""
         return self.folder / f"chunk-{number:05d}.safetensors"
 
     def images(self, number: int) -> range:
-        """The images of a chunk."""
+        """Return the numbers of the images of a chunk."""
         return range(number * self.size, min((number + 1) * self.size, self.count))
 
     def state(self, number: int) -> str:
-        """What there is of a chunk: "whole", "missing", "damaged", "foreign" (another key), or "short" (of other images, as the
-        count or the size of the files has changed)."""
+        """Return the state of a chunk's file.
+
+        Returns:
+            "whole", "missing", "damaged", "foreign" (it has another key), or "short" (it holds
+            other images, because `count` or `size` has changed).
+        """
         if not self.path(number).exists():
             return "missing"
         try:
@@ -55,32 +59,29 @@ class Chunks:
         if metadata.get("key") != self.key:
             return "foreign"
         here = self.images(number)
-        return (
-            "whole"
-            if lengths == {len(here)} and metadata.get("first") == str(here.start)
-            else "short"
-        )
+        same = lengths == {len(here)} and metadata.get("first") == str(here.start)
+        return "whole" if same else "short"
 
     def differences(self, number: int) -> list[str]:
-        """The parts of the key in which a foreign chunk's differs."""
+        """Return the entries of the key in which a foreign chunk differs."""
         with safe_open(self.path(number), framework="pt") as file:
             old = json.loads((file.metadata() or {}).get("key", "{}"))
         return [name for name, value in json.loads(self.key).items() if old.get(name) != value]
 
     def read(self, number: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """A whole chunk's tensors, and the facts that were saved with them."""
+        """Read the tensors of a whole chunk, and the facts that were saved with them."""
         tensors, metadata = read_safetensors(self.path(number))
         return tensors, json.loads(metadata["facts"])
 
     def write(self, number: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """Save a chunk, atomically."""
+        """Write a chunk atomically; `facts` are JSON-serialisable."""
         with atomic_write(self.path(number)) as temporary:
-            tensors = {name: t.contiguous() for name, t in tensors.items()}
+            tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
             first = str(self.images(number).start)
-            save_file(
-                tensors, temporary, {"key": self.key, "first": first, "facts": json.dumps(facts)}
-            )
+            metadata = {"key": self.key, "first": first, "facts": json.dumps(facts)}
+            save_file(tensors, temporary, metadata)
 
 
 def key_digest(key: str) -> str:
+    """Return the first 16 hexadecimal digits of the key's SHA-256."""
     return hashlib.sha256(key.encode()).hexdigest()[:16]

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from gmflow_core.files.atomic import atomic_write
+from gmflow_core.models.state_dict import check_shapes, shapes_of
 from training.common.files import read_safetensors
-from training.evaluation.extractors import _checked, _short
+from training.evaluation.extractors import check_images, one_line
 
 FORMAT = "gmflow-features-1"
-LARGEST = 64  # pixels a side that the small classifier takes
-HELD_OUT = 0.1  # share of the images that tests the classifier, when no test set does
+LARGEST = 64  # pixels per side
+HELD_OUT = 0.1  # share of the images that tests the classifier if there is no test set
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class ClassifierConfig:
     """Hyperparameters of `Classifier`.
 
     Args:
-        height, width: of the images, 1 to 64.
+        height, width: of the images in pixels, 1 to 64.
         num_classes: at least 2.
         channels: of the first layer; the next ones have twice and four times as many.
         features: width of the layer before the last.
@@ -46,15 +47,19 @@ class ClassifierConfig:
     def __post_init__(self):
         if not (1 <= self.height <= LARGEST and 1 <= self.width <= LARGEST):
             raise ValueError(
-                f"the small classifier takes images up to {LARGEST} x {LARGEST}, not {self.height} x {self.width}; use "
-                "--features inception"
+                f"the small classifier takes images up to {LARGEST} x {LARGEST}, not "
+                f"{self.height} x {self.width}; use --features inception"
             )
         if self.num_classes < 2:
             raise ValueError(f"a classifier needs at least 2 classes, not {self.num_classes}")
 
 
 class Classifier(nn.Module):
-    """A small convolutional network: pairs of 3 x 3 convolutions, halving down to about 4 pixels, then two linear layers."""
+    """A small convolutional network.
+
+    Pairs of 3 x 3 convolutions halve the image down to about 4 pixels per side; two linear layers
+    follow.
+    """
 
     def __init__(self, config: ClassifierConfig):
         super().__init__()
@@ -74,18 +79,18 @@ class Classifier(nn.Module):
         self.head = nn.Linear(config.features, config.num_classes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 (B, 3, H, W) -> features (B, features), logits (B, num_classes)."""
+        """Return features (B, features) and logits (B, num_classes) of uint8 (B, 3, H, W)."""
         features = self.body(images.float() / 127.5 - 1)
         return features, self.head(features)
 
 
 class ClassifierFeatures:
-    """The features of a small classifier of the data: its layer before the last, and its probabilities.
+    """Features of a small classifier: its layer before the last, and its probabilities.
 
     Args:
         network: the trained classifier.
-        classes: their names, in the order of the labels.
-        training: how it was trained and how good it is, see `train_classifier`.
+        classes: names of the classes, in the order of the labels.
+        training: how it was trained and its accuracy, see `train_classifier`.
         name: for reports.
     """
 
@@ -96,12 +101,8 @@ class ClassifierFeatures:
         training: dict[str, Any],
         name: str = "classifier",
     ):
-        self.network, self.classes, self.training, self.name = (
-            network.eval().requires_grad_(False),
-            classes,
-            training,
-            name,
-        )
+        self.network = network.eval().requires_grad_(False)
+        self.classes, self.training, self.name = classes, training, name
         digest = hashlib.sha256()
         for tensor in network.state_dict().values():
             digest.update(tensor.cpu().contiguous().numpy().tobytes())
@@ -109,6 +110,7 @@ class ClassifierFeatures:
 
     @property
     def facts(self) -> dict[str, Any]:
+        """Name, dimensions, fingerprint and training, for a report."""
         facts = {
             "name": self.name,
             "dimensions": self.network.config.features,
@@ -117,32 +119,40 @@ class ClassifierFeatures:
         return {**facts, **self.training}
 
     def to(self, device: str | torch.device) -> ClassifierFeatures:
+        """Move the network to a device."""
         self.network.to(device)
         return self
 
     @torch.inference_mode()
     def extract(self, images: Tensor) -> dict[str, Tensor]:
-        """uint8 (B, 3, H, W) -> features (B, 64), probabilities (B, classes).
+        """Extract features and class probabilities.
+
+        Args:
+            images: uint8 (B, 3, H, W) of the size that the classifier was trained on.
+
+        Returns:
+            "features" (B, 64) and "probabilities" (B, classes), on the CPU.
 
         Raises:
-            ValueError: the images have another size than the ones it was trained on.
+            ValueError: the images have another size.
         """
         config = self.network.config
-        if _checked(images).shape[2:] != (config.height, config.width):
+        if check_images(images).shape[2:] != (config.height, config.width):
             raise ValueError(
-                f"the features {self.name} are of images of {config.height} x {config.width} pixels, not "
-                f"{images.shape[2]} x {images.shape[3]}; give --features another file name to train them on this data"
+                f"the features {self.name} are of images of {config.height} x {config.width} "
+                f"pixels, not {images.shape[2]} x {images.shape[3]}; give --features another file "
+                "name to train them on this data"
             )
         features, logits = self.network(images.to(self.network.head.weight.device))
         return {"features": features.cpu(), "probabilities": logits.softmax(1).cpu()}
 
     def accuracy(self, images: Tensor, labels: Tensor, chunk: int = 1000) -> float:
-        """The share of the images that it labels rightly."""
+        """Return the share of images uint8 (N, 3, H, W) that get their label (N,)."""
         found = [self.extract(part)["probabilities"].argmax(1) for part in images.split(chunk)]
         return (torch.cat(found) == labels.cpu()).double().mean().item()
 
     def save(self, path: str | Path) -> None:
-        """Write it to `path`, atomically."""
+        """Write network, classes and training to a safetensors file, atomically."""
         metadata = {
             "format": FORMAT,
             "config": json.dumps(asdict(self.network.config)),
@@ -150,12 +160,13 @@ class ClassifierFeatures:
             "training": json.dumps(self.training),
         }
         tensors = {name: t.cpu().contiguous() for name, t in self.network.state_dict().items()}
-        with atomic_write(Path(path)) as temporary:
+        with atomic_write(path) as temporary:
             save_file(tensors, temporary, metadata)
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> ClassifierFeatures:
-        """
+        """Load what `save` wrote.
+
         Raises:
             FileNotFoundError: there is no such file.
             ValueError: it holds something else, or is damaged.
@@ -164,19 +175,19 @@ class ClassifierFeatures:
         tensors, metadata = read_safetensors(path)
         if metadata.get("format") != FORMAT:
             raise ValueError(
-                f"{path} holds no features that this version knows (format {metadata.get('format')!r}, not {FORMAT!r}); give "
-                "--features another file name to train them"
+                f"{path} holds no features that this version knows (format "
+                f"{metadata.get('format')!r}, not {FORMAT!r}); give --features another file name "
+                "to train them"
             )
         try:
             network = Classifier(ClassifierConfig(**json.loads(metadata["config"])))
+            check_shapes(shapes_of(network.state_dict()), shapes_of(tensors), "its config")
             network.load_state_dict(tensors)
-            classes, training = (
-                tuple(json.loads(metadata["classes"])),
-                json.loads(metadata["training"]),
-            )
+            classes = tuple(json.loads(metadata["classes"]))
+            training = json.loads(metadata["training"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
-                f"{path} is damaged ({_short(error)}); delete it to train the features again"
+                f"{path} is damaged ({one_line(error)}); delete it to train the features again"
             ) from error
         return cls(network.to(device), classes, training, path.stem)
 
@@ -195,39 +206,34 @@ def train_classifier(
     progress: bool = True,
     name: str = "classifier",
 ) -> ClassifierFeatures:
-    """Train a small classifier: cross-entropy, AdamW with a one-cycle learning rate, slightly moved images; a strong weight
-    decay keeps the features of images that it has seen like those of images that it has not.
+    """Train a small classifier with cross-entropy, AdamW, a one-cycle schedule and `jitter`.
+
+    The weight decay is strong, so that features of training images resemble those of new ones.
 
     Args:
         images: uint8 (N, 3, H, W), up to 64 x 64.
         labels: (N,) indices into `classes`.
-        test: images and labels to test it on; without, a tenth of the images is held out for that.
+        test: images and labels of a test set; if None, a tenth of the images is held out.
 
     Returns:
-        The classifier; its `training` holds the images, the iterations, the seed, and the accuracy on the test images.
+        The classifier. Its `training` holds the accuracy on the test images, their source and
+        number, the number of training images, the iterations and the seed.
 
     Raises:
-        ValueError: the images are no such images, too few, or of one class only.
+        ValueError: the images are not uint8 RGB, too large or too few, or of one class only.
     """
-    _checked(images)
+    check_images(images)
     if len(images) != len(labels) or len(images) < 20 or labels.unique().numel() < 2:
         raise ValueError(
-            f"{len(images)} images with {len(labels)} labels of {labels.unique().numel()} classes cannot train a classifier; "
-            "at least 20 images of 2 classes are needed (--data)"
+            f"{len(images)} images with {len(labels)} labels of {labels.unique().numel()} classes "
+            "cannot train a classifier; at least 20 images of 2 classes are needed (--data)"
         )
     generator = torch.Generator().manual_seed(seed)
+    test_set = "held-out images of the training data" if test is None else "test data"
     if test is None:
         order = torch.randperm(len(images), generator=generator)
-        held_out, rest = order.split(
-            [
-                max(1, round(HELD_OUT * len(order))),
-                len(order) - max(1, round(HELD_OUT * len(order))),
-            ]
-        )
+        held_out, rest = order.tensor_split([max(1, round(HELD_OUT * len(order)))])
         test, images, labels = (images[held_out], labels[held_out]), images[rest], labels[rest]
-        test_set = "held-out images of the training data"
-    else:
-        test_set = "test data"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = Classifier(ClassifierConfig(*images.shape[2:], len(classes))).to(device)
@@ -265,10 +271,16 @@ def jitter(
     grow: float = 0.1,
     shift: float = 0.15,
 ) -> Tensor:
-    """Every image turned, stretched, and moved a little; float (B, 3, H, W), the border continues outwards.
+    """Rotate, scale and shift each image a little, at random; border pixels are repeated outwards.
 
     Args:
-        turn, grow, shift: up to so many radians, so much larger or smaller, and so many half sides.
+        images: float (B, 3, H, W).
+        turn: largest rotation in radians.
+        grow: largest relative change of width and of height.
+        shift: largest shift in half sides.
+
+    Returns:
+        (B, 3, H, W).
     """
     angle, stretch_x, stretch_y, x, y = torch.rand(5, len(images), generator=generator) * 2 - 1
     cos, sin = (turn * angle).cos(), (turn * angle).sin()

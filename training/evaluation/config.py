@@ -1,4 +1,4 @@
-"""What `training.evaluate` can be told, and the settings of a sweep."""
+"""Settings of `training.evaluate`, and the points of a sweep."""
 
 from __future__ import annotations
 
@@ -12,29 +12,14 @@ import tyro
 
 from gmflow_core.sampling.guidance import Guidance
 from gmflow_core.sampling.solvers import SOLVERS, SUBSTEPS
+from training.common.settings import require, require_device
 
+# fmt: off
 SWEEP = (
-    0.02,
-    0.03,
-    0.04,
-    0.05,
-    0.06,
-    0.07,
-    0.08,
-    0.09,
-    0.11,
-    0.13,
-    0.16,
-    0.19,
-    0.23,
-    0.27,
-    0.33,
-    0.39,
-    0.47,
-    0.55,
-    0.65,
-    0.75,
+    0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09, 0.11, 0.13,
+    0.16, 0.19, 0.23, 0.27, 0.33, 0.39, 0.47, 0.55, 0.65, 0.75,
 )
+# fmt: on
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,116 +27,136 @@ class Config:
     """Evaluation. The defaults shown are those of the chosen preset."""
 
     preset: Literal["default", "paper"] = "default"
-    """Where the other defaults come from; paper: GM-ODE 2 and GM-SDE 2 at 8 and 32 steps, 20 guidance weights."""
+    """Source of the other defaults; paper: GM-ODE 2 and GM-SDE 2 at 8 and 32 steps, 20 guidance
+    weights."""
     checkpoint: tuple[str, ...] = ()
     """Models: files, folders in diffusers' layout, or the hub's names of them."""
     data: Path | None = None
-    """Prepared training data (training.prepare): the reference, and what --features is trained on. Not needed for a model that
-    says what its samples are, with --reference and Inception or a classifier that exists."""
+    """Prepared training data (training.prepare): the reference, and the training set of --features.
+    Not needed for a model whose metadata describes its samples, with --reference and Inception or
+    an existing classifier."""
     test_data: Path | None = None
-    """Prepared data of images that were not trained on: the floor of all figures, and the test of --features."""
+    """Prepared data of images that were not trained on: the floor of all figures, and the test set
+    of --features."""
     reference: Path | None = None
-    """Compare with this instead of --data: an .npz (ADM's, or mu and sigma), a folder of images, or a prepared folder."""
+    """Compare with this instead of --data: an .npz (ADM's, or mu and sigma), a folder of images, or
+    a prepared folder."""
     reference_count: int = 50_000
-    """So many images of the reference at most, chosen by chance; precision and recall use as many as --count."""
+    """Images of the reference at most, chosen at random; precision and recall use as many as
+    --count."""
     features: str = "inception"
-    """inception, or a .safetensors file of a small classifier (up to 64 x 64 pixels), trained first if it does not exist."""
+    """inception, or a .safetensors file of a small classifier (up to 64 x 64 pixels), which is
+    trained first if it does not exist."""
     feature_iterations: int = 1200
-    """Iterations that a small classifier is trained for."""
+    """Training iterations of a small classifier."""
     inception_weights: Path | None = None
     """torch-fidelity's weight file; downloaded if not given."""
     saturation: Literal["reference", "digits"] = "reference"
-    """Compare saturations with the reference images', or with the known distribution of training.digits."""
+    """Compare saturations with the reference images', or with the known distribution of
+    training.digits."""
     count: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 50_000
     """Samples of each setting."""
     solver: tuple[Literal["gm-ode", "gm-sde", "euler", "dpmpp-2m"], ...] = ("gm-ode",)
-    """Solvers; euler and dpmpp-2m follow the mixture's mean."""
+    """Solvers; euler and dpmpp-2m use the mean of the mixture."""
     steps: tuple[int, ...] = (8,)
-    """Numbers of steps, each of one network call; 0 for the noise itself, which a flow has to be better than."""
+    """Numbers of steps, each with one network call; 0 returns the noise itself, which a flow must
+    beat."""
     guidance: tuple[float, ...] = ()
     """Weights of probabilistic guidance, in [0, 1); 0 is none."""
     cfg: tuple[float, ...] = ()
     """Scales of classifier-free guidance, 1 or more; 1 is none."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """The sigmas between which guidance acts."""
+    """Guidance acts between these two sigmas."""
     substeps: int | None = None
-    """GM-ODE's substeps in a step, by default 128 in all, and 4 at least; the GM policy's in all."""
+    """GM-ODE's substeps per step, by default 128 / steps and at least 4; for the GM policy, its
+    substeps in all."""
     order: Literal[1, 2] = 2
     """Order of GM-ODE and GM-SDE."""
     shift: float = 1.0
     """Shift of the time grid."""
     source: str | None = None
-    """The mixture source that the models were trained with: file, folder or hub id; modes by weight."""
+    """The mixture source that the models were trained with: file, folder or hub id; modes are drawn
+    by weight."""
     unlabelled: bool = False
-    """Sample with the label for none; models of a source that hides its modes, which classes do not know of, are sampled so."""
+    """Sample with the null label. Models of a source with hidden modes, which know no classes, are
+    always sampled so."""
     guide: str | None = None
     """A weaker model for autoguidance, with the same labels or modes."""
     guide_scale: float = 1.5
-    """Of autoguidance; 1 is none."""
+    """Scale of autoguidance; 1 is none."""
     end: float = 0.0
     """Last time of the grid, before the shift; MM-FM takes 0.001, with 49 steps."""
     vae: str | None = None
-    """For latents: the VAE's folder or its name on the hub; by default what the data was prepared with."""
+    """For latents: the VAE's folder or its name on the hub; by default the one that the data was
+    prepared with."""
     seed: int = 0
-    """Image i of seed 0 has the seed i; other seeds have other images."""
+    """Image i of seed 0 has the seed i; other seeds give other images."""
     batch_size: int = 100
     """Images that a process samples at a time."""
     chunk_size: int = 500
-    """Images in a file; what a stop can lose."""
+    """Images per file; a stop loses at most one file per process."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """The network's weights in float32 or bfloat16; the mixtures are float32 either way."""
     device: str = "auto"
     """auto (what accelerate finds) or cpu."""
     out: Path = Path("outputs/evaluation")
-    """Folder for samples, results and plots; what is whole there is kept. Several machines need to share it."""
+    """Folder for samples, results and plots; complete files found there are kept. Several machines
+    need to share it."""
     discard_samples: bool = False
-    """Delete the samples of a setting once its figures are known; at 256 x 256, 50,000 take 10 GB."""
+    """Delete the samples of a setting once its figures are known; at 256 x 256, 50,000 take 10
+    GB."""
     restart: bool = False
-    """Throw away the samples and results found in OUT."""
+    """Delete the samples and results found in OUT."""
 
     def __post_init__(self):
-        for name in ("batch_size", "chunk_size", "feature_iterations", "substeps"):
-            if (getattr(self, name) if getattr(self, name) is not None else 1) < 1:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1"
-                )
-        for name in ("count", "reference_count"):
-            if getattr(self, name) < 2:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} is {getattr(self, name)}; statistics need at least 2 images"
-                )
+        self.check_counts()
         for name in ("solver", "steps"):
             if not getattr(self, name):
                 raise ValueError(f"--{name} is empty; give at least one")
         for solver in self.solver:
             if solver not in SOLVERS:
-                raise ValueError(f"--solver {solver} is unknown; choose of {', '.join(SOLVERS)}")
+                raise ValueError(f"--solver {solver} is unknown; choose from {', '.join(SOLVERS)}")
         if min(self.steps) < 0:
             raise ValueError(f"--steps has {min(self.steps)}; each must be at least 0")
         for weight in self.guidance:
             if not 0 <= weight < 1:
                 raise ValueError(
-                    f"--guidance has {weight}; weights of probabilistic guidance are in [0, 1) (is it a --cfg scale?)"
+                    f"--guidance has {weight}; weights of probabilistic guidance are in [0, 1) "
+                    "(is it a --cfg scale?)"
                 )
         for scale in self.cfg:
             if not 1 <= scale < math.inf:
                 raise ValueError(
-                    f"--cfg has {scale}; scales of classifier-free guidance are 1 or more (is it a --guidance weight?)"
+                    f"--cfg has {scale}; scales of classifier-free guidance are 1 or more "
+                    "(is it a --guidance weight?)"
                 )
         Guidance(0.0, interval=self.guidance_interval)
-        if self.seed < 0:
-            raise ValueError(f"--seed is {self.seed}; it must be 0 or more")
-        if not self.shift > 0:
-            raise ValueError(f"--shift is {self.shift}; it must be positive")
+        require(self.shift > 0, "shift", self.shift, "positive")
         if self.features != "inception" and not self.features.endswith(".safetensors"):
             raise ValueError(
-                f"--features is {self.features!r}; give inception, or for the small classifier a file name that ends in "
-                ".safetensors"
+                f"--features is {self.features!r}; give inception, or for the small classifier a "
+                "file name that ends in .safetensors"
             )
-        if self.device not in ("auto", "cpu"):
-            raise ValueError(
-                f"--device is {self.device!r}; give auto or cpu (choose a GPU with CUDA_VISIBLE_DEVICES)"
-            )
+        require_device(self.device)
+
+    def check_counts(self) -> None:
+        """Check the ranges of counts, sizes and the seed.
+
+        Raises:
+            ValueError: one is out of range.
+        """
+        least = {"batch_size": 1, "chunk_size": 1, "feature_iterations": 1, "seed": 0}
+        if self.substeps is not None:
+            least["substeps"] = 1
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            require(value >= smallest, name, value, f"at least {smallest}")
+        for name in ("count", "reference_count"):
+            if getattr(self, name) < 2:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}; "
+                    "statistics need at least 2 images"
+                )
 
 
 PRESETS = {
@@ -166,9 +171,11 @@ class Setting:
 
     Args:
         model: position in the list of checkpoints.
-        checkpoint: its short name.
+        checkpoint: short name of the checkpoint.
+        solver: name of the solver.
+        steps: network calls.
         guidance: "none", "probabilistic" or "cfg".
-        scale: the guidance's; 0 for none.
+        scale: of the guidance; 0 for none.
     """
 
     model: int
@@ -180,14 +187,13 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """Its folder, and its name in the results."""
-        guidance = {"none": "", "probabilistic": f"_w{self.scale:g}", "cfg": f"_cfg{self.scale:g}"}[
-            self.guidance
-        ]
-        return f"{self.checkpoint}_{self.solver}_{self.steps}{guidance}"
+        """Name of the folder, and of the row in the results."""
+        scale = f"{self.scale:g}"
+        guidance = {"none": "", "probabilistic": f"_w{scale}", "cfg": f"_cfg{scale}"}
+        return f"{self.checkpoint}_{self.solver}_{self.steps}{guidance[self.guidance]}"
 
     def substeps(self, config: Config) -> int | None:
-        """GM-ODE's substeps in a step, the GM policy's in all; None for other solvers."""
+        """Return GM-ODE's substeps per step, or the GM policy's in all; None for other solvers."""
         if self.solver not in SUBSTEPS or not self.steps:
             return None
         if self.solver == "gm-policy":
@@ -196,7 +202,7 @@ class Setting:
 
 
 def settings_of(config: Config) -> list[Setting]:
-    """All that the command asks for, without guidance first; without guidance is one setting, however it is spelt."""
+    """Return all points of the sweep; those without guidance are merged and come first."""
     kinds = [("probabilistic", w) for w in config.guidance] + [("cfg", s) for s in config.cfg]
     kinds = [
         ("none", 0.0) if Guidance(scale, kind).idle else (kind, scale) for kind, scale in kinds
@@ -212,11 +218,13 @@ def settings_of(config: Config) -> list[Setting]:
 
 
 def short_names(checkpoints: Sequence[str]) -> list[str]:
-    """The last part of each checkpoint's name, or as many more as tell it from the others; of OUT/model.safetensors and
-    OUT/weights.safetensors, which every run writes, the folder's.
+    """Return the last part of each checkpoint's path, or as many more as make it unique.
+
+    For OUT/model.safetensors and OUT/weights.safetensors, which every training run writes, the
+    path is that of the folder.
 
     Raises:
-        ValueError: one is given twice.
+        ValueError: a checkpoint is given twice.
     """
     parts = [
         Path(c).with_suffix("").parts if c.endswith(".safetensors") else Path(c).parts

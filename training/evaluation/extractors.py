@@ -1,8 +1,4 @@
-"""What images are compared by: features of Inception, or of a small classifier trained on the data.
-
-An extractor has a `name` and `facts` for reports, `classes` (the names its probabilities stand for, None where they are not
-the data's), a `fingerprint` that changes with its weights, and `extract(images)`.
-"""
+"""The interface of feature extractors: Inception, or a small classifier trained on the data."""
 
 from __future__ import annotations
 
@@ -13,7 +9,13 @@ from torch import Tensor
 
 
 class Extractor(Protocol):
-    """Features of images; see the top of this file."""
+    """Features of images.
+
+    Attributes:
+        name: for reports.
+        classes: names of the classes of the probabilities; None if they are not the data's.
+        fingerprint: changes with the weights.
+    """
 
     name: str
     classes: tuple[str, ...] | None
@@ -21,20 +23,33 @@ class Extractor(Protocol):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a report says about it."""
+        """Name, dimensions and fingerprint, for a report."""
 
     def extract(self, images: Tensor) -> dict[str, Tensor]:
-        """uint8 (B, 3, H, W) -> {"features": (B, D) float32, "probabilities": (B, classes) float32}, on the CPU."""
+        """Extract features and class probabilities.
+
+        Args:
+            images: uint8 (B, 3, H, W).
+
+        Returns:
+            "features" (B, D) and "probabilities" (B, classes), float32 on the CPU.
+        """
 
 
-def _short(error: Exception) -> str:
-    """The beginning of a long message, in one line."""
-    return " ".join(str(error).split())[:200]
+def check_images(images: Tensor) -> Tensor:
+    """Return the images if they are uint8 (B, 3, H, W).
 
-
-def _checked(images: Tensor) -> Tensor:
+    Raises:
+        ValueError: they are not.
+    """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(
-            f"features are of uint8 images (B, 3, H, W), not of {images.dtype} {tuple(images.shape)}"
+            "features are of uint8 images (B, 3, H, W), "
+            f"not of {images.dtype} {tuple(images.shape)}"
         )
     return images
+
+
+def one_line(error: Exception) -> str:
+    """Return the first 200 characters of an error's message, in one line."""
+    return " ".join(str(error).split())[:200]

@@ -1,4 +1,4 @@
-"""torch-fidelity's Inception as feature extractor."""
+"""The Inception network of torch-fidelity as feature extractor."""
 
 from __future__ import annotations
 
@@ -13,93 +13,94 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from training.evaluation.extractors import _checked, _short
+from training.evaluation.extractors import check_images, one_line
 
 
 def fidelity(module: str) -> ModuleType:
-    """A module of torch-fidelity.
+    """Import a module of torch-fidelity.
 
     Raises:
-        ModuleNotFoundError: it is not installed, or does not import.
+        ModuleNotFoundError: torch-fidelity, or the torchvision that it needs, does not import.
     """
     try:
-        try:
-            import torchvision  # noqa: F401
-        except RuntimeError:
-            # It was built for another torch (for CUDA, say, beside a torch for CPUs), so that its compiled operators are not
-            # there, and the import stops at the first one named. torch-fidelity uses none of them: their names are enough.
-            operators = torch.library.Library("torchvision", "FRAGMENT")
-            for name in ("nms", "qnms"):
-                operators.define(
-                    f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-                )
-            _KEPT.append(operators)
         return importlib.import_module(f"torch_fidelity.{module}")
-    except (ImportError, RuntimeError) as error:
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision of another torch
         raise ModuleNotFoundError(
-            f"Inception needs torch-fidelity, which does not import ({error}): pip install -e '.[inception]'; if torchvision "
-            "is named, install it from where torch came from. Or give --features FILE.safetensors: a small classifier, trained "
-            "on --data if the file does not exist yet"
+            f"Inception needs torch-fidelity, which does not import ({error}): "
+            "pip install -e '.[inception]'; if the message names torchvision, install the "
+            "torchvision that was built for your torch, from where torch came from. Or give "
+            "--features FILE.safetensors: a small classifier, trained on --data if the file does "
+            "not exist yet"
         ) from error
 
 
-_KEPT: list[torch.library.Library] = []  # operators vanish with the object that defined them
-
-
 class InceptionFeatures:
-    """torch-fidelity's port of the TensorFlow Inception of FID: 2048 features, and 1008 probabilities without the last bias.
+    """torch-fidelity's port of the TensorFlow Inception of the FID (Heusel et al. 2017).
+
+    It extracts 2048 features, and 1008 probabilities from the logits without their bias.
 
     Args:
-        weights: torch-fidelity's weight file (.pth, or the same tensors as .safetensors); its download if None.
+        weights: torch-fidelity's weight file (.pth, or the same tensors as .safetensors);
+            downloaded if None.
 
     Raises:
         FileNotFoundError: there is no such file.
         ModuleNotFoundError: torch-fidelity is not installed.
-        ValueError: the file does not hold these weights, or the download failed; the message names the ways out.
+        ValueError: the file does not hold these weights, or the download failed; the message says
+            what to do.
     """
 
     name = "inception-v3-compat"
-    classes = None  # ImageNet's, in an order of its own
+    classes = None  # ImageNet's, in torch-fidelity's order
 
     def __init__(self, weights: str | Path | None = None, device: str | torch.device = "cpu"):
         path = Path(weights) if weights is not None else download_inception()
-        state = _read_inception(path)
-        # torch-fidelity unpickles whatever file it is given, so it gets one that was written here, of tensors alone.
+        state = read_inception(path)
+        extractor = fidelity("feature_extractor_inceptionv3").FeatureExtractorInceptionV3
+        # torch-fidelity unpickles the file that it is given: give it one written here.
         with tempfile.TemporaryDirectory() as folder:
-            torch.save(state, Path(folder) / "weights.pth")
+            file = Path(folder) / "weights.pth"
+            torch.save(state, file)
             try:
-                self.network = (
-                    fidelity("feature_extractor_inceptionv3")
-                    .FeatureExtractorInceptionV3(
-                        self.name,
-                        ["2048", "logits_unbiased"],
-                        feature_extractor_weights_path=Path(folder) / "weights.pth",
-                    )
-                    .to(device)
+                network = extractor(
+                    self.name, ["2048", "logits_unbiased"], feature_extractor_weights_path=file
                 )
             except RuntimeError as error:
                 raise ValueError(
-                    f"{path} does not hold torch-fidelity's Inception weights ({_short(error)}); {_inception_help()}"
+                    f"{path} does not hold torch-fidelity's Inception weights "
+                    f"({one_line(error)}); {inception_help()}"
                 ) from error
+        self.network = network.to(device)
         self.device = torch.device(device)
         self.fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()
 
     @property
     def facts(self) -> dict[str, Any]:
+        """Name, dimensions and fingerprint, for a report."""
         return {"name": self.name, "dimensions": 2048, "fingerprint": self.fingerprint[:16]}
 
     @torch.inference_mode()
     def extract(self, images: Tensor) -> dict[str, Tensor]:
-        """uint8 (B, 3, H, W) of any size, which it scales to 299 -> features (B, 2048), probabilities (B, 1008)."""
-        features, logits = self.network(_checked(images).to(self.device))
+        """Extract features and class probabilities.
+
+        Args:
+            images: uint8 (B, 3, H, W) of any size; torch-fidelity scales them to 299 x 299.
+
+        Returns:
+            "features" (B, 2048) and "probabilities" (B, 1008), on the CPU.
+        """
+        features, logits = self.network(check_images(images).to(self.device))
         return {"features": features.cpu(), "probabilities": logits.softmax(1).cpu()}
 
 
 def download_inception() -> Path:
-    """The weight file in torch's hub cache, where torch-fidelity keeps it; downloaded first if it is not there.
+    """Download the weights to torch's hub cache, where torch-fidelity keeps them too.
+
+    Returns:
+        Their file; nothing is downloaded if it is already there.
 
     Raises:
-        ValueError: the download failed, or brought something else.
+        ValueError: the download failed, or its checksum is wrong.
     """
     url = fidelity("feature_extractor_inceptionv3").URL_INCEPTION_V3
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
@@ -109,24 +110,30 @@ def download_inception() -> Path:
             torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rsplit("-", 1)[1])
         except (OSError, RuntimeError) as error:
             raise ValueError(
-                f"the Inception weights could not be downloaded ({error}); {_inception_help()}"
+                f"the Inception weights could not be downloaded ({error}); {inception_help()}"
             ) from error
     return path
 
 
-def _inception_help() -> str:
+def inception_help() -> str:
+    """Return the end of error messages: how to do without the download."""
     url = fidelity("feature_extractor_inceptionv3").URL_INCEPTION_V3
     return (
-        f"fetch {url} by hand and give it as --inception-weights, or give --features FILE.safetensors: a small "
-        "classifier, trained on --data if the file does not exist yet"
+        f"fetch {url} by hand and give it as --inception-weights, or give --features "
+        "FILE.safetensors: a small classifier, trained on --data if the file does not exist yet"
     )
 
 
-def _read_inception(path: Path) -> dict[str, Tensor]:
-    """The tensors of a weight file; a pickle may hold nothing else."""
+def read_inception(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a weight file; nothing but tensors is unpickled.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or holds something else.
+    """
     if not path.is_file():
         raise FileNotFoundError(
-            f"there is no weight file {path} (--inception-weights); {_inception_help()}"
+            f"there is no weight file {path} (--inception-weights); {inception_help()}"
         )
     try:
         return (
@@ -136,5 +143,6 @@ def _read_inception(path: Path) -> dict[str, Tensor]:
         )
     except Exception as error:  # a damaged archive raises nearly anything
         raise ValueError(
-            f"{path} (--inception-weights) is not a whole file of tensors ({_short(error)}); {_inception_help()}"
+            f"{path} (--inception-weights) is not a whole file of tensors ({one_line(error)}); "
+            f"{inception_help()}"
         ) from error

@@ -1,15 +1,16 @@
-"""How good samples are: Fréchet distance, inception score, precision and recall, class accuracy, saturation.
+"""Measure samples: Fréchet distance, inception score, precision, recall, accuracy, saturation.
 
-`measure` turns images into `Measures`, `Reference` is what they are compared with, and `score` gives the figures. The first
-four are torch-fidelity's to the last digits that count (the tests compare them); they are computed here because small models
-should be evaluated without it and the torchvision that it imports, and because a sweep needs the reference's share of precision
-and recall only once.
+`measure` turns images into `Measures`, `Reference` is what they are compared with, and `score`
+returns the figures. The first four equal torch-fidelity's; a test compares them where
+torch-fidelity is installed (pip install -e '.[inception]'), and is skipped elsewhere. They are
+computed here so that small models can be evaluated without torch-fidelity and torchvision, and so
+that a sweep computes the reference's part of precision and recall only once.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -22,11 +23,9 @@ from training.evaluation.saturation import image_saturation
 
 NEIGHBOURS = 3  # k of precision and recall
 BINS = 20  # of saturation histograms over [0, 1]
-SPLITS, MIN_SPLIT = (
-    10,
-    100,
-)  # of the inception score; fewer, larger ones below SPLITS * MIN_SPLIT images
-DISTANCES = 2**27  # so many distances are in memory at a time
+SPLITS = 10  # of the inception score
+MIN_SPLIT = 100  # images per split; with fewer images there are fewer splits
+DISTANCES = 2**27  # distances in memory at a time
 
 
 class Statistics(NamedTuple):
@@ -38,13 +37,13 @@ class Statistics(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Measures:
-    """What is measured on each of N images.
+    """Measurements on each of N images.
 
     Attributes:
         features: (N, D) float32.
         probabilities: (N, classes) float32.
         saturation: (N,) in [0, 1].
-        labels: (N,) int64, the classes that the images should be of; None if nobody knows.
+        labels: (N,) int64, the classes that the images should have; None if unknown.
     """
 
     features: Tensor
@@ -57,7 +56,7 @@ class Measures:
 
     @classmethod
     def cat(cls, parts: Iterable[Measures]) -> Measures:
-        """All the images of `parts`."""
+        """Concatenate the measures of several sets of images."""
         columns = zip(
             *((p.features, p.probabilities, p.saturation, p.labels) for p in parts), strict=True
         )
@@ -65,16 +64,23 @@ class Measures:
             *(None if any(t is None for t in column) else torch.cat(column) for column in columns)
         )
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the fields that are not None, to write to a file."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: tensor for name, tensor in fields.items() if tensor is not None}
+
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """What samples are compared with.
+    """A set of real images that samples are compared with.
 
     Attributes:
-        statistics: of its features.
-        measures: of its images; None if it has no images, and then neither precision nor recall.
-        limit: precision and recall use so many of its images, the first ones; usually as many as there are samples. With more,
-            neighbours come nearer and precision falls, to nothing where the images are copies of fewer in other colours.
+        statistics: of the features.
+        measures: of the images; None if there are only statistics, and then neither precision nor
+            recall.
+        limit: number of images, the first ones, that precision and recall use; usually the number
+            of samples. With more, neighbours are nearer and precision is lower: it vanishes where
+            the images are recoloured copies of fewer ones.
     """
 
     statistics: Statistics
@@ -83,19 +89,25 @@ class Reference:
 
     @property
     def neighbours(self) -> Tensor:
-        """The features (n, D) that precision and recall use."""
+        """Features (n, D) that precision and recall use."""
         return self.measures.features[: self.limit]
 
     @cached_property
     def radii(self) -> Tensor:
-        """(n,) of them, see `neighbour_radii`."""
+        """Radii (n,) of the neighbours, see `neighbour_radii`."""
         return neighbour_radii(self.neighbours)
 
 
 def measure(
     images: Tensor, extractor: Extractor, labels: Tensor | None = None, batch: int = 100
 ) -> Measures:
-    """Everything that is measured on each of the images, uint8 (N, 3, H, W)."""
+    """Measure each image.
+
+    Args:
+        images: uint8 (N, 3, H, W).
+        labels: (N,) the classes that they should have.
+        batch: images that the extractor takes at a time.
+    """
     parts = [extractor.extract(part) for part in images.split(batch)]
     features, probabilities = (
         torch.cat([part[name] for part in parts]) for name in ("features", "probabilities")
@@ -104,7 +116,7 @@ def measure(
 
 
 def statistics(features: Tensor) -> Statistics:
-    """Mean and covariance of features (N, D).
+    """Return mean and covariance of features (N, D).
 
     Raises:
         ValueError: there are fewer than 2, or some are not finite.
@@ -122,33 +134,35 @@ def statistics(features: Tensor) -> Statistics:
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
-    """Squared 2-Wasserstein distance of two Gaussians; of Inception's features it is the FID (Heusel et al. 2017).
+    """Return the squared 2-Wasserstein distance of two Gaussians.
 
-    |mean_a - mean_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2).
+    |mean_a - mean_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2); with Inception's features this is the
+    FID (Heusel et al. 2017).
 
     Raises:
-        ValueError: they are of different numbers of features.
+        ValueError: they have different numbers of features.
     """
     if a.mean.shape != b.mean.shape:
         raise ValueError(
-            f"statistics of {len(a.mean)} and of {len(b.mean)} features cannot be compared; the reference must be of the same "
-            "features as the samples (--features, --reference)"
+            f"statistics of {len(a.mean)} and of {len(b.mean)} features cannot be compared; the "
+            "reference must have the same features as the samples (--features, --reference)"
         )
     values, vectors = np.linalg.eigh(a.covariance)
     root = vectors * np.sqrt(values.clip(min=0)) @ vectors.T
     cross = np.sqrt(np.linalg.eigvalsh(root @ b.covariance @ root).clip(min=0)).sum()
-    distance = (
-        np.square(a.mean - b.mean).sum()
-        + np.trace(a.covariance)
-        + np.trace(b.covariance)
-        - 2 * cross
-    )
+    means = np.square(a.mean - b.mean).sum()
+    distance = means + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross
     return max(0.0, float(distance))
 
 
 def inception_score(probabilities: Tensor) -> float:
-    """exp E KL(p(class | image) || p(class)) (Salimans et al. 2016), mean of 10 splits; of fewer if there would be under 100
-    images in one."""
+    """Return exp E KL(p(class | image) || p(class)) (Salimans et al. 2016), averaged over splits.
+
+    There are 10 splits, or fewer if they would have under 100 images each.
+
+    Args:
+        probabilities: (N, classes).
+    """
     splits = max(1, min(SPLITS, len(probabilities) // MIN_SPLIT))
     scores = []
     for p in probabilities.double().tensor_split(splits):
@@ -159,53 +173,59 @@ def inception_score(probabilities: Tensor) -> float:
 def precision_recall(
     samples: Tensor, reference: Tensor, radii: Tensor | None = None
 ) -> tuple[float, float]:
-    """Precision and recall (Kynkäänniemi et al. 2019), k = 3: the share of samples within the k-nearest-neighbour ball of
-    some reference image, and the reverse.
+    """Return precision and recall (Kynkäänniemi et al. 2019) with k = 3.
+
+    Precision is the share of samples within the k-nearest-neighbour ball of some reference image;
+    recall is the share of reference images within such a ball of some sample.
 
     Args:
         samples, reference: features (N, D) and (M, D).
-        radii: of the reference, if they are known, see `neighbour_radii`.
+        radii: `neighbour_radii` of the reference, if already known.
 
     Raises:
         ValueError: one of the sets has no more than 3 images.
     """
     radii = neighbour_radii(reference) if radii is None else radii
-    return share_inside(samples, reference, radii), share_inside(
-        reference, samples, neighbour_radii(samples)
-    )
+    precision = share_inside(samples, reference, radii)
+    return precision, share_inside(reference, samples, neighbour_radii(samples))
 
 
 def neighbour_radii(features: Tensor) -> Tensor:
-    """The distance (N,) of each of the features (N, D) to its third-nearest other one.
+    """Return the distance (N,) of each of the features (N, D) to its third-nearest other one.
 
     Raises:
         ValueError: there are no more than 3.
     """
     if len(features) <= NEIGHBOURS:
         raise ValueError(
-            f"precision and recall need more than {NEIGHBOURS} images on either side, not {len(features)} (--count, "
-            "--reference)"
+            f"precision and recall need more than {NEIGHBOURS} images on either side, not "
+            f"{len(features)} (--count, --reference)"
         )
-    return torch.cat(
-        [d.kthvalue(NEIGHBOURS + 1).values for d in _distances(features, features)]
-    )  # the nearest is itself
+    rank = NEIGHBOURS + 1  # the nearest is the point itself
+    return torch.cat([d.kthvalue(rank).values for d in pairwise_distances(features, features)])
 
 
 def share_inside(points: Tensor, centres: Tensor, radii: Tensor) -> float:
-    """The share of points (N, D) that are inside some ball: centres (M, D), radii (M,)."""
-    return (
-        torch.cat([(d <= radii).any(1) for d in _distances(points, centres)]).double().mean().item()
-    )
+    """Return the share of points (N, D) inside some ball: centres (M, D), radii (M,)."""
+    inside = [(d <= radii).any(1) for d in pairwise_distances(points, centres)]
+    return torch.cat(inside).double().mean().item()
 
 
 def nearest_distance(samples: Tensor, reference: Tensor) -> float:
-    """The mean distance of samples (N, D) to the nearest of the features (M, D): of a model that has learnt images by
-    heart it lies well below that of images that it was not trained on."""
-    return torch.cat([d.amin(1) for d in _distances(samples, reference)]).double().mean().item()
+    """Return the mean distance of samples (N, D) to the nearest reference features (M, D).
+
+    If a model has memorised images, it is well below the distance of images that the model was
+    not trained on.
+    """
+    nearest = [d.amin(1) for d in pairwise_distances(samples, reference)]
+    return torch.cat(nearest).double().mean().item()
 
 
-def _distances(a: Tensor, b: Tensor) -> Iterator[Tensor]:
-    """Rows of the (N, M) distances, as many at a time as fit the memory; where there is a GPU, it computes them."""
+def pairwise_distances(a: Tensor, b: Tensor) -> Iterator[Tensor]:
+    """Yield the distances (N, M) of a (N, D) to b (M, D) in blocks of rows that fit the memory.
+
+    A GPU computes them if there is one.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     b = b.to(device)
     for part in a.split(max(1, DISTANCES // len(b))):
@@ -213,30 +233,41 @@ def _distances(a: Tensor, b: Tensor) -> Iterator[Tensor]:
 
 
 def class_accuracy(probabilities: Tensor, labels: Tensor) -> float:
-    """The share of images whose most probable class is their label."""
+    """Return the share of images whose most probable class is their label."""
     return (probabilities.argmax(1) == labels).double().mean().item()
 
 
 def histogram_distance(a: Tensor, b: Tensor, bins: int = BINS) -> float:
-    """Total variation distance, in [0, 1], between the histograms of two sets of values in [0, 1]."""
+    """Return the total variation distance, in [0, 1], of two histograms of values in [0, 1].
+
+    Args:
+        a, b: (n,) and (m,).
+    """
     first, second = (torch.histc(v.double().clamp(0, 1), bins, 0, 1) / len(v) for v in (a, b))
     return 0.5 * (first - second).abs().sum().item()
 
 
 def score(
-    measures: Measures, reference: Reference, *, classes: tuple[str, ...] | None = None, known=None
+    measures: Measures,
+    reference: Reference,
+    *,
+    classes: tuple[str, ...] | None = None,
+    known: Callable[[Tensor], float] | None = None,
 ) -> dict[str, Any]:
-    """The figures of samples.
+    """Compute all figures of a set of samples.
 
     Args:
-        classes: the extractor's, None if they are not those of the labels; then there is no class accuracy.
-        known: a function that gives the distance of saturations (N,) to a known distribution; without, they are compared with
-            the reference images'.
+        measures: of the samples.
+        reference: what they are compared with.
+        classes: the extractor's; None if the labels are of other classes, and then there is no
+            class accuracy.
+        known: distance of saturations (N,) to a known distribution; None compares them with those
+            of the reference images.
 
     Returns:
-        `frechet_distance` (the FID, where the features are Inception's), `inception_score`, `precision`, `recall`,
-        `nearest_distance` (see there), `class_accuracy`, `saturation` (mean), `saturation_distance` (total variation of 20-bin
-        histograms); None for what cannot be known.
+        `frechet_distance` (the FID, if the features are Inception's), `inception_score`,
+        `precision`, `recall`, `nearest_distance`, `class_accuracy`, `saturation` (mean), and
+        `saturation_distance` (total variation of 20-bin histograms); None where unknown.
     """
     images = reference.measures
     precision = recall = nearest = accuracy = distance = None

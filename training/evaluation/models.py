@@ -1,4 +1,4 @@
-"""The models that `training.evaluate` samples, the space of their samples, and what image i of a seed is told."""
+"""Describe the models of an evaluation, the space of their samples, and the inputs of image i."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from training.encoders.vae import SD_VAE
 
 
 def image_seeds(seed: int, images: Sequence[int]) -> list[int]:
-    """The seeds of images: the images' numbers for seed 0."""
+    """Return the seed of each image: seed * 10^9 + its number."""
     return [seed * 1_000_000_000 + i for i in images]
 
 
 def image_labels(seeds: Sequence[int], classes: int) -> Tensor:
-    """The label (n,) of each image, uniform over the classes, from its own seed."""
+    """Draw the label (n,) of each image from its own seed, uniformly over the classes."""
     draws = [
         torch.randint(classes, (1,), generator=torch.Generator().manual_seed(seed))
         for seed in seeds
@@ -36,22 +36,22 @@ def image_labels(seeds: Sequence[int], classes: int) -> Tensor:
 
 
 def image_modes(seeds: Sequence[int], source: GaussianMixtureSource) -> Tensor:
-    """The mode (n,) of each image, by weight, from its own seed, but of other random numbers than its noise."""
-    return source.draw_modes(
-        len(seeds), [torch.Generator().manual_seed(zlib.crc32(b"mode %d" % seed)) for seed in seeds]
-    )
+    """Draw the mode (n,) of each image by weight; its generator is not that of the noise."""
+    generators = [torch.Generator().manual_seed(zlib.crc32(b"mode %d" % seed)) for seed in seeds]
+    return source.draw_modes(len(seeds), generators)
 
 
 @dataclass(frozen=True)
 class Space:
-    """What the samples are.
+    """The space of the samples.
 
     Args:
-        name: of the folder or the checkpoint that says so, for messages.
+        name: folder or checkpoint that the description comes from, for messages.
         kind: "pixels" or "latents".
         shape: (C, h, w).
-        classes: their names; None if they are not known, as a checkpoint's labels are the modes of a mixture source.
-        vae: folder or hub name of the latents' VAE, if it is known.
+        classes: names of the classes; None if unknown, as the labels of a checkpoint are the modes
+            of a mixture source.
+        vae: folder or hub name of the latents' VAE, if known.
     """
 
     name: str
@@ -62,30 +62,31 @@ class Space:
 
     @classmethod
     def of_data(cls, folder: Path) -> Space:
-        """That of prepared data."""
+        """Return the space of prepared data."""
         data = LatentDataset(folder, in_memory=False)
         return cls(str(folder), data.kind, data.shape, tuple(data.classes), data.index.get("vae"))
 
     @classmethod
     def of_checkpoints(cls, checkpoints: Sequence[str]) -> Space:
-        """That of several checkpoints' samples: of the first that knows classes, or else of the first."""
+        """Return the space of the first checkpoint that knows classes, or else of the first."""
         spaces = map(cls.of_checkpoint, checkpoints)
         first = next(spaces)
         return next((space for space in chain([first], spaces) if space.classes is not None), first)
 
     @classmethod
     def of_checkpoint(cls, checkpoint: str) -> Space:
-        """That of a checkpoint's samples.
+        """Return the space of a checkpoint's samples.
 
         Raises:
-            ValueError: it does not say what they are.
+            ValueError: its metadata does not describe them.
         """
         metadata = read_metadata(checkpoint)
         config, data = metadata["config"], metadata["data"]
         kind = {"pixels": "pixels", "sd-vae": "latents", "rae": "latents"}.get(data.get("space"))
         if kind is None or "num_classes" not in config:
             raise ValueError(
-                f"{checkpoint} does not say what its samples are; give --data, the prepared data of its training"
+                f"{checkpoint} does not say what its samples are; "
+                "give --data, the prepared data of its training"
             )
         classes = None
         if (data.get("source") or {}).get("conditioning") != "mode":
@@ -95,55 +96,78 @@ class Space:
 
 
 class Model:
-    """A checkpoint of the command: checked against the data, read when it is needed."""
+    """A checkpoint of the command, checked against the space of the data, loaded on demand.
+
+    Args:
+        checkpoint: file, folder in diffusers' layout, or hub name of one.
+        data: space of the data.
+
+    Attributes:
+        classes: number of classes, or of modes.
+        record: description of the mixture source of its training, or None.
+        unlabelled: trained without classes.
+        conditioning: "mode" if the labels are modes, "hidden" if the modes are hidden, or None.
+        fingerprint: SHA-256 of config and weights.
+
+    Raises:
+        ValueError: it is no image model, or its samples are of another space than the data.
+    """
 
     def __init__(self, checkpoint: str, data: Space):
         metadata = read_metadata(checkpoint)
         if metadata["model_class"] not in ("GMDiT", "DiTDH"):
             raise ValueError(
-                f"{checkpoint} holds a {metadata['model_class']}; this command samples image models (GMDiT, DiTDH)"
+                f"{checkpoint} holds a {metadata['model_class']}; "
+                "this command samples image models (GMDiT, DiTDH)"
             )
         config = metadata["config"]
         self.checkpoint, self.classes = checkpoint, config["num_classes"]
-        self.record = metadata["data"].get("source")  # of the mixture source it was trained with
-        self.unlabelled = bool(metadata["data"].get("unlabelled"))  # trained without classes
-        self.conditioning = (self.record or {}).get(
-            "conditioning"
-        )  # by modes, or they are hidden, or None
-        self.num_components, self.shape = (
-            config["num_components"],
-            (config["channels"], *[config["latent_size"]] * 2),
-        )
-        if (
-            self.conditioning != "mode"
-            and data.classes is not None
-            and self.classes != len(data.classes)
-        ):
+        self.record = metadata["data"].get("source")
+        self.unlabelled = bool(metadata["data"].get("unlabelled"))
+        self.conditioning = (self.record or {}).get("conditioning")
+        self.num_components = config["num_components"]
+        self.shape = (config["channels"], *[config["latent_size"]] * 2)
+        self.check_space(metadata["data"].get("space"), data)
+        self.fingerprint = fingerprint(checkpoint, config)
+
+    def check_space(self, space: str | None, data: Space) -> None:
+        """Check that the samples are of the space of the data.
+
+        Raises:
+            ValueError: classes, shape or kind differ.
+        """
+        name = self.checkpoint
+        by_class = self.conditioning != "mode" and data.classes is not None
+        if by_class and self.classes != len(data.classes):
             raise ValueError(
-                f"{checkpoint} knows {self.classes} classes, but {data.name} has {len(data.classes)}; give --data what it was "
-                "trained on"
+                f"{name} knows {self.classes} classes, but {data.name} has "
+                f"{len(data.classes)}; give --data what it was trained on"
             )
         if self.shape != data.shape:
             raise ValueError(
-                f"{checkpoint} makes samples of shape {self.shape}, but {data.name} has {data.kind} of shape {data.shape}; "
-                "give --data what it was trained on"
+                f"{name} makes samples of shape {self.shape}, but {data.name} has {data.kind} of "
+                f"shape {data.shape}; give --data what it was trained on"
             )
-        space = metadata["data"].get("space")
         if space is not None and (space == "pixels") != (data.kind == "pixels"):
             raise ValueError(
-                f"{checkpoint} makes samples of {space}, but {data.name} has {data.kind}; give --data what it was trained on"
+                f"{name} makes samples of {space}, but {data.name} has {data.kind}; "
+                "give --data what it was trained on"
             )
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-        files = (
-            [file for _, file in published_weights(checkpoint)]
-            if is_published(checkpoint)
-            else [Path(checkpoint)]
-        )
-        for file in files:
-            with open(file, "rb") as stream:
-                while block := stream.read(2**24):
-                    digest.update(block)
-        self.fingerprint = digest.hexdigest()
 
     def load(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """Load the network."""
         return load_checkpoint(self.checkpoint, device, dtype)[0]
+
+
+def fingerprint(checkpoint: str, config: dict) -> str:
+    """Return the SHA-256 of a checkpoint's config and weight files."""
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    if is_published(checkpoint):
+        files = [file for _, file in published_weights(checkpoint)]
+    else:
+        files = [Path(checkpoint)]
+    for file in files:
+        with open(file, "rb") as stream:
+            while block := stream.read(2**24):
+                digest.update(block)
+    return digest.hexdigest()

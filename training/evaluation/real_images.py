@@ -1,4 +1,4 @@
-"""Real images, which samples are compared with: of a prepared folder, of any folder, or in memory."""
+"""Read real images to compare samples with: from a prepared folder, any folder, or an .npz file."""
 
 from __future__ import annotations
 
@@ -19,22 +19,33 @@ from training.data.shards import INDEX, LatentDataset, to_pixels
 from training.encoders.vae import VAE
 from training.evaluation.metrics import Statistics
 
-IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".JPEG")
+IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 class RealImages(Protocol):
-    """Real images: `len()`, a `key` that says which they are, and `get`."""
+    """A sequence of real images; `key` identifies them."""
 
     key: dict[str, Any]
 
     def __len__(self) -> int: ...
 
     def get(self, images: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        """uint8 (n, 3, H, W), and labels (n,) if they are known."""
+        """Return uint8 (n, 3, H, W), and labels (n,) if they are known."""
 
 
 class PreparedImages:
-    """Images of a prepared folder, in an order of chance; latents are decoded."""
+    """Images of a prepared folder in random order; latents are decoded.
+
+    Args:
+        folder: written by training.prepare.
+        count: images at most.
+        vae: decoder of latents; None for pixels.
+        device: of the decoder.
+        batch: images decoded at a time.
+
+    Raises:
+        ValueError: the pixels do not have 3 channels.
+    """
 
     def __init__(self, folder: Path, count: int, vae: VAE | None, device: torch.device, batch: int):
         self.data, self.vae, self.device, self.batch = LatentDataset(folder), vae, device, batch
@@ -42,9 +53,7 @@ class PreparedImages:
             raise ValueError(
                 f"{folder} has pixels of shape {self.data.shape}; images of 3 channels are needed"
             )
-        self.order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(0))[
-            :count
-        ].tolist()
+        self.order = random_order(len(self.data), count).tolist()
         content = hashlib.sha256((folder / INDEX).read_bytes())
         for shard in self.data.index["shards"]:
             stat = (folder / shard["file"]).stat()
@@ -55,33 +64,35 @@ class PreparedImages:
         return len(self.order)
 
     def get(self, images: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """Return uint8 (n, 3, H, W) and labels (n,)."""
         parts = []
         for start in range(0, len(images), self.batch):
-            x, labels = self.data.__getitems__(
-                [self.order[i] for i in images[start : start + self.batch]]
-            )
+            rows = [self.order[i] for i in images[start : start + self.batch]]
+            x, labels = self.data.__getitems__(rows)
             parts.append((to_images(x, self.vae, self.device), labels))
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
 
 class FolderImages:
-    """Image files anywhere in a folder, in an order of chance; the centre of each, scaled to `size` as for training."""
+    """Image files anywhere below a folder, in random order; centre crops, scaled as for training.
+
+    Args:
+        folder: searched with its subfolders.
+        count: images at most.
+        size: width and height of the crops in pixels.
+
+    Raises:
+        ValueError: there are fewer than 2 images.
+    """
 
     def __init__(self, folder: Path, count: int, size: int):
-        files = sorted(
-            p
-            for p in folder.rglob("*")
-            if p.suffix in IMAGE_FILES or p.suffix.lower() in IMAGE_FILES
-        )
+        files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_FILES)
         if len(files) < 2:
             raise ValueError(
-                f"{folder} has {len(files)} images ({', '.join(IMAGE_FILES[:-1])}) and no {INDEX}; give --reference a folder "
-                "of images, a prepared folder, or an .npz file"
+                f"{folder} has {len(files)} images ({', '.join(IMAGE_FILES)}) and no {INDEX}; "
+                "give --reference a folder of images, a prepared folder, or an .npz file"
             )
-        order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))[
-            :count
-        ].tolist()
-        self.files, self.size = [files[i] for i in order], size
+        self.files, self.size = [files[i] for i in random_order(len(files), count).tolist()], size
         listing = json.dumps([(str(p.relative_to(folder)), p.stat().st_size) for p in self.files])
         self.key = {"folder": hashlib.sha256(listing.encode()).hexdigest(), "size": size}
 
@@ -89,6 +100,11 @@ class FolderImages:
         return len(self.files)
 
     def get(self, images: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """Return uint8 (n, 3, size, size) and None: their labels are unknown.
+
+        Raises:
+            ValueError: a file cannot be read as an image.
+        """
         found = []
         for i in images:
             try:
@@ -102,34 +118,49 @@ class FolderImages:
 
 
 class ArrayImages:
-    """Images (N, 3, H, W) in memory."""
+    """Images in memory, in random order.
+
+    Args:
+        images: uint8 (N, 3, H, W).
+        count: images at most.
+        key: identifies them.
+    """
 
     def __init__(self, images: Tensor, count: int, key: dict[str, Any]):
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
-        self.images, self.order, self.key = images, order, {**key, "count": len(order)}
+        self.images, self.order = images, random_order(len(images), count)
+        self.key = {**key, "count": len(self.order)}
 
     def __len__(self) -> int:
         return len(self.order)
 
     def get(self, images: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """Return uint8 (n, 3, H, W) and None: their labels are unknown."""
         return self.images[self.order[torch.as_tensor(images)]].contiguous(), None
 
 
+def random_order(total: int, count: int) -> Tensor:
+    """Return `count` of the numbers below `total` at most, in an order that is always the same."""
+    return torch.randperm(total, generator=torch.Generator().manual_seed(0))[:count]
+
+
 def to_images(x: Tensor, vae: VAE | None, device: torch.device) -> Tensor:
-    """Samples of the model's space, (n, C, h, w), as uint8 (n, 3, H, W) on the CPU."""
+    """Return samples (n, C, h, w) of the model's space as uint8 (n, 3, H, W) on the CPU."""
     return to_pixels(x if vae is None else vae.decode(x.to(device))).cpu()
 
 
 def read_npz(path: str | Path) -> tuple[Tensor | None, Statistics | None]:
-    """Reference images and statistics of an .npz file.
+    """Read reference images and statistics of an .npz file.
+
+    ADM's VIRTUAL_imagenet256_labeled.npz has both: statistics of the whole training set, and some
+    of its images.
 
     Returns:
-        Images uint8 (N, 3, H, W) from `arr_0` (N, H, W, 3), and `mu` (D,) with `sigma` (D, D), None for what the file does not
-        have. ADM's VIRTUAL_imagenet256_labeled.npz has both: the statistics of the whole training set, and some images.
+        Images uint8 (N, 3, H, W) from `arr_0` (N, H, W, 3), and statistics from `mu` (D,) and
+        `sigma` (D, D); None for what the file lacks.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds neither, in these shapes; or Python objects, which are never unpickled.
+        ValueError: it holds neither in these shapes, or Python objects, which are never unpickled.
     """
     path = Path(path)
     if not path.is_file():
@@ -140,7 +171,8 @@ def read_npz(path: str | Path) -> tuple[Tensor | None, Statistics | None]:
             arrays = {name: file[name] for name in ("arr_0", "mu", "sigma") if name in names}
     except (ValueError, OSError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(
-            f"{path} is not a whole .npz file of plain arrays ({error}); download it again, or give a folder of images"
+            f"{path} is not a whole .npz file of plain arrays ({error}); download it again, or "
+            "give a folder of images"
         ) from error
     images, mean, covariance = (arrays.get(name) for name in ("arr_0", "mu", "sigma"))
     if images is not None and (
@@ -151,13 +183,15 @@ def read_npz(path: str | Path) -> tuple[Tensor | None, Statistics | None]:
         )
     if (mean is None) != (covariance is None) or (mean is None and images is None):
         raise ValueError(
-            f"{path} holds {sorted(names)}; it needs images as arr_0, or statistics as mu and sigma, or all three"
+            f"{path} holds {sorted(names)}; "
+            "it needs images as arr_0, or statistics as mu and sigma, or all three"
         )
     found = None
     if mean is not None:
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
             raise ValueError(
-                f"{path}: mu {mean.shape} and sigma {covariance.shape} do not fit; they must be (D,) and (D, D)"
+                f"{path}: mu {mean.shape} and sigma {covariance.shape} do not fit; "
+                "they must be (D,) and (D, D)"
             )
         found = Statistics(mean.astype(np.float64), covariance.astype(np.float64))
     return (None if images is None else torch.from_numpy(images).permute(0, 3, 1, 2)), found

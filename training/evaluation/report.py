@@ -1,4 +1,4 @@
-"""What training.evaluate shows: sheets of samples, a table, plots."""
+"""Draw and write the results of training.evaluate: sheets of samples, a table, plots."""
 
 from __future__ import annotations
 
@@ -15,28 +15,16 @@ from gmflow_core.files.atomic import atomic_write
 from training.common.plots import figure, finish
 from training.evaluation.inception import InceptionFeatures
 
+# fmt: off
 METRICS = (
-    "frechet_distance",
-    "inception_score",
-    "precision",
-    "recall",
-    "nearest_distance",
-    "class_accuracy",
-    "saturation",
-    "saturation_distance",
+    "frechet_distance", "inception_score", "precision", "recall", "nearest_distance",
+    "class_accuracy", "saturation", "saturation_distance",
 )
 COLUMNS = (
-    "name",
-    "checkpoint",
-    "num_components",
-    "solver",
-    "steps",
-    "substeps",
-    "guidance",
-    "scale",
-    "network_calls",
+    "name", "checkpoint", "num_components", "solver", "steps", "substeps", "guidance", "scale",
+    "network_calls", "count", *METRICS, "out_of_range", "seconds",
 )
-COLUMNS += ("count", *METRICS, "out_of_range", "seconds")
+# fmt: on
 COLOURS = {"euler": "#b0413e", "dpmpp-2m": "#d98c1f", "gm-ode": "#2a6fb0", "gm-sde": "#2f8f5b"}
 TITLES = {"euler": "Euler", "dpmpp-2m": "DPM-Solver++ 2M", "gm-ode": "GM-ODE", "gm-sde": "GM-SDE"}
 KINDS = {"probabilistic": "probabilistic", "cfg": "CFG"}
@@ -45,36 +33,33 @@ KINDS = {"probabilistic": "probabilistic", "cfg": "CFG"}
 def sheet(
     images: Tensor, labels: Tensor, classes: int, rows: int = 6, columns: int = 10
 ) -> Image.Image:
-    """Samples side by side; with up to 10 classes, each has its column.
+    """Draw samples side by side; up to 10 classes have a column each.
 
     Args:
         images: uint8 (n, 3, H, W).
         labels: (n,).
+        classes: number of classes.
     """
     if classes <= columns:
         grid = [(labels == label).nonzero().flatten().tolist()[:rows] for label in range(classes)]
     else:
-        grid = [
-            list(range(column, min(len(images), rows * columns), columns))
-            for column in range(columns)
-        ]
+        shown = min(len(images), rows * columns)
+        grid = [list(range(column, shown, columns)) for column in range(columns)]
     side = max(images.shape[2:])
     tile = side * max(1, 48 // side) if side < 128 else 128
-    picture = Image.new(
-        "RGB", (len(grid) * (tile + 2) + 2, max(map(len, grid)) * (tile + 2) + 2), "white"
-    )
+    size = (len(grid) * (tile + 2) + 2, max(map(len, grid)) * (tile + 2) + 2)
+    picture = Image.new("RGB", size, "white")
+    how = Image.Resampling.NEAREST if tile >= side else Image.Resampling.BOX
     for column, members in enumerate(grid):
         for row, member in enumerate(members):
             image = Image.fromarray(images[member].permute(1, 2, 0).numpy())
-            how = Image.Resampling.NEAREST if tile >= side else Image.Resampling.BOX
-            picture.paste(
-                image.resize((tile, tile), how), (2 + column * (tile + 2), 2 + row * (tile + 2))
-            )
+            place = (2 + column * (tile + 2), 2 + row * (tile + 2))
+            picture.paste(image.resize((tile, tile), how), place)
     return picture
 
 
 def write_csv(report: dict[str, Any], path: Path) -> None:
-    """The rows as a table; the real images', if there are any, first."""
+    """Write the rows as a table; the row of real images, if any, comes first."""
     rows = [*([report["floor"]] if report.get("floor") else []), *report["results"]]
     with (
         atomic_write(path) as temporary,
@@ -86,39 +71,42 @@ def write_csv(report: dict[str, Any], path: Path) -> None:
 
 
 def write_plots(report: dict[str, Any], out: Path) -> list[Path]:
-    """The plots of what there is to plot: over network calls, over guidance, and one figure against another."""
-    plots = []
-    if len({row["network_calls"] for row in report["results"]}) > 1:
+    """Write the plots that the rows allow: over calls, over guidance, one metric over another.
+
+    Returns:
+        Their files.
+    """
+    rows, plots = report["results"], []
+
+    def has(metric: str) -> bool:
+        return any(row[metric] is not None for row in rows)
+
+    if len({row["network_calls"] for row in rows}) > 1:
         plots.append(plot_calls(report, out / "calls.png"))
-    if any(row["guidance"] != "none" for row in report["results"]):
+    if any(row["guidance"] != "none" for row in rows):
         plots.append(plot_guidance(report, out / "guidance.png"))
-        if any(row["precision"] is not None for row in report["results"]):
+        if has("precision"):
             plots.append(plot_pair(report, out / "precision.png", "precision", "frechet_distance"))
-        if all(
-            any(row[m] is not None for row in report["results"])
-            for m in ("class_accuracy", "saturation_distance")
-        ):
-            plots.append(
-                plot_pair(report, out / "saturation.png", "saturation_distance", "class_accuracy")
-            )
+        if has("class_accuracy") and has("saturation_distance"):
+            path = out / "saturation.png"
+            plots.append(plot_pair(report, path, "saturation_distance", "class_accuracy"))
     return plots
 
 
 def metric_title(report: dict[str, Any], metric: str) -> str:
-    if metric != "frechet_distance":
-        return {
-            "saturation_distance": "saturation: total variation distance",
-            "saturation": "mean saturation",
-        }.get(metric, metric.replace("_", " "))
-    return (
-        "FID"
-        if report["features"]["name"] == InceptionFeatures.name
-        else f"Fréchet distance ({report['features']['name']})"
-    )
+    """Return the title of a metric's axis."""
+    if metric == "frechet_distance":
+        name = report["features"]["name"]
+        return "FID" if name == InceptionFeatures.name else f"Fréchet distance ({name})"
+    titles = {
+        "saturation_distance": "saturation: total variation distance",
+        "saturation": "mean saturation",
+    }
+    return titles.get(metric, metric.replace("_", " "))
 
 
-def of_rows(rows: list[dict[str, Any]], key: str) -> list[Any]:
-    """The values of `key` that occur; checkpoints in their order, numbers rising."""
+def values_of(rows: list[dict[str, Any]], key: str) -> list[Any]:
+    """Return the distinct values of `key`: checkpoints in their order, numbers ascending."""
     found = list(dict.fromkeys(row[key] for row in rows))
     return found if key == "checkpoint" else sorted(found)
 
@@ -126,7 +114,10 @@ def of_rows(rows: list[dict[str, Any]], key: str) -> list[Any]:
 def lines(
     rows: list[dict[str, Any]], checkpoint: str, steps: int
 ) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """(how to draw it, rows by rising scale) for each solver and kind of guidance; each begins at the row without guidance."""
+    """Yield a line for each solver and kind of guidance: matplotlib's style, and its rows.
+
+    Rows are in ascending order of the scale, the one without guidance first.
+    """
     for solver in COLOURS:
         same = [
             r
@@ -149,52 +140,25 @@ def lines(
 
 
 def plot_calls(report: dict[str, Any], path: Path) -> Path:
-    """Fréchet distance and class accuracy against network calls, a column of panels for each checkpoint; without guidance, or
-    with the best where there is none without."""
-    from matplotlib.ticker import LogFormatter
+    """Plot Fréchet distance and class accuracy over network calls; a column per checkpoint.
 
+    Points are without guidance where there is such a row, otherwise of the best guided row.
+    """
     rows, floor = report["results"], report.get("floor")
-    metrics = ["frechet_distance"] + ["class_accuracy"] * any(
-        r["class_accuracy"] is not None for r in rows
-    )
-    checkpoints, ticks = of_rows(rows, "checkpoint"), of_rows(rows, "network_calls")
-    drawing, axes = figure(
-        len(metrics),
-        len(checkpoints),
-        2.6 if len(checkpoints) > 1 else 3.8,
-        2.8,
-        sharex=True,
-        sharey="row",
-    )
+    metrics = ["frechet_distance"]
+    if any(r["class_accuracy"] is not None for r in rows):
+        metrics.append("class_accuracy")
+    checkpoints, ticks = values_of(rows, "checkpoint"), values_of(rows, "network_calls")
+    width = 2.6 if len(checkpoints) > 1 else 3.8
+    drawing, axes = figure(len(metrics), len(checkpoints), width, 2.8, sharex=True, sharey="row")
     for (r, metric), (c, name) in itertools.product(enumerate(metrics), enumerate(checkpoints)):
         ax = axes[r, c]
-        for solver, colour in COLOURS.items():
-            best = best_by_calls(
-                [row for row in rows if (row["checkpoint"], row["solver"]) == (name, solver)]
-            )
-            calls = sorted(n for n in best if best[n][metric] is not None)
-            if calls:
-                label = TITLES[solver] + " (guided)" * any(
-                    best[n]["guidance"] != "none" for n in calls
-                )
-                ax.plot(
-                    calls,
-                    [best[n][metric] for n in calls],
-                    label=label,
-                    color=colour,
-                    marker="o",
-                    markersize=4,
-                )
+        draw_solvers(ax, [row for row in rows if row["checkpoint"] == name], metric)
         if floor and floor[metric] is not None:
-            ax.axhline(
-                floor[metric],
-                color="black",
-                linewidth=1,
-                linestyle=(0, (1, 2)),
-                label="real images",
-            )
+            dots = {"color": "black", "linewidth": 1, "linestyle": (0, (1, 2))}
+            ax.axhline(floor[metric], **dots, label="real images")
         if 0 in ticks:
-            ax.set_xscale("symlog", linthresh=1)  # logarithmic from 1 on
+            ax.set_xscale("symlog", linthresh=1)  # logarithmic above 1
         else:
             ax.set_xscale("log")
         ax.set_xticks(ticks, [str(n) for n in ticks])
@@ -205,18 +169,34 @@ def plot_calls(report: dict[str, Any], path: Path) -> Path:
             ax.set_xlabel("network calls")
         if c == 0:
             ax.set_ylabel(metric_title(report, metric))
-    if (
-        min([r["frechet_distance"] for r in rows] + ([floor["frechet_distance"]] if floor else []))
-        > 0
-    ):
-        axes[0, 0].set_yscale("log")
-        axes[0, 0].yaxis.set_major_formatter(LogFormatter())
-        axes[0, 0].yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
+    if min(row["frechet_distance"] for row in [*rows, *([floor] if floor else [])]) > 0:
+        set_log_scale(axes[0, 0])
     return finish(drawing, axes, path)
 
 
+def draw_solvers(ax, rows: list[dict[str, Any]], metric: str) -> None:
+    """Draw a metric over network calls, a line for each solver."""
+    for solver, colour in COLOURS.items():
+        best = best_by_calls([row for row in rows if row["solver"] == solver])
+        calls = sorted(n for n in best if best[n][metric] is not None)
+        if calls:
+            guided = any(best[n]["guidance"] != "none" for n in calls)
+            label = f"{TITLES[solver]} (guided)" if guided else TITLES[solver]
+            points = [best[n][metric] for n in calls]
+            ax.plot(calls, points, label=label, color=colour, marker="o", markersize=4)
+
+
+def set_log_scale(ax) -> None:
+    """Make the vertical axis logarithmic, with plain numbers at its ticks."""
+    from matplotlib.ticker import LogFormatter
+
+    ax.set_yscale("log")
+    ax.yaxis.set_major_formatter(LogFormatter())
+    ax.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
+
+
 def best_by_calls(rows: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
-    """The row of each number of network calls: that without guidance, or that of the least Fréchet distance."""
+    """Return one row for each number of calls: without guidance, or of least Fréchet distance."""
     ranked = sorted(
         rows, key=lambda row: (row["guidance"] != "none", row["frechet_distance"]), reverse=True
     )
@@ -224,14 +204,17 @@ def best_by_calls(rows: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
 
 
 def plot_guidance(report: dict[str, Any], path: Path) -> Path:
-    """Mean saturation against the weight of probabilistic guidance and the scale of classifier-free guidance; a row of panels
-    for each number of steps."""
+    """Plot mean saturation over the scale of each kind of guidance; a row per number of steps."""
     rows, floor = report["results"], report.get("floor")
-    steps = of_rows(rows, "steps")
+    steps = values_of(rows, "steps")
     kinds = [kind for kind in KINDS if any(row["guidance"] == kind for row in rows)]
-    columns = [(name, kind) for name in of_rows(rows, "checkpoint") for kind in kinds]
+    columns = [(name, kind) for name in values_of(rows, "checkpoint") for kind in kinds]
     drawing, axes = figure(len(steps), len(columns), 2.9, 2.5, sharey=True)
     data = report["saturation"].get("reference", floor and floor["saturation"])
+    labels = {
+        "probabilistic": "probabilistic guidance w",
+        "cfg": "classifier-free guidance scale",
+    }
     for (r, n), (c, (name, kind)) in itertools.product(enumerate(steps), enumerate(columns)):
         ax = axes[r, c]
         for style, found in lines(rows, name, n):
@@ -242,21 +225,19 @@ def plot_guidance(report: dict[str, Any], path: Path) -> Path:
         if data is not None:
             ax.axhline(data, color="black", linewidth=1, label="real images")
         ax.set_title(f"{name}, {n} network calls", fontsize=9)
-        ax.set_xlabel(
-            "probabilistic guidance w"
-            if kind == "probabilistic"
-            else "classifier-free guidance scale"
-        )
+        ax.set_xlabel(labels[kind])
         if c == 0:
             ax.set_ylabel(metric_title(report, "saturation"))
     return finish(drawing, axes, path)
 
 
 def plot_pair(report: dict[str, Any], path: Path, across: str, up: str) -> Path:
-    """One metric against another, along rising guidance, the real images' as a star; a panel for each checkpoint and number of
-    steps."""
+    """Plot one metric over another along the guidance scale; real images are a star.
+
+    There is a panel for each checkpoint and number of steps.
+    """
     rows, floor = report["results"], report.get("floor")
-    steps, checkpoints = of_rows(rows, "steps"), of_rows(rows, "checkpoint")
+    steps, checkpoints = values_of(rows, "steps"), values_of(rows, "checkpoint")
     drawing, axes = figure(len(steps), len(checkpoints), 3.6, 2.9, sharex=True, sharey=True)
     for (r, n), (c, name) in itertools.product(enumerate(steps), enumerate(checkpoints)):
         ax = axes[r, c]
@@ -264,13 +245,9 @@ def plot_pair(report: dict[str, Any], path: Path, across: str, up: str) -> Path:
             found = [row for row in found if row[across] is not None and row[up] is not None]
             ax.plot([row[across] for row in found], [row[up] for row in found], **style)
             for row in found[-1:]:
-                ax.annotate(
-                    f"{row['scale']:g}",
-                    (row[across], row[up]),
-                    (4, 3),
-                    textcoords="offset points",
-                    fontsize=7,
-                )
+                place = (row[across], row[up])
+                beside = {"textcoords": "offset points", "fontsize": 7}
+                ax.annotate(f"{row['scale']:g}", place, (4, 3), **beside)
         if floor and floor[across] is not None and floor[up] is not None:
             ax.plot(floor[across], floor[up], "k*", markersize=10, label="real images")
         ax.set_title(f"{name}, {n} network calls", fontsize=9)

@@ -1,4 +1,4 @@
-"""Measure the colour saturation of digits."""
+"""Measure the colour saturation of images, and compare it with that of training.digits."""
 
 from __future__ import annotations
 
@@ -9,24 +9,28 @@ from training.data.digits import SATURATION
 
 
 def saturation_cdf(s: Tensor) -> Tensor:
-    """The share of drawn saturations that are at most s."""
+    """Return the distribution function of the digits' saturations: 3 u^2 - 2 u^3.
+
+    u is s mapped from `SATURATION` to [0, 1] and clamped.
+    """
     u = ((s - SATURATION[0]) / (SATURATION[1] - SATURATION[0])).clamp(0, 1)
     return u * u * (3 - 2 * u)
 
 
 def image_saturation(images: Tensor) -> Tensor:
-    """How saturated each picture is: sum(max - min) / sum(max) over its pixels, max and min over R, G, B.
+    """Measure the saturation of each image: sum(max - min) / sum(max) over its pixels.
 
-    For a digit drawn in one colour on black this is that colour's saturation, up to the rounding to 8 bits.
+    max and min are over R, G, B. For a digit drawn in one colour on black this is the saturation
+    of that colour, up to the rounding to 8 bits.
 
     Args:
-        images: (B, 3, h, w), uint8 or float in [0, 1]; floats outside are clamped.
+        images: (B, 3, h, w), uint8, or float in [0, 1]; floats outside are clamped.
 
     Returns:
-        (B,) in [0, 1]; 0 for a black picture.
+        (B,) in [0, 1]; 0 for a black image.
 
     Raises:
-        ValueError: the images are of another shape.
+        ValueError: the images have another shape.
     """
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"saturation needs RGB images (B, 3, h, w); got {tuple(images.shape)}")
@@ -36,10 +40,12 @@ def image_saturation(images: Tensor) -> Tensor:
 
 
 def saturation_distance(values: Tensor, bins: int = 20) -> float:
-    """Total variation distance, in [0, 1], between the histogram of measured saturations and the known distribution.
+    """Return the total variation distance of measured saturations to the digits' distribution.
+
+    Both are compared as histograms; the distance is in [0, 1].
 
     Args:
-        values: (n,) as `image_saturation` gives.
+        values: (n,) as `image_saturation` returns.
         bins: of equal width over [0, 1].
 
     Raises:
@@ -48,7 +54,7 @@ def saturation_distance(values: Tensor, bins: int = 20) -> float:
     values = values.detach().double().flatten().cpu()
     if not len(values) or not values.isfinite().all():
         raise ValueError(
-            f"the saturations of {len(values)} pictures, all finite, at least one, are needed; check the samples"
+            f"the saturations of {len(values)} images are empty or not finite; check the samples"
         )
     places = (values.clamp(0, 1) * bins).long().clamp(max=bins - 1)
     found = torch.bincount(places, minlength=bins) / len(values)

@@ -1,0 +1,156 @@
+"""Check the inputs of an evaluation, and load what all its settings share."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from gmflow_core.source.files import load_source
+from training.common.devices import on_cpu
+from training.encoders.load import load_vae
+from training.evaluation.chunks import Chunks
+from training.evaluation.config import Config, Setting, settings_of
+from training.evaluation.models import Model, Space
+
+
+class Inputs:
+    """Settings, models, autoencoder and processes of one evaluation.
+
+    Attributes:
+        state: accelerate's processes.
+        device: of this process.
+        main: this is the main process.
+        space: of the samples.
+        settings: all points of the sweep.
+        models: one for each --checkpoint.
+        guide: the weaker model of autoguidance, or None.
+        source: mixture source of the noise, on the device, or None.
+        vae, vae_name: decoder of latents and its name; None for pixels.
+        size: width and height of the images in pixels.
+
+    Raises:
+        FileNotFoundError, ValueError: an input is missing, or the inputs do not fit each other.
+    """
+
+    def __init__(self, config: Config):
+        check_inputs(config)
+        self.config = config
+        self.state = PartialState(cpu=on_cpu(config.device), timeout=timedelta(days=7))
+        self.device, self.main = self.state.device, self.state.is_main_process
+        if config.data is None:
+            self.space = Space.of_checkpoints(config.checkpoint)
+        else:
+            self.space = Space.of_data(config.data)
+        self.settings = settings_of(config)
+        self.models = [Model(checkpoint, self.space) for checkpoint in config.checkpoint]
+        self.guide = None if config.guide is None else Model(config.guide, self.space)
+        self.source = None if config.source is None else load_source(config.source, self.device)
+        for model in [*self.models, *([self.guide] if self.guide else [])]:
+            self.check_model(model)
+        self.vae_name, self.vae = None, None
+        if self.space.kind == "latents":
+            self.vae_name = config.vae or self.space.vae
+            if not self.vae_name:
+                raise ValueError(
+                    f"{self.space.name} has latents, but does not say of which VAE; "
+                    "give --vae a folder or a hub name"
+                )
+            with self.state.local_main_process_first():
+                self.vae = load_vae(self.vae_name, self.device)
+        elif self.space.shape[0] != 3:
+            raise ValueError(
+                f"{self.space.name} has pixels of shape {self.space.shape}; "
+                "images of 3 channels are needed"
+            )
+        self.size = self.space.shape[1] * (self.vae.factor if self.vae else 1)
+
+    def check_model(self, model: Model) -> None:
+        """Check that a model fits the mixture source, the guide and --unlabelled.
+
+        Raises:
+            ValueError: it does not.
+        """
+        config, guide = self.config, self.guide
+        if self.source is not None:
+            self.source.require_record(model.record, model.checkpoint)
+        elif model.record is not None:
+            raise ValueError(f"{model.checkpoint} was trained with a mixture source; give --source")
+        if config.unlabelled and model.conditioning == "mode":
+            raise ValueError(
+                f"--unlabelled does not go with {model.checkpoint}, "
+                "whose labels are the modes of its source"
+            )
+        labels = (model.conditioning, model.classes)
+        if guide and (guide.conditioning, guide.classes) != labels:
+            raise ValueError(
+                f"{config.guide} and {model.checkpoint} have other labels; "
+                "a guide is told what the model is told"
+            )
+
+    def is_unlabelled(self, setting: Setting) -> bool:
+        """Return whether the samples of a setting belong to no class."""
+        return self.config.unlabelled or self.models[setting.model].unlabelled
+
+    def is_labelled(self, setting: Setting) -> bool:
+        """Return whether the labels of a setting are classes."""
+        by_mode = self.models[setting.model].conditioning == "mode"
+        return not self.is_unlabelled(setting) and not by_mode
+
+    def samples(self, setting: Setting) -> Chunks:
+        """Return the files of a setting's samples; their key holds all that decides the images."""
+        config, model = self.config, self.models[setting.model]
+        key = {
+            "checkpoint": model.fingerprint,
+            "solver": setting.solver,
+            "steps": setting.steps,
+            "substeps": setting.substeps(config),
+            "order": config.order if setting.solver.startswith("gm-") else None,
+            "shift": config.shift,
+            "guidance": setting.guidance,
+            "scale": setting.scale,
+            "interval": config.guidance_interval if setting.guidance != "none" else None,
+            "seed": config.seed,
+            "precision": config.precision,
+            "vae": self.vae_name,
+        }
+        if config.end:
+            key["end"] = config.end
+        if self.is_unlabelled(setting):
+            key["labels"] = "none"
+        if self.source is not None:
+            key["source"] = self.source.digest
+        if self.guide is not None:
+            key["guide"] = [self.guide.fingerprint, config.guide_scale]
+        return Chunks(config.out / "samples" / setting.name, key, config.count, config.chunk_size)
+
+    def my_chunks(self, chunks: Chunks) -> range:
+        """Return the numbers of the chunks that this process is responsible for."""
+        return range(self.state.process_index, len(chunks), self.state.num_processes)
+
+    def broadcast(self, value: Any) -> Any:
+        """Return the main process's value in all processes."""
+        if self.state.num_processes == 1:
+            return value
+        box = [value]
+        torch.distributed.broadcast_object_list(box, 0)
+        return box[0]
+
+
+def check_inputs(config: Config) -> None:
+    """Check that there are models, and something to compare them with.
+
+    Raises:
+        ValueError: something is missing.
+    """
+    if not config.checkpoint or (config.data is None and config.reference is None):
+        raise ValueError(
+            "give at least one --checkpoint, and --data, the prepared data that it was trained on, "
+            "or a --reference to compare with"
+        )
+    own_features = config.features != "inception"
+    if config.data is None and own_features and not Path(config.features).exists():
+        raise ValueError(f"there is no {config.features}; give --data, to train it on")

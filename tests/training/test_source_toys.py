@@ -15,17 +15,16 @@ from gmflow_core.models.mlp import GMFlowMLP, GMFlowMLPConfig
 from gmflow_core.source.em import fit_mixture
 from tests.helpers import is_near, normal
 from training import source_toys as source_toys_command
-from training.experiments import source_toys
+from training.experiments import source_toys, source_toys_networks
 from training.experiments.source_toys import (
-    FIT_TOLERANCE,
     PRESETS,
     Run,
     draw_data,
-    likeliest_fit,
     loss_of,
     sample,
     sliced_wasserstein,
 )
+from training.experiments.source_toys_networks import FIT_TOLERANCE, likeliest_fit
 
 RESULTS = Path(__file__).parents[2] / "docs/results/source_toys.json"
 TINY = ["--preset", "quick", "--iterations", "3", "--samples", "200"]
@@ -108,7 +107,8 @@ def test_the_likeliest_of_several_starts_is_taken():
 
 def test_a_run_is_written_kept_and_taken_up(tmp_path, monkeypatch):
     out = tmp_path / "toys"
-    arguments, trained, train = [*TINY, "--out", str(out)], [], source_toys.train
+    arguments, trained = [*TINY, "--out", str(out)], []
+    train = source_toys_networks.train
 
     def interrupted(network, run, *rest):
         if len(trained) == 2:
@@ -116,12 +116,12 @@ def test_a_run_is_written_kept_and_taken_up(tmp_path, monkeypatch):
         trained.append(run)
         train(network, run, *rest)
 
-    monkeypatch.setattr(source_toys, "train", interrupted)
+    monkeypatch.setattr(source_toys_networks, "train", interrupted)
     with pytest.raises(SystemExit) as stopped:
         source_toys_command.main(arguments)
     assert stopped.value.code == 130
     monkeypatch.setattr(
-        source_toys,
+        source_toys_networks,
         "train",
         lambda network, run, *rest: (trained.append(run), train(network, run, *rest)),
     )

@@ -1,10 +1,10 @@
-"""Fit a mixture source to prepared latents."""
+"""Fit a mixture source to prepared samples, to an array, or to images."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -35,16 +35,18 @@ from training.source.config import Config, Covariance
 from training.source.report import draw_report
 
 PRECISIONS = {"fp32": torch.float32, "fp64": torch.float64}
-CHUNK = 2**24  # elements of samples that are read at a time
-KEEP_EVERY = 600.0  # seconds after which the sums over the samples are written down
+CHUNK = 2**24  # elements of samples in memory at a time
+KEEP_EVERY = 600.0  # seconds between two saves of the sums over the samples
 
 
 class Latents:
-    """One process's part of a prepared folder's samples, in chunks.
+    """One process's samples of a prepared folder, in chunks.
 
     Args:
-        rows: which samples.
-        flat: chunks (m, D), and after each its mirror image if `flip`; otherwise (m, C, h, w).
+        dataset: the prepared samples (C, h, w).
+        rows: this process's part of them.
+        flat: yield chunks (m, D), and after each its mirror image if `flip`; otherwise yield
+            chunks (m, C, h, w).
     """
 
     def __init__(self, dataset: LatentDataset, rows: range, flat: bool = False, flip: bool = False):
@@ -62,19 +64,112 @@ class Latents:
                 yield x.flip(-1).flatten(1)
 
 
+def fit(config: Config) -> GaussianMixtureSource:
+    """Fit the source that the config describes, in all processes; the main one writes it.
+
+    Returns:
+        The source, on the device.
+
+    Raises:
+        FileNotFoundError: the data, the tokens, the images or the encoder are missing.
+        ValueError: one of them does not fit the others, or the state in OUT is of another fit.
+    """
+    state = PartialState(cpu=on_cpu(config.device), timeout=timedelta(days=7))
+    fitting, dataset, flip = Fitting(config, state), None, False
+    if (config.data / INDEX).exists() or (config.data / PLAN).exists():
+        dataset = LatentDataset(config.data)
+        flip = bool(dataset.index.get("flip")) if config.flip is None else config.flip
+        source = fitting.prepared(dataset, flip)
+    elif config.tokens is not None:
+        raise ValueError(
+            "--tokens belong to a folder that training.prepare wrote, "
+            f"but --data {config.data} is none"
+        )
+    elif config.encoder is not None:
+        source = fitting.images()
+    elif config.data.is_dir():
+        raise ValueError(
+            f"{config.data} was not written by training.prepare; "
+            "give such a folder, an array file, or --encoder"
+        )
+    else:
+        samples = TokenFiles([config.data])
+        source = fitting.em(samples.share(state), config.covariance, "samples")
+        source = shaped(source, samples.shape)
+    path = config.out / "source.safetensors"
+    with together(state):
+        if state.is_main_process:
+            values, space = facts(config, fitting.log_likelihoods, flip), space_of(dataset)
+            save_source(source, path, facts=values, data=space)
+            report = config.out / "report.png"
+            draw_report(source, fitting.log_likelihoods, dataset, report)
+            kind = "spherical" if source.is_spherical else "diagonal"
+            print(f"{path}: {source.num_modes} {kind} modes of {source.shape}; see {report}")
+    moments_file(config, state).unlink(missing_ok=True)
+    return source
+
+
 class Fitting:
-    """The processes, and EM with its progress bar and its state."""
+    """EM with its progress bar and its state, over all processes.
+
+    Attributes:
+        log_likelihoods: of the iterations of the last EM, in nats per sample.
+    """
 
     def __init__(self, config: Config, state: PartialState):
         self.config, self.state = config, state
         self.log_likelihoods: list[float] = []
 
-    def em(self, samples: Any, covariance: Covariance, what: str) -> GaussianMixtureSource:
+    def prepared(self, dataset: LatentDataset, flip: bool) -> GaussianMixtureSource:
+        """Fit prepared samples: by the modes of their tokens if there are tokens, or directly."""
+        config, state = self.config, self.state
+        if config.encoder is not None:
+            images, kept = images_of(dataset, config.images)
+            tokens = self.encode(images, kept, config.data / FILE)
+            return self.by_tokens(tokens, dataset, flip)
+        if config.tokens is not None:
+            return self.by_tokens(TokenFiles([config.tokens]), dataset, flip)
+        samples = Latents(dataset, share_of(len(dataset), state), flat=True, flip=flip)
+        return shaped(self.em(samples, config.covariance, "samples"), dataset.shape)
+
+    def images(self) -> GaussianMixtureSource:
+        """Fit the tokens of a folder of images."""
+        config, images = self.config, list_images(self.config.data)
+        tokens = self.encode(images, range(len(images.files)), config.out / FILE)
+        return self.em(tokens.share(self.state), config.assigner_covariance, "tokens")
+
+    def encode(self, images, kept, path: Path) -> TokenFiles:
+        """Encode images with --encoder; see `encode_images`."""
+        config = self.config
+        return encode_images(
+            images,
+            kept,
+            path,
+            self.state,
+            encoder=config.encoder,
+            input_size=config.encoder_size,
+            size=config.image_size,
+            batch_size=config.batch_size,
+            workers=config.workers,
+        )
+
+    def em(
+        self, samples: Iterable[Tensor], covariance: Covariance, what: str
+    ) -> GaussianMixtureSource:
+        """Fit a mixture by EM; it goes on from the state in OUT.
+
+        Args:
+            samples: this process's chunks (m, D).
+            covariance: of the modes.
+            what: title of the progress bar.
+
+        Returns:
+            The mixture of vectors (D,) in float32.
+        """
         config, path = self.config, self.config.out / "state.safetensors"
         if self.state.is_main_process:
-            for leftover in config.out.glob(
-                f".{path.name}.*.tmp"
-            ):  # of a process killed while it wrote
+            # Remove what a process left that was killed while it wrote.
+            for leftover in config.out.glob(f".{path.name}.*.tmp"):
                 leftover.unlink()
             if config.restart:
                 path.unlink(missing_ok=True)
@@ -92,7 +187,7 @@ class Fitting:
             bar.set_postfix(log_likelihood=f"{log_likelihood:.4f}")
 
         with bar:
-            fit = fit_mixture(
+            found = fit_mixture(
                 samples,
                 config.modes,
                 spherical=covariance == "spherical",
@@ -105,17 +200,18 @@ class Fitting:
                 state=path,
                 progress=progress,
             )
-        self.log_likelihoods = fit.log_likelihoods
-        if not fit.converged and self.state.is_main_process:
+        self.log_likelihoods = found.log_likelihoods
+        if not found.converged and self.state.is_main_process:
             print(
-                f"EM had not converged after {config.max_iterations} iterations; give more --max-iterations to go on"
+                f"EM has not converged after {config.max_iterations} iterations; "
+                "raise --max-iterations to continue"
             )
-        return fit.source.to(dtype=torch.float32)
+        return found.source.to(dtype=torch.float32)
 
     def by_tokens(
         self, tokens: TokenFiles, dataset: LatentDataset, flip: bool
     ) -> GaussianMixtureSource:
-        """The mixture of the tokens, then that of the samples of its modes."""
+        """Fit a mixture to the tokens, then the moments of the samples of each of its modes."""
         config, state = self.config, self.state
         check_count(tokens, len(dataset), config.data)
         with together(state):
@@ -123,8 +219,8 @@ class Fitting:
                 keep_tokens(tokens, config.data)
         mine = tokens.share(state)
         assigner = self.em(mine, config.assigner_covariance, "tokens")
-        judge = assigner.to(state.device)
-        modes = torch.cat([hardest(judge, chunk.to(state.device)) for chunk in mine])
+        on_device = assigner.to(state.device)
+        modes = torch.cat([likeliest_modes(on_device, part.to(state.device)) for part in mine])
         moments = RunningMoments(
             config.modes,
             dataset.shape,
@@ -133,8 +229,10 @@ class Fitting:
         )
         path = moments_file(config, state)
         settings = {
-            "assigner": assigner.digest, "covariance": config.covariance, "rows": [mine.rows.start, mine.rows.stop],
-        }  # fmt: skip
+            "assigner": assigner.digest,
+            "covariance": config.covariance,
+            "rows": [mine.rows.start, mine.rows.stop],
+        }
         with together(state):
             if config.restart:
                 path.unlink(missing_ok=True)
@@ -171,95 +269,25 @@ class Fitting:
 
 
 def moments_file(config: Config, state: PartialState) -> Path:
-    """Where a process keeps its sums over the samples until the source is written."""
+    """Return the file where a process keeps its sums over the samples until the source is done."""
     return config.out / f"moments_{state.process_index}.safetensors"
 
 
-def hardest(judge: GaussianMixtureSource, tokens: Tensor) -> Tensor:
-    """The most probable mode of each token."""
-    return torch.cat(
-        [
-            judge.posterior_modes(part, "hard")
-            for part in tokens.split(max(1, CHUNK // judge.num_modes))
-        ]
-    )
-
-
-def fit(config: Config) -> GaussianMixtureSource:
-    """Fit the source that the config describes; every process does its share, the main one writes.
-
-    Returns:
-        The source, on the device.
-
-    Raises:
-        FileNotFoundError, ValueError: the data, the tokens, the encoder or the state are not as they should be.
-    """
-    state = PartialState(cpu=on_cpu(config.device), timeout=timedelta(days=7))
-    fitting, dataset, flip = Fitting(config, state), None, False
-    prepared = (config.data / INDEX).exists() or (config.data / PLAN).exists()
-    if prepared:
-        dataset = LatentDataset(config.data)
-        flip = bool(dataset.index.get("flip")) if config.flip is None else config.flip
-    elif config.tokens is not None:
-        raise ValueError(
-            f"--tokens are those of a folder that training.prepare wrote, and --data {config.data} is none"
-        )
-    encode = {
-        "encoder": config.encoder, "input_size": config.encoder_size, "size": config.image_size,
-        "batch_size": config.batch_size, "workers": config.workers,
-    }  # fmt: skip
-    if prepared and config.encoder is not None:
-        tokens = encode_images(
-            *images_of(dataset, config.images), config.data / FILE, state, **encode
-        )
-        source = fitting.by_tokens(tokens, dataset, flip)
-    elif prepared and config.tokens is not None:
-        source = fitting.by_tokens(TokenFiles([config.tokens]), dataset, flip)
-    elif prepared:
-        samples = Latents(dataset, share_of(len(dataset), state), flat=True, flip=flip)
-        source = shaped(fitting.em(samples, config.covariance, "samples"), dataset.shape)
-    elif config.encoder is not None:
-        images = list_images(config.data)
-        tokens = encode_images(images, range(len(images.files)), config.out / FILE, state, **encode)
-        source = fitting.em(tokens.share(state), config.assigner_covariance, "tokens")
-    else:
-        if config.data.is_dir():
-            raise ValueError(
-                f"{config.data} was not written by training.prepare; give such a folder, an array file, or --encoder"
-            )
-        samples = TokenFiles([config.data])
-        source = shaped(
-            fitting.em(samples.share(state), config.covariance, "samples"), samples.shape
-        )
-    with together(state):
-        if state.is_main_process:
-            save_source(
-                source,
-                config.out / "source.safetensors",
-                facts=facts(config, fitting, flip),
-                data=space_of(dataset),
-            )
-            path = draw_report(source, fitting.log_likelihoods, dataset, config.out / "report.png")
-            kind = "spherical" if source.is_spherical else "diagonal"
-            print(
-                f"{config.out / 'source.safetensors'}: {source.num_modes} {kind} modes of {source.shape}; see {path}"
-            )
-    moments_file(config, state).unlink(missing_ok=True)
-    return source
+def likeliest_modes(assigner: GaussianMixtureSource, tokens: Tensor) -> Tensor:
+    """Return the most probable mode (n,) of each token (n, D), in blocks that fit the memory."""
+    block = max(1, CHUNK // assigner.num_modes)
+    return torch.cat([assigner.posterior_modes(part, "hard") for part in tokens.split(block)])
 
 
 def shaped(source: GaussianMixtureSource, shape: tuple[int, ...]) -> GaussianMixtureSource:
-    """A source of vectors as one of samples of `shape`."""
-    std = (
-        source.std.view(-1, *[1] * len(shape))
-        if source.is_spherical
-        else source.std.view(-1, *shape)
-    )
+    """Return a source of vectors as a source of samples of `shape`."""
+    per_sample = [1] * len(shape) if source.is_spherical else shape
+    std = source.std.view(-1, *per_sample)
     return GaussianMixtureSource(source.means.view(-1, *shape), std, source.log_weights)
 
 
-def facts(config: Config, fitting: Fitting, flip: bool) -> dict[str, Any]:
-    """How the source was made, for its metadata."""
+def facts(config: Config, log_likelihoods: list[float], flip: bool) -> dict[str, Any]:
+    """Return the record of the fit for the source's metadata."""
     values = {
         k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()
     }
@@ -268,17 +296,16 @@ def facts(config: Config, fitting: Fitting, flip: bool) -> dict[str, Any]:
         "config": values,
         **tokens,
         "flip": flip,
-        "log_likelihoods": fitting.log_likelihoods,
+        "log_likelihoods": log_likelihoods,
         "torch": torch.__version__,
     }
 
 
 def space_of(dataset: LatentDataset | None) -> dict[str, Any]:
-    """What the source's samples are, as `save_checkpoint` has it."""
+    """Return the space of the source's samples, as `save_checkpoint` takes it."""
     if dataset is None:
         return {}
     index = dataset.index
     space = "pixels" if dataset.kind == "pixels" else index.get("space") or "sd-vae"
-    return {"space": space} | (
-        {} if index.get("scaling_factor") is None else {"scaling_factor": index["scaling_factor"]}
-    )
+    scale = index.get("scaling_factor")
+    return {"space": space} | ({} if scale is None else {"scaling_factor": scale})

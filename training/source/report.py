@@ -18,36 +18,49 @@ def draw_report(
     log_likelihoods: list[float],
     dataset: LatentDataset | None,
     path: Path,
-) -> Path:
-    """The likeliest modes' means as pictures where they can be drawn, the weights, and the log-likelihood of each iteration."""
+) -> None:
+    """Draw the means of the likeliest modes, a histogram of the weights, and the curve of EM.
+
+    Args:
+        log_likelihoods: of each iteration, in nats per sample.
+        dataset: the samples, if they were prepared; says whether means are pixels.
+        path: PNG file to write.
+    """
     drawing, axes = figure(1, 3, 3.2, 3.2)
     means, weights, curve = axes[0]
-    means.axis("off")
-    order = source.log_weights.argsort(descending=True)
-    shape, chosen = source.shape, order[:SHOWN].cpu()
-    if len(shape) == 3 and shape[0] in (1, 3, 4):
-        x = source.means.cpu()[chosen][:, :3].expand(-1, 3, -1, -1)
-        pixels = dataset is not None and dataset.kind == "pixels"
-        x = to_pixels(x) / 255 if pixels else (0.5 + 0.25 * x / x.std()).clamp(0, 1)
-        means.imshow(
-            image_grid(x, columns=round(len(x) ** 0.5), scale=max(1, 32 // shape[-1])).numpy()
-        )
-        means.set_title(f"means of {len(x)} modes, heaviest first", fontsize=9)
-    elif shape == (2,):
-        means.axis("on")
-        means.scatter(*source.means.cpu().T, s=400 * source.weights.cpu(), alpha=0.6)
-        means.set_aspect("equal")
-        means.set_title("means, size by weight", fontsize=9)
-    else:
-        means.set_title(f"samples of {shape} are not drawn", fontsize=9)
+    draw_means(means, source, dataset is not None and dataset.kind == "pixels")
     weights.hist(source.weights.cpu().numpy() * source.num_modes, bins=40)
     weights.set_xlabel("weight times number of modes")
     weights.set_ylabel("modes")
-    shown = log_likelihoods[1:] or log_likelihoods  # the first is that of the start, far below
+    shown = log_likelihoods[1:] or log_likelihoods  # the start is far below the rest
     done = range(len(log_likelihoods) - len(shown) + 1, len(log_likelihoods) + 1)
     curve.plot(done, shown, marker="." if len(shown) < 50 else "")
     curve.set_xlabel("iteration of EM")
     curve.set_ylabel("log-likelihood, nats per sample")
     with atomic_write(path) as temporary:
         drawing.savefig(temporary, format="png")
-    return path
+
+
+def draw_means(ax, source: GaussianMixtureSource, pixels: bool) -> None:
+    """Draw the means as images if they have 1, 3 or 4 channels, or as points if they are 2-D.
+
+    Args:
+        ax: matplotlib's axes.
+        pixels: the means are pixels in [-1, 1]; otherwise latents, drawn in false colours.
+    """
+    ax.axis("off")
+    shape = source.shape
+    chosen = source.log_weights.argsort(descending=True)[:SHOWN].cpu()
+    if len(shape) == 3 and shape[0] in (1, 3, 4):
+        x = source.means.cpu()[chosen][:, :3].expand(-1, 3, -1, -1)
+        x = to_pixels(x) / 255 if pixels else (0.5 + 0.25 * x / x.std()).clamp(0, 1)
+        scale = max(1, 32 // shape[-1])
+        ax.imshow(image_grid(x, columns=round(len(x) ** 0.5), scale=scale).numpy())
+        ax.set_title(f"means of {len(x)} modes, heaviest first", fontsize=9)
+    elif shape == (2,):
+        ax.axis("on")
+        ax.scatter(*source.means.cpu().T, s=400 * source.weights.cpu(), alpha=0.6)
+        ax.set_aspect("equal")
+        ax.set_title("means, size by weight", fontsize=9)
+    else:
+        ax.set_title(f"samples of {shape} are not drawn", fontsize=9)

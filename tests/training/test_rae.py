@@ -388,24 +388,9 @@ def test_published_networks_become_checkpoints(tmp_path):
         k.replace("blocks.2", "blocks.3"): v for k, v in tensors.items() if k.startswith("blocks.2")
     }
     torch.save({"ema": {**tensors, **last}, "epoch": 3}, tmp_path / "stage2_model.pt")
-    main(
-        [
-            "convert",
-            "--source",
-            str(tmp_path / "stage2_model.pt"),
-            "--out",
-            str(tmp_path / "model.safetensors"),
-        ]
-    )
-    found = load_file(tmp_path / "model.safetensors")
+    source, out = str(tmp_path / "stage2_model.pt"), str(tmp_path / "model.safetensors")
+    main(["convert", "--source", source, "--out", out])
+    found = load_file(out)
     assert torch.equal(found["blocks.3.attn.qkv.weight"], tensors["blocks.2.attn.qkv.weight"])
     with pytest.raises(SystemExit, match="there is no"):
-        main(
-            [
-                "convert",
-                "--source",
-                str(tmp_path / "none.pt"),
-                "--out",
-                str(tmp_path / "x.safetensors"),
-            ]
-        )
+        main(["convert", "--source", str(tmp_path / "none.pt"), "--out", out])

@@ -1,4 +1,4 @@
-"""The command training.evaluate: its settings, its samples, restarts, and its errors."""
+"""Command training.evaluate: its settings, its samples, restarts, and its errors."""
 
 import itertools
 import json

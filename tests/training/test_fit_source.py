@@ -1,4 +1,4 @@
-"""The command training.fit_source: prepared samples, arrays, tokens, processes, its errors."""
+"""Command training.fit_source: prepared samples, arrays, tokens, processes, its errors."""
 
 import os
 import pickle

@@ -1,4 +1,4 @@
-"""The figures of an evaluation, against closed forms and against torch-fidelity."""
+"""Figures of an evaluation, against closed forms and against torch-fidelity."""
 
 from pathlib import Path
 
@@ -69,7 +69,7 @@ def test_radii_reach_the_third_nearest_other_point():
     assert radii.tolist() == [6, 5, 3, 5, 9]
     points = torch.tensor([-6.0, -6.1, 19, 19.1]).unsqueeze(1)
     assert share_inside(points, line, radii) == 0.5
-    # Precision: two of the points are inside; recall: the balls of the points reach all of the line.
+    # Precision: two of the points are inside. Recall: their balls reach all of the line.
     assert precision_recall(points, line) == (0.5, 1)
     assert neighbour_radii(points).tolist() == pytest.approx([25.1, 25.2, 25.1, 25.2])
 

@@ -112,7 +112,7 @@ def test_the_published_decoder_is_a_vit_xl():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokens_are_the_encoders_own_without_the_last_affine(kind, tmp_path):
-    """The token of the whole image is the encoder's own, with the affine part."""
+    """Latents are the encoder's tokens; the token of the whole image has the affine part."""
     rae, images = load_rae(write_rae(tmp_path, kind, statistics=None)), normal(2, 3, 8, 8).tanh()
     size = KINDS[kind][2]
     mean, std = (
@@ -211,7 +211,7 @@ def test_the_layout_of_diffusers(kind, tmp_path):
 
 
 def test_siglip_in_the_layout_of_diffusers(tmp_path):
-    """The published names, from before transformers 5, without the last norm's affine part."""
+    """Read the published names, from before transformers 5, without the last norm's affine."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     sizes = {

@@ -1,7 +1,8 @@
-"""The 2-D experiments on the mixture source, and the 2-D network that is told a label."""
+"""2-D experiments on the mixture source, and the 2-D network with labels."""
 
 import csv
 import dataclasses
+import itertools
 import json
 import math
 from pathlib import Path
@@ -133,13 +134,15 @@ def test_a_run_is_written_kept_and_taken_up(tmp_path, monkeypatch):
     assert (out / "source_toys.csv").read_text() == figures
 
     lines = list(csv.DictReader(figures.splitlines()))
-    assert {(line["solver"], line["calls"]) for line in lines if line["output"] == "mixture"} == {
-        ("", "0"), *((solver, n) for solver in ("gm-ode", "gm-sde") for n in "1248")
-    }  # fmt: skip
+    found = {(line["solver"], line["calls"]) for line in lines if line["output"] == "mixture"}
+    assert found == {("", "0"), *itertools.product(("gm-ode", "gm-sde"), "1248")}
     assert {(line["data"], line["source"], line["modes"]) for line in lines} == {
-        ("checkerboard", "N(0, I)", "1"), ("checkerboard", "mixture", "8"), ("8-gaussians", "N(0, I)", "1"),
-        ("8-gaussians", "mixture", "4"), ("8-gaussians", "mixture", "8"),
-    }  # fmt: skip
+        ("checkerboard", "N(0, I)", "1"),
+        ("checkerboard", "mixture", "8"),
+        ("8-gaussians", "N(0, I)", "1"),
+        ("8-gaussians", "mixture", "4"),
+        ("8-gaussians", "mixture", "8"),
+    }
     assert all(math.isfinite(float(line["sliced_w1"])) for line in lines)
     assert (out / "source_toys.md").read_text().count("\n") == 2 + 8 + 1 + 2 + 6
     for name in ("source_toys.png", "source_toys_corners.png"):
@@ -158,8 +161,10 @@ def test_settings_out_of_range_are_quoted():
 
 
 def test_the_published_figures_show_what_a_mixture_source_must():
-    """With 8 modes at most half the Gaussian source's distance at 2 and 4 steps; and in the end less than the source's own,
-    unless that is the data's already."""
+    """A mixture source with 8 modes halves the Gaussian source's distance at 2 and 4 steps.
+
+    At the end the distance is below that of the source itself.
+    """
     lines = json.loads(RESULTS.read_text())["lines"]
     names = ("data", "modes", "coupling", "output", "calls")
     w1 = {tuple(line[name] for name in names): line["sliced_w1"] for line in lines}

@@ -1,4 +1,4 @@
-"""The VAE between images and latents, against the formula of its shift and scale."""
+"""VAE between images and latents, against the formula of its shift and scale."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""The representation autoencoder (RAE, arXiv 2510.11690): a frozen encoder and a ViT decoder.
+"""Representation autoencoder (RAE, arXiv 2510.11690): a frozen encoder and a ViT decoder.
 
 The decoder is diffusers' `RAEDecoder`; its weights may have the names of RAE's published files.
 """

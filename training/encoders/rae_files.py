@@ -36,7 +36,7 @@ ENCODER_TYPES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parts:
-    """The parts of an RAE; the fields of rae.json.
+    """Parts of an RAE; the fields of rae.json.
 
     Args:
         encoder: folder or hub id of a model of transformers.

@@ -1,4 +1,4 @@
-"""The interface of feature extractors: Inception, or a small classifier trained on the data."""
+"""Interface of feature extractors: Inception, or a small classifier trained on the data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Inception network of torch-fidelity as feature extractor."""
+"""Inception network of torch-fidelity as feature extractor."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def image_modes(seeds: Sequence[int], source: GaussianMixtureSource) -> Tensor:
 
 @dataclass(frozen=True)
 class Space:
-    """The space of the samples.
+    """Space of the samples.
 
     Args:
         name: folder or checkpoint that the description comes from, for messages.

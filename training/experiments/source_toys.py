@@ -42,7 +42,7 @@ COUPLINGS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """The experiments. The defaults shown are those of the chosen preset."""
+    """Experiments on 2-D toys. The defaults shown are those of the chosen preset."""
 
     preset: Literal["full", "quick"] = "full"
     """Source of the other defaults."""

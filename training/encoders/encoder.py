@@ -167,15 +167,23 @@ def load_network(source: str | None, config, tensors: dict[str, Tensor] | None =
         tensors: state dict; the affine part of the last LayerNorm may be missing in it.
 
     Raises:
+        ModuleNotFoundError: transformers is not installed, or cannot import the model.
         ValueError: other tensors are missing.
     """
     transformers, family = import_transformers(), FAMILIES[config.model_type]
+    try:
+        model = getattr(transformers, family.model)  # imported only now
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"transformers cannot import its {family.model} ({error}); if torchvision is "
+            "installed, uninstall it or install the build that matches torch"
+        ) from error
     if config.model_type == "vit_mae":
         config.mask_ratio = 0.0
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # silence the report of SigLIP's unused text tower
     try:
-        network, report = getattr(transformers, family.model).from_pretrained(
+        network, report = model.from_pretrained(
             source, config=config, state_dict=tensors, output_loading_info=True
         )
     finally:

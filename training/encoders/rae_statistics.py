@@ -8,7 +8,6 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from gmflow_core.files.atomic import atomic_write
@@ -16,7 +15,7 @@ from gmflow_core.source.moments import RunningMoments
 from gmflow_core.source.source import widest
 from training.common.devices import on_cpu
 from training.common.settings import require_device
-from training.data.image_folder import ImageCrops, collate, list_images
+from training.data.image_folder import ImageCrops, image_loader, list_images
 from training.data.shards import to_model
 from training.encoders.rae_files import load_rae
 
@@ -52,7 +51,7 @@ def statistics(
     crops = ImageCrops(images, side, flip, seed, None)
     mine = range(state.process_index, len(crops), state.num_processes)
     batches = [list(mine[i : i + batch_size]) for i in range(0, len(mine), batch_size)]
-    loader = DataLoader(crops, batch_sampler=batches, num_workers=workers, collate_fn=collate)
+    loader = image_loader(crops, batches, workers, state)
     moments = new_moments(rae.latent_shape(side, side), state.device)
     for batch in tqdm(loader, disable=not state.is_main_process, dynamic_ncols=True):
         for item in batch.failed:

@@ -21,6 +21,7 @@ from gmflow_core import (
     save_checkpoint,
 )
 from gmflow_core.models.mlp import GMFlowMLP, GMFlowMLPConfig
+from gmflow_core.sampling.solvers import SOLVERS
 from tests.training.evaluation_runs import (
     CLASSES,
     arguments,
@@ -53,6 +54,12 @@ def test_settings_of_a_sweep():
     assert [s.name for s in settings[:3]] == ["k1_gm-ode_2", "k1_gm-ode_2_w0.1", "k1_gm-ode_2_cfg2"]
     assert len(settings) == len({s.name for s in settings}) == 2 * 2 * 3
     assert [s.substeps(config) for s in settings[::3][:2]] == [64, 4]
+    every = parse(["--checkpoint", "a.safetensors", "--solver", *SOLVERS])
+    assert {s.solver: s.substeps(every) for s in settings_of(every)} == {
+        **dict.fromkeys(SOLVERS),
+        "gm-ode": 128 // 8,
+        "gm-policy": 128,
+    }
     paper = parse(["--preset", "paper"])
     assert (paper.steps, len(paper.guidance), paper.count) == ((8, 32), 20, 50_000)
     assert short_names(["x/k1/model.safetensors", "x/k2/model.safetensors"]) == ["k1", "k2"]

@@ -14,6 +14,7 @@ from gmflow_core.sampling.guidance import Guidance
 from gmflow_core.sampling.solvers import SOLVERS, SUBSTEPS
 from training.common.settings import require, require_device
 
+SolverName = Literal[tuple(SOLVERS)]
 # fmt: off
 SWEEP = (
     0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09, 0.11, 0.13,
@@ -56,7 +57,7 @@ class Config:
     training.digits."""
     count: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 50_000
     """Samples of each setting."""
-    solver: tuple[Literal["gm-ode", "gm-sde", "euler", "dpmpp-2m"], ...] = ("gm-ode",)
+    solver: tuple[SolverName, ...] = ("gm-ode",)
     """Solvers; euler and dpmpp-2m use the mean of the mixture."""
     steps: tuple[int, ...] = (8,)
     """Numbers of steps, each with one network call; 0 returns the noise itself, which a flow must

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from gmflow_core.files.atomic import atomic_write
+from gmflow_core.sampling.solvers import SOLVERS
 from training.common.plots import figure, finish
 from training.evaluation.inception import InceptionFeatures
 
@@ -25,8 +26,8 @@ COLUMNS = (
     "network_calls", "count", *METRICS, "out_of_range", "seconds",
 )
 # fmt: on
-COLOURS = {"euler": "#b0413e", "dpmpp-2m": "#d98c1f", "gm-ode": "#2a6fb0", "gm-sde": "#2f8f5b"}
-TITLES = {"euler": "Euler", "dpmpp-2m": "DPM-Solver++ 2M", "gm-ode": "GM-ODE", "gm-sde": "GM-SDE"}
+CYCLE = itertools.cycle(("#2a6fb0", "#2f8f5b", "#7d5ba6", "#b0413e", "#d98c1f", "#5f6b73"))
+COLOURS = dict(zip(SOLVERS, CYCLE, strict=False))
 KINDS = {"probabilistic": "probabilistic", "cfg": "CFG"}
 
 
@@ -134,7 +135,7 @@ def lines(
                     "marker": "o" if solid else "s",
                     "markerfacecolor": COLOURS[solver] if solid else "white",
                     "markersize": 4,
-                    "label": f"{TITLES[solver]}, {title}",
+                    "label": f"{SOLVERS[solver].title}, {title}",
                 }
                 yield style, [r for r in same if r["guidance"] == "none"] + guided
 
@@ -181,7 +182,7 @@ def draw_solvers(ax, rows: list[dict[str, Any]], metric: str) -> None:
         calls = sorted(n for n in best if best[n][metric] is not None)
         if calls:
             guided = any(best[n]["guidance"] != "none" for n in calls)
-            label = f"{TITLES[solver]} (guided)" if guided else TITLES[solver]
+            label = f"{SOLVERS[solver].title} (guided)" if guided else SOLVERS[solver].title
             points = [best[n][metric] for n in calls]
             ax.plot(calls, points, label=label, color=colour, marker="o", markersize=4)
 

@@ -25,6 +25,7 @@ from gmflow_core import (
     sample_gm_ode,
     sample_gm_sde,
     second_order,
+    shift_time,
     velocity_to_x0,
 )
 from gmflow_core.models.mlp import GMFlowMLP, GMFlowMLPConfig
@@ -465,3 +466,35 @@ def test_a_step_waits_for_no_gpu(solver, method, monkeypatch):
             noise=torch.Generator(),
         )
     assert waits.found == []
+
+
+@pytest.mark.parametrize(
+    ("spacing", "expected"), [("time", shift_time(0.75, 3.0)), ("sigma", 0.5 * (1 + 0.75))]
+)
+def test_gm_odes_substeps_are_even_in_unshifted_time_or_in_sigma(spacing, expected):
+    """The reference spaces them in time: half-way between t = 1 and 0.5 lies t = 0.75."""
+    seen, mixture = [], random_mixture()
+    sample_gm_ode(
+        lambda x, sigma: mixture,
+        normal(2, 3, 2, 3),
+        flow_sigmas(2, shift=3.0),
+        substeps=2,
+        shift=3.0,
+        spacing=spacing,
+        constrain=lambda x, sigma: seen.append(float(sigma.flatten()[0])) or x,
+    )
+    assert seen[0] == pytest.approx(expected)
+    with pytest.raises(ValueError, match="spacing is 'even'"):
+        sample_gm_ode(lambda x, sigma: mixture, normal(2, 3, 2, 3), [1.0, 0.0], spacing="even")
+
+
+def test_the_registry_names_the_settings_of_each_solver_and_refuses_others():
+    assert SOLVERS["gm-ode"].settings == {"order", "substeps", "shift", "spacing"}
+    assert SOLVERS["euler"].settings == frozenset()
+    assert [name for name, solver in SOLVERS.items() if not solver.needs_mixture] == [
+        "euler",
+        "dpmpp-2m",
+    ]
+    mixture = random_mixture()
+    with pytest.raises(TypeError, match="no solver has the settings substep"):
+        solve("euler", lambda x, sigma: mixture, normal(2, 3, 2, 3), [1.0, 0.0], substep=3)

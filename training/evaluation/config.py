@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from gmflow_core.sampling.guidance import Guidance
-from gmflow_core.sampling.solvers import SOLVERS, SUBSTEPS
+from gmflow_core.sampling.solvers import SOLVERS
 from training.common.settings import require, require_device
 
 SolverName = Literal[tuple(SOLVERS)]
@@ -195,10 +195,11 @@ class Setting:
 
     def substeps(self, config: Config) -> int | None:
         """Return GM-ODE's substeps per step, or the GM policy's in all; None for other solvers."""
-        if self.solver not in SUBSTEPS or not self.steps:
+        usual = SOLVERS[self.solver].substeps
+        if usual is None or not self.steps:
             return None
         if self.solver == "gm-policy":
-            return config.substeps or SUBSTEPS["gm-policy"]
+            return config.substeps or usual
         return config.substeps if config.substeps is not None else max(4, 128 // self.steps)
 
 

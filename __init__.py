@@ -1,9 +1,9 @@
-"""GMFlow for ComfyUI."""
+"""GMFlow for ComfyUI: the entry point that ComfyUI looks for."""
 
 if __package__:  # imported by ComfyUI, not collected by a test runner
 
     async def comfy_entrypoint():
-        """ComfyUI's door (V3 schema)."""
+        """Return the extension, as ComfyUI's V3 schema asks for."""
         from .nodes import GMFlowExtension
 
         return GMFlowExtension()

@@ -1,11 +1,10 @@
-"""The extension's nodes."""
+"""Nodes of the extension, as ComfyUI lists them."""
 
 from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
 from .adapters import GMFlowAdapter
-from .comfyui.model_folders import register_model_folder
-from .comfyui.source_noise import register_source_folder
+from .comfyui.model_folders import register_folders
 from .conditioning import GMFlowClassLabels, GMFlowUnconditional
 from .eight_bit import GMFlowLoadDiffusionModel8bit, GMFlowSaveDiffusionModel8bit
 from .guidance import GMFlowAutoguidance, GMFlowGuider, GMFlowProbabilisticGuidance
@@ -23,12 +22,12 @@ from .views import GMFlowDensity, GMFlowPixels
 
 
 class GMFlowExtension(ComfyExtension):
-    """What ComfyUI asks the extension for."""
+    """GMFlow as a ComfyUI extension."""
 
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        register_model_folder()  # here, as older versions never call on_load
-        register_source_folder()
+        """Register the model folders, and return the node classes."""
+        register_folders()  # here, as older versions never call on_load
         return [
             GMFlowLoader,
             GMFlowSampler,

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import comfy.model_management
-import torch
 from comfy_api.latest import io
 
-from ..gmflow_core.files.labels import find_label
-from .comfyui.gm_model import ImageNetwork
+from .comfyui.class_labels import ONLY_MORE, choose_labels, empty_images, network_of
+from .comfyui.label_conditioning import class_conditioning, unconditional
 from .comfyui.model_folders import class_names
-from .comfyui.options import class_conditioning, unconditional
-
-ONLY_MORE = "(only more_labels)"
 
 
 class GMFlowUnconditional(io.ComfyNode):
-    """Empty CONDITIONING."""
+    """A node that makes empty CONDITIONING."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -23,12 +18,13 @@ class GMFlowUnconditional(io.ComfyNode):
             node_id="GMFlowUnconditional",
             display_name="GM Unconditional",
             category="GMFlow",
-            description="Empty conditioning, in nodes that ask for one (KSampler, Basic Guider, CFG Guider): for models that "
-            "take none, such as the checkerboard; and no class, for class-conditional ones.",
+            description="Empty conditioning for nodes that require one (KSampler, Basic Guider, "
+            "CFG Guider). Use it with models that take none, such as the checkerboard, and as "
+            "'no class' with class-conditional models.",
             inputs=[],
             outputs=[
                 io.Conditioning.Output(
-                    tooltip="Says nothing; connect it to positive, and to negative where asked."
+                    tooltip="Empty; connect it to positive, and to negative where required."
                 )
             ],
         )
@@ -39,7 +35,7 @@ class GMFlowUnconditional(io.ComfyNode):
 
 
 class GMFlowClassLabels(io.ComfyNode):
-    """Class labels as CONDITIONING, with a latent that fits."""
+    """A node that makes CONDITIONING of class labels, and a latent that fits."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -47,18 +43,20 @@ class GMFlowClassLabels(io.ComfyNode):
             node_id="GMFlowClassLabels",
             display_name="GM Class Labels",
             category="GMFlow",
-            description="What a class-conditional model (digits, ImageNet) is to generate, and an empty latent of its size: "
-            "one batch item for each label, or several.",
+            description="The classes that a class-conditional model (digits, ImageNet) is to "
+            "generate, and an empty latent of its size: one batch item for each label, or several.",
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="A class-conditional model from Load GM Model; its names count.",
+                    tooltip="A class-conditional model from Load GM Model; labels are looked up "
+                    "among its class names.",
                 ),
                 io.Combo.Input(
                     "label",
                     options=[*class_names(), ONLY_MORE],
-                    tooltip="The first label. The list holds the names of all models that are installed, in the hub's cache, "
-                    "or were loaded (press R to renew it, type to search it); choose one that the connected model has.",
+                    tooltip="The first label. The list holds the class names of all models that "
+                    "are installed, in the hub's cache, or were loaded (press R to refresh it, "
+                    "type to search it); choose one that the connected model has.",
                 ),
                 io.String.Input(
                     "more_labels",
@@ -66,7 +64,8 @@ class GMFlowClassLabels(io.ComfyNode):
                     multiline=True,
                     optional=True,
                     placeholder="more labels, one per line",
-                    tooltip="Further labels, one per line: a name, a part of a name that fits only one class, or a number.",
+                    tooltip="Further labels, one per line: a name, a part of a name that fits only "
+                    "one class, or a number.",
                 ),
                 io.Int.Input(
                     "repeat",
@@ -84,7 +83,7 @@ class GMFlowClassLabels(io.ComfyNode):
                 io.Conditioning.Output(
                     "negative",
                     display_name="negative",
-                    tooltip="No class: what guidance steers away from.",
+                    tooltip="No class, for guidance to steer away from.",
                 ),
                 io.Latent.Output(
                     "latent",
@@ -101,34 +100,17 @@ class GMFlowClassLabels(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, label: str) -> bool:
-        """Any text will do: what a model from the hub calls its classes is not in the list."""
+        """Accept any text: the list lacks the classes of models that are not downloaded yet."""
         return True
 
     @classmethod
     def execute(cls, model, label: str, more_labels: str = "", repeat: int = 1) -> io.NodeOutput:
-        network = model.get_model_object("diffusion_model")
-        if not isinstance(network, ImageNetwork):
-            raise ValueError(
-                "GM Class Labels needs a class-conditional model, and this one takes no class labels; load digits or an "
-                "ImageNet model with 'Load GM Model', or use 'GM Unconditional'"
-            )
-        config, names = network.network.config, network.label_names
-        wanted = [] if label == ONLY_MORE else [label]
-        wanted += [line for line in more_labels.splitlines() if line.strip()]
-        if not wanted:
-            raise ValueError(
-                "there are no labels; choose one, or write some into more_labels, one per line"
-            )
-        try:
-            labels = [find_label(text, names, config.num_classes) for text in wanted]
-        except ValueError as error:
-            raise ValueError(f"{error} (in more_labels, one per line)") from error
+        network = network_of(model)
+        labels, names = choose_labels(network, label, more_labels)
         images = [label for label in labels for _ in range(repeat)]
-        latent = torch.zeros(
-            (len(images), config.channels, config.latent_size, config.latent_size),
-            device=comfy.model_management.intermediate_device(),
-        )
-        found = "\n".join(names[label] if names else str(label) for label in labels)
         return io.NodeOutput(
-            class_conditioning(images), unconditional(), {"samples": latent}, found
+            class_conditioning(images),
+            unconditional(),
+            empty_images(network, len(images)),
+            "\n".join(names),
         )

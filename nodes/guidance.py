@@ -1,33 +1,40 @@
-"""Autoguidance (Karras et al. 2024): away from a weaker MODEL of the same thing."""
+"""Nodes for guidance: probabilistic guidance (GMFlow), and autoguidance (Karras et al. 2024)."""
 
 from __future__ import annotations
 
 from comfy_api.latest import io
 
 from .comfyui.autoguider import AutoGuider
-from .comfyui.guiders import check_interval, gm_guider, guided
+from .comfyui.guiders import gm_guider, guided, guided_interval
+from .comfyui.schema import (
+    guidance_inputs,
+    guider_output,
+    interval_inputs,
+    model_input,
+    weight_input,
+)
 
 
 class GMFlowAutoguidance(io.ComfyNode):
-    """Autoguidance as GUIDER."""
+    """A node that makes a GUIDER for autoguidance."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        percent = {"min": 0.0, "max": 1.0, "step": 0.001}
         return io.Schema(
             node_id="GMFlowAutoguidance",
             display_name="Autoguidance",
             category="GMFlow",
-            description="Steers away from what a weaker model of the same thing would do, for SamplerCustomAdvanced: the guide "
-            "is a smaller or less trained model, or the model itself, weakened. It works with any two models of the same "
-            "latents, such as FLUX, and needs no negative conditioning.",
+            description="Steers away from what a weaker model of the same thing would do, for "
+            "SamplerCustomAdvanced. The guide is a smaller or less trained model, or the model "
+            "itself, weakened. It works with any two models of the same latents, such as FLUX, and "
+            "needs no negative conditioning.",
             inputs=[
                 io.Model.Input("model", tooltip="The model to sample."),
                 io.Model.Input(
                     "guide",
-                    tooltip="A weaker model of the same latents: smaller, less trained, with a LoRA at negative strength, or "
-                    "with a patch that spoils its attention. One from a file of its own costs memory and no time to change "
-                    "between the two.",
+                    tooltip="A weaker model of the same latents: smaller, less trained, with a "
+                    "LoRA at negative strength, or with a patch that spoils its attention. A guide "
+                    "from a file of its own costs memory, but no time to switch between the two.",
                 ),
                 io.Conditioning.Input("positive", tooltip="What to generate."),
                 io.Float.Input(
@@ -36,26 +43,18 @@ class GMFlowAutoguidance(io.ComfyNode):
                     min=0.0,
                     max=100.0,
                     step=0.05,
-                    tooltip="1 is none, and the guide is not even loaded; 1.5 is what MM-FM was measured with. The prediction "
-                    "is guide + scale * (model - guide).",
+                    tooltip="1 is off, and the guide is not even loaded; MM-FM was measured with "
+                    "1.5. The prediction is guide + scale * (model - guide).",
                 ),
-                io.Float.Input(
-                    "start_percent", default=0.0, tooltip=TIPS["start_percent"], **percent
-                ),
-                io.Float.Input(
-                    "end_percent",
-                    default=1.0,
-                    tooltip="Guidance ends at this share of the sampling (1 is the finished image). Outside of the interval "
-                    "the guide is not called.",
-                    **percent,
-                ),
+                *interval_inputs("the guide is not called"),
                 io.Conditioning.Input(
                     "guide_positive",
                     optional=True,
-                    tooltip="Another conditioning for the guide, where it needs one; the same if nothing is connected.",
+                    tooltip="Another conditioning for the guide, if it needs one; by default it "
+                    "gets the same.",
                 ),
             ],
-            outputs=[io.Guider.Output(tooltip="For SamplerCustomAdvanced, with any sampler.")],
+            outputs=[guider_output()],
         )
 
     @classmethod
@@ -69,39 +68,14 @@ class GMFlowAutoguidance(io.ComfyNode):
         end_percent: float,
         guide_positive=None,
     ) -> io.NodeOutput:
-        check_interval(start_percent, end_percent)
-        sampling = model.get_model_object("model_sampling")
-        interval = sampling.percent_to_sigma(end_percent), sampling.percent_to_sigma(start_percent)
+        interval = guided_interval(model, start_percent, end_percent)
         return io.NodeOutput(
             AutoGuider(model, guide, positive, guide_positive or positive, scale, interval)
         )
 
 
-TIPS = {
-    "scale": "The weight w of probabilistic guidance: how many standard deviations of the prediction it shifts the samples "
-    "away from the negative conditioning. 0 is none; 0.05 to 0.2 suit the digits, 0.45 is the paper's demo on ImageNet.",
-    "orthogonal": "How much of the guidance's part along the prediction itself is removed: 1, the paper's choice, keeps "
-    "values in range.",
-    "start_percent": "Guidance begins at this share of the sampling (0 is pure noise); before it, nothing is guided.",
-    "end_percent": "Guidance ends at this share of the sampling (1 is the finished image). Outside of the interval the "
-    "negative conditioning is not computed.",
-}
-
-
-def settings_inputs() -> list[io.Input]:
-    """The inputs of `guided`."""
-    percent = {"min": 0.0, "max": 1.0, "step": 0.001}
-    return [
-        io.Float.Input(
-            "orthogonal", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=TIPS["orthogonal"]
-        ),
-        io.Float.Input("start_percent", default=0.0, tooltip=TIPS["start_percent"], **percent),
-        io.Float.Input("end_percent", default=1.0, tooltip=TIPS["end_percent"], **percent),
-    ]
-
-
 class GMFlowProbabilisticGuidance(io.ComfyNode):
-    """MODEL whose cfg is probabilistic."""
+    """A node that makes the cfg of a MODEL probabilistic."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -109,16 +83,15 @@ class GMFlowProbabilisticGuidance(io.ComfyNode):
             node_id="GMFlowProbabilisticGuidance",
             display_name="GM Probabilistic Guidance",
             category="GMFlow",
-            description="Makes the cfg of every sampler and guider behind it the weight w in [0, 1) of probabilistic guidance: "
-            "0 is none, 0.1 to 0.5 usual. It steers the predicted distribution instead of extrapolating the velocity, so that "
-            "values stay in range. Stock samplers follow the guided mean, GM samplers the whole guided mixture.",
-            inputs=[
-                io.Model.Input("model", tooltip="A model from Load GM Model or GM Adapter."),
-                *settings_inputs(),
-            ],
+            description="Makes the cfg of every sampler and guider after it the weight w in [0, 1) "
+            "of probabilistic guidance: 0 is off, 0.1 to 0.5 are usual. It steers the predicted "
+            "distribution instead of extrapolating the velocity, so that values stay in range. "
+            "Stock samplers follow the guided mean, GM samplers the whole guided mixture.",
+            inputs=[model_input(), *guidance_inputs()],
             outputs=[
                 io.Model.Output(
-                    tooltip="The model with probabilistic cfg: set cfg to a weight in [0, 1), such as 0.2."
+                    tooltip="The model with probabilistic cfg: set cfg to a weight in [0, 1), such "
+                    "as 0.2."
                 )
             ],
         )
@@ -131,7 +104,7 @@ class GMFlowProbabilisticGuidance(io.ComfyNode):
 
 
 class GMFlowGuider(io.ComfyNode):
-    """Probabilistic guidance as GUIDER."""
+    """A node that makes a GUIDER for probabilistic guidance."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -139,22 +112,21 @@ class GMFlowGuider(io.ComfyNode):
             node_id="GMFlowGuider",
             display_name="GM Guider",
             category="GMFlow",
-            description="Probabilistic guidance for SamplerCustomAdvanced: steers the predicted distribution instead of "
-            "extrapolating the velocity, so that values stay in range.",
+            description="Probabilistic guidance for SamplerCustomAdvanced: steers the predicted "
+            "distribution instead of extrapolating the velocity, so that values stay in range.",
             inputs=[
-                io.Model.Input("model", tooltip="A model from Load GM Model or GM Adapter."),
+                model_input(),
                 io.Conditioning.Input("positive", tooltip="What to generate."),
-                io.Float.Input(
-                    "scale", default=0.2, min=0.0, max=0.99, step=0.01, tooltip=TIPS["scale"]
-                ),
-                *settings_inputs(),
+                weight_input("scale", default=0.2),
+                *guidance_inputs(),
                 io.Conditioning.Input(
                     "negative",
                     optional=True,
-                    tooltip="What to steer away from; no class if nothing is connected to a model of classes.",
+                    tooltip="What to steer away from. If nothing is connected, models of classes "
+                    "steer away from no class.",
                 ),
             ],
-            outputs=[io.Guider.Output(tooltip="For SamplerCustomAdvanced, with any sampler.")],
+            outputs=[guider_output()],
         )
 
     @classmethod

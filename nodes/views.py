@@ -1,4 +1,4 @@
-"""Nodes to look at samples with."""
+"""Nodes that show samples as pictures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ GAP = 4  # between pictures on one sheet
 
 
 class GMFlowDensity(io.ComfyNode):
-    """2-D samples as a density picture."""
+    """A node that draws 2-D samples as a density picture."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -27,13 +27,14 @@ class GMFlowDensity(io.ComfyNode):
                     "samples",
                     tooltip="A latent with two channels, x and y: each of its pixels is one point.",
                 ),
-                io.Int.Input("size", default=512, min=32, max=4096, tooltip="Pixels a side."),
+                io.Int.Input("size", default=512, min=32, max=4096, tooltip="Pixels per side."),
                 io.Int.Input(
                     "bins",
                     default=128,
                     min=8,
                     max=1024,
-                    tooltip="Histogram cells a side. More show finer detail and need more points: 128 want 60,000 or more.",
+                    tooltip="Histogram cells per side. More cells show finer detail and need more "
+                    "points: 128 cells need 60,000 or more.",
                 ),
                 io.Float.Input(
                     "extent",
@@ -41,12 +42,13 @@ class GMFlowDensity(io.ComfyNode):
                     min=0.1,
                     max=100.0,
                     step=0.1,
-                    tooltip="The picture shows [-extent, extent] both ways.",
+                    tooltip="The picture shows [-extent, extent] on both axes.",
                 ),
                 io.Boolean.Input(
                     "outline",
                     default=False,
-                    tooltip="Draw the exact support of the checkerboard, the borders of its squares, over the density.",
+                    tooltip="Draw the exact support of the checkerboard, the borders of its "
+                    "squares, over the density.",
                 ),
                 io.Boolean.Input(
                     "merge_batch",
@@ -56,7 +58,8 @@ class GMFlowDensity(io.ComfyNode):
             ],
             outputs=[
                 io.Image.Output(
-                    tooltip="The density; dark is empty, bright is 1.5 times a checkerboard's or more."
+                    tooltip="The density; dark is empty, bright is at least 1.5 times that of a "
+                    "checkerboard."
                 )
             ],
         )
@@ -68,8 +71,8 @@ class GMFlowDensity(io.ComfyNode):
         latent = samples["samples"]
         if latent.shape[1] != 2:
             raise ValueError(
-                f"GM Density draws latents with two channels, and this one has {latent.shape[1]} (shape "
-                f"{tuple(latent.shape)}); use VAE Decode or GM Pixels for image models"
+                f"GM Density draws latents with two channels, and this one has {latent.shape[1]} "
+                f"(shape {tuple(latent.shape)}); use VAE Decode or GM Pixels for image models"
             )
         groups = [latent] if merge_batch else latent.split(1)
         pictures = [
@@ -80,7 +83,7 @@ class GMFlowDensity(io.ComfyNode):
 
 
 class GMFlowPixels(io.ComfyNode):
-    """Samples of a pixel-space model as images."""
+    """A node that shows the samples of a pixel-space model as images."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -88,8 +91,8 @@ class GMFlowPixels(io.ComfyNode):
             node_id="GMFlowPixels",
             display_name="GM Pixels",
             category="GMFlow",
-            description="Shows the samples of a model that works on pixels (digits), where other models need a VAE Decode: "
-            "each pixel becomes a square.",
+            description="Shows the samples of a model that works on pixels (digits), which need no "
+            "VAE Decode: each pixel becomes a square.",
             inputs=[
                 io.Latent.Input(
                     "samples",
@@ -100,14 +103,16 @@ class GMFlowPixels(io.ComfyNode):
                     default=16,
                     min=1,
                     max=256,
-                    tooltip="Image pixels a side for each pixel of the sample: 16 makes an 8 x 8 digit 128 x 128.",
+                    tooltip="Image pixels per side for each pixel of the sample: 16 makes an 8 x 8 "
+                    "digit 128 x 128.",
                 ),
                 io.Int.Input(
                     "columns",
                     default=0,
                     min=0,
                     max=1000,
-                    tooltip="Samples side by side in one picture, row after row; 0 gives an image for each.",
+                    tooltip="Samples side by side in one picture, row after row; 0 makes an image "
+                    "for each.",
                 ),
             ],
             outputs=[
@@ -120,8 +125,8 @@ class GMFlowPixels(io.ComfyNode):
         latent = samples["samples"]
         if latent.ndim != 4 or latent.shape[1] != 3:
             raise ValueError(
-                f"GM Pixels shows latents (B, 3, h, w), and this one is {tuple(latent.shape)}; use VAE Decode for models of "
-                "latents, GM Density for points"
+                f"GM Pixels shows latents (B, 3, h, w), and this one is {tuple(latent.shape)}; use "
+                "VAE Decode for models of latents, GM Density for points"
             )
         images = (latent.float() + 1) / 2
         groups = [images] if columns else images.split(1)

@@ -1,4 +1,4 @@
-"""Autoguidance (Karras et al. 2024) as a ComfyUI guider."""
+"""Autoguidance (Karras et al. 2024, arXiv 2406.02507) as a ComfyUI guider."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import functools
 import logging
 from collections.abc import Callable
 
+import comfy.model_management
+import comfy.model_patcher
+import comfy.model_sampling
 import comfy.samplers
 from torch import Tensor
 
@@ -13,12 +16,17 @@ from ...gmflow_core.sampling.guidance import within
 from .probabilistic_cfg import has_probabilistic_guidance
 
 GUIDE = "gmflow_guide"  # key of the additional models
+Predict = Callable[[Tensor, Tensor], Tensor]  # (x, sigma) -> x_0
 
 
-class Inside(comfy.samplers.Sampler):
-    """A sampler that only says when its guider is ready to be called, and keeps what is made of that."""
+class InsideSampler(comfy.samplers.Sampler):
+    """A sampler that calls a function as soon as its guider is ready, and keeps the result.
 
-    def __init__(self, run: Callable[[Callable[[Tensor, Tensor], Tensor]], Tensor]):
+    Args:
+        run: called with a function that returns the guider's prediction.
+    """
+
+    def __init__(self, run: Callable[[Predict], Tensor]):
         self.run = run
         self.result: Tensor | None = None
 
@@ -33,21 +41,24 @@ class Inside(comfy.samplers.Sampler):
         denoise_mask=None,
         disable_pbar=False,
     ) -> Tensor:
-        """The noise as it is, of no use to anybody."""
+        """Run the function; return the noise, as a sampler must return some tensor."""
         self.result = self.run(lambda x, sigma: model_wrap(x, sigma, **extra_args))
         return noise
 
 
 class AutoGuider(comfy.samplers.CFGGuider):
-    """guide + scale * (main - guide), in x_0, as classifier-free guidance has it: what changes its prediction changes this too.
+    """A guider that predicts guide + scale * (main - guide) in x_0.
 
-    The guide has a guider of its own, which is sampled with, the other one inside: so ComfyUI prepares and cleans up both
-    models, with their conditionings, hooks and wrappers, in its own way. As the main model's additional model the guide is
-    loaded with it. Only where both are clones of one model, with different weights (LoRA) or patches on them, can there be one
-    at a time: they are loaded in turn, once a step.
+    It goes through ComfyUI's classifier-free guidance, so nodes that change that change this too.
+
+    The guide has a guider of its own. Sampling starts with the guide's guider and runs the main
+    one inside of it, so that ComfyUI prepares and cleans up both models, with their conditionings,
+    hooks and wrappers, in its own way. The guide is an additional model of the main one, and is
+    loaded with it. Only if both are clones of one model, with different weights (LoRA) or patches,
+    can just one be loaded: then they are loaded in turn, in every step.
 
     Args:
-        interval: of sigmas, outside of which the guide is not called.
+        interval: sigmas (low, high) outside of which the guide is not called.
 
     Raises:
         ValueError: the models do not go together.
@@ -62,7 +73,7 @@ class AutoGuider(comfy.samplers.CFGGuider):
         self.guide = comfy.samplers.CFGGuider(guide)
         self.guide.inner_set_conds({"positive": guide_positive})
         self.scale, self.interval = scale, interval
-        self.call_guide: Callable[[Tensor, Tensor], Tensor] | None = None
+        self.call_guide: Predict | None = None  # set while sampling with the guide
         main, guide = self.model_patcher, self.guide.model_patcher
         self.in_turn = main.is_clone(guide) and not same_patches(main, guide)
 
@@ -77,8 +88,8 @@ class AutoGuider(comfy.samplers.CFGGuider):
         disable_pbar=False,
         seed=None,
     ) -> Tensor:
-        """As of any guider."""
-        plain = functools.partial(
+        """Sample as any guider does, inside the guide's guider if the guide has any effect."""
+        sample_main = functools.partial(
             super().sample,
             noise,
             latent_image,
@@ -89,31 +100,30 @@ class AutoGuider(comfy.samplers.CFGGuider):
             disable_pbar,
             seed,
         )
-        if self.scale == 1 or not any(
-            within(self.interval, sigma) for sigma in sigmas[:-1].tolist()
-        ):
-            return plain()
-
-        def with_guide(call_guide: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-            self.call_guide, guide = call_guide, self.guide.model_patcher
-            self.model_patcher.set_additional_models(
-                GUIDE, [] if self.model_patcher.is_clone(guide) else [guide]
-            )
-            try:
-                return plain()
-            finally:
-                self.call_guide = None
-                self.model_patcher.remove_additional_models(GUIDE)
-
+        steps = sigmas[:-1].tolist()
+        if self.scale == 1 or not any(within(self.interval, sigma) for sigma in steps):
+            return sample_main()
         if self.in_turn:
             logging.info(
-                "GMFlow: the guide is the same model with other weights or patches, so they are loaded in turn"
+                "GMFlow: the guide is the same model with other weights or patches, so they are "
+                "loaded in turn"
             )
-        inside = Inside(with_guide)
+        inside = InsideSampler(functools.partial(self._sample_with_guide, sample_main))
         self.guide.sample(
             noise, latent_image, inside, sigmas, denoise_mask, disable_pbar=True, seed=seed
         )
         return inside.result
+
+    def _sample_with_guide(self, sample_main: Callable[[], Tensor], call_guide: Predict) -> Tensor:
+        """Sample with the main model while the guide's guider is ready to be called."""
+        self.call_guide, guide = call_guide, self.guide.model_patcher
+        additional = [] if self.model_patcher.is_clone(guide) else [guide]
+        self.model_patcher.set_additional_models(GUIDE, additional)
+        try:
+            return sample_main()
+        finally:
+            self.call_guide = None
+            self.model_patcher.remove_additional_models(GUIDE)
 
     def predict_noise(
         self,
@@ -122,48 +132,51 @@ class AutoGuider(comfy.samplers.CFGGuider):
         model_options: dict | None = None,
         seed: int | None = None,
     ) -> Tensor:
-        """The prediction of x_0, as ComfyUI calls it."""
+        """Return the guided prediction of x_0; the name is ComfyUI's."""
         model_options = model_options or {}
-
-        def main() -> Tensor:
-            self.use(self.model_patcher, x)
-            return comfy.samplers.calc_cond_batch(
-                self.inner_model, [positive], x, timestep, model_options
-            )[0]
-
-        def guide() -> Tensor:
-            self.use(self.guide.model_patcher, x)
-            return self.call_guide(x, timestep)
-
-        positive = self.conds["positive"]
         if self.call_guide is None or not within(self.interval, timestep):
-            self.use(self.model_patcher, x)
+            self._load(self.model_patcher, x)
             return super().predict_noise(x, timestep, model_options, seed)
-
-        def both(_: dict) -> list[Tensor]:
-            """In place of ComfyUI's own two calls; what is patched to change predictions, before guidance or after, applies."""
-            if (
-                self.in_turn and self.inner_model.current_patcher is self.guide.model_patcher
-            ):  # it is loaded: save a turn
-                guided = guide()
-                return [main(), guided]
-            return [main(), guide()]
-
-        options = {**model_options, "sampler_calc_cond_batch_function": both}
-        guide_positive = self.guide.conds["positive"]
+        both = functools.partial(self._predict_both, x, timestep, model_options)
         return comfy.samplers.sampling_function(
             self.inner_model,
             x,
             timestep,
-            guide_positive,
-            positive,
+            self.guide.conds["positive"],
+            self.conds["positive"],
             self.scale,
-            model_options=options,
+            model_options={**model_options, "sampler_calc_cond_batch_function": both},
             seed=seed,
         )
 
-    def use(self, patcher: comfy.model_patcher.ModelPatcher, x: Tensor) -> None:
-        """Make sure that the model's weights and patches are this clone's."""
+    def _predict_both(
+        self, x: Tensor, timestep: Tensor, model_options: dict, args: dict
+    ) -> list[Tensor]:
+        """Return the predictions of main model and guide.
+
+        It replaces ComfyUI's own two calls (`sampler_calc_cond_batch_function`); patches that
+        change predictions, before guidance or after it, still apply.
+        """
+
+        def main() -> Tensor:
+            self._load(self.model_patcher, x)
+            conds = [self.conds["positive"]]
+            return comfy.samplers.calc_cond_batch(
+                self.inner_model, conds, x, timestep, model_options
+            )[0]
+
+        def guide() -> Tensor:
+            self._load(self.guide.model_patcher, x)
+            return self.call_guide(x, timestep)
+
+        loaded = self.inner_model.current_patcher
+        if self.in_turn and loaded is self.guide.model_patcher:  # first, to load once less
+            guided = guide()
+            return [main(), guided]
+        return [main(), guide()]
+
+    def _load(self, patcher: comfy.model_patcher.ModelPatcher, x: Tensor) -> None:
+        """Load the weights and patches of this clone if the two are loaded in turn."""
         if self.in_turn and patcher.model.current_patcher is not patcher:
             memory = patcher.memory_required([2 * len(x), *x.shape[1:]])
             comfy.model_management.load_models_gpu([patcher], memory_required=memory)
@@ -171,8 +184,10 @@ class AutoGuider(comfy.samplers.CFGGuider):
 
 
 def same_patches(a: comfy.model_patcher.ModelPatcher, b: comfy.model_patcher.ModelPatcher) -> bool:
-    """Whether two clones of a model have the same weights and layers; options of theirs are no matter, as they are handed to
-    each call."""
+    """Return whether two clones of a model have the same weights and layers.
+
+    Their options may differ, as those are handed to each call.
+    """
     if a.patches_uuid != b.patches_uuid or a.object_patches.keys() != b.object_patches.keys():
         return False
     return all(a.object_patches[key] is b.object_patches[key] for key in a.object_patches)
@@ -181,34 +196,36 @@ def same_patches(a: comfy.model_patcher.ModelPatcher, b: comfy.model_patcher.Mod
 def check_models(
     model: comfy.model_patcher.ModelPatcher, guide: comfy.model_patcher.ModelPatcher
 ) -> None:
-    """
+    """Check that model and guide predict the same thing.
+
     Raises:
-        ValueError: the two predictions are of different things.
+        ValueError: they do not.
     """
     for patcher, name in ((model, "model"), (guide, "guide")):
         if has_probabilistic_guidance(patcher):
             raise ValueError(
-                f"GM Probabilistic Guidance on the {name} would take the scale for its weight; connect the model in front of it"
+                f"GM Probabilistic Guidance on the {name} would use the scale as its weight; "
+                "connect the model from before that node"
             )
     ours, theirs = (patcher.get_model_object("latent_format") for patcher in (model, guide))
     shapes = [(latent.latent_channels, latent.latent_dimensions) for latent in (ours, theirs)]
     if shapes[0] != shapes[1]:
         raise ValueError(
-            f"the model's latents have {shapes[0][0]} channels and {shapes[0][1]} dimensions, the guide's {shapes[1][0]} and "
-            f"{shapes[1][1]}; take a guide for the same latents: a smaller or less trained model of the same family"
+            f"the model's latents have {shapes[0][0]} channels and {shapes[0][1]} dimensions, the "
+            f"guide's {shapes[1][0]} and {shapes[1][1]}; use a guide for the same latents: a "
+            "smaller or less trained model of the same family"
         )
     ours, theirs = (type(patcher.get_model_object("model_sampling")) for patcher in (model, guide))
     if ours.noise_scaling is not theirs.noise_scaling:
         raise ValueError(
-            f"noise is added in different ways for the model ({kind_of(ours)}) and the guide ({kind_of(theirs)}), so the same "
-            "latent means something else to each; take a guide of the same kind, and no ModelSampling nodes that change it"
+            f"noise is added in different ways for the model ({kind_of(ours)}) and the guide "
+            f"({kind_of(theirs)}), so the same latent means different things to them; use a guide "
+            "of the same kind, and no ModelSampling nodes that change it"
         )
 
 
 def kind_of(sampling: type) -> str:
-    """How noise is added, for a message."""
-    return (
-        "flow matching"
-        if issubclass(sampling, comfy.model_sampling.CONST)
-        else "diffusion with an unbounded sigma"
-    )
+    """Return how noise is added, for a message."""
+    if issubclass(sampling, comfy.model_sampling.CONST):
+        return "flow matching"
+    return "diffusion with an unbounded sigma"

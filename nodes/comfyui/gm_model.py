@@ -2,173 +2,33 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from typing import Any
 
+import comfy.conds
+import comfy.latent_formats
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
 import comfy.supported_models_base
 import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 
-from ...gmflow_core import GaussianMixture
+from ...gmflow_core import load_checkpoint, read_metadata
 from ...gmflow_core.models import GMFlowMLP
-from .latent_shapes import to_latent, to_points
+from .gm_network import ImageNetwork, PointNetwork
+from .model_folders import remember_names
 from .noise_check import check_noise
-from .options import LABELS, NO_CLASS, RECORDER, SOURCE
-from .recording import add_recording, is_awaited, offer
+from .recording import RECORDER, add_recording
 
-CHUNK = 8_192  # points that go through a 2-D network at a time: few enough for the cache
-
-
-class GMNetwork(nn.Module):
-    """A network that predicts mixtures as a ComfyUI diffusion model: it gives the mean velocity, and offers the mixture.
-
-    Args:
-        network: one of `gmflow_core.models`.
-        data: what its samples are, see `gmflow_core.save_checkpoint`.
-    """
-
-    of_points = False  # whether every latent pixel is a sample of its own
-
-    def __init__(self, network: nn.Module, data: dict[str, Any]):
-        super().__init__()
-        self.network = network
-        self.label_names: list[str] = (
-            data.get("labels") or []
-        )  # of its classes, by number; empty if unknown
-        self.source: dict[str, Any] | None = data.get("source")
-        self.dtype = next(network.parameters()).dtype
-
-    @property
-    def spectrum(self) -> nn.Module | None:
-        """The spectrum network of GM-SDE, if the model has one."""
-        return getattr(self.network, "spectrum_net", None)
-
-    def forward(
-        self, x: Tensor, timesteps: Tensor, transformer_options: dict | None = None, **conds
-    ) -> Tensor:
-        """Mean velocity (B, C, H, W) at x and sigma = timesteps (B,)."""
-        mean, mixture = self.predict(x, timesteps, conds, keep=is_awaited())
-        if mixture is not None:
-            offer(mixture)
-        return mean
-
-    def predict(
-        self, x: Tensor, sigma: Tensor, conds: dict, keep: bool
-    ) -> tuple[Tensor, GaussianMixture | None]:
-        """The mean velocity, and, if it is to be kept, the mixture in a solver's shape."""
-        raise NotImplementedError
-
-    def check_conds(self, noise: Tensor, **conds) -> dict[str, comfy.conds.CONDRegular]:
-        """What of a conditioning `predict` gets, checked before sampling starts.
-
-        Args:
-            noise: in the latents' shape.
-        """
-        return {}
-
-
-class PointNetwork(GMNetwork):
-    """A network of 2-D points: a latent (B, 2, H, W) is B * H * W points, and the mixture is (B * H * W, K, 2)."""
-
-    of_points = True
-
-    def predict(
-        self, x: Tensor, sigma: Tensor, conds: dict, keep: bool
-    ) -> tuple[Tensor, GaussianMixture | None]:
-        sigma = sigma.repeat_interleave(x[0, 0].numel())
-        means, mixtures = [], []
-        for piece, s in zip(to_points(x).split(CHUNK), sigma.split(CHUNK), strict=True):
-            mixture = self.network(piece, s)
-            means.append(mixture.mean())
-            if keep:
-                mixtures.append(
-                    (mixture.means, mixture.log_weights, mixture.log_std.expand(len(piece), 1, 1))
-                )
-        mean = to_latent(torch.cat(means), x.shape)
-        return mean, GaussianMixture(*map(torch.cat, zip(*mixtures, strict=True))) if keep else None
-
-
-class ImageNetwork(GMNetwork):
-    """A network of images, of classes or modes if it knows any."""
-
-    def predict(
-        self, x: Tensor, sigma: Tensor, conds: dict, keep: bool
-    ) -> tuple[Tensor, GaussianMixture | None]:
-        mixture = self.network(x, sigma, conds.get("labels"))
-        return mixture.mean(), mixture
-
-    def check_conds(self, noise: Tensor, **conds) -> dict[str, comfy.conds.CONDRegular]:
-        """The labels, as `predict` wants them.
-
-        Raises:
-            ValueError: there are none, or they do not fit the model or the batch; or the latents do not fit the model.
-        """
-        use = "'GM Class Labels' with this model gives a conditioning and a latent that fit"
-        try:
-            self.network.check_size(noise.shape)
-        except ValueError as error:
-            raise ValueError(f"{error}. {use}") from error
-        labels, num_classes = conds.get(LABELS), self.network.config.num_classes
-        self.check_source(conds.get(SOURCE))
-        if not num_classes:
-            return {}
-        if labels is None:
-            raise ValueError(
-                f"this model generates classes, and the {conds.get('prompt_type', '')} conditioning holds no class labels "
-                "(text says nothing to it); connect 'GM Class Labels', or 'GM Unconditional' for no class"
-            )
-        mark = conds.get("cross_attn")
-        if mark is not None and not mark.any():  # ConditioningZeroOut
-            labels = torch.full_like(labels, NO_CLASS)
-        elif mark is not None and mark.shape[1] != 1:
-            raise ValueError(
-                "class labels cannot be concatenated or combined with text; give 'GM Class Labels' all the labels, one per line"
-            )
-        told_modes = (
-            self.source is not None and self.source["conditioning"] == "mode"
-        )  # which are never dropped in training
-        if (told_modes or not getattr(self.network.config, "null_class", True)) and (
-            labels == NO_CLASS
-        ).any():
-            raise ValueError(
-                "this model was trained without a label for none: there is no negative conditioning for it. Use Basic Guider, "
-                "or 'Autoguidance' with a weaker model"
-            )
-        if not NO_CLASS <= int(labels.min()) <= int(labels.max()) < num_classes:
-            raise ValueError(
-                f"labels {labels.tolist()} do not fit a model of {num_classes} classes. {use}"
-            )
-        if noise.shape[0] % len(labels):
-            raise ValueError(
-                f"{len(labels)} labels do not fit a batch of {noise.shape[0]} latents: its size must be {len(labels)} or a "
-                f"multiple. {use}"
-            )
-        return {
-            "labels": comfy.conds.CONDRegular(torch.where(labels == NO_CLASS, num_classes, labels))
-        }
-
-    def check_source(self, noise: Any) -> None:
-        """
-        Raises:
-            ValueError: a conditioning names modes of a source, and the network was not trained to know them.
-        """
-        if noise is None:
-            return
-        if self.source is None or self.source["conditioning"] != "mode":
-            raise ValueError(
-                "the conditioning names modes of a mixture source, and this model was not trained to know them; connect 'GM "
-                "Class Labels' or 'GM Unconditional' instead"
-                + (
-                    " (the noise may stay: the model was trained with a mixture source)"
-                    if self.source
-                    else ""
-                )
-            )
-        noise.source.require_record(self.source, "this model")
+SMALL = 100e6  # parameters below which fp32 costs little
+DTYPES = {"default": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class PointLatent(comfy.latent_formats.LatentFormat):
-    """Two channels, x and y; previews show them as colours."""
+    """Latents of two channels, x and y; previews show them as colours."""
 
     latent_channels = 2
 
@@ -177,7 +37,7 @@ class PointLatent(comfy.latent_formats.LatentFormat):
 
 
 class PixelLatent(comfy.latent_formats.LatentFormat):
-    """Pixels in [-1, 1] as they are; previews show the first three channels."""
+    """Latents in [-1, 1] that are not rescaled; previews show the first three channels."""
 
     def __init__(self, channels: int):
         self.latent_channels = channels
@@ -187,7 +47,7 @@ class PixelLatent(comfy.latent_formats.LatentFormat):
 
 
 class GMModelConfig(comfy.supported_models_base.BASE):
-    """What ComfyUI wants to know of a GM model: a rectified flow in sigma, in float32 whatever the weights are."""
+    """ComfyUI's settings for a GM model: a rectified flow in sigma, computed in float32."""
 
     unet_config = {}
     unet_extra_config = {}
@@ -204,24 +64,47 @@ class GMModel(comfy.model_base.BaseModel):
     """ComfyUI's model around a `GMNetwork`."""
 
     def process_timestep(self, timestep: Tensor, **kwargs) -> Tensor:
-        """The sigma behind a timestep: nodes that patch the time shift in (ModelSamplingSD3) bring units of their own."""
+        """Return the sigma of a timestep.
+
+        Nodes that set the time shift (ModelSamplingSD3) bring their own unit of time.
+        """
         return timestep / getattr(self.model_sampling, "multiplier", 1.0)
 
     def extra_conds(self, **conds) -> dict[str, comfy.conds.CONDRegular]:
-        """What of a conditioning reaches the network."""
+        """Return the part of a conditioning that reaches the network."""
         return self.diffusion_model.check_conds(**conds)
+
+
+def load_gm_model(source: str, weight_dtype: str = "default") -> comfy.model_patcher.ModelPatcher:
+    """Load a checkpoint as an ordinary MODEL, and remember the names of its classes.
+
+    Args:
+        source: a path or hub id, see `load_checkpoint`.
+        weight_dtype: one of DTYPES; by default the stored type, or float32 for small models.
+
+    Raises:
+        ValueError: the checkpoint cannot be loaded.
+    """
+    where = "" if os.path.exists(source) else " from the Hugging Face hub"
+    logging.info("GMFlow: loading %s%s", source, where)
+    data = read_metadata(source)["data"]
+    network, _ = load_checkpoint(source, dtype=DTYPES[weight_dtype])
+    if weight_dtype == "default" and sum(p.numel() for p in network.parameters()) < SMALL:
+        network = network.float()
+    remember_names(data.get("labels") or [])
+    return gm_model(network, data)
 
 
 def gm_model(
     network: nn.Module, data: dict[str, Any] | None = None
 ) -> comfy.model_patcher.ModelPatcher:
-    """An ordinary MODEL around a network of `gmflow_core.models`.
+    """Return an ordinary MODEL around a network of `gmflow_core.models`.
 
     Args:
-        data: what its samples are, see `gmflow_core.save_checkpoint`.
+        data: a record of its samples, see `gmflow_core.save_checkpoint`.
 
     Raises:
-        ValueError: they are of a kind that is unknown here.
+        ValueError: the samples are of an unknown kind.
     """
     data = data or {}
     if isinstance(network, GMFlowMLP):
@@ -243,14 +126,20 @@ def gm_model(
 
 
 def image_latent(channels: int, data: dict[str, Any]) -> comfy.latent_formats.LatentFormat:
-    """The latent format of an image model: Stable Diffusion's, with which the stock VAE nodes work; or as they are, pixels and
-    the latents of representation autoencoders."""
+    """Return the latent format of an image model.
+
+    It is that of Stable Diffusion, which the stock VAE nodes fit; pixels, and latents of
+    representation autoencoders, are not rescaled.
+
+    Raises:
+        ValueError: the samples are of an unknown kind.
+    """
     space = data.get("space") or ("sd-vae" if channels == 4 else "pixels")
     if space in ("pixels", "rae"):
         return PixelLatent(channels)
     if space == "sd-vae" and channels == 4:
         return comfy.latent_formats.SD15(data.get("scaling_factor", 0.18215))
     raise ValueError(
-        f"the checkpoint's samples are {space!r} with {channels} channels; this version knows 'pixels', 'rae', and 'sd-vae' "
-        "with 4 channels; update GMFlow"
+        f"the checkpoint's samples are {space!r} with {channels} channels; this version knows "
+        "'pixels', 'rae', and 'sd-vae' with 4 channels; update GMFlow"
     )

@@ -1,41 +1,34 @@
-"""Run the solvers of gmflow_core as a ComfyUI SAMPLER."""
+"""Run the solvers of gmflow_core as a ComfyUI SAMPLER, and make the SIGMAS for them."""
 
 from __future__ import annotations
 
-import inspect
 import logging
-import zlib
-from collections.abc import Iterable
 
-import comfy.utils
+import comfy.model_management
+import comfy.samplers
 import torch
 from torch import Tensor
 
-from ...gmflow_core import DXPolicy, flow_sigmas, unshift_time
+from ...gmflow_core import DXPolicy, flow_sigmas
 from ...gmflow_core.flow.policy import Policy
-from ...gmflow_core.sampling.solvers import (
-    FINAL_STEP_SIZE,
-    MEAN_SOLVERS,
-    SUBSTEPS,
-    solve,
-    usual_temperature,
-)
+from ...gmflow_core.gaussians.draws import Generator
+from ...gmflow_core.sampling.solvers import MEAN_SOLVERS, SUBSTEPS, solve, usual_temperature
+from .adapter_checks import check_steps
+from .generators import image_generators
 from .latent_shapes import PointShape
 from .notices import notice
-from .options import Adapter
-from .solver_model import MixtureModel
+from .solver_model import SolverModel
 
-RATIOS = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # keys of a LATENT
-OWN = 0  # of a setting: the model's, or the solver's, own value
+OWN = 0  # value of a setting that stands for the model's, or the solver's, own value
 
 
 def gm_sampler(solver: str, shift: float = OWN, **settings) -> comfy.samplers.KSAMPLER:
-    """A SAMPLER that runs a solver of gmflow_core.
+    """Return a SAMPLER that runs a solver of gmflow_core.
 
     Args:
         solver: one of SOLVERS.
         shift: time shift of the sigmas; the model's own if 0.
-        settings: for `solve`.
+        settings: further arguments of `solve`.
     """
 
     def run(
@@ -46,112 +39,126 @@ def gm_sampler(solver: str, shift: float = OWN, **settings) -> comfy.samplers.KS
         callback=None,
         disable=None,
     ) -> Tensor:
+        """Sample from sigmas[0] to sigmas[-1]; the signature is that of k-diffusion's samplers."""
         if len(sigmas) < 2:
             return x
-        if not 0 <= sigmas.min() <= sigmas.max() <= 1 or (sigmas.diff() >= 0).any():
-            raise ValueError(
-                f"GM samplers need sigmas that fall in every step, from at most 1 to 0, and these {len(sigmas) - 1} steps go "
-                f"from {sigmas[0]:.4g} to {sigmas[-1]:.4g}, lowest {sigmas.min():.4g}; use GM Sigmas or GM Policy Sigmas, or "
-                "Basic Scheduler with fewer steps"
-            )
+        check_sigmas(sigmas)
         extra_args = extra_args or {}
-        mixtures = MixtureModel(model, x.shape, extra_args)
+        seen = SolverModel(model, x.shape, extra_args)
         if solver not in MEAN_SOLVERS:
-            mixtures.enter_modes(solver)
-        time_shift = shift or mixtures.own_shift
-        if mixtures.adapter is not None:
-            check_steps(mixtures.adapter, sigmas, time_shift)
+            seen.enter_modes(solver)
+        time_shift = shift or seen.own_shift
+        if seen.adapter is not None:
+            check_steps(seen.adapter, sigmas, time_shift)
         if solver == "gm-policy":
-            steps = len(sigmas) - 1
-            temperature, substeps = (
-                settings.get("temperature"),
-                settings.get("substeps") or SUBSTEPS[solver],
-            )
-            temperature = usual_temperature(steps) if temperature is None else temperature
-            about = f"{steps} steps, shift {time_shift:.3g}, temperature {temperature:.3g}, {substeps} substeps"
-            notice(about, logging.DEBUG)
-
-        def report(step: int, x: Tensor, x0: Tensor) -> None:
-            if callback is not None:
-                state = {
-                    "x": mixtures.from_solver(x, sigmas[step]),
-                    "denoised": mixtures.from_solver(x0, 0.0),
-                }
-                callback({"i": step, "sigma": sigmas[step], "sigma_hat": sigmas[step], **state})
-
-        def denoise(x: Tensor, sigma: Tensor) -> Policy:
-            policy = mixtures.denoise(x, sigma)
-            if isinstance(policy, DXPolicy) and solver in ("gm-ode", "gm-sde"):
-                raise ValueError(
-                    f"{solver} needs a Gaussian mixture, and the adapter {mixtures.adapter.name} has a DX policy; use "
-                    "gm-policy (GM Policy Sampler), or a GM adapter"
-                )
-            return policy
-
-        # not the seed itself: ComfyUI drew the initial noise with it
-        seed = ((extra_args.get("seed") or 0) + 1) % 2**64
-        one_for_all = isinstance(mixtures.shape, PointShape)
-        noise = (
-            torch.Generator().manual_seed(seed)
-            if one_for_all
-            else image_generators(seed, model.noise)
+            report_policy(len(sigmas) - 1, time_shift, **settings)
+        result = solve(
+            solver,
+            mixtures_only(seen, solver) if solver in ("gm-ode", "gm-sde") else seen.denoise,
+            seen.to_solver(x, sigmas[0]),
+            sigmas,
+            shift=time_shift,
+            spectrum=seen.spectrum,
+            noise=step_noise(seen, extra_args.get("seed") or 0),
+            callback=progress(seen, sigmas, callback),
+            constrain=seen.constrain if seen.masked else None,
+            check=comfy.model_management.throw_exception_if_processing_interrupted,
+            **settings,
         )
-        spectrum = None if mixtures.has_source else mixtures.spectrum
-        given = {"shift": time_shift, "spectrum": spectrum, "noise": noise, **settings}
-        hooks = {
-            "callback": report,
-            "constrain": mixtures.constrain if mixtures.masked else None,
-            "check": comfy.model_management.throw_exception_if_processing_interrupted,
-        }
-        result = solve(solver, denoise, mixtures.to_solver(x, sigmas[0]), sigmas, **given, **hooks)
-        return mixtures.from_solver(result, sigmas[-1])
+        return seen.from_solver(result, sigmas[-1])
 
     return comfy.samplers.KSAMPLER(run)
 
 
-def check_steps(adapter: Adapter, sigmas: Tensor, shift: float) -> None:
-    """Say so if a step is longer, in unshifted time, than those that the adapter was made for."""
-    times = unshift_time(sigmas.double().cpu(), shift)
-    longest, usual = float(-times.diff().min()), 1 / (adapter.steps - 1 + FINAL_STEP_SIZE)
-    if longest > 1.01 * usual:
-        notice(
-            f"the adapter {adapter.name} was made for {adapter.steps} steps or more, each at most {usual:.3f} of the way, and "
-            f"the longest of these {len(sigmas) - 1} goes {longest:.3f}: expect artefacts. Take GM Policy Sigmas with more "
-            "steps (or, with denoise below 1, the same share of them)"
+def check_sigmas(sigmas: Tensor) -> None:
+    """Check that sigmas fall in every step.
+
+    Raises:
+        ValueError: they do not, or leave [0, 1].
+    """
+    if not 0 <= sigmas.min() <= sigmas.max() <= 1 or (sigmas.diff() >= 0).any():
+        raise ValueError(
+            "GM samplers need sigmas that fall in every step, from at most 1 to 0, and these "
+            f"{len(sigmas) - 1} steps go from {sigmas[0]:.4g} to {sigmas[-1]:.4g}, lowest "
+            f"{sigmas.min():.4g}; use GM Sigmas or GM Policy Sigmas, or Basic Scheduler with fewer "
+            "steps"
         )
 
 
-def image_generators(seed: int, noise: Tensor) -> list[torch.Generator]:
-    """One generator for each image of a batch. It is made from the seed and the image's own initial noise, (B, ...), which
-    ComfyUI draws by the image's index: so it does not depend on what else is in the batch."""
-    keys = [zlib.crc32(image.float().cpu().numpy().tobytes()) for image in noise]
-    if not noise.any():  # switched off
-        keys = list(range(len(noise)))
-    return generators(seed, keys)
+def report_policy(
+    steps: int,
+    shift: float,
+    *,
+    temperature: float | None = None,
+    substeps: int | None = None,
+    **others,
+) -> None:
+    """Show on the node the settings that the policy sampler uses."""
+    temperature = usual_temperature(steps) if temperature is None else temperature
+    notice(
+        f"{steps} steps, shift {shift:.3g}, temperature {temperature:.3g}, "
+        f"{substeps or SUBSTEPS['gm-policy']} substeps",
+        logging.DEBUG,
+    )
 
 
-def generators(seed: int, keys: Iterable[int]) -> list[torch.Generator]:
-    """One generator for each key of 32 bits. A CPU generator reads no more than 32 bits of its seed."""
-    return [
-        torch.Generator().manual_seed(zlib.crc32(seed.to_bytes(8, "little"), key)) for key in keys
-    ]
+def mixtures_only(seen: SolverModel, solver: str):
+    """Return the model's denoiser, for solvers that need a Gaussian mixture.
+
+    Raises, when it is called:
+        ValueError: the adapter on the model has a DX policy.
+    """
+
+    def denoise(x: Tensor, sigma: Tensor) -> Policy:
+        policy = seen.denoise(x, sigma)
+        if isinstance(policy, DXPolicy):
+            raise ValueError(
+                f"{solver} needs a Gaussian mixture, and the adapter {seen.adapter.name} has a DX "
+                "policy; use gm-policy (GM Policy Sampler), or a GM adapter"
+            )
+        return policy
+
+    return denoise
+
+
+def step_noise(seen: SolverModel, seed: int) -> Generator:
+    """Return the generators for the noise of stochastic steps: one for each image.
+
+    Points share one, as they are too many for one each. ComfyUI has drawn the initial noise with
+    the seed itself, so the steps use the next one.
+    """
+    seed = (seed + 1) % 2**64
+    if isinstance(seen.shape, PointShape):
+        return torch.Generator().manual_seed(seed)
+    return image_generators(seed, seen.model.noise)
+
+
+def progress(seen: SolverModel, sigmas: Tensor, callback):
+    """Return a solver's callback that hands latents to a k-diffusion callback, if there is one."""
+    if callback is None:
+        return None
+
+    def report(step: int, x: Tensor, x0: Tensor) -> None:
+        callback(
+            {
+                "i": step,
+                "sigma": sigmas[step],
+                "sigma_hat": sigmas[step],
+                "x": seen.from_solver(x, sigmas[step]),
+                "denoised": seen.from_solver(x0, 0.0),
+            }
+        )
+
+    return report
 
 
 def gm_sigmas(
     steps: int, shift: float = 1.0, denoise: float = 1.0, final_step_size: float = 1.0
 ) -> Tensor:
-    """`steps` + 1 sigmas from `denoise` (before the shift) down to 0; none at all if `denoise` is 0."""
+    """Return `steps` + 1 sigmas from `denoise` (before the shift) down to 0.
+
+    If `denoise` is 0, there are none.
+    """
     if denoise <= 0:
         return torch.FloatTensor([])
     return flow_sigmas(steps, shift, start=denoise, final_step_size=final_step_size)
-
-
-def fitting_latent(model, latent: dict) -> Tensor:
-    """The samples of a LATENT in the model's channels, dimensions and, if they are empty, size of a latent pixel."""
-    ratios = {
-        key: latent[key] for key in RATIOS if key in latent
-    }  # newer versions of ComfyUI have them, and a use for them
-    known = inspect.signature(comfy.sample.fix_empty_latent_channels).parameters
-    return comfy.sample.fix_empty_latent_channels(
-        model, latent["samples"], **{key: value for key, value in ratios.items() if key in known}
-    )

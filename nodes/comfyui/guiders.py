@@ -5,53 +5,56 @@ from __future__ import annotations
 import comfy.samplers
 
 from .gm_model import GMModel
-from .options import unconditional
+from .label_conditioning import unconditional
 from .probabilistic_cfg import has_probabilistic_guidance, with_probabilistic_guidance
 
 
-def check_interval(start_percent: float, end_percent: float) -> None:
-    """
+def guided_interval(model, start_percent: float, end_percent: float) -> tuple[float, float]:
+    """Return the sigmas (low, high) of a part of a MODEL's sampling, which goes from 0 to 1.
+
     Raises:
-        ValueError: it is empty.
+        ValueError: the part is empty.
     """
     if start_percent > end_percent:
         raise ValueError(
-            f"start_percent {start_percent:g} comes after end_percent {end_percent:g}; sampling goes from 0 to 1, so the start "
-            "must be the smaller one"
+            f"start_percent {start_percent:g} comes after end_percent {end_percent:g}; sampling "
+            "goes from 0 to 1, so the start must be the smaller one"
         )
+    sampling = model.get_model_object("model_sampling")
+    return sampling.percent_to_sigma(end_percent), sampling.percent_to_sigma(start_percent)
 
 
 def guided(model, orthogonal: float = 1.0, start_percent: float = 0.0, end_percent: float = 1.0):
-    """A clone of the MODEL whose `cfg` is the weight of probabilistic guidance.
+    """Return a clone of the MODEL whose `cfg` is the weight of probabilistic guidance.
 
     Raises:
-        ValueError: the interval is empty.
+        ValueError: the interval is empty, or the model is no flow model.
     """
-    check_interval(start_percent, end_percent)
-    sampling = model.get_model_object("model_sampling")
-    if not 0 < float(sampling.sigma_max) <= 1:
+    interval = guided_interval(model, start_percent, end_percent)
+    highest = float(model.get_model_object("model_sampling").sigma_max)
+    if not 0 < highest <= 1:
         raise ValueError(
-            f"probabilistic guidance is for flow models, with sigmas up to 1; a node has given this one others, up to "
-            f"{float(sampling.sigma_max):.4g} (ModelSamplingDiscrete, ModelSamplingContinuousEDM and the like): remove it"
+            "probabilistic guidance is for flow models, with sigmas up to 1; a node has given this "
+            f"one others, up to {highest:.4g} (ModelSamplingDiscrete, ModelSamplingContinuousEDM "
+            "and the like): remove it"
         )
-    interval = sampling.percent_to_sigma(end_percent), sampling.percent_to_sigma(start_percent)
     return with_probabilistic_guidance(model, orthogonal, interval)
 
 
 def gm_guider(model, positive, negative=None, scale: float = 0.0) -> comfy.samplers.CFGGuider:
-    """A guider with weight `scale` on a model from `guided`, or without guidance on any other.
+    """Return a guider with weight `scale` on a model from `guided`; on any other, an unguided one.
 
     Args:
-        negative: no class if None.
+        negative: None stands for no class.
 
     Raises:
-        ValueError: there is none, and the model takes no classes.
+        ValueError: `negative` is missing, and the model takes no classes.
     """
     of_classes = isinstance(model.model, GMModel)
     if negative is None and scale and not of_classes:
         raise ValueError(
-            f"guidance with weight {scale:g} needs a negative conditioning to steer away from: connect one, such as an empty "
-            "prompt, or set the weight to 0"
+            f"guidance with weight {scale:g} needs a negative conditioning to steer away from: "
+            "connect one, such as an empty prompt, or set the weight to 0"
         )
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(positive, negative or (unconditional() if of_classes and scale else positive))

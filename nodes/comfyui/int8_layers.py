@@ -1,11 +1,21 @@
-"""Linear layers with 8-bit weights for ComfyUI."""
+"""Linear layers with 8-bit weights for ComfyUI.
+
+ComfyUI builds a network from the layers of an *operations* class. The class here has a `Linear`
+that rounds its weight to int8 while the state dict is loaded, one layer at a time; the arithmetic
+is in `gmflow_core.quantization`. In ComfyUI 0.27 and newer, which has an int8 layout of its own,
+its `Linear` keeps the weight, so that its memory manager, LoRA and saving apply; in older versions
+`Int8Linear` does. Both read and write the same files, in ComfyUI's layout `int8_tensorwise`.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 
-import comfy.utils
+import comfy.float
+import comfy.lora
+import comfy.model_management
+import comfy.ops
 import torch
 from torch import Tensor, nn
 
@@ -18,24 +28,30 @@ from ...gmflow_core.quantization.int8 import (
     unpack,
 )
 
-FORMAT = "int8_tensorwise"  # ComfyUI's name of the layout; its scales may be one a row
-MARK = "comfy_quant"  # key of a layer's layout in a state dict, as JSON in bytes
+FORMAT = "int8_tensorwise"  # ComfyUI's name of the layout; it may have a scale for each row
+MARK = "comfy_quant"  # key of a layer's layout in a state dict: JSON as bytes
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 COMPUTE = {"16 bit": linear, "int8": int8_linear}
 StateDict = dict[str, Tensor]
 
 
 def is_block_layer(key: str) -> bool:
-    """Whether `key`, such as `double_blocks.0.img_attn.qkv.weight`, is of a layer inside one of the network's numbered
-    blocks. The layers outside (first, last, embeddings of time and text) are few, and errors in them reach everything."""
-    *modules, _, _ = key.split(".")  # the last two: the layer itself and the parameter
+    """Return whether a weight belongs to a layer inside one of the network's numbered blocks.
+
+    Layers outside of them (first, last, embeddings of time and text) are few, and errors in them
+    reach everything.
+
+    Args:
+        key: its name, such as `double_blocks.0.img_attn.qkv.weight`.
+    """
+    *modules, _, _ = key.split(".")  # the last two are the layer itself and the parameter
     return any(name.isdigit() for name in modules) and not (
         "emb" in modules[0] or modules[0].endswith("_in")
     )
 
 
 def is_quantisable(key: str, weight: Tensor) -> bool:
-    """Whether this entry of a state dict becomes int8: the matrix of a linear layer in a block."""
+    """Return whether an entry of a state dict is the float matrix of a linear layer in a block."""
     return (
         key.endswith(".weight")
         and weight.ndim == 2
@@ -45,23 +61,28 @@ def is_quantisable(key: str, weight: Tensor) -> bool:
 
 
 def layout(group: int) -> Tensor:
-    """The layout of a layer, as a state dict holds it."""
+    """Return a layer's layout as a state dict holds it.
+
+    Args:
+        group: size of the rotation, 0 for none.
+    """
     about = {"format": FORMAT, **({"convrot": True, "convrot_groupsize": group} if group else {})}
     return torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
 
 
 def read_layout(mark: Tensor) -> tuple[str, int]:
-    """Format and size of the rotation (0: none) of a layer."""
+    """Return the format of a layer and the size of its rotation, 0 for none."""
     about = json.loads(bytes(mark.tolist()))
     about = {**(about.get("params") or {}), **about}
-    return about.get("format", "unknown"), about.get("convrot_groupsize", 256) if about.get(
-        "convrot"
-    ) else 0
+    group = about.get("convrot_groupsize", 256) if about.get("convrot") else 0
+    return about.get("format", "unknown"), group
 
 
-# --- operations
 def has_native_layout() -> bool:
-    """Whether this ComfyUI has int8 weights with rotation: 0.27 and newer, with its package comfy_kitchen."""
+    """Return whether this ComfyUI has int8 weights with rotation.
+
+    Version 0.27 and newer have, with the package comfy_kitchen.
+    """
     try:
         from comfy.quant_ops import QUANT_ALGOS, get_layout_class
 
@@ -75,19 +96,17 @@ def has_native_layout() -> bool:
 
 
 def int8_operations(compute: str, dtype: torch.dtype, advance: Callable[[], None]) -> type:
-    """The operations class whose linear layers round themselves to int8 as they are loaded.
+    """Return the operations class whose linear layers round themselves to int8 while they load.
 
     Args:
         compute: "16 bit" expands the weights for each product, "int8" rounds the activations too.
         dtype: type of all other weights.
         advance: called after each layer.
     """
-    device = (
-        comfy.model_management.get_torch_device()
-    )  # that rounds; a layer goes there and back in chunks
+    device = comfy.model_management.get_torch_device()  # rounds, chunk by chunk
 
     def quantise(state_dict: StateDict, prefix: str) -> None:
-        """Replace a layer's weight in its state dict by int8 values, scales and layout, if it is to be quantised."""
+        """Replace a quantisable weight in a state dict by int8 values, scales and layout."""
         key, mark = f"{prefix}weight", f"{prefix}{MARK}"
         if mark in state_dict:
             advance()
@@ -115,22 +134,24 @@ def int8_operations(compute: str, dtype: torch.dtype, advance: Callable[[], None
 
 
 def check_shape(layer: nn.Module, state_dict: StateDict, prefix: str) -> None:
-    """
+    """Check that a layer's weight in its state dict has the layer's shape.
+
     Raises:
-        ValueError: a layer in a block has no weight in its state dict, or one of another shape.
+        ValueError: it has another; or a layer in a block has no weight.
     """
     key, expected = f"{prefix}weight", (layer.out_features, layer.in_features)
     found = tuple(state_dict[key].shape) if key in state_dict else "none"
     if found != expected and (key in state_dict or is_block_layer(key)):
         raise ValueError(
-            f"the weight {key!r} does not fit: expected {expected}, found {found}; the file is damaged"
+            f"the weight {key!r} does not fit: expected {expected}, found {found}; the file is "
+            "damaged"
         )
 
 
 def native_operations(
     compute: str, dtype: torch.dtype, quantise: Callable[[StateDict, str], None]
 ) -> type:
-    """ComfyUI's own operations for quantised layers, which are given a state dict that `quantise` has gone over."""
+    """Return ComfyUI's own operations for quantised layers, loading what `quantise` has rounded."""
     from comfy.quant_ops import QuantizedTensor
 
     native = comfy.ops.mixed_precision_ops({"mixed_ops": True}, dtype)
@@ -146,14 +167,9 @@ def native_operations(
                 if compute == "int8" or not isinstance(weight, QuantizedTensor):
                     return super()._forward(x, weight, bias)
                 about = weight._params
-                scale = about.scale.reshape(-1, 1)
-                return linear(
-                    x,
-                    Int8Weight(
-                        weight._qdata, scale, about.convrot_groupsize if about.convrot else 0
-                    ),
-                    bias,
-                )
+                group = about.convrot_groupsize if about.convrot else 0
+                int8 = Int8Weight(weight._qdata, about.scale.reshape(-1, 1), group)
+                return linear(x, int8, bias)
 
     return Operations
 
@@ -161,16 +177,17 @@ def native_operations(
 class Int8Linear(nn.Module, comfy.ops.CastWeightBiasOp):
     """A linear layer whose weight is int8 if its state dict says so.
 
-    `weight` is one tensor with values and scales (`pack`), so that ComfyUI, which backs up, moves, pins and restores a
-    layer's `weight`, keeps both. `group` is the size of the rotation, None for a layer that is not quantised.
+    `weight` is one tensor with values and scales (`pack`), so that ComfyUI, which backs up, moves,
+    pins and restores a layer's `weight`, keeps both. `group` is the size of the rotation; it is
+    None for a layer that is not quantised.
     """
 
-    comfy_cast_weights = True  # moves its weights to the input's device by itself
+    comfy_cast_weights = True  # tells ComfyUI that the layer moves its weights itself
     product = staticmethod(linear)
 
     @staticmethod
     def quantise(state_dict: StateDict, prefix: str) -> None:
-        """What is done with the state dict before it is loaded."""
+        """Round the weight in a state dict before it is loaded; `int8_operations` sets it."""
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, device=None, dtype=None
@@ -178,14 +195,10 @@ class Int8Linear(nn.Module, comfy.ops.CastWeightBiasOp):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.group: int | None = None
-        self.weight = nn.Parameter(
-            torch.empty(0, device=device, dtype=dtype), requires_grad=False
-        )  # until it is loaded
-        self.bias = (
-            nn.Parameter(torch.empty(out_features, device=device, dtype=dtype), requires_grad=False)
-            if bias
-            else None
-        )
+        # empty until it is loaded
+        self.weight = nn.Parameter(torch.empty(0, device=device, dtype=dtype), requires_grad=False)
+        values = torch.empty(out_features, device=device, dtype=dtype) if bias else None
+        self.bias = None if values is None else nn.Parameter(values, requires_grad=False)
 
     def _load_from_state_dict(
         self,
@@ -211,12 +224,10 @@ class Int8Linear(nn.Module, comfy.ops.CastWeightBiasOp):
         missing.remove(key)
         if mark is not None:
             self.group = read_layout(mark)[1]
-            self.weight = nn.Parameter(
-                pack(Int8Weight(weight, scale.float().reshape(-1, 1), self.group)),
-                requires_grad=False,
-            )
+            new = pack(Int8Weight(weight, scale.float().reshape(-1, 1), self.group))
         else:
-            self.weight = nn.Parameter(weight.to(self.weight.dtype, copy=True), requires_grad=False)
+            new = weight.to(self.weight.dtype, copy=True)
+        self.weight = nn.Parameter(new, requires_grad=False)
 
     def _save_to_state_dict(self, destination: StateDict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -228,6 +239,7 @@ class Int8Linear(nn.Module, comfy.ops.CastWeightBiasOp):
             destination[f"{prefix}{MARK}"] = layout(self.group)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the product with the weight, to which LoRA on offloaded layers is added first."""
         move = comfy.model_management.cast_to
         bias = None if self.bias is None else move(self.bias, x.dtype, x.device)
         for function in self.bias_function:
@@ -243,12 +255,14 @@ class Int8Linear(nn.Module, comfy.ops.CastWeightBiasOp):
         return nn.functional.linear(x, weight, bias)
 
     def convert_weight(self, weight: Tensor, inplace: bool = False, **kwargs) -> Tensor:
-        """The weight that ComfyUI computes LoRA on, from `self.weight` or a copy of it, of whatever type."""
-        return (
-            weight
-            if self.group is None
-            else unpack(weight, self.out_features, self.group).dequantize()
-        )
+        """Return the float weight that ComfyUI adds LoRA to.
+
+        Args:
+            weight: `self.weight`, or a copy of it of any type.
+        """
+        if self.group is None:
+            return weight
+        return unpack(weight, self.out_features, self.group).dequantize()
 
     def set_weight(
         self,
@@ -258,7 +272,10 @@ class Int8Linear(nn.Module, comfy.ops.CastWeightBiasOp):
         return_weight: bool = False,
         **kwargs,
     ):
-        """Take a weight with LoRA, rounded stochastically: rounding to the nearest would lose what is below a step."""
+        """Take a float weight with LoRA, and round it stochastically.
+
+        Rounding to the nearest value would lose changes smaller than a step.
+        """
         if self.group is None:
             new = comfy.float.stochastic_rounding(weight, self.weight.dtype, seed=seed or 0)
         else:
@@ -273,8 +290,12 @@ class Int8Linear(nn.Module, comfy.ops.CastWeightBiasOp):
 
 
 def _patched(weight: Tensor, function: Callable) -> Tensor:
-    """A weight after one of ComfyUI's weight functions. For LoRA on offloaded layers these hold patches; older versions
-    of them would call `convert_weight` and `set_weight` as well, and round the result."""
+    """Apply one of ComfyUI's weight functions to a weight.
+
+    For LoRA on offloaded layers the function holds patches. They are applied here, as older
+    versions of the function would also call `convert_weight` and `set_weight`, and round the
+    result.
+    """
     patches = getattr(function, "patches", None)
     if patches is None:
         return function(weight)

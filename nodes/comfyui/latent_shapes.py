@@ -1,74 +1,71 @@
-"""Convert between the shapes of ComfyUI latents and of solvers."""
+"""Convert between the shapes of ComfyUI's latents and of solvers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import comfy.samplers
+import comfy.model_base
 import torch
 from torch import Tensor
 
 from ...gmflow_core.models.adapter_heads import HeadLayout
-from .options import adapter_of
+from .adapter_info import adapter_of
 
 
-# The solver's shape
 def to_points(latent: Tensor) -> Tensor:
-    """(B, 2, *S) -> (B * numel(S), 2)."""
+    """Convert a latent (B, 2, *S) to points (B * numel(S), 2)."""
     return latent.movedim(1, -1).reshape(-1, latent.shape[1])
 
 
 def to_latent(points: Tensor, shape: torch.Size) -> Tensor:
-    """The inverse of `to_points` for a latent of that shape."""
+    """Convert points back to a latent of this shape: the inverse of `to_points`."""
     return points.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
 
 
 class SolverShape:
-    """How a model's latents, (B, C, *S), become what a solver works on."""
+    """Shape that a solver works in: that of the latents, (B, C, *S)."""
 
     def to_solver(self, latent: Tensor) -> Tensor:
-        """A latent in the solver's shape."""
+        """Convert a latent to the solver's shape."""
         return latent
 
     def from_solver(self, x: Tensor, latent_shape: torch.Size) -> Tensor:
-        """The inverse of `to_solver`."""
+        """Convert back to a latent of this shape: the inverse of `to_solver`."""
         return x
 
 
 class PointShape(SolverShape):
-    """Of a 2-D model every point is a sample of its own."""
+    """Shape for 2-D models: every point is a sample of its own."""
 
     def to_solver(self, latent: Tensor) -> Tensor:
-        """(B, 2, *S) -> (B * numel(S), 2)."""
+        """Convert (B, 2, *S) to (B * numel(S), 2)."""
         return to_points(latent)
 
     def from_solver(self, x: Tensor, latent_shape: torch.Size) -> Tensor:
-        """The inverse of `to_solver`."""
+        """Convert back to a latent of this shape: the inverse of `to_solver`."""
         return to_latent(x, latent_shape)
 
 
 @dataclass(frozen=True)
 class FoldedShape(SolverShape):
-    """Latents that hold pixels of the mixture in their channels."""
+    """Shape for latents whose channels hold p x p pixels of the mixture."""
 
     layout: HeadLayout
 
     def to_solver(self, latent: Tensor) -> Tensor:
-        """(B, C p^2, h, w) -> (B, C, p h, p w)."""
+        """Convert (B, C p^2, h, w) to (B, C, p h, p w)."""
         return self.layout.unfold(latent)
 
     def from_solver(self, x: Tensor, latent_shape: torch.Size) -> Tensor:
-        """The inverse of `to_solver`."""
+        """Convert back to a latent: the inverse of `to_solver`."""
         return self.layout.fold(x)
 
 
 def solver_shape(model: comfy.model_base.BaseModel, model_options: dict | None) -> SolverShape:
-    """That of a model with these options."""
+    """Return the solver's shape for a model with these options."""
     if getattr(model.diffusion_model, "of_points", False):
         return PointShape()
     adapter = adapter_of(model_options)
-    return (
-        FoldedShape(adapter.layout)
-        if adapter is not None and adapter.layout.folded > 1
-        else SolverShape()
-    )
+    if adapter is not None and adapter.base.layout.folded > 1:
+        return FoldedShape(adapter.base.layout)
+    return SolverShape()

@@ -4,43 +4,54 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .label_conditioning import LABELS
 from .notices import clear, notice
-from .options import LABELS
 
 
-# Mixture sources
-def mark_noise(noise: Tensor, drawn: object) -> Tensor:
-    """Leave a note on a noise tensor of what it was drawn by, for `check_noise`."""
-    noise.gmflow_source = drawn
+def mark_noise(noise: Tensor, drawn_by: object) -> Tensor:
+    """Note on a noise tensor the SourceNoise that drew it, for `check_noise`.
+
+    The note is an attribute of the tensor, as ComfyUI hands nothing else of a NOISE to the guider.
+    """
+    noise.gmflow_source = drawn_by
     return noise
 
 
 def check_noise(executor, noise: Tensor, *args, **kwargs):
-    """Say so if a model gets noise of another kind than it was trained with (N(0, I), or a mixture source), or of other modes
-    than those it is told; a wrapper for ComfyUI's OUTER_SAMPLE, so that it is said with stock samplers too."""
+    """Warn if the noise, or its modes, are not what the model was trained with.
+
+    The noise is N(0, I) or that of a mixture source; its modes are those the conditioning names.
+    It is a wrapper for ComfyUI's OUTER_SAMPLE, so that stock samplers warn too.
+    """
     clear()
     guider = executor.class_obj
     record = guider.model_patcher.model.diffusion_model.source
-    drawn = getattr(noise, "gmflow_source", None)
-    knows = record is not None and record["conditioning"] == "mode"
-    if record is None and drawn is not None:
+    drawn_by = getattr(noise, "gmflow_source", None)
+    knows_modes = record is not None and record["conditioning"] == "mode"
+    if record is None and drawn_by is not None:
         notice(
-            "connect 'RandomNoise' to noise: this noise is from a mixture source, and the model was trained with noise from "
-            "N(0, I). Expect poor images"
+            "connect 'RandomNoise' to noise: this noise is from a mixture source, and the model "
+            "was trained with noise from N(0, I). Expect poor images"
         )
-    if record is not None and drawn is None and noise.any():  # or it is switched off
-        modes = ", and its modes to positive" if knows else ""
+    if record is not None and drawn_by is None and noise.any():  # all zeros: noise is disabled
+        modes = ", and its modes to positive" if knows_modes else ""
         notice(
-            f"connect 'Mixture Source Noise' to noise of SamplerCustomAdvanced{modes}: the model was trained with noise from a "
-            f"mixture source of {record['num_modes']} modes, and this is not. Expect poor images"
+            f"connect 'Mixture Source Noise' to noise of SamplerCustomAdvanced{modes}: the model "
+            f"was trained with noise from a mixture source of {record['num_modes']} modes, and "
+            "this noise is not. Expect poor images"
         )
-    if knows and drawn is not None:
-        conds = getattr(guider, "conds", {}).get("positive") or []
-        told = [cond[LABELS].tolist() for cond in conds if cond.get(LABELS) is not None]
-        wrong = [modes for modes in told if modes != drawn.modes.tolist()]
-        if wrong:
-            notice(
-                "connect noise and modes from the same 'Mixture Source Noise': the noise is of the modes "
-                f"{drawn.modes.tolist()}, and the conditioning says {wrong[0]}. Expect poor images"
-            )
+    if knows_modes and drawn_by is not None:
+        _check_modes(guider, drawn_by.modes.tolist())
     return executor(noise, *args, **kwargs)
+
+
+def _check_modes(guider, modes: list[int]) -> None:
+    """Warn if the positive conditioning names other modes than those of the noise."""
+    conds = getattr(guider, "conds", {}).get("positive") or []
+    named = [cond[LABELS].tolist() for cond in conds if cond.get(LABELS) is not None]
+    wrong = [labels for labels in named if labels != modes]
+    if wrong:
+        notice(
+            "connect noise and modes from the same 'Mixture Source Noise': the noise is of the "
+            f"modes {modes}, and the conditioning says {wrong[0]}. Expect poor images"
+        )

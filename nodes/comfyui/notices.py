@@ -1,4 +1,4 @@
-"""What a node has to say while it runs: in the log, and on the node in the page."""
+"""Messages of a node that runs: in the log, and on the node in the page."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import sys
 from comfy_execution.utils import get_executing_context
 
 NOTHING = " "  # the page ignores an empty text
-_said: tuple[str | None, dict] = (None, {})  # of the prompt that runs: (node, message), in order
+# Module state, as ComfyUI keeps no place for what a node has said: node classes have no instances,
+# and one prompt runs at a time.
+_said: tuple[str | None, dict] = (None, {})  # prompt that runs, its (node, message) in order
 _shown: set[str] = set()  # nodes that have a text on them
 
 
 def notice(message: str, level: int = logging.WARNING) -> None:
-    """Say it once for each run of a node; on the node itself where the ComfyUI server runs."""
+    """Log a message, and show it on the node that runs, once for each run of the node."""
     node = _running_node()
     if (node, message) in _said[1]:
         return
@@ -23,7 +25,7 @@ def notice(message: str, level: int = logging.WARNING) -> None:
 
 
 def clear() -> None:
-    """Take off the running node what it said in an earlier prompt."""
+    """Remove from the node that runs the messages of an earlier prompt."""
     node = _running_node()
     if node in _shown and not any(at == node for at, _ in _said[1]):
         _show(node, NOTHING)
@@ -31,7 +33,7 @@ def clear() -> None:
 
 
 def _running_node() -> str | None:
-    """The node that runs; what was said in an earlier prompt is forgotten."""
+    """Return the node that runs, and forget the messages of an earlier prompt."""
     global _said
     context = get_executing_context()
     prompt, node = (context.prompt_id, context.node_id) if context is not None else (None, None)
@@ -41,6 +43,7 @@ def _running_node() -> str | None:
 
 
 def _show(node: str | None, text: str) -> None:
+    """Show a text on a node, where the ComfyUI server runs."""
     server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
     if node is not None and server is not None:
         _shown.add(node)

@@ -1,7 +1,8 @@
-"""Probabilistic guidance in the place of ComfyUI's cfg."""
+"""Probabilistic guidance (GMFlow, ICML 2025) in the place of ComfyUI's cfg."""
 
 from __future__ import annotations
 
+import comfy.model_patcher
 import comfy.samplers
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
@@ -10,14 +11,13 @@ from ...gmflow_core import DXPolicy
 from ...gmflow_core.sampling.guidance import Guidance, within
 from .latent_shapes import solver_shape
 from .notices import notice
-from .options import RECORDER
-from .recording import recording
+from .recording import RECORDER, recording
 
 
-# Probabilistic guidance
 class ProbabilisticCFG:
-    """A cfg function for ComfyUI that takes `cfg` as the weight w of probabilistic guidance: stock samplers get the guided
-    mean, and the recorder the guided mixture.
+    """A cfg function for ComfyUI that takes `cfg` as the weight w of probabilistic guidance.
+
+    Stock samplers get the guided mean; the recorder gets the guided mixture.
 
     Args:
         orthogonal, interval: see `Guidance`.
@@ -27,53 +27,58 @@ class ProbabilisticCFG:
         self.orthogonal, self.interval = orthogonal, interval
 
     def guidance(self, cfg: float) -> Guidance:
-        """
+        """Return the guidance with weight `cfg`.
+
         Raises:
-            ValueError: `cfg` is no weight.
+            ValueError: `cfg` is no weight in [0, 1).
         """
         if not 0 <= cfg < 1:
             raise ValueError(
-                f"cfg is {cfg:g}, but with 'GM Probabilistic Guidance' it is the weight w in [0, 1): 0 for none, 0.1 to 0.5 as "
-                "a rule. Set cfg of the sampler or guider to that (Basic Guider has none: use GM Guider or CFG Guider)"
+                f"cfg is {cfg:g}, but with 'GM Probabilistic Guidance' it is the weight w in "
+                "[0, 1): 0 is off, 0.1 to 0.5 are usual. Set cfg of the sampler or guider to that "
+                "(Basic Guider has none: use GM Guider or CFG Guider)"
             )
         return Guidance(cfg, orthogonal=self.orthogonal, interval=self.interval)
 
     def __call__(self, args: dict) -> Tensor:
-        """x minus the guided mean; ComfyUI's `sampler_cfg_function`."""
-        guidance, model, latent, sigma = (
-            self.guidance(args["cond_scale"]),
-            args["model"],
-            args["input"],
-            args["sigma"],
-        )
+        """Return x minus the guided mean; ComfyUI's `sampler_cfg_function`.
+
+        Raises:
+            ValueError: `cfg` is no weight, a conditioning is missing, or the model predicts no
+                Gaussian mixture.
+        """
+        model, latent, sigma = args["model"], args["input"], args["sigma"]
+        guidance = self.guidance(args["cond_scale"])
         recorder = args["model_options"]["transformer_options"][RECORDER]
         recorder.asked = True
         if not guidance.acts_at(sigma):
             return args["cond"]
         if not args["input_uncond"]:
             raise ValueError(
-                "probabilistic guidance needs a positive and a negative conditioning, and a guider that passes them on as "
-                "ComfyUI's own do; use GM Guider, CFG Guider or KSampler"
+                "probabilistic guidance needs a positive and a negative conditioning, and a guider "
+                "that passes both on as ComfyUI's own do; use GM Guider, CFG Guider or KSampler"
             )
         shape = solver_shape(model, args["model_options"])
         x, uncond = shape.to_solver(latent), shape.to_solver(args["uncond_denoised"])
-        cond = recorder.x0_policy(
-            args["input_cond"], x, sigma.repeat_interleave(len(x) // len(sigma))
-        )
+        sigmas = sigma.repeat_interleave(len(x) // len(sigma))
+        cond = recorder.x0_policy(args["input_cond"], x, sigmas)
         if cond is None:
             why = recorder.why_not_single(args["input_cond"], x)
             notice(f"found {why}, so there is no single mixture to guide: nothing is guided")
             return args["cond"]
         if isinstance(cond, DXPolicy):
             raise ValueError(
-                "probabilistic guidance needs a Gaussian mixture, and this adapter has a DX policy; use classifier-free "
-                "guidance, or a GM adapter"
+                "probabilistic guidance needs a Gaussian mixture, and this adapter has a DX "
+                "policy; use classifier-free guidance, or a GM adapter"
             )
         recorder.guided = guidance(cond, uncond)
         return latent - shape.from_solver(recorder.guided.mean(), latent.shape)
 
     def calc_cond_batch(self, args: dict) -> list[Tensor]:
-        """The predictions, without the negative one outside of the interval; ComfyUI's `sampler_calc_cond_batch_function`."""
+        """Return the predictions, without the negative one outside of the interval.
+
+        It is ComfyUI's `sampler_calc_cond_batch_function`.
+        """
         positive, negative = args["conds"]
         conds = [positive, negative if within(self.interval, args["sigma"]) else None]
         return comfy.samplers.calc_cond_batch(
@@ -86,17 +91,19 @@ def with_probabilistic_guidance(
     orthogonal: float = 1.0,
     interval: tuple[float, float] = (0.0, 1.0),
 ) -> comfy.model_patcher.ModelPatcher:
-    """A clone of `model` whose `cfg` is the weight of probabilistic guidance, in every sampler and guider; settings that were
-    there before are replaced.
+    """Return a clone of `model` whose `cfg` is the weight of probabilistic guidance.
+
+    It is so in every sampler and guider. Settings of an earlier call are replaced.
 
     Raises:
-        ValueError: another node has put its own cfg function in.
+        ValueError: another node has put its own cfg function on the model.
     """
     other = model.model_options.get("sampler_cfg_function")
     if other is not None and not has_probabilistic_guidance(model):
         raise ValueError(
-            f"a node before has put a cfg function of its own into this model ({_name_of(other)}: RescaleCFG and the like), "
-            "and there can be one only; remove that node, or use it without probabilistic guidance"
+            f"an earlier node has put a cfg function of its own on this model ({_name_of(other)}: "
+            "RescaleCFG and the like), and there can be only one; remove that node, or use it "
+            "without probabilistic guidance"
         )
     model, function = model.clone(), ProbabilisticCFG(orthogonal, interval)
     model.set_model_sampler_cfg_function(function, disable_cfg1_optimization=True)
@@ -106,7 +113,7 @@ def with_probabilistic_guidance(
 
 
 def has_probabilistic_guidance(model: comfy.model_patcher.ModelPatcher) -> bool:
-    """Whether `with_probabilistic_guidance` has been here."""
+    """Return whether a model's `cfg` is the weight of probabilistic guidance."""
     return isinstance(model.model_options.get("sampler_cfg_function"), ProbabilisticCFG)
 
 
@@ -117,27 +124,29 @@ def predict_noise_recorded(
     model_options: dict | None = None,
     seed: int | None = None,
 ):
-    """Give every call of a guider a recorder; a wrapper for ComfyUI's PREDICT_NOISE.
+    """Give a guider's call a recorder; a wrapper for ComfyUI's PREDICT_NOISE.
 
     Raises:
-        ValueError: the guider made something else of cfg.
+        ValueError: the guider or another node would use the weight as a cfg scale.
     """
     options, recorder = recording(model_options)
     function = options.get("sampler_cfg_function")
     if not isinstance(function, ProbabilisticCFG):
         raise ValueError(
-            f"a node behind 'GM Probabilistic Guidance' has put its own cfg function in its place ({_name_of(function)}: "
-            "RescaleCFG and the like), and would take the weight for a cfg scale; remove one of the two"
+            "a node after 'GM Probabilistic Guidance' has replaced its cfg function by its own "
+            f"({_name_of(function)}: RescaleCFG and the like), which would use the weight as a cfg "
+            "scale; remove one of the two"
         )
     result = executor(x, timestep, options, seed)
     if not recorder.asked:
         raise ValueError(
-            "this guider computes its own cfg and would take the weight of 'GM Probabilistic Guidance' for a cfg scale; use GM "
-            "Guider, CFG Guider or KSampler, or remove GM Probabilistic Guidance"
+            "this guider computes its own cfg, and would use the weight of 'GM Probabilistic "
+            "Guidance' as a cfg scale; use GM Guider, CFG Guider or KSampler, or remove GM "
+            "Probabilistic Guidance"
         )
     return result
 
 
 def _name_of(function: object) -> str:
-    """Where a function comes from, for a message."""
+    """Return where a function comes from, for a message."""
     return getattr(function, "__qualname__", type(function).__qualname__).split(".<locals>")[0]

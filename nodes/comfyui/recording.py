@@ -1,4 +1,10 @@
-"""Hand the mixture that a network predicts to the sampler that asked for it."""
+"""Hand the mixture that a network predicts to the sampler that asked for it.
+
+A model that predicts mixtures is an ordinary MODEL, and returns a mean velocity. A sampler that
+wants the whole mixture puts a `MixtureRecorder` in the transformer options of its call (ComfyUI
+copies the options, but passes a plain object on by reference). A wrapper around the model finds the
+recorder, collects what the network offers, and records it. Nothing is kept between two calls.
+"""
 
 from __future__ import annotations
 
@@ -6,58 +12,58 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import comfy.samplers
+import comfy.model_patcher
 import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...gmflow_core import DXVelocity, GaussianMixture, predict_x0
 from ...gmflow_core.flow.policy import Policy
-from .options import RECORDER
 
-PARTIAL = (
-    "area",
-    "mask",
-    "timestep_start",
-    "timestep_end",
-)  # what limits a conditioning to a part of the latent or the steps
+RECORDER = "gmflow_mixture_recorder"  # key in transformer_options, and of our wrappers
+# keys that limit a conditioning to a part of the latent, or of the steps
+PARTS = ("area", "mask")
+TIMES = ("timestep_start", "timestep_end")
 NO_MIXTURE = (
-    "GM samplers and guidance need a model that predicts a Gaussian mixture at every step, and this one did not; load one with "
-    "'Load GM Model', or put 'GM Adapter' on a base model (and remove nodes that skip network calls, such as LazyCache), or "
-    "use a stock sampler"
+    "GM samplers and guidance need a model that predicts a Gaussian mixture at every step, and "
+    "this one did not; load one with 'Load GM Model', or put 'GM Adapter' on a base model (and "
+    "remove nodes that skip network calls, such as LazyCache), or use a stock sampler"
 )
 
 
 class MixtureRecorder:
-    """Collects the predictions of velocities that one call of a guider makes, by the conditioning they belong to."""
+    """Velocities predicted in one call of a guider, by the conditioning they belong to."""
 
     def __init__(self):
         self.predictions: dict[object, GaussianMixture | DXVelocity] = {}
-        self.guided: GaussianMixture | None = (
-            None  # of x_0; what probabilistic guidance made of them, if it did
-        )
+        self.guided: GaussianMixture | None = None  # of x_0, set by probabilistic guidance
         self.asked = False  # whether the guider left cfg to probabilistic guidance
 
     def record(self, prediction: GaussianMixture | DXVelocity, transformer_options: dict) -> None:
-        """Split a network's output, whose batch (log_std's too) holds an equal chunk for each conditioning, by cond uuid. The
-        first of each counts: nodes that call the network again, to compare, do so after the call itself."""
+        """Split a network's output by conditioning, and keep the first of each.
+
+        The batch (that of log_std too) holds an equal chunk for each conditioning. The first
+        counts, as nodes that call the network again, to compare, do so after the guider's call.
+        """
         uuids = transformer_options["uuids"]
         for uuid, chunk in zip(uuids, prediction.chunk(len(uuids)), strict=True):
             self.predictions.setdefault(uuid, chunk)
 
     def x0_policy(self, conds: list[dict] | None, x: Tensor, sigma: Tensor) -> Policy | None:
-        """The policy in x_0 for a guider's positive conditioning, at x in a solver's shape; None where there is no single
-        prediction for the whole latent, for which `why_not_single` has the reason.
+        """Return the policy in x_0 for a guider's positive conditioning.
+
+        Args:
+            x: in the solver's shape.
+            sigma: (B,).
+
+        Returns:
+            None if there is no single prediction for the whole latent; `why_not_single` tells why.
 
         Raises:
             ValueError: the model predicts no mixture.
         """
-        absent = any(
-            cond.get(key) is not None
-            for cond in conds or []
-            for key in ("timestep_start", "timestep_end")
-        )
-        if not self.predictions and not absent:
+        timed = any(cond.get(key) is not None for cond in conds or [] for key in TIMES)
+        if not self.predictions and not timed:
             raise ValueError(NO_MIXTURE)
         if self.why_not_single(conds, x):
             return None
@@ -66,45 +72,50 @@ class MixtureRecorder:
         return predict_x0(self.predictions[conds[0]["uuid"]].to(x.device), x, sigma)
 
     def why_not_single(self, conds: list[dict] | None, x: Tensor) -> str:
-        """What was predicted, or asked for, that is more or less than one thing for the whole latent and all steps; "" if
-        nothing."""
-        partial = [key for cond in conds or [] for key in PARTIAL if cond.get(key) is not None]
+        """Return what keeps a conditioning from having one prediction for all; "" if nothing does.
+
+        One prediction for all covers the whole latent at every step.
+        """
+        limits = [key for cond in conds or [] for key in PARTS + TIMES if cond.get(key) is not None]
         if len(conds or []) != 1:
             return f"{len(conds or [])} positive conditionings"
-        if partial:
-            return f"a positive conditioning with {', '.join(partial)}"
+        if limits:
+            return f"a positive conditioning with {', '.join(limits)}"
         prediction = self.predictions.get(conds[0]["uuid"])
         if prediction is not None and not prediction.fits(x):
             return "predictions for parts of the latent (context windows, tiles)"
         return ""
 
 
-_waiting = (
-    threading.local()
-)  # .predictions: a list while `add_recording`'s wrapper waits in this thread
+# Thread-local rather than an argument, as networks compiled by torch.compile are not traced again
+# when transformer options change. `predictions` is a list while a recorder waits in this thread.
+_waiting = threading.local()
 
 
 def is_awaited() -> bool:
-    """Whether somebody waits for the whole prediction of the network that runs."""
+    """Return whether a recorder waits for the whole prediction of the network that runs."""
     return getattr(_waiting, "predictions", None) is not None
 
 
 def offer(prediction: object) -> None:
-    """Hand a prediction to whoever waits for it. Thread-local, as compiled networks are not traced anew for other options."""
+    """Hand a prediction to the recorder that waits in this thread, if one does."""
     if is_awaited():
         _waiting.predictions.append(prediction)
 
 
+def unchanged(prediction: Any, latent_shape: torch.Size) -> GaussianMixture | DXVelocity:
+    """Return a prediction that is in the solver's shape already."""
+    return prediction
+
+
 def add_recording(
     model: comfy.model_patcher.ModelPatcher,
-    finish: Callable[[Any, torch.Size], GaussianMixture | DXVelocity] = lambda prediction, shape: (
-        prediction
-    ),
+    finish: Callable[[Any, torch.Size], GaussianMixture | DXVelocity] = unchanged,
 ) -> None:
     """Let recorders get what the model's network offers.
 
     Args:
-        finish: makes of it, and of the latents' shape, a prediction in the solver's shape.
+        finish: converts a prediction, given the latents' shape, to the solver's shape.
     """
 
     def apply_model_recorded(
@@ -117,7 +128,7 @@ def add_recording(
         transformer_options=None,
         **kwargs,
     ) -> Tensor:
-        """A wrapper for ComfyUI's APPLY_MODEL."""
+        """Run the model and record its prediction; a wrapper for ComfyUI's APPLY_MODEL."""
         options = transformer_options or {}
         recorder = options.get(RECORDER)
         _waiting.predictions = predictions = None if recorder is None else []
@@ -133,10 +144,8 @@ def add_recording(
 
 
 def recording(model_options: dict | None) -> tuple[dict, MixtureRecorder]:
-    """Model options with a recorder in them, and that: the one that is there already, or a new one."""
+    """Return model options that hold a recorder, and the recorder: the present one or a new one."""
     options = (model_options or {}).get("transformer_options", {})
     recorder = options.get(RECORDER) or MixtureRecorder()
-    return {
-        **(model_options or {}),
-        "transformer_options": {**options, RECORDER: recorder},
-    }, recorder
+    options = {**options, RECORDER: recorder}
+    return {**(model_options or {}), "transformer_options": options}, recorder

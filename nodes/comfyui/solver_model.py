@@ -1,10 +1,4 @@
-"""The seam to ComfyUI's sampling: the one file that knows its hooks.
-
-A GM model (see `models.py`), or a model with a GM adapter (see `adapters.py`), is an ordinary MODEL. What wants more than its
-mean velocity leaves a `MixtureRecorder` in the transformer options of the call (a plain object passes through ComfyUI's copies
-of the options by reference); a wrapper around the model finds it there, waits for what the network offers, and hands it over.
-Nothing is kept between two calls.
-"""
+"""A model that ComfyUI hands to a sampler, as the solvers of gmflow_core see it."""
 
 from __future__ import annotations
 
@@ -13,102 +7,100 @@ from torch import Tensor, nn
 
 from ...gmflow_core import GaussianMixture, ModeFrame
 from ...gmflow_core.flow.policy import Policy
-from .adapter import own_shift
+from .adapter_info import Adapter, adapter_of
+from .label_conditioning import SOURCE
 from .latent_shapes import solver_shape
 from .notices import notice
-from .options import SOURCE, Adapter, adapter_of
 from .recording import recording
+from .time_shift import own_shift
 
-ROUNDING = 1e-4  # two means that differ by less, relatively, are the same
+ROUNDING = 1e-4  # relative difference below which two means count as equal
 
 
-class MixtureModel:
-    """What a solver of gmflow_core needs of the model that ComfyUI hands to a sampler function.
-
-    The solver works in the shape that `solver_shape` says.
+class SolverModel:
+    """A denoiser for a solver of gmflow_core, in the shape that `solver_shape` gives.
 
     Args:
-        model: first argument of the sampler function: it holds the guider, the initial noise and the original latent.
-        latent_shape: of the sampler function's x.
-        extra_args: of the sampler function.
+        model: first argument of the sampler function; it holds the guider, the initial noise and
+            the original latent.
+        latent_shape: shape of the sampler function's x.
+        extra_args: the sampler function's `extra_args`.
     """
 
     def __init__(self, model, latent_shape: torch.Size, extra_args: dict):
-        self.model, self.guider, self.latent_shape, self.extra_args = (
-            model,
-            model.inner_model,
-            latent_shape,
-            extra_args,
-        )
+        self.model, self.guider = model, model.inner_model
+        self.latent_shape, self.extra_args = latent_shape, extra_args
         self.shape = solver_shape(self.guider.inner_model, extra_args.get("model_options"))
-        self.mask: Tensor | None = None  # of the step that runs
-        self.frame: ModeFrame | None = None  # what the solver works in
+        self.mask: Tensor | None = None  # noise mask of the present step
+        self.frame: ModeFrame | None = None  # coordinates the solver works in, if other than x
 
     @property
     def spectrum(self) -> nn.Module | None:
-        """The model's spectrum network, if it has one."""
+        """Spectrum network of the model for GM-SDE, if there is one that applies.
+
+        It knows latents, and does not apply in the coordinates of a mixture source's modes.
+        """
+        if self._source is not None:
+            return None
         return getattr(self.guider.inner_model.diffusion_model, "spectrum", None)
 
     @property
     def adapter(self) -> Adapter | None:
-        """The GM adapter on the model."""
+        """GM adapter on the model."""
         return adapter_of(self.extra_args.get("model_options"))
 
     @property
     def own_shift(self) -> float:
-        """The model's time shift."""
+        """Time shift of the model."""
         return own_shift(self.guider.inner_model.model_sampling)
 
     @property
-    def has_source(self) -> bool:
-        """Whether the model was trained with a mixture source."""
-        return self._source is not None
-
-    @property
     def _source(self) -> dict | None:
+        """Training record of the model's mixture source, if it has one."""
         return getattr(self.guider.inner_model.diffusion_model, "source", None)
 
     def enter_modes(self, solver: str) -> None:
-        """Let the solver work in the coordinates in which the noise of the modes is N(0, I), if the model was trained with a
-        mixture source: its closed forms hold there only.
+        """Switch to the modes' coordinates if the model was trained with a mixture source.
 
-        The positive conditioning knows the modes; the noise, which a sampler gets as a tensor, does not. So they are those that
-        the network is told, whatever the guider and the nodes before it.
+        In these coordinates the noise of each mode is N(0, I), which the closed forms of the
+        mixture solvers assume. The modes are read from the positive conditioning, as a sampler
+        gets the noise as a bare tensor: they are those that the network is told, whatever guider
+        and nodes come before it.
 
         Raises:
-            ValueError: the network does not know the modes, or the conditioning does not say them.
+            ValueError: the network does not know the modes, or the conditioning names none.
         """
         record = self._source
         if record is None:
             return
         if record["conditioning"] != "mode":
             raise ValueError(
-                f"{solver} has no closed form for a model that was trained with a mixture source and does not know the modes; "
-                "choose euler (KSamplerSelect, or solver euler of GM Sampler) or another sampler that follows the mean"
+                f"{solver} has no closed form for a model that was trained with a mixture source "
+                "and does not know the modes; choose euler (KSamplerSelect, or solver euler of GM "
+                "Sampler) or another sampler that follows the mean"
             )
         conds = getattr(self.guider, "conds", {}).get("positive") or []
         if len(conds) != 1 or conds[0].get(SOURCE) is None:
             raise ValueError(
-                f"{solver} needs to know the modes of the noise, with their means: connect 'modes' of 'Mixture Source Noise', "
-                "alone, to the positive conditioning; or choose euler, for which numbers from GM Class Labels are enough"
+                f"{solver} needs to know the modes of the noise, with their means: connect 'modes' "
+                "of 'Mixture Source Noise', and nothing else, to the positive conditioning; or "
+                "choose euler, for which numbers from GM Class Labels are enough"
             )
-        self.frame = conds[0][SOURCE].frame(
-            self.latent_shape[0], self.guider.model_patcher.load_device
-        )
+        device = self.guider.model_patcher.load_device
+        self.frame = conds[0][SOURCE].frame(self.latent_shape[0], device)
 
     def to_solver(self, latent: Tensor, sigma: Tensor | float) -> Tensor:
-        """A latent at sigma in the solver's shape and coordinates."""
+        """Convert a latent at sigma to the solver's shape and coordinates."""
         x = self.shape.to_solver(latent)
         return x if self.frame is None else self.frame.enter(x, sigma)
 
     def from_solver(self, x: Tensor, sigma: Tensor | float) -> Tensor:
-        """The inverse of `to_solver`."""
-        return self.shape.from_solver(
-            x if self.frame is None else self.frame.leave(x, sigma), self.latent_shape
-        )
+        """Convert x at sigma back to a latent: the inverse of `to_solver`."""
+        x = x if self.frame is None else self.frame.leave(x, sigma)
+        return self.shape.from_solver(x, self.latent_shape)
 
     def denoise(self, x: Tensor, sigma: Tensor) -> Policy:
-        """The policy in x_0 that the guider makes; a denoiser for gmflow_core, in the solver's coordinates.
+        """Return the guider's policy in x_0, in the solver's coordinates.
 
         Raises:
             ValueError: the model predicts no mixture.
@@ -117,12 +109,14 @@ class MixtureModel:
         return denoiser(x, sigma)
 
     def guided(self, x: Tensor, sigma: Tensor) -> Policy:
-        """The same at x in the latents' coordinates and the solver's shape.
+        """Return the guider's policy in x_0, in the latents' coordinates and the solver's shape.
 
-        With probabilistic guidance it is the guided mixture. Any other guider, and nodes that change the guided prediction
-        afterwards, say a mean only: the policy is moved there as a whole. For a CFG Guider that is classifier-free guidance as
-        gmflow_core has it. Where the positive conditioning is not a single one for the whole latent and all steps, there is
-        nothing but the mean: a mixture of one component without a spread.
+        - With probabilistic guidance it is the guided mixture.
+        - Other guiders, and nodes that change the guided prediction afterwards, return only a mean;
+          the whole policy is shifted so that its mean matches. For a CFG Guider that is the
+          classifier-free guidance of gmflow_core.
+        - Without a single positive conditioning for the whole latent and all steps only the mean
+          is known: the policy is a point mass, a mixture of one component with variance 0.
 
         Raises:
             ValueError: the model predicts no mixture.
@@ -130,44 +124,43 @@ class MixtureModel:
         options, recorder = recording(self.extra_args.get("model_options"))
         latent_sigma = sigma[:1].expand(self.latent_shape[0])
         self.mask = self.mask_at(latent_sigma)
-        latent = self.shape.from_solver(x, self.latent_shape)
-        denoised = self.guider(
-            latent, latent_sigma, model_options=options, seed=self.extra_args.get("seed")
-        )
+        latent, seed = self.shape.from_solver(x, self.latent_shape), self.extra_args.get("seed")
+        denoised = self.guider(latent, latent_sigma, model_options=options, seed=seed)
         mean, policy = self.shape.to_solver(denoised), recorder.guided
         if policy is None:
             conds = getattr(self.guider, "conds", {}).get("positive")
             policy = recorder.x0_policy(conds, x, sigma)
             if policy is None:
                 notice(
-                    f"found {recorder.why_not_single(conds, x)}, so there is no single mixture: the sampler follows the mean, "
-                    "as stock samplers do. One prompt for the whole image and all steps makes use of the mixture"
+                    f"found {recorder.why_not_single(conds, x)}, so there is no single mixture: "
+                    "the sampler follows the mean, as stock samplers do. One prompt for the whole "
+                    "image and all steps makes use of the mixture"
                 )
                 return GaussianMixture.point_mass(mean)
         shift = mean - policy.mean()
         if recorder.guided is not None and shift.abs().max() <= ROUNDING * (1 + mean.abs().max()):
-            return recorder.guided  # nothing came after
+            return recorder.guided  # no node has changed the guided mean
         return policy.moved(shift)
 
     def mask_at(self, sigma: Tensor) -> Tensor | None:
-        """The noise mask at (B,) equal sigmas, where a node may have put a function of it in; None if there is none."""
-        mask, options = (
-            self.extra_args.get("denoise_mask"),
-            self.extra_args.get("model_options", {}),
-        )
-        if mask is None or "denoise_mask_function" not in options:
+        """Return the noise mask at (B,) equal sigmas, None if there is none.
+
+        Nodes such as Differential Diffusion make the mask a function of sigma.
+        """
+        mask, options = self.extra_args.get("denoise_mask"), self.extra_args.get("model_options")
+        function = (options or {}).get("denoise_mask_function")
+        if mask is None or function is None:
             return mask
         extra = {"model": self.guider, "sigmas": self.model.sigmas}
-        return options["denoise_mask_function"](sigma, mask, extra_options=extra)
+        return function(sigma, mask, extra_options=extra)
 
     @property
     def masked(self) -> bool:
-        """Whether there is a noise mask."""
+        """True if there is a noise mask."""
         return self.extra_args.get("denoise_mask") is not None
 
     def constrain(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """What every substep has to respect: the noise mask of the step, outside of which x is the original latent at that
-        sigma."""
+        """Replace x outside of the step's noise mask by the original latent at that sigma."""
         sigma = sigma.reshape(-1)[:1].expand(self.latent_shape[0])
         latent = self.from_solver(x, sigma)
         original = self.guider.inner_model.scale_latent_inpaint(

@@ -1,73 +1,35 @@
-"""Mixture sources in the folders of ComfyUI, and noise drawn from them."""
+"""Noise drawn from a Gaussian-mixture source, as ComfyUI's NOISE."""
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass, replace
 from typing import Any
 
+import comfy.model_management
 import comfy.sample
-import folder_paths
 import torch
 from torch import Tensor
 
-from ...gmflow_core import GaussianMixtureSource, ModeFrame
+from ...gmflow_core import GaussianMixtureSource, ModeFrame, load_source
+from ...gmflow_core.source.files import read_source_metadata
+from .generators import generators
 from .gm_model import image_latent
-from .model_folders import shipped_sources
+from .label_conditioning import SOURCE, class_conditioning
+from .model_folders import find_source
 from .noise_check import mark_noise
 
-FOLDER = "gmflow_sources"
-BY_WEIGHT, BY_LIST, LIKELIEST, DRAWN = (
-    "by weight",
-    "from the list",
-    "of the image: likeliest",
-    "of the image: drawn",
-)
+BY_WEIGHT, BY_LIST = "by weight", "from the list"
+LIKELIEST, DRAWN = "of the image: likeliest", "of the image: drawn"
 ITEM = re.compile(r"(\d+)(?:\s*-\s*(\d+))?")
-
-
-def register_source_folder() -> None:
-    """Make models/gmflow_sources known to ComfyUI, behind the folders of extra_model_paths.yaml."""
-    default = os.path.join(folder_paths.models_dir, FOLDER)
-    os.makedirs(default, exist_ok=True)
-    folder_paths.add_model_folder_path(FOLDER, default)
-    paths, _ = folder_paths.folder_names_and_paths[FOLDER]
-    folder_paths.folder_names_and_paths[FOLDER] = (paths, {".safetensors"})
-
-
-def installed_sources() -> dict[str, str]:
-    """Name and path of every source that is installed or comes with the extension."""
-    names = folder_paths.get_filename_list(FOLDER)
-    installed = {name: path for name in names if (path := folder_paths.get_full_path(FOLDER, name))}
-    return dict(
-        sorted(
-            {**{os.path.basename(path): path for path in shipped_sources()}, **installed}.items()
-        )
-    )
-
-
-def find_source(name: str) -> str:
-    """The path of an installed source.
-
-    Raises:
-        ValueError: there is none of that name.
-    """
-    sources = installed_sources()
-    if name not in sources:
-        raise ValueError(
-            f"there is no mixture source {name!r} in {folder_paths.get_folder_paths(FOLDER)}; put it there and press R"
-            + (f", or choose one of {', '.join(sources)}" if sources else "")
-        )
-    return sources[name]
 
 
 @dataclass(frozen=True, eq=False)
 class LoadedSource:
-    """What a GM_SOURCE is.
+    """Value of a GM_SOURCE wire.
 
     Args:
-        data: what its samples are, see `gmflow_core.save_checkpoint`.
+        data: a record of its samples, see `gmflow_core.save_checkpoint`.
     """
 
     name: str
@@ -75,8 +37,12 @@ class LoadedSource:
     data: dict[str, Any]
 
     def modes_of(self, latent: Tensor, coupling: str, noise: list[torch.Generator]) -> Tensor:
-        """The modes that the images of a LATENT belong to, by the densities of the source itself: what assigns tokens has no
-        part in it.
+        """Return the modes (B,) that the images of a LATENT belong to.
+
+        The densities of the source decide; an assigner of tokens is not used.
+
+        Args:
+            coupling: "hard" returns the likeliest mode, "soft" draws one by its probability.
 
         Raises:
             ValueError: there is no image, or it does not fit the source.
@@ -84,20 +50,31 @@ class LoadedSource:
         self.source.require_shape(latent.shape[1:])
         if not latent.any():
             raise ValueError(
-                "the modes of an image were asked for, and the latent is empty; connect VAE Encode to latent_image, or choose "
-                f"{BY_WEIGHT!r}"
+                "the modes of an image were asked for, and the latent is empty; connect VAE Encode "
+                f"to latent_image, or choose {BY_WEIGHT!r}"
             )
         images = image_latent(self.source.shape[0], self.data).process_in(latent.float().cpu())
         return replace(self.source, assigner=None).posterior_modes(images, coupling, noise)
 
 
+def load_installed(name: str) -> LoadedSource:
+    """Load an installed mixture source.
+
+    Raises:
+        ValueError: there is none of that name, or the file is none.
+    """
+    path = find_source(name)
+    return LoadedSource(name, load_source(path), read_source_metadata(path)["data"])
+
+
 @dataclass(frozen=True, eq=False)
 class SourceNoise:
-    """A NOISE from modes that are chosen already: as ComfyUI's, it has `seed` and `generate_noise`.
+    """A NOISE of chosen modes: like ComfyUI's, it has `seed` and `generate_noise`.
 
     Args:
-        modes: (n,), for each item of a batch; batches of a multiple of n repeat them, as they do conditionings.
-        seed: of the noise around the modes' means.
+        modes: (n,), one for each item of a batch; larger batches, of a multiple of n, repeat them,
+            as they repeat conditionings.
+        seed: seed of the noise around the modes' means.
     """
 
     source: GaussianMixtureSource
@@ -105,30 +82,33 @@ class SourceNoise:
     seed: int
 
     def modes_for(self, batch: int) -> Tensor:
-        """
+        """Return the modes (batch,) of a batch.
+
         Raises:
             ValueError: they do not fit a batch of that size.
         """
         if batch % len(self.modes):
             raise ValueError(
-                f"{len(self.modes)} modes do not fit a batch of {batch} latents: its size must be {len(self.modes)} or a "
-                "multiple; connect the latent that is sampled to latent_image of 'Mixture Source Noise' too"
+                f"{len(self.modes)} modes do not fit a batch of {batch} latents: its size must be "
+                f"{len(self.modes)} or a multiple; connect the latent that is sampled to "
+                "latent_image of 'Mixture Source Noise' too"
             )
         return self.modes.repeat(batch // len(self.modes))
 
     def generate_noise(self, input_latent: dict) -> Tensor:
-        """One draw for each item of a LATENT; around the mean it is the noise of Random Noise for that seed and batch index."""
+        """Draw noise for each item of a LATENT.
+
+        Around the mean it is the noise of Random Noise for that seed and batch index.
+        """
         latent = input_latent["samples"]
-        modes, indices = (
-            self.modes_for(len(latent)),
-            input_latent.get("batch_index") or range(len(latent)),
-        )
+        modes = self.modes_for(len(latent))
+        indices = input_latent.get("batch_index") or range(len(latent))
         self.source.require_shape(latent.shape[1:])
         noise = comfy.sample.prepare_noise(latent.float(), self.seed, list(indices))
         return mark_noise(self.source.draw(modes, noise=noise), self)
 
     def frame(self, batch: int, device: torch.device) -> ModeFrame:
-        """The coordinates in which the noise of a batch is N(0, I).
+        """Return the coordinates in which the noise of a batch is N(0, I).
 
         Raises:
             ValueError: the modes do not fit the batch, or are diagonal.
@@ -136,12 +116,61 @@ class SourceNoise:
         frame = self.source.frame(self.modes_for(batch))
         return ModeFrame(frame.mean.to(device), frame.std.to(device))
 
+    def conditioning(self) -> list:
+        """Return CONDITIONING that names the modes, in the place of class labels."""
+        conditioning = class_conditioning(self.modes.tolist())
+        conditioning[0][1][SOURCE] = self
+        return conditioning
 
-def mode_list(text: str) -> list[int]:
-    """The numbers of a list such as "3, 7, 7-9".
+
+def choose_noise(
+    loaded: LoadedSource, seed: int, choice: str, listed: str, latent: dict
+) -> SourceNoise:
+    """Choose a mode for each item of a LATENT, and return their noise.
+
+    An item depends only on the seed and on its own index in the batch.
+
+    Args:
+        choice: BY_WEIGHT, BY_LIST, LIKELIEST or DRAWN.
+        listed: the modes for BY_LIST, see `mode_list`.
 
     Raises:
-        ValueError: it is none, or empty.
+        ValueError: modes or latent do not fit the source.
+    """
+    source, samples = loaded.source, latent["samples"]
+    indices = latent.get("batch_index") or range(len(samples))
+    draws = generators(seed, indices)
+    if choice == BY_LIST:
+        modes = mode_list(listed)
+        source.moments([min(modes), max(modes)])  # raises if one is out of range
+        chosen = torch.tensor([modes[index % len(modes)] for index in indices])
+    elif choice == BY_WEIGHT:
+        chosen = source.draw_modes(len(samples), draws)
+    else:
+        chosen = loaded.modes_of(samples, "hard" if choice == LIKELIEST else "soft", draws)
+    return SourceNoise(source, chosen, seed)
+
+
+def empty_latent(loaded: LoadedSource, batch: int, choice: str) -> dict:
+    """Return an empty LATENT of the source's size.
+
+    Raises:
+        ValueError: `choice` asks for the modes of an image.
+    """
+    if choice in (LIKELIEST, DRAWN):
+        raise ValueError(
+            f"the modes of an image were asked for ({choice!r}); connect it to latent_image, "
+            "encoded"
+        )
+    device = comfy.model_management.intermediate_device()
+    return {"samples": torch.zeros((batch, *loaded.source.shape), device=device)}
+
+
+def mode_list(text: str) -> list[int]:
+    """Return the numbers of a list such as "3, 7, 7-9".
+
+    Raises:
+        ValueError: the text is no such list, or is empty.
     """
     numbers = []
     for item in filter(None, re.split(r"[,;\s]+", re.sub(r"\s*-\s*", "-", text.strip()))):
@@ -149,7 +178,8 @@ def mode_list(text: str) -> list[int]:
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if first > last:
             raise ValueError(
-                f"{item!r} in the list of modes is no mode and no range; give numbers, such as 3, 7, 10-12"
+                f"{item!r} in the list of modes is no mode and no range; give numbers, such as "
+                "3, 7, 10-12"
             )
         if last - first > 1e6:
             raise ValueError(
@@ -158,6 +188,7 @@ def mode_list(text: str) -> list[int]:
         numbers += range(first, last + 1)
     if not numbers:
         raise ValueError(
-            f"the list of modes is empty; give numbers, such as 3, 7, 10-12, or choose {BY_WEIGHT!r}"
+            "the list of modes is empty; give numbers, such as 3, 7, 10-12, or choose "
+            f"{BY_WEIGHT!r}"
         )
     return numbers

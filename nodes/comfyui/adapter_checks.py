@@ -1,0 +1,65 @@
+"""Warn if what is sampled does not fit the GM adapter on the model."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ...gmflow_core import unshift_time
+from ...gmflow_core.sampling.solvers import FINAL_STEP_SIZE
+from .adapter_info import Adapter, adapter_of
+from .notices import clear, notice
+from .probabilistic_cfg import has_probabilistic_guidance
+
+
+def check_settings(executor, *args, **kwargs):
+    """Warn about guidance and LoRAs that do not fit the adapter.
+
+    It is a wrapper for ComfyUI's OUTER_SAMPLE, so that stock samplers warn too.
+    """
+    clear()
+    guider = executor.class_obj
+    adapter = adapter_of(guider.model_options)
+    if adapter.guidance is not None:
+        _check_guidance(guider, adapter)
+    places = tuple(f"diffusion_model.{name}." for name in adapter.base.layers)
+    lost = sorted(key for key in guider.model_patcher.patches if key.startswith(places))
+    if lost:
+        notice(
+            f"a LoRA on this model changes {', '.join(lost)}, which the head of {adapter.name} "
+            "replaces: that part of the LoRA has no effect"
+        )
+    return executor(*args, **kwargs)
+
+
+def _check_guidance(guider, adapter: Adapter) -> None:
+    """Warn about another distilled guidance than the adapter's, and about guidance on top of it."""
+    conds = [cond for conds in getattr(guider, "conds", {}).values() for cond in conds or []]
+    default = adapter.base.default_guidance
+    others = {cond.get("guidance", default) for cond in conds} - {adapter.guidance}
+    if others:
+        asked = sorted("none at all" if value is None else f"{value:g}" for value in others)
+        notice(
+            f"the adapter {adapter.name} was made with a guidance of {adapter.guidance:g}, and the "
+            f"conditioning asks for {', '.join(asked)}, which gives poor images; set FluxGuidance "
+            f"to {adapter.guidance:g}"
+        )
+    cfg = getattr(guider, "cfg", 1.0)
+    if cfg != (0.0 if has_probabilistic_guidance(guider.model_patcher) else 1.0):
+        notice(
+            "this base model has its guidance built in (distilled) and was not trained with "
+            f"negative prompts: with a guidance of {cfg:g} on top, expect poor images; use Basic "
+            "Guider, or cfg 1"
+        )
+
+
+def check_steps(adapter: Adapter, sigmas: Tensor, shift: float) -> None:
+    """Warn if a step is longer, in unshifted time, than those the adapter was made for."""
+    times = unshift_time(sigmas.double().cpu(), shift)
+    longest, usual = float(-times.diff().min()), 1 / (adapter.steps - 1 + FINAL_STEP_SIZE)
+    if longest > 1.01 * usual:
+        notice(
+            f"the adapter {adapter.name} was made for {adapter.steps} steps or more, each at most "
+            f"{usual:.3f} of the way, and the longest of these {len(sigmas) - 1} goes "
+            f"{longest:.3f}: expect artefacts. Use GM Policy Sigmas with more steps (or, with "
+            "denoise below 1, the same share of them)"
+        )

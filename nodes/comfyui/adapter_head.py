@@ -1,0 +1,61 @@
+"""Put the head of a GM adapter in the place of a base model's last layers."""
+
+from __future__ import annotations
+
+import comfy.model_patcher
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ...gmflow_core.models.adapter_heads import Head
+from .adapter_checks import check_settings
+from .adapter_info import ADAPTER, Adapter
+from .recording import RECORDER, add_recording, offer
+from .time_shift import ShiftedFlow
+
+
+class HeadForward:
+    """Forward of a base model's last layer, computed by a head.
+
+    It returns the mean velocity, and offers the whole prediction to the recorder. The layer itself
+    stays in place: ComfyUI's memory managers, LoRA loaders and savers find weights by their place
+    in the model, which all its clones share. The head's weights are not among them; they are few
+    enough to be sent to the GPU in each call.
+    """
+
+    def __init__(self, head: Head):
+        self.head = head
+
+    def __call__(self, tokens: Tensor, embedding: Tensor, modulation_dims: object = None) -> Tensor:
+        """Return mean velocity tokens (B, N, C p^2), in float32.
+
+        Args:
+            tokens: (B, N, D), those of reference pictures behind the image's.
+            embedding: (B, D), or (B, M, D) if the tokens of reference pictures have an embedding
+                of their own; the first is the image's. The base model drops the other tokens.
+        """
+        prediction = self.head(tokens, embedding if embedding.ndim == 2 else embedding[:, 0])
+        offer(prediction)
+        return self.head.layout.to_tokens(prediction.mean())
+
+
+def pass_on(tokens: Tensor) -> Tensor:
+    """Return the tokens: the forward of a layer that is skipped."""
+    return tokens
+
+
+def with_head(
+    model: comfy.model_patcher.ModelPatcher, head: Head, adapter: Adapter, sampling: ShiftedFlow
+) -> comfy.model_patcher.ModelPatcher:
+    """Return a clone of `model` that computes `head` instead of its base's last layers."""
+    model, layers = model.clone(), adapter.base.layers
+    for name in layers:
+        forward = HeadForward(head) if name == layers[0] else pass_on
+        model.add_object_patch(f"diffusion_model.{name}.forward", forward)
+    layout = adapter.base.layout
+    add_recording(
+        model, lambda prediction, shape: head.to_image(prediction, layout.image_size(shape))
+    )
+    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, RECORDER, check_settings)
+    model.model_options["transformer_options"][ADAPTER] = adapter
+    model.add_object_patch("model_sampling", sampling)
+    return model

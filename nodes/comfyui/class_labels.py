@@ -1,0 +1,60 @@
+"""Look up the classes of a model, and make an empty latent for them."""
+
+from __future__ import annotations
+
+import comfy.model_management
+import torch
+
+from ...gmflow_core.files.labels import find_label
+from .gm_network import ImageNetwork
+
+ONLY_MORE = "(only more_labels)"  # choice of no first label
+
+
+def network_of(model) -> ImageNetwork:
+    """Return the class-conditional network of a MODEL.
+
+    Raises:
+        ValueError: it has none.
+    """
+    network = model.get_model_object("diffusion_model")
+    if not isinstance(network, ImageNetwork):
+        raise ValueError(
+            "GM Class Labels needs a class-conditional model, and this one takes no class labels; "
+            "load digits or an ImageNet model with 'Load GM Model', or use 'GM Unconditional'"
+        )
+    return network
+
+
+def choose_labels(
+    network: ImageNetwork, label: str, more_labels: str
+) -> tuple[list[int], list[str]]:
+    """Return the labels that texts name, and the full names of their classes.
+
+    Args:
+        label: the first text, or ONLY_MORE.
+        more_labels: further texts, one per line.
+
+    Raises:
+        ValueError: there is no text, or one that fits no class or several.
+    """
+    texts = [] if label == ONLY_MORE else [label]
+    texts += [line for line in more_labels.splitlines() if line.strip()]
+    if not texts:
+        raise ValueError(
+            "there are no labels; choose one, or write some into more_labels, one per line"
+        )
+    names, num_classes = network.label_names, network.network.config.num_classes
+    try:
+        labels = [find_label(text, names, num_classes) for text in texts]
+    except ValueError as error:
+        raise ValueError(f"{error} (in more_labels, one per line)") from error
+    return labels, [names[label] if names else str(label) for label in labels]
+
+
+def empty_images(network: ImageNetwork, count: int) -> dict:
+    """Return an empty LATENT of a network's own size."""
+    config = network.network.config
+    shape = (count, config.channels, config.latent_size, config.latent_size)
+    device = comfy.model_management.intermediate_device()
+    return {"samples": torch.zeros(shape, device=device)}

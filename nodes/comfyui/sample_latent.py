@@ -1,0 +1,94 @@
+"""Noise, sigmas, solver and guider in one call: sample a LATENT with a MODEL."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+
+import comfy.model_management
+import comfy.sample
+import comfy.utils
+import latent_preview
+from torch import Tensor
+
+from ...gmflow_core.sampling.solvers import FINAL_STEP_SIZE
+from .gm_model import GMModel
+from .gm_sampler import gm_sampler, gm_sigmas
+from .guiders import gm_guider, guided
+from .label_conditioning import NO_TEXT, SOURCE
+from .probabilistic_cfg import has_probabilistic_guidance
+from .time_shift import own_shift
+
+RATIOS = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # keys of an empty LATENT
+
+
+def sample_latent(
+    model,
+    latent: dict,
+    seed: int,
+    steps: int,
+    solver: str,
+    *,
+    shift: float = 0.0,
+    denoise: float = 1.0,
+    positive: list | None = None,
+    negative: list | None = None,
+    guidance: float = 0.0,
+    final_step_size: float = 0.0,
+    **settings,
+) -> dict:
+    """Return a LATENT sampled from `latent`, with the noise that ComfyUI's own samplers would use.
+
+    Args:
+        shift: time shift of the sigmas; the model's own if 0.
+        guidance: weight of probabilistic guidance.
+        final_step_size: size of the last step relative to the others; the solver's own if 0.
+        settings: further arguments of `solve`.
+
+    Raises:
+        ValueError: a conditioning is missing, or the settings do not fit the model.
+    """
+    shift = shift or own_shift(model.get_model_object("model_sampling"))
+    final_step_size = final_step_size or (FINAL_STEP_SIZE if solver == "gm-policy" else 1.0)
+    sigmas = gm_sigmas(steps, shift, denoise, final_step_size)
+    if not len(sigmas):
+        return latent
+    if positive is None and not isinstance(model.model, GMModel):
+        raise ValueError(
+            f"this model ({type(model.model).__name__}) is conditioned on text; connect a prompt "
+            "(CLIPTextEncode) to positive"
+        )
+    positive = NO_TEXT if positive is None else positive
+    samples = fitting_samples(model, latent)
+    if guidance and not has_probabilistic_guidance(model):
+        model = guided(model)
+    samples = gm_guider(model, positive, negative, guidance).sample(
+        initial_noise(latent, samples, positive, seed),
+        samples,
+        gm_sampler(solver, shift, **settings),
+        sigmas,
+        denoise_mask=latent.get("noise_mask"),
+        callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
+    )
+    samples = samples.to(comfy.model_management.intermediate_device())
+    return {**{key: latent[key] for key in latent if key not in RATIOS}, "samples": samples}
+
+
+def initial_noise(latent: dict, samples: Tensor, positive: list, seed: int) -> Tensor:
+    """Return the noise for a LATENT: that of the modes if `positive` names some, else N(0, I)."""
+    source = (positive or NO_TEXT)[0][1].get(SOURCE)
+    if source is None:
+        return comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
+    return replace(source, seed=seed).generate_noise({**latent, "samples": samples})
+
+
+def fitting_samples(model, latent: dict) -> Tensor:
+    """Return a LATENT's samples in the model's channels and dimensions.
+
+    Empty ones also get the model's size of a latent pixel, in the versions of ComfyUI that know it.
+    """
+    known = inspect.signature(comfy.sample.fix_empty_latent_channels).parameters
+    ratios = {key: latent[key] for key in RATIOS if key in latent and key in known}
+    return comfy.sample.fix_empty_latent_channels(model, latent["samples"], **ratios)

@@ -1,0 +1,190 @@
+"""Inputs and outputs that several nodes share, with their tooltips."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ...gmflow_core.sampling.solvers import FINAL_STEP_SIZE
+
+WEIGHT = (
+    "The weight w of probabilistic guidance: how many standard deviations of the prediction it "
+    "shifts the samples away from the negative conditioning. 0 is off; 0.05 to 0.2 suit the "
+    "digits, and the paper's ImageNet demo uses 0.45."
+)
+
+
+def model_input() -> io.Input:
+    """Return the input for a MODEL that predicts a mixture."""
+    return io.Model.Input("model", tooltip="A model from Load GM Model or GM Adapter.")
+
+
+def seed_input(name: str, tooltip: str) -> io.Input:
+    """Return the input for a 64-bit seed."""
+    return io.Int.Input(
+        name,
+        default=0,
+        min=0,
+        max=0xFFFFFFFFFFFFFFFF,
+        control_after_generate=True,
+        tooltip=tooltip,
+    )
+
+
+def steps_input(default: int) -> io.Input:
+    """Return the input for the number of network calls."""
+    return io.Int.Input(
+        "steps",
+        default=default,
+        min=1,
+        max=1000,
+        tooltip="Network calls. GM samplers are made for 4 to 8.",
+    )
+
+
+def order_input() -> io.Input:
+    """Return the input for the order of GM-ODE and GM-SDE."""
+    return io.Int.Input(
+        "order",
+        default=2,
+        min=1,
+        max=2,
+        tooltip="2 corrects each predicted mixture with the previous one; 1 uses it as predicted. "
+        "For gm-ode and gm-sde.",
+    )
+
+
+def shift_input(default: float, lowest: float) -> io.Input:
+    """Return the input for the time shift."""
+    return io.Float.Input(
+        "shift",
+        default=default,
+        min=lowest,
+        max=100.0,
+        step=0.01,
+        tooltip="Time shift: above 1 spends more of the steps at high noise. 0 uses the model's "
+        "own shift: 1 for the models of this extension, 3.2 with a GM adapter.",
+    )
+
+
+def denoise_input() -> io.Input:
+    """Return the input for the share of the way from noise to image that is sampled."""
+    return io.Float.Input(
+        "denoise",
+        default=1.0,
+        min=0.0,
+        max=1.0,
+        step=0.01,
+        tooltip="1 starts from pure noise; below 1, sampling starts from the latent with that "
+        "share of noise added (image to image).",
+    )
+
+
+def final_step_size_input(default: float = FINAL_STEP_SIZE, **options) -> io.Input:
+    """Return the input for the size of the last step; 0 as default means the solver's own."""
+    own = "" if default else " 0 uses the solver's own: 0.5 for gm-policy, 1 for the others."
+    return io.Float.Input(
+        "final_step_size",
+        default=default,
+        min=0.01 if default else 0.0,
+        max=1.0,
+        step=0.01,
+        tooltip="Size of the last step relative to the others. Models with a GM adapter are made "
+        f"for 0.5.{own}",
+        **options,
+    )
+
+
+def policy_inputs(note: str = "", **options) -> list[io.Input]:
+    """Return the inputs for the policy sampler's randomness, their tooltips prefixed by `note`."""
+    return [
+        io.Float.Input(
+            "temperature",
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            tooltip=f"{note}Below 1 it sharpens the mixture at all steps but the last. 0 is "
+            "automatic: 0.1 * (steps - 1), at most 1 (0.3 for 4 steps). If the sigmas are split "
+            "over several samplers, set it by hand, as each sampler counts only its own steps.",
+            **options,
+        ),
+        io.Float.Input(
+            "stochasticity",
+            default=0.0,
+            min=0.0,
+            max=10.0,
+            step=0.01,
+            tooltip=f"{note}0 is deterministic. Above 0 every step goes further down in noise and "
+            "adds fresh noise back; 1 is as stochastic as the SDE of DDPM.",
+            **options,
+        ),
+    ]
+
+
+def weight_input(name: str, default: float, note: str = "", **options) -> io.Input:
+    """Return the input for the weight of probabilistic guidance."""
+    return io.Float.Input(
+        name,
+        default=default,
+        min=0.0,
+        max=0.99,
+        step=0.01,
+        tooltip=WEIGHT + note,
+        **options,
+    )
+
+
+def guidance_inputs() -> list[io.Input]:
+    """Return the inputs for the settings of probabilistic guidance other than its weight."""
+    return [
+        io.Float.Input(
+            "orthogonal",
+            default=1.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            tooltip="How much of the guidance's component along the prediction itself is removed: "
+            "1, the paper's choice, keeps values in range.",
+        ),
+        *interval_inputs("the negative conditioning is not computed"),
+    ]
+
+
+def interval_inputs(saved: str) -> list[io.Input]:
+    """Return the inputs for the guided part of the sampling.
+
+    Args:
+        saved: what is saved outside of that part, for the tooltip.
+    """
+    percent = {"min": 0.0, "max": 1.0, "step": 0.001}
+    return [
+        io.Float.Input(
+            "start_percent",
+            default=0.0,
+            tooltip="Guidance begins at this share of the sampling (0 is pure noise); nothing is "
+            "guided before it.",
+            **percent,
+        ),
+        io.Float.Input(
+            "end_percent",
+            default=1.0,
+            tooltip="Guidance ends at this share of the sampling (1 is the finished image). "
+            f"Outside of the interval {saved}.",
+            **percent,
+        ),
+    ]
+
+
+def sampler_output() -> io.Output:
+    """Return the SAMPLER output."""
+    return io.Sampler.Output(tooltip="For SamplerCustomAdvanced or SamplerCustom.")
+
+
+def sigmas_output() -> io.Output:
+    """Return the SIGMAS output."""
+    return io.Sigmas.Output(tooltip="For SamplerCustomAdvanced or SamplerCustom.")
+
+
+def guider_output() -> io.Output:
+    """Return the GUIDER output."""
+    return io.Guider.Output(tooltip="For SamplerCustomAdvanced, with any sampler.")

@@ -1,0 +1,54 @@
+"""Time shift of flow models in ComfyUI: read it from a model, or put one on."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import comfy.model_sampling
+from torch import Tensor
+
+
+def own_shift(model_sampling) -> float:
+    """Return the time shift of a flow model's sampling, however the class parametrises it.
+
+    It is the odds sigma / (1 - sigma) half-way, where an unshifted model has sigma = 1/2.
+
+    Raises:
+        ValueError: the sampling is not that of a flow model.
+    """
+    highest, half = float(model_sampling.sigma_max), float(model_sampling.percent_to_sigma(0.5))
+    if not 0 < half < highest <= 1:
+        raise ValueError(
+            "GM samplers are for flow models, with sigmas up to 1, and this one's go up to "
+            f"{highest:.4g}; connect a model from Load GM Model or GM Adapter, and remove nodes "
+            "such as ModelSamplingDiscrete"
+        )
+    return half / (1 - half)
+
+
+class ShiftedFlow(comfy.model_sampling.ModelSamplingFlux, comfy.model_sampling.CONST):
+    """Flow matching with a time shift, for stock schedulers.
+
+    Args:
+        time_shift: see `gmflow_core.shift_time`.
+        multiplier: factor from sigma to the unit of time that the network takes.
+    """
+
+    def __init__(self, time_shift: float, multiplier: float = 1.0):
+        super().__init__(SimpleNamespace(sampling_settings={"shift": math.log(time_shift)}))
+        self.multiplier = multiplier
+
+    def register_buffer(self, name: str, tensor: Tensor, persistent: bool = True) -> None:
+        """Keep the table of sigmas as an attribute, and ignore every later one.
+
+        There is no plain way: ComfyUI's memory managers back up a model's buffers by name and
+        write them back with `register_buffer`. While this object stands in for the base model's
+        sampling, that would put the base's table in the place of this one.
+        """
+        if name not in self.__dict__:
+            object.__setattr__(self, name, tensor)
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """Return the time that the network is fed."""
+        return sigma * self.multiplier

@@ -1,4 +1,4 @@
-"""The stand-ins for models that people download: the published layouts, and stock ComfyUI runs them."""
+"""Stand-ins for published models have their layouts, and stock ComfyUI runs them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ NAMES = {
 
 
 def graph(base: str, text: str = "a red fox", guidance: float = 3.5, lora: float = 0.0) -> dict:
-    """Two steps of a stock workflow, a picture of what they give, and that picture through the VAE once more."""
+    """Return a stock workflow of two steps, with the picture, and the picture through the VAE again."""
     model, vae, style = NAMES[base]
     latent = "EmptyFlux2LatentImage" if base in ("flux2", "klein") else "EmptySD3LatentImage"
     encoder = {
@@ -90,7 +90,7 @@ def graph(base: str, text: str = "a red fox", guidance: float = 3.5, lora: float
 
 @pytest.fixture(params=NAMES)
 def base(request: pytest.FixtureRequest, comfy: Comfy) -> str:
-    """A base whose files are there; FLUX.2 came after ComfyUI 0.3.64."""
+    """A base with all its files; FLUX.2 came after ComfyUI 0.3.64."""
     if request.param in ("flux2", "klein") and "EmptyFlux2LatentImage" not in comfy.object_info():
         pytest.skip("this ComfyUI has no FLUX.2")
     write_stand_ins(comfy.base, graph(request.param))
@@ -98,7 +98,7 @@ def base(request: pytest.FixtureRequest, comfy: Comfy) -> str:
 
 
 def test_stock_workflow_runs(comfy: Comfy, base: str) -> None:
-    """Every weight finds its place, and what comes out depends on the text, the guidance and a LoRA."""
+    """Every weight fits; text, guidance and a LoRA change the latent."""
     before = len(comfy.log())
     images = comfy.run(graph(base)).images
     for name in ("picture", "picture again"):
@@ -134,7 +134,7 @@ def test_same_text_same_picture(comfy: Comfy) -> None:
 
 @pytest.mark.parametrize(("base", "depth", "single"), [("flux", 19, 38), ("qwen", 60, 0)])
 def test_adapter_has_the_published_layout(base: str, depth: int, single: int) -> None:
-    """At real sizes, every name and shape, without the weights."""
+    """Compare every name and shape at real sizes, without the weights."""
     layout = json.loads((GOLDEN / f"gm{base}_k8_adapter_layout.json").read_text())
     expected = {
         name.format(i): tuple(shape)

@@ -1,4 +1,4 @@
-"""An adapted model under the memory manager that newer versions of ComfyUI have for NVIDIA cards."""
+"""An adapted model under newer ComfyUI's dynamic memory manager for NVIDIA cards."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from .installation import COMFYUI, comfyui_python
 
 
 def test_base_and_adapter_do_not_touch_each_other(tmp_path: Path) -> None:
-    """Loaded in turn, both keep their own time grid, and the model its weights: sigma half-way is that of the shifts e^1.15 and
-    3.2."""
+    """Loaded in turn, both keep their own time grid, and the model keeps its weights.
+
+    Sigma half-way is that of the shifts e^1.15 and 3.2.
+    """
     write_flux(tmp_path / "flux.safetensors", dtype=torch.float32)
     write_adapter(tmp_path / "adapter.safetensors")
     command = [

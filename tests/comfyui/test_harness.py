@@ -1,4 +1,4 @@
-"""The harness itself, proven on ComfyUI's own nodes."""
+"""Check the test harness itself on ComfyUI's own nodes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PICTURE = {
 
 
 def upscale(comfy: Comfy, size: int) -> dict:
-    """A prompt that goes tile by tile through a random upscaler with a progress bar."""
+    """Return a prompt that goes tile by tile through a random upscaler with a progress bar."""
     folder = comfy.base / "models" / "upscale_models"
     folder.mkdir(exist_ok=True)
     shapes = {"body.0": (4, 3, 3, 3), "body.2": (12, 4, 3, 3)}
@@ -45,7 +45,7 @@ def upscale(comfy: Comfy, size: int) -> dict:
 
 
 def workflow(source: str = "EmptyImage") -> dict:
-    """A picture of one colour as a workflow in the format that the page saves."""
+    """Return a workflow that makes a picture of one colour, in the format that the page saves."""
     colour = {
         "id": 1,
         "type": source,

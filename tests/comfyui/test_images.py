@@ -30,9 +30,7 @@ NAMES = [
     "Pembroke, Pembroke Welsh corgi",
     "tench",
 ]
-SCALING = (
-    0.5  # of the folder's latents: not Stable Diffusion's, so that it shows where it comes from
-)
+SCALING = 0.5  # of the folder's latents; not Stable Diffusion's, to show where it is read from
 CFG = {"orthogonal": 1.0, "start_percent": 0.0, "end_percent": 1.0}
 
 
@@ -64,7 +62,7 @@ def graph(
     repeat: int = 1,
     **sampler,
 ) -> dict:
-    """Load GM Model -> GM Class Labels -> GM Sampler -> a saved latent."""
+    """Return Load GM Model -> GM Class Labels -> GM Sampler -> a saved latent."""
     settings = {
         "seed": 0,
         "steps": 4,
@@ -97,7 +95,7 @@ def graph(
 
 
 def ksampler(prompt: dict, cfg: float, model: str = "guided", steps: int = 4) -> dict:
-    """The same with GM Probabilistic Guidance and a stock KSampler."""
+    """Return the prompt with GM Probabilistic Guidance and a stock KSampler."""
     wires = {
         "positive": ["labels", 0],
         "negative": ["labels", 1],
@@ -117,7 +115,7 @@ def ksampler(prompt: dict, cfg: float, model: str = "guided", steps: int = 4) ->
 
 
 def custom(prompt: dict, guider: dict, sampler: dict, steps: int = 4) -> dict:
-    """The same with SamplerCustomAdvanced."""
+    """Return the prompt with SamplerCustomAdvanced."""
     nodes = {
         "noise": node("RandomNoise", noise_seed=0),
         "sigmas": node("GMFlowSigmas", steps=steps, shift=1.0, denoise=1.0),
@@ -145,7 +143,7 @@ def outside(
     guidance: Guidance | None = None,
     dtype: torch.dtype | None = torch.float32,
 ) -> Tensor:
-    """The same samples from gmflow_core alone, with the noise that ComfyUI draws for seed 0."""
+    """Return samples from gmflow_core alone, with the noise that ComfyUI draws for seed 0."""
     network, config = load_checkpoint(path, dtype=dtype)
     shape = (len(labels), config.channels, config.latent_size, config.latent_size)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -163,14 +161,14 @@ close = functools.partial(torch.allclose, atol=2e-4, rtol=1e-4)
 
 @pytest.mark.parametrize("solver", ["gm-ode", "gm-sde", "dpmpp-2m"])
 def test_gm_sampler_equals_the_library(comfy: Comfy, pixels: Path, solver: str) -> None:
-    """With guidance, fused with the second order; gm-sde with the spectrum network and noise of each image's own."""
+    """Guidance is fused with the second order; gm-sde uses the spectrum network and noise by image."""
     expected = outside(pixels, solver=solver, guidance=Guidance(0.4))
     assert close(latent_of(comfy, graph(solver=solver, guidance=0.4)), expected)
     assert not close(latent_of(comfy, graph(solver=solver)), expected)
 
 
 def test_gm_guider_equals_the_library(comfy: Comfy, pixels: Path) -> None:
-    """The interval too: of the sigmas 1, .75, .5, .25 the middle two are guided."""
+    """Of the sigmas 1, .75, .5, .25 the middle two are guided."""
     settings = {"scale": 0.4, "orthogonal": 0.5, "start_percent": 0.2, "end_percent": 0.6}
     guidance = Guidance(0.4, orthogonal=0.5, interval=(0.4, 0.8))
     guider = node("GMFlowGuider", model=["model", 0], positive=["labels", 0], **settings)
@@ -186,7 +184,7 @@ def test_stock_ksampler_follows_the_guided_mean(comfy: Comfy, pixels: Path) -> N
 
 
 def test_gm_samplers_take_the_guider_as_it_is(comfy: Comfy, pixels: Path) -> None:
-    """A CFG Guider is probabilistic behind the patch, and classifier-free guidance without."""
+    """A CFG Guider is probabilistic after the patch, and classifier-free guidance without it."""
     for model, cfg, kind in (("guided", 0.4, "probabilistic"), ("model", 3.0, "cfg")):
         guider = node("CFGGuider", model=[model, 0], cfg=cfg, **WIRES)
         assert close(
@@ -221,7 +219,7 @@ def test_an_image_does_not_depend_on_its_batch(comfy: Comfy, pixels: Path) -> No
 
 
 def test_every_image_has_stochastic_noise_of_its_own(comfy: Comfy, pixels: Path) -> None:
-    """Nothing else tells the four apart: the same class, and no initial noise."""
+    """Only that noise differs between the four: same class, no initial noise."""
     prompt = custom(
         graph([2], repeat=4),
         node("BasicGuider", model=["model", 0], conditioning=["labels", 0]),
@@ -234,7 +232,7 @@ def test_every_image_has_stochastic_noise_of_its_own(comfy: Comfy, pixels: Path)
 
 @pytest.mark.parametrize("solver", ["gm-ode", "gm-sde"])
 def test_image_to_image_and_mask(comfy: Comfy, pixels: Path, solver: str) -> None:
-    """A second, guided sampler changes the left half only; the less the lower denoise is."""
+    """A second, guided sampler changes only the left half; less with a lower denoise."""
     mask = {
         "keep": node("SolidMask", value=0.0, width=64, height=64),
         "change": node("SolidMask", value=1.0, width=32, height=64),
@@ -268,7 +266,7 @@ def test_image_to_image_and_mask(comfy: Comfy, pixels: Path, solver: str) -> Non
 
 
 def guided_twice(first: dict, guider: dict) -> dict:
-    """GM Guider behind GM Probabilistic Guidance."""
+    """Return the prompt with GM Guider after GM Probabilistic Guidance."""
     prompt = custom(
         graph(steps=4), node("GMFlowGuider", model=["guided", 0], **WIRES, **guider), ODE
     )
@@ -284,7 +282,7 @@ def test_the_last_guidance_node_counts(comfy: Comfy, pixels: Path) -> None:
 
 @pytest.mark.parametrize("order", ["before", "behind"])
 def test_another_cfg_function_is_refused(comfy: Comfy, pixels: Path, order: str) -> None:
-    """RescaleCFG would take the weight for a scale, or be dropped."""
+    """RescaleCFG would use the weight as a scale, or be dropped."""
     prompt = ksampler(graph(), 0.4, model="guided" if order == "before" else "rescaled")
     prompt["rescaled"] = node(
         "RescaleCFG", model=["model" if order == "before" else "guided", 0], multiplier=0.7
@@ -386,7 +384,7 @@ def test_label_list_holds_the_installed_names(comfy: Comfy, pixels: Path, folder
 
 
 def test_conditionings_that_do_not_fit_are_refused(comfy: Comfy, pixels: Path) -> None:
-    """Before sampling starts, by the model: for every sampler."""
+    """They are refused before sampling starts, by the model, with every sampler."""
     for prompt in (graph(), ksampler(graph(), cfg=0.3)):
         inputs = prompt["sample"]["inputs"]
         prompt["big"] = node("EmptyLatentImage", width=128, height=128, batch_size=2)
@@ -418,7 +416,7 @@ def test_unconditional_is_the_null_class(comfy: Comfy, pixels: Path) -> None:
 
 
 def test_published_folder(comfy: Comfy, folder: Path) -> None:
-    """One entry in the list; its latents are those of its VAE; from its path, or by its name on the hub, the same."""
+    """It is one entry in the list, in its VAE's latents; its path and hub name give the same."""
     entry = comfy.object_info()["GMFlowLoader"]["input"]["required"]["model_name"]
     options = entry[1].get("options") or entry[0]
     assert [name for name in options if "published" in name] == [str(Path("group") / "published")]

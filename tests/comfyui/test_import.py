@@ -1,4 +1,4 @@
-"""What importing the extension costs, in a process that has imported ComfyUI."""
+"""Measure the cost of importing the extension in a process that has imported ComfyUI."""
 
 from __future__ import annotations
 

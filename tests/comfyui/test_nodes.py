@@ -1,4 +1,4 @@
-"""The extension in a running ComfyUI: what its nodes give, and what they say when they cannot."""
+"""Results and error messages of the extension's nodes in a running ComfyUI."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ PIXELS = 8  # image pixels a side to one latent pixel
 
 
 def graph(side: int = 64, batch: int = 1, **sampler) -> dict:
-    """Load GM Model -> GM Sampler on batch * side * side points -> a saved latent."""
+    """Return Load GM Model -> GM Sampler on batch * side * side points -> a saved latent."""
     settings = {
         "seed": 0,
         "steps": 4,
@@ -78,7 +78,7 @@ def graph(side: int = 64, batch: int = 1, **sampler) -> dict:
 def custom(
     prompt: dict, sampler: dict, steps: int = 4, denoise: float = 1.0, cfg: float = 1.0
 ) -> dict:
-    """The same with SamplerCustomAdvanced, a CFG Guider and the SAMPLER of node `sampler`."""
+    """Return the prompt with SamplerCustomAdvanced, a CFG Guider and the node `sampler`."""
     nodes = {
         "none": ("GMFlowUnconditional", {}),
         "guider": (
@@ -109,7 +109,7 @@ def share_near_board(latent: Tensor) -> float:
 
 
 def levels_of(picture: np.ndarray) -> Tensor:
-    """The densities, relative to the brightest colour, that a picture's colours stand for: (H, W, 3) -> (H, W)."""
+    """Return the densities (H, W) of a picture (H, W, 3), relative to the brightest colour's."""
     count = 256
     x = torch.arange(count).repeat_interleave(torch.arange(count) + 1)  # i + 1 points in cell i
     y = torch.zeros(len(x))
@@ -140,7 +140,7 @@ def test_extension_loads(comfy: Comfy) -> None:
 
 
 def test_quickstart_prompt_draws_the_checkerboard(comfy: Comfy) -> None:
-    """The picture itself is measured: the total variation of the densities that its colours show."""
+    """Measure the picture itself: the total variation of the densities in its colours."""
     prompt = json.loads((WORKFLOWS / "api" / "checkerboard_quickstart.json").read_text())
     for node in ("4", "8"):
         prompt[node]["inputs"] |= {"size": 64, "bins": 64, "extent": 4.0}
@@ -179,7 +179,7 @@ def test_workflows_run_headless(comfy: Comfy, path: Path) -> None:
 
 @pytest.mark.parametrize("solver", ["gm-ode", "gm-sde"])
 def test_seed_decides(comfy: Comfy, solver: str) -> None:
-    """The same latent for the same seed, from a server that has forgotten the first one."""
+    """A seed gives the same latent again, after the server has forgotten the first one."""
     first = latent_of(comfy, graph(16, solver=solver, seed=5))
     assert not torch.equal(first, latent_of(comfy, graph(16, solver=solver, seed=6)))
     comfy.post("/free", {"unload_models": True, "free_memory": True})
@@ -329,7 +329,7 @@ def test_several_conditionings_fall_back_to_the_mean(comfy: Comfy) -> None:
 
 @pytest.mark.parametrize("solver", ["gm-ode", "gm-sde"])
 def test_noise_mask_is_honoured(comfy: Comfy, solver: str) -> None:
-    """Outside the mask nothing changes; inside everything does, and lands on the board."""
+    """Outside of the mask nothing changes; inside all points move, and land on the board."""
     side = 32 * PIXELS
     keep = {"class_type": "SolidMask", "inputs": {"value": 0.0, "width": side, "height": side}}
     change = {

@@ -34,7 +34,7 @@ def page(comfy: Comfy) -> Iterator[ComfyPage]:
 
 
 def test_quickstart_dropped_and_run(comfy: Comfy, page: ComfyPage, tmp_path: Path) -> None:
-    """The file dropped onto the canvas, Run pressed: both pictures appear, the GM one as even as the board."""
+    """Drop the file, press Run: both pictures appear, the GM one as even as the board."""
     page.drop_workflow(WORKFLOWS / "checkerboard_quickstart.json")
     assert page.missing_nodes() == []
     prompt_id = page.run()
@@ -44,7 +44,7 @@ def test_quickstart_dropped_and_run(comfy: Comfy, page: ComfyPage, tmp_path: Pat
     gm, stock = (np.asarray(images[node][0].convert("L"), dtype=float) for node in ("5", "9"))
 
     def corner_to_centre(picture: np.ndarray) -> float:
-        """Brightness of the upper right square, relative to that of the one right of and above the centre."""
+        """Return the brightness of the upper right square, relative to one at the centre."""
         return picture[30:130, 380:480].mean() / picture[150:250, 265:365].mean()
 
     assert abs(corner_to_centre(gm) - 1) < 0.15
@@ -55,7 +55,7 @@ def test_quickstart_dropped_and_run(comfy: Comfy, page: ComfyPage, tmp_path: Pat
 
 
 def test_digits_dropped_and_run(comfy: Comfy, page: ComfyPage) -> None:
-    """Ten rows of ten digits, strokes on black, in the page and as the server made them."""
+    """The page shows ten rows of ten digits, strokes on black, as the server made them."""
     page.drop_workflow(WORKFLOWS / "digits_quickstart.json")
     assert page.missing_nodes() == []
     prompt_id = page.run()
@@ -69,7 +69,7 @@ def test_digits_dropped_and_run(comfy: Comfy, page: ComfyPage) -> None:
 
 
 def test_workflows_open_as_their_api_form(comfy: Comfy, page: ComfyPage) -> None:
-    """Every file dropped onto the canvas: no missing nodes, no notices, and the page would run what workflows/api holds."""
+    """Drop every file: no missing nodes, no notices, and the page runs what workflows/api holds."""
     for path in sorted(WORKFLOWS.glob("*.json")):
         if path.stem == "flux_gguf" and "UnetLoaderGGUF" not in comfy.object_info():
             continue

@@ -1,14 +1,17 @@
-"""The whole way from the base model's file to the latent, against ComfyUI-piFlow (of 11 November 2025) on ComfyUI 0.3.64, the
-last version it works on: tiny FLUX.1 and Qwen-Image models in float32, with GM and DX adapters.
+"""From the base model's file to the latent, compared with ComfyUI-piFlow.
 
-tests/golden/piflow.safetensors holds its output latents, and the settings of each case in its metadata. Relative to a latent's
-largest value most cases agree to 1e-5, all to 2e-5 but those of a single step, whose 128 substeps all read one mixture: plain
-float32 substeps are 4e-5 from float64 there (ours, in tiles, 3e-6), and with two threads instead of one its latents move by up
-to 2.4e-4.
+tests/golden/piflow.safetensors holds the latents of ComfyUI-piFlow (of 11 November 2025) on ComfyUI
+0.3.64, the last version it works on: tiny FLUX.1 and Qwen-Image models in float32, with GM and DX
+adapters. Its metadata holds the settings of each case.
 
-Stochastic cases get ComfyUI-piFlow's noise, which it draws for the whole batch at once; ours is each image's own. Masks with
-fresh noise in every step are not among the cases: there ComfyUI-piFlow adds it outside of the mask, too, where we
-keep the first noise, as ComfyUI's stock samplers do.
+Relative to a latent's largest value most cases agree to 1e-5, and all with more than one step to
+2e-5. In a single step all 128 substeps read one mixture: ComfyUI-piFlow's plain float32 substeps
+are 4e-5 from float64 there (ours, in tiles, 3e-6), and with two threads instead of one its latents
+move by up to 2.4e-4.
+
+Stochastic cases get ComfyUI-piFlow's noise, which it draws for the whole batch at once; ours is
+drawn for each image. Masks with fresh noise in every step are not among the cases: ComfyUI-piFlow
+adds that noise outside of the mask too, where we keep the first noise, as stock samplers do.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ with safe_open(GOLDEN, "pt") as file:
 
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
-    """What the extension makes of each case."""
+    """The latents of the extension, by case."""
     work = tmp_path_factory.mktemp("piflow")
     write_flux(work / "flux.safetensors", dtype=torch.float32)
     write_qwen_image(work / "qwen.safetensors", dtype=torch.float32)

@@ -1,12 +1,9 @@
-"""The 8-bit loader in a real ComfyUI: results near those of 16 bit, LoRA, offloading, saving, and what it refuses."""
+"""Loader and saver for 8 bit in a running ComfyUI: accuracy, LoRA, files, and what is refused."""
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,13 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .adapters import write_adapter, write_lora
-from .bases import write_flux
 from .client import Comfy
 from .graphs import latent_of, node
-from .installation import COMFYUI, comfyui_python
-from .stand_in_files import TEXT_STAND_IN, write_stand_in, write_text_encoder
+from .stand_in_files import write_stand_in, write_text_encoder
 
-BENCHMARK = Path(__file__).resolve().parents[1] / "benchmarks" / "eight_bit_inside.py"
 LORA = "int8_style.safetensors"
 FILES = {"flux": "int8_flux.safetensors", "qwen": "int8_qwen.safetensors"}
 
@@ -40,7 +34,7 @@ def models(comfy: Comfy) -> Path:
 
 
 def graph(model: dict, base: str = "flux", lora: float | None = None) -> dict:
-    """Four Euler steps of the stock sampler on the MODEL of a node."""
+    """Return a prompt of four stock Euler steps on the MODEL of a node."""
     encoder = {
         "flux": node(
             "DualCLIPLoader",
@@ -102,12 +96,9 @@ def version(comfy: Comfy) -> tuple[int, ...]:
     return tuple(int(part) for part in number.split(".")[:2])
 
 
-# --- in a running server
-
-
 @pytest.mark.parametrize("base", FILES)
 def test_near_sixteen_bit_and_far_below_fp8(sample: Callable, base: str) -> None:
-    """The latent of four steps; the aim is half of fp8's error."""
+    """Compare the latents of four steps; the aim is half of fp8's error."""
     exact = sample(stock(FILES[base]), base)
     fp8 = relative(sample(stock(FILES[base], "fp8_e4m3fn"), base), exact)
     precise, fast = (
@@ -154,14 +145,13 @@ def test_progress_while_loading(comfy: Comfy, sample: Callable) -> None:
         for step in comfy.run(graph(eight_bit(compute="int8"))).progress
         if step.node == "model"
     ]
-    assert {step.max for step in steps} == {
-        2 * 10 + 2 * 3
-    }  # linear layers in two blocks of either kind
+    layers = 2 * 10 + 2 * 3  # in two blocks of either kind
+    assert {step.max for step in steps} == {layers}
     assert steps[-1].value == steps[-1].max
 
 
 def test_gm_adapter_on_an_8_bit_base(comfy: Comfy, models: Path) -> None:
-    """Its LoRA part goes into the int8 weights, its head stays as it is; a file of base and LoRA would be of no use."""
+    """The LoRA changes the int8 weights, not the head; saving base and LoRA alone is refused."""
     adapter = "gmflux_int8.safetensors"
     write_adapter(models / "loras" / adapter, strength=0.1)
 
@@ -194,13 +184,13 @@ def test_gm_adapter_on_an_8_bit_base(comfy: Comfy, models: Path) -> None:
     errors = comfy.run(
         {"model": nodes["model"], "adapted": nodes["adapted"], "keep": keep}, expect_error=True
     ).errors
-    assert "connect the model before GM Adapter" in errors["keep"]
+    assert "connect the model from before GM Adapter" in errors["keep"]
     assert torch.equal(latent_of(comfy, prompt(eight_bit())), eight)
 
 
 @pytest.mark.parametrize("lora", [None, 1.0])
 def test_saved_and_loaded_back(comfy: Comfy, sample: Callable, lora: float | None) -> None:
-    """The file has half the size, gives the same latents, and newer versions of ComfyUI load it with their own loader."""
+    """The file gives the same latents, also with the loader of newer versions of ComfyUI."""
     prefix = f"diffusion_models/saved_{lora}"
     source = "model" if lora is None else "style"
     prompt = graph(eight_bit(), lora=lora)
@@ -233,7 +223,7 @@ def test_saved_and_loaded_back(comfy: Comfy, sample: Callable, lora: float | Non
 
 
 def spoiled(models: Path, kind: str) -> str:
-    """A file that is not for the 8-bit loader."""
+    """Write a file that is not for the 8-bit loader, and return its name."""
     path = models / "diffusion_models" / f"spoiled_{kind}.safetensors"
     weights = load_file(models / "diffusion_models" / FILES["flux"])
     if kind == "fp8":
@@ -306,190 +296,3 @@ def test_saves_8_bit_models_only(comfy: Comfy, models: Path) -> None:
     errors = comfy.run({"model": stock(), "keep": keep}, expect_error=True).errors
     assert "not in 8 bit" in errors["keep"]
     assert not list((comfy.base / "output").glob("diffusion_models/no_*"))
-
-
-# --- inside: functions that run in a process of ComfyUI's own Python
-
-
-def inside(functions: list[Callable], *arguments: Any) -> Any:
-    """The answer of the last function, called with `arguments` in ComfyUI's Python; it gets the module nodes.comfyui.int8_files
-    first. The functions' source is sent there."""
-    source = "\n\n".join(inspect.getsource(function) for function in functions)
-    script = f"""
-from __future__ import annotations
-import json, os, runpy, sys
-from typing import Any
-sys.path.insert(0, os.getcwd())
-sys.argv[1:] = ["--cpu", "--disable-api-nodes"]
-import comfy.options
-comfy.options.enable_args_parsing()
-quantized = runpy.run_path({str(BENCHMARK)!r}, run_name="benchmark")["extension"]("nodes.comfyui.int8_files")
-runpy.run_path({str(TEXT_STAND_IN / "__init__.py")!r})
-import torch
-{source}
-with torch.inference_mode():
-    print("ANSWER", json.dumps({functions[-1].__name__}(quantized, *json.loads({json.dumps(arguments)!r}))))
-"""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [comfyui_python(), "-c", script],
-        cwd=COMFYUI,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    answers = [line for line in done.stdout.splitlines() if line.startswith("ANSWER ")]
-    assert answers, done.stderr[-4000:]
-    return json.loads(answers[-1].removeprefix("ANSWER "))
-
-
-def call_network(model: Any, seed: int = 0) -> Any:
-    """One call of a FLUX as it is loaded now."""
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    x, context, pooled = (
-        torch.randn(1, *shape, generator=generator) for shape in ((16, 8, 8), (8, 4096), (768,))
-    )
-    return model.model.diffusion_model(x, torch.tensor([0.7]), context, pooled, torch.tensor([3.5]))
-
-
-def exercise(quantized: Any, path: str, lora_path: str, compute: str) -> dict[str, Any]:
-    """Patches, partial loading and unloading of an 8-bit model."""
-    import comfy.model_management
-    import comfy.sd
-    import comfy.utils
-    import torch
-
-    def far(x: Any, exact: Any) -> float:
-        return ((x - exact).norm() / exact.norm()).item()
-
-    def loaded(model: Any, memory: int = 0) -> Any:
-        """The network's answer with all weights loaded, or those that fit into `memory` bytes."""
-        model.patch_model(device_to=torch.device("cpu"), lowvram_model_memory=memory)
-        out = call_network(model)
-        about["functions"] = sum(
-            len(getattr(layer, "weight_function", ())) for layer in model.model.modules()
-        )
-        model.unpatch_model(model.offload_device)
-        return out
-
-    about: dict[str, Any] = {}
-    lora = comfy.utils.load_torch_file(lora_path)
-    exact = comfy.sd.load_diffusion_model(path, model_options={"dtype": torch.bfloat16})
-    exact_lora, _ = comfy.sd.load_lora_for_models(exact, None, lora, 1.0, 0)
-    model = quantized.load_8bit(path, compute)
-    styled, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0)
-    weights = {name: weight.clone() for name, weight in model.model.state_dict().items()}
-    about["layer"] = type(model.model.diffusion_model.img_in).__mro__[1].__name__
-    about["native"] = quantized.has_native_layout()
-    about["size"] = model.model_size() / sum(2 * p.numel() for p in exact.model.parameters())
-    base, moved = loaded(exact), loaded(exact_lora)
-    about["error"], about["error with lora"] = far(loaded(model), base), far(loaded(styled), moved)
-    about["move"] = far(moved, base)
-    about["error offloaded"] = far(loaded(styled, 1), moved)
-    about["functions offloaded"] = about["functions"]
-    about["error half offloaded"] = far(loaded(styled, model.model_size() // 2), moved)
-    styled.patch_model(device_to=torch.device("cpu"))
-    about["freed"] = styled.partially_unload(styled.offload_device, model.model_size() // 2)
-    about["error unloaded"] = far(call_network(styled), moved)
-    styled.unpatch_model(styled.offload_device)
-    now = model.model.state_dict()
-    about["restored"] = all(torch.equal(now[name], weight) for name, weight in weights.items())
-    return about
-
-
-def interrupt(quantized: Any, path: str) -> dict[str, bool]:
-    """Interrupt a load, and load again."""
-    import comfy.model_management
-
-    comfy.model_management.interrupt_current_processing(True)
-    try:
-        quantized.load_8bit(path)
-        interrupted = False
-    except comfy.model_management.InterruptProcessingException:
-        interrupted = True
-    model = quantized.load_8bit(path)
-    return {"interrupted": interrupted, "finite": bool(call_network(model).isfinite().all())}
-
-
-def everything(quantized: Any, path: str, lora_path: str, names: list[str]) -> dict[str, Any]:
-    """All of the above in one process, as its start takes most of the time."""
-    layers = sys.modules[quantized.read_layout.__module__]
-    native = layers.has_native_layout
-    about: dict[str, Any] = {"interrupt": interrupt(quantized, path)}
-    about["blocks"] = [layers.is_block_layer(f"{name}.weight") for name in names]
-    for own in (False, True):
-        quantized.has_native_layout = layers.has_native_layout = (lambda: False) if own else native
-        for compute in layers.COMPUTE:
-            about[f"{own} {compute}"] = exercise(quantized, path, lora_path, compute)
-    return about
-
-
-BECOMES_INT8 = [
-    "double_blocks.0.img_attn.qkv",
-    "double_blocks.18.txt_mlp.2",
-    "single_blocks.3.modulation.lin",
-    "transformer_blocks.0.attn.to_out.0",
-    "transformer_blocks.59.img_mod.1",
-    "joint_blocks.7.context_block.adaLN_modulation.1",
-    "blocks.4.ffn.2",
-    "layers.2.feed_forward.w1",
-]
-STAYS_IN_16_BIT = [
-    *("img_in", "txt_in", "time_in.in_layer", "vector_in.out_layer", "guidance_in.in_layer"),
-    *("final_layer.linear", "final_layer.adaLN_modulation.1", "norm_out.linear", "proj_out"),
-    *(
-        "time_text_embed.timestep_embedder.linear_1",
-        "t_embedder.mlp.0",
-        "label_emb.0.0",
-        "time_projection.1",
-    ),
-    *("proj_out_means", "proj_out_logweights", "proj_out_logstds.1", "proj_out_logstds.3"),
-    *(
-        "double_stream_modulation_img.lin",
-        "head.head",
-        "txt_in.individual_token_refiner.blocks.0.mlp.0",
-    ),
-]
-
-
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("int8")
-    paths = (
-        write_flux(folder / "flux.safetensors"),
-        write_lora(folder / "lora.safetensors", strength=0.1),
-    )
-    return inside(
-        [call_network, exercise, interrupt, everything],
-        *map(str, paths),
-        BECOMES_INT8 + STAYS_IN_16_BIT,
-    )
-
-
-@pytest.mark.parametrize("own", [False, True], ids=["as here", "own layout"])
-@pytest.mark.parametrize("compute", ["16 bit", "int8"])
-def test_patches_and_offloading(found: dict[str, Any], own: bool, compute: str) -> None:
-    about = found[f"{own} {compute}"]
-    assert about["layer"] == ("Linear" if about["native"] else "Int8Linear")
-    assert not (own and about["native"])
-    assert about["size"] < 0.65  # of so small a model much is outside the blocks
-    assert 0 < about["error"] < 0.03
-    assert about["move"] > 0.05
-    for place in ("with lora", "offloaded", "half offloaded", "unloaded"):
-        assert about[f"error {place}"] < 0.35 * about["move"], place
-    # an offloaded layer adds the LoRA to the expanded weight, without rounding it once more
-    assert about["error offloaded"] <= about["error with lora"] * 1.05
-    assert about["functions offloaded"] == 4
-    assert about["freed"] > 0
-    assert about["restored"]
-
-
-def test_interrupted_load(found: dict[str, Any]) -> None:
-    assert found["interrupt"] == {"interrupted": True, "finite": True}
-
-
-def test_which_layers_stay_in_16_bit(found: dict[str, Any]) -> None:
-    """Names of several architectures: blocks become int8; first and last layers, embeddings and heads do not."""
-    assert found["blocks"] == [True] * len(BECOMES_INT8) + [False] * len(STAYS_IN_16_BIT)

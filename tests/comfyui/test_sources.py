@@ -1,144 +1,35 @@
-"""Mixture sources and autoguidance in a running ComfyUI: noise, modes, the samples they lead to, and what does not fit."""
+"""Mixture sources in a running ComfyUI: noise, modes, samples, and what does not fit."""
 
 from __future__ import annotations
-
-import functools
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
-from gmflow_core import (
-    GaussianMixtureSource,
-    flow_sigmas,
-    load_checkpoint,
-    load_source,
-    save_checkpoint,
-    save_source,
-)
-from gmflow_core.sampling.denoisers import autoguided, class_denoiser, denoiser_of
+from gmflow_core import flow_sigmas, load_source
+from gmflow_core.sampling.denoisers import class_denoiser
 from gmflow_core.sampling.solvers import solve
-from tests.diffusers_folder import random_model
-from tests.helpers import normal
 
-from .adapters import write_lora
-from .bases import write_flux
 from .client import Comfy, PromptError
 from .graphs import latent_of, node
-from .stand_in_files import write_text_encoder
-
-SHAPE, MODES = (3, 8, 8), 5
-BY_LIST = {"choice": "from the list", "modes": "3, 0-1"}
-close = functools.partial(torch.allclose, atol=2e-4, rtol=1e-4)
-
-
-def spherical() -> GaussianMixtureSource:
-    """Modes far apart, with the weights .4, .3, .2, .1 and 0."""
-    std = torch.tensor([0.3, 0.5, 0.7, 0.4, 0.6]).view(-1, 1, 1, 1)
-    return GaussianMixtureSource(
-        normal(MODES, *SHAPE, seed=5), std, torch.tensor([0.4, 0.3, 0.2, 0.1, 0.0]).log()
-    )
+from .source_prompts import (
+    BY_LIST,
+    MODES,
+    ODE,
+    close,
+    drawn,
+    graph,
+    in_frame,
+    networks,
+    noise_of,
+    serve,
+    spherical,
+)
 
 
 @pytest.fixture(scope="module")
 def server(comfy: Comfy) -> Comfy:
-    """With a source, and models that know its modes, do not know them, and were trained on plain noise."""
-    models, source = comfy.base / "models", spherical()
-    record = {"num_modes": MODES, "shape": SHAPE, "coupling": "soft"}
-    data = {"space": "pixels"}
-    save_source(source, models / "gmflow_sources" / "five.safetensors", data=data)
-    diagonal = GaussianMixtureSource(source.means, 0.5 * torch.ones(1, *SHAPE), source.log_weights)
-    save_source(diagonal, models / "gmflow_sources" / "diagonal.safetensors", data=data)
-    wide = GaussianMixtureSource(normal(MODES, 4, 8, 8), source.std, source.log_weights)
-    save_source(
-        wide,
-        models / "gmflow_sources" / "latents.safetensors",
-        data={"space": "sd-vae", "scaling_factor": 0.5},
-    )
-    two = GaussianMixtureSource(source.means[:2], source.std[:2], torch.tensor([0.5, 0.5]).log())
-    save_source(two, models / "gmflow_sources" / "two.safetensors", data=data)
-    make = functools.partial(
-        random_model, torch.float32, channels=3, num_classes=MODES, spectrum_layers=None
-    )
-    for name, seed, conditioning in (
-        ("known", 0, "mode"),
-        ("weak", 1, "mode"),
-        ("hidden", 2, "hidden"),
-    ):
-        about = {**data, "source": {**record, "conditioning": conditioning}}
-        save_checkpoint(make(seed=seed), models / "gmflow" / f"{name}.safetensors", data=about)
-    save_checkpoint(make(seed=3), models / "gmflow" / "plain.safetensors", data=data)
-    comfy.object_info()
-    return comfy
-
-
-def graph(
-    model: str = "known",
-    sampler: dict | None = None,
-    steps: int = 4,
-    denoise: float = 1.0,
-    **noise: Any,
-) -> dict:
-    """Load Mixture Source -> Mixture Source Noise -> SamplerCustomAdvanced -> a saved latent."""
-    settings = {
-        "source": ["source", 0],
-        "noise_seed": 7,
-        "batch_size": 3,
-        "choice": "by weight",
-        "modes": "",
-        **noise,
-    }
-    wires = {name: [name, 0] for name in ("noise", "guider", "sampler", "sigmas")}
-    return {
-        "model": node("GMFlowLoader", model_name=f"{model}.safetensors"),
-        "source": node("GMFlowSourceLoader", source_name="five.safetensors"),
-        "noise": node("GMFlowSourceNoise", **settings),
-        "guider": node("BasicGuider", model=["model", 0], conditioning=["noise", 1]),
-        "sampler": sampler or node("KSamplerSelect", sampler_name="euler"),
-        "sigmas": node("GMFlowSigmas", steps=steps, shift=1.0, denoise=denoise),
-        "sample": node("SamplerCustomAdvanced", latent_image=["noise", 2], **wires),
-        "save": node("SaveLatent", samples=["sample", 0], filename_prefix="latents/test"),
-    }
-
-
-def noise_of(server: Comfy, prompt: dict) -> tuple[Tensor, list[int]]:
-    """What the stock Add Noise makes of it on the latent, at the share `denoise`; and the modes."""
-    wires = {name: [name, 0] for name in ("model", "noise", "sigmas")}
-    prompt = {**prompt, "show": node("PreviewAny", source=["noise", 3])}
-    prompt["sample"] = node("AddNoise", latent_image=["noise", 2], **wires)
-    (shown,) = server.run(
-        {name: prompt[name] for name in ("source", "noise", "show", "image") if name in prompt}
-    ).outputs["show"]["text"]
-    return latent_of(server, prompt), [int(mode) for mode in shown.split(",")]
-
-
-def drawn(modes: list[int], seed: int = 7) -> Tensor:
-    """Noise of these modes: around the means as Random Noise draws it."""
-    noise = torch.randn(len(modes), *SHAPE, generator=torch.Generator().manual_seed(seed))
-    return spherical().draw(modes, noise=noise)
-
-
-def networks(server: Comfy, *names: str) -> list:
-    return [
-        load_checkpoint(
-            server.base / "models" / "gmflow" / f"{name}.safetensors", dtype=torch.float32
-        )[0]
-        for name in names
-    ]
-
-
-def in_frame(network, modes: list[int]):
-    """A denoiser in the coordinates of the modes."""
-    labels = torch.tensor(modes)
-    return denoiser_of(spherical().frame(modes).network(lambda x, sigma: network(x, sigma, labels)))
-
-
-ODE = node("GMFlowODESampler", order=2, substeps=4)
-
-
-# Noise and modes
+    return serve(comfy)
 
 
 def test_noise_is_of_the_modes_that_were_chosen(server: Comfy) -> None:
@@ -150,7 +41,7 @@ def test_noise_is_of_the_modes_that_were_chosen(server: Comfy) -> None:
 
 
 def test_modes_are_drawn_by_weight(server: Comfy) -> None:
-    """Their shares, and the means and deviations of what is drawn around them."""
+    """Check the modes' shares, and the means and deviations of the noise around them."""
     count = 800
     noise, modes = noise_of(server, graph(batch_size=count))
     source, modes = spherical(), torch.tensor(modes)
@@ -161,13 +52,13 @@ def test_modes_are_drawn_by_weight(server: Comfy) -> None:
     z = (noise - mean) / std
     assert z.mean().abs() < 4 / z.numel() ** 0.5
     assert abs(z.var() - 1) < 4 * (2 / z.numel()) ** 0.5
-    assert (z.flatten(1).mean(1).square().sum() * SHAPE[0] * 64 - count).abs() < 4 * (
-        2 * count
-    ) ** 0.5  # independent
+    pixels = z[0].numel()
+    spread = z.flatten(1).mean(1).square().sum() * pixels  # chi-squared if pixels are independent
+    assert (spread - count).abs() < 4 * (2 * count) ** 0.5
 
 
 def test_an_item_depends_on_its_place_only(server: Comfy) -> None:
-    """In a larger batch, and alone, taken out of the latent."""
+    """Check items of a larger batch, and items taken out of a latent."""
     noise, modes = noise_of(server, graph(batch_size=6))
     few, few_modes = noise_of(server, graph(batch_size=2))
     assert torch.equal(few, noise[:2])
@@ -176,26 +67,13 @@ def test_an_item_depends_on_its_place_only(server: Comfy) -> None:
     prompt["empty"] = node("GMFlowSourceNoise", **{**prompt["noise"]["inputs"], "batch_size": 6})
     prompt["image"] = node("LatentFromBatch", samples=["empty", 2], batch_index=4, length=2)
     prompt["noise"]["inputs"]["latent_image"] = ["image", 0]
-    assert torch.equal(
-        latent_of(
-            server,
-            {
-                **prompt,
-                "sample": node(
-                    "AddNoise",
-                    model=["model", 0],
-                    noise=["noise", 0],
-                    sigmas=["sigmas", 0],
-                    latent_image=["noise", 2],
-                ),
-            },
-        ),
-        noise[4:],
-    )
+    wires = {name: [name, 0] for name in ("model", "noise", "sigmas")}
+    prompt["sample"] = node("AddNoise", latent_image=["noise", 2], **wires)
+    assert torch.equal(latent_of(server, prompt), noise[4:])
 
 
 def test_noise_for_image_to_image(server: Comfy) -> None:
-    """(1 - sigma) image + sigma noise, for the mode that the image belongs to."""
+    """Compare with (1 - sigma) image + sigma noise, for the mode that the image belongs to."""
     prompt = graph(denoise=0.6, choice="of the image: likeliest")
     prompt["other"] = node(
         "GMFlowSourceNoise", source=["source", 0], noise_seed=3, batch_size=4, **BY_LIST
@@ -223,7 +101,10 @@ def test_noise_for_image_to_image(server: Comfy) -> None:
 
 
 def test_an_image_is_compared_in_the_models_own_space(server: Comfy) -> None:
-    """The source's latents are half of Stable Diffusion's here: the modes of its own means, as VAE Encode would give them."""
+    """The modes of its own means are found, given as VAE Encode would give them.
+
+    The source's latents are half of Stable Diffusion's here.
+    """
     means = load_source(server.base / "models" / "gmflow_sources" / "latents.safetensors").means
     save_file(
         {"latent_tensor": means / 0.5, "latent_format_version_0": torch.tensor([])},
@@ -241,12 +122,8 @@ def test_an_image_is_compared_in_the_models_own_space(server: Comfy) -> None:
         "noise": node("GMFlowSourceNoise", source=["source", 0], **noise),
         "show": node("PreviewAny", source=["noise", 3]),
     }
-    assert server.run(prompt).outputs["show"]["text"] == [
-        "0, 1, 2, 3, 2"
-    ]  # the fifth has no weight; the third is the widest
-
-
-# Samples
+    # the fifth mode has no weight, and the third is the widest
+    assert server.run(prompt).outputs["show"]["text"] == ["0, 1, 2, 3, 2"]
 
 
 def test_euler_follows_the_mean(server: Comfy) -> None:
@@ -284,9 +161,32 @@ def test_gm_ode_works_in_the_coordinates_of_the_modes(server: Comfy, denoise: fl
     assert not close(latent, wrong, atol=0.02)
 
 
+def test_sigmas_that_end_above_zero(server: Comfy) -> None:
+    """In two samplers, the first of which returns a latent at sigma 1/2, the samples are the same.
+
+    With order 1, as a solver of order 2 starts anew in the second sampler.
+    """
+    first_order = node("GMFlowODESampler", order=1, substeps=4)
+    whole = latent_of(server, graph(sampler=first_order, **BY_LIST))
+    prompt = graph(sampler=first_order, **BY_LIST)
+    prompt["split"] = node("SplitSigmas", sigmas=["sigmas", 0], step=2)
+    prompt["quiet"] = node("DisableNoise")
+    wires = prompt["sample"]["inputs"]
+    prompt["first"] = node("SamplerCustomAdvanced", **{**wires, "sigmas": ["split", 0]})
+    wires |= {"sigmas": ["split", 1], "noise": ["quiet", 0], "latent_image": ["first", 0]}
+    assert close(latent_of(server, prompt), whole)
+
+
+def test_a_spectrum_is_not_used_with_a_source(server: Comfy) -> None:
+    """GM-SDE with a spectrum network gives what it gives without."""
+    sde = node("GMFlowSDESampler", order=2)
+    latent = latent_of(server, graph("spectral", sde, **BY_LIST))
+    assert torch.equal(latent, latent_of(server, graph("known", sde, **BY_LIST)))
+
+
 @pytest.mark.parametrize("solver", ["gm-ode", "gm-sde", "gm-policy", "euler", "dpmpp-2m"])
 def test_gm_sampler_draws_from_the_source(server: Comfy, solver: str) -> None:
-    """The all-in-one node, with the modes as its conditioning; and it equals SamplerCustomAdvanced."""
+    """Compare the all-in-one node, with the modes as conditioning, to SamplerCustomAdvanced."""
     prompt = graph(**BY_LIST)
     settings = {
         "seed": 7,
@@ -340,13 +240,9 @@ def test_inpainting_keeps_the_rest(server: Comfy, sampler: dict) -> None:
 
 @pytest.mark.parametrize("name", ["dpmpp_2m_sde", "heun", "uni_pc", "euler_ancestral"])
 def test_stock_samplers_run(server: Comfy, name: str) -> None:
-    prompt = graph(
-        sampler=node("KSamplerSelect", sampler_name=name), steps=5
-    )  # uni_pc writes into the sigmas it gets
+    # five steps, as uni_pc writes into the sigmas it gets
+    prompt = graph(sampler=node("KSamplerSelect", sampler_name=name), steps=5)
     assert latent_of(server, prompt).isfinite().all()
-
-
-# What does not fit
 
 
 @pytest.mark.parametrize(
@@ -369,7 +265,7 @@ def test_hidden_modes_and_exact_samplers_do_not_go_together(server: Comfy, sampl
 
 
 def test_other_noise_is_noticed(server: Comfy) -> None:
-    """Random noise; labels that are not the noise's modes; not the noise that fits."""
+    """Random noise, and labels other than the noise's modes, are noticed; fitting noise is not."""
     assert "sample" not in server.run(graph(**BY_LIST)).texts
     prompt = graph(**BY_LIST)
     prompt["random"] = node("RandomNoise", noise_seed=1)
@@ -511,211 +407,3 @@ def test_missing_and_foreign_sources(server: Comfy) -> None:
     prompt["source"]["inputs"]["source_name"] = "model.safetensors"
     with pytest.raises(PromptError, match="not a Gaussian-mixture source"):
         server.run(prompt)
-
-
-# Autoguidance
-
-
-def auto(prompt: dict, guide: str = "guide", scale: float = 1.5, **settings) -> dict:
-    """The same with Autoguidance."""
-    about = {"scale": scale, "start_percent": 0.0, "end_percent": 1.0, **settings}
-    wires = {
-        "model": ["model", 0],
-        "guide": [guide, 0],
-        "positive": prompt["guider"]["inputs"]["conditioning"],
-    }
-    return {**prompt, "guider": node("GMFlowAutoguidance", **wires, **about)}
-
-
-@pytest.mark.parametrize(
-    ("solver", "sampler"),
-    [("euler", node("KSamplerSelect", sampler_name="euler")), ("gm-ode", ODE)],
-)
-def test_autoguidance_is_the_formula(server: Comfy, solver: str, sampler: dict) -> None:
-    """With modes, of which model and guide are told the same; GM-ODE's mixture moves as a whole."""
-    modes = [3, 0, 1]
-    prompt = auto(
-        {
-            **graph(sampler=sampler, **BY_LIST),
-            "guide": node("GMFlowLoader", model_name="weak.safetensors"),
-        }
-    )
-    main, weak = networks(server, "known", "weak")
-    frame = spherical().frame(modes)
-    denoiser = autoguided(in_frame(main, modes), in_frame(weak, modes), 1.5)
-    y = solve(solver, denoiser, frame.enter(drawn(modes), 1.0), flow_sigmas(4), substeps=4)
-    assert close(latent_of(server, prompt), frame.leave(y, 0.0))
-
-
-def test_interval_and_scale_one(server: Comfy) -> None:
-    """Of the sigmas 1, .75, .5, .25 the middle two are guided; at scale 1, or in no interval, the guide is not even loaded."""
-    modes = [3, 0, 1]
-    prompt = {**graph(**BY_LIST), "guide": node("GMFlowLoader", model_name="weak.safetensors")}
-    main, weak = (
-        class_denoiser(network, torch.tensor(modes))
-        for network in networks(server, "known", "weak")
-    )
-    both = autoguided(main, weak, 3.0)
-    expected = solve(
-        "euler",
-        lambda x, sigma: (both if 0.4 < sigma[0] < 0.8 else main)(x, sigma),
-        drawn(modes),
-        flow_sigmas(4),
-    )
-    assert close(
-        latent_of(server, auto(prompt, scale=3.0, start_percent=0.2, end_percent=0.6)), expected
-    )
-    prompt["guide"]["inputs"]["weight_dtype"] = "bf16"  # one that is not loaded yet
-    plain = latent_of(server, prompt)
-    for count, settings in (
-        (1, {"scale": 1.0}),
-        (1, {"start_percent": 0.1, "end_percent": 0.2}),
-        (2, {"scale": 2.0}),
-    ):
-        before = server.log().count("Requested to load")
-        assert torch.equal(latent_of(server, auto(prompt, **settings)), plain) == (count == 1)
-        assert server.log().count("Requested to load") == before + count
-
-
-@pytest.fixture(scope="module")
-def flux(server: Comfy) -> Comfy:
-    models = server.base / "models"
-    for name, seed in (("flux1-dev", 0), ("flux1-copy", 0), ("flux1-small", 4)):
-        write_flux(
-            models / "diffusion_models" / f"{name}.safetensors", seed=seed, dtype=torch.float32
-        )
-    write_lora(models / "loras" / "flux_style.safetensors", "flux")
-    for name in ("clip_l", "t5xxl"):
-        write_text_encoder(models / "text_encoders" / f"{name}.safetensors")
-    server.object_info()
-    return server
-
-
-LOADERS = {
-    "UNETLoader": {"weight_dtype": "default"},
-    "GMFlowLoadDiffusionModel8bit": {"compute": "16 bit"},
-}
-
-
-def flux_graph(steps: int = 3) -> dict:
-    wires = {name: [name, 0] for name in ("noise", "guider", "sampler", "sigmas")}
-    return {
-        "model": node("UNETLoader", unet_name="flux1-dev.safetensors", weight_dtype="default"),
-        "guide": node("UNETLoader", unet_name="flux1-small.safetensors", weight_dtype="default"),
-        "weak": node(
-            "LoraLoaderModelOnly",
-            model=["model", 0],
-            lora_name="flux_style.safetensors",
-            strength_model=-1.0,
-        ),
-        "clip": node(
-            "DualCLIPLoader",
-            clip_name1="clip_l.safetensors",
-            clip_name2="t5xxl.safetensors",
-            type="flux",
-        ),
-        "text": node("CLIPTextEncode", clip=["clip", 0], text="a lighthouse at dusk"),
-        "other": node("CLIPTextEncode", clip=["clip", 0], text="a fox"),
-        "latent": node("EmptySD3LatentImage", width=64, height=64, batch_size=2),
-        "noise": node("RandomNoise", noise_seed=0),
-        "guider": node("BasicGuider", model=["model", 0], conditioning=["text", 0]),
-        "sampler": node("KSamplerSelect", sampler_name="euler"),
-        "sigmas": node("GMFlowSigmas", steps=steps, shift=1.0, denoise=1.0),
-        "sample": node("SamplerCustomAdvanced", latent_image=["latent", 0], **wires),
-        "save": node("SaveLatent", samples=["sample", 0], filename_prefix="latents/test"),
-    }
-
-
-@pytest.mark.parametrize("guide", ["guide", "weak"])
-def test_autoguidance_of_flux(flux: Comfy, guide: str) -> None:
-    """One step is linear in the two models' own: with another FLUX, and with the same one weakened by a LoRA."""
-    prompt = flux_graph(steps=1)
-    main = latent_of(flux, prompt)
-    prompt["guider"]["inputs"]["model"] = [guide, 0]
-    weak = latent_of(flux, prompt)
-    assert not close(main, weak, atol=0.02)
-    assert close(latent_of(flux, auto(flux_graph(steps=1), guide)), weak + 1.5 * (main - weak))
-    assert close(
-        latent_of(flux, auto(flux_graph(steps=1), guide, scale=2.0)), weak + 2.0 * (main - weak)
-    )
-    assert close(
-        latent_of(
-            flux,
-            flux_graph(steps=1) | {"sigmas": node("GMFlowSigmas", steps=1, shift=2.0, denoise=1.0)},
-        ),
-        main,
-    )
-
-
-@pytest.mark.parametrize("loader", LOADERS)
-def test_models_in_turn_are_what_they_are_apart(flux: Comfy, loader: str) -> None:
-    """A guide that is the model with a LoRA: the same samples as with the LoRA on a copy of the file; and afterwards the model
-    is what it was. The model as its own guide changes nothing."""
-    base = {
-        **flux_graph(),
-        "model": node(loader, unet_name="flux1-dev.safetensors", **LOADERS[loader]),
-    }
-    plain = latent_of(flux, base)
-    before = flux.log().count("loaded in turn")
-    in_turn = latent_of(flux, auto(base, "weak", start_percent=0.2))
-    assert flux.log().count("loaded in turn") == before + 1
-    prompt = auto(base, "weak", start_percent=0.2)
-    prompt["copy"] = node(loader, unet_name="flux1-copy.safetensors", **LOADERS[loader])
-    prompt["weak"] = {
-        **prompt["weak"],
-        "inputs": {**prompt["weak"]["inputs"], "model": ["copy", 0]},
-    }
-    assert close(in_turn, latent_of(flux, prompt))
-    assert flux.log().count("loaded in turn") == before + 1
-    assert not close(in_turn, plain, atol=0.02)
-    assert close(latent_of(flux, auto(base, "model")), plain)
-    ddim = node(
-        "KSamplerSelect", sampler_name="ddim"
-    )  # Euler by another name, so that nothing is cached
-    assert close(latent_of(flux, {**base, "sampler": ddim}), plain)
-
-
-def test_the_guide_can_have_a_conditioning_of_its_own(flux: Comfy) -> None:
-    prompt = flux_graph(steps=1)
-    main = latent_of(flux, prompt)
-    prompt["guider"]["inputs"] |= {"model": ["guide", 0], "conditioning": ["other", 0]}
-    weak = latent_of(flux, prompt)
-    other = auto(flux_graph(steps=1))
-    other["guider"]["inputs"]["guide_positive"] = ["other", 0]
-    assert close(latent_of(flux, other), weak + 1.5 * (main - weak))
-
-
-def test_what_is_patched_before_guidance_applies(flux: Comfy) -> None:
-    """Adaptive Projected Guidance: the part of their difference that is orthogonal to the main one, and the main one."""
-    prompt = flux_graph(steps=1)
-    main = latent_of(flux, prompt)
-    prompt["guider"]["inputs"]["model"] = ["guide", 0]
-    difference = main - latent_of(flux, prompt)
-    direction = torch.nn.functional.normalize(
-        main - 0.1159, dim=(1, 2, 3)
-    )  # of the latent as FLUX sees it
-    parallel = (difference * direction).sum((1, 2, 3), keepdim=True) * direction
-    prompt = auto(flux_graph(steps=1))
-    prompt["apg"] = node("APG", model=["model", 0], eta=0.0, norm_threshold=0.0, momentum=0.0)
-    prompt["guider"]["inputs"]["model"] = ["apg", 0]
-    assert close(latent_of(flux, prompt), main + 1.5 * (difference - parallel), atol=1e-3)
-
-
-def test_models_that_do_not_go_together(flux: Comfy) -> None:
-    prompt = flux_graph()
-    prompt["guide"] = node("GMFlowLoader", model_name="known.safetensors")
-    with pytest.raises(
-        PromptError,
-        match="the model's latents have 16 channels and 2 dimensions, the guide's 3 and 2",
-    ):
-        flux.run(auto(prompt))
-    prompt["guide"] = node("ModelSamplingDiscrete", model=["model", 0], sampling="eps", zsnr=False)
-    with pytest.raises(PromptError, match=r"\(flow matching\) and the guide \(diffusion"):
-        flux.run(auto(prompt))
-    prompt = auto(
-        {**graph(), "guide": node("GMFlowLoader", model_name="weak.safetensors")},
-        start_percent=0.6,
-        end_percent=0.4,
-    )
-    with pytest.raises(PromptError, match=r"start_percent 0\.6 comes after"):
-        flux.run(prompt)

@@ -1,0 +1,187 @@
+"""Guidance on a model with a GM adapter, and settings that do not fit the adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from .adapter_prompts import (
+    custom,
+    graph,
+    inserted,
+    near,
+    serve,
+    skip_unknown_base,
+    stock,
+)
+from .client import Comfy, PromptError
+from .graphs import latent_of, node
+
+
+@pytest.fixture(scope="module")
+def server(comfy: Comfy) -> Iterator[Comfy]:
+    yield from serve(comfy)
+
+
+@pytest.fixture(autouse=True)
+def known_to_this_comfyui(request: pytest.FixtureRequest, server: Comfy) -> None:
+    skip_unknown_base(request, server)
+
+
+@pytest.mark.parametrize("base", ["flux", "qwen"])
+def test_guiders_find_the_positive_conditioning(server: Comfy, base: str) -> None:
+    """Classifier-free guidance with scale 1, or with the same prompt twice, changes nothing.
+
+    Another scale with a negative prompt does, by the same in every guider.
+    """
+    plain = latent_of(server, custom(graph(base)))
+    both = {"positive": ["positive", 0], "negative": ["negative", 0]}
+    assert near(
+        latent_of(
+            server,
+            custom(graph(base), guider=node("CFGGuider", model=["model", 0], cfg=1.0, **both)),
+        ),
+        plain,
+    )
+    same = {"positive": ["positive", 0], "negative": ["positive", 0]}
+    assert near(
+        latent_of(
+            server,
+            custom(graph(base), guider=node("CFGGuider", model=["model", 0], cfg=3.0, **same)),
+        ),
+        plain,
+    )
+    cfg = latent_of(
+        server, custom(graph(base), guider=node("CFGGuider", model=["model", 0], cfg=3.0, **both))
+    )
+    assert not near(cfg, plain, 0.05)
+    dual = {
+        "cond1": ["positive", 0],
+        "cond2": ["negative", 0],
+        "negative": ["negative", 0],
+        "style": "regular",
+    }
+    guider = node(
+        "DualCFGGuider", model=["model", 0], cfg_conds=3.0, cfg_cond2_negative=1.0, **dual
+    )
+    assert near(latent_of(server, custom(graph(base), guider=guider)), cfg, 1e-3)
+
+
+@pytest.mark.parametrize("base", ["flux", "qwen"])
+def test_probabilistic_guidance(server: Comfy, base: str) -> None:
+    guided = graph(base, guidance=0.3)
+    with pytest.raises(PromptError, match=r"weight 0\.3 needs a negative conditioning"):
+        server.run(guided)
+    guided["sample"]["inputs"]["negative"] = ["negative", 0]
+    latent = latent_of(server, guided)
+    assert not near(latent, latent_of(server, graph(base)), 0.02)
+    settings = {"orthogonal": 1.0, "start_percent": 0.0, "end_percent": 1.0}
+    both = {"positive": ["positive", 0], "negative": ["negative", 0]}
+    guider = node("GMFlowGuider", model=["model", 0], scale=0.3, **settings, **both)
+    assert near(latent_of(server, custom(graph(base), guider=guider)), latent)
+    patched = custom(graph(base), guider=node("CFGGuider", model=["model", 0], cfg=0.3, **both))
+    patched = inserted(patched, "guided", node("GMFlowProbabilisticGuidance", **settings), "guider")
+    assert near(latent_of(server, patched), latent)
+
+
+@pytest.mark.parametrize("base", ["flux", "flux2"])
+def test_parts_of_a_prompt_fall_back_to_the_mean(server: Comfy, base: str) -> None:
+    prompt = graph(base, width=128)
+    half = {"width": 0.5, "height": 1.0, "y": 0.0, "strength": 1.0}
+    prompt["left"] = node(
+        "ConditioningSetAreaPercentage", conditioning=["positive", 0], x=0.0, **half
+    )
+    prompt["right"] = node(
+        "ConditioningSetAreaPercentage", conditioning=["negative", 0], x=0.5, **half
+    )
+    prompt["both"] = node(
+        "ConditioningCombine", conditioning_1=["left", 0], conditioning_2=["right", 0]
+    )
+    prompt["sample"]["inputs"]["positive"] = ["both", 0]
+    before = len(server.log())
+    assert "2 positive conditionings" in server.run(prompt).texts["sample"]
+    assert server.log()[before:].count("found 2 positive conditionings") == 1  # for 4 steps
+    euler = {**prompt["sample"]["inputs"], "solver": "euler", "final_step_size": 0.5}
+    mean = latent_of(server, {**prompt, "sample": node("GMFlowSampler", **euler)})
+    assert near(latent_of(server, prompt), mean)
+
+
+def test_predictions_for_windows_fall_back_to_the_mean(server: Comfy) -> None:
+    if "ContextWindowsManual" not in server.object_info():
+        pytest.skip("this ComfyUI has no context windows")
+    about = server.object_info()["ContextWindowsManual"]["input"]["required"]
+    defaults = {}
+    for key, (kind, *options) in about.items():
+        settings = options[0] if options else {}
+        choices = kind if isinstance(kind, list) else settings.get("options")
+        default = settings.get("default", choices[0] if choices else None)
+        defaults |= {} if default is None else {key: default}
+    windows = node(
+        "ContextWindowsManual", **{**defaults, "context_length": 8, "context_overlap": 2, "dim": 2}
+    )
+    prompt = inserted(graph(width=64, height=128), "windows", windows, "sample")
+    assert "parts of the latent (context windows" in server.run(prompt).texts["sample"]
+    assert latent_of(server, prompt).isfinite().all()
+
+
+def test_the_first_prediction_counts(server: Comfy) -> None:
+    """Skip Layer Guidance calls the network again, without a block, after the guider's call.
+
+    With next to no weight it changes nothing: not the mean, and not the policy around it.
+    """
+    if "SkipLayerGuidanceDiT" not in server.object_info():
+        pytest.skip("this ComfyUI has no SkipLayerGuidanceDiT")
+    layers = {"double_layers": "0", "single_layers": "", "rescaling_scale": 0.0}
+    about = {"start_percent": 0.0, "end_percent": 1.0, **layers}
+
+    def skipping(scale: float) -> dict:
+        skip = node("SkipLayerGuidanceDiT", scale=scale, **about)
+        return inserted(graph(), "skip", skip, "sample")
+
+    plain = latent_of(server, graph())
+    assert near(latent_of(server, skipping(1e-6)), plain)
+    assert not near(latent_of(server, skipping(1.0)), plain, 0.05)
+
+
+def test_settings_that_do_not_fit_the_adapter_are_said(server: Comfy) -> None:
+    fitting = "4 steps, shift 3.2, temperature 0.3, 32 substeps"
+    assert server.run(graph(seed=3)).texts["sample"] == fitting
+    prompt = graph(seed=3)
+    prompt["distilled"] = node("FluxGuidance", conditioning=["positive", 0], guidance=3.5)
+    prompt["sample"]["inputs"]["positive"] = ["distilled", 0]
+    assert server.run(prompt).texts["sample"] == fitting
+    prompt["distilled"]["inputs"]["guidance"] = 2.0
+    said = "made with a guidance of 3.5, and the conditioning asks for 2"
+    assert said in server.run(prompt).texts["sample"]
+    assert "made for 4 steps or more" in server.run(graph(steps=3)).texts["sample"]
+    assert server.run(graph(steps=3, denoise=0.7)).texts["sample"].startswith("3 steps, ")
+    prompt = graph(steps=4)
+    prompt["model"]["inputs"]["adapter_name"] = "gmflux_k8_piid_8step.safetensors"
+    assert "made for 8 steps or more" in server.run(prompt).texts["sample"]
+    prompt["sample"]["inputs"]["steps"] = 8
+    assert server.run(prompt).texts["sample"].startswith("8 steps, ")
+    prompt["base"]["inputs"]["unet_name"] = "flux1-schnell.safetensors"
+    assert "no guidance embedding" in server.run(prompt).texts["model"]
+
+
+def test_guidance_on_a_distilled_model_is_said(server: Comfy) -> None:
+    both = {"model": ["model", 0], "positive": ["positive", 0], "negative": ["negative", 0]}
+    said = "has its guidance built in"
+    for base, cfg, complains in (("flux", 3.0, True), ("flux", 1.0, False), ("qwen", 3.0, False)):
+        prompt = custom(graph(base, seed=3), guider=node("CFGGuider", cfg=cfg, **both))
+        assert (said in server.run(prompt).texts["sample"]) == complains
+    disabled = graph(seed=3)
+    disabled["none"] = node("FluxDisableGuidance", conditioning=["positive", 0])
+    disabled["sample"]["inputs"]["positive"] = ["none", 0]
+    assert "asks for none at all" in server.run(disabled).texts["sample"]
+
+
+def test_stock_samplers_say_it_too_and_take_it_back(server: Comfy) -> None:
+    prompt = stock({**graph(), "text": graph()["positive"]})
+    prompt["positive"] = node("FluxGuidance", conditioning=["text", 0], guidance=2.0)
+    assert "made with a guidance of 3.5" in server.run(prompt).texts["sample"]
+    prompt["positive"]["inputs"]["guidance"] = 3.5
+    assert server.run(prompt).texts["sample"] == " "
+    prompt["sample"]["inputs"]["seed"] = 5
+    assert "sample" not in server.run(prompt).texts

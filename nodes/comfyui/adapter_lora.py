@@ -8,6 +8,7 @@ import comfy.lora
 import comfy.sd
 from torch import Tensor
 
+from ...gmflow_core.models.state_dict import check_shapes
 from .bases import BASES, Base
 from .notices import notice
 
@@ -21,7 +22,7 @@ def with_lora(model, base: Base, lora: dict[str, Tensor], strength: float, name:
         name: the file's name in messages.
 
     Raises:
-        ValueError: a part does not fit the model; the message names the keys.
+        ValueError: keys form no pairs, or pairs do not fit the model; the message names them.
     """
     if not lora:
         notice(
@@ -30,25 +31,17 @@ def with_lora(model, base: Base, lora: dict[str, Tensor], strength: float, name:
         return model
     pairs = lora_pairs(lora, name)
     places = comfy.lora.model_lora_keys_unet(model.model, {})
-    renamed, wrong = {}, []
+    renamed, expected = {}, {}
     for module, (down, up) in pairs.items():
         known = base.renamed.get(module, module)
         targets = (prefix + known for prefix in ("transformer.", "", "diffusion_model."))
         target = next((target for target in targets if target in places), None)
-        if target is None:
-            wrong.append(f"{module}: not in this model")
-            continue
-        shape = _shape_at(model, places[target])
-        if shape != (up.shape[0], down.shape[1]) or up.shape[1] != down.shape[0]:
-            found = f"{tuple(up.shape)} times {tuple(down.shape)}"
-            wrong.append(f"{module}: {found} on a weight of {shape}")
-            continue
-        renamed.update({f"{target}.lora_A.weight": down, f"{target}.lora_B.weight": up})
-    if wrong:
-        raise ValueError(
-            f"{name} does not fit this {base.name} model{_likely_base(pairs, base)}. {len(wrong)} "
-            f"of its {len(pairs)} LoRA modules do not apply: {'; '.join(wrong[:8])}"
-        )
+        if target is not None:
+            expected[module] = _shape_at(model, places[target])
+            renamed.update({f"{target}.lora_A.weight": down, f"{target}.lora_B.weight": up})
+    products = {module: (up.shape[0], down.shape[1]) for module, (down, up) in pairs.items()}
+    advice = _advice(pairs, base)
+    check_shapes(expected, products, f"this {base.name} model", source=name, advice=advice)
     return comfy.sd.load_lora_for_models(model, None, renamed, strength, 0)[0]
 
 
@@ -56,7 +49,7 @@ def lora_pairs(lora: dict[str, Tensor], name: str) -> dict[str, tuple[Tensor, Te
     """Return the matrices A (rank, in) and B (out, rank) of every module.
 
     Raises:
-        ValueError: a key is no half of a whole pair.
+        ValueError: a key is no half of a whole pair, or the halves do not fit each other.
     """
     modules: dict[str, dict[str, str]] = {}
     for key in lora:
@@ -70,18 +63,25 @@ def lora_pairs(lora: dict[str, Tensor], name: str) -> dict[str, tuple[Tensor, Te
             f"and .lora_B.weight: {', '.join(sorted(odd)[:8])}; the file is damaged, or in another "
             "layout than the published adapters"
         )
-    return {
+    pairs = {
         module: (lora[sides["A.weight"]], lora[sides["B.weight"]])
         for module, sides in modules.items()
     }
+    for module, (down, up) in pairs.items():
+        if not up.ndim == down.ndim == 2 or up.shape[1] != down.shape[0]:
+            raise ValueError(
+                f"{name}: the pair of {module} is no product of matrices: lora_B is "
+                f"{tuple(up.shape)}, lora_A {tuple(down.shape)}; the file is damaged"
+            )
+    return pairs
 
 
-def _likely_base(modules: dict, base: Base) -> str:
-    """Return a remark on the other base whose adapters have such modules, "" if there is none."""
+def _advice(modules: dict, base: Base) -> str:
+    """Return what to do with LoRA modules that do not fit a base."""
     for other in BASES:
         if other is not base and any(re.search(other.mark, module) for module in modules):
-            return f": it looks like an adapter for {other.name}"
-    return ""
+            return f"it looks like an adapter for {other.name}"
+    return "the file is damaged, or made for another base model"
 
 
 def _shape_at(model, place: str | tuple) -> tuple[int, ...]:

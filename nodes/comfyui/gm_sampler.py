@@ -44,28 +44,28 @@ def gm_sampler(solver: str, shift: float = OWN, **settings) -> comfy.samplers.KS
             return x
         check_sigmas(sigmas)
         extra_args = extra_args or {}
-        seen = SolverModel(model, x.shape, extra_args)
+        wrapped = SolverModel(model, x.shape, extra_args)
         if solver not in MEAN_SOLVERS:
-            seen.enter_modes(solver)
-        time_shift = shift or seen.own_shift
-        if seen.adapter is not None:
-            check_steps(seen.adapter, sigmas, time_shift)
+            wrapped.enter_modes(solver)
+        time_shift = shift or wrapped.own_shift
+        if wrapped.adapter is not None:
+            check_steps(wrapped.adapter, sigmas, time_shift)
         if solver == "gm-policy":
             report_policy(len(sigmas) - 1, time_shift, **settings)
         result = solve(
             solver,
-            mixtures_only(seen, solver) if solver in ("gm-ode", "gm-sde") else seen.denoise,
-            seen.to_solver(x, sigmas[0]),
+            mixtures_only(wrapped, solver) if solver in ("gm-ode", "gm-sde") else wrapped.denoise,
+            wrapped.to_solver(x, sigmas[0]),
             sigmas,
             shift=time_shift,
-            spectrum=seen.spectrum,
-            noise=step_noise(seen, extra_args.get("seed") or 0),
-            callback=progress(seen, sigmas, callback),
-            constrain=seen.constrain if seen.masked else None,
+            spectrum=wrapped.spectrum,
+            noise=step_noise(wrapped, extra_args.get("seed") or 0),
+            callback=progress(wrapped, sigmas, callback),
+            constrain=wrapped.constrain if wrapped.masked else None,
             check=comfy.model_management.throw_exception_if_processing_interrupted,
             **settings,
         )
-        return seen.from_solver(result, sigmas[-1])
+        return wrapped.from_solver(result, sigmas[-1])
 
     return comfy.samplers.KSAMPLER(run)
 
@@ -102,7 +102,7 @@ def report_policy(
     )
 
 
-def mixtures_only(seen: SolverModel, solver: str):
+def mixtures_only(wrapped: SolverModel, solver: str):
     """Return the model's denoiser, for solvers that need a Gaussian mixture.
 
     Raises, when it is called:
@@ -110,30 +110,30 @@ def mixtures_only(seen: SolverModel, solver: str):
     """
 
     def denoise(x: Tensor, sigma: Tensor) -> Policy:
-        policy = seen.denoise(x, sigma)
+        policy = wrapped.denoise(x, sigma)
         if isinstance(policy, DXPolicy):
             raise ValueError(
-                f"{solver} needs a Gaussian mixture, and the adapter {seen.adapter.name} has a DX "
-                "policy; use gm-policy (GM Policy Sampler), or a GM adapter"
+                f"{solver} needs a Gaussian mixture, and the adapter {wrapped.adapter.name} has a "
+                "DX policy; use gm-policy (GM Policy Sampler), or a GM adapter"
             )
         return policy
 
     return denoise
 
 
-def step_noise(seen: SolverModel, seed: int) -> Generator:
+def step_noise(wrapped: SolverModel, seed: int) -> Generator:
     """Return the generators for the noise of stochastic steps: one for each image.
 
     Points share one, as they are too many for one each. ComfyUI has drawn the initial noise with
     the seed itself, so the steps use the next one.
     """
     seed = (seed + 1) % 2**64
-    if isinstance(seen.shape, PointShape):
+    if isinstance(wrapped.shape, PointShape):
         return torch.Generator().manual_seed(seed)
-    return image_generators(seed, seen.model.noise)
+    return image_generators(seed, wrapped.model.noise)
 
 
-def progress(seen: SolverModel, sigmas: Tensor, callback):
+def progress(wrapped: SolverModel, sigmas: Tensor, callback):
     """Return a solver's callback that hands latents to a k-diffusion callback, if there is one."""
     if callback is None:
         return None
@@ -144,8 +144,8 @@ def progress(seen: SolverModel, sigmas: Tensor, callback):
                 "i": step,
                 "sigma": sigmas[step],
                 "sigma_hat": sigmas[step],
-                "x": seen.from_solver(x, sigmas[step]),
-                "denoised": seen.from_solver(x0, 0.0),
+                "x": wrapped.from_solver(x, sigmas[step]),
+                "denoised": wrapped.from_solver(x0, 0.0),
             }
         )
 

@@ -97,7 +97,7 @@ def test_loras_before_or_after_the_adapter_are_the_same(server: Comfy, base: str
 
 @pytest.mark.parametrize("kind", ["fp8", "8-bit", "native int8", "GGUF"])
 def test_every_loader_feeds_the_adapter(server: Comfy, kind: str) -> None:
-    """The latent equals that of the 16-bit file up to the rounding of the weights."""
+    """Compare the latent with that of the 16-bit file, up to the rounding of the weights."""
     models, prompt = server.base / "models" / "diffusion_models", graph()
     if kind == "fp8":
         prompt["base"]["inputs"]["weight_dtype"] = "fp8_e4m3fn"
@@ -190,7 +190,7 @@ def test_the_noise_of_the_sampler_node_is_the_images_own(server: Comfy) -> None:
 
 
 def test_sigmas_split_over_two_samplers(server: Comfy) -> None:
-    """The temperature is set by hand, as the automatic one counts a sampler's own steps."""
+    """Set the temperature by hand, as the automatic one counts a sampler's own steps."""
     sampler = node("GMFlowPolicySampler", substeps=32, temperature=0.3, stochasticity=0.0)
     whole = custom(graph(), sampler)
     split = custom(graph(), sampler)

@@ -39,7 +39,7 @@ def server(comfy: Comfy) -> Comfy:
 
 @pytest.fixture(scope="module")
 def flux(server: Comfy) -> Comfy:
-    """The server with two FLUX models, a copy of the first, and a LoRA."""
+    """Return the server with two FLUX models, a copy of the first, and a LoRA."""
     models = server.base / "models"
     for name, seed in (("flux1-dev", 0), ("flux1-copy", 0), ("flux1-small", 4)):
         write_flux(
@@ -114,7 +114,7 @@ def test_autoguidance_is_the_formula(server: Comfy, solver: str, sampler: dict) 
 
 
 def test_interval_and_scale_one(server: Comfy) -> None:
-    """Of the sigmas 1, .75, .5, .25 the middle two are guided.
+    """Check that of the sigmas 1, .75, .5, .25 only the middle two are guided.
 
     At scale 1, or if no step is in the interval, the guide is not even loaded.
     """

@@ -39,7 +39,7 @@ NAMES = {
 
 
 def graph(base: str, text: str = "a red fox", guidance: float = 3.5, lora: float = 0.0) -> dict:
-    """Return a stock workflow of two steps, with the picture, and the picture through the VAE again."""
+    """Return a stock workflow of two steps; its picture also goes through the VAE again."""
     model, vae, style = NAMES[base]
     latent = "EmptyFlux2LatentImage" if base in ("flux2", "klein") else "EmptySD3LatentImage"
     encoder = {

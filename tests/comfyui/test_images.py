@@ -161,14 +161,14 @@ close = functools.partial(torch.allclose, atol=2e-4, rtol=1e-4)
 
 @pytest.mark.parametrize("solver", ["gm-ode", "gm-sde", "dpmpp-2m"])
 def test_gm_sampler_equals_the_library(comfy: Comfy, pixels: Path, solver: str) -> None:
-    """Guidance is fused with the second order; gm-sde uses the spectrum network and noise by image."""
+    """Guidance is fused with the second order; gm-sde uses the spectrum network."""
     expected = outside(pixels, solver=solver, guidance=Guidance(0.4))
     assert close(latent_of(comfy, graph(solver=solver, guidance=0.4)), expected)
     assert not close(latent_of(comfy, graph(solver=solver)), expected)
 
 
 def test_gm_guider_equals_the_library(comfy: Comfy, pixels: Path) -> None:
-    """Of the sigmas 1, .75, .5, .25 the middle two are guided."""
+    """Check that of the sigmas 1, .75, .5, .25 only the middle two are guided."""
     settings = {"scale": 0.4, "orthogonal": 0.5, "start_percent": 0.2, "end_percent": 0.6}
     guidance = Guidance(0.4, orthogonal=0.5, interval=(0.4, 0.8))
     guider = node("GMFlowGuider", model=["model", 0], positive=["labels", 0], **settings)

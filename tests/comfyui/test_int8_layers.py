@@ -37,7 +37,7 @@ STAYS_IN_16_BIT = [
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The findings of one process for all tests, as its start takes most of the time."""
+    """Run one process for all tests, as its start takes most of the time."""
     folder = tmp_path_factory.mktemp("int8")
     paths = (
         write_flux(folder / "flux.safetensors"),

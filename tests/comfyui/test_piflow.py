@@ -38,7 +38,7 @@ with safe_open(GOLDEN, "pt") as file:
 
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
-    """The latents of the extension, by case."""
+    """Run all cases in the extension, and return their latents."""
     work = tmp_path_factory.mktemp("piflow")
     write_flux(work / "flux.safetensors", dtype=torch.float32)
     write_qwen_image(work / "qwen.safetensors", dtype=torch.float32)

@@ -151,7 +151,7 @@ def test_progress_while_loading(comfy: Comfy, sample: Callable) -> None:
 
 
 def test_gm_adapter_on_an_8_bit_base(comfy: Comfy, models: Path) -> None:
-    """The LoRA changes the int8 weights, not the head; saving base and LoRA alone is refused."""
+    """LoRA changes the int8 weights, not the head; saving base and LoRA alone is refused."""
     adapter = "gmflux_int8.safetensors"
     write_adapter(models / "loras" / adapter, strength=0.1)
 
@@ -190,7 +190,7 @@ def test_gm_adapter_on_an_8_bit_base(comfy: Comfy, models: Path) -> None:
 
 @pytest.mark.parametrize("lora", [None, 1.0])
 def test_saved_and_loaded_back(comfy: Comfy, sample: Callable, lora: float | None) -> None:
-    """The file gives the same latents, also with the loader of newer versions of ComfyUI."""
+    """A saved file gives the same latents, also with the loader of newer versions of ComfyUI."""
     prefix = f"diffusion_models/saved_{lora}"
     source = "model" if lora is None else "style"
     prompt = graph(eight_bit(), lora=lora)

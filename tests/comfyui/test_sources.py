@@ -101,7 +101,7 @@ def test_noise_for_image_to_image(server: Comfy) -> None:
 
 
 def test_an_image_is_compared_in_the_models_own_space(server: Comfy) -> None:
-    """The modes of its own means are found, given as VAE Encode would give them.
+    """A source finds the modes of its own means, given as VAE Encode would give them.
 
     The source's latents are half of Stable Diffusion's here.
     """

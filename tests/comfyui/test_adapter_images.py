@@ -114,7 +114,7 @@ def head_of_the_base(weights: dict[str, Tensor], base: str) -> dict[str, Tensor]
 
 @pytest.mark.parametrize("base", FILES)
 def test_a_head_of_the_bases_own_layer_is_the_base(server: Comfy, base: str) -> None:
-    """Compare its mean velocity with the base's; the image's embedding counts, not the reference's."""
+    """Compare mean velocities; the image's embedding counts, not the reference's."""
     skip_without_references(server)
     models, name = server.base / "models", f"exact_{FILES[base]}"
     WRITERS[base](models / "diffusion_models" / name, dtype=torch.float32)

@@ -55,7 +55,7 @@ def test_quickstart_dropped_and_run(comfy: Comfy, page: ComfyPage, tmp_path: Pat
 
 
 def test_digits_dropped_and_run(comfy: Comfy, page: ComfyPage) -> None:
-    """Check that the page shows ten rows of ten digits, strokes on black, as the server made them."""
+    """Check that the page shows ten rows of ten digits, as the server made them."""
     page.drop_workflow(WORKFLOWS / "digits_quickstart.json")
     assert page.missing_nodes() == []
     prompt_id = page.run()

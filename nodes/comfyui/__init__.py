@@ -1,1 +1,1 @@
-"""All that touches the internals of ComfyUI."""
+"""Code that touches the internals of ComfyUI: one subject a file."""

@@ -288,7 +288,7 @@ def test_the_correction_is_damped_by_the_size_of_the_step_before(before, size):
     assert ((damping > 0) == (before == 0.4)).all()  # both sides of the limit are tested
     corrected = second_order(moved, Step(mixture, x, 0.9, before), x, 0.9, size, ca=ca)
     shift = (damping * (1e-2 * 0.5 * size / before)).expand_as(x)
-    assert (corrected.gaussian.mean - moved.mean() - shift).abs().max() < 1e-11
+    assert (image_gaussian(corrected).mean - moved.mean() - shift).abs().max() < 1e-11
 
 
 def test_the_correction_stays_within_the_mixtures_own_spread():

@@ -1,19 +1,21 @@
 """Set up the processes that run tests: threads, workers, the Triton interpreter, a word on ComfyUI.
 
 Without file names pytest shares the tests out among workers, one for each core. `-n 0` turns that
-off, `-n 2` turns it on for single files. Tests that share a server or an expensive fixture are
-marked with an `xdist_group`; they run on one worker.
+off, `-n 2` turns it on for single files. All tests in tests/comfyui run on one worker, as they
+share a ComfyUI server.
 """
 
 from __future__ import annotations
 
 import os
+from typing import Any
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: one thread for each worker
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.comfyui.installation import comfyui_version
 
@@ -29,10 +31,20 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Return the number of workers for `-n auto`: 0 if files are named or there is one core."""
     if config.args_source is pytest.Config.ArgsSource.ARGS:
         return 0
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    cores = os.cpu_count() or 1
     return min(cores, MOST_WORKERS) if cores > 1 else 0
+
+
+class OneServer(LoadScopeScheduling):
+    """A schedule of single tests, but for those in tests/comfyui, which stay together."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "tests/comfyui" if nodeid.startswith("tests/comfyui/") else nodeid
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneServer | None:
+    """Return the schedule; None for pytest-xdist's own if `--dist` asks for another one."""
+    return OneServer(config, log) if config.getvalue("dist") == "load" else None
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

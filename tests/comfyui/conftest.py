@@ -20,16 +20,11 @@ DATABASE = ("--database-url", "sqlite:///:memory:")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests of this folder without a ComfyUI; keep those that share one on one worker.
-
-    All tests with a server share one. The other tests of a file share a process that they start.
-    """
-    for item in items:
-        if item.path.is_relative_to(Path(__file__).parent):
-            if not is_installed():
+    """Without a ComfyUI, skip every test of this folder."""
+    if not is_installed():
+        for item in items:
+            if item.path.is_relative_to(Path(__file__).parent):
                 item.add_marker(pytest.mark.skip(f"no ComfyUI in {COMFYUI}: {HOW_TO}"))
-            group = "server" if "comfy" in item.fixturenames else item.path.stem
-            item.add_marker(pytest.mark.xdist_group(f"ComfyUI {group}"))
 
 
 @pytest.fixture(scope="session")

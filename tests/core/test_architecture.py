@@ -77,7 +77,6 @@ def folder_of(module):
     return module.split(".")[1] if module.count(".") else "__init__"
 
 
-@MENDED
 def test_imports_form_no_circle():
     ours = {name: {each for each in IMPORTS[name] if each in MODULES} for name in MODULES}
     try:
@@ -100,7 +99,6 @@ def test_packages_import_nothing_foreign(package):
     assert not wrong, "\n".join(wrong)
 
 
-@MENDED
 def test_folders_of_gmflow_core_import_lower_ones_only():
     wrong = [
         f"{name} imports {each}"
@@ -142,7 +140,6 @@ def test_node_files_and_commands_are_no_libraries():
     assert not wrong, "\n".join(wrong)
 
 
-@MENDED
 def test_formulas_hold_no_machinery():
     """No branch for a compiler, no compiled form, no write past a frozen dataclass."""
     wrong = []

@@ -45,13 +45,22 @@ class GMFlowODESampler(io.ComfyNode):
                     "compared to the network: 8 are plenty for 4 or more network calls; use 16 for "
                     "2, and 32 for 1.",
                 ),
+                io.Combo.Input(
+                    "spacing",
+                    options=["time", "sigma"],
+                    default="time",
+                    optional=True,
+                    tooltip="Substeps of equal size in unshifted time, as in the paper's code, or "
+                    "in sigma. They differ only with a time shift.",
+                ),
             ],
             outputs=[sampler_output()],
         )
 
     @classmethod
-    def execute(cls, order: int, substeps: int) -> io.NodeOutput:
-        return io.NodeOutput(gm_sampler("gm-ode", order=order, substeps=substeps))
+    def execute(cls, order: int, substeps: int, spacing: str = "time") -> io.NodeOutput:
+        sampler = gm_sampler("gm-ode", order=order, substeps=substeps, spacing=spacing)
+        return io.NodeOutput(sampler)
 
 
 class GMFlowSDESampler(io.ComfyNode):

@@ -90,7 +90,7 @@ def _tile_size(x: Tensor, components: int, pixels: int) -> tuple[int, int]:
 
 
 def _per_pixel(values: Tensor, x: Tensor) -> Tensor:
-    """Reshape (B or 1, 1, *S or *1) to (B or 1, pixels or 1), in float64 where the device has it."""
+    """Reshape (B or 1, 1, *S or *1) to (B or 1, pixels or 1), in float64 if the device has it."""
     if values.shape[2:].numel() > 1:
         values = values.expand(-1, 1, *x.shape[2:])
     dtype = torch.float32 if x.device.type == "mps" else torch.float64

@@ -59,7 +59,7 @@ class DXVelocity:
             )
 
     def mean(self) -> Tensor:
-        """Return the velocity at the time of the call, (B, C, *S), for samplers without policies."""
+        """Return the velocity at the time of the call, (B, C, *S), for samplers of the mean."""
         return self.velocities[:, -1 if self.mode == "grid" else 0].float()
 
     def fits(self, x: Tensor) -> bool:

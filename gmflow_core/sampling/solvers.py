@@ -286,14 +286,18 @@ class Solver:
         title: as plots show it.
         sample: the function.
         needs_mixture: False if it follows the mean only.
+        takes_policies: True if the denoiser may return other policies than a mixture.
         substeps: usual number of substeps, as the solver counts them; None if it has none.
+        final_step_size: usual size of the last step relative to the others.
     """
 
     name: str
     title: str
     sample: Callable[..., Tensor]
     needs_mixture: bool = True
+    takes_policies: bool = False
     substeps: int | None = None
+    final_step_size: float = 1.0
 
     @property
     def settings(self) -> frozenset[str]:
@@ -302,19 +306,20 @@ class Solver:
         return frozenset(each.name for each in parameters if each.kind is each.KEYWORD_ONLY)
 
 
+FINAL_STEP_SIZE = 0.5  # last step relative to the others, in the time grids of pi-Flow's adapters
+_POLICY = {"takes_policies": True, "substeps": 128, "final_step_size": FINAL_STEP_SIZE}
+_MEAN = {"needs_mixture": False, "takes_policies": True}
 SOLVERS = {
     solver.name: solver
     for solver in (
         Solver("gm-ode", "GM-ODE", sample_gm_ode, substeps=8),
         Solver("gm-sde", "GM-SDE", sample_gm_sde),
-        Solver("gm-policy", "GM policy", sample_gm_policy, substeps=128),
-        Solver("euler", "Euler on the mean", sample_euler, needs_mixture=False),
-        Solver("dpmpp-2m", "DPM-Solver++(2M)", sample_dpmpp_2m, needs_mixture=False),
+        Solver("gm-policy", "GM policy", sample_gm_policy, **_POLICY),
+        Solver("euler", "Euler on the mean", sample_euler, **_MEAN),
+        Solver("dpmpp-2m", "DPM-Solver++(2M)", sample_dpmpp_2m, **_MEAN),
     )
 }
-SUBSTEPS = {name: solver.substeps for name, solver in SOLVERS.items() if solver.substeps}
 MEAN_SOLVERS = tuple(name for name, solver in SOLVERS.items() if not solver.needs_mixture)
-FINAL_STEP_SIZE = 0.5  # last step relative to the others, in the time grids of pi-Flow's adapters
 
 
 def solve(

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...gmflow_core import DXPolicy, flow_sigmas
 from ...gmflow_core.flow.policy import Policy
 from ...gmflow_core.gaussians.draws import Generator
-from ...gmflow_core.sampling.solvers import MEAN_SOLVERS, SUBSTEPS, solve, usual_temperature
+from ...gmflow_core.sampling.solvers import SOLVERS, solve, usual_temperature
 from .adapter_checks import check_steps
 from .generators import image_generators
 from .latent_shapes import PointShape
@@ -45,16 +45,16 @@ def gm_sampler(solver: str, shift: float = OWN, **settings) -> comfy.samplers.KS
         check_sigmas(sigmas)
         extra_args = extra_args or {}
         wrapped = SolverModel(model, x.shape, extra_args)
-        if solver not in MEAN_SOLVERS:
+        if SOLVERS[solver].needs_mixture:
             wrapped.enter_modes(solver)
         time_shift = shift or wrapped.own_shift
         if wrapped.adapter is not None:
             check_steps(wrapped.adapter, sigmas, time_shift)
-        if solver == "gm-policy":
+        if "temperature" in SOLVERS[solver].settings:
             report_policy(len(sigmas) - 1, time_shift, **settings)
         result = solve(
             solver,
-            mixtures_only(wrapped, solver) if solver in ("gm-ode", "gm-sde") else wrapped.denoise,
+            wrapped.denoise if SOLVERS[solver].takes_policies else mixtures_only(wrapped, solver),
             wrapped.to_solver(x, sigmas[0]),
             sigmas,
             shift=time_shift,
@@ -97,7 +97,7 @@ def report_policy(
     temperature = usual_temperature(steps) if temperature is None else temperature
     notice(
         f"{steps} steps, shift {shift:.3g}, temperature {temperature:.3g}, "
-        f"{substeps or SUBSTEPS['gm-policy']} substeps",
+        f"{substeps or SOLVERS['gm-policy'].substeps} substeps",
         logging.DEBUG,
     )
 

@@ -11,7 +11,7 @@ import comfy.utils
 import latent_preview
 from torch import Tensor
 
-from ...gmflow_core.sampling.solvers import FINAL_STEP_SIZE
+from ...gmflow_core.sampling.solvers import SOLVERS
 from .gm_model import GMModel
 from .gm_sampler import gm_sampler, gm_sigmas
 from .guiders import gm_guider, guided
@@ -49,7 +49,7 @@ def sample_latent(
         ValueError: a conditioning is missing, or the settings do not fit the model.
     """
     shift = shift or own_shift(model.get_model_object("model_sampling"))
-    final_step_size = final_step_size or (FINAL_STEP_SIZE if solver == "gm-policy" else 1.0)
+    final_step_size = final_step_size or SOLVERS[solver].final_step_size
     sigmas = gm_sigmas(steps, shift, denoise, final_step_size)
     if not len(sigmas):
         return latent

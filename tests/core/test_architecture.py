@@ -32,7 +32,6 @@ FOREIGN = {  # what a package never imports
     "training": ("comfy", "comfy_api", "comfy_execution", "folder_paths"),
 }
 FORMULAS = ("gaussians", "flow", "sampling")  # folders that hold mathematics and no machinery
-MENDED = pytest.mark.xfail(strict=False, reason="the files that break this are being mended")
 
 
 def modules_of(package):
@@ -127,7 +126,6 @@ def test_gaussians_needs_torch_alone():
     assert not wrong, "\n".join(wrong)
 
 
-@MENDED
 def test_node_files_and_commands_are_no_libraries():
     """Files with node classes import no other node file; nobody imports a command of training."""
     tops = {name for name in MODULES if name.count(".") == 1 and MODULES[name].stem != "__init__"}
@@ -157,7 +155,6 @@ def test_formulas_hold_no_machinery():
     assert not wrong, "\n".join(wrong)
 
 
-@MENDED
 def test_files_and_functions_are_short():
     """Nothing is excepted."""
     paths = [path for name in (*PACKAGES, "tests") for path in sorted((ROOT / name).rglob("*.py"))]

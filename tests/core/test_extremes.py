@@ -29,7 +29,7 @@ SIGMAS = [0.0, 1e-6, 1e-3, 0.1, 0.5, 0.9, 1 - 1e-6, 1.0]
 
 
 class Case:
-    """A mixture and points of random shape and scale: B, K, C, *S; `x` around the components or far from them."""
+    """A mixture and points of random shape and scale; `x` is near the components or far away."""
 
     def __init__(self, batch, components, channels, space, std, logits, scale, x_scale, seed):
         generator = torch.Generator().manual_seed(seed)
@@ -48,7 +48,8 @@ class Case:
 
     def __repr__(self):
         std, reach = self.mixture.var.max().sqrt(), self.mixture.means.abs().max()
-        return f"means {tuple(self.mixture.means.shape)} up to {reach:.3g}, std {std:.3g}, x up to {self.x.abs().max():.3g}"
+        shape, far = tuple(self.mixture.means.shape), self.x.abs().max()
+        return f"means {shape} up to {reach:.3g}, std {std:.3g}, x up to {far:.3g}"
 
 
 cases = st.builds(

@@ -1,4 +1,4 @@
-"""Machine forms against the plain ones: compiled functions, quantiles, the choice and its fallbacks."""
+"""Machine forms against the plain ones: tiles, compiled functions, quantiles, fallbacks."""
 
 import importlib.util
 import logging

@@ -1,4 +1,4 @@
-"""Probabilistic guidance: what its bias and its mixture must satisfy, and the reference's figures."""
+"""Probabilistic guidance: laws of its bias and its mixture, and the reference's figures."""
 
 import pytest
 import torch

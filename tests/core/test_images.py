@@ -1,4 +1,4 @@
-"""Class-conditional sampling: the reference's trajectories, guidance and its interval, noise that belongs to the image."""
+"""Class-conditional sampling: golden trajectories, guidance and its interval, noise per image."""
 
 from types import SimpleNamespace
 
@@ -146,7 +146,7 @@ SOURCE = GaussianMixtureSource(
 
 
 class ExactNetwork(torch.nn.Module):
-    """The velocity's exact law where the data of mode m are N(CENTRES[m], WIDTHS[m]^2) and noise comes from the same mode."""
+    """Exact velocities for data N(CENTRES[m], WIDTHS[m]^2) of mode m and noise of that mode."""
 
     config = SimpleNamespace(channels=2, latent_size=4, num_classes=3, null_class=False)
     spectrum_net = None

@@ -1,4 +1,4 @@
-"""Training losses against a direct float64 computation, their limits, and the reference's values and gradients."""
+"""Training losses against a direct float64 computation, their limits, and golden figures."""
 
 import math
 
@@ -12,7 +12,7 @@ from tests.helpers import F64, SPACES, cast, golden, golden_mixture, is_near, no
 
 
 def direct_transition_nll(velocity, x_low, x_high, low, high):
-    """From the path's definition: given x_0 and x_high, x_low is Gaussian; the components are x_high - high * velocity."""
+    """Compute the loss from the path's definition: x_low is Gaussian given x_0 and x_high."""
     low, high = (s.reshape(-1, *[1] * (x_low.ndim - 1)) for s in (low, high))
     gain = low.square() * (1 - high) / (1 - low) / high.square()
     slope = (1 - low) - gain * (1 - high)

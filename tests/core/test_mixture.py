@@ -113,7 +113,7 @@ def test_means_that_a_tilted_mixture_has_without_its_components_are_theirs(space
 
 
 def test_products_that_cannot_be_normalised_widen_components_by_a_million_at_most():
-    """Where 1 + v quadratic is below 1e-6, it is clamped there: variances and distances grow by 1e6."""
+    """1 + v quadratic is clamped at 1e-6: variances and distances grow by 1e6."""
     mixture, move = random_mixture(spread=1e-3, dtype=F64), normal(2, 3, 2, 3, dtype=F64)
     for below in (0.5e-6, 0.0, -1.0):
         quadratic = (below - 1) / mixture.var.squeeze(1)

@@ -1,4 +1,4 @@
-"""The straight path: conversions, transitions and the posterior of x_0, against Gaussian algebra and quadrature."""
+"""Conversions, transitions and posteriors against Gaussian algebra and quadrature."""
 
 import math
 
@@ -334,7 +334,7 @@ def test_golden_policy_velocities(case, fraction):
         x, sigma = x_src * (0.5 + 0.5 * fraction) + 0.1 * figures["pert"], fraction * sigma_src
     velocity = x0_to_velocity(posterior_mean(x0, x_src, sigma_src, x, sigma), x, sigma)
     recorded = figures[f"{case}.f{fraction}.u"]
-    # Both divide the float32 difference of x and x_0 by sigma (at least 1e-6), which magnifies its last digits
+    # Both divide the float32 difference of x and x_0 by sigma, which magnifies its rounding
     tolerance = 2e-6 * recorded.abs().max() + 5e-7 * x.abs().max() / sigma.clamp(min=1e-6)
     assert ((velocity - recorded).abs() <= tolerance.reshape(2, 1, 1, 1)).all()
 

@@ -1,4 +1,4 @@
-"""Policies and their sampler: closed forms, and the reference's figures (LakonLab's GMFlow and DX policies, FlowMapSDE)."""
+"""Policies and their sampler: closed forms, and figures of LakonLab's policies and FlowMapSDE."""
 
 import itertools
 import math
@@ -111,7 +111,7 @@ def test_golden_time_shift():
 
 @pytest.mark.parametrize(("case", "stochasticity"), [(0, 0.0), (1, 0.0), (2, 0.7)])
 def test_golden_steps_of_the_flow_map_sde(case, stochasticity):
-    """One step from the recorded sigma 1 to sigma 2, with a policy that leads to the recorded destination."""
+    """Take one recorded step, with a policy that leads to the recorded destination."""
     figures = golden("schedulers")
     x, destination, sigmas = figures["x"], figures["m"], figures[f"flowmap{case}.sigmas"][1:3]
     ratio = figures[f"flowmap{case}.timesteps_dst"][1] / 1000 / sigmas[0]
@@ -129,7 +129,7 @@ def test_golden_steps_of_the_flow_map_sde(case, stochasticity):
 @pytest.mark.parametrize("stochasticity", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("shift", [1.0, 3.2])
 def test_with_exact_policies_every_stochasticity_gives_the_data(stochasticity, shift):
-    """An exact policy leads along the exact flow, so few steps suffice: moments of a 2-D mixture, to Monte Carlo error."""
+    """An exact policy follows the exact flow: few steps give the moments of a 2-D mixture."""
     data, count = mixture_data(2), 10_000
     x = normal(count, 2, seed=7, dtype=F64)
     settings = {
@@ -167,8 +167,7 @@ def test_the_temperature_sharpens_all_steps_but_the_last():
 
 
 def test_a_split_run_sharpens_as_the_whole_one():
-    """With a temperature given, it makes no difference where the sigmas are cut: only a step that ends at 0 is not "
-    "sharpened."""
+    """With a given temperature, splitting the sigmas over two calls changes nothing."""
     denoise, x, sigmas = exact_denoiser(mixture_data(2)), normal(9, 2, dtype=F64), flow_sigmas(4)
     settings = {"temperature": 0.3, "substeps": 32}
     first = sample_gm_policy(denoise, x, sigmas[:3], **settings)

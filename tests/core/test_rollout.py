@@ -1,4 +1,4 @@
-"""The substep loop against a slow, obvious one: a float64 loop over pixels with the posterior in plain Bayes form."""
+"""Rollouts against a slow, obvious one: a float64 loop over pixels, posteriors by Bayes' rule."""
 
 import importlib.util
 import logging
@@ -43,7 +43,11 @@ def same_way(method, mixture, x, *args, **options):
 
 
 def posterior_mean_of_a_pixel(means, log_weights, var, x_src, s_src, x, s):
-    """E[x_0] under sum_k w_k N(mean_k, var) N(x; (1 - s) x_0, s^2) / N(x_src; (1 - s_src) x_0, s_src^2), lists over C."""
+    """Return E[x_0] by Bayes' rule; x and the means are lists over C.
+
+    The density is sum_k w_k N(mean_k, var) N(x; (1 - s) x_0, s^2) / N(x_src; (1 - s_src) x_0,
+    s_src^2).
+    """
     precision = 1 / var + ((1 - s) / s) ** 2 - ((1 - s_src) / s_src) ** 2
     shift = [(1 - s) * b / s**2 - (1 - s_src) * a / s_src**2 for a, b in zip(x_src, x, strict=True)]
     centres, scores = [], []
@@ -138,7 +142,7 @@ def test_every_sample_or_pixel_may_have_its_own_sigmas_and_variance(method, per_
 @pytest.mark.parametrize("components", [3, 6])
 @pytest.mark.parametrize("log_std", [-8.0, -20.0])
 def test_nearly_certain_components_act_as_atoms(method, components, log_std):
-    """Without variance the posterior keeps the means and weighs them by the likelihood of x; rounding must not grow either."""
+    """Without variance the posterior keeps the means and weighs them by the likelihood of x."""
     mixture, x = (
         random_mixture(seed=2, components=components, dtype=F64),
         normal(2, 3, 2, 3, dtype=F64),
@@ -172,11 +176,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from gmflow_core.fast.triton_kernel import _kernel
 for K, C, columns, gram in ((8, 16, 8, True), (8, 4, 4, False)):
-    sizes = dict(K=K, C=C, ROWS=8, COLUMNS=columns, GRAM=gram, NUMBERS=True, PER_PIXEL=False, BLOCK=32)
-    types = dict.fromkeys(_kernel.arg_names, "*fp32") | dict.fromkeys(("start", "end", "shift"), "fp32")
-    types |= dict.fromkeys(("substeps", "count", "pixels"), "i32") | dict.fromkeys(sizes, "constexpr")
+    sizes = dict(K=K, C=C, ROWS=8, COLUMNS=columns, GRAM=gram, NUMBERS=True, PER_PIXEL=False)
+    sizes["BLOCK"] = 32
+    types = dict.fromkeys(_kernel.arg_names, "*fp32")
+    types |= dict.fromkeys(("start", "end", "shift"), "fp32")
+    types |= dict.fromkeys(("substeps", "count", "pixels"), "i32")
+    types |= dict.fromkeys(sizes, "constexpr")
     for capability in (80, 90):
-        made = compile(ASTSource(_kernel, types, sizes), target=GPUTarget("cuda", capability, 32), options=dict(num_warps=1))
+        target = GPUTarget("cuda", capability, 32)
+        made = compile(ASTSource(_kernel, types, sizes), target, dict(num_warps=1))
         with open("kernel.cubin", "wb") as file:
             file.write(made.asm["cubin"])
         command = [knobs.nvidia.cuobjdump.path, "-res-usage", "kernel.cubin"]

@@ -18,7 +18,7 @@ from tests.helpers import (
 
 
 def test_the_correction_extrapolates_half_a_step_when_the_mean_moves_little():
-    """Far below the limits of noise and power the mean moves by half the difference to the last step's prediction."""
+    """Far below the limits the mean moves by half the difference to the last prediction."""
     mixture, x, size = random_mixture(dtype=F64), normal(2, 3, 2, 3, dtype=F64), 0.2
     moved = GaussianMixture(mixture.means + 1e-2, mixture.log_weights, mixture.log_std)
     corrected = second_order(moved, Step(mixture, x, 0.5, size), x, 0.5, size / 4, ca=0.0)

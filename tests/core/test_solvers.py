@@ -1,10 +1,12 @@
-"""Samplers with exact denoisers, whose results are known in closed form, and against the reference's runs.
+"""Solvers with exact denoisers, whose results are known in closed form, and golden runs.
 
-For data from a Gaussian mixture the posterior of x_0 given x is again a mixture, so a perfect network can be written down.
+For data from a Gaussian mixture the posterior of x_0 given x is again a mixture, so a perfect
+network can be written down.
 
-The recorded GM-SDE run of the reference's random toy network is chaotic: its position features have a period of 0.005, so a
-relative change of 1e-7 in the input moves the result by more than 0.1. The test measures that and asks for agreement within
-twice as much, which tells right draws from swapped ones, and no more.
+The recorded GM-SDE run of the reference's random toy network is chaotic: its position features have
+a period of 0.005, so a relative change of 1e-7 in the input moves the result by more than 0.1. The
+test measures that and asks for agreement within twice as much, which tells right draws from swapped
+ones, and no more.
 """
 
 import itertools
@@ -57,7 +59,7 @@ def mixture_data(channels, components=3):
 
 
 def exact_denoiser(data, count=None):
-    """The posterior of x_0 for points x (B, C): each component conditioned on x, and weighed by its own evidence for x."""
+    """Return the posterior of x_0 for points x (B, C): components conditioned on x, reweighted."""
 
     def denoise(x, sigma):
         if count is not None:
@@ -87,7 +89,7 @@ def matched_denoiser(data):
 
 
 def exact_flow(data, z):
-    """Where the exact ODE takes the 1-D points z (B, 1): it keeps their order, so quantiles of N(0, 1) become the data's."""
+    """Return where the exact ODE takes 1-D points z (B, 1): it maps quantiles to quantiles."""
     means, weights, std = (t[..., 0] for t in (data.means, data.weights, data.log_std.exp()))
 
     def excess(x):
@@ -159,7 +161,7 @@ def test_with_an_inexact_mixture_order_2_beats_order_1():
 
 
 def test_undamped_the_correction_is_of_second_order():
-    """`ca` switches it off below a step size of sqrt(ca V), where a real network's own error would dominate."""
+    """`ca` switches it off below a step size of sqrt(ca V), where network error would dominate."""
     data, z, errors = mixture_data(1), normal(300, 1, dtype=F64), []
     for steps in (8, 16, 32, 64):
         x, previous = z, None
@@ -174,7 +176,7 @@ def test_undamped_the_correction_is_of_second_order():
 
 
 def assert_distributed_as(x, data, tolerance=0.0):
-    """Mean, covariance and component shares of points (N, C), within 4.5 standard errors plus `tolerance`."""
+    """Check mean, covariance and component shares of points (N, C) to 4.5 standard errors."""
     data, count = cast(data, x.dtype), len(x)
     covariance = data.covariance()[0]
     assert (
@@ -218,7 +220,7 @@ def test_gm_ode_with_many_substeps_draws_from_the_data(calls):
 
 
 def test_dpmpp_2m_takes_the_mean_at_the_middle_of_a_step_in_log_snr():
-    """Steps of unequal size: a mean that is linear in log(alpha / sigma) is extrapolated exactly."""
+    """A mean that is linear in log(alpha / sigma) is extrapolated exactly, at unequal steps."""
     sigmas, x = [0.9, 0.8, 0.3, 0.2], normal(5, 2, dtype=F64)
     log_snr = [math.log((1 - sigma) / sigma) for sigma in sigmas]
 

@@ -1,4 +1,4 @@
-"""Spectral sampling and the spectral loss: the transform's laws, statistics of the draws, the reference's figures."""
+"""Spectral sampling and loss: the transform's laws, statistics of draws, golden figures."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def test_the_hartley_transform_is_the_sum_over_cosines_minus_sines():
 
 @pytest.mark.parametrize("width", [7, 8])
 def test_draws_have_the_spectrum_asked_for(width):
-    """One Gaussian of unit variance: the draws are the normal field itself, whose periodogram is the spectrum."""
+    """With one unit Gaussian the draws are the field itself; its periodogram is the spectrum."""
     count, shape = 4000, (1, 6, width)
     log_power = (
         normal(*shape, dtype=F64).flatten(1).log_softmax(1).unflatten(1, shape[1:])
@@ -56,7 +56,7 @@ def test_draws_have_the_spectrum_asked_for(width):
 
 @pytest.mark.parametrize("space", [(5, 4), (4, 5), (3, 3)])
 def test_whatever_the_even_spectrum_each_pixel_follows_its_own_mixture(space):
-    """The marginal: shares of the draws below the mean of each pixel's first channel, against the exact ones."""
+    """Compare the shares of draws below each pixel's first-channel mean with the exact ones."""
     count, mixture = 4000, random_mixture(batch=1, channels=2, space=space)
     many = GaussianMixture(
         *(
@@ -120,7 +120,7 @@ def test_golden_spectral_loss_and_gradients():
 
 
 def test_the_loss_is_least_at_the_true_spectrum():
-    """Data whose whitened form has a known spectrum: that spectrum beats the white one by its relative entropy, and others."""
+    """The data's own spectrum beats the white one by its relative entropy, and beats others."""
     count, space = 2000, (4, 5)
     power = (
         normal(1, 1, *space).flatten(2).log_softmax(2).unflatten(2, space)

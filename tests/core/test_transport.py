@@ -196,8 +196,11 @@ def test_a_quantile_in_a_gap_without_density_lies_between_the_components():
 @pytest.mark.parametrize("per_pixel", [False, True])
 @pytest.mark.parametrize("draw", [0, 1])
 def test_golden_transport(per_pixel, draw):
-    """The reference's forward map goes through erf near +-1, which costs 2e-7 of probability, and clamps that at 5e-7; in
-    float64 the same figures show that ours is right there. Per pixel, the reference turns its normal samples back."""
+    """Compare with the reference, whose forward map loses 2e-7 of probability near +-1.
+
+    In float64 the same figures show that ours is right there. Per pixel, the reference rotates its
+    normal samples back.
+    """
     figures, mixture = golden("ops_mixture"), golden_mixture("ops_mixture", "gm")
     axes = figures["kr.eigvecs_per_pixel" if per_pixel else "kr.eigvecs"]
     suffix, turn = (".per_pixel", partial(rotate, axes=axes)) if per_pixel else ("", lambda z: z)

@@ -76,5 +76,5 @@ def test_known_distribution_of_saturation():
         saturation_cdf(draws.sort().values) - torch.linspace(0, 1, 20_000)
     ).abs().max() < 0.015  # Kolmogorov-Smirnov
     assert saturation_distance(draws) < 0.02
-    with pytest.raises(ValueError, match="all finite"):
+    with pytest.raises(ValueError, match="not finite"):
         saturation_distance(torch.tensor([0.5, float("nan")]))

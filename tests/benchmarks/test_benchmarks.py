@@ -163,7 +163,7 @@ def test_tiny_run_writes_table_json_and_plots(tmp_path, capsys, monkeypatch):
 
 
 def test_a_fits_memory_is_that_of_its_arithmetic():
-    """The needs of ImageNet's source rest on that arithmetic."""
+    """Needs of ImageNet's source rest on that arithmetic."""
     start = source_fit.measure_start(*source_fit.START_SIZES[0], "cpu")
     latents = source_fit.measure_latents(16, (8, 8, 8), "cpu")
     assert 0.6 < start["ratio"] < 1.1

@@ -57,7 +57,7 @@ def test_golden_trajectories(kind, order, steps, guidance):
 
 
 def calls_of(network, guidance, steps=4):
-    """The batch sizes of the network's calls in one run of two images."""
+    """Return the batch sizes of the network's calls in one run of two images."""
     sizes = []
 
     def counting(x, sigma, labels):
@@ -211,7 +211,7 @@ def test_samples_may_end_half_way_to_the_data(solver):
 
 
 def test_a_spectrum_is_not_used_with_a_source():
-    """The spectrum network was trained on white noise; a source's noise does without."""
+    """A spectrum network is trained on white noise; the noise of a source replaces that."""
     settings = {"solver": "gm-sde", "source": SOURCE, "modes": [0, 2], "steps": 2}
     plain, with_spectrum = ExactNetwork(), ExactNetwork()
     with_spectrum.spectrum_net = lambda gaussian: torch.full_like(gaussian.mean, 3.0)

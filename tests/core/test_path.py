@@ -40,7 +40,7 @@ PAIRS = [
 
 
 def on_line(mixture, points):
-    """The log-density of a mixture of one 1-D point at `points`."""
+    """Return the log-density of a mixture of one 1-D point at `points`."""
     means, log_weights = mixture.means.flatten()[:, None], mixture.log_weights.flatten()[:, None]
     return (log_weights - 0.5 * (points - means).square() / mixture.var.flatten()).logsumexp(0)
 
@@ -173,7 +173,7 @@ def test_reverse_transition_of_an_exact_posterior_is_bayes_rule(high, low):
 @pytest.mark.parametrize(("sigma_src", "sigma"), [*PAIRS, (1.0, 1e-3), (0.5, 0.5)])
 @pytest.mark.parametrize("components", [1, 3])
 def test_posterior_mean_agrees_with_quadrature(sigma_src, sigma, components):
-    """The mixture of x_0 given x_src, times the likelihood of x, divided by that of x_src."""
+    """Compare with the mixture given x_src times the likelihood of x over that of x_src."""
     mixture = mixture_1d(1, components)
     x_src, x = torch.tensor([[0.3]], dtype=F64), torch.tensor([[-0.4]], dtype=F64)
     if sigma_src < 1:  # where the predicted mixture lives

@@ -24,7 +24,7 @@ SHIFT = 3.2  # of the recorded runs
 
 
 def recorded_policy(sample):
-    """The recorded GM policy of one sample, with where it starts."""
+    """Return the recorded GM policy of one sample, and the place where it starts."""
     figures = golden("policies")
     x, sigma = figures["x_src"], figures["sigma_src"]
     mixture = predict_x0(golden_mixture("policies", "denoising_output"), x, sigma)

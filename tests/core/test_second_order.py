@@ -1,4 +1,4 @@
-"""The second-order correction: limits in closed form, and the reference's figures."""
+"""Second-order correction: limits in closed form, and the reference's figures."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def test_the_correction_extrapolates_half_a_step_when_the_mean_moves_little():
 
 @pytest.mark.parametrize(("before", "size"), [(0.4, 0.1), (0.4, 0.8), (0.1, 0.4)])
 def test_the_correction_is_damped_by_the_size_of_the_step_before(before, size):
-    """The network's error ca V counts against the square of the previous step, not of this one."""
+    """Network error ca V counts against the square of the previous step, not of this one."""
     mixture, x, ca = random_mixture(dtype=F64), normal(2, 3, 2, 3, dtype=F64), 0.02
     moved = GaussianMixture(mixture.means + 1e-2, mixture.log_weights, mixture.log_std)
     var = moved.moment_match().var.mean((1, 2, 3), keepdim=True)

@@ -48,7 +48,7 @@ from tests.helpers import (
 
 
 def mixture_data(channels, components=3):
-    """The data's distribution, as a mixture of one point: (1, K, C), (1, K, 1), (1, 1, 1)."""
+    """Return the data's distribution as a mixture of one point: (1, K, C), (1, K, 1), (1, 1, 1)."""
     means = torch.tensor([[-2.0, 1.0], [0.5, -1.5], [2.5, 1.5]], dtype=F64)[
         :components, :channels
     ].unsqueeze(0)
@@ -416,7 +416,7 @@ def test_a_step_waits_for_no_gpu(solver, method, monkeypatch):
     ("spacing", "expected"), [("time", shift_time(0.75, 3.0)), ("sigma", 0.5 * (1 + 0.75))]
 )
 def test_gm_odes_substeps_are_even_in_unshifted_time_or_in_sigma(spacing, expected):
-    """The reference spaces them in time: half-way between t = 1 and 0.5 lies t = 0.75."""
+    """Even in time, as in the reference: half-way between t = 1 and 0.5 lies t = 0.75."""
     seen, mixture = [], random_mixture()
     sample_gm_ode(
         lambda x, sigma: mixture,

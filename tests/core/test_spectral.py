@@ -120,7 +120,7 @@ def test_golden_spectral_loss_and_gradients():
 
 
 def test_the_loss_is_least_at_the_true_spectrum():
-    """The data's own spectrum beats the white one by its relative entropy, and beats others."""
+    """A spectrum of the data beats the white one by its relative entropy, and beats others."""
     count, space = 2000, (4, 5)
     power = (
         normal(1, 1, *space).flatten(2).log_softmax(2).unflatten(2, space)

@@ -1,4 +1,4 @@
-"""The Knothe-Rosenblatt map and the quantiles of mixtures that it takes axis by axis."""
+"""Knothe-Rosenblatt map and the quantiles of mixtures that it takes axis by axis."""
 
 import math
 from functools import partial

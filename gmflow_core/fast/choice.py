@@ -7,7 +7,8 @@ Methods of a rollout:
 - tiled: tiles of pixels whose whole rollout stays in the cache, in plain torch (`tiled.py`; on a
   GPU `tiled_few_kernels.py`).
 - compiled: the tiles compiled by torch.compile (`tiled_compiled.py`): on a CPU it needs a C++
-  compiler and ten to thirty seconds for each K and C. Spectral draws use it too (`quantiles.py`).
+  compiler and ten to thirty seconds for each K and C. Spectral draws (`quantiles.py`), guidance and
+  rollouts of few substeps are compiled too.
 - triton: all substeps of a block of pixels in one kernel, on a GPU (`triton_kernel.py`).
 
 The user's choice is the argument `method`, or the environment variable GMFLOW_METHOD. Where a
@@ -20,6 +21,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,7 +91,10 @@ def machine_rollout(
     if method == "triton" or (method is None and x.is_cuda):
         result = _by_triton(*arguments, follow)
     elif method == "compiled" and few:
-        result = _few_compiled(*arguments, follow)
+        sigmas = sigmas_between(sigma, sigma_end, substeps, shift)
+        if not isinstance(sigma, Tensor):  # tensors: numbers would be compiled in
+            sigmas = torch.tensor(sigmas, dtype=torch.float64, device=x.device).to(x.dtype).unbind()
+        result = form_of(follow)(x0, x, sigmas)
     elif method == "compiled":
         return _in_compiled_tiles(*arguments, check)
     if result is None:
@@ -97,6 +102,29 @@ def machine_rollout(
     if check is not None:
         check()
     return result
+
+
+def form_of(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function of tensors and mixtures, compiled if the method is "compiled".
+
+    It runs as it stands where autograd records an input, or where torch.compile fails; the log
+    says so once.
+    """
+
+    def run(*arguments: Any) -> Any:
+        plain = chosen_method() != "compiled" or function in declined
+        if plain or _has_gradient(*arguments):
+            return function(*arguments)
+        try:
+            return _compiled_once(function)(*arguments)
+        except NotCompiledError as error:
+            decline(function, f"{function.__name__} is not compiled", error)
+            return function(*arguments)
+
+    return run
+
+
+_compiled_once = functools.cache(compiled)
 
 
 def quantile_form(device: torch.device) -> Quantile:
@@ -109,15 +137,15 @@ def quantile_form(device: torch.device) -> Quantile:
     return mixture_quantile
 
 
-def _has_gradient(x0: Mixture, *values: Sigma) -> bool:
-    """Return whether autograd records an input."""
+def _has_gradient(*values: Any) -> bool:
+    """Return whether autograd records one of the values, or a tensor of a mixture."""
     if not torch.is_grad_enabled():
         return False
-    fields = list(vars(x0).values())
-    fields += [
-        field for part in fields if isinstance(part, Mixture) for field in vars(part).values()
-    ]
-    return any(isinstance(each, Tensor) and each.requires_grad for each in (*fields, *values))
+    return any(
+        _has_gradient(*vars(value).values()) if isinstance(value, Mixture) else value.requires_grad
+        for value in values
+        if isinstance(value, Mixture | Tensor)
+    )
 
 
 def _in_tiles(x0: Mixture, x: Tensor, *arguments) -> Tensor:
@@ -146,32 +174,6 @@ def _compiled_form(components: int, channels: int) -> tiled.TileForm:
     form = tiled_compiled.FORM
     functions = {name: compiled(getattr(form, name)) for name in ("prepare", "advance", "finish")}
     return form._replace(**functions)
-
-
-def _few_compiled(
-    x0: Mixture,
-    x: Tensor,
-    sigma: Sigma,
-    sigma_end: Sigma,
-    substeps: int,
-    shift: float,
-    follow: Definition,
-) -> Tensor | None:
-    """Return a rollout of few substeps by the compiled definition, or None where that fails."""
-    kind = ("few", type(x0), substeps)
-    if kind in declined:
-        return None
-    sigmas = sigmas_between(sigma, sigma_end, substeps, shift)
-    if not isinstance(sigma, Tensor):  # as numbers they would be compiled in
-        sigmas = torch.tensor(sigmas, dtype=torch.float64, device=x.device).to(x.dtype).unbind()
-    try:
-        return _compiled_definition(follow)(x0, x, sigmas)
-    except NotCompiledError as error:
-        decline(kind, "no compiled rollout of few substeps", error)
-        return None
-
-
-_compiled_definition = functools.cache(compiled)
 
 
 def _by_triton(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
@@ -36,10 +36,10 @@ def compiled(function: Callable[..., Tensor | tuple[Tensor, ...]]) -> Callable:
     return run
 
 
-declined: set[tuple] = set()  # kinds of calls that a machine form cannot serve
+declined: set[Hashable] = set()  # kinds of calls that a machine form cannot serve
 
 
-def decline(kind: tuple, what: str, error: Exception) -> None:
+def decline(kind: Hashable, what: str, error: Exception) -> None:
     """Remember that a machine form cannot serve `kind`, and say so once in the log."""
     declined.add(kind)
     reason = (

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..fast.choice import form_of
 from ..flow.path import Sigma, velocity_to_x0
 from ..gaussians.mixture import GaussianMixture, IsotropicGaussian, Mixture, TiltedMixture
 
@@ -115,7 +116,19 @@ class Guidance:
 
     def of_velocities(self, cond: Mixture, uncond: Mixture, x: Tensor, sigma: Sigma) -> Mixture:
         """Return the guided mixture of x_0 from two mixtures of velocities at (x, sigma)."""
-        return self(velocity_to_x0(cond, x, sigma), velocity_to_x0(uncond.mean(), x, sigma))
+        if self.kind == "cfg":
+            return self(velocity_to_x0(cond, x, sigma), velocity_to_x0(uncond.mean(), x, sigma))
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        scale = x.new_full((1,), self.scale, dtype=dtype)
+        return form_of(_guide_velocities)(cond, uncond, x, sigma, scale, self.orthogonal)
+
+
+def _guide_velocities(
+    cond: Mixture, uncond: Mixture, x: Tensor, sigma: Sigma, scale: Tensor, orthogonal: float
+) -> TiltedMixture:
+    """Apply `probabilistic_guidance` to two mixtures of velocities."""
+    uncond_mean = velocity_to_x0(uncond.mean(), x, sigma)
+    return probabilistic_guidance(velocity_to_x0(cond, x, sigma), uncond_mean, scale, orthogonal)
 
 
 def within(interval: tuple[float, float], sigma: float | Tensor) -> bool:

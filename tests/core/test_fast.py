@@ -156,7 +156,7 @@ def test_where_nothing_compiles_the_plain_forms_run_and_the_log_says_so_once(mon
     monkeypatch.setattr(torch, "compile", no_compiler)
     monkeypatch.setattr(quantiles, "_start", compiling.compiled(quantiles._start))
     monkeypatch.setattr(choice, "_compiled_form", choice._compiled_form.__wrapped__)
-    monkeypatch.setattr(choice, "_compiled_definition", compiling.compiled)
+    monkeypatch.setattr(choice, "_compiled_once", compiling.compiled)
     mixture, x = random_mixture(), normal(2, 3, 2, 3)
     spectrum = torch.zeros_like
     with caplog.at_level(logging.WARNING):
@@ -176,7 +176,7 @@ def test_where_nothing_compiles_the_plain_forms_run_and_the_log_says_so_once(mon
     assert [record.message for record in caplog.records] == [
         f"GMFlow: {what} {reason}"
         for what in (
-            "no compiled rollout of few substeps",
+            "follow is not compiled",
             "no rollout by torch.compile",
             "no compiled quantiles",
         )

@@ -6,8 +6,16 @@ import shutil
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from gmflow_core import GaussianMixture, flow_sigmas, rollout, sample_gm_ode, sample_gm_sde
+from gmflow_core import (
+    GaussianMixture,
+    flow_sigmas,
+    rollout,
+    sample_gm_ode,
+    sample_gm_sde,
+    sample_with_spectrum,
+)
 from gmflow_core.fast import choice, compiling, quantiles, tiled, tiled_few_kernels
 from gmflow_core.gaussians.quantile import mixture_quantile
 from gmflow_core.sampling.denoisers import class_denoiser
@@ -181,3 +189,27 @@ def test_where_nothing_compiles_the_plain_forms_run_and_the_log_says_so_once(mon
             "no compiled quantiles",
         )
     ]
+
+
+class Kernels(TorchDispatchMode):
+    """Counts the operations that launch a kernel on a GPU: all but views and questions."""
+
+    NONE = ("aten._unsafe_view", "aten.promote_types")
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not function.is_view and str(function.overloadpacket) not in self.NONE
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_forms_for_a_gpu_launch_few_kernels():
+    """Every quantile with 24 plain steps takes 5,861 kernels, tiles with loops over rows 702."""
+    mixture, x = random_mixture(components=8, channels=16), normal(2, 16, 2, 3)
+    form = tiled_few_kernels.FEW_KERNELS
+    with Kernels() as kernels:
+        tiled.rollout_in_tiles(mixture, x, 0.9, 0.4, 32, 1.0, None, form)
+    assert 100 < kernels.count <= 300
+    mixture, z = random_mixture(components=8, channels=4), normal(2, 4, 2, 3)
+    with Kernels() as kernels:
+        sample_with_spectrum(mixture, 0.1 * z, z, None, quantiles.quantile_by_sections)
+    assert 100 < kernels.count <= 600

@@ -28,8 +28,7 @@ from torch import Tensor
 
 from ..flow.path import Sigma, sigmas_between
 from ..gaussians.mixture import GaussianMixture, Mixture, TiltedMixture
-from ..gaussians.quantile import mixture_quantile
-from ..gaussians.transport import Quantile
+from ..gaussians.transport import AxisMap, weights_given
 from . import quantiles, tiled, tiled_compiled, tiled_few_kernels
 from .compiling import NotCompiledError, compiled, decline, declined
 
@@ -127,14 +126,14 @@ def form_of(function: Callable[..., Any]) -> Callable[..., Any]:
 _compiled_once = functools.cache(compiled)
 
 
-def quantile_form(device: torch.device) -> Quantile:
-    """Return the function for quantiles of 1-D mixtures that suits the device and the method."""
+def axis_map(device: torch.device) -> AxisMap | None:
+    """Return the steps of `from_normal` for a device and the method; None for the plain ones."""
     method = chosen_method()
     if method == "compiled":
-        return quantiles.compiled_quantile
+        return AxisMap(quantiles.compiled_quantile, form_of(weights_given))
     if method is None and device.type == "cuda":
-        return quantiles.quantile_by_sections
-    return mixture_quantile
+        return AxisMap(quantiles.quantile_by_sections, weights_given)
+    return None
 
 
 def _has_gradient(*values: Any) -> bool:

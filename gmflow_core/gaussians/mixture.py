@@ -20,7 +20,6 @@ from torch import Tensor
 from . import transport
 from .density import log_density
 from .draws import Generator, draw_like, standard_normal
-from .quantile import mixture_quantile
 from .tensors import at_least_float, sum_of_products
 
 
@@ -237,7 +236,7 @@ class Mixture:
         self,
         z: Tensor,
         axes: Tensor | None = None,
-        quantile: transport.Quantile = mixture_quantile,
+        axis_map: transport.AxisMap | None = None,
     ) -> Tensor:
         """Map standard normal samples to samples of the mixture: inverse of `to_normal`.
 
@@ -246,12 +245,12 @@ class Mixture:
         Args:
             z: (B, C, *S), channel i along axis i.
             axes: as in `to_normal`.
-            quantile: the function for quantiles of 1-D mixtures, `mixture_quantile` or an equal
-                one (`gmflow_core.fast.choice.quantile_form`).
+            axis_map: the steps along one axis, the plain ones if None;
+                `gmflow_core.fast.choice.axis_map` returns the fastest.
         """
         axes = self.principal_axes() if axes is None else axes
         parts = (self.means, self.log_weights, self.log_std, axes)
-        return transport.from_normal(z, *parts, quantile)
+        return transport.from_normal(z, *parts, axis_map)
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from .mixture import Mixture
-from .quantile import mixture_quantile
-from .transport import Quantile
+from .transport import AxisMap
 
 
 def hartley(x: Tensor) -> Tensor:
@@ -25,7 +24,7 @@ def sample_with_spectrum(
     log_power: Tensor,
     noise: Tensor,
     axes: Tensor | None = None,
-    quantile: Quantile = mixture_quantile,
+    axis_map: AxisMap | None = None,
 ) -> Tensor:
     """Draw from `mixture` with pixels that vary together as a power spectrum says.
 
@@ -38,9 +37,9 @@ def sample_with_spectrum(
             as real images have, gives every pixel exactly its own mixture.
         noise: standard normal, (B, C, *S).
         axes: recorded principal axes; `mixture.principal_axes()` if None.
-        quantile: see `GaussianMixture.from_normal`.
+        axis_map: see `GaussianMixture.from_normal`.
 
     Returns:
         (B, C, *S).
     """
-    return mixture.from_normal(hartley(noise * (0.5 * log_power).exp()), axes, quantile)
+    return mixture.from_normal(hartley(noise * (0.5 * log_power).exp()), axes, axis_map)

@@ -8,14 +8,13 @@ log_weights (B, K, 1, *S), log_std broadcastable to (B, 1, 1, *S).
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .quantile import mixture_quantile, normal_score
 from .tensors import sum_of_products
-
-Quantile = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def covariance(means: Tensor, log_weights: Tensor, log_std: Tensor, average: bool) -> Tensor:
@@ -67,7 +66,7 @@ def to_normal(
     log_weights, normal = log_weights.squeeze(2), []
     for offset in offsets:
         normal.append(normal_score(log_weights.softmax(1), offset))
-        log_weights = condition(log_weights, offset)
+        log_weights = weights_given_offset(log_weights, offset)
     return torch.stack(normal, 1)
 
 
@@ -77,13 +76,13 @@ def from_normal(
     log_weights: Tensor,
     log_std: Tensor,
     axes: Tensor,
-    quantile: Quantile = mixture_quantile,
+    axis_map: AxisMap | None = None,
 ) -> Tensor:
     """Map standard normal samples (B, C, *S) to samples of the mixture: inverse of `to_normal`.
 
     Args:
         axes: (B, *S or *1, C, C), as columns.
-        quantile: `mixture_quantile`, or an equal function.
+        axis_map: the steps along one axis; PLAIN if None.
     """
     batch, _, channels, *space = means.shape
     # by axis and pixel: (C, 1, K, n), (1, K, n), (1, 1, n), (C, 1, n)
@@ -91,21 +90,42 @@ def from_normal(
     log_weights = log_weights.movedim(1, 0).flatten(1).unsqueeze(0)
     std = log_std.exp().expand(batch, 1, 1, *space).reshape(1, 1, -1)
     z = z.movedim(1, 0).reshape(channels, 1, -1)
+    quantile, given = axis_map or PLAIN
     x = [quantile(means[0], std, log_weights, z[0])]
     for axis in range(1, channels):
-        log_weights = condition(log_weights, (x[-1].unsqueeze(1) - means[axis - 1]) / std)
+        log_weights = given(x[-1], means[axis - 1], std, log_weights)
         x.append(quantile(means[axis], std, log_weights, z[axis]))
     x = torch.stack(x, 1).unflatten(2, (batch, *space)).movedim(2, 0)  # (B, 1, C, *S)
     return rotate(x, axes.mT).squeeze(1)
 
 
-def condition(log_weights: Tensor, offset: Tensor) -> Tensor:
+def weights_given_offset(log_weights: Tensor, offset: Tensor) -> Tensor:
     """Return the log-weights (B, K, *S), up to a constant, given one coordinate.
 
     Args:
         offset: (B, K, *S), the coordinate's distance from the means in standard deviations.
     """
     return torch.addcmul(log_weights, offset, offset, value=-0.5)
+
+
+def weights_given(x: Tensor, means: Tensor, std: Tensor, log_weights: Tensor) -> Tensor:
+    """Return the log-weights (B, K, *S), up to a constant, given the coordinate x (B, *S)."""
+    return weights_given_offset(log_weights, (x.unsqueeze(1) - means) / std)
+
+
+class AxisMap(NamedTuple):
+    """The two steps along an axis of `from_normal`, in one form.
+
+    Args:
+        quantile: `mixture_quantile`, or an equal function.
+        given: `weights_given`, or an equal function.
+    """
+
+    quantile: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    given: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+PLAIN = AxisMap(mixture_quantile, weights_given)
 
 
 def rotate(x: Tensor, axes: Tensor) -> Tensor:

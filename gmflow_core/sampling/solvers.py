@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..fast.choice import quantile_form
+from ..fast.choice import axis_map
 from ..flow.path import reverse_transition, unshift_time
 from ..flow.policy import DXPolicy, Policy
 from ..gaussians.draws import Generator, standard_normal
@@ -392,8 +392,8 @@ def _draw_x0(
         return mixture.sample(component=draws.component, noise=draws.component_noise)
     draws = draws or SpectralDraws(standard_normal(x.shape, noise, like=x), None, None)
     log_power = spectrum(image_gaussian(mixture))
-    quantile = quantile_form(x.device)
-    return sample_with_spectrum(mixture, log_power, draws.spectral_noise, draws.axes, quantile)
+    given = draws.spectral_noise, draws.axes, axis_map(x.device)
+    return sample_with_spectrum(mixture, log_power, *given)
 
 
 def _kept_noise(sigma: float, sigma_next: float, stochasticity: float) -> float:

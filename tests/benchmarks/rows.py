@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gmflow_core import GaussianMixture, flow_sigmas, sample_gm_ode, transition_nll
-from gmflow_core.fast.choice import METHOD_VARIABLE, METHODS, quantile_form
+from gmflow_core.fast.choice import METHOD_VARIABLE, METHODS, axis_map
 from gmflow_core.gaussians.spectral import sample_with_spectrum
 from gmflow_core.sampling.denoisers import class_denoiser
 from gmflow_core.sampling.guidance import Guidance
@@ -277,10 +277,10 @@ def transport_rows(bench: Bench) -> Iterator[dict]:
     straight = exact_axes.flatten(1, -3).squeeze(1)  # the naive form's shape, (B, C, C)
 
     def ours(axes: Tensor | None = None) -> Tensor:
-        return mixture.from_normal(z, axes, quantile_form(z.device))
+        return mixture.from_normal(z, axes, axis_map(z.device))
 
     def ours_with_spectrum(axes: Tensor | None = None) -> Tensor:
-        return sample_with_spectrum(mixture, log_power, z, axes, quantile_form(z.device))
+        return sample_with_spectrum(mixture, log_power, z, axes, axis_map(z.device))
 
     yield bench.compare(
         "transport",

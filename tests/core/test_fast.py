@@ -18,6 +18,7 @@ from gmflow_core import (
 )
 from gmflow_core.fast import choice, compiling, quantiles, tiled, tiled_few_kernels
 from gmflow_core.gaussians.quantile import mixture_quantile
+from gmflow_core.gaussians.transport import AxisMap, weights_given
 from gmflow_core.sampling.denoisers import class_denoiser
 from gmflow_core.sampling.guidance import Guidance
 from tests.helpers import F64, cast, is_near, normal, random_mixture
@@ -117,10 +118,10 @@ def test_compiled_draws_equal_the_definition():
     z = 1.5 * normal(200, 2, dtype=F64)
     axes = mixture.principal_axes()
     expected, single = mixture.from_normal(z, axes), cast(mixture, torch.float32)
-    quantile = choice.quantile_form(z.device)
-    found = single.from_normal(z.float(), axes.float(), quantile)
+    form = choice.axis_map(z.device)
+    found = single.from_normal(z.float(), axes.float(), form)
     assert is_near(found.double(), expected, 1e-4)
-    assert is_near(mixture.from_normal(z, axes, quantile), expected, 1e-9)
+    assert is_near(mixture.from_normal(z, axes, form), expected, 1e-9)
     assert not compiling.declined
 
 
@@ -187,6 +188,7 @@ def test_where_nothing_compiles_the_plain_forms_run_and_the_log_says_so_once(mon
             "follow is not compiled",
             "no rollout by torch.compile",
             "no compiled quantiles",
+            "weights_given is not compiled",
         )
     ]
 
@@ -210,6 +212,7 @@ def test_the_forms_for_a_gpu_launch_few_kernels():
         tiled.rollout_in_tiles(mixture, x, 0.9, 0.4, 32, 1.0, None, form)
     assert 100 < kernels.count <= 300
     mixture, z = random_mixture(components=8, channels=4), normal(2, 4, 2, 3)
+    by_sections = AxisMap(quantiles.quantile_by_sections, weights_given)
     with Kernels() as kernels:
-        sample_with_spectrum(mixture, 0.1 * z, z, None, quantiles.quantile_by_sections)
+        sample_with_spectrum(mixture, 0.1 * z, z, None, by_sections)
     assert 100 < kernels.count <= 600

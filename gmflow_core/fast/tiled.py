@@ -24,7 +24,7 @@ TILE = {"cpu": 1 << 15, "gpu": 1 << 20}  # pixels times components of a tile (on
 
 
 class TileForm(NamedTuple):
-    """The three steps of a tile's rollout, in one form.
+    """One form of the three steps of a tile's rollout.
 
     Args:
         prepare, advance, finish: as the functions of these names below.

@@ -22,7 +22,7 @@ DX_MODES = ("grid", "polynomial")
 
 @dataclass(frozen=True, eq=False)
 class DXVelocity:
-    """The output of a network with a DX head: velocities that stand for x_0 = x - sigma u.
+    """Output of a network with a DX head: velocities that stand for x_0 = x - sigma u.
 
     They give x_0 at N times, or as N coefficients. Time t is the unshifted one,
     `unshift_time(sigma, shift)`. The segment goes from the time of the call down by

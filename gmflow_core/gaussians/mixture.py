@@ -364,7 +364,7 @@ class TiltedMixture(Mixture):
 
     @cached_property
     def components(self) -> GaussianMixture:
-        """The product as a mixture with components of its own."""
+        """Product as a mixture with components of its own."""
         with torch.enable_grad():  # the first caller may be under no_grad, a later one not
             logits, scale = self._logits()
             move = self.centred.var.squeeze(1) * scale * self.slope

@@ -114,7 +114,7 @@ def weights_given(x: Tensor, means: Tensor, std: Tensor, log_weights: Tensor) ->
 
 
 class AxisMap(NamedTuple):
-    """The two steps along an axis of `from_normal`, in one form.
+    """One form of the two steps along an axis of `from_normal`.
 
     Args:
         quantile: `mixture_quantile`, or an equal function.

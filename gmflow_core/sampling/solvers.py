@@ -34,7 +34,7 @@ Spectrum = Callable[[IsotropicGaussian], Tensor]
 
 @dataclass(frozen=True)
 class Hooks:
-    """What a caller may do while a solver runs.
+    """Functions that a solver calls while it runs.
 
     Args:
         callback: called as callback(step, x, x0_mean) after each network call.

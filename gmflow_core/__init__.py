@@ -23,7 +23,7 @@ from .flow.path import (
     x0_to_velocity,
 )
 from .flow.policy import DXPolicy, DXVelocity, predict_x0
-from .gaussians.mixture import GaussianMixture, IsotropicGaussian, TiltedMixture
+from .gaussians.mixture import GaussianMixture, IsotropicGaussian, Mixture, TiltedMixture
 from .gaussians.spectral import hartley, sample_with_spectrum
 from .sampling.denoisers import class_denoiser, denoiser_of
 from .sampling.guidance import Guidance, classifier_free_guidance, probabilistic_guidance
@@ -51,6 +51,7 @@ __all__ = [
     "Guidance",
     "GuidedMixture",
     "IsotropicGaussian",
+    "Mixture",
     "ModeFrame",
     "TiltedMixture",
     "class_denoiser",

@@ -69,12 +69,8 @@ def machine_rollout(
     """Return the rollout by a machine form, or None where the definition is the one to run.
 
     Arguments as in `gmflow_core.rollout`; `sigma` and `sigma_end` are both numbers or both tensors.
-    `follow` is the definition.
-
-    Raises:
-        ValueError: there is no such method.
+    `method` is what `chosen_method` returns, and `follow` is the definition.
     """
-    method = chosen_method(method)
     few = substeps <= (FEW_TILTED if isinstance(x0, TiltedMixture) else FEW)
     if (
         substeps == 1
@@ -85,6 +81,8 @@ def machine_rollout(
         return None
     if method is None and few and not x.is_cuda:
         return None
+    if method != "compiled" or not few:
+        x0 = x0.components()
     arguments = x0, x, sigma, sigma_end, substeps, shift
     result = None
     if method == "triton" or (method is None and x.is_cuda):
@@ -92,8 +90,9 @@ def machine_rollout(
     elif method == "compiled" and few:
         sigmas = sigmas_between(sigma, sigma_end, substeps, shift)
         if not isinstance(sigma, Tensor):  # tensors: numbers would be compiled in
-            sigmas = torch.tensor(sigmas, dtype=torch.float64, device=x.device).to(x.dtype).unbind()
-        result = form_of(follow)(x0, x, sigmas)
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            sigmas = torch.tensor(sigmas, dtype=dtype, device=x.device).unbind()
+        result = form_of(follow, method)(x0, x, sigmas)
     elif method == "compiled":
         return _in_compiled_tiles(*arguments, check)
     if result is None:
@@ -103,15 +102,15 @@ def machine_rollout(
     return result
 
 
-def form_of(function: Callable[..., Any]) -> Callable[..., Any]:
+def form_of(function: Callable[..., Any], method: str | None = None) -> Callable[..., Any]:
     """Return a function of tensors and mixtures, compiled if the method is "compiled".
 
     It runs as it stands where autograd records an input, or where torch.compile fails; the log
-    says so once.
+    says so once. `method` is as in `chosen_method`.
     """
 
     def run(*arguments: Any) -> Any:
-        plain = chosen_method() != "compiled" or function in declined
+        plain = chosen_method(method) != "compiled" or function in declined
         if plain or _has_gradient(*arguments):
             return function(*arguments)
         try:
@@ -131,7 +130,7 @@ def axis_map(device: torch.device) -> AxisMap | None:
     method = chosen_method()
     if method == "compiled":
         return AxisMap(quantiles.compiled_quantile, form_of(weights_given))
-    if method is None and device.type == "cuda":
+    if method != "plain" and device.type == "cuda":
         return AxisMap(quantiles.quantile_by_sections, weights_given)
     return None
 
@@ -160,7 +159,7 @@ def _in_compiled_tiles(x0: Mixture, *arguments) -> Tensor:
         try:
             return tiled.rollout_in_tiles(x0, *arguments, _compiled_form(*kind[1:]))
         except NotCompiledError as error:
-            decline(kind, "no rollout by torch.compile", error)
+            decline(kind, "no rollout by torch.compile", error, "tiles do the same")
     return _in_tiles(x0, *arguments)
 
 
@@ -189,7 +188,8 @@ def _by_triton(
     The first call of each kind computes some pixels by the definition, too: nobody has run the
     kernel on every GPU, and wrong numbers must not pass silently.
     """
-    kind = ("triton", x.device.type, *x0.means.shape[1:3])
+    per_pixel = x0.log_std.shape[3:].numel() > 1
+    kind = ("triton", x.device, *x0.means.shape[1:3], isinstance(sigma, Tensor), per_pixel)
     if kind in declined:
         return None
     try:
@@ -203,7 +203,7 @@ def _by_triton(
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:  # no Triton, an unknown GPU, no compiler, a mixture too large
-        decline(kind, "no rollout by Triton", error)
+        decline(kind, "no rollout by Triton", error, "tiles do the same")
         return None
 
 

@@ -39,13 +39,15 @@ def compiled(function: Callable[..., Tensor | tuple[Tensor, ...]]) -> Callable:
 declined: set[Hashable] = set()  # kinds of calls that a machine form cannot serve
 
 
-def decline(kind: Hashable, what: str, error: Exception) -> None:
-    """Remember that a machine form cannot serve `kind`, and say so once in the log."""
+def decline(
+    kind: Hashable, what: str, error: Exception, instead: str = "the plain form takes its place"
+) -> None:
+    """Remember that a machine form cannot serve `kind`; log once what runs instead."""
     declined.add(kind)
     reason = (
         str(error) if isinstance(error, NotCompiledError) else f"{type(error).__name__}: {error}"
     )
-    log_once(f"GMFlow: {what} ({reason.splitlines()[0]}); the plain form takes its place")
+    log_once(f"GMFlow: {what} ({reason.splitlines()[0]}); {instead}")
 
 
 @functools.cache

@@ -172,7 +172,7 @@ def reverse_transition(
     if isinstance(x0, Tensor):
         mean = c1 * x_high + c2 * x0
         return mean if noise is None else mean + c3.sqrt() * noise
-    c1, c2, c3 = c1.unsqueeze(1), c2.unsqueeze(1), c3.unsqueeze(1)
+    c1, c2, c3, x0 = c1.unsqueeze(1), c2.unsqueeze(1), c3.unsqueeze(1), x0.components()
     return GaussianMixture(
         means=c1 * x_high.unsqueeze(1) + c2 * x0.means,
         log_weights=x0.log_weights,

@@ -101,7 +101,7 @@ class DXPolicy:
         return replace(self, x0=torch.cat([self.x0[:, :1] + by, self.x0[:, 1:]], 1))
 
     def at(self, sigma: Sigma) -> Tensor:
-        """Return x_0, (B, C, *S), at `sigma`; outside of the segment a grid's first or last value.
+        """Return x_0, (B, C, *S), at `sigma`; a grid is clamped to its ends outside the segment.
 
         Args:
             sigma: as in `velocity_to_x0`.

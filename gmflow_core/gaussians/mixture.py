@@ -5,14 +5,13 @@ points, two for images, three for video-shaped latents). Densities are per pixel
 channels; pixels are independent of each other.
 
 Two types: `GaussianMixture` stores its components; `TiltedMixture` is a mixture times a Gaussian
-factor, whose components are computed only when asked for. `Mixture` is what both can do.
+factor, whose components are computed at every request. `Mixture` is what both can do.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -59,6 +58,10 @@ class Mixture:
     log_weights: Tensor
     log_std: Tensor
 
+    def components(self) -> GaussianMixture:
+        """Return the mixture with its components computed."""
+        raise NotImplementedError
+
     @property
     def num_components(self) -> int:
         """Number of components K."""
@@ -78,7 +81,8 @@ class Mixture:
 
     def chunk(self, chunks: int) -> list[GaussianMixture]:
         """Split the batch into equal parts; `log_std` needs an entry per sample."""
-        fields = (self.means, self.log_weights, self.log_std)
+        own = self.components()
+        fields = (own.means, own.log_weights, own.log_std)
         parts = zip(*(field.chunk(chunks) for field in fields), strict=True)
         return [GaussianMixture(*part) for part in parts]
 
@@ -88,12 +92,14 @@ class Mixture:
 
     def to(self, device: torch.device) -> GaussianMixture:
         """Move the mixture to a device."""
-        fields = (self.means, self.log_weights, self.log_std)
+        own = self.components()
+        fields = (own.means, own.log_weights, own.log_std)
         return GaussianMixture(*(field.to(device) for field in fields))
 
     def moved(self, by: Tensor) -> GaussianMixture:
         """Shift the whole mixture by (B, C, *S)."""
-        return GaussianMixture(self.means + by.unsqueeze(1), self.log_weights, self.log_std)
+        own = self.components()
+        return GaussianMixture(own.means + by.unsqueeze(1), own.log_weights, own.log_std)
 
     # Moments
 
@@ -109,7 +115,7 @@ class Mixture:
         Returns:
             mean (B, C, *S), var (B, 1, *S).
         """
-        return TiltedMixture.of(self).untilted_gaussian()
+        return TiltedMixture.of(self.components()).untilted_gaussian()
 
     def covariance(self, average: bool = False) -> Tensor:
         """Return the full covariance over channels, per pixel or averaged over space.
@@ -117,13 +123,14 @@ class Mixture:
         Returns:
             (B, *S or *1, C, C).
         """
-        return transport.covariance(self.means, self.log_weights, self.log_std, average)
+        own = self.components()
+        return transport.covariance(own.means, own.log_weights, own.log_std, average)
 
     # Products
 
     def as_tilted(self) -> TiltedMixture:
-        """Return the mixture in the form that gives the means of many tilts cheaply."""
-        return TiltedMixture.of(self)
+        """Convert to a TiltedMixture, which computes means of tilts without their components."""
+        return TiltedMixture.of(self.components())
 
     def tilt(self, linear: Tensor, quadratic: Tensor | float) -> GaussianMixture:
         """Multiply by exp(linear . x - quadratic |x|^2 / 2) and renormalise.
@@ -137,7 +144,7 @@ class Mixture:
             quadratic: number, or broadcastable to (B, 1, *S). Where d is not positive there is no
                 normalisable product; d is clamped at 1e-6.
         """
-        return self.as_tilted().tilted(linear, quadratic).components
+        return self.as_tilted().tilted(linear, quadratic).components()
 
     def times(
         self, gaussian: IsotropicGaussian, over: IsotropicGaussian | None = None
@@ -166,17 +173,19 @@ class Mixture:
             raise ValueError(
                 f"temperature {temperature} must be positive; 1 leaves the mixture as it is"
             )
+        own = self.components()
         return GaussianMixture(
-            means=self.means,
-            log_weights=(self.log_weights / temperature).log_softmax(1),
-            log_std=self.log_std + 0.5 * math.log(temperature),
+            means=own.means,
+            log_weights=(own.log_weights / temperature).log_softmax(1),
+            log_std=own.log_std + 0.5 * math.log(temperature),
         )
 
     # Density and draws
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Return the log-density per pixel in nats, with the 2 pi term: (B, C, *S) -> (B, *S)."""
-        return log_density(x, self.means, self.log_weights, self.log_std)
+        own = self.components()
+        return log_density(x, own.means, own.log_weights, own.log_std)
 
     def sample(
         self,
@@ -195,15 +204,16 @@ class Mixture:
         Returns:
             (B, C, *S).
         """
-        batch, _, channels, *space = self.means.shape
+        own = self.components()
+        batch, _, channels, *space = own.means.shape
         if component is None:
-            uniform = draw_like(torch.rand, (batch, *space), generator, self.means)
-            edges = self.weights.squeeze(2).cumsum(1)[:, :-1]  # (B, K - 1, *S)
+            uniform = draw_like(torch.rand, (batch, *space), generator, own.means)
+            edges = own.weights.squeeze(2).cumsum(1)[:, :-1]  # (B, K - 1, *S)
             component = (uniform.unsqueeze(1) >= edges).sum(1)
         if noise is None:
-            noise = standard_normal((batch, channels, *space), generator, like=self.means)
+            noise = standard_normal((batch, channels, *space), generator, like=own.means)
         index = component[:, None, None].expand(-1, 1, channels, *space)
-        return self.means.gather(1, index).squeeze(1) + self.log_std.squeeze(1).exp() * noise
+        return own.means.gather(1, index).squeeze(1) + own.log_std.squeeze(1).exp() * noise
 
     # Knothe-Rosenblatt transport
 
@@ -217,7 +227,8 @@ class Mixture:
             per_pixel: axes of every pixel's own covariance, (B, *S, C, C), instead of those of
                 the covariance averaged over space, (B, *1, C, C).
         """
-        return transport.principal_axes(self.means, self.log_weights, self.log_std, per_pixel)
+        own = self.components()
+        return transport.principal_axes(own.means, own.log_weights, own.log_std, per_pixel)
 
     def to_normal(self, x: Tensor, axes: Tensor | None = None) -> Tensor:
         """Map samples of the mixture to standard normal ones (Knothe-Rosenblatt); differentiable.
@@ -229,8 +240,9 @@ class Mixture:
         Returns:
             (B, C, *S), channel i along axis i.
         """
-        axes = self.principal_axes() if axes is None else axes
-        return transport.to_normal(x, self.means, self.log_weights, self.log_std, axes)
+        own = self.components()
+        axes = own.principal_axes() if axes is None else axes
+        return transport.to_normal(x, own.means, own.log_weights, own.log_std, axes)
 
     def from_normal(
         self,
@@ -245,11 +257,11 @@ class Mixture:
         Args:
             z: (B, C, *S), channel i along axis i.
             axes: as in `to_normal`.
-            axis_map: the steps along one axis, the plain ones if None;
-                `gmflow_core.fast.choice.axis_map` returns the fastest.
+            axis_map: other forms of the two steps along an axis; the plain ones if None.
         """
-        axes = self.principal_axes() if axes is None else axes
-        parts = (self.means, self.log_weights, self.log_std, axes)
+        own = self.components()
+        axes = own.principal_axes() if axes is None else axes
+        parts = (own.means, own.log_weights, own.log_std, axes)
         return transport.from_normal(z, *parts, axis_map)
 
 
@@ -296,6 +308,10 @@ class GaussianMixture(Mixture):
         for name in ("means", "log_weights", "log_std"):
             object.__setattr__(self, name, at_least_float(getattr(self, name)))
 
+    def components(self) -> GaussianMixture:
+        """Return the mixture itself."""
+        return self
+
     @classmethod
     def point_mass(cls, mean: Tensor) -> GaussianMixture:
         """Return one component without spread at (B, C, *S): ordinary flow matching."""
@@ -328,7 +344,7 @@ class TiltedMixture(Mixture):
     quadratic: Tensor | float
 
     @classmethod
-    def of(cls, mixture: Mixture) -> TiltedMixture:
+    def of(cls, mixture: GaussianMixture) -> TiltedMixture:
         """Return `mixture` with no tilt yet."""
         origin = sum_of_products(mixture.means, mixture.weights, 1).squeeze(1)
         offsets = mixture.means - origin.unsqueeze(1)
@@ -362,19 +378,17 @@ class TiltedMixture(Mixture):
         mean = torch.addcmul(mean, self.centred.var.squeeze(1), self.slope)
         return torch.addcmul(self.origin, mean, scale)
 
-    @cached_property
     def components(self) -> GaussianMixture:
-        """Product as a mixture with components of its own."""
-        with torch.enable_grad():  # the first caller may be under no_grad, a later one not
-            logits, scale = self._logits()
-            move = self.centred.var.squeeze(1) * scale * self.slope
-            scale = scale.unsqueeze(1)
-            means = torch.addcmul(move.unsqueeze(1), self.centred.means, scale)
-            return GaussianMixture(
-                means=means.add_(self.origin.unsqueeze(1)),
-                log_weights=logits.log_softmax(1),
-                log_std=self.centred.log_std + 0.5 * scale.log(),
-            )
+        """Compute the product as a mixture with components of its own."""
+        logits, scale = self._logits()
+        move = self.centred.var.squeeze(1) * scale * self.slope
+        scale = scale.unsqueeze(1)
+        means = torch.addcmul(move.unsqueeze(1), self.centred.means, scale)
+        return GaussianMixture(
+            means=means.add_(self.origin.unsqueeze(1)),
+            log_weights=logits.log_softmax(1),
+            log_std=self.centred.log_std + 0.5 * scale.log(),
+        )
 
     def _logits(self) -> tuple[Tensor, Tensor]:
         """Return log-weights up to a constant, (B, K, 1, *S), and `scale`, (B, 1, *S)."""
@@ -387,14 +401,14 @@ class TiltedMixture(Mixture):
     @property
     def means(self) -> Tensor:
         """Means of the product's components, (B, K, C, *S)."""
-        return self.components.means
+        return self.components().means
 
     @property
     def log_weights(self) -> Tensor:
         """Log-weights of the product's components, (B, K, 1, *S)."""
-        return self.components.log_weights
+        return self.components().log_weights
 
     @property
     def log_std(self) -> Tensor:
         """Log-std of the product's components, broadcastable to (B, 1, 1, *S)."""
-        return self.components.log_std
+        return self.components().log_std

@@ -75,10 +75,11 @@ def mixture_quantile(
 
 
 def tail_unit(std: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the unit and the level that turn the quantile equation into one of the upper tail.
+    """Rescale the quantile equation so that only the upper tail is solved.
 
-    In this unit, signed as z is, a component's tail on the side of z is erfc / 2, and the quantile
-    solves sum_k w_k erfc(x - mean_k) = erfc(level) with level = |z| / sqrt(2) >= 0.
+    Returns the unit of length and the level. In this unit, signed as z is, a component's tail on
+    the side of z is erfc / 2, and the quantile solves sum_k w_k erfc(x - mean_k) = erfc(level) with
+    level = |z| / sqrt(2) >= 0.
     """
     level = (math.sqrt(0.5) * z.abs()).clamp(max=largest_level(z))
     return torch.copysign(math.sqrt(2) * std, z), level
@@ -141,7 +142,7 @@ def solve_quantile(
 def flatten_pixels(
     means: Tensor, std: Tensor, log_weights: Tensor, z: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Lay the arguments of `solve_quantile` out by pixel: (K, n), (n,), (K, n), (n,)."""
+    """Flatten batch and space into one pixel dimension: (K, n), (n,), (K, n), (n,)."""
     means, log_weights = (
         each.movedim(1, 0).reshape(means.shape[1], -1) for each in (means, log_weights)
     )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..fast.choice import form_of
 from ..flow.path import velocity_to_x0
 from ..gaussians.mixture import Mixture
 from .guidance import Guidance, classifier_free_guidance
@@ -47,6 +48,7 @@ def class_denoiser(
             "guidance needs a model with a label for no class, and this one has none; "
             "use autoguidance instead"
         )
+    guide = None if guidance is None else form_of(guidance.of_velocities)
     both = torch.cat([labels, torch.full_like(labels, null)])
 
     def denoise(x: Tensor, sigma: Tensor) -> Mixture:
@@ -54,7 +56,7 @@ def class_denoiser(
             return velocity_to_x0(network(x, sigma, labels.to(x.device)), x, sigma)
         batch = torch.cat([x, x]), torch.cat([sigma, sigma]), both.to(x.device)
         cond, uncond = network(*batch).chunk(2)
-        return guidance.of_velocities(cond, uncond, x, sigma)
+        return guide(cond, uncond, x, sigma)
 
     return denoise
 

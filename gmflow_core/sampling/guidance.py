@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..fast.choice import form_of
 from ..flow.path import Sigma, velocity_to_x0
 from ..gaussians.mixture import GaussianMixture, IsotropicGaussian, Mixture, TiltedMixture
 
@@ -34,7 +33,7 @@ def probabilistic_guidance(
         ValueError: `scale` (if a number) or `orthogonal` is out of range.
     """
     _check_scale(scale, orthogonal)
-    cond = cond.as_tilted()
+    cond = TiltedMixture.of(cond.components())
     gaussian = cond.untilted_gaussian()
     mean, var = gaussian.mean, image_mean(gaussian.var)
     scale = _per_sample(scale, mean)
@@ -116,19 +115,7 @@ class Guidance:
 
     def of_velocities(self, cond: Mixture, uncond: Mixture, x: Tensor, sigma: Sigma) -> Mixture:
         """Return the guided mixture of x_0 from two mixtures of velocities at (x, sigma)."""
-        if self.kind == "cfg":
-            return self(velocity_to_x0(cond, x, sigma), velocity_to_x0(uncond.mean(), x, sigma))
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        scale = x.new_full((1,), self.scale, dtype=dtype)
-        return form_of(_guide_velocities)(cond, uncond, x, sigma, scale, self.orthogonal)
-
-
-def _guide_velocities(
-    cond: Mixture, uncond: Mixture, x: Tensor, sigma: Sigma, scale: Tensor, orthogonal: float
-) -> TiltedMixture:
-    """Apply `probabilistic_guidance` to two mixtures of velocities."""
-    uncond_mean = velocity_to_x0(uncond.mean(), x, sigma)
-    return probabilistic_guidance(velocity_to_x0(cond, x, sigma), uncond_mean, scale, orthogonal)
+        return self(velocity_to_x0(cond, x, sigma), velocity_to_x0(uncond.mean(), x, sigma))
 
 
 def within(interval: tuple[float, float], sigma: float | Tensor) -> bool:
@@ -188,8 +175,9 @@ def image_gaussian(mixture: Mixture) -> IsotropicGaussian:
         mean (B, C, *S), var (B, 1, *1).
     """
     mixture = mixture.as_tilted()
-    shift = shift_of(mixture)
-    return IsotropicGaussian(mixture.origin + shift.bias, shift.var * shift.narrowing)
+    var = image_mean(mixture.untilted_gaussian().var)
+    narrowed = var / (1 + mixture.quadratic * var)
+    return IsotropicGaussian(mixture.origin + mixture.slope * narrowed, narrowed)
 
 
 def image_mean(x: Tensor) -> Tensor:

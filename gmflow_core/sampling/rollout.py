@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from ..fast.choice import machine_rollout
+from ..fast.choice import chosen_method, machine_rollout
 from ..flow.path import MIN_SIGMA, Sigma, expand_sigma, posterior_means, sigmas_between
 from ..flow.policy import DXPolicy, Policy
 
@@ -58,6 +58,7 @@ def rollout(
     """
     if not isinstance(substeps, int) or substeps < 1:
         raise ValueError(f"substeps is {substeps}; a whole number, at least 1, is needed")
+    method = chosen_method(method)
     if isinstance(sigma, Tensor) or isinstance(sigma_end, Tensor):
         sigma, sigma_end = expand_sigma(sigma, x), expand_sigma(sigma_end, x)
     if constrain is None and not isinstance(x0, DXPolicy):

@@ -44,7 +44,8 @@ def second_order(
     are applied to the unguided mixture at once.
 
     Args:
-        mixture: first-order mixture of x_0 at (x, sigma), guided or not.
+        mixture: first-order mixture of x_0 at (x, sigma), guided or not; not one that has been
+            corrected already.
         previous: the step before.
         x: (B, C, *S).
         size: sigma minus the next sigma.

@@ -183,7 +183,7 @@ def sample_euler(
 
     Arguments, return value and errors as `sample_gm_ode`.
     """
-    return sample_gm_ode(denoiser, x, sigmas, order=1, substeps=1, **hooks)
+    return sample_gm_ode(denoiser, x, sigmas, order=1, substeps=1, **vars(Hooks(**hooks)))
 
 
 def sample_gm_policy(

@@ -63,7 +63,7 @@ class ModeFrame:
         std = self.std.unsqueeze(1)
 
         def denoise(y: Tensor, sigma: Sigma) -> GaussianMixture:
-            x0 = denoiser(self.leave(y, sigma), sigma)
+            x0 = denoiser(self.leave(y, sigma), sigma).components()
             return GaussianMixture(x0.means / std, x0.log_weights, x0.log_std - std.log())
 
         return denoise

@@ -31,7 +31,20 @@ FOREIGN = {  # what a package never imports
     "nodes": ("diffusers", "accelerate"),
     "training": ("comfy", "comfy_api", "comfy_execution", "folder_paths"),
 }
+TRAINING_LAYERS = {  # the same for the folders of training
+    "common": (),
+    "encoders": ("common",),
+    "data": ("common", "encoders"),
+    "source": ("common", "encoders", "data"),
+    "evaluation": ("common", "encoders", "data"),
+    "loop": ("common", "encoders", "data", "evaluation"),
+    "experiments": ("common", "loop"),
+}
 FORMULAS = ("gaussians", "flow", "sampling")  # folders that hold mathematics and no machinery
+FORBIDDEN = {
+    *("is_compiling", "compile", "compiler", "jit", "is_scripting"),
+    *("__dict__", "vars", "__setattr__", "cached_property"),
+}
 
 
 def modules_of(package):
@@ -138,21 +151,47 @@ def test_node_files_and_commands_are_no_libraries():
     assert not wrong, "\n".join(wrong)
 
 
+def machinery(node):
+    """Return the name of what a formula's code must not hold; "" for other nodes."""
+    if isinstance(node, ast.ImportFrom):
+        return next((alias.name for alias in node.names if alias.name in FORBIDDEN), "")
+    if isinstance(node, ast.Attribute):
+        return node.attr if node.attr in FORBIDDEN else ""
+    if isinstance(node, ast.Name):
+        return node.id if node.id in FORBIDDEN else ""
+    return ""
+
+
 def test_formulas_hold_no_machinery():
     """No branch for a compiler, no compiled form, no write past a frozen dataclass."""
     wrong = []
     for name in modules_of("gmflow_core"):
         if folder_of(name) not in FORMULAS:
             continue
+        construction = {
+            id(inner)
+            for node in ast.walk(TREES[name])
+            if isinstance(node, ast.FunctionDef) and node.name == "__post_init__"
+            for inner in ast.walk(node)
+        }
         for node in ast.walk(TREES[name]):
-            attribute = node.attr if isinstance(node, ast.Attribute) else ""
-            if attribute in ("is_compiling", "__dict__") or (
-                attribute in ("compile", "compiler")
-                and isinstance(node.value, ast.Name)
-                and node.value.id == "torch"
-            ):
-                wrong.append(f"{MODULES[name].relative_to(ROOT)}:{node.lineno} {attribute}")
+            found = machinery(node)
+            if found and not (found == "__setattr__" and id(node) in construction):
+                wrong.append(f"{MODULES[name].relative_to(ROOT)}:{node.lineno} {found}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_folders_of_training_import_lower_ones_only():
+    wrong = [
+        f"{name} imports {each}"
+        for name in modules_of("training")
+        if name.count(".") > 1
+        for each in sorted(IMPORTS[name])
+        if each.startswith("training.")
+        and each.split(".")[1] not in (name.split(".")[1], *TRAINING_LAYERS[name.split(".")[1]])
+    ]
+    assert not wrong, "\n".join(wrong)
+    graphlib.TopologicalSorter(TRAINING_LAYERS).prepare()
 
 
 def test_files_and_functions_are_short():

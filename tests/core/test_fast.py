@@ -95,21 +95,39 @@ def test_tiles_of_few_kernels_equal_the_definition(size, per_pixel):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
-@pytest.mark.parametrize("wrong", [False, True])
+@pytest.mark.parametrize("wrong", ["nothing", "all", "last sample", "last pixel", "nan"])
 def test_a_kernel_with_wrong_numbers_is_left_and_the_log_says_so_once(wrong, monkeypatch, caplog):
     from gmflow_core.fast import triton_kernel
 
-    mixture, x = random_mixture(), normal(2, 3, 2, 3)
-    expected = rollout(mixture, x, 0.9, 0.1, 5, method="plain")
-    kernel, calls = (lambda *_: calls.append(1) or expected + 0.1 * wrong), []
-    monkeypatch.setattr(triton_kernel, "rollout_in_one_kernel", kernel)
+    mixture, x = random_mixture(space=(20, 20)), normal(2, 3, 20, 20)  # more pixels than it checks
+    expected, calls = rollout(mixture, x, 0.9, 0.1, 5, method="plain"), []
+    made = expected.clone()
+    where = {"all": ..., "last sample": 1, "last pixel": (1, 0, 19, 19), "nan": (0, 0, 0, 0)}
+    if wrong in where:
+        made[where[wrong]] = torch.nan if wrong == "nan" else 9.0
+    monkeypatch.setattr(triton_kernel, "rollout_in_one_kernel", lambda *_: calls.append(1) or made)
     monkeypatch.setattr(choice, "_checked", set())
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             assert is_near(rollout(mixture, x, 0.9, 0.1, 5, method="triton"), expected, 1e-5)
-    assert len(calls) == (1 if wrong else 3)
-    assert len(caplog.records) == wrong
-    assert not wrong or "differ from the definition's" in caplog.text
+    assert len(calls) == (3 if wrong == "nothing" else 1)
+    assert len(caplog.records) == (wrong != "nothing")
+    assert wrong == "nothing" or "differ from the definition's" in caplog.text
+    if wrong == "nothing":  # tensors of sigmas are another kind of call, checked on its own
+        made[...] = 9.0
+        sigmas = torch.tensor([0.9, 0.9]), torch.tensor([0.1, 0.1])
+        assert is_near(rollout(mixture, x, *sigmas, 5, method="triton"), expected, 1e-5)
+
+
+@pytest.mark.parametrize("by_argument", [False, True])
+def test_few_substeps_compile_by_argument_or_by_the_environment(by_argument, monkeypatch):
+    compiled, mixture = [], random_mixture().as_tilted()
+    monkeypatch.setattr(choice, "_compiled_once", lambda f: compiled.append(f.__name__) or f)
+    if by_argument:
+        monkeypatch.delenv("GMFLOW_METHOD")
+    method = "compiled" if by_argument else None
+    rollout(mixture, normal(2, 3, 2, 3), 0.9, 0.1, 3, method=method)
+    assert compiled == ["follow"]
 
 
 @NO_COMPILER
@@ -181,14 +199,15 @@ def test_where_nothing_compiles_the_plain_forms_run_and_the_log_says_so_once(mon
                 spectrum=lambda gaussian: spectrum(gaussian.mean),
                 noise=noise,
             )
-    reason = "(RuntimeError: no C++ compiler was found); the plain form takes its place"
+    reason = "(RuntimeError: no C++ compiler was found)"
+    plain, tiles = "the plain form takes its place", "tiles do the same"
     assert [record.message for record in caplog.records] == [
-        f"GMFlow: {what} {reason}"
-        for what in (
-            "follow is not compiled",
-            "no rollout by torch.compile",
-            "no compiled quantiles",
-            "weights_given is not compiled",
+        f"GMFlow: {what} {reason}; {instead}"
+        for what, instead in (
+            ("follow is not compiled", plain),
+            ("no rollout by torch.compile", tiles),
+            ("no compiled quantiles", plain),
+            ("weights_given is not compiled", plain),
         )
     ]
 

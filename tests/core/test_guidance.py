@@ -122,3 +122,12 @@ def test_golden_guidance(scale, orthogonal):
     assert is_near(shift_of(guided).bias, figures[f"{case}.bias"])
     assert is_near(gaussian.mean + shift_of(guided).bias, figures[f"{case}.mean"])
     assert same_mixture(guided, golden_mixture("guidance", f"{case}.gm"))
+
+
+def test_guidance_of_a_guided_mixture_starts_from_that_mixture():
+    first = probabilistic_guidance(random_mixture(dtype=F64), normal(2, 3, 2, 3, dtype=F64), 0.3)
+    other = normal(2, 3, 2, 3, seed=5, dtype=F64)
+    assert is_near(probabilistic_guidance(first, other, 0.0).mean(), first.mean(), 1e-12)
+    own = GaussianMixture(first.means, first.log_weights, first.log_std)
+    expected = probabilistic_guidance(own, other, 0.4)
+    assert is_near(probabilistic_guidance(first, other, 0.4).mean(), expected.mean(), 1e-12)

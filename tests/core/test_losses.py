@@ -147,7 +147,9 @@ def per_pixel(mixture):
 
 @pytest.mark.parametrize("space", [(), (2,), (2, 1)])
 @pytest.mark.parametrize("components", [1, 3])
-def test_all_gradients_of_the_density_and_theirs(space, components):
+@pytest.mark.parametrize("large", [False, True])
+def test_all_gradients_of_the_density_and_theirs(space, components, large, monkeypatch):
+    monkeypatch.setattr(density, "LARGE", 0 if large else 2**18)
     mixture = per_pixel(random_mixture(components=components, space=space, dtype=F64))
     x, gain = normal(2, 3, *space, dtype=F64), normal(2, 1, 1, *[1] * len(space), seed=2, dtype=F64)
     for point, factor in ((x, None), (x.clone().requires_grad_(), gain.requires_grad_())):
@@ -164,6 +166,7 @@ def test_large_tensors_have_the_loss_and_gradients_of_the_direct_computation(sha
     velocity = per_pixel(
         GaussianMixture(velocity.means, velocity.log_weights, velocity.log_std + math.log(std))
     )
+    assert velocity.means.numel() >= density.LARGE
     high = torch.linspace(0.05, 0.95, batch, dtype=F64)
     low = 0.5 * high
     x_low, noise = (normal(batch, channels, *space, seed=seed, dtype=F64) for seed in (1, 2))
@@ -207,8 +210,10 @@ def test_below_the_least_standard_deviation_it_has_no_gradient():
     assert log_std.grad.flatten().tolist() == [0.0, pytest.approx(3)]
 
 
-def test_the_loss_can_be_compiled_and_runs_under_autocast():
+@pytest.mark.parametrize("large", [False, True])
+def test_the_loss_can_be_compiled_and_runs_under_autocast(large, monkeypatch):
     """Traced forwards and backwards, without a compiler for the code."""
+    monkeypatch.setattr(density, "LARGE", 0 if large else 2**18)
     velocity, x, high = random_mixture(), normal(2, 3, 2, 3), torch.tensor([0.4, 0.8])
 
     def loss_of(*leaves):

@@ -7,6 +7,7 @@ import torch
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 from gmflow_core import GaussianMixture, IsotropicGaussian
+from gmflow_core.gaussians.density import LOG_2PI
 from tests.helpers import (
     F64,
     SPACES,
@@ -315,3 +316,15 @@ def test_golden_products(result, factor, over):
     )
     product = golden_mixture("ops_mixture", "gm").times(factor, over)
     assert same_mixture(product, golden_mixture("ops_mixture", result))
+
+
+def test_the_density_at_the_mean_of_a_certain_component_is_finite():
+    mean = normal(2, 3)
+    mixture = GaussianMixture(mean.unsqueeze(1), torch.zeros(2, 1, 1), torch.full((2, 1, 1), -50.0))
+    assert mixture.log_prob(mean).tolist() == pytest.approx([3 * (50 - 0.5 * LOG_2PI)] * 2)
+
+
+def test_densities_of_many_points_under_one_mixture_have_gradients():
+    mixture, x = random_mixture(batch=1, space=(), dtype=F64), normal(5, 3, dtype=F64)
+    leaves = [t.clone().requires_grad_() for t in vars(mixture).values()]
+    assert torch.autograd.gradcheck(lambda *parts: GaussianMixture(*parts).log_prob(x), leaves)

@@ -27,7 +27,7 @@ METHODS = ["plain", "tiled", pytest.param("triton", marks=NO_TRITON)]
 def tiles_of_a_few_pixels_and_no_silent_fallback(monkeypatch):
     monkeypatch.setattr(tiled, "TILE", {"cpu": 20, "gpu": 20})
     monkeypatch.setattr(
-        choice, "decline", lambda kind, what, error: pytest.fail(f"{what}: {error}")
+        choice, "decline", lambda kind, what, error, instead="": pytest.fail(f"{what}: {error}")
     )
     compiling.declined.clear()
 
@@ -339,3 +339,8 @@ def test_rollout_leaves_its_arguments_alone_and_refuses_no_substeps():
     for substeps in (0, 2.5):
         with pytest.raises(ValueError, match=f"substeps is {substeps}"):
             rollout(mixture, x, 1.0, 0.0, substeps)
+
+
+def test_an_unknown_method_is_refused_where_the_definition_runs_anyway():
+    with pytest.raises(ValueError, match="method 'bogus'"):
+        rollout(random_mixture(), normal(2, 3, 2, 3), 0.9, 0.1, 4, constrain=max, method="bogus")

@@ -235,3 +235,20 @@ def test_golden_quantiles():
         assert (
             error <= 2e-6 + 2e-7 / figures["pdf_at_n16"][:, draw]
         ).all()  # the reference rounds probabilities near 1
+
+
+def test_axes_of_a_covariance_that_is_not_finite_are_the_channels():
+    mixture = random_mixture()
+    means = mixture.means.clone()
+    means[0, 0, 0, 0, 0] = torch.inf
+    axes = GaussianMixture(means, mixture.log_weights, mixture.log_std).principal_axes()
+    assert torch.equal(axes[0, 0, 0].abs(), torch.eye(3).flip(-1))
+    assert axes.isfinite().all()
+
+
+def test_the_average_covariance_averages_the_pixels_own_variances():
+    mixture = random_mixture(dtype=F64)
+    log_std = normal(2, 1, 1, 2, 3, dtype=F64)
+    mixture = GaussianMixture(mixture.means, mixture.log_weights, log_std)
+    average = mixture.covariance().mean((1, 2), keepdim=True)
+    assert is_near(mixture.covariance(average=True), average, 1e-12)

@@ -18,7 +18,7 @@ from .models.image_network import ImageNetwork
 from .pictures import image_grid, to_image
 from .sampling.guidance import Guidance
 from .sampling.images import sample_images
-from .sampling.solvers import SOLVERS
+from .sampling.solvers import MEAN_SOLVERS, SOLVERS
 from .source.files import load_source
 from .toys.checkerboard import draw_checkerboard
 from .toys.density_picture import density_picture
@@ -314,7 +314,7 @@ def _add_sample_arguments(p: argparse.ArgumentParser) -> None:
         "--solver",
         choices=SOLVERS,
         default="gm-ode",
-        help="default gm-ode; euler follows the mean velocity",
+        help=f"default gm-ode; {' and '.join(MEAN_SOLVERS)} follow only the mean",
     )
     p.add_argument("--steps", type=int, default=8, help="network calls (default 8)")
     p.add_argument(

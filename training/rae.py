@@ -29,8 +29,8 @@ from __future__ import annotations
 import tyro
 
 from training.common.processes import leave
+from training.data.rae_statistics import statistics
 from training.encoders.rae_files import convert
-from training.encoders.rae_statistics import statistics
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -97,7 +97,7 @@ def find_label(text: str, names: Sequence[str], num_classes: int) -> int:
 
 
 def _nearest(wanted: str, synonyms: Sequence[Sequence[str]], names: Sequence[str]) -> str:
-    """Describe the classes whose synonyms are spelt most alike, or all classes if none is near."""
+    """List the classes with the closest spelling; all classes if none is close."""
     every = [part for parts in synonyms for part in parts]
     close = dict.fromkeys(difflib.get_close_matches(wanted, every, MOST_LISTED, 0.5))
     near = [label for part in close for label, parts in enumerate(synonyms) if part in parts]

@@ -288,6 +288,7 @@ class Solver:
         needs_mixture: False if it follows the mean only.
         takes_policies: True if the denoiser may return other policies than a mixture.
         substeps: usual number of substeps, as the solver counts them; None if it has none.
+        substeps_in_all: True if `substeps` counts those of the whole run, not of a step.
         final_step_size: usual size of the last step relative to the others.
     """
 
@@ -297,6 +298,7 @@ class Solver:
     needs_mixture: bool = True
     takes_policies: bool = False
     substeps: int | None = None
+    substeps_in_all: bool = False
     final_step_size: float = 1.0
 
     @property
@@ -307,7 +309,12 @@ class Solver:
 
 
 FINAL_STEP_SIZE = 0.5  # last step relative to the others, in the time grids of pi-Flow's adapters
-_POLICY = {"takes_policies": True, "substeps": 128, "final_step_size": FINAL_STEP_SIZE}
+_POLICY = {
+    "takes_policies": True,
+    "substeps": 128,
+    "substeps_in_all": True,
+    "final_step_size": FINAL_STEP_SIZE,
+}
 _MEAN = {"needs_mixture": False, "takes_policies": True}
 SOLVERS = {
     solver.name: solver

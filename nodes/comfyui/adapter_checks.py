@@ -32,7 +32,7 @@ def check_settings(executor, *args, **kwargs):
 
 
 def _check_guidance(guider, adapter: Adapter) -> None:
-    """Warn about another distilled guidance than the adapter's, and about guidance on top of it."""
+    """Warn if the distilled guidance differs from the adapter's, or if cfg is applied as well."""
     conds = [cond for conds in getattr(guider, "conds", {}).values() for cond in conds or []]
     default = adapter.base.default_guidance
     others = {cond.get("guidance", default) for cond in conds} - {adapter.guidance}

@@ -96,7 +96,7 @@ def has_native_layout() -> bool:
 
 
 def int8_operations(compute: str, dtype: torch.dtype, advance: Callable[[], None]) -> type:
-    """Return the operations class whose linear layers round themselves to int8 while they load.
+    """Return an operations class whose Linear quantises its weight to int8 on load.
 
     Args:
         compute: "16 bit" expands the weights for each product, "int8" rounds the activations too.

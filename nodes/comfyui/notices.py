@@ -33,7 +33,10 @@ def clear() -> None:
 
 
 def _running_node() -> str | None:
-    """Return the node that runs, and forget the messages of an earlier prompt."""
+    """Return the id of the node that runs; None outside a prompt.
+
+    At the first call in a new prompt, drop the messages of the earlier one.
+    """
     global _said
     context = get_executing_context()
     prompt, node = (context.prompt_id, context.node_id) if context is not None else (None, None)

@@ -72,9 +72,9 @@ class MixtureRecorder:
         return predict_x0(self.predictions[conds[0]["uuid"]].to(x.device), x, sigma)
 
     def why_not_single(self, conds: list[dict] | None, x: Tensor) -> str:
-        """Return what keeps a conditioning from having one prediction for all; "" if nothing does.
+        """Return why the conditioning has no single prediction for the whole latent.
 
-        One prediction for all covers the whole latent at every step.
+        It is "" if one prediction covers the whole latent at every step.
         """
         limits = [key for cond in conds or [] for key in PARTS + TIMES if cond.get(key) is not None]
         if len(conds or []) != 1:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.training.evaluation_runs import torch_fidelity, write_place
+from training.common.devices import cuda_or_cpu
 from training.evaluation.classifier import ClassifierFeatures
 from training.evaluation.metrics import (
     Measures,
@@ -79,6 +80,15 @@ def test_nearest_distance():
     assert nearest_distance(
         torch.tensor([[0.0, 3.0], [10.0, 4.0], [4.0, 0.0]]), reference
     ) == pytest.approx(11 / 3)
+
+
+def test_cpu_as_the_device_keeps_the_distances_off_the_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert (cuda_or_cpu("cpu").type, cuda_or_cpu("auto").type) == ("cpu", "cuda")
+    points = torch.eye(5)
+    measures = Measures(points, torch.full((5, 2), 0.5), torch.zeros(5))
+    reference = Reference(statistics(points), measures, device=cuda_or_cpu("cpu"))
+    assert score(measures, reference)["precision"] == 1
 
 
 def test_inception_score():

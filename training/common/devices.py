@@ -17,6 +17,15 @@ def on_cpu(device: str) -> bool:
     return device == "cpu" or not torch.accelerator.is_available()
 
 
+def cuda_or_cpu(device: str) -> torch.device:
+    """Return the device for operations that only CUDA and the CPU offer, such as float64 sums.
+
+    Args:
+        device: --device: auto (CUDA if there is any) or cpu.
+    """
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a CPU tensor to `device`; to a CUDA device without a sync."""
     if device.type == "cuda":

@@ -46,10 +46,9 @@ def leave() -> None:
 
 @contextmanager
 def together(state: PartialState) -> Iterator[None]:
-    """Make all processes leave the block together, or all with an error if one of them has one.
+    """If one process fails, raise in all; otherwise the others hang.
 
-    Otherwise the other processes would wait for the failed one, which only some launchers notice.
-    Nothing in the block may wait for other processes.
+    Only some launchers notice a failed process. Nothing in the block may wait for other processes.
 
     Raises:
         ValueError: another process had an error; the message is its own.

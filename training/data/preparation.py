@@ -58,7 +58,7 @@ class PreparationConfig:
     shard_size: int = 4096
     """Images in a shard; a stop loses the work on one shard at most."""
     workers: int | None = None
-    """Processes that decode images, for each GPU; None: as many as there are cores for, up to 8."""
+    """Processes that decode images, for each GPU; None: one for each core, up to 8."""
     seed: int = 0
     """Seed of the flips and of the posterior samples."""
     device: str = "auto"

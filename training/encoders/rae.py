@@ -93,12 +93,6 @@ class RAE(nn.Module):
         """
         return self.normalise(self.encoder.latents(self.encoder(images)))
 
-    @torch.no_grad()
-    def encode_with_token(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode images to normalised latents (B, D, h, w) and one token (B, D) per image."""
-        hidden = self.encoder(images)
-        return self.normalise(self.encoder.latents(hidden)), self.encoder.token(hidden)
-
     def normalise(self, latents: Tensor) -> Tensor:
         """Return (latents - mean) / std."""
         return (latents - self.mean) / self.std

@@ -14,6 +14,7 @@ from gmflow_core.flow.losses import nll
 from gmflow_core.flow.path import diffuse
 from gmflow_core.toys.checkerboard import draw_checkerboard, on_board, total_variation
 from gmflow_core.toys.points import compare_solvers, comparison_sheet
+from training.common.devices import cuda_or_cpu
 from training.common.settings import SMALLEST_SIGMA
 
 STEPS = [1, 2, 4, 8, 16]
@@ -28,7 +29,7 @@ def write_report(
         checkpoint: file of the model.
         out: folder for report.png and report.json.
         count: samples per solver and number of steps.
-        device: auto (CUDA if there is any) or a device of torch.
+        device: --device, see `cuda_or_cpu`.
 
     Returns:
         The content of report.json: `u_nll` (nats, without the 2 pi constant, sigma uniform; the
@@ -36,9 +37,7 @@ def write_report(
         (64 x 64 histogram over [-4, 4]^2; exact samples have 0.0405 at 200,000), `off_support`
         (share of samples off the board) and `off_support_slack` (off by more than 0.05).
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    network, config = load_checkpoint(checkpoint, device=device)
+    network, config = load_checkpoint(checkpoint, device=cuda_or_cpu(device))
     data = draw_checkerboard(count, torch.Generator().manual_seed(seed))
     report = {
         "checkpoint": checkpoint.name,

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from gmflow_core.sampling.guidance import Guidance
-from gmflow_core.sampling.solvers import SOLVERS
+from gmflow_core.sampling.solvers import MEAN_SOLVERS, SOLVERS
 from training.common.settings import require, require_device
 
 SolverName = Literal[tuple(SOLVERS)]
@@ -57,8 +57,10 @@ class Config:
     training.digits."""
     count: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 50_000
     """Samples of each setting."""
-    solver: tuple[SolverName, ...] = ("gm-ode",)
-    """Solvers; euler and dpmpp-2m use the mean of the mixture."""
+    solver: Annotated[
+        tuple[SolverName, ...],
+        tyro.conf.arg(help=f"Solvers; {' and '.join(MEAN_SOLVERS)} use the mean of the mixture."),
+    ] = ("gm-ode",)
     steps: tuple[int, ...] = (8,)
     """Numbers of steps, each with one network call; 0 returns the noise itself, which a flow must
     beat."""
@@ -76,8 +78,8 @@ class Config:
     shift: float = 1.0
     """Shift of the time grid."""
     source: str | None = None
-    """The mixture source that the models were trained with: file, folder or hub id; modes are drawn
-    by weight."""
+    """Mixture source that the models were trained with: file, folder or hub id; modes are drawn by
+    weight."""
     unlabelled: bool = False
     """Sample with the null label. Models of a source with hidden modes, which know no classes, are
     always sampled so."""
@@ -88,7 +90,7 @@ class Config:
     end: float = 0.0
     """Last time of the grid, before the shift; MM-FM takes 0.001, with 49 steps."""
     vae: str | None = None
-    """For latents: the VAE's folder or its name on the hub; by default the one that the data was
+    """Folder or hub name of the VAE that decodes latents; by default the one that the data was
     prepared with."""
     seed: int = 0
     """Image i of seed 0 has the seed i; other seeds give other images."""
@@ -97,7 +99,7 @@ class Config:
     chunk_size: int = 500
     """Images per file; a stop loses at most one file per process."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """The network's weights in float32 or bfloat16; the mixtures are float32 either way."""
+    """Type of the network's weights, float32 or bfloat16; mixtures are float32 either way."""
     device: str = "auto"
     """auto (what accelerate finds) or cpu."""
     out: Path = Path("outputs/evaluation")
@@ -194,12 +196,12 @@ class Setting:
         return f"{self.checkpoint}_{self.solver}_{self.steps}{guidance[self.guidance]}"
 
     def substeps(self, config: Config) -> int | None:
-        """Return GM-ODE's substeps per step, or the GM policy's in all; None for other solvers."""
-        usual = SOLVERS[self.solver].substeps
-        if usual is None or not self.steps:
+        """Return the number of substeps, as the solver counts them; None if it has none."""
+        solver = SOLVERS[self.solver]
+        if solver.substeps is None or not self.steps:
             return None
-        if self.solver == "gm-policy":
-            return config.substeps or usual
+        if solver.substeps_in_all:
+            return config.substeps or solver.substeps
         return config.substeps if config.substeps is not None else max(4, 128 // self.steps)
 
 

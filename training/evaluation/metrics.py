@@ -81,16 +81,18 @@ class Reference:
         limit: number of images, the first ones, that precision and recall use; usually the number
             of samples. With more, neighbours are nearer and precision is lower: it vanishes where
             the images are recoloured copies of fewer ones.
+        device: device that computes the distances between features.
     """
 
     statistics: Statistics
     measures: Measures | None = None
     limit: int | None = None
+    device: str | torch.device = "cpu"
 
-    @property
+    @cached_property
     def neighbours(self) -> Tensor:
-        """Features (n, D) that precision and recall use."""
-        return self.measures.features[: self.limit]
+        """Features (n, D) that precision and recall use, on `device`."""
+        return self.measures.features[: self.limit].to(self.device)
 
     @cached_property
     def radii(self) -> Tensor:
@@ -222,14 +224,9 @@ def nearest_distance(samples: Tensor, reference: Tensor) -> float:
 
 
 def pairwise_distances(a: Tensor, b: Tensor) -> Iterator[Tensor]:
-    """Yield the distances (N, M) of a (N, D) to b (M, D) in blocks of rows that fit the memory.
-
-    A GPU computes them if there is one.
-    """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    b = b.to(device)
+    """Yield the distances (N, M) of a (N, D) to b (M, D) in blocks of rows that fit the memory."""
     for part in a.split(max(1, DISTANCES // len(b))):
-        yield torch.cdist(part.to(device), b)
+        yield torch.cdist(part, b)
 
 
 def class_accuracy(probabilities: Tensor, labels: Tensor) -> float:
@@ -272,10 +269,9 @@ def score(
     images = reference.measures
     precision = recall = nearest = accuracy = distance = None
     if images is not None:
-        nearest = nearest_distance(measures.features, images.features)
-        precision, recall = precision_recall(
-            measures.features, reference.neighbours, reference.radii
-        )
+        features = measures.features.to(reference.device)
+        nearest = nearest_distance(features, images.features.to(reference.device))
+        precision, recall = precision_recall(features, reference.neighbours, reference.radii)
     if measures.labels is not None and classes is not None:
         accuracy = class_accuracy(measures.probabilities, measures.labels)
     if known is not None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from training.common.devices import cuda_or_cpu
 from training.data.shards import INDEX
 from training.evaluation.chunks import Chunks
 from training.evaluation.extractors import Extractor
@@ -56,7 +57,8 @@ def load_reference(inputs: Inputs, extractor: Extractor) -> tuple[Reference, dic
         "statistics": "of the file" if given is not None else "of the images",
         "fingerprint": content.hexdigest()[:16],
     }
-    return Reference(given or statistics(measures.features), measures, config.count), facts
+    given = given or statistics(measures.features)
+    return Reference(given, measures, config.count, cuda_or_cpu(config.device)), facts
 
 
 def open_reference(inputs: Inputs, path: Path) -> tuple[RealImages | None, Statistics | None]:

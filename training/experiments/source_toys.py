@@ -60,7 +60,7 @@ class Config:
     lr: float = 2e-3
     """Learning rate at the start; it decays to 0 as a cosine."""
     width: int = 256
-    """Of the networks' three hidden layers."""
+    """Width of the networks' three hidden layers."""
     num_components: int = 16
     """K of the networks with a mixture output."""
     samples: int = 20_000

@@ -8,8 +8,14 @@ from typing import Annotated, Literal
 
 import tyro
 
+from gmflow_core.sampling.solvers import SOLVERS
 from training.common.settings import SMALLEST_SIGMA, require
 from training.loop.config import TrainerConfig
+
+# Solvers of mixtures; those that take policies too are for distilled adapters
+PictureSolver = Literal[
+    tuple(name for name, s in SOLVERS.items() if s.needs_mixture and not s.takes_policies)
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,11 +102,12 @@ class ImageConfig(TrainerConfig):
     """Recompute the blocks in the backward pass: less memory, about a third more time."""
     compile: bool = False
     """Compile the network with torch.compile."""
-    workers: int = 4
-    """Processes that read the data, for each GPU; 0 reads in the main process."""
+    workers: int | None = None
+    """Processes that read the data, for each GPU; 0 reads in the main process.
+    None: one for each core, up to 8."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Type of matrix products; weights, optimizer and mixture are always float32."""
-    picture_solver: Literal["gm-ode", "gm-sde"] = "gm-ode"
+    picture_solver: PictureSolver = "gm-ode"
     """Solver of the pictures, in 8 network calls each."""
     vae: str | None = None
     """Folder or hub id of the VAE that decodes the pictures of a model of latents.
@@ -113,7 +120,7 @@ class ImageConfig(TrainerConfig):
         require(self.accumulate >= 1, "accumulate", self.accumulate, "at least 1")
         require(0 <= self.class_dropout <= 1, "class_dropout", self.class_dropout, "in [0, 1]")
         require(self.clip > 0, "clip", self.clip, "positive")
-        require(self.workers >= 0, "workers", self.workers, "0 or more")
+        require((self.workers or 0) >= 0, "workers", self.workers, "0 or more")
         require(self.time_shift > 0, "time_shift", self.time_shift, "positive")
         expected = f"above {SMALLEST_SIGMA} and at most 1"
         require(SMALLEST_SIGMA < top <= 1, "time_max", top, expected)

@@ -18,6 +18,7 @@ from gmflow_core.models.gmdit import GMDiT, GMDiTConfig
 from gmflow_core.pictures import image_grid, to_image
 from gmflow_core.sampling.images import sample_images
 from gmflow_core.source.files import load_source, read_source_metadata
+from training.common.processes import loader_workers
 from training.common.settings import SMALLEST_SIGMA
 from training.data.batches import Order, batch_loader, draw_noise, pieces_of
 from training.data.shards import LatentDataset, to_pixels
@@ -221,7 +222,8 @@ class ImageTrainer(Trainer):
                 self.step,
             )
             on_gpu = acc.device.type == "cuda"
-            self.batches = iter(batch_loader(self.samples, order, config.workers, on_gpu))
+            workers = loader_workers(config.workers, acc.state)
+            self.batches = iter(batch_loader(self.samples, order, workers, on_gpu))
         totals: dict[str, Tensor] = {}
         seen = []
         for piece, rows in enumerate(pieces_of(self.rows, config.accumulate)):

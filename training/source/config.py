@@ -25,7 +25,7 @@ class Config:
     modes: Annotated[int, tyro.conf.arg(aliases=["-m"])]
     """M, the number of Gaussians; far fewer than samples, or they are memorised."""
     covariance: Covariance = "spherical"
-    """Of the source's modes: one variance for each dimension, or one for all of them."""
+    """Covariance of the source's modes: one variance for each dimension, or one for all."""
     tokens: Path | None = None
     """File with one token for each sample of DATA, in their order."""
     encoder: str | None = None
@@ -33,11 +33,11 @@ class Config:
     encoder_size: int | None = None
     """Side of the encoder's input images in pixels; by default that of its family."""
     images: Path | None = None
-    """The images that DATA was made from; by default the folder that DATA names."""
+    """Folder of the images that DATA was made from; by default the one that DATA names."""
     image_size: int = 256
     """Width and height of the images' centre crops, before the encoder scales them."""
     assigner_covariance: Covariance = "diagonal"
-    """Of the mixture of the tokens, which assigns samples to modes."""
+    """Covariance of the mixture of the tokens, which assigns samples to modes."""
     flip: bool | None = None
     """Count the mirror image of each sample too; by default if training.prepare mirrored some."""
     max_iterations: int = 100
@@ -47,11 +47,11 @@ class Config:
     reg_covar: float = 1e-6
     """Added to the variances."""
     precision: Literal["fp32", "fp64"] = "fp32"
-    """Of the products over samples and modes; sums over samples are fp64 either way."""
+    """Type of the products over samples and modes; sums over samples are fp64 either way."""
     batch_size: int = 64
     """Images that the encoder takes at a time."""
     workers: int | None = None
-    """Processes that decode images, for each GPU; by default one for each core, up to 8."""
+    """Processes that decode images, for each GPU; None: one for each core, up to 8."""
     seed: int = 0
     """Seed of k-means++."""
     device: str = "auto"

@@ -26,7 +26,7 @@ def statistics(
     vae: str = "rae-dinov2-b",
     flip: bool = True,
     batch_size: int = 32,
-    workers: int = 4,
+    workers: int | None = None,
     seed: int = 0,
     device: str = "auto",
 ) -> None:
@@ -38,7 +38,7 @@ def statistics(
         vae: The RAE; its own statistics are not applied.
         flip: Mirror half of the images, chosen at random.
         batch_size: Images per batch, on each process.
-        workers: Processes that decode images, for each GPU.
+        workers: Processes that decode images, for each GPU; None: one for each core, up to 8.
         seed: Seed of the flips.
         device: auto (what accelerate finds) or cpu.
     """

@@ -33,7 +33,7 @@ class GMFlowODESampler(io.ComfyNode):
             display_name="GM-ODE Sampler",
             category="GMFlow",
             description="Deterministic: between two network calls every pixel follows the ODE of "
-            "its predicted mixture. For SamplerCustomAdvanced, with GM Sigmas.",
+            "its predicted mixture. For SamplerCustomAdvanced, with GM Sigmas of the same shift.",
             inputs=[
                 order_input(),
                 io.Int.Input(
@@ -53,14 +53,17 @@ class GMFlowODESampler(io.ComfyNode):
                     tooltip="Substeps of equal size in unshifted time, as in the paper's code, or "
                     "in sigma. They differ only with a time shift.",
                 ),
+                shift_input(default=0.0, lowest=0.0, optional=True),
             ],
             outputs=[sampler_output()],
         )
 
     @classmethod
-    def execute(cls, order: int, substeps: int, spacing: str = "time") -> io.NodeOutput:
-        sampler = gm_sampler("gm-ode", order=order, substeps=substeps, spacing=spacing)
-        return io.NodeOutput(sampler)
+    def execute(
+        cls, order: int, substeps: int, spacing: str = "time", shift: float = 0.0
+    ) -> io.NodeOutput:
+        settings = {"order": order, "substeps": substeps, "spacing": spacing}
+        return io.NodeOutput(gm_sampler("gm-ode", shift, **settings))
 
 
 class GMFlowSDESampler(io.ComfyNode):

@@ -183,7 +183,9 @@ def sample_euler(
 
     Arguments, return value and errors as `sample_gm_ode`.
     """
-    return sample_gm_ode(denoiser, x, sigmas, order=1, substeps=1, **vars(Hooks(**hooks)))
+    hooks = Hooks(**hooks)
+    every = {"callback": hooks.callback, "constrain": hooks.constrain, "check": hooks.check}
+    return sample_gm_ode(denoiser, x, sigmas, order=1, substeps=1, **every)
 
 
 def sample_gm_policy(

@@ -77,11 +77,13 @@ def check_sigmas(sigmas: Tensor) -> None:
         ValueError: they do not, or leave [0, 1].
     """
     if not 0 <= sigmas.min() <= sigmas.max() <= 1 or (sigmas.diff() >= 0).any():
+        falls = (sigmas.diff() < 0).tolist()
+        where = "" if all(falls) else f"; step {falls.index(False) + 1} does not fall"
         raise ValueError(
             "GM samplers need sigmas that fall in every step, from at most 1 to 0, and these "
             f"{len(sigmas) - 1} steps go from {sigmas[0]:.4g} to {sigmas[-1]:.4g}, lowest "
-            f"{sigmas.min():.4g}; use GM Sigmas or GM Policy Sigmas, or Basic Scheduler with fewer "
-            "steps"
+            f"{sigmas.min():.4g}{where}; use GM Sigmas or GM Policy Sigmas, or Basic Scheduler "
+            "with fewer steps"
         )
 
 

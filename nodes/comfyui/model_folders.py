@@ -112,9 +112,9 @@ def _find(name: str, paths: dict[str, str], folder: str, kind: str) -> str:
     """
     if name not in paths:
         others = f", or choose one of {', '.join(paths)}" if paths else ""
+        folders = [path for path in folder_paths.get_folder_paths(folder) if path != str(SHIPPED)]
         raise ValueError(
-            f"there is no {kind} {name!r} in {folder_paths.get_folder_paths(folder)}; put it "
-            f"there and press R{others}"
+            f"there is no {kind} {name!r} in {', '.join(folders)}; put it there and press R{others}"
         )
     return paths[name]
 

@@ -53,16 +53,20 @@ def order_input() -> io.Input:
     )
 
 
-def shift_input(default: float, lowest: float) -> io.Input:
-    """Return the input for the time shift."""
+def shift_input(default: float, lowest: float, *, optional: bool = False) -> io.Input:
+    """Return the input for the time shift; `lowest` 0 makes 0 stand for the model's own."""
+    own = (
+        " 0 uses the model's own shift: 1 for the models of this extension, 3.2 with a GM adapter."
+    )
     return io.Float.Input(
         "shift",
         default=default,
         min=lowest,
         max=100.0,
         step=0.01,
-        tooltip="Time shift: above 1 spends more of the steps at high noise. 0 uses the model's "
-        "own shift: 1 for the models of this extension, 3.2 with a GM adapter.",
+        optional=optional,
+        tooltip="Time shift: above 1 spends more of the steps at high noise."
+        + ("" if lowest else own),
     )
 
 

@@ -76,7 +76,12 @@ def graph(side: int = 64, batch: int = 1, **sampler) -> dict:
 
 
 def custom(
-    prompt: dict, sampler: dict, steps: int = 4, denoise: float = 1.0, cfg: float = 1.0
+    prompt: dict,
+    sampler: dict,
+    steps: int = 4,
+    denoise: float = 1.0,
+    cfg: float = 1.0,
+    shift: float = 1.0,
 ) -> dict:
     """Return the prompt with SamplerCustomAdvanced, a CFG Guider and the node `sampler`."""
     nodes = {
@@ -86,7 +91,7 @@ def custom(
             {"model": ["model", 0], "positive": ["none", 0], "negative": ["none", 0], "cfg": cfg},
         ),
         "noise": ("RandomNoise", {"noise_seed": 0}),
-        "sigmas": ("GMFlowSigmas", {"steps": steps, "shift": 1.0, "denoise": denoise}),
+        "sigmas": ("GMFlowSigmas", {"steps": steps, "shift": shift, "denoise": denoise}),
     }
     wires = {
         "noise": ["noise", 0],
@@ -197,6 +202,16 @@ def test_custom_sampling_equals_the_all_in_one_node(comfy: Comfy) -> None:
             assert torch.allclose(
                 one, latent_of(comfy, custom(graph(16), sampler, cfg=cfg)), atol=1e-5
             )
+
+
+def test_substeps_follow_the_shift_of_the_sigmas_in_time(comfy: Comfy) -> None:
+    """GM Sampler's way, which GM-ODE Sampler goes with the shift of its GM Sigmas, or in sigma."""
+    one = latent_of(comfy, graph(16, shift=3.0))
+    ode = {"order": 2, "substeps": 4, "shift": 3.0}
+    for spacing, equal in (("time", True), ("sigma", False)):
+        sampler = {"class_type": "GMFlowODESampler", "inputs": {**ode, "spacing": spacing}}
+        other = latent_of(comfy, custom(graph(16), sampler, shift=3.0))
+        assert torch.allclose(one, other, atol=1e-5) == equal
 
 
 @pytest.mark.parametrize("name", ["euler", "dpmpp_2m", "heun", "uni_pc", "euler_ancestral"])

@@ -15,7 +15,7 @@ from .stand_in_files import WORKFLOWS, write_workflow_files
 
 DEFAULTS = {  # of inputs that came after the first workflows were saved
     "GMFlowLoader": {"hub_id_or_path": "", "weight_dtype": "default"},
-    "GMFlowODESampler": {"spacing": "time"},
+    "GMFlowODESampler": {"spacing": "time", "shift": 0},
     "GMFlowSampler": {
         "guidance": 0.0,
         "final_step_size": 0.0,

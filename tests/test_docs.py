@@ -18,6 +18,7 @@ from tests.docs_tables import REPOSITORY, TABLE, pages, with_tables
 
 PAGES = {page.relative_to(REPOSITORY).as_posix(): page.read_text("utf-8") for page in pages()}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PARAGRAPHS = re.compile(r"\n\s*\n|\n(?=\s*(?:[|#]|[-*] |\d+\. |<!--))")  # between them
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 PATH = re.compile(r"(?<![\w/.-])(?:gmflow_core|nodes|training|tests|docs|workflows)/[\w./-]*")
 COMMAND = re.compile(
@@ -30,11 +31,18 @@ each_page = pytest.mark.parametrize("name", PAGES)
 
 
 def code(text: str) -> list[str]:
-    """Return the code of a page: lines of its blocks, continued ones joined, and inline spans."""
+    """Return the code of a page: lines of its blocks, continued ones joined, and inline spans.
+
+    A span that breaks over lines is one, with spaces for the breaks; none goes past a paragraph.
+    """
     lines = [
         line for _, block in FENCE.findall(text) for line in block.replace("\\\n", " ").splitlines()
     ]
-    spans = re.findall(r"`([^`\n]+)`", FENCE.sub("", text))
+    spans = [
+        re.sub(r"\s*\n\s*", " ", span)
+        for paragraph in PARAGRAPHS.split(FENCE.sub("\n", text))
+        for span in re.findall(r"`([^`]+)`", paragraph)
+    ]
     return [re.sub(r"(^|\s)#.*", "", line) for line in lines + spans]
 
 
@@ -168,6 +176,13 @@ def test_readme_command_runs_the_tests() -> None:
 )
 def test_a_wrong_command_is_found(line: str) -> None:
     assert wrong_commands(f"```bash\n{line}\n```\n") == [line]
+
+
+def test_a_wrong_command_that_breaks_over_lines_is_found() -> None:
+    page = "One tick ` here.\n\n- The extension's `python -m\n  training.{}` trains.\n- `b`\n"
+    assert wrong_commands(page.format("checkerboard")) == []
+    renamed = page.format("no_such_module")
+    assert wrong_commands(renamed) == ["python -m training.no_such_module"]
 
 
 def test_a_wrong_cell_is_found() -> None:

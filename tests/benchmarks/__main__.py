@@ -78,10 +78,8 @@ def main(arguments: list[str] | None = None) -> None:
     devices = [options.device] if options.device else ["cpu", *(["cuda"] if gpu else [])]
     if options.device == "cuda" and not gpu:
         raise SystemExit("error: --device cuda, but torch finds no CUDA device")
-    command = "python -m tests.benchmarks " + shlex.join(
-        sys.argv[1:] if arguments is None else arguments
-    )
-    results: dict = {"command": command.strip(), "machines": {}, "rates": {}, "rows": []}
+    command = command_of(sys.argv[1:] if arguments is None else arguments)
+    results: dict = {"command": command, "machines": {}, "rates": {}, "rows": []}
     if not gpu:
         results["cuda"] = "not run: no CUDA device"
     failed = stopped = False
@@ -114,6 +112,14 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit("some rows failed, see above")
     if stopped:
         raise SystemExit(130)
+
+
+def command_of(arguments: list[str]) -> str:
+    """Return the command as the results record it, without --out, which names a local folder."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--out")
+    _, others = parser.parse_known_args(arguments)
+    return shlex.join(["python", "-m", "tests.benchmarks", *others])
 
 
 def about(results: dict, device: str) -> str:

@@ -11,7 +11,7 @@ from gmflow_core.flow.path import velocity_to_x0
 from gmflow_core.gaussians.spectral import sample_with_spectrum
 from gmflow_core.sampling.rollout import rollout
 from tests.benchmarks import naive, report, source_fit
-from tests.benchmarks.__main__ import main
+from tests.benchmarks.__main__ import command_of, main
 from tests.benchmarks.measure import (
     extra_memory,
     floor,
@@ -141,6 +141,8 @@ def test_tiny_run_writes_table_json_and_plots(tmp_path, capsys, monkeypatch):
     ]
     main([*arguments, "--only", "rollout", "substep", "growth", "guided"])
     results = json.loads((tmp_path / "benchmarks.json").read_text())
+    assert results["command"].startswith("python -m tests.benchmarks --quick --no-compile")
+    assert str(tmp_path) not in results["command"]
     assert results["machines"]["cpu"]["threads"] == threads
     assert {line["row"] for line in results["rows"]} == {
         "rollout",
@@ -160,6 +162,14 @@ def test_tiny_run_writes_table_json_and_plots(tmp_path, capsys, monkeypatch):
     table = report.markdown(results)
     assert table in capsys.readouterr().out
     assert "| rollout: K = 8, C = 16, 12 x 10, batch 1, 32 substeps |" in table
+
+
+@pytest.mark.parametrize("out", [[], ["--out", "a folder"], ["--out=x"], ["--ou", "x"]])
+def test_the_recorded_command_has_no_folder(out):
+    command = "python -m tests.benchmarks"
+    assert command_of(out) == command
+    arguments = ["--only", "rollout", "loss", *out, "--threads", "4"]
+    assert command_of(arguments) == f"{command} --only rollout loss --threads 4"
 
 
 def test_a_fits_memory_is_that_of_its_arithmetic():

@@ -13,9 +13,12 @@ from tests.comfyui.bases import flux_shapes, random_weights
 def test_need_of_the_real_models() -> None:
     """Shapes add up to the published sizes, 8 bit is half of 16, rows are marked as computed."""
     rows = {(row["model"], row["weights"]): row for row in compute_need()}
-    assert set(rows) == {
+    kinds = {
         (model, kind) for model in ("FLUX.1", "Qwen-Image") for kind in ("bf16", "fp8", "8-bit")
     }
+    assert set(rows) == kinds | {("FLUX.1", "Q4_K"), ("GM-DiT", "16-bit")}
+    assert round(rows["FLUX.1", "Q4_K"]["weights_gb"]) == 7  # as the published file
+    assert rows["GM-DiT", "16-bit"]["parameters"] == pytest.approx(676e6, rel=1e-3)
     for model, parameters in {"FLUX.1": 11.9e9, "Qwen-Image": 20.43e9}.items():
         assert rows[model, "bf16"]["parameters"] == pytest.approx(parameters, rel=1e-3)
         assert rows[model, "8-bit"]["weights_gb"] < 0.51 * rows[model, "bf16"]["weights_gb"]

@@ -44,6 +44,11 @@ def expand_sigma(sigma: Sigma, x: Tensor) -> Tensor:
     )
 
 
+def positive(sigma: Sigma) -> Sigma:
+    """Return `sigma`, at least MIN_SIGMA, for divisions."""
+    return sigma.clamp(min=MIN_SIGMA) if isinstance(sigma, Tensor) else max(sigma, MIN_SIGMA)
+
+
 def shift_time(t: Sigma, shift: float) -> Sigma:
     """Shift times in [0, 1]: t -> shift t / (1 + (shift - 1) t) (Esser et al. 2024).
 
@@ -233,9 +238,7 @@ def likelihood_ratio(
     """Return the linear and the quadratic term of `posterior`, for `GaussianMixture.tilt`."""
     x_src, x = at_least_float(x_src), at_least_float(x)
     src, dst = (
-        expand_sigma(each, x).clamp(min=MIN_SIGMA)
-        if isinstance(each, Tensor)
-        else max(each, MIN_SIGMA)
+        positive(expand_sigma(each, x) if isinstance(each, Tensor) else each)
         for each in (sigma_src, sigma)
     )
     signal_src, signal = (1 - src) / src, (1 - dst) / dst

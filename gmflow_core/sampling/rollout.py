@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from ..fast.choice import chosen_method, machine_rollout
-from ..flow.path import MIN_SIGMA, Sigma, expand_sigma, posterior_means, sigmas_between
+from ..flow.path import Sigma, expand_sigma, positive, posterior_means, sigmas_between
 from ..flow.policy import DXPolicy, Policy
 
 Constrain = Callable[[Tensor, Tensor], Tensor]
@@ -80,13 +80,10 @@ def follow(
     """Take an Euler step from each of `sigmas` to the next; arguments as in `rollout`."""
     mean = x0.mean()  # the posterior at the start is the mixture itself
     mean_at = means_along(x0, x, sigmas[0]) if len(sigmas) > 2 else None
-    for now, following in itertools.pairwise(sigmas):
-        if now is not sigmas[0]:
+    for step, (now, following) in enumerate(itertools.pairwise(sigmas)):
+        if step > 0:
             mean = mean_at(x, now)
-        kept = following / (
-            now.clamp(min=MIN_SIGMA) if isinstance(now, Tensor) else max(now, MIN_SIGMA)
-        )
-        x = mean + kept * (x - mean)
+        x = mean + following / positive(now) * (x - mean)
         if constrain is not None:
             x = constrain(x, expand_sigma(following, x))
         if check is not None:

@@ -27,7 +27,12 @@ def compiled(function: Callable[..., Tensor | tuple[Tensor, ...]]) -> Callable:
     def run(*arguments):
         nonlocal program
         try:
-            program = program or torch.compile(function, fullgraph=True, options=OPTIONS)
+            if program is None:
+                from torch._inductor import list_options  # takes a second, so not at import
+
+                known = list_options()  # older versions of torch lack some
+                options = {name: value for name, value in OPTIONS.items() if name in known}
+                program = torch.compile(function, fullgraph=True, options=options)
             return program(*arguments)
         except Exception as error:  # torch.compile has many kinds, of several packages
             reason = f"{type(error).__name__}: {error}".splitlines()[0]

@@ -224,7 +224,7 @@ class Kernels(TorchDispatchMode):
 
 
 def test_the_forms_for_a_gpu_launch_few_kernels():
-    """Every quantile with 24 plain steps takes 5,861 kernels, tiles with loops over rows 702."""
+    """The forms for a CPU launch more: tiles with loops over rows some 700."""
     mixture, x = random_mixture(components=8, channels=16), normal(2, 16, 2, 3)
     form = tiled_few_kernels.FEW_KERNELS
     with Kernels() as kernels:

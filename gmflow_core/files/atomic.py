@@ -1,33 +1,160 @@
-"""Write a file atomically: readers find the old file or the whole new one, never a part."""
+"""Write a file atomically: readers find the old file or the whole new one, never a part.
+
+Every file of this project is written through `atomic_write`. It works in a temporary folder beside
+the file, named ".gmflow-HOST-PROCESS-RANDOM.tmp"; that of a killed process stays behind until
+`remove_leftovers` finds that its owner has ended.
+"""
 
 from __future__ import annotations
 
 import os
+import re
+import shutil
+import socket
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+from .errors import printable, reason
+
+PART = "part.tmp"  # the file in a temporary folder; its ending keeps it out of lists of models
+FOLDER = re.compile(r"\.gmflow-([A-Za-z0-9_]*)-(\d+)-\w+\.tmp")
+ABANDONED = 86400  # seconds without a change after which another machine's folder is removed
+DISK_FULL = (28, 122)  # ENOSPC, EDQUOT
+NO_PERMISSION = (1, 13, 30)  # EPERM, EACCES, EROFS
+
+
+class WriteError(OSError):
+    """A file that cannot be written: its name, the reason, the need, and what stays intact."""
 
 
 @contextmanager
-def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path in the folder of `path`, and rename it to `path` on success.
+def atomic_write(path: str | Path, need: int | None = None) -> Iterator[Path]:
+    """Yield a temporary path, and rename it to `path` on success.
 
     The data is synced to disk before the rename, so even a power cut leaves a whole file. If the
     block raises an exception, the temporary file is removed and `path` stays as it was. Missing
-    folders are created. A killed process can leave a file named ".NAME.*.tmp" behind.
+    folders are created. Permissions follow the umask.
+
+    Args:
+        path: the file to write.
+        need: bytes that the file will take, for the message; None: as many as were written.
+
+    Raises:
+        WriteError: it cannot be written.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
+    folder = None
     try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            folder = _temporary_folder(path.parent)
+            temporary = folder / PART
+            yield temporary
+            _sync(temporary)
+            # that of the folder follows the umask, which cannot be read without changing it
+            temporary.chmod(folder.stat().st_mode & 0o666)
+            os.replace(temporary, path)
+        except (OSError, SafetensorError) as error:
+            raise _write_error(path, error, need, folder) from error
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _temporary_folder(parent: Path) -> Path:
+    """Create a folder that names this process."""
+    prefix = f".gmflow-{_host()}-{os.getpid()}-"
+    name = tempfile.mktemp(dir=parent, prefix=prefix, suffix=".tmp")  # noqa: S306 mkdir is atomic
+    os.mkdir(name)
+    return Path(name)
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _host() -> str:
+    """Return this machine's name in letters, digits and underscores."""
+    return re.sub(r"[^A-Za-z0-9]", "_", socket.gethostname())[:40]
+
+
+def remove_leftovers(folder: str | Path) -> list[Path]:
+    """Remove what killed processes left in a folder, and return the paths.
+
+    A temporary folder is removed if its process ran on this machine and has ended, or if nobody
+    has changed it for a day. Folders of processes that run are never touched.
+    """
+    removed = []
+    with suppress(OSError):
+        for path in Path(folder).glob(".gmflow-*.tmp"):
+            match = FOLDER.fullmatch(path.name)
+            if match and _is_abandoned(path, match[1], int(match[2])):
+                shutil.rmtree(path, ignore_errors=True)
+                removed.append(path)
+    return removed
+
+
+def _is_abandoned(path: Path, host: str, process: int) -> bool:
+    """Return whether the owner of a temporary folder has ended, as far as can be known."""
+    if host == _host() and has_ended(process):
+        return True
+    try:
+        changed = max(each.stat().st_mtime for each in (path, *path.iterdir()))
+    except OSError:
+        return False
+    return time.time() - changed > ABANDONED and not (host == _host() and process == os.getpid())
+
+
+def has_ended(process: int) -> bool:
+    """Return whether no process of this number runs; False where that cannot be known."""
+    if os.name != "posix":
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return False
+
+
+def _write_error(path: Path, error: Exception, need: int | None, folder: Path | None) -> WriteError:
+    """Return the error that says why `path` cannot be written, and what to do."""
+    found = re.search(r"os error (\d+)", str(error))  # safetensors' errors carry no number
+    number = getattr(error, "errno", None) or (int(found[1]) if found else None)
+    size = f"it needs {_bytes(need)}" if need else "it needs more than was written"
+    if need is None and folder is not None:
+        with suppress(OSError):
+            size = f"it needs more than {_bytes((folder / PART).stat().st_size)}"
+    advice = "check the path"
+    if number in DISK_FULL:
+        advice = f"the disk is full, and {size}{_free(path)}: make room, or choose another folder"
+    elif number in NO_PERMISSION:
+        advice = f"writing is not permitted there, and {size}: choose another folder"
+    kept = "; the file that was there is unchanged" if path.exists() else ""
+    if number in DISK_FULL or number in NO_PERMISSION:
+        text = f"{path} cannot be written: {advice}"
+    else:
+        text = f"{path} cannot be written ({reason(error)}): {advice}"
+    return WriteError(printable(f"{text}{kept or '; nothing was written'}"))
+
+
+def _free(path: Path) -> str:
+    """Say how much room is left on the disk of `path`."""
+    with suppress(OSError):
+        return f" ({_bytes(shutil.disk_usage(path.parent).free)} are free)"
+    return ""
+
+
+def _bytes(count: int) -> str:
+    """Return a number of bytes with a unit."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count} bytes"

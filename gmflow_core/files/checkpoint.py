@@ -10,20 +10,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..models import MODELS
 from ..models.state_dict import check_shapes, shapes_of
-from .atomic import atomic_write
+from .data_record import checked_data
 from .diffusers_folder import published_metadata, published_weights
+from .errors import FileError, printable, quoted, reading, reason
 from .hub import is_published
+from .json_files import EDITED, json_object
+from .safetensors_files import check_finite, open_safetensors, write_safetensors
 
 FORMAT = "gmflow-1"
 TRAINING = "training."
@@ -68,13 +70,7 @@ def save_checkpoint(
     }
     tensors = {name: stored(t, dtype or t.dtype) for name, t in model.state_dict().items()}
     tensors.update({TRAINING + name: stored(t, t.dtype) for name, t in (state or {}).items()})
-    write_tensors(tensors, path, metadata)
-
-
-def write_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str]) -> None:
-    """Write a safetensors file, atomically; `tensors` are on the CPU, see `stored`."""
-    with atomic_write(path) as temporary:
-        save_file(tensors, temporary, metadata)
+    write_safetensors(tensors, path, metadata)
 
 
 def read_metadata(source: str | Path) -> dict[str, Any]:
@@ -118,57 +114,92 @@ def load_checkpoint(
         FileNotFoundError, ValueError, OSError: as `read_metadata`; also if the tensors do not fit
             the config.
     """
-    model = _empty_model(read_metadata(source), source)
-    tensors = _read_weights(source, shapes_of(model.state_dict()), device, dtype)
-    model.load_state_dict(tensors, assign=True)
+    metadata = read_metadata(source)
+    config = _new_config(metadata, source)
+    model = _read_weights(MODELS[metadata["model_class"]], config, source, device, dtype)
     return model.eval().requires_grad_(False), model.config
 
 
-def _empty_model(metadata: dict[str, Any], source: str | Path) -> nn.Module:
-    """Build the model of a checkpoint's metadata on the meta device."""
+def _new_config(metadata: dict[str, Any], source: str | Path) -> Any:
+    """Return the config of a checkpoint's metadata.
+
+    Raises:
+        FileError: this version has no such settings, or a value is out of range.
+    """
     cls = MODELS[metadata["model_class"]]
     try:
-        with torch.device("meta"):
-            return cls(cls.Config(**metadata["config"]))
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"{source}: its config {metadata['config']} is not one that this version's "
-            f"{cls.__name__} knows ({error}); update GMFlow, or train the model again"
+        return cls.Config(**metadata["config"])
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise FileError(
+            source,
+            f"has a config that this version's {cls.__name__} does not know ({reason(error)}): "
+            f"{quoted(metadata['config'])}",
+            "update GMFlow, or train the model again",
         ) from error
 
 
+def _empty_model(cls: type[nn.Module], config: Any, source: str | Path) -> nn.Module:
+    """Build a model on the meta device, where its weights take no memory."""
+    advice = "update GMFlow, or train the model again"
+    what = f"has a config that {cls.__name__} cannot be built from"
+    with reading(source, advice, what), torch.device("meta"):
+        return cls(config)
+
+
+def _check_layers(config: Any, names: set[str], source: str | Path) -> None:
+    """Check that a file has at least as many tensors as its config has layers.
+
+    Building a network takes time for every layer, even without weights.
+
+    Raises:
+        FileError: it has not.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name) if field.name.endswith("layers") else None
+        count = len(value) if isinstance(value, tuple) else value
+        if count is not None and count > len(names):
+            raise FileError(
+                source,
+                f"holds {len(names)} tensors, too few for the {count} {field.name} of its config",
+                EDITED,
+            )
+
+
 def _read_weights(
+    cls: type[nn.Module],
+    config: Any,
     source: str | Path,
-    expected: dict[str, tuple[int, ...]],
     device: str | torch.device,
     dtype: torch.dtype | None,
-) -> dict[str, Tensor]:
-    """Read the weights of a checkpoint after a check of all their shapes."""
+) -> nn.Module:
+    """Build a model and read its weights, after a check of all their shapes."""
     files = published_weights(source) if is_published(source) else [("", source)]
     with ExitStack() as stack:
-        places = {}  # name in the model -> file, name in that file
+        places = {}  # name in the model -> file, name in that file, path
         for prefix, path in files:
-            file = stack.enter_context(open_checkpoint(path))
-            names = [name for name in file.keys() if not name.startswith(TRAINING)]
-            places.update({prefix + name: (file, name) for name in names})
-        try:
-            check_shapes(
-                expected,
-                {n: tuple(file.get_slice(key).get_shape()) for n, (file, key) in places.items()},
-                "its config",
-                source=str(source),
-                advice="the file was edited or damaged",
-            )
-            # Copies: a file that is overwritten while it is mapped would crash the process.
-            # One after another: no more than one tensor is in memory twice.
-            return {
-                name: file.get_tensor(key).to(device, dtype, copy=True)
-                for name, (file, key) in places.items()
-            }
-        except SafetensorError as error:
-            raise ValueError(
-                f"{source} is damaged ({error}); download or train it again"
-            ) from error
+            file = stack.enter_context(open_safetensors(path))
+            for name in file.keys():
+                if not name.startswith(TRAINING):
+                    places[prefix + name] = (file, name, path)
+        _check_layers(config, set(places), source)
+        model = _empty_model(cls, config, source)
+        expected = shapes_of(model.state_dict())
+        with reading(source):
+            found = {n: tuple(f.get_slice(k).get_shape()) for n, (f, k, _) in places.items()}
+        advice = "the file was edited or damaged"
+        check_shapes(expected, found, "its config", source=str(source), advice=advice)
+        tensors = {}
+        for name, (file, key, path) in places.items():
+            with reading(path, "download or train it again"):
+                tensor = file.get_tensor(key)
+                if not tensor.is_floating_point():
+                    raise FileError(path, f"has the weights {quoted(name)} in {tensor.dtype}")
+                check_finite(tensor, name, path)
+                # Copies: a file that is overwritten while it is mapped would crash the process.
+                # One after another: no more than one tensor is in memory twice.
+                tensors[name] = tensor.to(device, dtype, copy=True)
+    model.load_state_dict(tensors, assign=True)
+    return model
 
 
 def load_training_state(path: str | Path) -> dict[str, Tensor]:
@@ -177,7 +208,8 @@ def load_training_state(path: str | Path) -> dict[str, Tensor]:
     Raises:
         FileNotFoundError, ValueError: as `read_metadata`.
     """
-    with open_checkpoint(path) as file:
+    file = open_checkpoint(path)
+    with reading(path), file:
         _parse_metadata(file.metadata() or {}, path)
         return {
             name.removeprefix(TRAINING): file.get_tensor(name)
@@ -199,63 +231,44 @@ def open_checkpoint(path: str | Path):
         ValueError: it is a folder, a pickle, or not a whole safetensors file; the message says
             what to do.
     """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(
-            f"there is no checkpoint {path}: no such file or folder, and no hub id "
-            "(owner/name) either"
-        )
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; give the .safetensors file inside it")
+    if os.path.isdir(path):
+        raise FileError(path, "is a folder", "give the .safetensors file inside it")
     try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        if _is_pickle(path):
-            raise ValueError(
-                f"{path} is a pickle file (.pt, .ckpt), which could run any code when opened, so "
-                "GMFlow never reads one; use the .safetensors version of the model"
-            ) from None
-        raise ValueError(
-            f"{path} is not a whole safetensors file ({error}); if it was downloaded or copied, "
-            "do that again"
-        ) from error
-
-
-def _is_pickle(path: Path) -> bool:
-    """Return whether the file begins as a zip of torch.save or as a bare pickle does.
-
-    The length of a safetensors header may begin with the byte of a pickle; its ninth byte is "{".
-    """
-    with open(path, "rb") as file:
-        head = file.read(9)
-    return head[:2] == b"PK" or (head[:1] == b"\x80" and head[8:] != b"{")
+        return open_safetensors(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"there is no checkpoint {printable(str(Path(path)))}: no such file or folder, and no "
+            "hub id (owner/name) either"
+        ) from None
 
 
 def _parse_metadata(raw: dict[str, str], path: str | Path) -> dict[str, Any]:
     """Return what `read_metadata` does from a file's own metadata."""
     if "format" not in raw or not raw["format"].startswith("gmflow"):
-        raise ValueError(
-            f"{path} is a safetensors file but not a GMFlow checkpoint (its metadata has no GMFlow "
-            "format); load other models with their own loader"
+        raise FileError(
+            path,
+            "is a safetensors file but not a GMFlow checkpoint (its metadata has no GMFlow format)",
+            "load other models with their own loader",
         )
     if raw.get("model_class") == SOURCE_CLASS:
-        raise ValueError(
-            f"{path} holds a Gaussian-mixture source, not a model; give it where a source is asked "
-            "for"
+        raise FileError(
+            path,
+            "holds a Gaussian-mixture source, not a model",
+            "give it where a source is asked for",
         )
     if raw["format"] != FORMAT or raw.get("model_class") not in MODELS:
-        raise ValueError(
-            f"{path} holds a {raw.get('model_class')} in format {raw['format']}; this version "
-            f"knows {sorted(MODELS)} in format {FORMAT}; update GMFlow"
+        raise FileError(
+            path,
+            f"holds a {quoted(raw.get('model_class'))} in format {quoted(raw['format'])}",
+            f"this version knows {sorted(MODELS)} in format {FORMAT}; update GMFlow",
         )
-    try:
-        return {
-            "model_class": raw["model_class"],
-            "config": json.loads(raw["config"]),
-            "training": json.loads(raw.get("training", "{}")),
-            "data": dict(json.loads(raw.get("data", "{}"))),  # older files have none
-        }
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path}: its GMFlow metadata is unreadable ({error!r}); the file was edited or damaged"
-        ) from error
+    records = {
+        "config": json_object(raw.get("config", ""), path, "config"),
+        "training": json_object(raw.get("training", "{}"), path, "training record"),
+        "data": json_object(raw.get("data", "{}"), path, "data record"),  # older files have none
+    }
+    return {
+        "model_class": raw["model_class"],
+        **records,
+        "data": checked_data(records["data"], path),
+    }

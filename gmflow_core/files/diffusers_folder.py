@@ -11,12 +11,15 @@ This file knows the layout and its names; `checkpoint.py` reads the tensors, who
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
 
+from ..models.settings import MOST_CLASSES
+from .data_record import checked_data
+from .errors import FileError, printable, quoted
 from .hub import folder_of
+from .json_files import read_json
 
 PREFIXES = {"transformer": "", "spectrum_net": "spectrum_net."}  # of tensor names in our GMDiT
 CLASSES = {  # class names in config.json, with or without a leading underscore
@@ -45,6 +48,8 @@ FIXED = {  # settings with the only values that our GMDiT supports; others do no
 }
 SD_SCALING = 0.18215  # scaling factor of Stable Diffusion's VAE
 WEIGHTS = "diffusion_pytorch_model"
+AGAIN = "download the folder again"  # advice in messages
+LARGEST_CONFIG = 16 * 2**20  # bytes of a JSON file
 VARIANTS = (".bf16", "")  # the first one found is read
 CONFIG_FILES = [
     "model_index.json",
@@ -70,26 +75,28 @@ def published_metadata(source: str | Path) -> dict[str, Any]:
     """
     folder = folder_of(source, CONFIG_FILES)
     if not (folder / "transformer" / "config.json").exists():
-        raise ValueError(
-            f"{source} is a folder without transformer/config.json, so not a published GM-DiT; "
+        raise FileError(
+            source,
+            "is a folder without transformer/config.json, so not a published GM-DiT",
             "give the .safetensors file inside it, or the folder that holds model_index.json and "
-            "transformer/"
+            "transformer/",
         )
-    index = _optional_json(folder / "model_index.json", source)
+    index = _optional_json(folder / "model_index.json")
     config = _transformer_config(_part_config(folder, "transformer", source), source)
     if (folder / "spectrum_net").is_dir():
         spectrum = _part_config(folder, "spectrum_net", source)
         config["spectrum_layers"] = _spectrum_layers(spectrum, config, source)
-    elif (index.get("spectrum_net") or [None])[0]:
+    elif isinstance(index.get("spectrum_net"), list) and any(index["spectrum_net"]):
         warnings.warn(
-            f"{source}: model_index.json names a spectrum_net, but the folder spectrum_net is "
-            "missing; GM-SDE will go without",
+            f"{printable(str(source))}: model_index.json names a spectrum_net, but the folder "
+            "spectrum_net is missing; GM-SDE will go without",
             stacklevel=3,
         )
-    vae = _optional_json(folder / "vae" / "config.json", source)
+    vae = _optional_json(folder / "vae" / "config.json")
     data = {"space": "sd-vae", "scaling_factor": vae.get("scaling_factor", SD_SCALING)}
     if isinstance(index.get("id2label"), dict):
         data["labels"] = _labels(index["id2label"], config["num_classes"], source)
+    data = checked_data(data, source)
     return {"model_class": "GMDiT", "config": config, "training": {}, "data": data}
 
 
@@ -132,14 +139,12 @@ def _part_files(folder: Path, part: str) -> list[Path]:
             return [whole]
         index = folder / part / f"{WEIGHTS}.safetensors.index{variant}.json"
         if index.exists():
-            shards = _json(index, index).get("weight_map")
+            shards = _json(index).get("weight_map")
             if not isinstance(shards, dict) or any(
                 Path(str(name)).name != name for name in shards.values()
             ):
-                raise ValueError(
-                    f"{index}: its weight_map does not name files beside it; "
-                    "download the folder again"
-                )
+                found = "has a weight_map that does not name files beside it"
+                raise FileError(index, found, AGAIN)
             return [folder / part / name for name in sorted(set(shards.values()))]
     return []
 
@@ -152,55 +157,48 @@ def _check_part_files(files: list[Path], folder: Path, where: str) -> None:
     """
     if not files:
         names = sorted(path.name for path in folder.iterdir())
-        fix = "download the folder again"
+        fix = AGAIN
         if any(name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in names):
             fix = (
                 "pickle files, which could run any code when opened, are never read: use the "
                 ".safetensors version of the model"
             )
-        raise ValueError(
-            f"{where} holds no {WEIGHTS}.bf16.safetensors or {WEIGHTS}.safetensors, "
-            f"only {names}; {fix}"
+        raise FileError(
+            where,
+            f"holds no {WEIGHTS}.bf16.safetensors or {WEIGHTS}.safetensors, only {quoted(names)}",
+            fix,
         )
     for path in files:
         if not path.exists():
-            raise ValueError(
-                f"{where}/{path.name} is missing, but the index names it; download the folder again"
-            )
+            raise FileError(f"{where}/{path.name}", "is missing, but the index names it", AGAIN)
 
 
-def _optional_json(path: Path, source: str | Path) -> dict[str, Any]:
+def _optional_json(path: Path) -> dict[str, Any]:
     """Read the settings in a JSON file; {} if there is no such file."""
-    return _json(path, source) if path.exists() else {}
+    return _json(path) if path.exists() else {}
 
 
-def _json(path: Path, source: str | Path) -> dict[str, Any]:
-    """Read the settings in a JSON file; `source` is named in errors."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{source}: {path.name} is unreadable ({error}); download the folder again"
-        ) from error
+def _json(path: Path) -> dict[str, Any]:
+    """Read the settings in a JSON file."""
+    found = read_json(path, AGAIN, LARGEST_CONFIG)
     if not isinstance(found, dict):
-        raise ValueError(
-            f"{source}: {path.name} holds a {type(found).__name__} instead of settings; "
-            "download the folder again"
-        )
+        raise FileError(path, f"holds a {type(found).__name__} instead of settings", AGAIN)
     return found
 
 
 def _part_config(folder: Path, part: str, source: str | Path) -> dict[str, Any]:
     """Read a part's config.json and check its class."""
     path = folder / part / "config.json"
+    where = f"{source}/{part}/config.json"
     if not path.exists():
-        raise ValueError(f"{source}/{part}/config.json is missing; download the folder again")
-    config = _json(path, f"{source}/{part}")
+        raise FileError(where, "is missing", AGAIN)
+    config = _json(path)
     name = config.get("_class_name", CLASSES[part])
     if str(name).lstrip("_") != CLASSES[part]:
-        raise ValueError(
-            f"{source}/{part}/config.json is of a {name}, not of a {CLASSES[part]}; "
-            "load other models with their own loader"
+        raise FileError(
+            where,
+            f"is of a {quoted(name)}, not of a {CLASSES[part]}",
+            "load other models with their own loader",
         )
     return config
 
@@ -210,19 +208,28 @@ def _transformer_config(there: dict[str, Any], source: str | Path) -> dict[str, 
     where = f"{source}/transformer/config.json"
     missing = sorted(CONFIG.keys() - there.keys() - {"constant_logstd"})
     if missing:
-        raise ValueError(f"{where} lacks {', '.join(missing)}; download the folder again")
+        raise FileError(where, f"lacks {', '.join(missing)}", AGAIN)
     for name in CONFIG.keys() - {"constant_logstd"}:
         if not isinstance(there[name], int):
-            raise ValueError(
-                f"{where} has {name} = {there[name]!r} instead of a whole number; "
-                "this is a model of another kind"
+            raise FileError(
+                where,
+                f"has {name} = {quoted(there[name])} instead of a whole number",
+                "this is a model of another kind",
             )
+    if there["num_embeds_ada_norm"] > MOST_CLASSES:
+        raise FileError(
+            where,
+            f"has {there['num_embeds_ada_norm']:,} classes; the most is {MOST_CLASSES:,}",
+            AGAIN,
+        )
     fixed = {**FIXED, "out_channels": (None, there["in_channels"])}
     for name, known in fixed.items():
         if there.get(name, known[0]) not in known:
-            raise ValueError(
-                f"{where} has {name} = {there[name]!r}; GMFlow's GMDiT knows only "
-                f"{' or '.join(map(repr, known))}: this is a model of another kind"
+            raise FileError(
+                where,
+                f"has {name} = {quoted(there[name])}; GMFlow's GMDiT knows only "
+                f"{' or '.join(map(repr, known))}",
+                "this is a model of another kind",
             )
     return {ours: there.get(name) for name, ours in CONFIG.items()} | {"spectrum_layers": None}
 
@@ -234,15 +241,15 @@ def _spectrum_layers(
     where = f"{source}/spectrum_net/config.json"
     size = [config["channels"], config["latent_size"], config["latent_size"]]
     if there.get("base_size") != size:
-        raise ValueError(
-            f"{where} has base_size = {there.get('base_size')}, but the transformer works on "
-            f"latents {size}; the two are not of the same model"
+        raise FileError(
+            where,
+            f"has base_size = {quoted(there.get('base_size'))}, but the transformer works on "
+            f"latents {size}",
+            "the two are not of the same model",
         )
     if not isinstance(there.get("layers"), list):
-        raise ValueError(
-            f"{where} has layers = {there.get('layers')!r} instead of a list of widths; "
-            "download the folder again"
-        )
+        found = f"has layers = {quoted(there.get('layers'))} instead of a list of widths"
+        raise FileError(where, found, AGAIN)
     return there["layers"]
 
 
@@ -250,8 +257,10 @@ def _labels(id2label: dict[str, Any], num_classes: int, source: str | Path) -> l
     """List the labels' names by number; those that are missing are called "class N"."""
     if not all(key.isdecimal() for key in id2label):
         wrong = next(key for key in id2label if not key.isdecimal())
-        raise ValueError(
-            f"{source}/model_index.json: id2label has the key {wrong!r}; "
-            "the keys must be numbers of labels"
+        raise FileError(
+            f"{source}/model_index.json",
+            f"has the key {quoted(wrong)} in id2label",
+            "the keys must be numbers of labels",
         )
-    return [str(id2label.get(str(label), f"class {label}")) for label in range(num_classes)]
+    names = (id2label.get(str(label), f"class {label}") for label in range(num_classes))
+    return [name if isinstance(name, str) else quoted(name) for name in names]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..gaussians.mixture import GaussianMixture
+from .settings import LARGEST_SAMPLE, MOST_CLASSES, check_settings
 from .spectrum import SpectrumMLP
 
 
@@ -42,21 +43,29 @@ class ImageConfig:
     def check(self, *more: str) -> None:
         """Check the shared settings, and that those named in `more` are at least 1.
 
-        Converts `spectrum_layers` to a tuple, as JSON gives a list.
-
         Raises:
-            ValueError: a value is out of range.
+            ValueError: a value has another type, or is out of range.
         """
+        check_settings(self)
         shared = ("num_components", "channels", "latent_size", "patch_size")
         for name in (*shared, "log_std_dim", "log_std_layers", *more):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.num_classes > MOST_CLASSES:
+            raise ValueError(f"num_classes is {self.num_classes}; the most is {MOST_CLASSES}")
+        if self.channels * self.latent_size**2 > LARGEST_SAMPLE:
+            raise ValueError(
+                f"channels {self.channels} x latent_size {self.latent_size} squared is more than "
+                f"{LARGEST_SAMPLE} numbers for one sample"
+            )
         if self.latent_size % self.patch_size:
             raise ValueError(
                 f"latent_size {self.latent_size} is not divisible by patch_size {self.patch_size}"
             )
-        if self.spectrum_layers is not None:
-            object.__setattr__(self, "spectrum_layers", tuple(self.spectrum_layers))
+        if any(width < 1 for width in self.spectrum_layers or ()):
+            raise ValueError(
+                f"spectrum_layers is {list(self.spectrum_layers)}; widths must be at least 1"
+            )
 
 
 class ImageNetwork:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..gaussians.mixture import GaussianMixture
 from .position_features import time_features
+from .settings import MOST_CLASSES, check_settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,7 @@ class GMFlowMLPConfig:
     num_classes: int = 0
 
     def __post_init__(self):
+        check_settings(self)
         for name in ("num_components", "embed_dim", "hidden_dim", "num_layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -48,8 +50,10 @@ class GMFlowMLPConfig:
                 f"embed_dim is {self.embed_dim}; it must be divisible by 4 (sine and cosine of x "
                 "and y)"
             )
-        if self.num_classes < 0:
-            raise ValueError(f"num_classes is {self.num_classes}; it must be 0 or more")
+        if not 0 <= self.num_classes <= MOST_CLASSES:
+            raise ValueError(
+                f"num_classes is {self.num_classes}; it must be from 0 to {MOST_CLASSES}"
+            )
         if not 0 < self.min_period < self.max_period:
             raise ValueError(f"periods must satisfy 0 < {self.min_period} < {self.max_period}")
 

@@ -35,6 +35,6 @@ def check_shapes(
     if wrong:
         raise ValueError(
             f"{source}{': ' if source else ''}{len(wrong)} tensors do not fit {target}, "
-            f"first {wrong[0]!r}: expected {expected.get(wrong[0], 'none')}, "
+            f"first {wrong[0][:200]!r}: expected {expected.get(wrong[0], 'none')}, "
             f"found {found.get(wrong[0], 'none')}{'; ' if advice else ''}{advice}"
         )

@@ -23,7 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..files.checkpoint import open_checkpoint, stored, write_tensors
+from ..files.checkpoint import open_checkpoint, stored
+from ..files.safetensors_files import write_safetensors
 from .processes import add_up, gather, rank
 from .source import GaussianMixtureSource, LogJoint, listed, widest
 
@@ -360,7 +361,7 @@ def _save_state(path: str | Path, em: EM, settings: dict[str, Any], mean: Tensor
     tensors = {"means": em.means, "var": em.var, "log_weights": em.log_weights, "mean": mean}
     tensors["log_likelihoods"] = torch.tensor(em.log_likelihoods, dtype=torch.float64)
     metadata = {"format": FORMAT, "settings": json.dumps(settings)}
-    write_tensors({name: stored(t, t.dtype) for name, t in tensors.items()}, path, metadata)
+    write_safetensors({name: stored(t, t.dtype) for name, t in tensors.items()}, path, metadata)
 
 
 def _load_state(path: str | Path, settings: dict[str, Any], mean: Tensor) -> EM | None:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from ..files.checkpoint import FORMAT, SOURCE_CLASS, open_checkpoint, stored, write_tensors
+from ..files.checkpoint import FORMAT, SOURCE_CLASS, open_checkpoint, stored
 from ..files.hub import folder_of, is_published
+from ..files.safetensors_files import write_safetensors
 from .source import FIT, GaussianMixtureSource
 
 FILE = "source.safetensors"  # name in a folder or on the hub
@@ -50,7 +51,7 @@ def save_source(
         "model_class": SOURCE_CLASS,
         **{name: json.dumps(value) for name, value in records.items()},
     }
-    write_tensors(tensors, path, metadata)
+    write_safetensors(tensors, path, metadata)
 
 
 def read_source_metadata(source: str | Path) -> dict[str, Any]:

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..files.checkpoint import open_checkpoint, stored, write_tensors
+from ..files.checkpoint import open_checkpoint, stored
+from ..files.safetensors_files import write_safetensors
 from .processes import add_up
 from .source import GaussianMixtureSource, listed, widest
 
@@ -61,7 +62,7 @@ class RunningMoments:
         """Write the sums so far to a file, to resume from; `settings` tell what they belong to."""
         sums = {name: getattr(self, name) for name in ("means", "squares", "counts")}
         tensors = {name: stored(tensor, tensor.dtype) for name, tensor in sums.items()}
-        write_tensors(tensors, path, {"format": MOMENTS, "settings": json.dumps(settings)})
+        write_safetensors(tensors, path, {"format": MOMENTS, "settings": json.dumps(settings)})
 
     def restore(self, path: str | Path, settings: dict[str, Any]) -> int:
         """Load the sums that `save` wrote, if there is such a file.

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gmflow_core import load_checkpoint, read_metadata, save_checkpoint
-from gmflow_core.files import checkpoint
+from gmflow_core.files import safetensors_files
 from gmflow_core.files.checkpoint import load_training_state
 from gmflow_core.models.mlp import GMFlowMLP, GMFlowMLPConfig
 from tests.helpers import normal
@@ -120,7 +120,7 @@ def test_a_failing_save_leaves_the_old_file_and_nothing_else(saved, monkeypatch,
                 file.write(b"half a file")
         raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoint if failing == "save_file" else os, failing, fail)
+    monkeypatch.setattr(safetensors_files if failing == "save_file" else os, failing, fail)
     with pytest.raises(OSError, match="disk full"):
         save_checkpoint(network(), saved)
     monkeypatch.undo()
@@ -191,20 +191,26 @@ METADATA = {  # None removes an entry
     ),
     "newer format": (
         {"format": "gmflow-2"},
-        "gmflow-2; this version knows .* gmflow-1; update GMFlow",
+        "gmflow-2.; this version knows .* gmflow-1; update GMFlow",
     ),
     "unknown class": (
         {"model_class": "GMFlowX"},
-        "holds a GMFlowX .*; this version knows .'DiTDH', 'GMDiT', 'GMFlowMLP'.*; update GMFlow",
+        "holds a 'GMFlowX' .*; this version knows .'DiTDH', 'GMDiT', 'GMFlowMLP'.*; update GMFlow",
     ),
     "unknown key": (retrained(num_heads=4), f"num_heads.*; {UPDATE}"),
     "value out of range": (retrained(num_components=0), f"num_components is 0.*; {UPDATE}"),
     "value of another type": (retrained(hidden_dim=6.5), f"hidden_dim.*6.5.*; {UPDATE}"),
-    "config that is a list": ({"config": "[1, 2]"}, f"config .1, 2. is not one .*; {UPDATE}"),
-    "config that is no JSON": ({"config": "{'a': 3}"}, f"metadata is unreadable .*; {DAMAGED}"),
-    "no config": ({"config": None}, f"metadata is unreadable .*; {DAMAGED}"),
-    "facts that are no JSON": ({"training": "{"}, f"metadata is unreadable .*; {DAMAGED}"),
-    "data that are no dictionary": ({"data": "[1, 2]"}, f"metadata is unreadable .*; {DAMAGED}"),
+    "config that is a list": (
+        {"config": "[1, 2]"},
+        f"config .1, 2. instead of an object; {DAMAGED}",
+    ),
+    "config that is no JSON": ({"config": "{'a': 3}"}, f"no readable config .*; {DAMAGED}"),
+    "no config": ({"config": None}, f"no readable config .*; {DAMAGED}"),
+    "facts that are no JSON": ({"training": "{"}, f"no readable training record .*; {DAMAGED}"),
+    "data that are no dictionary": (
+        {"data": "[1, 2]"},
+        f"data record .1, 2. instead of an object; {DAMAGED}",
+    ),
 }
 TENSORS = {
     "missing": ({"out_means.weight": None}, r"'out_means.weight': expected \(6, 6\), found none"),

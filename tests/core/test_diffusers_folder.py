@@ -147,7 +147,7 @@ CONFIGS = {  # part, changes to its config.json, the error
     "class": (
         "transformer",
         {"_class_name": "FluxTransformer2DModel"},
-        "a FluxTransformer2DModel, not of a GMDiT.*own loader",
+        "a 'FluxTransformer2DModel', not of a GMDiT.*own loader",
     ),
     "norm": (
         "transformer",
@@ -177,7 +177,7 @@ CONFIGS = {  # part, changes to its config.json, the error
     "spectrum's class": (
         "spectrum_net",
         {"_class_name": "SpectrumCNN"},
-        "a SpectrumCNN, not of a SpectrumMLP",
+        "a 'SpectrumCNN', not of a SpectrumMLP",
     ),
     "spectrum's size": (
         "spectrum_net",
@@ -198,9 +198,13 @@ def test_a_config_of_another_kind_is_quoted(folder, part, changes, complaint):
 @pytest.mark.parametrize(
     ("path", "content", "complaint"),
     [
-        ("transformer/config.json", "{", "published/transformer: config.json is unreadable"),
-        ("model_index.json", "[]", "published: model_index.json holds a list instead of settings"),
-        ("model_index.json", '{"id2label": {"cat": 1}}', "id2label has the key 'cat'"),
+        (
+            "transformer/config.json",
+            "{",
+            "published/transformer/config.json has no readable content",
+        ),
+        ("model_index.json", "[]", "published/model_index.json holds a list instead of settings"),
+        ("model_index.json", '{"id2label": {"cat": 1}}', "has the key 'cat' in id2label"),
     ],
 )
 def test_json_of_another_kind_is_named(folder, path, content, complaint):
@@ -250,5 +254,5 @@ def test_shards_that_are_missing_or_elsewhere_are_named(tmp_path, model):
         load_checkpoint(written)
     index = written / "transformer" / "diffusion_pytorch_model.safetensors.index.bf16.json"
     change_json(index, weight_map={"proj_out_1.bias": "../../elsewhere.safetensors"})
-    with pytest.raises(ValueError, match="weight_map does not name files beside it"):
+    with pytest.raises(ValueError, match="weight_map that does not name files beside it"):
         load_checkpoint(written)

@@ -62,7 +62,7 @@ def test_weights_in_full_precision_are_downloaded_where_there_are_no_others(hub,
 def test_nothing_large_is_downloaded_of_another_model(hub):
     change_json(hub.remote / "transformer" / "config.json", _class_name="FluxTransformer2DModel")
     with pytest.raises(
-        ValueError, match=r"owner/name/transformer/config.json is of a FluxTransformer2DModel"
+        ValueError, match=r"owner/name/transformer/config.json is of a 'FluxTransformer2DModel'"
     ):
         load_checkpoint("owner/name")
     assert hub.weights() == []

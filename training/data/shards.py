@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from gmflow_core.files.atomic import atomic_write
-from gmflow_core.files.checkpoint import write_tensors
+from gmflow_core.files.safetensors_files import write_safetensors
 
 FORMAT = "gmflow-latents-1"
 INDEX, PLAN = "index.json", "plan.json"
@@ -237,7 +237,7 @@ def write_shard(path: Path, x: Tensor, labels: Tensor, record: dict[str, Any]) -
     """
     # one entry of metadata, as safetensors shuffles several
     metadata = {"gmflow": json.dumps({"format": FORMAT, **record})}
-    write_tensors({"x": x.contiguous(), "labels": labels.contiguous()}, path, metadata)
+    write_safetensors({"x": x.contiguous(), "labels": labels.contiguous()}, path, metadata)
 
 
 def read_shard_record(path: Path) -> dict[str, Any] | None:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from gmflow_core.files.checkpoint import write_tensors
+from gmflow_core.files.safetensors_files import write_safetensors
 from gmflow_core.source.source import listed
 from training.data.shards import LatentDataset
 from training.encoders.encoder import ENCODERS
@@ -272,7 +272,7 @@ def read_tokens_record(path: Path) -> dict[str, Any] | None:
 
 def write_tokens(path: Path, tokens: Tensor, record: dict[str, Any]) -> None:
     """Write tokens (n, D) and their record, atomically."""
-    write_tensors({NAME: tokens.contiguous()}, path, {"gmflow": json.dumps(record)})
+    write_safetensors({NAME: tokens.contiguous()}, path, {"gmflow": json.dumps(record)})
 
 
 class WithTokens(Dataset):

@@ -1,0 +1,73 @@
+"""Check a checkpoint's record of what its samples are (the `data` of `save_checkpoint`)."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from ..models.settings import MOST, MOST_CLASSES
+from .errors import FileError, printable, quoted
+from .json_files import EDITED
+
+LONGEST_NAME = 500  # characters of a class's name
+CONDITIONINGS = ("mode", "hidden")
+
+
+def checked_data(data: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    """Return the record with class names that can be printed, after a check of what is known of it.
+
+    Raises:
+        FileError: `labels`, `space`, `scaling_factor` or `source` is not what `save_checkpoint`
+            writes; the message quotes it.
+    """
+    labels = data.get("labels")
+    if labels is not None:
+        if not isinstance(labels, list) or not all(isinstance(name, str) for name in labels):
+            raise _wrong("labels", labels, "a list of names", path)
+        if len(labels) > MOST_CLASSES:
+            raise FileError(path, f"names {len(labels):,} classes; the most is {MOST_CLASSES:,}")
+        data = {**data, "labels": [printable(name, LONGEST_NAME) for name in labels]}
+    space = data.get("space")
+    if space is not None and not isinstance(space, str):
+        raise _wrong("space", space, "a name", path)
+    factor = data.get("scaling_factor")
+    if factor is not None and not (_is_number(factor) and factor > 0):
+        raise _wrong("scaling_factor", factor, "a positive number", path)
+    if data.get("source") is not None:
+        _check_source(data["source"], path)
+    return data
+
+
+def _check_source(source: Any, path: str | Path) -> None:
+    """Check the record of the mixture source that a model was trained with.
+
+    Raises:
+        FileError: it lacks an entry, or has a wrong one.
+    """
+    if not isinstance(source, dict):
+        raise _wrong("source", source, "an object", path)
+    if source.get("conditioning") not in CONDITIONINGS:
+        expected = f"one of {', '.join(CONDITIONINGS)}"
+        raise _wrong("source's conditioning", source.get("conditioning"), expected, path)
+    modes = source.get("num_modes")
+    if not _is_count(modes):
+        raise _wrong("source's num_modes", modes, "a number of modes", path)
+    shape = source.get("shape")
+    if not isinstance(shape, list) or not shape or not all(map(_is_count, shape)):
+        raise _wrong("source's shape", shape, "a list of sizes", path)
+
+
+def _is_number(value: Any) -> bool:
+    """Return whether a value is a finite number that a float can hold."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and abs(value) < 1e30 and math.isfinite(value)
+
+
+def _is_count(value: Any) -> bool:
+    """Return whether a value is a whole number of at least 1."""
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST
+
+
+def _wrong(name: str, value: Any, expected: str, path: str | Path) -> FileError:
+    return FileError(path, f"has the {name} {quoted(value)} instead of {expected}", EDITED)

@@ -1,0 +1,322 @@
+"""Whatever stands in a file, readers answer with one class of error that can be printed."""
+
+import json
+import os
+import struct
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from gmflow_core.files.atomic import WriteError, atomic_write, remove_leftovers
+from gmflow_core.files.checkpoint import load_checkpoint, read_metadata, save_checkpoint
+from gmflow_core.files.errors import (
+    FileError,
+    check_regular_file,
+    make_printable,
+    printable,
+    quoted,
+    reading,
+)
+from gmflow_core.files.json_files import DEEPEST, parse_json, read_json, write_json
+from gmflow_core.files.locks import LockedError, locked
+from gmflow_core.files.safetensors_files import is_finite, open_safetensors, write_safetensors
+from gmflow_core.models import GMDiT, GMFlowMLP
+from gmflow_core.models.gmdit import GMDiTConfig
+from gmflow_core.models.mlp import GMFlowMLPConfig
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_checkpoint(GMFlowMLP(GMFlowMLPConfig(num_components=2, hidden_dim=8, embed_dim=4)), path)
+    return path
+
+
+def with_metadata(path, **changes):
+    """Change the metadata of a safetensors file; None removes an entry."""
+    raw = path.read_bytes()
+    length = struct.unpack("<Q", raw[:8])[0]
+    header = json.loads(raw[8 : 8 + length])
+    for name, value in changes.items():
+        if value is None:
+            del header["__metadata__"][name]
+        else:
+            header["__metadata__"][name] = value
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
+
+
+# Text from outside
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a\x1b[31mred", "\x00", "‮gnp.exe", "a\rb"])
+def test_messages_can_be_printed_and_logged(text):
+    for safe in (printable(text), quoted(text), str(FileError(text, f"holds {text}"))):
+        assert all(c.isprintable() for c in safe)
+        safe.encode()
+
+
+def test_errors_that_led_to_an_error_are_printable_too():
+    error = ValueError("bad \ud801")
+    error.__cause__ = OSError("worse \ud800")
+    error.__cause__.__context__ = error  # a circle
+    make_printable(error)
+    assert str(error) == "bad \\ud801"
+    assert str(error.__cause__) == "worse \\ud800"
+
+
+def test_quotes_are_short_even_of_what_cannot_be_printed():
+    nested = []
+    for _ in range(100_000):
+        nested = [nested]
+    assert quoted(nested) == "<list>"
+    assert len(quoted("x" * 10**6)) <= 200
+    assert quoted(10**5000) == "<int>"
+    while nested:  # or freeing it would recurse
+        nested = nested[0]
+
+
+# Reading
+
+
+def test_every_kind_of_error_names_the_file():
+    for error in (RecursionError(), MemoryError(), KeyError("k"), OSError(13, "no"), EOFError()):
+        with (
+            pytest.raises(FileError, match=r"^a\.npz is damaged \(.+\); get it again$"),
+            reading("a.npz", "get it again"),
+        ):
+            raise error
+
+
+def test_what_is_no_regular_file_is_named_and_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FileError, match="pipe is a pipe"):
+        check_regular_file(tmp_path / "pipe")
+    with pytest.raises(FileError, match="is a folder"):
+        check_regular_file(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        check_regular_file(tmp_path / "nothing")
+    for name in ("a\0b", "\ud800"):
+        with pytest.raises((FileError, FileNotFoundError)) as caught:
+            check_regular_file(name)
+        str(caught.value).encode()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[" * 10**5, "[" * (DEEPEST + 2) + "]" * (DEEPEST + 2), "1" * 5000, '{"a": ' * 10**5],
+)
+def test_json_that_is_damaged_or_nested_deeply_is_refused(text):
+    with pytest.raises(FileError, match=r"^f "):
+        parse_json(text, "f")
+
+
+def test_json_files_are_bounded_and_keep_all_names(tmp_path):
+    write_json(tmp_path / "a.json", {"é": "\udcff"})
+    assert read_json(tmp_path / "a.json") == {"é": "\udcff"}
+    with pytest.raises(FileError, match="more than 5 bytes"):
+        read_json(tmp_path / "a.json", largest=5)
+    deep = json.loads("[" * DEEPEST + "]" * DEEPEST)
+    write_json(tmp_path / "b.json", deep)
+    assert read_json(tmp_path / "b.json") == deep
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_layers": 10**12},
+        {"num_layers": 1000},
+        {"num_layers": True},
+        {"hidden_dim": 10**9},
+        {"hidden_dim": 2**31 - 1},
+        {"embed_dim": 10**400},
+        {"min_period": float("nan")},
+        {"max_period": float("inf")},
+        {"constant_log_std": "0"},
+        {"num_classes": 10**7},
+    ],
+)
+def test_sizes_are_compared_with_the_file_before_anything_is_built(saved, changes, monkeypatch):
+    config = json.dumps({**read_metadata(saved)["config"], **changes})
+    with_metadata(saved, config=config)
+    built = []
+    monkeypatch.setattr(torch.nn.Linear, "reset_parameters", lambda self: built.append(self))
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
+        load_checkpoint(saved)
+    assert len(built) < 100
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_layers": 10**12},
+        {"log_std_layers": 10**9},
+        {"spectrum_layers": (8,) * 2000},
+        {"spectrum_layers": (0,)},
+        {"latent_size": 2**20},
+        {"constant_log_std": float("nan")},
+    ],
+)
+def test_networks_refuse_settings_that_no_network_has(changes):
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        GMDiT(GMDiTConfig(**changes))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"labels": 5},
+        {"labels": {"0": "a"}},
+        {"labels": [1]},
+        {"scaling_factor": 0},
+        {"scaling_factor": float("nan")},
+        {"scaling_factor": -1.0},
+        {"space": 3},
+        {"source": 7},
+        {"source": {"conditioning": "mode", "num_modes": "8", "shape": [1]}},
+        {"source": {"conditioning": "mode", "num_modes": 8, "shape": 1}},
+        {"source": {"conditioning": [], "num_modes": 8, "shape": [1]}},
+    ],
+)
+def test_records_of_the_samples_are_checked(saved, data):
+    with_metadata(saved, data=json.dumps(data))
+    with pytest.raises(FileError, match=r"model.safetensors has the .* instead of"):
+        load_checkpoint(saved)
+
+
+def test_names_of_classes_can_be_printed(saved):
+    with_metadata(saved, data=json.dumps({"labels": ["\ud800", "cat\x1b[0m"]}))
+    assert read_metadata(saved)["data"]["labels"] == ["\\ud800", "cat\\x1b[0m"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, value):
+    model = GMFlowMLP(GMFlowMLPConfig(num_components=2, hidden_dim=8, embed_dim=4))
+    model.net[0].bias.data[3] = value
+    save_checkpoint(model, tmp_path / "m.safetensors")
+    with pytest.raises(FileError, match=r"1 numbers in 'net.0.bias' that are not finite"):
+        load_checkpoint(tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn]
+)
+def test_finite_numbers_are_told_from_others_in_every_type(dtype):
+    largest = torch.full((100,), torch.finfo(dtype).max, dtype=torch.float64).to(dtype)
+    assert is_finite(largest)
+    bad = torch.ones(100)
+    bad[7] = float("nan")
+    assert not is_finite(bad.to(dtype))
+
+
+def test_whole_numbers_and_nothing_are_finite():
+    assert is_finite(torch.arange(5))
+    assert is_finite(torch.empty(0))
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path):
+    """A mapped file would end the process with SIGBUS."""
+    path = tmp_path / "m.safetensors"
+    write_safetensors({"a": torch.zeros(2**22), "b": torch.ones(4)}, path, {})
+    code = f"""
+import os
+from gmflow_core.files.errors import FileError, reading
+from gmflow_core.files.safetensors_files import open_safetensors
+file = open_safetensors({str(path)!r})
+os.truncate({str(path)!r}, 5000)
+try:
+    with reading({str(path)!r}):
+        file.get_tensor("a")
+except FileError as error:
+    print("named", error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "named" in done.stdout, (done.returncode, done.stderr)
+
+
+# Writing
+
+
+def test_permissions_follow_the_umask(tmp_path):
+    for mask, mode in ((0o022, 0o644), (0o077, 0o600), (0o002, 0o664)):
+        before = os.umask(mask)
+        try:
+            write_safetensors({"a": torch.zeros(1)}, tmp_path / "a.safetensors", {})
+            write_json(tmp_path / "a.json", 1)
+        finally:
+            os.umask(before)
+        for name in ("a.safetensors", "a.json"):
+            assert (tmp_path / name).stat().st_mode & 0o777 == mode
+
+
+def test_errors_of_writing_say_the_path_the_need_and_what_stays(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    for failing, said in ((28, "the disk is full, and it needs"), (30, "not permitted")):
+        with (
+            pytest.raises(WriteError, match=rf"file cannot be written: .*{said}.*unchanged$"),
+            atomic_write(path, 5_000_000),
+        ):
+            raise OSError(failing, os.strerror(failing))
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_leftovers_of_ended_processes_are_removed_and_no_others(tmp_path):
+    code = (
+        "import os, sys; from gmflow_core.files.atomic import atomic_write\n"
+        f"with atomic_write({str(tmp_path / 'file')!r}) as part:\n"
+        "    part.write_text('half'); print('in', flush=True); sys.stdin.read(); os._exit(9)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    process.stdout.readline()
+    foreign = tmp_path / ".gmflow-other_machine-1-abc.tmp"
+    foreign.mkdir()
+    assert remove_leftovers(tmp_path) == []  # the process still runs, the other is new
+    process.communicate()
+    os.utime(foreign, (1, 1))
+    assert len(remove_leftovers(tmp_path)) == 2
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_second_process_is_told_who_works_on_a_folder(tmp_path):
+    code = (
+        "import sys; from gmflow_core.files.locks import locked\n"
+        f"with locked({str(tmp_path)!r}, 'the first command'):\n"
+        "    print('in', flush=True); sys.stdin.read()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    process.stdout.readline()
+    with (
+        pytest.raises(LockedError, match=f"process {process.pid} on .*the first command"),
+        locked(tmp_path),
+    ):
+        pass
+    process.kill()
+    process.wait()
+    with locked(tmp_path):  # the lock died with its process
+        pass
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(WriteError, match="file/out cannot be written"),
+        locked(tmp_path / "file" / "out"),
+    ):
+        pass
+
+
+def test_tensors_under_a_pipe_do_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "a.safetensors")
+    with pytest.raises(FileError, match="pipe"):
+        open_safetensors(tmp_path / "a.safetensors")

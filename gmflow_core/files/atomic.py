@@ -59,6 +59,8 @@ def atomic_write(path: str | Path, need: int | None = None) -> Iterator[Path]:
             # that of the folder follows the umask, which cannot be read without changing it
             temporary.chmod(folder.stat().st_mode & 0o666)
             os.replace(temporary, path)
+        except WriteError:  # of a file that the block wrote
+            raise
         except (OSError, SafetensorError) as error:
             raise _write_error(path, error, need, folder) from error
     finally:

@@ -26,7 +26,7 @@ from typing import Any
 
 from .pickle_values import SHOWN, TYPES, Array, Name, Record, Refused, Type, named, shown, size_of
 
-STEPS = 10**7  # opcodes, and items that are copied
+STEPS = 2 * 10**6  # opcodes, and items that are copied
 GROWTH = 4  # bytes made from one byte of the file; a list of small numbers becomes float64
 ROOM = 2**20  # bytes beyond that
 LINE = 10_000  # characters of a number or name that is written as text
@@ -162,7 +162,8 @@ class Machine:
         actions = self.actions
         while True:
             self.spend(1)
-            code = bytes(self.take(1))
+            code = self.file[self.at : self.at + 1]
+            self.at += 1
             if code == pickle.STOP:
                 return self.pop()
             if code in CONSTANTS:
@@ -181,8 +182,10 @@ class Machine:
                 actions[code](self)
             elif code in OUTSIDE:
                 raise Refused(f"it refers to {OUTSIDE[code]}")
-            else:
+            elif code:
                 raise Refused(f"it is no pickle: {code!r} at byte {self.at - 1} is no opcode")
+            else:
+                raise Refused("it ends in the middle")
 
     # Reading and bounds
 

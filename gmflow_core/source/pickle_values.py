@@ -104,4 +104,4 @@ def shown(text: Any) -> str:
 
 def named(value: Any) -> str:
     """Say what kind of value this is."""
-    return "a function" if isinstance(value, Name) else f"a {type(value).__name__.lower()}"
+    return "a function" if isinstance(value, Name) else f"a value of type {type(value).__name__}"

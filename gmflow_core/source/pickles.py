@@ -33,7 +33,11 @@ LARGEST = 2**36  # bytes of a file
 HEADER = 2**24  # bytes of the other process's header
 SAFE = "get the mixture from where you trust, as arrays (.npz, .safetensors)"
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x04\x22M\x18", b"x\x01", b"x\x9c", b"x\xda")
-START = "import sys; sys.path.append(sys.argv[1]); from {}.pickle_mixture import main; main()"
+FOLDER = Path(__file__).parent  # the other process imports it as a package of its own
+START = (
+    "import sys; sys.path.append(sys.argv[1]); "
+    f"from {FOLDER.name}.pickle_mixture import main; main()"
+)
 
 
 def read_pickle(path: str | Path) -> dict[str, Any]:
@@ -89,12 +93,12 @@ def _run(path: str | Path, file: BinaryIO, size: int) -> dict[str, Any]:
     Raises:
         FileError: the process was stopped, or what it wrote is not what it should be.
     """
-    folder, seconds = Path(__file__).parent, most_time(size)
+    seconds = most_time(size)
     # isolated, without packages: nothing but Python's own modules and this folder's
-    command = [sys.executable, "-I", "-S", "-B", "-c", START.format(folder.name)]
+    command = [sys.executable, "-I", "-S", "-B", "-c", START, str(FOLDER.parent)]
     late = threading.Event()
     with subprocess.Popen(  # noqa: S603 the interpreter that runs this
-        [*command, str(folder.parent)],
+        command,
         stdin=file,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

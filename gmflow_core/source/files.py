@@ -114,7 +114,7 @@ def load_source(
 
 
 def _sizes(config: dict[str, Any]) -> dict[str, list[int]]:
-    """Return the shape of one sample of the source and of its assigner, by their tensors' prefix."""
+    """Return the shape of one sample of the source and its assigner, by their tensors' prefix."""
     sizes = {"": config["shape"], "assigner.": config.get("assigner")}
     return {prefix: size for prefix, size in sizes.items() if size}
 

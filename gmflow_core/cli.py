@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from PIL import Image
 
+from .files.atomic import atomic_write
 from .files.checkpoint import SHIPPED, load_checkpoint, read_metadata, save_checkpoint
+from .files.errors import MOST_SAID, printable, reason
 from .files.labels import find_label
+from .files.safetensors_files import write_safetensors
 from .models.image_network import ImageNetwork
 from .pictures import image_grid, to_image
 from .sampling.guidance import Guidance
@@ -26,6 +29,7 @@ from .toys.points import compare_solvers, comparison_sheet, sample_points
 
 DEMO_MODEL = SHIPPED / "checkerboard_k64.safetensors"
 DTYPES = {"keep": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MOST_SHOWN = 20_000  # characters of one entry of a checkpoint
 
 
 def demo(args: argparse.Namespace) -> None:
@@ -45,9 +49,8 @@ def demo(args: argparse.Namespace) -> None:
         f"GMFlow, K = {config.num_components}, {args.count:,} samples a picture\n"
         "TV: total variation distance to the data, lower is better"
     )
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    comparison_sheet(samples, data, title).save(args.out)
-    print(f"{args.out.resolve()}  ({time.perf_counter() - started:.0f} s)")
+    save_png(comparison_sheet(samples, data, title), args.out)
+    print(f"{printable(str(args.out.resolve()))}  ({time.perf_counter() - started:.0f} s)")
 
 
 def sample(args: argparse.Namespace) -> None:
@@ -60,12 +63,21 @@ def sample(args: argparse.Namespace) -> None:
     network, _ = load_checkpoint(args.checkpoint, device=args.device)
     draw = sample_class_images if isinstance(network, ImageNetwork) else sample_density
     tensors, picture = draw(args, network, data)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     if args.out.suffix == ".png":
-        to_image(picture).save(args.out)
+        save_png(to_image(picture), args.out)
     else:
-        save_file({name: t.contiguous() for name, t in tensors.items()}, args.out)
-    print(args.out.resolve())
+        write_safetensors({name: t.contiguous() for name, t in tensors.items()}, args.out, {})
+    print(printable(str(args.out.resolve())))
+
+
+def save_png(picture: Image.Image, path: Path) -> None:
+    """Write a picture as PNG, atomically.
+
+    Raises:
+        WriteError: it cannot be written.
+    """
+    with atomic_write(path) as temporary:
+        picture.save(temporary, format="PNG")
 
 
 def progress(done: int, total: int) -> None:
@@ -183,11 +195,11 @@ def inspect(args: argparse.Namespace) -> None:
     """Print config, parameters, data and training facts of a checkpoint."""
     metadata = read_metadata(args.checkpoint)
     network, _ = load_checkpoint(args.checkpoint, dtype=None)
-    print(f"{args.checkpoint}: {metadata['model_class']}")
+    print(f"{printable(args.checkpoint)}: {metadata['model_class']}")
     print(f"parameters: {describe_parameters(network)}")
-    print(f"config: {json.dumps(metadata['config'], indent=2)}")
+    print(f"config: {printable(json.dumps(metadata['config'], indent=2), MOST_SHOWN)}")
     print(f"data: {describe_data(metadata['data'])}")
-    print(f"training: {json.dumps(metadata['training'], indent=2)}")
+    print(f"training: {printable(json.dumps(metadata['training'], indent=2), MOST_SHOWN)}")
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -202,7 +214,7 @@ def convert(args: argparse.Namespace) -> None:
     network, _ = load_checkpoint(args.source, dtype=DTYPES[args.dtype])
     save_checkpoint(network, args.out, facts=metadata["training"], data=metadata["data"])
     print(
-        f"{args.out.resolve()}: {metadata['model_class']}, "
+        f"{printable(str(args.out.resolve()))}: {metadata['model_class']}, "
         f"parameters: {describe_parameters(network)}, {size_of(args.out)}"
     )
 
@@ -215,7 +227,7 @@ def describe_parameters(network: torch.nn.Module) -> str:
 
 
 def describe_data(data: dict[str, Any]) -> str:
-    """Describe a checkpoint's `data` on one line."""
+    """Describe a checkpoint's `data` on one line that can be printed."""
     entries = [
         f"{name} {json.dumps(value, ensure_ascii=False)}"
         for name, value in data.items()
@@ -224,7 +236,7 @@ def describe_data(data: dict[str, Any]) -> str:
     if labels := data.get("labels"):
         first = ", ".join(json.dumps(label, ensure_ascii=False) for label in labels[:3])
         entries.insert(0, f"{len(labels):,} labels ({first}{', ...' if len(labels) > 3 else ''})")
-    return ", ".join(entries) or "nothing recorded"
+    return printable(", ".join(entries).replace("\n", " "), MOST_SHOWN) or "nothing recorded"
 
 
 def size_of(path: Path) -> str:
@@ -240,7 +252,7 @@ def check_device(name: str) -> None:
         ValueError: it cannot.
     """
     try:
-        torch.zeros(1, device=name)
+        torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
             f"--device {name} cannot be used here: {str(error).splitlines()[0]}"
@@ -251,8 +263,11 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command with these arguments, by default those of the process.
 
     Raises:
-        SystemExit: an argument or a file is wrong; the message is one line.
+        SystemExit: an argument or a file is wrong, or the memory is too small; the message is one
+            line. Or the user stopped the command (status 130).
     """
+    if hasattr(sys.stdout, "reconfigure"):  # names of files need not fit the terminal's encoding
+        sys.stdout.reconfigure(errors="backslashreplace")
     args = _parser().parse_args(arguments)
     try:
         if not 0 <= getattr(args, "seed", 0) < 2**63:
@@ -260,8 +275,26 @@ def main(arguments: list[str] | None = None) -> None:
         if hasattr(args, "device"):
             check_device(args.device)
         args.run(args)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"gmflow: error: {error}") from error
+    except (ValueError, OSError, ImportError) as error:
+        raise SystemExit(_line(str(error))) from error
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise SystemExit(
+            _line(f"there is too little memory ({reason(error)}); give a smaller --count or model")
+        ) from error
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def _line(message: str) -> str:
+    """Return an error's message as one line that every terminal can print."""
+    return printable(f"gmflow: error: {' '.join(message.splitlines())}", MOST_SAID)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Return whether memory was asked for that is not there; torch has several errors for it."""
+    return isinstance(error, MemoryError) or "memory" in str(error) or "too large" in str(error)
 
 
 SOURCE_HELP = (

@@ -94,7 +94,13 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(tensor.sum(dtype=wide).isfinite()) or bool(tensor.isfinite().all())
 
 
-def check_finite(tensor: Tensor, name: str, path: str | Path) -> None:
+BLACK = (
+    "with them every picture would be black; train it again from an earlier checkpoint, or "
+    "download it again"
+)
+
+
+def check_finite(tensor: Tensor, name: str, path: str | Path, advice: str = BLACK) -> None:
     """Check that a tensor read from a file holds finite numbers only.
 
     Raises:
@@ -105,6 +111,5 @@ def check_finite(tensor: Tensor, name: str, path: str | Path) -> None:
         raise FileError(
             path,
             f"holds {count} numbers in {name!r} that are not finite (NaN or infinity)",
-            "with them every picture would be black; train it again from an earlier checkpoint, "
-            "or download it again",
+            advice,
         )

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +25,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..files.checkpoint import open_checkpoint, stored
+from ..files.errors import FileError, quoted, reading
 from ..files.safetensors_files import write_safetensors
 from .processes import add_up, gather, rank
 from .source import GaussianMixtureSource, LogJoint, listed, widest
+from .stored_tensors import ANEW, check_values, read_state, settings_of
 
 FORMAT = "gmflow-source-fit-1"
 BLOCK = 2**22  # elements of (rows, modes) and (rows, dimensions) at a time
@@ -92,7 +95,7 @@ def fit_mixture(
 
     Raises:
         ValueError: the tokens are not (n, D), not finite (the message lists the rows), fewer than
-            the modes, or too large; or the state is of another fit.
+            the modes, or too large; or the state is of another fit or damaged (a `FileError`).
     """
     device = torch.device(device)
     tokens = _chunks(tokens)
@@ -368,33 +371,10 @@ def _load_state(path: str | Path, settings: dict[str, Any], mean: Tensor) -> EM 
     """Read EM's state from the file `path`; None if there is no such file.
 
     Raises:
-        ValueError: it is of another fit, or not the same for all processes.
+        FileError: it is damaged, or of another fit.
+        ValueError: it is not the same for all processes.
     """
-    em = None
-    if Path(path).exists():
-        with open_checkpoint(path) as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ValueError(
-                    f"{path} is not the state of a fit; give another file, or remove it"
-                )
-            found = json.loads(metadata["settings"])
-            differ = [
-                f"{name}: {found.get(name)} there, {value} here"
-                for name, value in settings.items()
-                if found.get(name) != value
-            ]
-            there, slack = file.get_tensor("mean").to(mean), 1e-6 * float(mean.abs().max())
-            if not differ and not torch.allclose(there, mean, rtol=1e-6, atol=slack):
-                differ = ["the data have another mean"]
-            if differ:
-                raise ValueError(
-                    f"{path} is the state of another fit ({'; '.join(differ)}); "
-                    "remove it to begin anew"
-                )
-            names = ("means", "var", "log_weights", "log_likelihoods")
-            *tensors, history = (file.get_tensor(name).clone() for name in names)
-            em = EM(*(t.to(mean) for t in tensors), history.tolist())
+    em = _read_state(path, settings, mean) if os.path.exists(path) else None
     mine = torch.tensor([len(em.log_likelihoods) if em else 0], device=mean.device)
     done = gather(mine).flatten().tolist()
     if len(set(done)) > 1:
@@ -403,3 +383,40 @@ def _load_state(path: str | Path, settings: dict[str, Any], mean: Tensor) -> EM 
             "it must be one shared file"
         )
     return em
+
+
+def _read_state(path: str | Path, settings: dict[str, Any], mean: Tensor) -> EM:
+    """Read EM's state from a file.
+
+    Raises:
+        FileError: it is damaged, or of another fit.
+    """
+    file = open_checkpoint(path)
+    with reading(path, ANEW):
+        metadata = file.metadata() or {}
+        if metadata.get("format") != FORMAT:
+            raise FileError(path, "is not the state of a fit", "give another file, or remove it")
+        found = settings_of(metadata, path)
+        differ = [
+            f"{name}: {quoted(found.get(name))} there, {value} here"
+            for name, value in settings.items()
+            if found.get(name) != value
+        ]
+        if not differ:
+            modes, dims = settings["num_modes"], settings["dimensions"]
+            spread = 1 if settings["spherical"] else dims
+            shapes = {"means": (modes, dims), "var": (modes, spread), "log_weights": (modes,)}
+            tensors = read_state(
+                file, {**shapes, "log_likelihoods": (None,), "mean": (dims,)}, path
+            )
+            there = tensors["mean"].to(mean)
+            if not torch.allclose(there, mean, rtol=1e-6, atol=1e-6 * float(mean.abs().max())):
+                differ = ["the data have another mean"]
+        if differ:
+            raise FileError(path, f"is the state of another fit ({'; '.join(differ)})", ANEW)
+        least = (1 - 1e-6) * settings["reg_covar"]
+        check_values((tensors["var"] >= least).all(), f"has variances below {least:.3g}", path)
+        total = tensors["log_weights"].logsumexp(0).exp().item()
+        check_values(abs(total - 1) < 1e-3, f"has weights that add up to {total:.6g}", path)
+    mixture = (tensors[name].to(mean) for name in ("means", "var", "log_weights"))
+    return EM(*mixture, tensors["log_likelihoods"].tolist())

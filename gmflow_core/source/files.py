@@ -7,14 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from ..files.checkpoint import FORMAT, SOURCE_CLASS, open_checkpoint, stored
+from ..files.data_record import checked_data
+from ..files.errors import FileError, quoted, reading
 from ..files.hub import folder_of, is_published
+from ..files.json_files import EDITED, json_object
 from ..files.safetensors_files import write_safetensors
 from .source import FIT, GaussianMixtureSource
+from .stored_tensors import check_names, check_shape
 
 FILE = "source.safetensors"  # name in a folder or on the hub
+NAMES = ("means", "std", "log_weights")
+MOST = 2**31 - 1  # modes, or numbers along a dimension
+AGAIN = "download or fit it again"
 
 
 def save_source(
@@ -58,10 +64,11 @@ def read_source_metadata(source: str | Path) -> dict[str, Any]:
     """Return `config` (num_modes, shape, assigner), `training` (the facts) and `data` of a source.
 
     Raises:
-        FileNotFoundError, ValueError, OSError: as `load_source`.
+        FileNotFoundError, FileError, OSError: as `load_source`.
     """
     path = _source_file(source)
-    with open_checkpoint(path) as file:
+    file = open_checkpoint(path)
+    with reading(path), file:
         return _parse_metadata(file.metadata() or {}, path)
 
 
@@ -80,25 +87,36 @@ def load_source(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not a whole source; the message names the file and what to do.
+        FileError: it is not a whole source; the message names the file and what to do.
         OSError: it is on the hub and cannot be downloaded.
     """
     path = _source_file(source)
-    with open_checkpoint(path) as file:
+    file = open_checkpoint(path)
+    with reading(path, AGAIN):
         config = _parse_metadata(file.metadata() or {}, path)["config"]
-        prefixes = ("", "assigner.") if config.get("assigner") else ("",)
-        names = [prefix + name for prefix in prefixes for name in ("means", "std", "log_weights")]
-        if sorted(names) != sorted(file.keys()):
-            raise ValueError(
-                f"{path} holds {sorted(file.keys())} instead of {sorted(names)}; "
-                "the file was edited or damaged"
-            )
-        try:
-            tensors = [file.get_tensor(name).to(device, dtype, copy=True) for name in names]
-            assigner = GaussianMixtureSource(*tensors[3:]) if tensors[3:] else None
-            return GaussianMixtureSource(*tensors[:3], assigner)
-        except (SafetensorError, ValueError) as error:
-            raise ValueError(f"{path} is damaged ({error}); download or fit it again") from error
+        names = [prefix + name for prefix in _sizes(config) for name in NAMES]
+        check_names(file, names, path)
+        for prefix, size in _sizes(config).items():  # by the header, before anything is read
+            shape = (config["num_modes"], *size)
+            check_shape(file, f"{prefix}means", shape, path)
+            check_shape(file, f"{prefix}std", shape, path, broadcasts=True)
+            check_shape(file, f"{prefix}log_weights", shape[:1], path)
+    tensors = []
+    for name in names:
+        with reading(path, AGAIN):
+            tensor = file.get_tensor(name)
+        if not tensor.is_floating_point():
+            raise FileError(path, f"has {name} in {tensor.dtype}", EDITED)
+        tensors.append(tensor.to(device, dtype, copy=True))
+    with reading(path, AGAIN):
+        assigner = GaussianMixtureSource(*tensors[3:]) if tensors[3:] else None
+        return GaussianMixtureSource(*tensors[:3], assigner)
+
+
+def _sizes(config: dict[str, Any]) -> dict[str, list[int]]:
+    """Return the shape of one sample of the source and its assigner, by their tensors' prefix."""
+    sizes = {"": config["shape"], "assigner.": config.get("assigner")}
+    return {prefix: size for prefix, size in sizes.items() if size}
 
 
 def _source_file(source: str | Path) -> Path:
@@ -107,7 +125,7 @@ def _source_file(source: str | Path) -> Path:
         return Path(source)
     path = folder_of(source, [FILE]) / FILE
     if not path.exists():
-        raise ValueError(f"{source} holds no {FILE}; give the file itself, or {FIT}")
+        raise FileError(source, f"holds no {FILE}", f"give the file itself, or {FIT}")
     return path
 
 
@@ -115,17 +133,38 @@ def _parse_metadata(raw: dict[str, str], path: Path) -> dict[str, Any]:
     """Return what `read_source_metadata` does from a file's own metadata."""
     if raw.get("format") != FORMAT or raw.get("model_class") != SOURCE_CLASS:
         found = (
-            f"a {raw['model_class']} in format {raw.get('format')}"
+            f"a {raw['model_class'][:100]} in format {raw.get('format', 'none')[:100]}"
             if "model_class" in raw
             else "something else"
         )
-        raise ValueError(
-            f"{path} holds {found}, not a Gaussian-mixture source in format {FORMAT}; give a "
-            f"source: {FIT}, or convert a published .pkl with python -m training.fit_source convert"
+        raise FileError(
+            path,
+            f"holds {found}, not a Gaussian-mixture source in format {FORMAT}",
+            f"give a source: {FIT}, or convert a published .pkl with "
+            "python -m training.fit_source convert",
         )
-    try:
-        return {name: dict(json.loads(raw[name])) for name in ("config", "training", "data")}
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path}: its GMFlow metadata is unreadable ({error!r}); the file was edited or damaged"
-        ) from error
+    records = {
+        name: json_object(raw.get(name, ""), path, name) for name in ("config", "training", "data")
+    }
+    _check_config(records["config"], path)
+    return {**records, "data": checked_data(records["data"], path)}
+
+
+def _check_config(config: dict[str, Any], path: Path) -> None:
+    """Check the types and ranges of a source's config.
+
+    Raises:
+        FileError: an entry is not what `save_source` writes.
+    """
+    modes, shape, assigner = (config.get(name) for name in ("num_modes", "shape", "assigner"))
+    if not _are_sizes([modes]):
+        raise FileError(path, f"has the num_modes {quoted(modes)} instead of a number", EDITED)
+    if not shape or not _are_sizes(shape):
+        raise FileError(path, f"has the shape {quoted(shape)} instead of a list of sizes", EDITED)
+    if assigner is not None and not (_are_sizes(assigner) and len(assigner) == 1):
+        raise FileError(path, f"has the assigner {quoted(assigner)} instead of one size", EDITED)
+
+
+def _are_sizes(values: Any) -> bool:
+    """Return whether this is a list of whole numbers of at least 1."""
+    return isinstance(values, list) and all(type(n) is int and 1 <= n <= MOST for n in values)

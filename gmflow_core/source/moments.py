@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..files.checkpoint import open_checkpoint, stored
+from ..files.errors import FileError, reading
 from ..files.safetensors_files import write_safetensors
 from .processes import add_up
-from .source import GaussianMixtureSource, listed, widest
+from .source import GaussianMixtureSource, listed, span, widest
+from .stored_tensors import ANEW, check_values, read_state, same_json, settings_of
 
 MOMENTS = "gmflow-moments-1"
 BLOCK = 2**22  # elements of a temporary tensor
@@ -64,26 +67,43 @@ class RunningMoments:
         tensors = {name: stored(tensor, tensor.dtype) for name, tensor in sums.items()}
         write_safetensors(tensors, path, {"format": MOMENTS, "settings": json.dumps(settings)})
 
-    def restore(self, path: str | Path, settings: dict[str, Any]) -> int:
+    def restore(self, path: str | Path, settings: dict[str, Any], most: int | None = None) -> int:
         """Load the sums that `save` wrote, if there is such a file.
 
+        Args:
+            path: the file.
+            settings: as given to `save`.
+            most: the number of samples that there are.
+
         Returns:
-            The number of samples in them; 0 if there is no file.
+            The number of samples in the sums; 0 if there is no file.
 
         Raises:
-            ValueError: the file has other settings.
+            FileError: the file is damaged or has other settings; the sums stay as they were.
         """
-        if not Path(path).exists():
+        if not os.path.exists(path):
             return 0
-        with open_checkpoint(path) as file:
+        file = open_checkpoint(path)
+        with reading(path, ANEW):
             metadata = file.metadata() or {}
-            if metadata.get("format") != MOMENTS or json.loads(metadata["settings"]) != settings:
-                raise ValueError(
-                    f"{path} is of another fit, or of other processes; remove it to begin anew"
-                )
-            for name in ("means", "squares", "counts"):
-                getattr(self, name).copy_(file.get_tensor(name))
-        return int(self.counts.sum())
+            if metadata.get("format") != MOMENTS or settings_of(metadata, path) != same_json(
+                settings
+            ):
+                raise FileError(path, "is of another fit, or of other processes", ANEW)
+            names = ("means", "squares", "counts")
+            tensors = read_state(file, {name: getattr(self, name).shape for name in names}, path)
+            counts = tensors["counts"].tolist()
+            total = sum(counts)
+            check_values(min(counts) >= 0, "counts fewer than no samples", path)
+            check_values(
+                total <= (2**53 if most is None else most),
+                f"counts {total:,} samples, more than there are",
+                path,
+            )
+            check_values((tensors["squares"] >= 0).all(), "has squares that are negative", path)
+        for name in names:
+            getattr(self, name).copy_(tensors[name])
+        return total
 
     def add(self, x: Tensor, modes: Tensor) -> None:
         """Add samples (n, *shape) of the modes (n,).
@@ -97,9 +117,10 @@ class RunningMoments:
                 f"samples {tuple(self.means.shape[1:])}; give (n, *shape) and (n,)"
             )
         if len(modes) and not 0 <= int(modes.min()) <= int(modes.max()) < len(self.means):
+            found = span(int(modes.min()), int(modes.max()))
             raise ValueError(
-                f"modes between {int(modes.min())} and {int(modes.max())} do not fit a mixture of "
-                f"{len(self.means)} modes; give 0 to {len(self.means) - 1}"
+                f"{found} not fit a mixture of {len(self.means)} modes; "
+                f"give 0 to {len(self.means) - 1}"
             )
         x, modes = x.to(self.means), modes.to(self.means.device)
         if not x.sum(dtype=self.squares.dtype).isfinite():

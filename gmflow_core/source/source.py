@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..files.errors import quoted
 from ..gaussians.density import LOG_2PI
 from ..gaussians.draws import Generator, draw_like, standard_normal
 from ..gaussians.tensors import at_least_float
@@ -186,12 +187,18 @@ class GaussianMixtureSource:
         """
         if record is None:
             raise ValueError(f"{model} was trained without a mixture source; leave the source out")
-        made = record["num_modes"], tuple(record["shape"]), record.get("digest", self.digest)
+        if not isinstance(record, dict) or not isinstance(record.get("shape"), (list, tuple)):
+            raise ValueError(
+                f"{model} has the record {quoted(record)} of its mixture source, which was edited "
+                "or damaged; download or train the model again"
+            )
+        made = record.get("num_modes"), tuple(record["shape"]), record.get("digest", self.digest)
         mine = self.num_modes, self.shape, self.digest
         if made != mine:
+            modes, shape, digest = map(quoted, made)
             raise ValueError(
-                f"{model} was trained with a source of {made[0]} modes of {made[1]} (fingerprint "
-                f"{made[2]}), and this one has {mine[0]} modes of {mine[1]} ({mine[2]}); "
+                f"{model} was trained with a source of {modes} modes of {shape} (fingerprint "
+                f"{digest}), and this one has {mine[0]} modes of {mine[1]} ({mine[2]}); "
                 "give that one"
             )
 
@@ -254,8 +261,8 @@ class GaussianMixtureSource:
             low, high = min(numbers), max(numbers)
             if low < 0 or high >= self.num_modes:
                 raise ValueError(
-                    f"modes between {low} and {high} do not fit a source of {self.num_modes} "
-                    f"modes; give 0 to {self.num_modes - 1}"
+                    f"{span(low, high)} not fit a source of {self.num_modes} modes; "
+                    f"give 0 to {self.num_modes - 1}"
                 )
         modes = torch.as_tensor(modes, dtype=torch.int64, device=self.means.device)
         return self.means[modes], self.std.expand(self.num_modes, *self.std.shape[1:])[modes]
@@ -415,3 +422,8 @@ def listed(numbers: Sequence[int], most: int = 8) -> str:
     """List the first few numbers for a message."""
     more = f", ... ({len(numbers)} in all)" if len(numbers) > most else ""
     return ", ".join(map(str, numbers[:most])) + more
+
+
+def span(low: int, high: int) -> str:
+    """Return the subject of a message about modes from `low` to `high`, up to "not"."""
+    return f"mode {low} does" if low == high else f"modes between {low} and {high} do"

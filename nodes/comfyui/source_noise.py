@@ -175,8 +175,12 @@ def mode_list(text: str) -> list[int]:
     numbers = []
     for item in filter(None, re.split(r"[,;\s]+", re.sub(r"\s*-\s*", "-", text.strip()))):
         match = ITEM.fullmatch(item)
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
         if first > last:
+            raise ValueError(
+                f"{item!r} in the list of modes is in the wrong order; give {last}-{first}"
+            )
+        if not match:
             raise ValueError(
                 f"{item!r} in the list of modes is no mode and no range; give numbers, such as "
                 "3, 7, 10-12"

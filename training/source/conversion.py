@@ -19,7 +19,7 @@ def convert(config: ConvertConfig) -> GaussianMixtureSource:
     """
     assigner = config.assigner
     if assigner is not None:
-        load = convert_pickle if assigner.suffix in PICKLES else load_source
+        load = convert_pickle if assigner.suffix.lower() in PICKLES else load_source
         assigner = load(assigner)
     source = convert_pickle(config.source, assigner)
     save_source(source, config.out, facts={"converted": config.source.name})

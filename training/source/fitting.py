@@ -236,7 +236,7 @@ class Fitting:
         with together(state):
             if config.restart:
                 path.unlink(missing_ok=True)
-            begun = moments.restore(path, settings)
+            begun = moments.restore(path, settings, len(mine))
         bar = tqdm(
             total=len(mine),
             initial=begun,

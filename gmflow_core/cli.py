@@ -29,11 +29,13 @@ from .toys.points import compare_solvers, comparison_sheet, sample_points
 
 DEMO_MODEL = SHIPPED / "checkerboard_k64.safetensors"
 DTYPES = {"keep": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MOST_NUMBERS = 2**31  # of all samples together, 8 GiB
 MOST_SHOWN = 20_000  # characters of one entry of a checkpoint
 
 
 def demo(args: argparse.Namespace) -> None:
     """Draw a contact sheet of the shipped model's samples."""
+    _checked_count(args.count, 0, 2)
     started = time.perf_counter()
     if args.out.suffix != ".png":
         raise ValueError(f"--out {args.out} must end in .png")
@@ -103,9 +105,12 @@ def sample_density(
             f"{args.checkpoint} is a 2-D model without classes; leave out --labels, --unlabelled "
             "and --guidance"
         )
+    if args.source is not None:
+        raise ValueError(f"{args.checkpoint} is a 2-D model without a source; leave out --source")
+    count = _checked_count(args.count, 100_000, network.channels)
     points = sample_points(
         network,
-        100_000 if args.count is None else args.count,
+        count,
         solver=args.solver,
         steps=args.steps,
         order=args.order,
@@ -115,6 +120,24 @@ def sample_density(
         progress=progress,
     )
     return {"points": points}, density_picture(points, outline=args.outline)
+
+
+def _checked_count(count: int | None, default: int, numbers: int) -> int:
+    """Return --count, or the default, after a check of its size.
+
+    Args:
+        count: as the user gave it.
+        numbers: that one sample consists of.
+
+    Raises:
+        ValueError: it is below 1, or more than MOST_NUMBERS would be sampled.
+    """
+    count = default if count is None else count
+    if not 1 <= count <= MOST_NUMBERS // numbers:
+        raise ValueError(
+            f"--count is {count}; it must be from 1 to {MOST_NUMBERS // numbers} for this model"
+        )
+    return count
 
 
 def sample_class_images(
@@ -131,9 +154,8 @@ def sample_class_images(
             "need a VAE to be seen: give an --out that ends in .safetensors, or use the model in "
             "ComfyUI"
         )
-    count = 8 if args.count is None else args.count
-    if count < 1:
-        raise ValueError(f"--count is {count}; it must be at least 1")
+    config = network.config
+    count = _checked_count(args.count, 8, config.channels * config.latent_size**2)
     trained = data.get("source")
     known = trained is not None and trained.get("conditioning") == "mode"
     labels = _labels(args, network.config.num_classes, data, known, count)

@@ -195,9 +195,9 @@ def _read_weights(
                 if not tensor.is_floating_point():
                     raise FileError(path, f"has the weights {quoted(name)} in {tensor.dtype}")
                 check_finite(tensor, name, path)
-                # Copies: a file that is overwritten while it is mapped would crash the process.
-                # One after another: no more than one tensor is in memory twice.
-                tensors[name] = tensor.to(device, dtype, copy=True)
+            # Copies: a file that is overwritten while it is mapped would crash the process.
+            # One after another: no more than one tensor is in memory twice.
+            tensors[name] = tensor.to(device, dtype, copy=True)
     model.load_state_dict(tensors, assign=True)
     return model
 

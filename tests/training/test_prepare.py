@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.training.image_folders import run, shards, write_images, write_tiny_vae
 from tests.training.test_rae import write_rae
-from training.data.image_folder import ImageCrops, centre_crop, list_images, read_rgb
+from training.data.image_folder import ImageCrops, list_images
+from training.data.pictures import centre_crop, read_rgb
 from training.data.preparation import PreparationConfig
 from training.data.shards import LatentDataset, read_index, shard_name, to_model, to_pixels
 from training.encoders.load import load_vae

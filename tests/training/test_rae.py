@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.helpers import golden, is_near, normal
 from training import prepare
-from training.data.image_folder import centre_crop
+from training.data.pictures import centre_crop
 from training.data.rae_statistics import add_latents, new_moments, save_statistics
 from training.data.shards import LatentDataset
 from training.encoders.hub import PARTS

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from gmflow_core.files.errors import printable
 from training.common.processes import stop_signals
 from training.data.image_folder import Batch, ImageCrops, ImageList, image_loader
 from training.data.plan import plan_key, shard_range
@@ -63,10 +64,12 @@ class ShardWriter:
         parts = [part for number in numbers for part in self._batches(number)]
         loader = image_loader(crops, parts, self.workers, self.state)
         processes = self.state.num_processes
+        name = printable(self.out.name)
         bar = tqdm(
             total=sum(map(len, parts)),
             unit="img",
-            desc=self.out.name + (f" (process 1 of {processes})" if processes > 1 else ""),
+            desc=printable(self.out.name)
+            + (f" (process 1 of {processes})" if processes > 1 else ""),
             disable=not self.state.is_main_process,
             dynamic_ncols=True,
         )

@@ -64,7 +64,6 @@ class ShardWriter:
         parts = [part for number in numbers for part in self._batches(number)]
         loader = image_loader(crops, parts, self.workers, self.state)
         processes = self.state.num_processes
-        name = printable(self.out.name)
         bar = tqdm(
             total=sum(map(len, parts)),
             unit="img",

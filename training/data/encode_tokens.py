@@ -42,7 +42,11 @@ def images_of(dataset: LatentDataset, root: Path | None) -> tuple[ImageList, lis
         FileNotFoundError: the images are not there.
         ValueError: they are not the same images.
     """
-    root = Path(dataset.index.get("source", "a folder that its index does not name")) if root is None else root
+    root = (
+        Path(dataset.index.get("source", "a folder that its index does not name"))
+        if root is None
+        else root
+    )
     if not root.is_dir():
         raise FileNotFoundError(
             f"{dataset.folder} was made from images in {root}, which is no folder here; give it as "

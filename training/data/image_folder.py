@@ -75,10 +75,11 @@ def list_images(root: Path) -> ImageList:
             "class"
         )
     above = {_identity(each) for each in (root, *root.resolve().parents)}
+    visible = [entry for entry in os.scandir(root) if not entry.name.startswith(".")]
     folders = sorted(
         entry.name
-        for entry in os.scandir(root)
-        if entry.is_dir() and not entry.name.startswith(".") and _identity(entry.path) not in above
+        for entry in visible
+        if os.path.isdir(entry.path) and _identity(Path(entry.path)) not in above
     )
     if not folders:
         raise ValueError(
@@ -148,7 +149,7 @@ def images_below(root: Path, folder: str = "", known: set[str] | None = None) ->
                 "or take it away"
             ) from error
         for entry in entries:
-            if entry.is_dir():
+            if os.path.isdir(entry.path):  # entry.is_dir raises for a link to itself
                 (links if entry.is_symlink() else folders).append(Path(entry.path))
             elif not entry.name.startswith(".") and Path(entry.name).suffix.lower() in known:
                 found.append(Path(entry.path).relative_to(root).as_posix())

@@ -55,6 +55,8 @@ def read_picture(path: Path, size: int) -> Image.Image:
         return centre_crop(read_rgb(raw), size)
     except PictureError:
         raise
+    except Image.DecompressionBombError as error:
+        raise PictureError(f"more than {MOST_PIXELS:,} pixels") from error
     except UnidentifiedImageError as error:
         raise PictureError("not an image that Pillow can read") from error
     except Exception as error:  # Pillow raises many kinds

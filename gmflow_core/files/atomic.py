@@ -68,6 +68,28 @@ def atomic_write(path: str | Path, need: int | None = None) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary folder, and rename it to `path`, which must not exist, on success.
+
+    Raises:
+        WriteError: it cannot be written.
+    """
+    path, folder = Path(path), None
+    try:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            folder = _temporary_folder(path.parent)
+            (folder / PART).mkdir()
+            yield folder / PART
+            os.rename(folder / PART, path)
+        except OSError as error:
+            raise _write_error(path, error, None, None) from error
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def _temporary_folder(parent: Path) -> Path:
     """Create a folder that names this process."""
     prefix = f".gmflow-{_host()}-{os.getpid()}-"

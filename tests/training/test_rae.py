@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.helpers import golden, is_near, normal
 from training import prepare
-from training.data.image_folder import centre_crop
+from training.data.pictures import centre_crop
 from training.data.rae_statistics import add_latents, new_moments, save_statistics
 from training.data.shards import LatentDataset
 from training.encoders.hub import PARTS
@@ -348,7 +348,9 @@ def test_what_a_folder_lacks_is_named(tmp_path):
     torch.save({"mean": torch.zeros(8, 2, 2)}, tmp_path / "stat.pt")
     says(r"the latents' mean is \(8, 2, 2\), which does not fit latents \(8, 4, 4\)", ValueError)
     torch.save({"var": torch.full((8, 1, 1), torch.nan)}, tmp_path / "stat.pt")
-    says("negative or not finite", ValueError)
+    says(r"stat\.pt holds 8 numbers in 'var' that are not finite", ValueError)
+    torch.save({"var": torch.full((8, 1, 1), -1.0)}, tmp_path / "stat.pt")
+    says("variances that are negative", ValueError)
     write_rae(tmp_path)
     (tmp_path / "encoder" / "config.json").write_text('{"model_type": "bert"}')
     says(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from gmflow_core.files.atomic import atomic_folder
 from training.common.settings import require
 
 SATURATION = (0.1, 0.9)  # range of the saturations
@@ -116,16 +116,21 @@ def write_digits(config: DigitsConfig) -> dict[str, int]:
         raise ValueError(f"{out} exists already; delete it, or give another --out")
     images, labels = source_digits()
     test = split(labels, config.seed)
-    unfinished = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    with atomic_folder(out) as unfinished:
+        _draw_all(config, images, labels, test, unfinished)
+    return {"train": int((~test).sum()) * config.copies, "test": int(test.sum()) * config.copies}
+
+
+def _draw_all(
+    config: DigitsConfig, images: np.ndarray, labels: np.ndarray, test: np.ndarray, out: Path
+) -> None:
+    """Draw the digits into out/train and out/test."""
     for part in ("train", "test"):
         for label in np.unique(labels):
-            (unfinished / part / str(label)).mkdir(parents=True)
+            (out / part / str(label)).mkdir(parents=True)
     for number, (intensity, label) in enumerate(zip(images, labels, strict=True)):
         rng = np.random.default_rng((config.seed, number))
-        folder = unfinished / ("test" if test[number] else "train") / str(label)
+        folder = out / ("test" if test[number] else "train") / str(label)
         for copy in range(config.copies):
             rgb = colour(rng.random(), draw_saturation(rng))
             draw_digit(intensity, rgb, config.size).save(folder / f"{number:04d}_{copy}.png")
-    unfinished.rename(out)
-    return {"train": int((~test).sum()) * config.copies, "test": int(test.sum()) * config.copies}

@@ -11,8 +11,10 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
+from gmflow_core.files.errors import FileError
 from training.common.processes import together
 from training.data.image_folder import ImageCrops, ImageList, image_loader, list_images
+from training.data.pictures import DECODER
 from training.data.shards import LatentDataset, to_model
 from training.data.tokens import (
     FORMAT,
@@ -40,14 +42,18 @@ def images_of(dataset: LatentDataset, root: Path | None) -> tuple[ImageList, lis
         FileNotFoundError: the images are not there.
         ValueError: they are not the same images.
     """
-    root = Path(dataset.index["source"]) if root is None else root
+    root = (
+        Path(dataset.index.get("source", "a folder that its index does not name"))
+        if root is None
+        else root
+    )
     if not root.is_dir():
         raise FileNotFoundError(
             f"{dataset.folder} was made from images in {root}, which is no folder here; give it as "
             "--images"
         )
     images = list_images(root)
-    skipped = {entry["file"] for entry in dataset.index["skipped"]}
+    skipped = {entry["file"] for entry in dataset.index.get("skipped", [])}
     kept = [number for number, file in enumerate(images.files) if file not in skipped]
     if [images.labels[number] for number in kept] != dataset.labels.tolist():
         raise ValueError(
@@ -102,7 +108,8 @@ def encode_images(
     parts = [range(start, min(start + PART, len(kept))) for start in range(0, len(kept), PART)]
     folder = path.parent / f"{path.stem}.parts"
     files = [folder / f"{number:05d}.safetensors" for number in range(len(parts))]
-    missing = [number for number, file in enumerate(files) if read_tokens_record(file) != record]
+    part_record = {**record, "decoder": DECODER}  # pictures that are decoded alike
+    missing = [n for n, file in enumerate(files) if read_tokens_record(file) != part_record]
     state.wait_for_everyone()
     mine = [
         (parts[number], files[number])
@@ -115,7 +122,7 @@ def encode_images(
                 network = load_encoder(record["encoder"], input_size).to(state.device)
     with together(state):
         if mine:
-            _encode_parts(network, images, kept, mine, record, state, batch_size, workers)
+            _encode_parts(network, images, kept, mine, part_record, state, batch_size, workers)
     with together(state):
         if state.is_main_process:
             write_tokens(path, torch.cat(list(TokenFiles(files))), record)
@@ -157,10 +164,8 @@ def _encode_parts(
                 batch = next(loader)
                 if batch.failed:
                     failed = batch.failed[0]
-                    raise ValueError(
-                        f"{images.root / images.files[failed.index]} cannot be read "
-                        f"({failed.reason}); mend it"
-                    )
+                    path = images.root / images.files[failed.index]
+                    raise FileError(path, f"cannot be read ({failed.reason})", "mend it")
                 tokens.append(network.token(network(to_model(batch.pixels.to(state.device)))).cpu())
                 bar.update(len(tokens[-1]))
             write_tokens(file, torch.cat(tokens), record)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import json
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +13,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from gmflow_core.files.data_record import LONGEST_NAME
+from gmflow_core.files.errors import printable, quoted, reason
+from gmflow_core.files.json_files import read_json
+from gmflow_core.models.settings import MOST_CLASSES
 from training.common.processes import ignore_interrupt, loader_workers
+from training.data.pictures import PictureError, read_picture
 
 SPLITS = {"train", "test", "val", "valid", "validation"}
 
@@ -71,10 +74,12 @@ def list_images(root: Path) -> ImageList:
             f"there is no folder {root}; give --data the folder that holds one subfolder for each "
             "class"
         )
+    above = {_identity(each) for each in (root, *root.resolve().parents)}
+    visible = [entry for entry in os.scandir(root) if not entry.name.startswith(".")]
     folders = sorted(
         entry.name
-        for entry in os.scandir(root)
-        if entry.is_dir() and not entry.name.startswith(".")
+        for entry in visible
+        if os.path.isdir(entry.path) and _identity(Path(entry.path)) not in above
     )
     if not folders:
         raise ValueError(
@@ -85,9 +90,19 @@ def list_images(root: Path) -> ImageList:
             f"{root} holds {' and '.join(folders)}, which are parts of a data set, not classes; "
             f"give --data {root / folders[0]}, and prepare each into a folder of its own"
         )
+    if len(folders) > MOST_CLASSES:
+        raise ValueError(f"{root} has {len(folders):,} class folders; the most is {MOST_CLASSES:,}")
+    names: dict[tuple | None, str] = {}
+    for folder in folders:
+        other = names.setdefault(_identity(root / folder), folder)
+        if other != folder:
+            raise ValueError(
+                f"{root / folder} and {root / other} are the same folder, so its images would have "
+                "two classes; remove the link"
+            )
     files, labels, empty = [], [], []
     for label, folder in enumerate(folders):
-        found = _images_below(root, folder)
+        found = images_below(root, folder)
         if not found:
             empty.append(folder)
         files += found
@@ -105,40 +120,80 @@ def list_images(root: Path) -> ImageList:
     return ImageList(root, folders, files, labels)
 
 
-def _images_below(root: Path, folder: str) -> list[str]:
-    """Return the paths from `root` of the images in one class folder, sorted."""
-    known = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    found = []
-    for place, _, names in os.walk(root / folder, followlinks=True):
-        for name in names:
-            if not name.startswith(".") and Path(name).suffix.lower() in known:
-                found.append((Path(place) / name).relative_to(root).as_posix())
+def images_below(root: Path, folder: str = "", known: set[str] | None = None) -> list[str]:
+    """Return the paths from `root` of the images below one of its folders, sorted.
+
+    Links are followed, but each folder is read once, under its own name if it lies there, and
+    never one that `folder` itself lies in. Hidden files are left out.
+
+    Args:
+        known: endings of the images' names; those of the formats that Pillow opens if None.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    known = image_endings() if known is None else known
+    seen = {_identity(above) for above in (root / folder).resolve().parents} - {None}
+    found, folders, links = [], [root / folder], []
+    while folders or links:
+        place = folders.pop() if folders else links.pop()
+        identity = _identity(place)
+        if identity is None or identity in seen:
+            continue
+        seen.add(identity)
+        try:
+            entries = sorted(os.scandir(place), key=lambda entry: entry.name, reverse=True)
+        except OSError as error:
+            raise OSError(
+                f"the folder {printable(str(place))} cannot be read ({reason(error)}); mend that, "
+                "or take it away"
+            ) from error
+        for entry in entries:
+            if os.path.isdir(entry.path):  # entry.is_dir raises for a link to itself
+                (links if entry.is_symlink() else folders).append(Path(entry.path))
+            elif not entry.name.startswith(".") and Path(entry.name).suffix.lower() in known:
+                found.append(Path(entry.path).relative_to(root).as_posix())
     return sorted(found)
+
+
+def image_endings() -> set[str]:
+    """Return the endings of file names of the formats that Pillow opens, such as ".png"."""
+    return {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+
+
+def _identity(folder: Path) -> tuple | None:
+    """Return what all names of a folder have in common; None if there is no such folder."""
+    try:
+        status = os.stat(folder)
+    except OSError:
+        return None
+    return (status.st_dev, status.st_ino) if status.st_ino else (os.path.realpath(folder),)
 
 
 def read_class_names(path: Path | None, folders: list[str]) -> list[str]:
     """Read readable names of the class folders from JSON; without a file, return `folders`.
+
+    What cannot be printed in a name is written as an escape.
 
     Raises:
         FileNotFoundError: the file is missing.
         ValueError: the file is no such JSON, or does not name every class.
     """
     if path is None:
-        return folders
+        return [printable(folder, LONGEST_NAME) for folder in folders]
     if not path.exists():
         raise FileNotFoundError(
             f"there is no {path}; give --class-names a JSON file, or leave it out"
         )
-    try:
-        names = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no JSON file ({error})") from error
+    names = read_json(path, "give --class-names a JSON file, or leave it out")
     if isinstance(names, dict):
         by_folder = any(folder in names for folder in folders)
         keys = folders if by_folder else [str(label) for label in range(len(folders))]
         missing = [key for key in keys if key not in names]
         if missing:
-            raise ValueError(f"{path} names {len(names)} classes but not {missing[0]!r}; add it")
+            raise ValueError(
+                f"{path} names {len(names)} classes but not {quoted(missing[0])}; add it"
+            )
         names = [names[key] for key in keys]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path} must hold a list of names, or an object of them")
@@ -146,35 +201,7 @@ def read_class_names(path: Path | None, folders: list[str]) -> list[str]:
         raise ValueError(
             f"{path} names {len(names)} classes, but the images are in {len(folders)} class folders"
         )
-    return names
-
-
-def read_rgb(raw: bytes) -> Image.Image:
-    """Decode the first picture of an image file as RGB of 8 bits.
-
-    Grey of 16 bits is scaled to 8, where Pillow would clip it.
-    """
-    image = Image.open(io.BytesIO(raw))
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-    return image.convert("RGB")
-
-
-def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """Crop an image to its central square, scaled to size x size, as ADM does.
-
-    The image is halved by box averages while its shorter side is at least 2 size, then scaled
-    bicubically, then cropped (Dhariwal and Nichol 2021).
-    """
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    if scale != 1:
-        image = image.resize(
-            (round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC
-        )
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    return [printable(name, LONGEST_NAME) for name in names]
 
 
 class ImageCrops(Dataset):
@@ -205,16 +232,12 @@ class ImageCrops(Dataset):
     def __getitem__(self, index: int) -> Item:
         path = self.images.root / self.images.files[index]
         try:
-            raw = path.read_bytes()
+            image = read_picture(path, self.size)
+        except PictureError as error:
+            return Item(index, reason=reason(error))
         except OSError as error:
-            reason = f"{path} cannot be read ({error}); mend that, then run the same command again"
-            return Item(index, reason=reason, fatal=True)
-        if not raw:
-            return Item(index, reason="the file is empty")
-        try:
-            image = centre_crop(read_rgb(raw), self.size)
-        except Exception as error:  # Pillow raises many kinds
-            return Item(index, reason=_short(error))
+            text = f"{path} cannot be read ({reason(error)}); mend that, then run the same command "
+            return Item(index, reason=printable(f"{text}again"), fatal=True)
         rng = np.random.default_rng((self.seed, index))
         mirrored = rng.random() < 0.5
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
@@ -224,14 +247,6 @@ class ImageCrops(Dataset):
         if self.noise_shape is not None:
             noise = torch.from_numpy(rng.standard_normal(self.noise_shape, dtype=np.float32))
         return Item(index, pixels.contiguous(), noise)
-
-
-def _short(error: Exception) -> str:
-    """Return why Pillow refused an image, without the address of the buffer it read."""
-    text = str(error)
-    if "cannot identify" in text:
-        return "not an image that Pillow can read"
-    return text or type(error).__name__
 
 
 def image_loader(

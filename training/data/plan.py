@@ -7,7 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from gmflow_core.files.errors import FileError, printable, quoted, reading
+from gmflow_core.files.json_files import read_json
 from training.data.image_folder import ImageList
+from training.data.pictures import DECODER
 from training.data.shards import (
     FORMAT,
     INDEX,
@@ -18,6 +23,14 @@ from training.data.shards import (
     write_index,
 )
 
+CHANGES = {  # entries of a plan whose values say nothing to a user
+    "files": "not the same list of image files",
+    "decoder": (
+        "its pictures were decoded by another version of GMFlow, which treated orientation, "
+        "transparency and colour profiles in another way"
+    ),
+}
+
 
 def make_plan(images: ImageList, **settings: Any) -> dict[str, Any]:
     """Return the record that all shards of a folder have in common.
@@ -26,7 +39,13 @@ def make_plan(images: ImageList, **settings: Any) -> dict[str, Any]:
         settings: kind, size, flip, vae, seed, shard_size, dtype.
     """
     listing = hashlib.sha256("\n".join(images.files).encode("utf-8", "surrogateescape")).hexdigest()
-    plan = {"format": FORMAT, **settings, "images": len(images.files), "files": listing}
+    plan = {
+        "format": FORMAT,
+        **settings,
+        "decoder": DECODER,
+        "images": len(images.files),
+        "files": listing,
+    }
     if plan["dtype"] == stored_dtype({"kind": plan["kind"]}):
         del plan["dtype"]  # so that folders of older versions, which had no choice, go on
     return plan
@@ -64,25 +83,26 @@ def check_plan(out: Path, plan: dict[str, Any]) -> None:
                 "away"
             )
         return
-    try:
-        found = dict(json.loads(path.read_text(encoding="utf-8")))
-        old, new = ({**each, "dtype": stored_dtype(each)} for each in (found, plan))
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error}); give --restart to throw the folder's shards away"
-        ) from error
+    advice = "give --restart to throw the folder's shards away"
+    found = read_json(path, advice)
+    with reading(path, advice):
+        old, new = ({"decoder": 1, **e, "dtype": stored_dtype(e)} for e in (found, plan))
     differ = [key for key in new if old.get(key) != new[key]]
     if differ:
         changes = ", ".join(
-            "not the same list of image files"
-            if key == "files"
-            else f"{key}: {old.get(key)} there, {new[key]} here"
+            CHANGES.get(key) or f"{key}: {_said(old.get(key))} there, {_said(new[key])} here"
             for key in differ
         )
-        raise ValueError(
-            f"{out} was begun with other settings ({changes}); give another --out, the same "
-            "settings to go on, or --restart to throw its shards away"
+        raise FileError(
+            out,
+            f"was begun with other settings ({changes})",
+            "give another --out, the same settings to go on, or --restart to throw its shards away",
         )
+
+
+def _said(value: Any) -> str:
+    """Return a setting as text for a message."""
+    return printable(value, 100) if isinstance(value, str) else quoted(value)
 
 
 def plan_key(plan: dict[str, Any]) -> str:
@@ -103,7 +123,7 @@ def shard_range(number: int, plan: dict[str, Any]) -> range:
 
 def finished_shard(out: Path, number: int, plan: dict[str, Any]) -> dict[str, Any] | None:
     """Return the record of shard `number`; None if it has to be written (again)."""
-    record = read_shard_record(out / shard_name(number))
+    record = read_shard_record(out / shard_name(number), getattr(torch, stored_dtype(plan)))
     if record is None or record.get("plan") != plan_key(plan):
         return None
     whole = record["count"] + len(record["skipped"]) == len(shard_range(number, plan))

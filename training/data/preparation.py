@@ -10,9 +10,11 @@ from typing import Any, Literal
 
 from accelerate import PartialState
 
+from gmflow_core.files.errors import printable
 from training.common.devices import on_cpu
 from training.common.settings import require, require_device
 from training.data.image_folder import ImageList, list_images, read_class_names
+from training.data.pictures import DECODER
 from training.data.plan import (
     begin_plan,
     check_plan,
@@ -175,6 +177,7 @@ def make_index(
         ],
         "skipped": skipped,
         "source": str(images.root),
+        "decoder": DECODER,
         "size": config.size,
         "flip": config.flip,
         "seed": config.seed,
@@ -191,7 +194,8 @@ def check_classes(images: ImageList, skipped: list[dict[str, str]]) -> None:
         ValueError: one has none.
     """
     left = Counter(images.labels)
-    left.subtract(Counter(images.folders.index(entry["file"].split("/")[0]) for entry in skipped))
+    numbers = {folder: label for label, folder in enumerate(images.folders)}
+    left.subtract(Counter(numbers[entry["file"].split("/")[0]] for entry in skipped))
     bad = [images.root / folder for label, folder in enumerate(images.folders) if not left[label]]
     if bad:
         reason = next(e["reason"] for e in skipped if e["file"].startswith(f"{bad[0].name}/"))
@@ -205,15 +209,17 @@ def check_classes(images: ImageList, skipped: list[dict[str, str]]) -> None:
 def report(config: PreparationConfig, index: dict[str, Any]) -> None:
     """Print what was written, and which images were left out."""
     shape = "x".join(str(n) for n in index["shape"])
+    out = printable(str(config.out))
     print(
-        f"{config.out}: {index['count']:,} images of {len(index['classes'])} classes as "
+        f"{out}: {index['count']:,} images of {len(index['classes'])} classes as "
         f"{index['kind']} {shape} ({index['dtype']}) in {len(index['shards'])} shards"
     )
     skipped = index["skipped"]
     if skipped:
-        print(f"{len(skipped)} images could not be read and were left out:")
+        print(f"{len(skipped)} images were left out:")
         for entry in skipped[:NAMED]:
-            print(f"  {Path(index['source']) / entry['file']}: {entry['reason']}")
+            file = printable(str(Path(index["source"]) / entry["file"]))
+            print(f"  {file}: {printable(entry['reason'])}")
         if len(skipped) > NAMED:
-            print(f"  ... all of them are listed in {config.out / INDEX}")
+            print(f"  ... all of them are listed in {printable(str(config.out / INDEX))}")
         print("to add them once they are mended, run again with --restart")

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from gmflow_core.files.atomic import atomic_write
+from gmflow_core.files.safetensors_files import write_safetensors
 from gmflow_core.source.moments import RunningMoments
 from gmflow_core.source.source import widest
 from training.common.devices import on_cpu
@@ -94,5 +93,4 @@ def add_latents(moments: RunningMoments, latents: Tensor) -> None:
 def save_statistics(moments: RunningMoments, path: Path) -> None:
     """Write the file that `load_statistics` reads: "mean" and "var" in float32, (C, h, w) each."""
     mean, var = moments.means[0], moments.squares[0] / moments.counts[0]
-    with atomic_write(path) as temporary:
-        save_file({"mean": mean.float().cpu(), "var": var.float().cpu()}, temporary)
+    write_safetensors({"mean": mean.float().cpu(), "var": var.float().cpu()}, path, {})

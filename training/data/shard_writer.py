@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from gmflow_core.files.errors import printable
 from training.common.processes import stop_signals
 from training.data.image_folder import Batch, ImageCrops, ImageList, image_loader
 from training.data.plan import plan_key, shard_range
@@ -66,7 +67,8 @@ class ShardWriter:
         bar = tqdm(
             total=sum(map(len, parts)),
             unit="img",
-            desc=self.out.name + (f" (process 1 of {processes})" if processes > 1 else ""),
+            desc=printable(self.out.name)
+            + (f" (process 1 of {processes})" if processes > 1 else ""),
             disable=not self.state.is_main_process,
             dynamic_ncols=True,
         )

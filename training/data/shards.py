@@ -13,23 +13,34 @@ x 32), 1.0 TB and 0.5 TB for an RAE of width 768 (768 x 16 x 16).
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from gmflow_core.files.atomic import atomic_write
-from gmflow_core.files.safetensors_files import write_safetensors
+from gmflow_core.files.errors import FileError, printable, quoted, reading, reason
+from gmflow_core.files.json_files import json_object, read_json, write_json
+from gmflow_core.files.safetensors_files import is_finite, open_safetensors, write_safetensors
+from gmflow_core.source.source import listed
+from training.data.index_check import AGAIN, checked_index
 
 FORMAT = "gmflow-latents-1"
 INDEX, PLAN = "index.json", "plan.json"
 DTYPES = {"pixels": ("uint8",), "latents": ("float32", "float16")}  # the first is the default
+TYPES = {  # -> safetensors' names
+    torch.uint8: "U8",
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.int64: "I64",
+}
 IN_MEMORY = 2**30  # bytes of stored data below which a set is read into memory as a whole
 REPAIR = "run the same prepare command again: it rewrites only that shard"
 
@@ -103,22 +114,45 @@ class LatentDataset(Dataset):
         size = len(self) * torch.Size(self.shape).numel() * self.dtype.itemsize
         self._x: Tensor | None = None
         if in_memory or (in_memory is None and size < IN_MEMORY):
-            self._x = torch.cat([open_shard(path).get_tensor("x") for path in self._paths])
+            self._x = torch.cat([self._read_whole(path) for path in self._paths])
+
+    def _read_whole(self, path: Path) -> Tensor:
+        """Return all samples of one shard, after a check that they are finite."""
+        with reading(path, REPAIR), open_shard(path) as file:
+            x = file.get_tensor("x")
+        if not is_finite(x):
+            bad = (~x.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
+            raise self._not_finite(path, bad)
+        return x
+
+    def _not_finite(self, path: Path, rows: list[int]) -> FileError:
+        """Return the error about samples of a shard that are not finite."""
+        found = f"holds NaN or infinity in its samples {listed(rows)}"
+        return FileError(path, found, f"delete it, then {REPAIR}")
 
     def _checked_labels(self, path: Path, count: int) -> Tensor:
         """Return the labels of one shard, after checking everything else about it."""
-        file = open_shard(path)
-        shape, labels = file.get_slice("x").get_shape(), file.get_tensor("labels")
         mixed = "the folder mixes two sets: run the prepare command again with --restart"
-        if list(shape) != [count, *self.shape] or len(labels) != count:
-            raise ValueError(
-                f"{path} holds {shape[0]} samples of shape {tuple(shape[1:])} and {len(labels)} "
-                f"labels, but {INDEX} says {count} of shape {self.shape}; {mixed}"
-            )
+        with reading(path, REPAIR), open_shard(path) as file:
+            x, y = file.get_slice("x"), file.get_slice("labels")
+            shape, types = list(x.get_shape()), (x.get_dtype(), y.get_dtype())
+            if shape[1:] != list(self.shape) or shape[0] != count or y.get_shape() != shape[:1]:
+                raise FileError(
+                    path,
+                    f"holds {shape[0] if shape else 1} samples of shape {tuple(shape[1:])} and "
+                    f"{y.get_shape()} labels, but {INDEX} says {count} of shape {self.shape}",
+                    mixed,
+                )
+            if types != (TYPES[self.dtype], TYPES[torch.int64]):
+                found = f"holds samples and labels of types {types}, not {self.dtype} and int64"
+                raise FileError(path, found, mixed)
+            labels = file.get_tensor("labels")
         if count and not (labels.min() >= 0 and labels.max() < len(self.classes)):
-            raise ValueError(
-                f"{path} has labels from {labels.min()} to {labels.max()}, but {INDEX} lists "
-                f"{len(self.classes)} classes; {mixed}"
+            raise FileError(
+                path,
+                f"has labels from {labels.min()} to {labels.max()}, but {INDEX} lists "
+                f"{len(self.classes)} classes",
+                mixed,
             )
         return labels
 
@@ -141,20 +175,57 @@ class LatentDataset(Dataset):
         shards = torch.searchsorted(self._starts, where, right=True) - 1
         rows = where - self._starts[shards]
         for position, (shard, row) in enumerate(zip(shards.tolist(), rows.tolist(), strict=True)):
-            x[position] = self._file(shard).get_slice("x")[row : row + 1][0]
+            x[position] = self._file(shard).read(row)
+        if not is_finite(x):
+            bad = (~x.flatten(1).isfinite().all(1)).nonzero().flatten()
+            shard = int(shards[bad[0]])
+            raise self._not_finite(self._paths[shard], rows[bad][shards[bad] == shard].tolist())
         return to_model(x), self.labels[where]
 
-    def _file(self, shard: int):
+    def _file(self, shard: int) -> SampleFile:
         """Return shard number `shard`, opened by this very process."""
         if self._pid != os.getpid():
             self._files, self._pid = {}, os.getpid()
         if shard not in self._files:
-            self._files[shard] = open_shard(self._paths[shard])
+            self._files[shard] = SampleFile(self._paths[shard], self.shape, self.dtype)
         return self._files[shard]
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave open files out: they cannot be sent to another process."""
         return {**self.__dict__, "_files": {}}
+
+
+class SampleFile:
+    """The samples of a shard, read one by one.
+
+    They are not memory-mapped: a mapped file that is overwritten would end the process.
+
+    Args:
+        path: the shard, which has been checked.
+        shape, dtype: of a sample.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, ...], dtype: torch.dtype):
+        self.path, self.shape, self.dtype = path, shape, dtype
+        self.bytes = math.prod(shape) * dtype.itemsize
+        with reading(path, REPAIR):
+            self.file = io.FileIO(path)
+            length = int.from_bytes(self.file.read(8), "little")
+            header = json_object(self.file.read(length).decode(), path, "header")
+            self.start = 8 + length + header["x"]["data_offsets"][0]
+
+    def read(self, row: int) -> Tensor:
+        """Return the sample of this row.
+
+        Raises:
+            FileError: the file has become shorter, or cannot be read.
+        """
+        raw = bytearray(self.bytes)
+        with reading(self.path, REPAIR, "cannot be read"):
+            self.file.seek(self.start + row * self.bytes)
+            if self.file.readinto(raw) != len(raw):
+                raise FileError(self.path, f"ends before its sample {row}", REPAIR)
+        return torch.frombuffer(raw, dtype=self.dtype).view(self.shape)
 
 
 def read_index(folder: str | Path) -> dict[str, Any]:
@@ -175,36 +246,12 @@ def read_index(folder: str | Path) -> dict[str, Any]:
             out = "ANOTHER_FOLDER" if path.parent.exists() else path.parent
             fix = f"make it with python -m training.prepare --data IMAGES --out {out}"
         raise FileNotFoundError(f"there is no {path}: {fix}")
-    again = "delete it and run the same prepare command again: whole shards are kept"
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        file_format, kind, dtype = index["format"], index["kind"], index.get("dtype")
-        total = sum(shard["count"] for shard in index["shards"])
-        for name in ("shape", "classes"):
-            len(index[name])
-    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} is damaged or no index of prepared data ({error!r}); {again}"
-        ) from error
-    if file_format != FORMAT or dtype not in (None, *DTYPES.get(kind, ())) or kind not in DTYPES:
-        found = kind if dtype is None else f"{kind} in {dtype}"
-        raise ValueError(
-            f"{path} describes {found} in format {file_format}; this version reads "
-            f"{sorted(DTYPES)} in format {FORMAT}: update GMFlow, or prepare the data again"
-        )
-    if total != index["count"] or total == 0:
-        raise ValueError(
-            f"{path} says {index['count']} samples, but its shards add up to {total}; {again}"
-        )
-    return index
+    return checked_index(read_json(path, AGAIN), path, FORMAT, DTYPES)
 
 
 def write_index(folder: str | Path, index: dict[str, Any], name: str = INDEX) -> None:
     """Write an index, or with `name` a plan, atomically."""
-    with atomic_write(Path(folder) / name) as temporary:
-        temporary.write_text(
-            json.dumps(index, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+    write_json(Path(folder) / name, index)
 
 
 def open_shard(path: Path):
@@ -215,15 +262,18 @@ def open_shard(path: Path):
         ValueError: it is truncated, or holds something else.
     """
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing; {REPAIR}")
+        raise FileNotFoundError(f"{printable(str(path))} is missing; {REPAIR}")
     try:
-        file = safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or damaged ({error}); {REPAIR}") from error
-    if not {"x", "labels"} <= set(file.keys()):
-        raise ValueError(
-            f"{path} holds {sorted(file.keys())} instead of x and labels; delete it, then {REPAIR}"
-        )
+        file = open_safetensors(path, REPAIR)
+    except FileError as error:
+        if isinstance(error.__cause__, SafetensorError):
+            found = f"is truncated or damaged ({reason(error.__cause__)})"
+            raise FileError(path, found, REPAIR) from error
+        raise
+    names = sorted(file.keys())
+    if not {"x", "labels"} <= set(names):
+        found = f"holds {quoted(names)} instead of x and labels"
+        raise FileError(path, found, f"delete it, then {REPAIR}")
     return file
 
 
@@ -240,16 +290,30 @@ def write_shard(path: Path, x: Tensor, labels: Tensor, record: dict[str, Any]) -
     write_safetensors({"x": x.contiguous(), "labels": labels.contiguous()}, path, metadata)
 
 
-def read_shard_record(path: Path) -> dict[str, Any] | None:
+def read_shard_record(path: Path, dtype: torch.dtype | None = None) -> dict[str, Any] | None:
     """Read the `record` of a shard, with the `count` of its samples.
+
+    Args:
+        dtype: type that the samples must have; any if None.
 
     Returns:
         None if the file is missing, truncated, or no such shard.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            record = json.loads((file.metadata() or {})["gmflow"])
-            count, labelled = (file.get_slice(name).get_shape()[0] for name in ("x", "labels"))
-    except (SafetensorError, OSError, KeyError, ValueError):
+        with reading(path), open_shard(path) as file:
+            record = json_object((file.metadata() or {})["gmflow"], path, "record")
+            shape, labels = (file.get_slice(name).get_shape() for name in ("x", "labels"))
+            right = dtype is None or file.get_slice("x").get_dtype() == TYPES[dtype]
+            right = right and len(shape) == 4 and labels == shape[:1]
+            right = right and file.get_slice("labels").get_dtype() == TYPES[torch.int64]
+    except (FileError, OSError):
         return None
-    return {**record, "count": count} if labelled == count else None
+    skipped = record.get("skipped", [])
+    if not isinstance(skipped, list) or not all(
+        isinstance(entry, dict)
+        and isinstance(entry.get("file"), str)
+        and isinstance(entry.get("reason"), str)
+        for entry in skipped
+    ):
+        return None
+    return {**record, "skipped": skipped, "count": shape[0]} if right else None

@@ -12,15 +12,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from gmflow_core.files.safetensors_files import write_safetensors
+from gmflow_core.files.errors import FileError, check_regular_file, printable, quoted, reading
+from gmflow_core.files.json_files import json_object
+from gmflow_core.files.safetensors_files import open_safetensors, write_safetensors
 from gmflow_core.source.source import listed
+from training.common.arrays import NpyFile, read_npz
 from training.data.shards import LatentDataset
 from training.encoders.encoder import ENCODERS
 
@@ -28,6 +30,8 @@ FORMAT = "gmflow-tokens-1"
 FILE = "tokens.safetensors"  # in a prepared folder
 NAME = "tokens"  # name of the array in that file
 CHUNK = 2**24  # elements that are read at a time
+GIVE = "give a whole .npy, .npz or .safetensors file of samples (n, D), without Python objects"
+NUMBERS = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8")  # types of safetensors
 SETTINGS = ("encoder", "input_size", "size")  # entries of a record that say what made the tokens
 
 
@@ -71,13 +75,16 @@ class TokenFiles:
         if not self.rows:  # with more processes than samples
             yield torch.empty(0, math.prod(self.shape))
         step, start = max(1, CHUNK // math.prod(self.shape)), 0
-        for array in self.arrays:
+        for path, array in zip(self.paths, self.arrays, strict=True):
             size = _shape(array)[0]
             for low in range(max(start, self.rows.start), min(start + size, self.rows.stop), step):
-                rows = array[low - start : min(low + step, start + size, self.rows.stop) - start]
-                if not isinstance(rows, Tensor):
-                    rows = torch.from_numpy(np.array(rows))
-                yield rows.flatten(1)
+                rows = slice(low - start, min(low + step, start + size, self.rows.stop) - start)
+                with reading(path, GIVE):
+                    values = array[rows]
+                    if not isinstance(values, Tensor):
+                        wide = values.dtype.kind == "u" and values.dtype.itemsize > 1
+                        values = torch.from_numpy(values.astype(float) if wide else values)
+                yield values.flatten(1)
             start += size
 
 
@@ -91,31 +98,33 @@ def share_of(count: int, state: PartialState) -> range:
 
 def _shape(array: Any) -> list[int]:
     """Return the shape of a NumPy array or of a slice of safetensors."""
-    return list(array.shape if isinstance(array, np.ndarray) else array.get_shape())
+    return list(array.get_shape() if hasattr(array, "get_shape") else array.shape)
+
+
+def _is_zip(path: Path) -> bool:
+    """Return whether a file begins as an .npz file does."""
+    check_regular_file(path)
+    with reading(path, GIVE, "cannot be read"), open(path, "rb") as file:
+        return file.read(2) == b"PK"
 
 
 def _open_array(path: Path) -> Any:
     """Open the samples of a file as a NumPy array, or as a slice of safetensors."""
     if not path.exists():
-        raise FileNotFoundError(
-            f"there is no {path}; give a .npy, .npz or .safetensors file of samples (n, D)"
-        )
-    try:
-        if path.suffix == ".safetensors":
+        raise FileNotFoundError(f"there is no {printable(str(path))}; {GIVE}")
+    if path.suffix == ".safetensors":
+        open_safetensors(path, GIVE)  # for its errors
+        with reading(path, GIVE, "is no whole array file"):
             file = safe_open(path, framework="pt")
             found = {name: file.get_slice(name) for name in file.keys()}
-        else:
-            loaded = np.load(path, mmap_mode="r", allow_pickle=False)
-            found = (
-                {NAME: loaded}
-                if isinstance(loaded, np.ndarray)
-                else {name: loaded[name] for name in loaded.files}
-            )
-    except (SafetensorError, ValueError, OSError, EOFError) as error:
-        raise ValueError(
-            f"{path} is no whole array file ({error}); give .npy, .npz or .safetensors, without "
-            "Python objects"
-        ) from error
+            types = {name: part.get_dtype() for name, part in found.items()}
+        for name, kind in types.items():
+            if kind not in NUMBERS and (name == NAME or len(found) == 1):
+                raise FileError(path, f"holds {quoted(name)} in {kind}, not numbers", GIVE)
+    elif _is_zip(path):
+        found = read_npz(path)[0]
+    else:
+        found = {NAME: NpyFile(path)}
     arrays = {
         name: array
         for name, array in found.items()
@@ -123,9 +132,8 @@ def _open_array(path: Path) -> Any:
     }
     if NAME not in arrays and len(arrays) != 1:
         held = {name: _shape(array) for name, array in found.items()}
-        raise ValueError(
-            f'{path} holds {held}; it must have one array of samples (n, D), or one called "{NAME}"'
-        )
+        wanted = f'it must have one array of samples (n, D), or one called "{NAME}"'
+        raise FileError(path, f"holds {quoted(held)}; {wanted}", "")
     return arrays[NAME] if NAME in arrays else next(iter(arrays.values()))
 
 
@@ -251,7 +259,7 @@ def check_record(path: Path, record: dict[str, Any]) -> None:
             f"{path} is damaged, or was not made by GMFlow; remove it, or give it as --tokens"
         )
     differ = [
-        f"{key}: {found.get(key)} there, {value} here"
+        f"{key}: {quoted(found.get(key))} there, {quoted(value)} here"
         for key, value in record.items()
         if found and found.get(key) != value
     ]
@@ -264,9 +272,9 @@ def check_record(path: Path, record: dict[str, Any]) -> None:
 def read_tokens_record(path: Path) -> dict[str, Any] | None:
     """Read how the tokens in `path` were made; None if the file is missing or damaged."""
     try:
-        with safe_open(path, framework="pt") as file:
-            return dict(json.loads((file.metadata() or {})["gmflow"]))
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError):
+        with reading(path), open_safetensors(path) as file:
+            return json_object((file.metadata() or {})["gmflow"], path, "record")
+    except (FileError, OSError):
         return None
 
 

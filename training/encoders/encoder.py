@@ -8,9 +8,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from gmflow_core.files.errors import FileError, quoted, reason
+from gmflow_core.files.json_files import read_json
+from gmflow_core.files.safetensors_files import check_finite
 from training.encoders.hub import CONFIG
 
 ENCODERS = {
@@ -18,6 +20,21 @@ ENCODERS = {
     "siglip2": "google/siglip2-base-patch16-256",
     "mae": "facebook/vit-mae-base",
 }
+SIZES = (  # of an encoder's config
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "mlp_ratio",
+    "patch_size",
+    "image_size",
+    "num_channels",
+    "num_register_tokens",
+    "decoder_hidden_size",
+    "decoder_num_hidden_layers",
+    "decoder_intermediate_size",
+)
+LARGEST_SIZE = 65_536
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std of R, G, B
 HALF = ((0.5,) * 3, (0.5,) * 3)
 
@@ -142,20 +159,50 @@ def load_encoder(source: str, input_size: int | None = None) -> Encoder:
             f"{source} holds no encoder: there is no {CONFIG}; "
             "give a folder in transformers' layout"
         )
+    if Path(source).is_dir():
+        check_encoder_config(Path(source))
     try:
         config = transformers.AutoConfig.from_pretrained(source)
         config = getattr(config, "vision_config", config)
         if config.model_type not in FAMILIES:
             raise ValueError(f"it is a {config.model_type}; encoders are {', '.join(FAMILIES)}")
-        return Encoder(load_network(source, config), input_size)
+        network = load_network(source, config)
+        for name, tensor in network.state_dict().items():
+            check_finite(tensor, name, source)
+        return Encoder(network, input_size)
+    except (FileError, ImportError):
+        raise
     except OSError as error:
         raise FileNotFoundError(
             f"there is no whole encoder {source}: it is neither a folder with {CONFIG} and "
             f"model.safetensors, nor available from the hub ({error}). Download it elsewhere "
             "(hf download NAME --local-dir FOLDER) and give the folder"
         ) from error
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"the encoder {source} cannot be used: {error}") from error
+    except Exception as error:  # transformers raises many kinds about damaged files
+        raise ValueError(f"the encoder {source} cannot be used: {reason(error)}") from error
+
+
+def check_encoder_config(folder: Path) -> None:
+    """Check the sizes in an encoder's config by the size of its weights.
+
+    Raises:
+        FileError: the config is damaged, or its layers would take more than the files hold.
+    """
+    path = folder / CONFIG
+    config = read_json(path)
+    config = config.get("vision_config", config) if isinstance(config, dict) else config
+    if not isinstance(config, dict):
+        raise FileError(path, f"holds {quoted(config)} instead of an object")
+    held = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    for name in SIZES:
+        value = config.get(name, 1)
+        if type(value) not in (int, float) or not 0 <= value <= LARGEST_SIZE:
+            raise FileError(path, f"has {name} {quoted(value)}, not a number to {LARGEST_SIZE:,}")
+    layers, width = (config.get(name, 1) for name in ("num_hidden_layers", "hidden_size"))
+    if held and layers * width**2 > held:  # each layer has several matrices of width x width
+        raise FileError(
+            path, f"has {layers} layers of width {width}, more than the {held:,} bytes beside it"
+        )
 
 
 def load_network(source: str | None, config, tensors: dict[str, Tensor] | None = None) -> nn.Module:

@@ -7,12 +7,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from gmflow_core.files.errors import REPEAT, FileError, quoted, reading, reason
+from gmflow_core.files.json_files import read_json
+from gmflow_core.files.safetensors_files import check_finite, open_safetensors
 from training.encoders.hub import CONFIG, WEIGHTS, download
 from training.encoders.rae_files import is_rae, load_rae
 from training.encoders.vae import SD_VAE, VAE
 
 if TYPE_CHECKING:
     from training.encoders.rae import RAE
+
+SIZES = ("in_channels", "out_channels", "latent_channels", "layers_per_block", "norm_num_groups")
+MOST_BLOCKS, LARGEST_SIZE = 16, 4096  # of a VAE's config
 
 
 def load_vae(source: str | Path = SD_VAE, device: str | torch.device = "cpu") -> VAE | RAE:
@@ -64,6 +70,9 @@ def load_kl(folder: Path) -> VAE:
             f"{folder} has a config.json but no {WEIGHTS}.safetensors; "
             "copy the weights there too (pickle files are never read)"
         )
+    weights = folder / weight_file(variants[0])
+    check_vae_config(folder / CONFIG)
+    open_safetensors(weights, "it is not a whole AutoencoderKL; download it again")
     try:
         network, report = AutoencoderKL.from_pretrained(
             folder,
@@ -74,16 +83,38 @@ def load_kl(folder: Path) -> VAE:
             output_loading_info=True,
         )
     except Exception as error:  # diffusers and safetensors raise many kinds
-        raise ValueError(
-            f"{folder} is not a whole AutoencoderKL ({error}); download it again"
-        ) from error
+        found = f"is not a whole AutoencoderKL ({reason(error)})"
+        raise FileError(folder, found, "download it again") from error
     if report["missing_keys"]:
         missing = report["missing_keys"]
         raise ValueError(
             f"{folder} is not an AutoencoderKL: {len(missing)} tensors are missing, "
             f"first {missing[0]}"
         )
-    return VAE(network)
+    for name, tensor in network.state_dict().items():
+        check_finite(tensor, name, weights)
+    with reading(folder / CONFIG, "download it again", "is damaged"):
+        return VAE(network)
+
+
+def check_vae_config(path: Path) -> None:
+    """Check the sizes in a VAE's config, from which diffusers builds it.
+
+    Raises:
+        FileError: one is out of range.
+    """
+    config = read_json(path, REPEAT)
+    if not isinstance(config, dict):
+        raise FileError(path, f"holds {quoted(config)} instead of an object")
+    channels = config.get("block_out_channels", [])
+    right = isinstance(channels, list) and len(channels) <= MOST_BLOCKS
+    sizes = {f"block_out_channels[{i}]": n for i, n in enumerate(channels if right else [])}
+    sizes |= {name: config[name] for name in SIZES if name in config}
+    if not right:
+        raise FileError(path, f"has block_out_channels {quoted(channels)}, not a list of sizes")
+    for name, value in sizes.items():
+        if type(value) is not int or not 1 <= value <= LARGEST_SIZE:
+            raise FileError(path, f"has {name} {quoted(value)}, not 1 to {LARGEST_SIZE}")
 
 
 def weight_file(variant: str | None) -> str:

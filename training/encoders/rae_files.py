@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from gmflow_core.files.checkpoint import save_checkpoint
+from gmflow_core.files.errors import FileError, check_regular_file, quoted, reading, reason
+from gmflow_core.files.json_files import EDITED, read_json
+from gmflow_core.files.safetensors_files import check_finite, read_safetensors
 from gmflow_core.models.ditdh import DiTDH
+from gmflow_core.models.settings import check_settings
+from training.common.files import load_pytorch
 from training.encoders.encoder import (
     FAMILIES,
     Encoder,
@@ -24,6 +26,7 @@ from training.encoders.encoder import (
 from training.encoders.hub import CONFIG, PARTS, WEIGHTS, download, find_file, local_or_hub
 from training.encoders.rae import RAE, load_decoder
 
+MOST_HEADS, LARGEST_INPUT = 1024, 8192
 EPS = 1e-5  # added to the variances of the latents
 COLLECTION = "nyu-visionx/RAE-collections"
 # encoder_type of an AutoencoderRAE -> model_type of transformers, image side of its position table
@@ -125,18 +128,26 @@ def read_parts(folder: Path) -> Parts:
         raise FileNotFoundError(
             f"{folder} holds no RAE: neither {PARTS} nor the {CONFIG} of an AutoencoderRAE"
         )
-    try:
-        return Parts(**json.loads(path.read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
-        known = ", ".join(field.name for field in dataclasses.fields(Parts))
-        raise ValueError(f"{path} is not an object with some of {known} ({error})") from error
+    known = ", ".join(field.name for field in dataclasses.fields(Parts))
+    content = read_json(path)
+    with reading(path, what=f"is not an object with some of {known}"):
+        parts = Parts(**content)
+        check_settings(parts)
+    if not 1 <= parts.decoder_heads <= MOST_HEADS:
+        found = f"has decoder_heads {parts.decoder_heads}"
+        raise FileError(path, found, f"give 1 to {MOST_HEADS}")
+    if parts.input_size is not None and not 1 <= parts.input_size <= LARGEST_INPUT:
+        found = f"has input_size {parts.input_size}"
+        raise FileError(path, found, f"give 1 to {LARGEST_INPUT}")
+    return parts
 
 
 def diffusers_config(folder: Path) -> dict | None:
     """Return the config of the AutoencoderRAE in a folder in diffusers' layout; None if none."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        return config if config.get("_class_name") == "AutoencoderRAE" else None
+    with contextlib.suppress(OSError, ValueError):
+        config = read_json(folder / CONFIG)
+        rae = isinstance(config, dict) and config.get("_class_name") == "AutoencoderRAE"
+        return config if rae else None
     return None
 
 
@@ -160,6 +171,7 @@ def load_diffusers(folder: Path, config: dict) -> RAE:
         )
     tensors = read_weights(path)
     transformers = import_transformers()
+    _check_sizes(config, tensors, folder / CONFIG)
     try:
         kind, table = ENCODER_TYPES[config["encoder_type"]]
         encoder_config = getattr(transformers, FAMILIES[kind].config)(
@@ -186,6 +198,32 @@ def load_diffusers(folder: Path, config: dict) -> RAE:
         raise ValueError(f"{folder}: {error}") from error
 
 
+def _check_sizes(config: dict, tensors: dict[str, Tensor], path: Path) -> None:
+    """Check the sizes in a config, before anything is built from them, by the number of tensors.
+
+    Raises:
+        FileError: one is missing, or no size that the weights can have.
+    """
+    most = {
+        "encoder_hidden_size": max((max(t.shape, default=0) for t in tensors.values()), default=0),
+        "encoder_num_hidden_layers": len(tensors),
+        "encoder_patch_size": LARGEST_INPUT,
+        "encoder_input_size": LARGEST_INPUT,
+        "decoder_num_attention_heads": MOST_HEADS,
+    }
+    for name, largest in most.items():
+        value = config.get(name)
+        if type(value) is not int or not 1 <= value <= largest:
+            raise FileError(
+                path, f"has {name} {quoted(value)}, not a number from 1 to {largest}", EDITED
+            )
+    width = config["encoder_hidden_size"]
+    if width % 64:
+        raise FileError(path, f"has encoder_hidden_size {width}, no multiple of 64", EDITED)
+    if not isinstance(config.get("encoder_type"), str):
+        raise FileError(path, f"has encoder_type {quoted(config.get('encoder_type'))}", EDITED)
+
+
 def load_statistics(path: Path) -> tuple[Tensor | None, Tensor | None]:
     """Load the mean and the standard deviation of the latents.
 
@@ -201,14 +239,13 @@ def load_statistics(path: Path) -> tuple[Tensor | None, Tensor | None]:
     tensors = read_weights(path)
     mean, var = tensors.get("mean"), tensors.get("var")
     if mean is None and var is None:
-        raise ValueError(
-            f"{path} holds {sorted(tensors)[:4]} instead of mean and var; "
-            "give a file of the latents' statistics"
+        raise FileError(
+            path,
+            f"holds {quoted(sorted(tensors)[:4])} instead of mean and var",
+            "give a file of the latents' statistics",
         )
     if var is not None and not (var >= 0).all():
-        raise ValueError(
-            f"{path} has variances that are negative or not finite; the file is damaged"
-        )
+        raise FileError(path, "has variances that are negative or not finite: it is damaged")
     return mean, None if var is None else (var.float() + EPS).sqrt()
 
 
@@ -221,22 +258,26 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: the file is damaged, or holds something else.
     """
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        for name in ("ema", "model", "state_dict"):
-            if isinstance(content, dict) and isinstance(content.get(name), dict):
-                content = content[name]
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}); get it again") from error
-    except Exception as error:  # unpickling raises many kinds
-        raise ValueError(
-            f"{path} is not a PyTorch file of tensors alone, and nothing else is loaded ({error})"
-        ) from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__} instead of named tensors")
-    return {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
+    check_regular_file(path)
+    if path.suffix == ".safetensors":
+        tensors = read_safetensors(path)[0]
+    else:
+        try:
+            tensors = load_pytorch(path)
+        except (FileError, OSError, RuntimeError, EOFError, ValueError) as error:
+            if isinstance(error, FileError):
+                raise
+            raise FileError(path, f"is damaged ({reason(error)})", "get it again") from error
+        except Exception as error:  # unpickling raises many kinds
+            raise FileError(
+                path,
+                "is not a PyTorch file of tensors alone, and nothing else is loaded "
+                f"({reason(error)})",
+                "get it again, or give the tensors as .safetensors",
+            ) from error
+    for name, tensor in tensors.items():
+        check_finite(tensor, name, path)
+    return tensors
 
 
 def convert(source: Path, out: Path, null_class: bool = True) -> None:

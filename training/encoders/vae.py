@@ -6,8 +6,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+from gmflow_core.files.errors import quoted
 
 SD_VAE = "stabilityai/sd-vae-ft-ema"
 
@@ -20,6 +24,9 @@ class VAE(nn.Module):
 
     Args:
         network: diffusers' AutoencoderKL.
+
+    Raises:
+        ValueError: a factor of its config is missing, 0 or not finite.
     """
 
     space = "sd-vae"
@@ -29,8 +36,10 @@ class VAE(nn.Module):
         super().__init__()
         self.network = network.float().eval().requires_grad_(False)
         config = network.config
-        self.scaling_factor: float = config.scaling_factor
-        self.shift_factor: float = config.shift_factor or 0.0
+        self.scaling_factor: float = _checked(config, "scaling_factor")
+        if self.scaling_factor <= 0:
+            raise ValueError(f"scaling_factor is {self.scaling_factor}; it must be above 0")
+        self.shift_factor: float = _checked(config, "shift_factor") if config.shift_factor else 0.0
         self.factor = 2 ** (len(config.block_out_channels) - 1)  # pixels per latent pixel, per side
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
@@ -64,3 +73,19 @@ class VAE(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Decode scaled latents (B, C, h, w) to images (B, 3, H, W), about [-1, 1], unclamped."""
         return self.network.decode(latents.float() / self.scaling_factor + self.shift_factor).sample
+
+
+def _checked(config: Any, name: str) -> float:
+    """Return a factor of a VAE's config.
+
+    Raises:
+        ValueError: it is missing, or no finite number.
+    """
+    value = getattr(config, name, None)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not abs(value) < 1e30:
+        raise ValueError(
+            f"{name} is {quoted(value)}; it must be a finite number (0.18215 is the scaling_factor "
+            "of Stable Diffusion's VAE)"
+        )
+    return float(value)

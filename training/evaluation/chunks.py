@@ -7,12 +7,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from gmflow_core.files.atomic import atomic_write
-from training.common.files import read_safetensors
+from gmflow_core.files.errors import FileError, quoted, reading
+from gmflow_core.files.json_files import json_object
+from gmflow_core.files.safetensors_files import (
+    is_finite,
+    open_safetensors,
+    read_safetensors,
+    write_safetensors,
+)
+
+AGAIN = "delete it, then run the same command again"
 
 
 class Chunks:
@@ -50,11 +56,14 @@ class Chunks:
         """
         if not self.path(number).exists():
             return "missing"
+        path = self.path(number)
         try:
-            with safe_open(self.path(number), framework="pt") as file:
+            with reading(path), open_safetensors(path) as file:
                 metadata, names = file.metadata() or {}, list(file.keys())
                 lengths = {file.get_slice(name).get_shape()[0] for name in names}
-        except (SafetensorError, OSError):
+                if metadata.get("key") == self.key:
+                    json_object(metadata["facts"], path, "facts")
+        except (FileError, OSError):
             return "damaged"
         if metadata.get("key") != self.key:
             return "foreign"
@@ -64,22 +73,31 @@ class Chunks:
 
     def differences(self, number: int) -> list[str]:
         """Return the entries of the key in which a foreign chunk differs."""
-        with safe_open(self.path(number), framework="pt") as file:
-            old = json.loads((file.metadata() or {}).get("key", "{}"))
+        path = self.path(number)
+        with reading(path, AGAIN), open_safetensors(path, AGAIN) as file:
+            old = json_object((file.metadata() or {}).get("key", "{}"), path, "key", AGAIN)
         return [name for name, value in json.loads(self.key).items() if old.get(name) != value]
 
     def read(self, number: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Read the tensors of a whole chunk, and the facts that were saved with them."""
-        tensors, metadata = read_safetensors(self.path(number))
-        return tensors, json.loads(metadata["facts"])
+        """Read the tensors of a whole chunk, and the facts that were saved with them.
+
+        Raises:
+            FileError: the file is damaged, or holds numbers that are not finite.
+        """
+        path = self.path(number)
+        tensors, metadata = read_safetensors(path, AGAIN)
+        for name, tensor in tensors.items():
+            if not is_finite(tensor):
+                raise FileError(path, f"holds NaN or infinity in {quoted(name)}", AGAIN)
+        with reading(path, AGAIN):
+            return tensors, json_object(metadata["facts"], path, "facts", AGAIN)
 
     def write(self, number: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Write a chunk atomically; `facts` are JSON-serialisable."""
-        with atomic_write(self.path(number)) as temporary:
-            tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-            first = str(self.images(number).start)
-            metadata = {"key": self.key, "first": first, "facts": json.dumps(facts)}
-            save_file(tensors, temporary, metadata)
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        first = str(self.images(number).start)
+        metadata = {"key": self.key, "first": first, "facts": json.dumps(facts)}
+        write_safetensors(tensors, self.path(number), metadata)
 
 
 def key_digest(key: str) -> str:

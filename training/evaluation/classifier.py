@@ -10,16 +10,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from gmflow_core.files.atomic import atomic_write
+from gmflow_core.files.data_record import LONGEST_NAME
+from gmflow_core.files.errors import FileError, printable, quoted, reading
+from gmflow_core.files.json_files import json_object, parse_json
+from gmflow_core.files.safetensors_files import check_finite, read_safetensors, write_safetensors
+from gmflow_core.models.settings import check_settings
 from gmflow_core.models.state_dict import check_shapes, shapes_of
-from training.common.files import read_safetensors
-from training.evaluation.extractors import check_images, one_line
+from training.evaluation.extractors import check_images
 
 FORMAT = "gmflow-features-1"
+TRAIN_AGAIN = "delete it, or give --features another file name, to train the features again"
 LARGEST = 64  # pixels per side
 HELD_OUT = 0.1  # share of the images that tests the classifier if there is no test set
 
@@ -45,6 +48,7 @@ class ClassifierConfig:
     features: int = 64
 
     def __post_init__(self):
+        check_settings(self)
         if not (1 <= self.height <= LARGEST and 1 <= self.width <= LARGEST):
             raise ValueError(
                 f"the small classifier takes images up to {LARGEST} x {LARGEST}, not "
@@ -52,6 +56,11 @@ class ClassifierConfig:
             )
         if self.num_classes < 2:
             raise ValueError(f"a classifier needs at least 2 classes, not {self.num_classes}")
+        if self.channels < 8 or self.channels % 8 or self.features < 1:
+            raise ValueError(
+                f"channels {self.channels} and features {self.features} must be a multiple of 8, "
+                "and at least 1"
+            )
 
 
 class Classifier(nn.Module):
@@ -160,8 +169,7 @@ class ClassifierFeatures:
             "training": json.dumps(self.training),
         }
         tensors = {name: t.cpu().contiguous() for name, t in self.network.state_dict().items()}
-        with atomic_write(path) as temporary:
-            save_file(tensors, temporary, metadata)
+        write_safetensors(tensors, path, metadata)
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> ClassifierFeatures:
@@ -172,23 +180,32 @@ class ClassifierFeatures:
             ValueError: it holds something else, or is damaged.
         """
         path = Path(path)
-        tensors, metadata = read_safetensors(path)
+        tensors, metadata = read_safetensors(path, TRAIN_AGAIN)
         if metadata.get("format") != FORMAT:
-            raise ValueError(
-                f"{path} holds no features that this version knows (format "
-                f"{metadata.get('format')!r}, not {FORMAT!r}); give --features another file name "
-                "to train them"
+            found = quoted(metadata.get("format"))
+            raise FileError(
+                path,
+                f"holds no features that this version knows (format {found}, not {FORMAT!r})",
+                "give --features another file name to train them",
             )
-        try:
-            network = Classifier(ClassifierConfig(**json.loads(metadata["config"])))
-            check_shapes(shapes_of(network.state_dict()), shapes_of(tensors), "its config")
+        for name, tensor in tensors.items():
+            check_finite(tensor, name, path)
+        with reading(path, TRAIN_AGAIN):
+            config = ClassifierConfig(**json_object(metadata["config"], path, "config"))
+            with torch.device("meta"):  # no memory before the sizes are compared
+                expected = shapes_of(Classifier(config).state_dict())
+            check_shapes(expected, shapes_of(tensors), "its config")
+            network = Classifier(config)
             network.load_state_dict(tensors)
-            classes = tuple(json.loads(metadata["classes"]))
-            training = json.loads(metadata["training"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(
-                f"{path} is damaged ({one_line(error)}); delete it to train the features again"
-            ) from error
+            classes = parse_json(metadata["classes"], path, what="list of classes")
+            training = json_object(metadata["training"], path, "training record")
+            texts = isinstance(classes, list) and all(isinstance(each, str) for each in classes)
+            if not texts or len(classes) != config.num_classes:
+                raise FileError(path, f"has the classes {quoted(classes)}", TRAIN_AGAIN)
+            accuracy = training.get("accuracy")
+            if type(accuracy) is not float or not 0 <= accuracy <= 1:
+                raise FileError(path, f"has the accuracy {quoted(accuracy)}", TRAIN_AGAIN)
+            classes = tuple(printable(each, LONGEST_NAME) for each in classes)
         return cls(network.to(device), classes, training, path.stem)
 
 

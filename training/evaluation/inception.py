@@ -10,9 +10,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
+from gmflow_core.files.errors import check_regular_file, printable, reading
+from gmflow_core.files.safetensors_files import check_finite, read_safetensors
+from training.common.files import load_pytorch
 from training.evaluation.extractors import check_images, one_line
 
 
@@ -131,18 +133,16 @@ def read_inception(path: Path) -> dict[str, Tensor]:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, or holds something else.
     """
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(
-            f"there is no weight file {path} (--inception-weights); {inception_help()}"
-        )
-    try:
-        return (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
-    except Exception as error:  # a damaged archive raises nearly anything
-        raise ValueError(
-            f"{path} (--inception-weights) is not a whole file of tensors ({one_line(error)}); "
+            f"there is no weight file {printable(str(path))} (--inception-weights); "
             f"{inception_help()}"
-        ) from error
+        )
+    check_regular_file(path)
+    what = "(--inception-weights) is not a whole file of tensors"
+    with reading(path, inception_help(), what):
+        whole = path.suffix == ".safetensors"
+        tensors = read_safetensors(path)[0] if whole else load_pytorch(path)
+    for name, tensor in tensors.items():
+        check_finite(tensor, name, path)
+    return tensors

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from training.data.image_folder import centre_crop
+from gmflow_core.files.errors import FileError, printable, quoted, reading
+from training.common import arrays as common_arrays
+from training.data.image_folder import images_below
+from training.data.pictures import DECODER, read_picture
 from training.data.shards import INDEX, LatentDataset, to_pixels
 from training.encoders.vae import VAE
 from training.evaluation.metrics import Statistics
@@ -86,15 +87,20 @@ class FolderImages:
     """
 
     def __init__(self, folder: Path, count: int, size: int):
-        files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_FILES)
+        files = images_below(folder, known=set(IMAGE_FILES))
         if len(files) < 2:
             raise ValueError(
                 f"{folder} has {len(files)} images ({', '.join(IMAGE_FILES)}) and no {INDEX}; "
                 "give --reference a folder of images, a prepared folder, or an .npz file"
             )
-        self.files, self.size = [files[i] for i in random_order(len(files), count).tolist()], size
-        listing = json.dumps([(str(p.relative_to(folder)), p.stat().st_size) for p in self.files])
-        self.key = {"folder": hashlib.sha256(listing.encode()).hexdigest(), "size": size}
+        chosen = [files[i] for i in random_order(len(files), count).tolist()]
+        self.files, self.size = [folder / file for file in chosen], size
+        listing = json.dumps([(file, _bytes_of(folder / file)) for file in chosen])
+        self.key = {
+            "folder": hashlib.sha256(listing.encode()).hexdigest(),
+            "size": size,
+            "decoder": DECODER,
+        }
 
     def __len__(self) -> int:
         return len(self.files)
@@ -107,12 +113,9 @@ class FolderImages:
         """
         found = []
         for i in images:
-            try:
-                image = centre_crop(Image.open(self.files[i]).convert("RGB"), self.size)
-            except OSError as error:
-                raise ValueError(
-                    f"{self.files[i]} cannot be read as an image ({error}); mend or remove it"
-                ) from error
+            advice = "mend or remove it"
+            with reading(self.files[i], advice, "cannot be read as an image"):
+                image = read_picture(self.files[i], self.size)
             found.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
         return torch.stack(found), None
 
@@ -136,6 +139,14 @@ class ArrayImages:
     def get(self, images: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """Return uint8 (n, 3, H, W) and None: their labels are unknown."""
         return self.images[self.order[torch.as_tensor(images)]].contiguous(), None
+
+
+def _bytes_of(path: Path) -> int:
+    """Return the size of a file, 0 if there is none."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def random_order(total: int, count: int) -> Tensor:
@@ -163,35 +174,26 @@ def read_npz(path: str | Path) -> tuple[Tensor | None, Statistics | None]:
         ValueError: it holds neither in these shapes, or Python objects, which are never unpickled.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no reference file {path} (--reference)")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            names = set(file.files)
-            arrays = {name: file[name] for name in ("arr_0", "mu", "sigma") if name in names}
-    except (ValueError, OSError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"{path} is not a whole .npz file of plain arrays ({error}); download it again, or "
-            "give a folder of images"
-        ) from error
+    if not path.exists():
+        raise FileNotFoundError(f"there is no reference file {printable(str(path))} (--reference)")
+    arrays, names = common_arrays.read_npz(path, ("arr_0", "mu", "sigma"))
     images, mean, covariance = (arrays.get(name) for name in ("arr_0", "mu", "sigma"))
     if images is not None and (
         images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3
     ):
-        raise ValueError(
-            f"{path}: arr_0 is {images.dtype} {images.shape}; it must be uint8 images (N, H, W, 3)"
-        )
+        found = f"has arr_0 in {images.dtype} {images.shape}"
+        raise FileError(path, found, "it must be uint8 images (N, H, W, 3)")
+    if images is not None and not images.size:
+        raise FileError(path, f"has no pixels: arr_0 is {images.shape}", "give images")
     if (mean is None) != (covariance is None) or (mean is None and images is None):
-        raise ValueError(
-            f"{path} holds {sorted(names)}; "
-            "it needs images as arr_0, or statistics as mu and sigma, or all three"
-        )
+        wanted = "it needs images as arr_0, or statistics as mu and sigma, or all three"
+        raise FileError(path, f"holds {quoted(names)}", wanted)
     found = None
     if mean is not None:
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-            raise ValueError(
-                f"{path}: mu {mean.shape} and sigma {covariance.shape} do not fit; "
-                "they must be (D,) and (D, D)"
-            )
+            found = f"has mu {mean.shape} and sigma {covariance.shape}, which do not fit"
+            raise FileError(path, found, "they must be (D,) and (D, D)")
+        if not (len(mean) and np.isfinite(mean).all() and np.isfinite(covariance).all()):
+            raise FileError(path, "has no numbers, NaN or infinity in mu or sigma")
         found = Statistics(mean.astype(np.float64), covariance.astype(np.float64))
     return (None if images is None else torch.from_numpy(images).permute(0, 3, 1, 2)), found

@@ -9,9 +9,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from gmflow_core.files.errors import reading
 from training.common.devices import cuda_or_cpu
 from training.data.shards import INDEX
-from training.evaluation.chunks import Chunks
+from training.evaluation.chunks import AGAIN, Chunks
 from training.evaluation.extractors import Extractor
 from training.evaluation.inputs import Inputs
 from training.evaluation.metrics import Measures, Reference, Statistics, measure, statistics
@@ -123,4 +124,15 @@ def measure_images(inputs: Inputs, extractor: Extractor, images: RealImages, nam
         pixels, labels = images.get(chunks.images(number))
         chunks.write(number, measure(pixels, extractor, labels).tensors(), {})
     inputs.state.wait_for_everyone()
-    return Measures.cat(Measures(**chunks.read(number)[0]) for number in range(len(chunks)))
+    return Measures.cat(read_measures(chunks, number) for number in range(len(chunks)))
+
+
+def read_measures(chunks: Chunks, number: int) -> Measures:
+    """Read the measures in a chunk.
+
+    Raises:
+        FileError: it holds other tensors.
+    """
+    tensors = chunks.read(number)[0]
+    with reading(chunks.path(number), AGAIN, "holds no measures of images"):
+        return Measures(**tensors)

@@ -282,12 +282,12 @@ def test_measures_with_changed_bytes(tmp_path):
         chunks.read(0)
 
 
-def test_deeply_nested_pickles_do_not_crash(tmp_path):
-    """Hashing or freeing such a tuple would recurse without end."""
+def test_deeply_nested_pickles_end_another_process_at_most(tmp_path):
+    """Hashing or freeing such a tuple recurses without end."""
     path = tmp_path / "a.pt"
     with zipfile.ZipFile(path, "w") as archive:
-        pickle = b"\x80\x02})" + b"\x85" * 200_000 + b"K\x01s."
+        pickle = b"\x80\x02})" + b"\x85" * 2_000_000 + b"K\x01s."
         archive.writestr("a/data.pkl", pickle)
         archive.writestr("a/version", "3")
-    with pytest.raises(FileError, match="nested too deep"):
+    with pytest.raises(FileError, match=r"a\.pt (ended the process|is refused)"):
         load_pytorch(path)

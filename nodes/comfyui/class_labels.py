@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import comfy.model_management
 import torch
 
 from ...gmflow_core.files.labels import find_label
 from .gm_network import ImageNetwork
 
+MOST_IMAGES = 65_536  # in one batch
+LARGEST_LATENT = 2**30  # numbers, 4 GB
 ONLY_MORE = "(only more_labels)"  # choice of no first label
 
 
@@ -44,17 +48,32 @@ def choose_labels(
         raise ValueError(
             "there are no labels; choose one, or write some into more_labels, one per line"
         )
+    if len(texts) > MOST_IMAGES:
+        raise ValueError(
+            f"more_labels has {len(texts):,} lines, one for each label; the most is {MOST_IMAGES:,}"
+        )
     names, num_classes = network.label_names, network.network.config.num_classes
     try:
-        labels = [find_label(text, names, num_classes) for text in texts]
+        found = {text: find_label(text, names, num_classes) for text in dict.fromkeys(texts)}
+        labels = [found[text] for text in texts]
     except ValueError as error:
         raise ValueError(f"{error} (in more_labels, one per line)") from error
     return labels, [names[label] if names else str(label) for label in labels]
 
 
 def empty_images(network: ImageNetwork, count: int) -> dict:
-    """Return an empty LATENT of a network's own size."""
+    """Return an empty LATENT of a network's own size.
+
+    Raises:
+        ValueError: it would be too large.
+    """
     config = network.network.config
     shape = (count, config.channels, config.latent_size, config.latent_size)
+    if count > MOST_IMAGES or math.prod(shape) > LARGEST_LATENT:
+        raise ValueError(
+            f"a batch of {count:,} images of {shape[1:]} is too large; the most is "
+            f"{min(MOST_IMAGES, LARGEST_LATENT // math.prod(shape[1:])):,}: choose fewer labels, "
+            "or a smaller repeat, and run it more than once"
+        )
     device = comfy.model_management.intermediate_device()
     return {"samples": torch.zeros(shape, device=device)}

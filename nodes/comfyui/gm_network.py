@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...gmflow_core import GaussianMixture
+from ...gmflow_core.files.errors import quoted
 from .label_conditioning import LABELS, NO_CLASS, SOURCE
 from .latent_shapes import to_latent, to_points
 from .recording import is_awaited, offer
@@ -156,7 +157,7 @@ class ImageNetwork(GMNetwork):
             )
         if not NO_CLASS <= int(labels.min()) <= int(labels.max()) < num_classes:
             raise ValueError(
-                f"labels {labels.tolist()} do not fit a model of {num_classes} classes. "
+                f"labels {quoted(labels.tolist())} do not fit a model of {num_classes} classes. "
                 f"{HOW_TO_FIT}"
             )
         if batch % len(labels):

@@ -1,15 +1,14 @@
-"""Text, files and values of any kind through POST /prompt: each is named, and the server goes on."""
+"""Text, files and values of any kind: each is named, and the server answers the next prompt."""
 
 from __future__ import annotations
 
 import json
 import os
-import urllib.error
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from gmflow_core.cli import DEMO_MODEL
@@ -56,7 +55,7 @@ def goes_on(server: Comfy) -> bool:
 
 TEXTS = {
     "surrogate": SURROGATE,
-    "surrogate path": f"/tmp/{SURROGATE}.safetensors",
+    "surrogate path": f"/a/{SURROGATE}.safetensors",
     "surrogate id": f"owner/{SURROGATE}",
     "NUL": "/a\0b",
     "long": "/" + "x" * 5000,
@@ -91,7 +90,7 @@ def test_a_surrogate_in_every_text(comfy: Comfy) -> None:
             if about["category"].startswith("GMFlow") and (kind == "STRING" or kind == "COMBO"):
                 texts += 1
                 prompt = graph()
-                prompt["bad"] = node(name, **{each: "0" for each in inputs}, **{})
+                prompt["bad"] = node(name, **dict.fromkeys(inputs, "0"))
                 prompt["bad"]["inputs"][key] = f"{SURROGATE}{key}"
                 prompt["show"] = node("PreviewAny", source=["bad", 0])
                 comfy.run(prompt, expect_error=True)
@@ -141,7 +140,9 @@ def junk(comfy: Comfy) -> Iterator[Path]:
     folder = comfy.base / "models" / "gmflow" / "junk"
     folder.mkdir()
     yield folder
-    os.system(f"chmod -R u+rwx {folder} && rm -r {folder}")  # noqa: S605
+    if (folder / "closed").exists():
+        (folder / "closed").chmod(0o700)
+    shutil.rmtree(os.fsencode(folder))
     comfy.object_info()
 
 
@@ -234,7 +235,7 @@ def test_a_model_is_found_in_any_spelling(comfy: Comfy, tmp_path: Path, kind: st
 
 def test_points_of_other_channels_are_named(comfy: Comfy) -> None:
     """They are no empty ones, which ComfyUI brings into shape, and go to a stock sampler."""
-    prompt = changed("sample", latent_image=["sample2", 0])
+    prompt = graph()
     prompt["points"] = node("GMFlowLoader", model_name=DEMO_MODEL.name)
     prompt["none"] = node("GMFlowUnconditional")
     prompt["stock"] = node(
@@ -246,23 +247,13 @@ def test_points_of_other_channels_are_named(comfy: Comfy) -> None:
         **{"seed": 0, "steps": 1, "cfg": 1.0, "sampler_name": "euler"},
         **{"scheduler": "simple", "denoise": 1.0},
     )
-    prompt["sample"]["inputs"]["latent_image"] = ["labels", 2]
     prompt["save"]["inputs"]["samples"] = ["stock", 0]
     with pytest.raises(PromptError, match=r"shape \(1, 3, 8, 8\), and this model \(GMModel\)"):
         comfy.run(prompt)
 
 
-def test_a_prompt_that_is_no_prompt(comfy: Comfy) -> None:
-    """It is ComfyUI's own business; ours is that it answers the next one."""
-    for body in ({"prompt": {"a": {"class_type": "GMFlowLoader"}}}, {"prompt": 5}):
-        with pytest.raises(urllib.error.HTTPError):
-            comfy.post("/prompt", body)
-    assert goes_on(comfy)
-
-
 def test_latents_are_checked(comfy: Comfy) -> None:
     """Numbers that are not finite are refused by the input's name."""
-    assert torch.tensor(NAN).isnan()
     prompt = changed("sample", latent_image=["m39", 0])
     for i in range(40):
         prompt[f"m{i}"] = node(

@@ -365,9 +365,7 @@ def test_a_broken_latent_is_named(server: Comfy) -> None:
             "LatentMultiply", samples=[f"m{i - 1}" if i else "first", 0], multiplier=10.0
         )
     prompt["noise"]["inputs"]["latent_image"] = ["m39", 0]
-    with pytest.raises(
-        PromptError, match="input .latent_image. is a LATENT whose samples hold 1.. numbers"
-    ):
+    with pytest.raises(PromptError, match="'latent_image' is a LATENT whose samples hold"):
         server.run(prompt)
 
 

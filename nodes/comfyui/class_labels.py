@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 import comfy.model_management
 import torch
 
 from ...gmflow_core.files.labels import find_label
 from .gm_network import ImageNetwork
+from .sizes import check_size
 
 MOST_IMAGES = 65_536  # in one batch
-LARGEST_LATENT = 2**30  # numbers, 4 GB
 ONLY_MORE = "(only more_labels)"  # choice of no first label
 
 
@@ -69,11 +67,11 @@ def empty_images(network: ImageNetwork, count: int) -> dict:
     """
     config = network.network.config
     shape = (count, config.channels, config.latent_size, config.latent_size)
-    if count > MOST_IMAGES or math.prod(shape) > LARGEST_LATENT:
+    advice = "choose fewer labels, or a smaller repeat, and run it more than once"
+    if count > MOST_IMAGES:
         raise ValueError(
-            f"a batch of {count:,} images of {shape[1:]} is too large; the most is "
-            f"{min(MOST_IMAGES, LARGEST_LATENT // math.prod(shape[1:])):,}: choose fewer labels, "
-            "or a smaller repeat, and run it more than once"
+            f"a batch of {count:,} images is too large; the most is {MOST_IMAGES:,}: {advice}"
         )
+    check_size("images", count, shape[1:], advice)
     device = comfy.model_management.intermediate_device()
     return {"samples": torch.zeros(shape, device=device)}

@@ -20,6 +20,7 @@ from ...gmflow_core.files.safetensors_files import is_finite
 LONGEST_TEXT = 1_000_000  # characters of a text input
 FEWEST_DIMS, MOST_DIMS = 3, 5  # of a latent: sound, pictures, videos
 MODEL_PARTS = ("model", "model_options", "clone", "get_model_object")  # that a MODEL has
+SOURCE_PARTS = ("source", "data", "modes_of")  # that a GM_SOURCE has
 
 
 def check_inputs(
@@ -106,6 +107,12 @@ def _check_switch(kind: io.Input, value: Any) -> bool:
 def _check_model(kind: io.Input, value: Any) -> Any:
     if not all(hasattr(value, part) for part in MODEL_PARTS):
         raise _WrongError(f"{_seen(value)}; connect a MODEL, from a loader")
+    return value
+
+
+def _check_source(kind: io.Input, value: Any) -> Any:
+    if not all(hasattr(value, part) for part in SOURCE_PARTS):
+        raise _WrongError(f"{_seen(value)}; connect 'Load Mixture Source'")
     return value
 
 
@@ -196,6 +203,7 @@ CHECKS: dict[str, Callable[[Any, Any], Any]] = {
     "FLOAT": _check_number,
     "BOOLEAN": _check_switch,
     "MODEL": _check_model,
+    "GM_SOURCE": _check_source,
     "LATENT": _check_latent,
     "CONDITIONING": _check_conditioning,
 }

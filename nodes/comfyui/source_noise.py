@@ -20,6 +20,7 @@ from .guard import guarded
 from .label_conditioning import SOURCE, class_conditioning
 from .model_folders import find_source
 from .noise_check import mark_noise
+from .sizes import check_size
 
 BY_WEIGHT, BY_LIST = "by weight", "from the list"
 LIKELIEST, DRAWN = "of the image: likeliest", "of the image: drawn"
@@ -159,13 +160,14 @@ def empty_latent(loaded: LoadedSource, batch: int, choice: str) -> dict:
     """Return an empty LATENT of the source's size.
 
     Raises:
-        ValueError: `choice` asks for the modes of an image.
+        ValueError: `choice` asks for the modes of an image, or the latent would be too large.
     """
     if choice in (LIKELIEST, DRAWN):
         raise ValueError(
             f"the modes of an image were asked for ({choice!r}); connect it to latent_image, "
             "encoded"
         )
+    check_size("latents", batch, loaded.source.shape, "choose a smaller batch_size")
     device = comfy.model_management.intermediate_device()
     return {"samples": torch.zeros((batch, *loaded.source.shape), device=device)}
 

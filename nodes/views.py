@@ -76,9 +76,7 @@ class GMFlowDensity(io.ComfyNode):
                 f"(shape {tuple(latent.shape)}); use VAE Decode or GM Pixels for image models"
             )
         groups = [latent] if merge_batch else latent.split(1)
-        check_size(
-            "pictures", len(groups), (size, size, 3), "choose a smaller size, or merge_batch"
-        )
+        check_size("pictures", len(groups), (size, size, 3), "choose a smaller size")
         pictures = [
             density_picture(to_points(g), size, min(bins, size), extent, outline=outline)
             for g in groups

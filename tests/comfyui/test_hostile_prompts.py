@@ -252,6 +252,31 @@ def test_points_of_other_channels_are_named(comfy: Comfy) -> None:
         comfy.run(prompt)
 
 
+def test_pictures_that_fit_no_memory_are_refused(comfy: Comfy) -> None:
+    prompt = graph()
+    prompt["big"] = node(
+        "LatentUpscale",
+        samples=["labels", 2],
+        upscale_method="nearest-exact",
+        width=8192,
+        height=8192,
+        crop="disabled",
+    )
+    prompt["pixels"] = node("GMFlowPixels", samples=["big", 0], scale=256, columns=0)
+    prompt["save"] = node("PreviewImage", images=["pixels", 0])
+    with pytest.raises(PromptError, match=r"1 pictures of the shape \(262144, 262144, 3\)"):
+        comfy.run(prompt)
+
+
+def test_a_source_of_another_type_is_named(comfy: Comfy) -> None:
+    prompt = graph()
+    inputs = {"source": 5, "noise_seed": 0, "batch_size": 1, "choice": "by weight"}
+    prompt["noise"] = node("GMFlowSourceNoise", **inputs)
+    prompt["sample"]["inputs"]["latent_image"] = ["noise", 2]
+    with pytest.raises(PromptError, match="'source' is 5; connect 'Load Mixture Source'"):
+        comfy.run(prompt)
+
+
 def test_latents_are_checked(comfy: Comfy) -> None:
     """Numbers that are not finite are refused by the input's name."""
     prompt = changed("sample", latent_image=["m39", 0])

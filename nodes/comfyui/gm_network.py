@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...gmflow_core import GaussianMixture
 from ...gmflow_core.files.errors import quoted
-from .label_conditioning import LABELS, NO_CLASS, SOURCE
+from .label_conditioning import LABELS, NO_CLASS, SOURCE, problem_of
 from .latent_shapes import to_latent, to_points
 from .recording import is_awaited, offer
 
@@ -111,6 +111,9 @@ class ImageNetwork(GMNetwork):
             self.network.check_size(noise.shape)
         except ValueError as error:
             raise ValueError(f"{error}. {HOW_TO_FIT}") from error
+        problem = problem_of(conds)
+        if problem:
+            raise ValueError(f"the conditioning is damaged: its {problem}. {HOW_TO_FIT}")
         self.check_source(conds.get(SOURCE))
         num_classes = self.network.config.num_classes
         if not num_classes:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...gmflow_core.files.errors import quoted
 from ...gmflow_core.files.safetensors_files import is_finite
+from .label_conditioning import problem_of
 
 LONGEST_TEXT = 1_000_000  # characters of a text input
 FEWEST_DIMS, MOST_DIMS = 3, 5  # of a latent: sound, pictures, videos
@@ -121,8 +122,10 @@ def _check_latent(kind: io.Input, value: Any) -> dict:
     if not isinstance(value, dict) or "samples" not in value:
         raise _WrongError(f"{_seen(value)}; connect a LATENT, with 'samples' in it")
     samples = value["samples"]
-    if not isinstance(samples, Tensor) or not samples.is_floating_point():
-        raise _WrongError(f"a LATENT whose samples are {_seen(samples)}; they must be floats")
+    if not _is_array(samples):
+        raise _WrongError(
+            f"a LATENT whose samples are {_seen(samples)}; they must be floats of 16 bits or more"
+        )
     shape = tuple(samples.shape)
     if not FEWEST_DIMS <= len(shape) <= MOST_DIMS or 0 in shape:
         raise _WrongError(
@@ -132,7 +135,7 @@ def _check_latent(kind: io.Input, value: Any) -> dict:
     _check_finite("a LATENT whose samples hold", samples)
     mask = value.get("noise_mask")
     if mask is not None:
-        if not isinstance(mask, Tensor) or mask.ndim < 2 or 0 in mask.shape:
+        if not _is_array(mask) or not 2 <= mask.ndim <= MOST_DIMS or 0 in mask.shape:
             raise _WrongError(f"a LATENT whose noise_mask is {_seen(mask)}; connect a MASK")
         _check_finite("a LATENT whose noise_mask holds", mask)
     indices = value.get("batch_index")
@@ -144,6 +147,17 @@ def _check_latent(kind: io.Input, value: Any) -> dict:
                 f"of {len(samples)} whole numbers from 0, one for each item"
             )
     return value
+
+
+def _is_array(value: Any) -> bool:
+    """Return whether a value is an ordinary tensor of floats that arithmetic is defined for."""
+    return (
+        isinstance(value, Tensor)
+        and value.is_floating_point()
+        and value.itemsize > 1
+        and value.layout == torch.strided
+        and value.device.type != "meta"
+    )
 
 
 def _is_index(value: Any) -> bool:
@@ -166,14 +180,17 @@ def _check_conditioning(kind: io.Input, value: Any) -> list:
                 f"a list that holds {_seen(pair)}; a CONDITIONING holds pairs of a tensor and a "
                 "dict"
             )
+        problem = problem_of(pair[1])
+        if problem:
+            raise _WrongError(f"a CONDITIONING whose {problem}")
         for name, tensor in (("tensor", pair[0]), *pair[1].items()):
-            if isinstance(tensor, Tensor):
+            if _is_array(tensor):
                 _check_finite(f"a CONDITIONING whose {quoted(name)} holds", tensor)
     return value
 
 
 def _check_finite(what: str, tensor: Tensor) -> None:
-    if tensor.device.type != "meta" and not is_finite(tensor):
+    if not is_finite(tensor):
         count = int((~torch.isfinite(tensor.float())).sum())
         raise _WrongError(
             f"{what} {count} numbers that are not finite (NaN or infinity), from which only black "
@@ -186,7 +203,10 @@ def _seen(value: Any) -> str:
     if value is None:
         return "null, nothing"
     if isinstance(value, Tensor):
-        return f"a tensor of {value.dtype} and the shape {tuple(value.shape)}"
+        where = f" on {value.device}" if value.device.type == "meta" else ""
+        return (
+            f"a tensor of {value.dtype} ({value.layout}) and the shape {tuple(value.shape)}" + where
+        )
     if isinstance(value, (str, numbers.Number)):
         return quoted(value)
     kind = type(value).__name__

@@ -149,17 +149,23 @@ def find_lora(name: str) -> str:
     Raises:
         ValueError: there is none of that name.
     """
-    path = None if "\0" in name else folder_paths.get_full_path(LORAS, name)
+    path = _lora_path(name)
     if path is None:  # its name is shown otherwise than it is
         names = (each for each in folder_paths.get_filename_list(LORAS) if shown(each) == name)
-        same = next(names, None)
-        path = same and folder_paths.get_full_path(LORAS, same)
+        path = next(filter(None, map(_lora_path, names)), None)
     if path is None:
         folders = ", ".join(folder_paths.get_folder_paths(LORAS))
         raise ValueError(
             f"there is no adapter {quoted(name)} in {folders}; put it there and press R"
         )
     return path
+
+
+def _lora_path(name: str) -> str | None:
+    """Return the path of a LoRA, None if there is none; ComfyUI's own function logs any name."""
+    inside = os.path.relpath(os.path.join(os.sep, name), os.sep)  # never above the folder
+    paths = (os.path.join(base, inside) for base in folder_paths.get_folder_paths(LORAS))
+    return next(filter(os.path.isfile, paths), None)
 
 
 def files_of(model: str) -> list[str]:

@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
 from .adapters import GMFlowAdapter
+from .comfyui.guard import guarded_node
 from .comfyui.model_folders import register_folders
 from .conditioning import GMFlowClassLabels, GMFlowUnconditional
 from .eight_bit import GMFlowLoadDiffusionModel8bit, GMFlowSaveDiffusionModel8bit
@@ -20,6 +21,31 @@ from .samplers import (
 )
 from .views import GMFlowDensity, GMFlowPixels
 
+NODES = [
+    guarded_node(node)
+    for node in (
+        GMFlowLoader,
+        GMFlowSampler,
+        GMFlowODESampler,
+        GMFlowSDESampler,
+        GMFlowPolicySampler,
+        GMFlowSigmas,
+        GMFlowPolicySigmas,
+        GMFlowAdapter,
+        GMFlowLoadDiffusionModel8bit,
+        GMFlowSaveDiffusionModel8bit,
+        GMFlowClassLabels,
+        GMFlowUnconditional,
+        GMFlowGuider,
+        GMFlowProbabilisticGuidance,
+        GMFlowAutoguidance,
+        GMFlowSourceLoader,
+        GMFlowSourceNoise,
+        GMFlowDensity,
+        GMFlowPixels,
+    )
+]
+
 
 class GMFlowExtension(ComfyExtension):
     """GMFlow as a ComfyUI extension."""
@@ -28,24 +54,4 @@ class GMFlowExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Register the model folders, and return the node classes."""
         register_folders()  # here, as older versions never call on_load
-        return [
-            GMFlowLoader,
-            GMFlowSampler,
-            GMFlowODESampler,
-            GMFlowSDESampler,
-            GMFlowPolicySampler,
-            GMFlowSigmas,
-            GMFlowPolicySigmas,
-            GMFlowAdapter,
-            GMFlowLoadDiffusionModel8bit,
-            GMFlowSaveDiffusionModel8bit,
-            GMFlowClassLabels,
-            GMFlowUnconditional,
-            GMFlowGuider,
-            GMFlowProbabilisticGuidance,
-            GMFlowAutoguidance,
-            GMFlowSourceLoader,
-            GMFlowSourceNoise,
-            GMFlowDensity,
-            GMFlowPixels,
-        ]
+        return list(NODES)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import folder_paths
 from comfy_api.latest import io
 
 from .comfyui.adapter import with_adapter
+from .comfyui.adapter_file import read_adapter
 from .comfyui.bases import base_names
-from .comfyui.files import fingerprint, read_tensors
-from .comfyui.model_folders import LORAS
+from .comfyui.files import fingerprint
+from .comfyui.model_folders import find_lora, lora_names
 
 
 class GMFlowAdapter(io.ComfyNode):
@@ -33,7 +33,7 @@ class GMFlowAdapter(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "adapter_name",
-                    options=folder_paths.get_filename_list(LORAS),
+                    options=lora_names(),
                     tooltip="A GM adapter from models/loras, such as gmflux_k8_piid_4step or "
                     "gmqwen_k8_piid_4step. Keep the number of steps in its name: it tells how many "
                     "the adapter was made for.",
@@ -57,17 +57,18 @@ class GMFlowAdapter(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, adapter_name: str | None = None) -> bool | str:
+        """Check that the file exists; a linked name is not known yet."""
+        if adapter_name is not None:
+            find_lora(adapter_name)
+        return True
+
+    @classmethod
     def fingerprint_inputs(cls, adapter_name: str | None, **kwargs) -> list:
         """Return what changes when the file is replaced; a linked name is not known yet."""
-        path = folder_paths.get_full_path(LORAS, adapter_name) if adapter_name else None
-        return fingerprint(path) if path else []
+        return fingerprint(find_lora(adapter_name)) if adapter_name else []
 
     @classmethod
     def execute(cls, model, adapter_name: str, strength: float) -> io.NodeOutput:
-        path = folder_paths.get_full_path_or_raise(LORAS, adapter_name)
-        if not adapter_name.endswith((".safetensors", ".sft")):
-            raise ValueError(
-                f"{adapter_name} is not a safetensors file; GM adapters are published as such"
-            )
-        tensors, metadata = read_tensors(path, adapter_name)
+        tensors, metadata = read_adapter(find_lora(adapter_name))
         return io.NodeOutput(with_adapter(model, tensors, metadata, strength, adapter_name))

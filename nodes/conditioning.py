@@ -107,10 +107,10 @@ class GMFlowClassLabels(io.ComfyNode):
     def execute(cls, model, label: str, more_labels: str = "", repeat: int = 1) -> io.NodeOutput:
         network = network_of(model)
         labels, names = choose_labels(network, label, more_labels)
-        images = [label for label in labels for _ in range(repeat)]
+        latent = empty_images(network, len(labels) * repeat)  # refuses too many
         return io.NodeOutput(
-            class_conditioning(images),
+            class_conditioning([label for label in labels for _ in range(repeat)]),
             unconditional(),
-            empty_images(network, len(images)),
+            latent,
             "\n".join(names),
         )

@@ -35,10 +35,10 @@ class GMFlowLoader(io.ComfyNode):
                     default="",
                     optional=True,
                     placeholder="hub id or path instead",
-                    tooltip="Instead of the choice above: a path, or the id of a model on the "
-                    "Hugging Face hub, such as Lakonik/gmflow_imagenet_k8_ema. It is downloaded "
-                    "once, into the hub's cache; a folder of the same name in models/gmflow is "
-                    "preferred.",
+                    tooltip="Instead of the choice above: a path, or the id or address of a model "
+                    "on the Hugging Face hub, such as Lakonik/gmflow_imagenet_k8_ema. It is "
+                    "downloaded once, into the hub's cache; a folder of the same name in "
+                    "models/gmflow is preferred.",
                 ),
                 io.Combo.Input(
                     "weight_dtype",
@@ -54,19 +54,24 @@ class GMFlowLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, model_name: str, hub_id_or_path: str = "") -> bool | str:
-        """Check that the chosen model exists, unless a hub id or path replaces it."""
-        try:
+    def validate_inputs(
+        cls, model_name: str | None = None, hub_id_or_path: str | None = ""
+    ) -> bool | str:
+        """Check that the chosen model exists; linked names are not known yet."""
+        if model_name is not None and hub_id_or_path is not None:
             find_model(model_name, hub_id_or_path)
-        except ValueError as error:
-            return str(error)
         return True
 
     @classmethod
     def fingerprint_inputs(
-        cls, model_name: str, hub_id_or_path: str = "", weight_dtype: str = "default"
+        cls,
+        model_name: str | None,
+        hub_id_or_path: str | None = "",
+        weight_dtype: str | None = "default",
     ) -> list:
         """Return what changes when a file is trained further, or a folder replaced."""
+        if model_name is None or hub_id_or_path is None:
+            return []
         source = find_model(model_name, hub_id_or_path)
         return [source, weight_dtype, *fingerprint(*files_of(source))]
 

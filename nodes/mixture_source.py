@@ -46,17 +46,17 @@ class GMFlowSourceLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, source_name: str) -> bool | str:
-        """Check that the chosen source exists."""
-        try:
+    def validate_inputs(cls, source_name: str | None = None) -> bool | str:
+        """Check that the chosen source exists; a linked name is not known yet."""
+        if source_name is not None:
             find_source(source_name)
-        except ValueError as error:
-            return str(error)
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, source_name: str) -> list:
+    def fingerprint_inputs(cls, source_name: str | None) -> list:
         """Return what changes when the file is fitted anew."""
+        if source_name is None:
+            return []
         path = find_source(source_name)
         return [path, *fingerprint(path)]
 

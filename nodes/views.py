@@ -8,6 +8,7 @@ from comfy_api.latest import io
 from ..gmflow_core.pictures import image_grid
 from ..gmflow_core.toys.density_picture import density_picture
 from .comfyui.latent_shapes import to_points
+from .comfyui.sizes import check_size
 
 GAP = 4  # between pictures on one sheet
 
@@ -75,6 +76,7 @@ class GMFlowDensity(io.ComfyNode):
                 f"(shape {tuple(latent.shape)}); use VAE Decode or GM Pixels for image models"
             )
         groups = [latent] if merge_batch else latent.split(1)
+        check_size("pictures", len(groups), (size, size, 3), "choose a smaller size")
         pictures = [
             density_picture(to_points(g), size, min(bins, size), extent, outline=outline)
             for g in groups
@@ -128,6 +130,8 @@ class GMFlowPixels(io.ComfyNode):
                 f"GM Pixels shows latents (B, 3, h, w), and this one is {tuple(latent.shape)}; use "
                 "VAE Decode for models of latents, GM Density for points"
             )
+        shape = (latent.shape[2] * scale, latent.shape[3] * scale, 3)
+        check_size("pictures", len(latent), shape, "choose a smaller scale")
         images = (latent.float() + 1) / 2
         groups = [images] if columns else images.split(1)
         gap = GAP if columns else 0

@@ -23,7 +23,7 @@ from ..models.state_dict import check_shapes, shapes_of
 from .data_record import checked_data
 from .diffusers_folder import published_metadata, published_weights
 from .errors import FileError, printable, quoted, reading, reason
-from .hub import is_published
+from .hub import is_published, tidy_source
 from .json_files import EDITED, json_object
 from .safetensors_files import check_finite, open_safetensors, write_safetensors
 
@@ -87,6 +87,7 @@ def read_metadata(source: str | Path) -> dict[str, Any]:
         ValueError: it is not a whole GMFlow checkpoint; the message names the file and the fix.
         OSError: it is on the hub and cannot be downloaded.
     """
+    source = tidy_source(source)
     if is_published(source):
         return published_metadata(source)
     with open_checkpoint(source) as file:
@@ -103,7 +104,8 @@ def load_checkpoint(
     Args:
         source: a file of `save_checkpoint`; a folder in the layout of diffusers, such as the
             published GM-DiT; or the id of such a folder on the Hugging Face hub, "owner/name" or
-            "owner/name@revision". A file or folder of that name takes precedence over the hub.
+            "owner/name@revision", or its address; see `tidy_source`. A file or folder of that name
+            takes precedence over the hub.
         device: where the weights are put.
         dtype: type of the weights in memory; as stored if None.
 
@@ -114,6 +116,7 @@ def load_checkpoint(
         FileNotFoundError, ValueError, OSError: as `read_metadata`; also if the tensors do not fit
             the config.
     """
+    source = tidy_source(source)
     metadata = read_metadata(source)
     config = _new_config(metadata, source)
     model = _read_weights(MODELS[metadata["model_class"]], config, source, device, dtype)

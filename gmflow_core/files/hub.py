@@ -2,12 +2,120 @@
 
 from __future__ import annotations
 
+import os
 import re
+import unicodedata
 from pathlib import Path
+from urllib.parse import unquote
+from urllib.request import url2pathname
+
+from .errors import quoted
 
 HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(.+))?")
+SCHEME = re.compile(r"(file|hf|https?|ssh):/+", re.IGNORECASE)  # pathlib makes one slash of two
+HUB_HOST = re.compile(
+    r"(?:www\.|git@)?(?:huggingface\.co|hf\.co|hf-mirror\.com)[/:]", re.IGNORECASE
+)
+PAGES = ("blob", "commit", "raw", "resolve", "tree")  # of a model on the hub, before a revision
+PREFIXES = ("api", "models")  # of a model's address on some mirrors
+OTHER_KINDS = ("datasets", "spaces")  # of repositories
+DEFAULT_REVISION = "main"
+QUOTES = "\"'`<>\u00ab\u00bb\u2018\u2019\u201c\u201d\u201e"
+LONGEST_PATH = 4096  # characters
 FILE_ENDINGS = (".safetensors", ".sft", ".gguf", ".ckpt", ".pt", ".pth", ".bin", ".pkl")
 BY_HAND = "download the folder by other means and give its path"  # advice in messages
+
+
+def tidy_source(source: str | Path) -> str:
+    """Return the path or hub id that a text means, however it was pasted.
+
+    A path may be in quotes, start with ~ or file://, have backslashes or end with a slash. A hub id
+    may be the address of any page of the model, on the hub or on a mirror. Text that is the path of
+    something which exists stays as it is.
+
+    Returns:
+        A path; or "owner/name" or "owner/name@revision".
+
+    Raises:
+        ValueError: no path can be that long, or hold such a character; or it is an address of
+            something else.
+    """
+    text = source if isinstance(source, str) else source.as_posix()
+    if len(text) > LONGEST_PATH or "\0" in text:
+        raise ValueError(
+            f"{quoted(text)} is no path and no hub id: it has {len(text):,} characters"
+            f"{', and NUL is one of them' if chr(0) in text else ''}"
+        )
+    if os.path.exists(text):
+        return text
+    text = "".join(c for c in text if unicodedata.category(c) not in ("Cf", "Cc")).strip()
+    while text and text[0] in QUOTES and text[-1] in QUOTES:
+        text = text[1:-1].strip()
+    scheme = SCHEME.match(text)
+    if scheme and scheme[1].lower() == "file":
+        return _path_of(text[scheme.end() :])
+    if scheme:
+        return _id_of(text[scheme.end() :], text, has_host=scheme[1].lower() != "hf")
+    path = _tidy_path(text)
+    if os.path.exists(path):
+        return path
+    host = HUB_HOST.match(text)
+    if host:
+        return _id_of("hub/" + text[host.end() :], text, has_host=True)
+    parts = path.split("/")
+    if len(parts) > 4 and parts[3] in PAGES and re.fullmatch(r"\w[\w-]*(\.[\w-]+)+", parts[0]):
+        return _id_of(path, text, has_host=True)
+    if len(parts) > 3 and parts[2] in PAGES and HUB_ID.fullmatch("/".join(parts[:2])):
+        return _id_of(path, text, has_host=False)
+    return path
+
+
+def _tidy_path(text: str) -> str:
+    """Return a path with ~ replaced, slashes of this system, and no slash at its end."""
+    path = os.path.expanduser(text)
+    if os.sep == "/" and not os.path.exists(path):
+        escaped = path.replace("\\ ", " ")  # as a shell writes a blank
+        path = escaped if os.path.exists(escaped) else path.replace("\\", "/")
+    return path.rstrip("/" + os.sep) or path[:1]
+
+
+def _path_of(rest: str) -> str:
+    """Return the path in a file:// address, of which `rest` follows the slashes."""
+    rest = rest.removeprefix("localhost/").partition("#")[0].partition("?")[0]
+    if rest.startswith("~") or re.match(r"[A-Za-z]:", rest):
+        return _tidy_path(unquote(rest))
+    return _tidy_path(url2pathname("/" + rest))
+
+
+def _id_of(rest: str, text: str, has_host: bool) -> str:
+    """Return the hub id in an address.
+
+    Args:
+        rest: the address without its scheme.
+        text: the whole, for messages.
+        has_host: whether the name of a server comes first.
+
+    Raises:
+        ValueError: there is no owner/name in it, or it is not of a model.
+    """
+    rest = rest.partition("#")[0].partition("?")[0]
+    mirror = SCHEME.sub("", os.environ.get("HF_ENDPOINT", "")).strip("/")
+    if has_host and mirror and rest.startswith(mirror + "/"):
+        parts = rest.removeprefix(mirror).split("/")
+    else:
+        parts = rest.split("/")[1:] if has_host else rest.split("/")
+    parts = [unquote(part).strip() for part in parts if part.strip()]
+    while len(parts) > 2 and parts[0] in PREFIXES:
+        parts.pop(0)
+    name, _, revision = "/".join(parts[:2]).removesuffix(".git").partition("@")
+    if len(parts) > 3 and parts[2] in PAGES:
+        revision = "/".join(parts[3:6]) if parts[3] == "refs" else parts[3]
+    if not HUB_ID.fullmatch(name) or parts[0] in OTHER_KINDS:
+        raise ValueError(
+            f"{quoted(text)} is not the address of a model on the hub, such as "
+            f"https://huggingface.co/owner/name; give one, its id (owner/name), or {BY_HAND}"
+        )
+    return f"{name}@{revision}" if revision and revision != DEFAULT_REVISION else name
 
 
 def is_published(source: str | Path) -> bool:
@@ -15,23 +123,26 @@ def is_published(source: str | Path) -> bool:
 
     A hub id is "owner/name" or "owner/name@revision" where no file or folder of that name exists.
     """
-    return Path(source).is_dir() or _hub_id(source) is not None
+    return os.path.isdir(source) or _hub_id(source) is not None
 
 
 def cached_folder(hub_id: str) -> Path | None:
     """Return the folder of a model in the hub's cache, None if it is not there; never go online."""
     try:
         from huggingface_hub import try_to_load_from_cache
-    except ImportError:
+
+        index = try_to_load_from_cache(hub_id, "model_index.json")
+    except (ImportError, OSError, ValueError):  # the last two: a damaged cache
         return None
-    index = try_to_load_from_cache(hub_id, "model_index.json")
     return Path(index).parent if isinstance(index, str) else None
 
 
 def _hub_id(source: str | Path) -> tuple[str, str | None] | None:
     """Parse "owner/name[@revision]"; None for names that exist on disk or are spelt otherwise."""
     name = source if isinstance(source, str) else source.as_posix()
-    match = None if Path(source).exists() or name.endswith(FILE_ENDINGS) else HUB_ID.fullmatch(name)
+    if os.path.exists(name) or name.lower().endswith(FILE_ENDINGS):
+        return None
+    match = HUB_ID.fullmatch(name)
     return match and match.groups()
 
 
@@ -46,7 +157,7 @@ def folder_of(source: str | Path, patterns: list[str]) -> Path:
         ValueError: huggingface_hub is not installed.
         OSError: the hub has no such model, or cannot be reached.
     """
-    if Path(source).is_dir():
+    if os.path.isdir(source):
         return Path(source)
     name, revision = _hub_id(source)
     try:

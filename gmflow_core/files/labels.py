@@ -5,18 +5,41 @@ from __future__ import annotations
 import difflib
 import functools
 import os
+import sys
+import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from .checkpoint import read_metadata
+from .errors import MOST_QUOTED, printable, quoted
 
 MOST_LISTED = 8  # classes that an error names
+MOST_NAMES = 20_000  # that `known_names` lists
+MOST_READ = 1_000  # checkpoints whose names it reads
+MOST_SECONDS = 5.0  # that it takes
+MOST_COMPARED = 10_000  # names that are searched for a similar one
+MOST_DIGITS = 18  # of a class's number
+LARGEST_HEADER = 16 * 2**20  # bytes of the part of a file that holds its names
 
 
-def known_names(paths: Iterable[str]) -> list[str]:
-    """List the class names of these checkpoints, each once, in order, as `distinct` spells them."""
-    names = [name for path in paths for name in _names_of(path, *_stamp(path))]
-    return list(dict.fromkeys(names))
+def known_names(paths: Iterable[str]) -> tuple[list[str], bool]:
+    """List the class names of these checkpoints, each once, in order, as `distinct` spells them.
+
+    What cannot be read is left out: loading it says why. The list holds at most MOST_NAMES, from at
+    most MOST_READ checkpoints, as many as can be read in MOST_SECONDS.
+
+    Returns:
+        The names, and whether they are all.
+    """
+    names: dict[str, None] = {}
+    end = time.monotonic() + MOST_SECONDS
+    for count, path in enumerate(paths):
+        if count >= MOST_READ or time.monotonic() > end:
+            return list(names), False
+        names.update(dict.fromkeys(_names_of(path, *_stamp(path))))
+        if len(names) > MOST_NAMES:
+            return list(names)[:MOST_NAMES], False
+    return list(names), True
 
 
 def distinct(names: Sequence[str]) -> list[str]:
@@ -28,27 +51,42 @@ def distinct(names: Sequence[str]) -> list[str]:
     ]
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=MOST_READ)
 def _names_of(path: str, *stamp: float) -> tuple[str, ...]:
     """Return the class names of one checkpoint; none if it cannot be read (loading says why).
 
     The stamp is part of the cache's key: a changed file is read again.
     """
     try:
-        return tuple(
-            distinct([str(name) for name in read_metadata(path)["data"].get("labels") or []])
-        )
-    except (OSError, ValueError):
+        if _header_size(path) > LARGEST_HEADER:
+            return ()
+        names = read_metadata(path)["data"].get("labels") or []
+        # interned: many checkpoints have the same names
+        return tuple(sys.intern(str(name)) for name in distinct(names[: MOST_NAMES + 1]))
+    except Exception:  # one bad file must not take the list away
         return ()
+
+
+def _header_size(path: str) -> int:
+    """Return the bytes that have to be read and parsed for the names of a checkpoint."""
+    if os.path.isdir(path):
+        return os.path.getsize(_index_of(path))
+    with open(path, "rb") as file:
+        return int.from_bytes(file.read(8), "little")
+
+
+def _index_of(folder: str) -> str:
+    """Return the file of a model's folder that holds the names."""
+    return os.path.join(folder, "model_index.json")
 
 
 def _stamp(path: str) -> tuple[float, ...]:
     """Return the modification time and size of the file that holds the names."""
     try:
-        stat = os.stat(os.path.join(path, "model_index.json") if os.path.isdir(path) else path)
-    except OSError:
+        stat = os.stat(_index_of(path) if os.path.isdir(path) else path)
+    except (OSError, ValueError):
         return (0.0,)
-    return stat.st_mtime, stat.st_size
+    return stat.st_mtime_ns, stat.st_size, stat.st_ino
 
 
 def find_label(text: str, names: Sequence[str], num_classes: int) -> int:
@@ -65,41 +103,50 @@ def find_label(text: str, names: Sequence[str], num_classes: int) -> int:
     Raises:
         ValueError: it fits no class, or several; the message lists the nearest.
     """
-    wanted = text.strip().casefold()
-    names = distinct(names)
-    folded = [name.casefold() for name in names]
-    synonyms = [[part.strip() for part in name.split(",")] for name in folded]
+    wanted, told = text.strip().casefold(), quoted(text.strip())
+    names, folded, synonyms = _spellings(tuple(names))
     whole = [label for label, name in enumerate(folded) if wanted == name]
     whole = whole or [label for label, parts in enumerate(synonyms) if wanted in parts]
     if not whole and wanted.isdecimal():
-        if int(wanted) < num_classes:
-            return int(wanted)
+        digits = wanted.lstrip("0") or "0"
+        if len(digits) <= MOST_DIGITS and int(digits) < num_classes:
+            return int(digits)
         raise ValueError(
-            f"there is no class {wanted}; this model's are numbered from 0 to {num_classes - 1}"
+            f"there is no class {printable(wanted, MOST_QUOTED)}; this model's are numbered from 0 "
+            f"to {num_classes - 1}"
         )
     found = whole or [label for label, name in enumerate(folded) if wanted and wanted in name]
     if len(found) == 1:
         return found[0]
     if found:
         raise ValueError(
-            f"{text.strip()!r} fits {len(found)} classes: {_listed(found, names)}. "
+            f"{told} fits {len(found)} classes: {_listed(found, names)}. "
             "Give a whole name or a number"
         )
     if not names:
         raise ValueError(
-            f"{text.strip()!r}: this checkpoint names no classes; "
-            f"give a number from 0 to {num_classes - 1}"
+            f"{told}: this checkpoint names no classes; give a number from 0 to {num_classes - 1}"
         )
     raise ValueError(
-        f"this model has no class {text.strip()!r}; {_nearest(wanted, synonyms, names)}. "
+        f"this model has no class {told}; {_nearest(wanted, synonyms, names)}. "
         f"A number from 0 to {num_classes - 1} will do too"
     )
+
+
+@functools.lru_cache(maxsize=4)
+def _spellings(names: tuple[str, ...]) -> tuple[list[str], list[str], list[list[str]]]:
+    """Return the distinct names of classes, these without case, and the synonyms in each."""
+    names = distinct(names)
+    folded = [name.casefold() for name in names]
+    return names, folded, [[part.strip() for part in name.split(",")] for name in folded]
 
 
 def _nearest(wanted: str, synonyms: Sequence[Sequence[str]], names: Sequence[str]) -> str:
     """List the classes with the closest spelling; all classes if none is close."""
     every = [part for parts in synonyms for part in parts]
-    close = dict.fromkeys(difflib.get_close_matches(wanted, every, MOST_LISTED, 0.5))
+    few = len(every) <= MOST_COMPARED and len(wanted) <= MOST_QUOTED  # comparing takes long
+    close = difflib.get_close_matches(wanted, every, MOST_LISTED, 0.5) if few else []
+    close = dict.fromkeys(close)
     near = [label for part in close for label, parts in enumerate(synonyms) if part in parts]
     if near:
         return f"near it: {_listed(near, names)}"

@@ -11,7 +11,7 @@ import torch
 from ..files.checkpoint import FORMAT, SOURCE_CLASS, open_checkpoint, stored
 from ..files.data_record import checked_data
 from ..files.errors import FileError, quoted, reading
-from ..files.hub import folder_of, is_published
+from ..files.hub import folder_of, is_published, tidy_source
 from ..files.json_files import EDITED, json_object
 from ..files.safetensors_files import write_safetensors
 from .source import FIT, GaussianMixtureSource
@@ -121,6 +121,7 @@ def _sizes(config: dict[str, Any]) -> dict[str, list[int]]:
 
 def _source_file(source: str | Path) -> Path:
     """Return the file of a source, downloaded from the hub if need be."""
+    source = tidy_source(source)
     if not is_published(source):
         return Path(source)
     path = folder_of(source, [FILE]) / FILE

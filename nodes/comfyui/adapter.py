@@ -8,7 +8,7 @@ import os
 from torch import Tensor
 
 from ...gmflow_core.models.adapter_heads import GMHead, Head, build_head
-from .adapter_file import SHIFT, policy_of, split_tensors, steps_of
+from .adapter_file import SHIFT, check_size, policy_of, split_tensors, steps_of
 from .adapter_head import with_head
 from .adapter_info import Adapter, adapter_of
 from .adapter_lora import with_lora
@@ -45,13 +45,14 @@ def with_adapter(
             f"{name} to the model before that adapter"
         )
     base = base_of(model)
-    head_tensors, lora = split_tensors(tensors, name)
+    head_tensors, lora = split_tensors(tensors)
     policy = policy_of(metadata, head_tensors, name)
     width = getattr(model.model.diffusion_model, base.width)
     try:
         head = build_head(head_tensors, policy, base.layout, width)
     except ValueError as error:
         raise ValueError(f"{name} on {base.name}: {error}") from error
+    check_size(policy, head, name)
     model = with_lora(model, base, lora, strength, name)
     steps = steps_of(policy, name)
     adapter = Adapter(os.path.basename(name), base, steps, guidance_of(base, model))

@@ -7,17 +7,21 @@ from torch import Tensor
 from ...gmflow_core import unshift_time
 from ...gmflow_core.sampling.solvers import FINAL_STEP_SIZE
 from .adapter_info import Adapter, adapter_of
+from .guard import guarded
+from .latent_check import check_latent
 from .notices import clear, notice
 from .probabilistic_cfg import has_probabilistic_guidance
 
 
-def check_settings(executor, *args, **kwargs):
-    """Warn about guidance and LoRAs that do not fit the adapter.
+@guarded
+def check_settings(executor, noise: Tensor, latent_image: Tensor, *args, **kwargs):
+    """Check the latent, and warn about guidance and LoRAs that do not fit the adapter.
 
     It is a wrapper for ComfyUI's OUTER_SAMPLE, so that stock samplers warn too.
     """
     clear()
     guider = executor.class_obj
+    check_latent(guider.model_patcher, latent_image)
     adapter = adapter_of(guider.model_options)
     if adapter.guidance is not None:
         _check_guidance(guider, adapter)
@@ -28,7 +32,7 @@ def check_settings(executor, *args, **kwargs):
             f"a LoRA on this model changes {', '.join(lost)}, which the head of {adapter.name} "
             "replaces: that part of the LoRA has no effect"
         )
-    return executor(*args, **kwargs)
+    return executor(noise, latent_image, *args, **kwargs)
 
 
 def _check_guidance(guider, adapter: Adapter) -> None:

@@ -5,49 +5,78 @@ The layout is that of the published adapters of pi-Flow (Chen et al. 2025, arXiv
 
 from __future__ import annotations
 
-import json
 import re
 
 from torch import Tensor
 
-from ...gmflow_core.models.adapter_heads import is_head_key
+from ...gmflow_core.files.errors import MOST_QUOTED, FileError, printable, quoted, reading
+from ...gmflow_core.files.json_files import parse_json
+from ...gmflow_core.files.safetensors_files import check_finite, open_safetensors
+from ...gmflow_core.models.adapter_heads import GMHead, Head, is_head_key
 from ...gmflow_core.sampling.solvers import FINAL_STEP_SIZE
 from .notices import notice
 
+ENDINGS = (".safetensors", ".sft")
+POLICIES = ("GMFlow", "DX")  # that heads predict
+KNOWN = " and ".join(POLICIES)
+PREFIX = "transformer."  # of names in some files
 SHIFT = 3.2  # time shift of the published adapters; those with a DX policy state it in metadata
 STEPS = 4  # steps of an adapter whose name gives no number
 
 
-def split_tensors(
-    tensors: dict[str, Tensor], name: str
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the tensors of an adapter's head and those of its LoRA.
+def read_adapter(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read the tensors and the metadata of an adapter's file.
 
     Raises:
-        ValueError: there is no head, or a tensor is not finite; the message names the keys.
+        FileError: it is no whole safetensors file or no adapter, or a tensor is no finite array of
+            floats; the message names it.
     """
-    tensors = {key.removeprefix("transformer."): tensor for key, tensor in tensors.items()}
+    if not path.lower().endswith(ENDINGS):
+        raise FileError(path, "is not a safetensors file", "GM adapters are published as such")
+    tensors = {}
+    with reading(path), open_safetensors(path) as file:
+        _check_names(list(file.keys()), path)
+        for key in file.keys():
+            part = file.get_slice(key)
+            shape = tuple(part.get_shape())
+            if not shape or "F" not in part.get_dtype():
+                raise FileError(
+                    path,
+                    f"holds {quoted(key)} of type {part.get_dtype()} and shape {shape}, which is "
+                    "no array of floats",
+                )
+        for key in file.keys():
+            tensors[key] = file.get_tensor(key)
+            check_finite(tensors[key], key, path)
+        return tensors, file.metadata() or {}
+
+
+def _check_names(keys: list[str], path: str) -> None:
+    """Check that one of a file's tensors belongs to a head.
+
+    Raises:
+        FileError: none does.
+    """
+    if not any(is_head_key(key.removeprefix(PREFIX)) for key in keys):
+        raise FileError(
+            path,
+            f"is no GM adapter: none of its {len(keys)} tensors ({named(keys, 3)}, ...) belongs to "
+            "a GM head (proj_out_means and the like)",
+            "use Load LoRA for ordinary LoRAs, or choose an adapter such as gmflux_k8_piid_4step "
+            "of Lakonik/pi-FLUX.1",
+        )
+
+
+def split_tensors(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the tensors of an adapter's head and those of its LoRA."""
+    tensors = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
     head = {key: tensor for key, tensor in tensors.items() if is_head_key(key)}
-    if not head:
-        raise ValueError(
-            f"{name} is no GM adapter: none of its {len(tensors)} tensors "
-            f"({', '.join(list(tensors)[:3])}, ...) belongs to a GM head (proj_out_means and the "
-            "like); use Load LoRA for ordinary LoRAs, or choose an adapter such as "
-            "gmflux_k8_piid_4step of Lakonik/pi-FLUX.1"
-        )
-    broken = [key for key, tensor in tensors.items() if not _is_sound(tensor)]
-    if broken:
-        raise ValueError(
-            f"{name}: these tensors are no finite float arrays: {', '.join(broken[:8])}; the file "
-            "is damaged, download it again"
-        )
     return head, {key: tensor for key, tensor in tensors.items() if key not in head}
 
 
-def _is_sound(tensor: Tensor) -> bool:
-    """Return whether a tensor is a finite array of floats."""
-    floats = tensor.ndim > 0 and tensor.is_floating_point()
-    return floats and bool(tensor.float().isfinite().all())
+def named(keys: list[str], most: int = 8) -> str:
+    """Name the first of some keys of a file, for a message."""
+    return ", ".join(printable(key, MOST_QUOTED) for key in keys[:most])
 
 
 def policy_of(metadata: dict[str, str] | None, tensors: dict[str, Tensor], name: str) -> dict:
@@ -58,13 +87,13 @@ def policy_of(metadata: dict[str, str] | None, tensors: dict[str, Tensor], name:
     """
     text = (metadata or {}).get("policy_config")
     try:
-        policy = {} if text is None else json.loads(text)
-    except ValueError:
+        policy = {} if text is None else parse_json(text, name)
+    except FileError:
         policy = None
     if not isinstance(policy, dict):
         raise ValueError(
-            f"{name}: policy_config in its metadata is {text!r}, which is no JSON object; the file "
-            "is damaged"
+            f"{name}: policy_config in its metadata is {quoted(text)}, which is no JSON object; "
+            "the file is damaged"
         )
     if text is None and "proj_out.weight" in tensors:
         raise ValueError(
@@ -75,21 +104,43 @@ def policy_of(metadata: dict[str, str] | None, tensors: dict[str, Tensor], name:
     problem = _problem_of(policy)
     if problem:
         raise ValueError(
-            f"{name}: policy_config in its metadata is {text}, {problem}; use the file as it was "
-            "published"
+            f"{name}: policy_config in its metadata is {printable(text, MOST_QUOTED)}, {problem}; "
+            "use the file as it was published"
         )
     return policy
 
 
 def _problem_of(policy: dict) -> str:
     """Return what is wrong with a policy, "" if nothing is."""
+    if policy["type"] not in POLICIES:
+        return f"of a type that this version does not know: this version knows {KNOWN}"
     needed = ("segment_size", "shift") if policy["type"] == "DX" else ()
     missing = [key for key in needed if key not in policy]
     if missing:
         return f"without {missing[0]}"
-    shift = policy.get("shift", SHIFT)
-    is_number = isinstance(shift, int | float) and not isinstance(shift, bool)
-    return "" if is_number and 0.01 <= shift <= 100 else "whose shift is no number from 0.01 to 100"
+    if not is_number(policy.get("shift", SHIFT), 0.01, 100):
+        return "whose shift is no number from 0.01 to 100"
+    return ""
+
+
+def is_number(value: object, least: float, most: float) -> bool:
+    """Return whether a value of JSON is a number in a range."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and least <= value <= most
+
+
+def check_size(policy: dict, head: Head, name: str) -> None:
+    """Check that a policy states the same number of Gaussians as its head has, if it states one.
+
+    Raises:
+        ValueError: it does not.
+    """
+    stated = policy.get("num_gaussians")
+    if isinstance(head, GMHead) and stated not in (None, head.num_gaussians):
+        raise ValueError(
+            f"{name}: policy_config in its metadata says num_gaussians = {quoted(stated)}, and its "
+            f"head has {head.num_gaussians}; use the file as it was published"
+        )
 
 
 def steps_of(policy: dict, name: str) -> int:

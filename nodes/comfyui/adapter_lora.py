@@ -9,6 +9,7 @@ import comfy.sd
 from torch import Tensor
 
 from ...gmflow_core.models.state_dict import check_shapes
+from .adapter_file import named
 from .bases import BASES, Base
 from .notices import notice
 
@@ -60,7 +61,7 @@ def lora_pairs(lora: dict[str, Tensor], name: str) -> dict[str, tuple[Tensor, Te
     if odd:
         raise ValueError(
             f"{name}: {len(odd)} keys are neither a head nor a whole pair <module>.lora_A.weight "
-            f"and .lora_B.weight: {', '.join(sorted(odd)[:8])}; the file is damaged, or in another "
+            f"and .lora_B.weight: {named(sorted(odd))}; the file is damaged, or in another "
             "layout than the published adapters"
         )
     pairs = {
@@ -70,7 +71,7 @@ def lora_pairs(lora: dict[str, Tensor], name: str) -> dict[str, tuple[Tensor, Te
     for module, (down, up) in pairs.items():
         if not up.ndim == down.ndim == 2 or up.shape[1] != down.shape[0]:
             raise ValueError(
-                f"{name}: the pair of {module} is no product of matrices: lora_B is "
+                f"{name}: the pair of {named([module])} is no product of matrices: lora_B is "
                 f"{tuple(up.shape)}, lora_A {tuple(down.shape)}; the file is damaged"
             )
     return pairs

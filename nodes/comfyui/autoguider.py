@@ -13,6 +13,7 @@ import comfy.samplers
 from torch import Tensor
 
 from ...gmflow_core.sampling.guidance import within
+from .guard import guarded
 from .probabilistic_cfg import has_probabilistic_guidance
 
 GUIDE = "gmflow_guide"  # key of the additional models
@@ -77,6 +78,7 @@ class AutoGuider(comfy.samplers.CFGGuider):
         main, guide = self.model_patcher, self.guide.model_patcher
         self.in_turn = main.is_clone(guide) and not same_patches(main, guide)
 
+    @guarded
     def sample(
         self,
         noise,
@@ -125,6 +127,7 @@ class AutoGuider(comfy.samplers.CFGGuider):
             self.call_guide = None
             self.model_patcher.remove_additional_models(GUIDE)
 
+    @guarded
     def predict_noise(
         self,
         x: Tensor,

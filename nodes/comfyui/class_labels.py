@@ -7,7 +7,9 @@ import torch
 
 from ...gmflow_core.files.labels import find_label
 from .gm_network import ImageNetwork
+from .sizes import check_size
 
+MOST_IMAGES = 65_536  # in one batch
 ONLY_MORE = "(only more_labels)"  # choice of no first label
 
 
@@ -44,17 +46,32 @@ def choose_labels(
         raise ValueError(
             "there are no labels; choose one, or write some into more_labels, one per line"
         )
+    if len(texts) > MOST_IMAGES:
+        raise ValueError(
+            f"more_labels has {len(texts):,} lines, one for each label; the most is {MOST_IMAGES:,}"
+        )
     names, num_classes = network.label_names, network.network.config.num_classes
     try:
-        labels = [find_label(text, names, num_classes) for text in texts]
+        found = {text: find_label(text, names, num_classes) for text in dict.fromkeys(texts)}
+        labels = [found[text] for text in texts]
     except ValueError as error:
         raise ValueError(f"{error} (in more_labels, one per line)") from error
     return labels, [names[label] if names else str(label) for label in labels]
 
 
 def empty_images(network: ImageNetwork, count: int) -> dict:
-    """Return an empty LATENT of a network's own size."""
+    """Return an empty LATENT of a network's own size.
+
+    Raises:
+        ValueError: it would be too large.
+    """
     config = network.network.config
     shape = (count, config.channels, config.latent_size, config.latent_size)
+    advice = "choose fewer labels, or a smaller repeat, and run it more than once"
+    if count > MOST_IMAGES:
+        raise ValueError(
+            f"a batch of {count:,} images is too large; the most is {MOST_IMAGES:,}: {advice}"
+        )
+    check_size("images", count, shape[1:], advice)
     device = comfy.model_management.intermediate_device()
     return {"samples": torch.zeros(shape, device=device)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import comfy.utils
@@ -27,5 +28,8 @@ def read_tensors(path: str, name: str) -> tuple[dict[str, Tensor], dict[str, str
 
 def fingerprint(*paths: str) -> list[float]:
     """Return the times and sizes of files: they change when a file is replaced."""
-    stats = [os.stat(path) for path in paths if os.path.exists(path)]
+    stats = []
+    for path in paths:
+        with contextlib.suppress(OSError, ValueError):  # gone, or no name of a file
+            stats.append(os.stat(path))
     return [value for stat in stats for value in (stat.st_mtime, stat.st_size)]

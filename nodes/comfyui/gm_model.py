@@ -17,8 +17,10 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 
 from ...gmflow_core import load_checkpoint, read_metadata
+from ...gmflow_core.files.errors import printable
 from ...gmflow_core.models import GMFlowMLP
 from .gm_network import ImageNetwork, PointNetwork
+from .guard import guarded
 from .model_folders import remember_names
 from .noise_check import check_noise
 from .recording import RECORDER, add_recording
@@ -70,6 +72,7 @@ class GMModel(comfy.model_base.BaseModel):
         """
         return timestep / getattr(self.model_sampling, "multiplier", 1.0)
 
+    @guarded
     def extra_conds(self, **conds) -> dict[str, comfy.conds.CONDRegular]:
         """Return the part of a conditioning that reaches the network."""
         return self.diffusion_model.check_conds(**conds)
@@ -86,7 +89,7 @@ def load_gm_model(source: str, weight_dtype: str = "default") -> comfy.model_pat
         ValueError: the checkpoint cannot be loaded.
     """
     where = "" if os.path.exists(source) else " from the Hugging Face hub"
-    logging.info("GMFlow: loading %s%s", source, where)
+    logging.info("GMFlow: loading %s%s", printable(source), where)
     data = read_metadata(source)["data"]
     network, _ = load_checkpoint(source, dtype=DTYPES[weight_dtype])
     if weight_dtype == "default" and sum(p.numel() for p in network.parameters()) < SMALL:

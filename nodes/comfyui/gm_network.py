@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ...gmflow_core import GaussianMixture
-from .label_conditioning import LABELS, NO_CLASS, SOURCE
+from ...gmflow_core.files.errors import quoted
+from .label_conditioning import LABELS, NO_CLASS, SOURCE, problem_of
 from .latent_shapes import to_latent, to_points
 from .recording import is_awaited, offer
 
@@ -110,6 +111,9 @@ class ImageNetwork(GMNetwork):
             self.network.check_size(noise.shape)
         except ValueError as error:
             raise ValueError(f"{error}. {HOW_TO_FIT}") from error
+        problem = problem_of(conds)
+        if problem:
+            raise ValueError(f"the conditioning is damaged: its {problem}. {HOW_TO_FIT}")
         self.check_source(conds.get(SOURCE))
         num_classes = self.network.config.num_classes
         if not num_classes:
@@ -156,7 +160,7 @@ class ImageNetwork(GMNetwork):
             )
         if not NO_CLASS <= int(labels.min()) <= int(labels.max()) < num_classes:
             raise ValueError(
-                f"labels {labels.tolist()} do not fit a model of {num_classes} classes. "
+                f"labels {quoted(labels.tolist())} do not fit a model of {num_classes} classes. "
                 f"{HOW_TO_FIT}"
             )
         if batch % len(labels):

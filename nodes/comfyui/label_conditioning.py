@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ...gmflow_core.files.errors import quoted
+
 LABELS = "gmflow_labels"  # key in a conditioning: integers (n,)
 SOURCE = "gmflow_source"  # key in a conditioning: the SourceNoise whose modes LABELS names
 NO_CLASS = -1  # the label for "no class", whatever the model
@@ -16,6 +18,18 @@ def class_conditioning(labels: list[int]) -> list:
     Its tensor is a one, so that the stock ConditioningZeroOut turns it into "no class".
     """
     return [[torch.ones(1, 1, 1), {LABELS: torch.tensor(labels)}]]
+
+
+def problem_of(about: dict) -> str:
+    """Return what is wrong with the labels in a conditioning's dict, "" if nothing is."""
+    labels, source = about.get(LABELS), about.get(SOURCE)
+    if labels is not None:
+        whole = torch.is_tensor(labels) and labels.dtype in (torch.int64, torch.int32)
+        if not whole or labels.ndim != 1 or not len(labels):
+            return f"{LABELS} is {quoted(labels)}; it must be a tensor of whole numbers (n,)"
+    if source is not None and not hasattr(source, "generate_noise"):
+        return f"{SOURCE} is {quoted(source)}; 'Mixture Source Noise' puts it there"
+    return ""
 
 
 def unconditional() -> list:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import folder_paths
 
 from ...gmflow_core.files.checkpoint import SHIPPED
-from ...gmflow_core.files.hub import cached_folder
+from ...gmflow_core.files.errors import quoted, reason
+from ...gmflow_core.files.hub import cached_folder, tidy_source
 from ...gmflow_core.files.labels import distinct, known_names
+from .listing import MOST_NAMES, file_names, list_files, say_once, shown
 
 MODELS, SOURCES = "gmflow", "gmflow_sources"  # our folders in models/
 LORAS, DIFFUSION_MODELS = "loras", "diffusion_models"  # ComfyUI's
 MARKS = ("model_index.json", "transformer/config.json")  # of a model's folder, as diffusers has it
 PARTS = ("", "transformer", "spectrum_net", "vae")  # folders in it that hold files
+ENDINGS = (".safetensors", ".sft")  # of files that we load
+PICKLES = (".ckpt", ".pt", ".pt2", ".bin", ".pth", ".pkl")  # of files that could run code
+MOST_OFFERED = 20  # names that an error lists
 PUBLISHED = ("Lakonik/gmflow_imagenet_k8_ema",)  # models on the hub
 
 
@@ -23,40 +29,39 @@ def register_folders() -> None:
     Those of extra_model_paths.yaml, which are registered already, come first, then models/gmflow
     and models/gmflow_sources, and last the shipped models.
     """
-    _register(MODELS, folder_paths.supported_pt_extensions, str(SHIPPED))
-    _register(SOURCES, {".safetensors"})
+    _register(MODELS, str(SHIPPED))
+    _register(SOURCES)
 
 
-def _register(folder: str, extensions: set[str], *further: str) -> None:
-    """Make models/`folder`, and register it and further paths for files with these extensions."""
+def _register(folder: str, *further: str) -> None:
+    """Make models/`folder`, and register it and further paths for files that we can load."""
     default = os.path.join(folder_paths.models_dir, folder)
-    os.makedirs(default, exist_ok=True)
+    try:
+        os.makedirs(default, exist_ok=True)
+    except OSError as error:  # read-only, or a file of that name
+        say_once(f"{default} cannot be made ({reason(error)}); models are not looked for there")
     for path in (default, *further):
         folder_paths.add_model_folder_path(folder, path)
     paths, _ = folder_paths.folder_names_and_paths[folder]
-    folder_paths.folder_names_and_paths[folder] = (paths, extensions)
+    folder_paths.folder_names_and_paths[folder] = (paths, set(ENDINGS))
 
 
 def installed_models() -> dict[str, str]:
     """Return name and path of every installed model: files, and folders as diffusers has them."""
-    folders: dict[str, str] = {}
-    for base in folder_paths.get_folder_paths(MODELS):
-        for path, inside, _ in os.walk(base, followlinks=True):
-            if path != base and any(os.path.exists(os.path.join(path, mark)) for mark in MARKS):
-                folders.setdefault(os.path.relpath(path, base), path)
-                inside.clear()
-    files = {
-        name: path
-        for name, path in _installed_files(MODELS).items()
-        if path not in shipped_sources().values()
-        and not any(name.startswith(folder + os.sep) for folder in folders)
-    }
-    return dict(sorted({**files, **folders}.items()))
+    found = {**shipped_models(), **_installed(MODELS, _marks_of)}
+    return dict(sorted(found.items()))
 
 
 def installed_sources() -> dict[str, str]:
     """Return name and path of every mixture source that is installed or shipped."""
-    return dict(sorted({**shipped_sources(), **_installed_files(SOURCES)}.items()))
+    return dict(sorted({**shipped_sources(), **_installed(SOURCES)}.items()))
+
+
+def shipped_models() -> dict[str, str]:
+    """Return name and path of the models shipped with the extension."""
+    sources = shipped_sources()
+    paths = sorted(SHIPPED.glob("*.safetensors"))
+    return {path.name: str(path) for path in paths if path.name not in sources}
 
 
 def shipped_sources() -> dict[str, str]:
@@ -64,10 +69,15 @@ def shipped_sources() -> dict[str, str]:
     return {path.name: str(path) for path in sorted(SHIPPED.glob("*source*.safetensors"))}
 
 
-def _installed_files(folder: str) -> dict[str, str]:
-    """Return name and path of every file that ComfyUI lists for a folder."""
-    names = folder_paths.get_filename_list(folder)
-    return {name: path for name in names if (path := folder_paths.get_full_path(folder, name))}
+def _marks_of(folder: str) -> list[str]:
+    """Return the files that make a folder a model in the layout of diffusers."""
+    return [path for mark in MARKS if os.path.isfile(path := os.path.join(folder, mark))]
+
+
+def _installed(folder: str, is_model: Callable[[str], list[str]] | None = None) -> dict[str, str]:
+    """Return name and path of what the users' own folders of that kind hold."""
+    paths = [path for path in folder_paths.get_folder_paths(folder) if path != str(SHIPPED)]
+    return list_files(paths, ENDINGS, is_model)
 
 
 def find_model(model_name: str, hub_id_or_path: str = "") -> str:
@@ -80,19 +90,19 @@ def find_model(model_name: str, hub_id_or_path: str = "") -> str:
         ValueError: there is no such model.
     """
     models = installed_models()
-    other = hub_id_or_path.strip().removeprefix("https://huggingface.co/")
-    if not other:
+    source = tidy_source(hub_id_or_path)
+    if not source:
         return _find(model_name, models, MODELS, "model")
-    path = os.path.expanduser(other)
-    if os.path.exists(path) or os.path.isabs(path):
-        return path
-    last = other.rpartition("/")[2]
+    if os.path.exists(source) or os.path.isabs(source):
+        return source
+    hub_name = source.partition("@")[0] if source.count("/") == 1 else source
+    last = hub_name.rpartition("/")[2]
     same = (
         model
         for name, model in models.items()
         if os.path.basename(name) == last and os.path.isdir(model)
     )
-    return next(same, path)
+    return source if "@" in source else next(same, source)
 
 
 def find_source(name: str) -> str:
@@ -110,22 +120,59 @@ def _find(name: str, paths: dict[str, str], folder: str, kind: str) -> str:
     Raises:
         ValueError: there is none of that name.
     """
-    if name not in paths:
-        others = f", or choose one of {', '.join(paths)}" if paths else ""
-        folders = [path for path in folder_paths.get_folder_paths(folder) if path != str(SHIPPED)]
+    for spelling in (name, shown(name), name.strip().replace("\\", "/").strip("/")):
+        if spelling in paths:
+            return paths[spelling]
+    folders = [path for path in folder_paths.get_folder_paths(folder) if path != str(SHIPPED)]
+    if name.lower().endswith(PICKLES):
         raise ValueError(
-            f"there is no {kind} {name!r} in {', '.join(folders)}; put it there and press R{others}"
+            f"{quoted(name)} is a pickle file, which could run any code when opened, so GMFlow "
+            f"never reads one; put the .safetensors version of the {kind} into {folders[0]}"
         )
-    return paths[name]
+    some, rest = ", ".join(list(paths)[:MOST_OFFERED]), len(paths) - MOST_OFFERED
+    more = f" and {rest} more" if rest > 0 else ""
+    others = f", or choose one of {some}{more}" if paths else ""
+    raise ValueError(
+        f"there is no {kind} {quoted(name)} in {', '.join(folders)}; put it there and press "
+        f"R{others}"
+    )
+
+
+def lora_names() -> list[str]:
+    """Return the names of the files in ComfyUI's folder of LoRAs, as a list shows them."""
+    return list(dict.fromkeys(map(shown, folder_paths.get_filename_list(LORAS)[:MOST_NAMES])))
+
+
+def find_lora(name: str) -> str:
+    """Return the path of a file in ComfyUI's folder of LoRAs.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    path = _lora_path(name)
+    if path is None:  # its name is shown otherwise than it is
+        names = (each for each in folder_paths.get_filename_list(LORAS) if shown(each) == name)
+        path = next(filter(None, map(_lora_path, names)), None)
+    if path is None:
+        folders = ", ".join(folder_paths.get_folder_paths(LORAS))
+        raise ValueError(
+            f"there is no adapter {quoted(name)} in {folders}; put it there and press R"
+        )
+    return path
+
+
+def _lora_path(name: str) -> str | None:
+    """Return the path of a LoRA, None if there is none; ComfyUI's own function logs any name."""
+    inside = os.path.relpath(os.path.join(os.sep, name), os.sep)  # never above the folder
+    paths = (os.path.join(base, inside) for base in folder_paths.get_folder_paths(LORAS))
+    return next(filter(os.path.isfile, paths), None)
 
 
 def files_of(model: str) -> list[str]:
     """Return the path of a model, and, if it is a folder, those of the files in it."""
     files = [model]
-    for part in PARTS:
-        folder = os.path.join(model, part)
-        if os.path.isdir(folder):
-            files += sorted(entry.path for entry in os.scandir(folder))
+    for folder in (os.path.join(model, part) for part in PARTS):
+        files += [os.path.join(folder, name) for name in file_names(folder)]
     return files
 
 
@@ -136,14 +183,21 @@ _loaded_names: dict[str, None] = {}
 
 def remember_names(labels: list[str]) -> None:
     """Add the classes of a loaded model to the names that `class_names` returns."""
-    _loaded_names.update(dict.fromkeys(distinct(labels)))
+    left = max(0, MOST_NAMES - len(_loaded_names))
+    _loaded_names.update(dict.fromkeys(distinct(labels[:left])))
 
 
 def class_names() -> list[str]:
     """Return the class names of installed models, of those in the hub's cache, and of loaded ones.
 
-    Each name is listed once.
+    Each name is listed once, and at most MOST_NAMES in all.
     """
     cached = [folder for folder in map(cached_folder, PUBLISHED) if folder is not None]
-    names = known_names([*installed_models().values(), *map(str, cached)])
-    return list(dict.fromkeys([*names, *_loaded_names]))
+    names, is_whole = known_names([*installed_models().values(), *map(str, cached)])
+    names = list(dict.fromkeys([*names, *_loaded_names]))
+    if not is_whole or len(names) > MOST_NAMES:
+        say_once(
+            "the models installed have more class names than GM Class Labels can list; write other "
+            "names into more_labels"
+        )
+    return names[:MOST_NAMES]

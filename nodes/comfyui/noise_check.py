@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ...gmflow_core.files.errors import quoted
+from .guard import guarded
 from .label_conditioning import LABELS
+from .latent_check import check_latent
 from .notices import clear, notice
 
 
@@ -17,15 +20,19 @@ def mark_noise(noise: Tensor, drawn_by: object) -> Tensor:
     return noise
 
 
-def check_noise(executor, noise: Tensor, *args, **kwargs):
-    """Warn if the noise, or its modes, are not what the model was trained with.
+@guarded
+def check_noise(executor, noise: Tensor, latent_image: Tensor, *args, **kwargs):
+    """Check the latent, and warn if the noise or its modes are not those of the training.
 
     The noise is N(0, I) or that of a mixture source; its modes are those the conditioning names.
     It is a wrapper for ComfyUI's OUTER_SAMPLE, so that stock samplers warn too.
     """
     clear()
     guider = executor.class_obj
-    record = guider.model_patcher.model.diffusion_model.source
+    network = guider.model_patcher.model.diffusion_model
+    if network.of_points:  # networks of images check sizes with their conditioning
+        check_latent(guider.model_patcher, latent_image, any_size=True)
+    record = network.source
     drawn_by = getattr(noise, "gmflow_source", None)
     knows_modes = record is not None and record["conditioning"] == "mode"
     if record is None and drawn_by is not None:
@@ -42,7 +49,7 @@ def check_noise(executor, noise: Tensor, *args, **kwargs):
         )
     if knows_modes and drawn_by is not None:
         _check_modes(guider, drawn_by.modes.tolist())
-    return executor(noise, *args, **kwargs)
+    return executor(noise, latent_image, *args, **kwargs)
 
 
 def _check_modes(guider, modes: list[int]) -> None:
@@ -53,5 +60,5 @@ def _check_modes(guider, modes: list[int]) -> None:
     if wrong:
         notice(
             "connect noise and modes from the same 'Mixture Source Noise': the noise is of the "
-            f"modes {modes}, and the conditioning says {wrong[0]}. Expect poor images"
+            f"modes {quoted(modes)}, and the conditioning says {wrong[0]}. Expect poor images"
         )

@@ -7,6 +7,8 @@ import sys
 
 from comfy_execution.utils import get_executing_context
 
+from ...gmflow_core.files.errors import printable
+
 NOTHING = " "  # the page ignores an empty text
 # Module state, as ComfyUI keeps no place for what a node has said: node classes have no instances,
 # and one prompt runs at a time.
@@ -16,7 +18,7 @@ _shown: set[str] = set()  # nodes that have a text on them
 
 def notice(message: str, level: int = logging.WARNING) -> None:
     """Log a message, and show it on the node that runs, once for each run of the node."""
-    node = _running_node()
+    message, node = printable(message), _running_node()
     if (node, message) in _said[1]:
         return
     _said[1][node, message] = True

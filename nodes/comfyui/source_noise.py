@@ -12,16 +12,20 @@ import torch
 from torch import Tensor
 
 from ...gmflow_core import GaussianMixtureSource, ModeFrame, load_source
+from ...gmflow_core.files.errors import quoted
 from ...gmflow_core.source.files import read_source_metadata
 from .generators import generators
 from .gm_model import image_latent
+from .guard import guarded
 from .label_conditioning import SOURCE, class_conditioning
 from .model_folders import find_source
 from .noise_check import mark_noise
+from .sizes import check_size
 
 BY_WEIGHT, BY_LIST = "by weight", "from the list"
 LIKELIEST, DRAWN = "of the image: likeliest", "of the image: drawn"
-ITEM = re.compile(r"(\d+)(?:\s*-\s*(\d+))?")
+ITEM = re.compile(r"(\d{1,30})(?:-(\d{1,30}))?")
+MOST_MODES = 1_000_000  # in a list, more than any batch
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +99,7 @@ class SourceNoise:
             )
         return self.modes.repeat(batch // len(self.modes))
 
+    @guarded
     def generate_noise(self, input_latent: dict) -> Tensor:
         """Draw noise for each item of a LATENT.
 
@@ -155,13 +160,14 @@ def empty_latent(loaded: LoadedSource, batch: int, choice: str) -> dict:
     """Return an empty LATENT of the source's size.
 
     Raises:
-        ValueError: `choice` asks for the modes of an image.
+        ValueError: `choice` asks for the modes of an image, or the latent would be too large.
     """
     if choice in (LIKELIEST, DRAWN):
         raise ValueError(
             f"the modes of an image were asked for ({choice!r}); connect it to latent_image, "
             "encoded"
         )
+    check_size("latents", batch, loaded.source.shape, "choose a smaller batch_size")
     device = comfy.model_management.intermediate_device()
     return {"samples": torch.zeros((batch, *loaded.source.shape), device=device)}
 
@@ -173,21 +179,23 @@ def mode_list(text: str) -> list[int]:
         ValueError: the text is no such list, or is empty.
     """
     numbers = []
-    for item in filter(None, re.split(r"[,;\s]+", re.sub(r"\s*-\s*", "-", text.strip()))):
+    text = re.sub(r" ?- ?", "-", " ".join(text.split()))
+    for item in filter(None, re.split(r"[,; ]+", text)):
         match = ITEM.fullmatch(item)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
         if first > last:
             raise ValueError(
-                f"{item!r} in the list of modes is in the wrong order; give {last}-{first}"
+                f"{quoted(item)} in the list of modes is in the wrong order; give {last}-{first}"
             )
         if not match:
             raise ValueError(
-                f"{item!r} in the list of modes is no mode and no range; give numbers, such as "
-                "3, 7, 10-12"
+                f"{quoted(item)} in the list of modes is no mode and no range; give numbers, such "
+                "as 3, 7, 10-12"
             )
-        if last - first > 1e6:
+        if len(numbers) + last - first >= MOST_MODES:
             raise ValueError(
-                f"{item!r} in the list of modes is longer than any batch; give a shorter range"
+                f"{quoted(item)} makes the list of modes longer than any batch, {MOST_MODES:,}; "
+                "give shorter ranges"
             )
         numbers += range(first, last + 1)
     if not numbers:

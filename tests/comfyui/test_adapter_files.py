@@ -63,6 +63,9 @@ def edited(server: Comfy, name: str, source: str, **changes: Tensor | None) -> s
             {LORA: torch.zeros(1024, 3)},
             r"proj_mlp is no product of matrices: lora_B is \(1024, 3\), lora_A \(4, 256\)",
         ),
+        ("nan", {LORA: torch.full((1024, 4), float("nan"))}, r"4096 numbers in '.*not finite"),
+        ("ints", {LORA: torch.zeros(1024, 4, dtype=torch.int8)}, "type I8 .* no array of floats"),
+        ("text", {"\x1b[31m.lora_A.weight": torch.zeros(4, 2)}, r"keys are neither.*\\x1b\[31m"),
         (
             "extra",
             {"attn9.lora_A.weight": torch.zeros(4, 2), "attn9.lora_B.weight": torch.zeros(4, 4)},
@@ -88,6 +91,9 @@ def test_damaged_adapters_are_refused_with_the_key(
     [
         ("{GMFlow", r"policy_config in its metadata is '\{GMFlow', which is no JSON object"),
         ("[1]", "which is no JSON object"),
+        ("[" * 100_000, "which is no JSON object"),
+        ('{"type": ["DX"]}', "this version knows GMFlow and DX"),
+        ('{"type": "GMFlow", "shift": NaN}', "whose shift is no number"),
         ('{"type": "Flow3"}', "this version knows GMFlow and DX"),
         ('{"type": "DX", "segment_size": 0.25}', "without shift"),
         ('{"type": "DX", "segment_size": "0.25", "shift": 3.2}', "segment_size '0.25'"),
@@ -107,13 +113,36 @@ def test_bad_metadata_is_quoted(server: Comfy, policy: str | None, complaint: st
         server.run(prompt)
 
 
+@pytest.mark.parametrize(("base", "shape"), [("flux", (1, 4, 8, 8)), ("qwen", (1, 4, 1, 8, 8))])
+def test_latents_of_other_channels_are_named(server: Comfy, base: str, shape: tuple) -> None:
+    """They are named by the adapter's own wrapper, with every sampler, before the first step."""
+    save_file(
+        {"latent_tensor": torch.ones(shape), "latent_format_version_0": torch.tensor([])},
+        server.base / "input" / f"{base}.latent",
+    )
+    prompt = graph(base)
+    prompt["given"] = node("LoadLatent", latent=f"{base}.latent")
+    prompt["sample"]["inputs"]["latent_image"] = ["given", 0]
+    stock = node(
+        "KSampler",
+        **{key: prompt["sample"]["inputs"][key] for key in ("model", "positive", "latent_image")},
+        **{"negative": prompt["sample"]["inputs"]["positive"], "seed": 0, "steps": 1, "cfg": 1.0},
+        **{"sampler_name": "euler", "scheduler": "simple", "denoise": 1.0},
+    )
+    for sampler in (prompt["sample"], stock):
+        with pytest.raises(PromptError, match=r"latent has the shape \(1, 4.* takes \(batch, 16"):
+            server.run({**prompt, "sample": sampler})
+
+
 def test_unreadable_files_and_names_without_steps(server: Comfy) -> None:
     loras, prompt = server.base / "models" / "loras", graph()
     (loras / "short_4step.safetensors").write_bytes((loras / ADAPTERS["flux"]).read_bytes()[:5000])
     write_adapter(loras / "diffusion_pytorch_model.safetensors")
     server.object_info()
     prompt["model"]["inputs"]["adapter_name"] = "short_4step.safetensors"
-    with pytest.raises(PromptError, match=r"short_4step\.safetensors cannot be read"):
+    with pytest.raises(
+        PromptError, match=r"short_4step\.safetensors is not a whole safetensors file"
+    ):
         server.run(prompt)
     prompt["model"]["inputs"]["adapter_name"] = "diffusion_pytorch_model.safetensors"
     assert "does not say how many steps" in server.run(prompt).texts["model"]

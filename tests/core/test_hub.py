@@ -8,7 +8,8 @@ import huggingface_hub
 import pytest
 import torch
 
-from gmflow_core import load_checkpoint, read_metadata
+from gmflow_core import load_checkpoint, read_metadata, save_checkpoint
+from gmflow_core.files.hub import tidy_source
 from tests.diffusers_folder import (
     WEIGHTS,
     change_json,
@@ -83,6 +84,70 @@ def test_what_is_neither_a_path_nor_an_id_does_not_go_to_the_hub(hub, source):
         FileNotFoundError, match=f"there is no checkpoint {Path(source)}: .*no hub id"
     ):
         load_checkpoint(source)
+    assert hub.calls == []
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("owner/name", "owner/name"),
+        (" 'owner/name/'\n", "owner/name"),
+        ("\u200bowner\\name\ufeff", "owner/name"),
+        ("owner/name@refs/pr/1", "owner/name@refs/pr/1"),
+        ("https://huggingface.co/owner/name", "owner/name"),
+        ("HTTPS://www.HuggingFace.co/owner/name/tree/main", "owner/name"),
+        ("https://huggingface.co/owner/name/tree/v2", "owner/name@v2"),
+        ("https://hf.co/owner/name/blob/main/a/b.safetensors?download=true#x", "owner/name"),
+        ("https://hf.co/owner/name/resolve/refs%2Fpr%2F1/a.safetensors", "owner/name@refs/pr/1"),
+        ("https://hf-mirror.com/owner/name.git", "owner/name"),
+        ("https://mirror.example:8080/models/owner/name/", "owner/name"),
+        ("https://endpoint.example/deep/path/owner/name/tree/main", "owner/name"),
+        ("huggingface.co/owner/name", "owner/name"),
+        ("mirror.example/owner/name/tree/main", "owner/name"),
+        ("owner/name/tree/main", "owner/name"),
+        ("git@hf.co:owner/name.git", "owner/name"),
+        ("hf://owner/name@v1/transformer", "owner/name@v1"),
+        (Path("https://hf.co/owner/name"), "owner/name"),
+        ("~/models/", str(Path.home() / "models")),
+        ("/a//b/", "/a//b"),
+        ("/", "/"),
+        ("./a/b", "./a/b"),
+        ("", ""),
+    ],
+)
+def test_a_source_is_understood_in_any_spelling(monkeypatch, text, meant):
+    monkeypatch.setenv("HF_ENDPOINT", "https://endpoint.example/deep/path/")
+    assert tidy_source(text) == meant
+
+
+def test_a_path_is_found_in_any_spelling(tmp_path, model):
+    path = tmp_path / "my model 100%.safetensors"
+    save_checkpoint(model, path)
+    for text in (path, f'"{path}"', path.as_uri(), f"{path.as_uri()}?x=1", f" {path}\n"):
+        assert tidy_source(text) == str(path)
+    assert tidy_source(str(path).replace(" ", "\\ ")) == str(path)
+    assert tidy_source(str(path).replace("/", "\\")) == str(path)
+    assert same_model(load_checkpoint(path.as_uri(), dtype=None)[0], model)
+    odd = tmp_path / "'quoted' "
+    odd.mkdir()
+    assert tidy_source(str(odd)) == str(odd)  # what is there stays as it is
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("a\0b", "NUL is one of them"),
+        ("x" * 5000, "it has 5,000 characters"),
+        ("https://huggingface.co/datasets/a/b", "not the address of a model"),
+        ("https://huggingface.co", "not the address of a model"),
+        ("https://example.org/\ud800", "not the address of a model"),
+    ],
+)
+def test_what_can_be_no_source_is_refused(hub, text, complaint):
+    with pytest.raises(ValueError, match=complaint) as error:
+        load_checkpoint(text)
+    assert len(str(error.value)) < 1000
+    assert str(error.value).isprintable()
     assert hub.calls == []
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gmflow_core.files.checkpoint import load_checkpoint, read_metadata
 from gmflow_core.files.diffusers_folder import published_weights
-from gmflow_core.files.hub import is_published
+from gmflow_core.files.hub import is_published, tidy_source
 from gmflow_core.source.source import GaussianMixtureSource
 from training.data.shards import LatentDataset
 from training.encoders.vae import SD_VAE
@@ -162,6 +162,7 @@ class Model:
 def fingerprint(checkpoint: str, config: dict) -> str:
     """Return the SHA-256 of a checkpoint's config and weight files."""
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    checkpoint = tidy_source(checkpoint)
     if is_published(checkpoint):
         files = [file for _, file in published_weights(checkpoint)]
     else:

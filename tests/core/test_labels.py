@@ -1,0 +1,46 @@
+"""Names of classes: a list of them is bounded, and any text is answered."""
+
+import pytest
+import torch
+
+from gmflow_core import save_checkpoint
+from gmflow_core.files import labels
+from gmflow_core.files.labels import find_label, known_names
+from tests.diffusers_folder import random_model
+
+NAMES = ("tabby, tabby cat", "tiger cat", "tench")
+
+
+def write(path, names):
+    save_checkpoint(random_model(torch.float32), path, data={"labels": names})
+    return str(path)
+
+
+def test_the_list_of_names_is_bounded(tmp_path, monkeypatch):
+    paths = [
+        write(tmp_path / f"{i}.safetensors", [f"{i} {j}" for j in range(150)]) for i in range(3)
+    ]
+    assert known_names(paths[:2]) == ([f"{i} {j}" for i in range(2) for j in range(150)], True)
+    monkeypatch.setattr(labels, "MOST_NAMES", 200)
+    names, is_whole = known_names(paths)
+    assert (len(names), is_whole) == (200, False)
+    monkeypatch.setattr(labels, "MOST_READ", 1)
+    assert known_names(paths)[1] is False
+
+
+@pytest.mark.parametrize("bad", [5, "abc", [1, 2], {"a": 1}, [[[]]]])
+def test_a_bad_file_hides_no_other(tmp_path, bad):
+    paths = [write(tmp_path / "bad.safetensors", bad), write(tmp_path / "good.safetensors", NAMES)]
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "damaged.safetensors").write_bytes(b"\xff" * 9)
+    paths += map(str, (tmp_path / "folder", tmp_path / "damaged.safetensors", "gone", "a\0b"))
+    assert known_names(paths) == (list(NAMES), True)
+
+
+@pytest.mark.parametrize("text", ["9" * 10_000, "\ud800", "x" * 100_000, "\x1b[31m", ""])
+def test_any_text_is_answered(text):
+    with pytest.raises(ValueError, match=r"class|classes") as error:
+        find_label(text, NAMES, len(NAMES))
+    assert len(str(error.value)) < 1000
+    assert str(error.value).isprintable()
+    assert find_label("0002", NAMES, len(NAMES)) == 2

@@ -60,8 +60,7 @@ class ProbabilisticCFG:
             )
         shape = solver_shape(model, args["model_options"])
         x, uncond = shape.to_solver(latent), shape.to_solver(args["uncond_denoised"])
-        sigmas = sigma.repeat_interleave(len(x) // len(sigma))
-        cond = recorder.x0_policy(args["input_cond"], x, sigmas)
+        cond = recorder.x0_policy(args["input_cond"], x)
         if cond is None:
             why = recorder.why_not_single(args["input_cond"], x)
             notice(f"found {why}, so there is no single mixture to guide: nothing is guided")

@@ -9,6 +9,7 @@ from ...gmflow_core.sampling.solvers import FINAL_STEP_SIZE
 from .adapter_info import Adapter, adapter_of
 from .notices import clear, notice
 from .probabilistic_cfg import has_probabilistic_guidance
+from .unloading import make_loadable
 
 
 def check_settings(executor, *args, **kwargs):
@@ -18,6 +19,7 @@ def check_settings(executor, *args, **kwargs):
     """
     clear()
     guider = executor.class_obj
+    make_loadable(guider.model_patcher)
     adapter = adapter_of(guider.model_options)
     if adapter.guidance is not None:
         _check_guidance(guider, adapter)

@@ -11,6 +11,7 @@ from .adapter_checks import check_settings
 from .adapter_info import ADAPTER, Adapter
 from .recording import RECORDER, add_recording, offer
 from .time_shift import ShiftedFlow
+from .unloading import keep_loadable
 
 
 class HeadForward:
@@ -58,4 +59,5 @@ def with_head(
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, RECORDER, check_settings)
     model.model_options["transformer_options"][ADAPTER] = adapter
     model.add_object_patch("model_sampling", sampling)
+    keep_loadable(model)
     return model

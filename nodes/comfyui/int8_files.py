@@ -29,6 +29,7 @@ from .int8_layers import (
     is_quantisable,
     read_layout,
 )
+from .unloading import keep_loadable
 
 OTHERS = {  # parts of key names that identify other kinds of quantised files
     "scaled_fp8": "scaled fp8",
@@ -86,6 +87,7 @@ def load_8bit(
         )
     if hasattr(model, "cached_patcher_init"):  # newer versions call it to load a model again
         model.cached_patcher_init = (load_8bit, (path, compute))
+    keep_loadable(model)
     logging.info(
         "GMFlow: %s: %d linear layers in int8, %.2f GB instead of %.2f GB; %s layout; products in "
         "%s",

@@ -171,6 +171,12 @@ def native_operations(
                 int8 = Int8Weight(weight._qdata, about.scale.reshape(-1, 1), group)
                 return linear(x, int8, bias)
 
+            def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+                # a weight of inference mode would be copied, and be none afterwards
+                inside = self.weight is not None and self.weight.is_inference()
+                with torch.inference_mode(inside or torch.is_inference_mode_enabled()):
+                    return super()._apply(fn, recurse)
+
     return Operations
 
 

@@ -56,8 +56,8 @@ def report_result(samples: object, guider) -> None:
 
 def likely_cause(guider) -> str:
     """Return why a sampling with this guider gave numbers that are not finite."""
-    model, patcher = guider.inner_model, guider.model_patcher
-    cause = _bad_weight(model, patcher)
+    patcher = guider.model_patcher
+    model, cause = patcher.model, _bad_weight(patcher)
     if cause:
         return cause
     scale = getattr(guider, "cfg", None)
@@ -72,14 +72,14 @@ def likely_cause(guider) -> str:
     )
 
 
-def _bad_weight(model, patcher) -> str:
+def _bad_weight(patcher) -> str:
     """Name a weight or a LoRA that is not finite; "" if there is none."""
     for key, patches in getattr(patcher, "patches", {}).items():
         if not all(is_finite(tensor) for tensor in _tensors(patches)) or any(
             isinstance(strength, float) and strength != strength for strength, *_ in patches
         ):
             return f"a LoRA on the model is not finite at {quoted(key)}; remove or replace it"
-    for name, weight in model.diffusion_model.named_parameters():
+    for name, weight in patcher.model.diffusion_model.named_parameters():
         plain = weight.dequantize() if hasattr(weight, "_qdata") else weight
         if not is_finite(plain):
             return (

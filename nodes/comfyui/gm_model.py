@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ...gmflow_core import load_checkpoint, read_metadata
 from ...gmflow_core.models import GMFlowMLP
 from .gm_network import ImageNetwork, PointNetwork
+from .guard import guarded
 from .model_folders import remember_names
 from .noise_check import check_noise
 from .recording import RECORDER, add_recording
@@ -74,6 +75,17 @@ class GMModel(comfy.model_base.BaseModel):
         """Return the part of a conditioning that reaches the network."""
         return self.diffusion_model.check_conds(**conds)
 
+    def state_dict_for_saving(self, *args, **kwargs):
+        """Refuse to be saved by ComfyUI's nodes.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "a GM model cannot be saved by ComfyUI's nodes, as nothing could load that file: keep "
+            "the checkpoint that Load GM Model reads"
+        )
+
 
 def load_gm_model(source: str, weight_dtype: str = "default") -> comfy.model_patcher.ModelPatcher:
     """Load a checkpoint as an ordinary MODEL, and remember the names of its classes.
@@ -121,7 +133,7 @@ def gm_model(
         offload_device=comfy.model_management.unet_offload_device(),
     )
     add_recording(patcher)
-    patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, RECORDER, check_noise)
+    patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, RECORDER, guarded(check_noise))
     return patcher
 
 

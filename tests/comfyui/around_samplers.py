@@ -142,9 +142,7 @@ def wrapped(work: Path) -> dict[str, Any]:
             about = found[f"{name}{what}"] = {}
             for attributes in (("inner_model", "sigmas"), ()):
                 stock = sample(model, start, positive, lying(euler), mask=mask)
-                our = sample(
-                    model, start, positive, lying(make("euler"), attributes), mask=mask
-                )
+                our = sample(model, start, positive, lying(make("euler"), attributes), mask=mask)
                 about[f"euler {len(attributes)}"] = far(our, stock)
             about["effect"] = far(stock, sample(model, start, positive, euler, mask=mask))
             for solver in ("gm-ode", "gm-sde", "gm-policy"):
@@ -185,7 +183,134 @@ def compiled(work: Path) -> dict[str, Any]:
     return {"differences": found}
 
 
-CASES = {"wrapped": wrapped, "compiled": compiled}
+def says(call: Any) -> str:
+    """Return the message of the ValueError that a call raises, "" if it raises none."""
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def not_a_flow(work: Path) -> dict[str, Any]:
+    """Put other kinds of sampling on a GM model, and connect it to every door."""
+    import comfy.samplers
+    import comfy_extras.nodes_model_advanced as advanced
+
+    import nodes
+
+    model, latent, positive = board()
+    all_in_one = ours("sample_latent").sample_latent
+    policy = nodes.NODE_CLASS_MAPPINGS["GMFlowPolicySigmas"].execute
+    stock = comfy.samplers.sampler_object("euler")
+    discrete = [
+        (advanced.ModelSamplingDiscrete, {"sampling": kind, "zsnr": False})
+        for kind in ("eps", "v_prediction", "lcm", "x0", "img_to_img", "img_to_img_flow")
+    ]
+    continuous = [
+        (
+            advanced.ModelSamplingContinuousEDM,
+            {"sampling": kind, "sigma_max": 1.0, "sigma_min": 0.0},
+        )
+        for kind in ("eps", "v_prediction", "edm", "cosmos_rflow")
+    ]
+    flows = [
+        (advanced.ModelSamplingSD3, {"shift": 2.0}),
+        (advanced.ModelSamplingAuraFlow, {"shift": 2.0}),
+    ]
+    found: dict[str, Any] = {"refused": {}, "fine": []}
+    for kind, settings in discrete + continuous:
+        (other,) = kind().patch(model, **settings)
+        doors = {
+            "all in one": lambda m=other: all_in_one(m, {"samples": latent}, 0, 2, "gm-ode"),
+            "with a shift": lambda m=other: all_in_one(
+                m, {"samples": latent}, 0, 2, "euler", shift=3.0
+            ),
+            "sampler": lambda m=other: sample(
+                m, latent, positive, ours("gm_sampler").gm_sampler("gm-sde")
+            ),
+            "stock": lambda m=other: sample(m, latent, positive, stock),
+            "guidance": lambda m=other: ours("guiders").guided(m),
+            "autoguidance": lambda m=other: ours("autoguider").AutoGuider(
+                m, model, positive, positive, 2.0, (0.0, 1.0)
+            ),
+            "sigmas": lambda m=other: policy(m, 4, 0.0, 1.0, 1.0),
+        }
+        for door, call in doors.items():
+            found["refused"][f"{door}, {settings['sampling']} of {kind.__name__}"] = says(call)
+    for kind, settings in flows:
+        (other,) = getattr(kind(), kind.FUNCTION)(model, **settings)
+        result = all_in_one(other, {"samples": latent}, 0, 2, "gm-ode")["samples"]
+        found["fine"].append(bool(result.isfinite().all()))
+    return found
+
+
+def not_finite(work: Path) -> dict[str, Any]:
+    """Feed numbers that are not finite to GM and stock samplers, and collect what is said."""
+    import comfy.samplers
+
+    nan, found, heard = float("nan"), {}, []
+    ours("finite").notice = heard.append
+    make = ours("gm_sampler").gm_sampler
+    samplers = {"stock": comfy.samplers.sampler_object("euler")}
+    samplers |= {solver: make(solver) for solver in ("gm-ode", "gm-sde", "gm-policy", "dpmpp-2m")}
+
+    def attempt(model, latent, positive, sampler, **settings) -> dict[str, Any]:
+        heard.clear()
+        error = says(lambda: sample(model, latent, positive, sampler, **settings))
+        return {"error": error, "heard": list(heard)}
+
+    for name, sampler in samplers.items():
+        model, latent, positive = board()
+        about = found[name] = {}
+        about["good"] = attempt(model, latent, positive, sampler)
+        spoiled = latent.clone()
+        spoiled[1, 0, 3, 3] = nan
+        about["latent"] = attempt(model, spoiled, positive, sampler)
+        about["mask"] = attempt(model, latent, positive, sampler, mask=half_mask(latent) * nan)
+        weight = next(model.model.diffusion_model.parameters())
+        weight.data[0, 0] = float("inf")
+        about["weight"] = attempt(model, latent, positive, sampler)
+    model, latent, positive = flux(work)
+    for name in ("stock", "gm-ode"):
+        (text, more) = positive[0]
+        found[name]["text"] = attempt(model, latent, [[text * nan, more]], samplers[name])
+        found[name]["scale"] = attempt(
+            model, latent, positive, samplers[name], cfg=1e38, negative=[[-text, more]]
+        )
+        styled = model.clone()
+        key = "diffusion_model.single_blocks.0.linear2.weight"
+        shape = model.model_state_dict()[key].shape
+        styled.add_patches({key: ("diff", (torch.full(shape, nan),))})
+        found[name]["lora"] = attempt(styled, latent, positive, samplers[name])
+    return found
+
+
+def saved(work: Path) -> dict[str, Any]:
+    """Save an adapted model, its base, and a GM model with ComfyUI's node ModelSave."""
+    import comfy_extras.nodes_model_merging as merging
+
+    save = merging.ModelSave()
+    save.output_dir = str(work / "out")
+    adapted, latent, positive = flux(work)
+    sampler, found = ours("gm_sampler").gm_sampler("gm-ode"), {}
+    before = sample(adapted, latent, positive, sampler)
+    base = adapted.clone()
+    base.object_patches, base.patches = {}, {}
+    for name, model in {"adapted": adapted, "base": base, "board": board()[0]}.items():
+        found[name] = says(lambda m=model, name=name: save.save(m, f"models/{name}"))
+    found["files"] = sorted(path.name for path in (work / "out").glob("**/*.safetensors"))
+    found["same"] = bool(torch.equal(sample(adapted, latent, positive, sampler), before))
+    return found
+
+
+CASES = {
+    "wrapped": wrapped,
+    "compiled": compiled,
+    "not a flow": not_a_flow,
+    "not finite": not_finite,
+    "saved": saved,
+}
 
 if __name__ == "__main__":
     main(*sys.argv[1:])

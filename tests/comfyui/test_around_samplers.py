@@ -54,3 +54,40 @@ def test_a_sampler_that_another_node_wraps(work: Path) -> None:
 
 def test_gm_and_stock_samplers_in_turn_on_a_compiled_model(work: Path) -> None:
     assert max(run(work, "compiled")["differences"]) < 1e-5
+
+
+def test_a_sampling_that_is_no_flow_is_refused_at_every_door(work: Path) -> None:
+    found = run(work, "not a flow")
+    for door, text in found["refused"].items():
+        assert "ModelSampling" in text, door
+        assert "flow" in text, door
+    assert found["fine"] == [True, True]
+
+
+def test_what_is_not_finite_is_said_once(work: Path) -> None:
+    """Inputs are refused by name; a result is reported with the likely cause."""
+    found = run(work, "not finite")
+    refused = {"latent": "the latent that is sampled", "mask": "the noise mask"}
+    refused["text"] = "positive conditioning (cross_attn)"
+    reported = {"weight": "the model's weight", "scale": "the guidance scale", "lora": "a LoRA"}
+    for sampler, cases in found.items():
+        for case, about in cases.items():
+            if case in refused:
+                assert refused[case] in about["error"], (sampler, case)
+                assert "not finite" in about["error"]
+            elif case in reported:
+                assert about["error"] == "", (sampler, case)
+                (text,) = about["heard"]
+                assert reported[case] in text, (sampler, case)
+            else:
+                assert about == {"error": "", "heard": []}, sampler
+
+
+def test_stock_nodes_do_not_save_half_of_a_model(work: Path) -> None:
+    found = run(work, "saved")
+    assert "without its head" in found["adapted"]
+    assert "gmflux_4step" in found["adapted"]
+    assert "GM model cannot be saved" in found["board"]
+    assert found["base"] == ""
+    assert found["files"] == ["base_00001_.safetensors"]
+    assert found["same"]

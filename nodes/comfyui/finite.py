@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...gmflow_core.files.errors import quoted
 from ...gmflow_core.files.safetensors_files import is_finite
@@ -79,6 +79,14 @@ def _bad_weight(patcher) -> str:
             isinstance(strength, float) and strength != strength for strength, *_ in patches
         ):
             return f"a LoRA on the model is not finite at {quoted(key)}; remove or replace it"
+    heads = [getattr(patch, "head", None) for patch in patcher.object_patches.values()]
+    for head in heads:
+        for name, weight in head.named_parameters() if isinstance(head, nn.Module) else ():
+            if not is_finite(weight):
+                return (
+                    f"{quoted(name)} in the head of the GM adapter holds {count(weight)}; download "
+                    "the adapter again"
+                )
     for name, weight in patcher.model.diffusion_model.named_parameters():
         plain = weight.dequantize() if hasattr(weight, "_qdata") else weight
         if not is_finite(plain):

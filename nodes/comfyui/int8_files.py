@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+from contextlib import suppress
 from typing import Any
 
 import comfy.model_detection
@@ -190,8 +191,9 @@ def new_path(prefix: str) -> str:
     try:
         folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, output)
         path = os.path.join(folder, f"{name}_{counter:05}_.safetensors")
-        os.path.exists(os.fsencode(path))
-    except Exception as error:  # a path outside, NUL characters, surrogates, no permission
+        with suppress(FileNotFoundError):
+            os.lstat(path)
+    except Exception as error:  # a path outside, NUL characters, surrogates, length, permission
         raise ValueError(
             f"filename_prefix {quoted(prefix)} is no place for a file below {output}: "
             f"{reason(error)}"

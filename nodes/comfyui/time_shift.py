@@ -32,7 +32,8 @@ def check_flow(model_sampling) -> None:
     highest, half = float(model_sampling.sigma_max), float(model_sampling.percent_to_sigma(0.5))
     if is_velocity(model_sampling) and 0 < half < highest <= 1:
         return
-    kinds = [kind.__name__ for kind in type(model_sampling).__mro__[:3]]
+    kind = type(model_sampling)
+    kinds = [each.__name__ for each in (kind, *kind.__bases__)]
     raise ValueError(
         "this model predicts a velocity of a flow, with sigmas up to 1, and its sampling is "
         f"another ({', '.join(kinds)}; sigmas up to {highest:.4g}): with it every picture would be "

@@ -210,7 +210,7 @@ def not_a_flow(work: Path) -> dict[str, Any]:
     continuous = [
         (
             advanced.ModelSamplingContinuousEDM,
-            {"sampling": kind, "sigma_max": 1.0, "sigma_min": 0.0},
+            {"sampling": kind, "sigma_max": 1.0, "sigma_min": 0.002},
         )
         for kind in ("eps", "v_prediction", "edm", "cosmos_rflow")
     ]

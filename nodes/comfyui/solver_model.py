@@ -162,10 +162,9 @@ class SolverModel:
         it. A function around it may change sigma, and with it how noisy the original must be; so
         ComfyUI's model inside of it puts it there once more, wherever nothing is to change.
         """
-        extra = {**self.extra_args, "model_options": model_options}
-        if "denoise_mask" in extra:
-            own = isinstance(self.model, comfy.samplers.KSamplerX0Inpaint)
-            extra["denoise_mask"] = None if own or self.mask is None else self.mask.sign()
+        own = isinstance(self.model, comfy.samplers.KSamplerX0Inpaint)
+        mask = None if own or self.mask is None else self.mask.sign()
+        extra = {**self.extra_args, "model_options": model_options, "denoise_mask": mask}
         return self.model(latent, sigma, **extra)
 
     def mask_at(self, sigma: Tensor) -> Tensor | None:

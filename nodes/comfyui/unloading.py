@@ -24,8 +24,11 @@ def keep_loadable(model) -> None:
 def make_loadable(model, *arguments) -> None:
     """Make the quantised weights of a MODEL tensors of inference mode; no numbers are copied.
 
-    ComfyUI calls it after it has unloaded the model.
+    ComfyUI calls it after it has unloaded the model. Models of its dynamic memory manager are left
+    alone: it moves no parameters.
     """
+    if getattr(model, "is_dynamic", bool)():
+        return
     with torch.inference_mode():
         for module in model.model.modules():
             for name, weight in module._parameters.items():
@@ -36,4 +39,5 @@ def make_loadable(model, *arguments) -> None:
 
 def is_quantised(weight: object) -> bool:
     """Return whether a weight is one of ComfyUI's quantised tensors."""
-    return isinstance(weight, Tensor) and hasattr(weight, "_qdata")
+    parts = ("_qdata", "_layout_cls", "_params")  # as the versions with the int8 layout name them
+    return isinstance(weight, Tensor) and all(hasattr(weight, part) for part in parts)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
 import folder_paths
 from comfy_api.latest import io
 
 from .comfyui.files import fingerprint
-from .comfyui.int8_files import load_8bit, save_8bit
+from .comfyui.int8_files import load_8bit, new_path, save_8bit
 from .comfyui.int8_layers import COMPUTE
 from .comfyui.model_folders import DIFFUSION_MODELS
 
@@ -99,9 +97,6 @@ class GMFlowSaveDiffusionModel8bit(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, filename_prefix: str) -> io.NodeOutput:
-        folder, name, counter, _, _ = folder_paths.get_save_image_path(
-            filename_prefix, folder_paths.get_output_directory()
-        )
-        path = os.path.join(folder, f"{name}_{counter:05}_.safetensors")
+        path = new_path(filename_prefix)
         save_8bit(model, path)
         return io.NodeOutput(ui={"text": [path]})

@@ -161,7 +161,7 @@ def _write_error(path: Path, error: Exception, need: int | None, folder: Path | 
         advice = f"the disk is full, and {size}{_free(path)}: make room, or choose another folder"
     elif number in NO_PERMISSION:
         advice = f"writing is not permitted there, and {size}: choose another folder"
-    kept = "; the file that was there is unchanged" if path.exists() else ""
+    kept = "; the file that was there is unchanged" if os.path.exists(path) else ""
     if number in DISK_FULL or number in NO_PERMISSION:
         text = f"{path} cannot be written: {advice}"
     else:

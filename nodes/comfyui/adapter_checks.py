@@ -11,6 +11,7 @@ from .guard import guarded
 from .latent_check import check_latent
 from .notices import clear, notice
 from .probabilistic_cfg import has_probabilistic_guidance
+from .unloading import make_loadable
 
 
 @guarded
@@ -22,6 +23,7 @@ def check_settings(executor, noise: Tensor, latent_image: Tensor, *args, **kwarg
     clear()
     guider = executor.class_obj
     check_latent(guider.model_patcher, latent_image)
+    make_loadable(guider.model_patcher)
     adapter = adapter_of(guider.model_options)
     if adapter.guidance is not None:
         _check_guidance(guider, adapter)

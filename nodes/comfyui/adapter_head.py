@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import comfy.model_patcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
@@ -9,8 +11,10 @@ from torch import Tensor
 from ...gmflow_core.models.adapter_heads import Head
 from .adapter_checks import check_settings
 from .adapter_info import ADAPTER, Adapter
+from .guard import guarded
 from .recording import RECORDER, add_recording, offer
 from .time_shift import ShiftedFlow
+from .unloading import keep_loadable
 
 
 class HeadForward:
@@ -38,6 +42,19 @@ class HeadForward:
         return self.head.layout.to_tokens(prediction.mean())
 
 
+def refusing_to_save(name: str) -> Callable:
+    """Return a replacement of BaseModel.state_dict_for_saving, which ModelSave and others call."""
+
+    def state_dict_for_saving(*args, **kwargs):
+        raise ValueError(
+            f"this model has the GM adapter {name} on it, and a file of its base with the "
+            "adapter's LoRA but without its head would be useless; connect the model from before "
+            "GM Adapter, and keep the adapter's own file"
+        )
+
+    return guarded(state_dict_for_saving)
+
+
 def pass_on(tokens: Tensor) -> Tensor:
     """Return the tokens: the forward of a layer that is skipped."""
     return tokens
@@ -58,4 +75,6 @@ def with_head(
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, RECORDER, check_settings)
     model.model_options["transformer_options"][ADAPTER] = adapter
     model.add_object_patch("model_sampling", sampling)
+    model.add_object_patch("state_dict_for_saving", refusing_to_save(adapter.name))
+    keep_loadable(model)
     return model

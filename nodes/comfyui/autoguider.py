@@ -10,11 +10,15 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.model_sampling
 import comfy.samplers
+from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...gmflow_core.sampling.guidance import within
+from .finite import report_result
 from .guard import guarded
 from .probabilistic_cfg import has_probabilistic_guidance
+from .recording import RECORDER
+from .time_shift import check_flow
 
 GUIDE = "gmflow_guide"  # key of the additional models
 Predict = Callable[[Tensor, Tensor], Tensor]  # (x, sigma) -> x_0
@@ -104,7 +108,9 @@ class AutoGuider(comfy.samplers.CFGGuider):
         )
         steps = sigmas[:-1].tolist()
         if self.scale == 1 or not any(within(self.interval, sigma) for sigma in steps):
-            return sample_main()
+            result = sample_main()
+            report_result(result, self)
+            return result
         if self.in_turn:
             logging.info(
                 "GMFlow: the guide is the same model with other weights or patches, so they are "
@@ -114,6 +120,7 @@ class AutoGuider(comfy.samplers.CFGGuider):
         self.guide.sample(
             noise, latent_image, inside, sigmas, denoise_mask, disable_pbar=True, seed=seed
         )
+        report_result(inside.result, self)
         return inside.result
 
     def _sample_with_guide(self, sample_main: Callable[[], Tensor], call_guide: Predict) -> Tensor:
@@ -210,6 +217,8 @@ def check_models(
                 f"GM Probabilistic Guidance on the {name} would use the scale as its weight; "
                 "connect the model from before that node"
             )
+        if patcher.get_wrappers(WrappersMP.APPLY_MODEL, RECORDER):  # it predicts mixtures
+            check_flow(patcher.get_model_object("model_sampling"))
     ours, theirs = (patcher.get_model_object("latent_format") for patcher in (model, guide))
     shapes = [(latent.latent_channels, latent.latent_dimensions) for latent in (ours, theirs)]
     if shapes[0] != shapes[1]:

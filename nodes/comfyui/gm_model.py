@@ -77,6 +77,17 @@ class GMModel(comfy.model_base.BaseModel):
         """Return the part of a conditioning that reaches the network."""
         return self.diffusion_model.check_conds(**conds)
 
+    def state_dict_for_saving(self, *args, **kwargs):
+        """Refuse to be saved by ComfyUI's nodes.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "a GM model cannot be saved by ComfyUI's nodes, as nothing could load that file: keep "
+            "the checkpoint that Load GM Model reads"
+        )
+
 
 def load_gm_model(source: str, weight_dtype: str = "default") -> comfy.model_patcher.ModelPatcher:
     """Load a checkpoint as an ordinary MODEL, and remember the names of its classes.

@@ -15,6 +15,7 @@ from ...gmflow_core.gaussians.draws import Generator
 from ...gmflow_core.sampling.solvers import SOLVERS, solve, usual_temperature
 from .adapter_checks import check_steps
 from .generators import image_generators
+from .guard import guarded
 from .latent_shapes import PointShape
 from .notices import notice
 from .solver_model import SolverModel
@@ -44,10 +45,11 @@ def gm_sampler(solver: str, shift: float = OWN, **settings) -> comfy.samplers.KS
             return x
         check_sigmas(sigmas)
         extra_args = extra_args or {}
-        wrapped = SolverModel(model, x.shape, extra_args)
+        wrapped = SolverModel(model, x.shape, extra_args, sigmas)
+        own_shift = wrapped.own_shift  # first, as it refuses models that are no flow
+        time_shift = shift or own_shift
         if SOLVERS[solver].needs_mixture:
             wrapped.enter_modes(solver)
-        time_shift = shift or wrapped.own_shift
         if wrapped.adapter is not None:
             check_steps(wrapped.adapter, sigmas, time_shift)
         if "temperature" in SOLVERS[solver].settings:
@@ -59,7 +61,7 @@ def gm_sampler(solver: str, shift: float = OWN, **settings) -> comfy.samplers.KS
             sigmas,
             shift=time_shift,
             spectrum=wrapped.spectrum,
-            noise=step_noise(wrapped, extra_args.get("seed") or 0),
+            noise=step_noise(wrapped, extra_args.get("seed") or 0, x),
             callback=progress(wrapped, sigmas, callback),
             constrain=wrapped.constrain if wrapped.masked else None,
             check=comfy.model_management.throw_exception_if_processing_interrupted,
@@ -67,7 +69,7 @@ def gm_sampler(solver: str, shift: float = OWN, **settings) -> comfy.samplers.KS
         )
         return wrapped.from_solver(result, sigmas[-1])
 
-    return comfy.samplers.KSAMPLER(run)
+    return comfy.samplers.KSAMPLER(guarded(run))
 
 
 def check_sigmas(sigmas: Tensor) -> None:
@@ -123,7 +125,7 @@ def mixtures_only(wrapped: SolverModel, solver: str):
     return denoise
 
 
-def step_noise(wrapped: SolverModel, seed: int) -> Generator:
+def step_noise(wrapped: SolverModel, seed: int, x: Tensor) -> Generator:
     """Return the generators for the noise of stochastic steps: one for each image.
 
     Points share one, as they are too many for one each. ComfyUI has drawn the initial noise with
@@ -132,7 +134,7 @@ def step_noise(wrapped: SolverModel, seed: int) -> Generator:
     seed = (seed + 1) % 2**64
     if isinstance(wrapped.shape, PointShape):
         return torch.Generator().manual_seed(seed)
-    return image_generators(seed, wrapped.model.noise)
+    return image_generators(seed, x if wrapped.noise is None else wrapped.noise)
 
 
 def progress(wrapped: SolverModel, sigmas: Tensor, callback):

@@ -7,6 +7,7 @@ import comfy.samplers
 from .gm_model import GMModel
 from .label_conditioning import unconditional
 from .probabilistic_cfg import has_probabilistic_guidance, with_probabilistic_guidance
+from .time_shift import check_flow
 
 
 def guided_interval(model, start_percent: float, end_percent: float) -> tuple[float, float]:
@@ -30,14 +31,8 @@ def guided(model, orthogonal: float = 1.0, start_percent: float = 0.0, end_perce
     Raises:
         ValueError: the interval is empty, or the model is no flow model.
     """
+    check_flow(model.get_model_object("model_sampling"))
     interval = guided_interval(model, start_percent, end_percent)
-    highest = float(model.get_model_object("model_sampling").sigma_max)
-    if not 0 < highest <= 1:
-        raise ValueError(
-            "probabilistic guidance is for flow models, with sigmas up to 1; a node has given this "
-            f"one others, up to {highest:.4g} (ModelSamplingDiscrete, ModelSamplingContinuousEDM "
-            "and the like): remove it"
-        )
     return with_probabilistic_guidance(model, orthogonal, interval)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+from contextlib import suppress
 from typing import Any
 
 import comfy.model_detection
@@ -12,33 +13,26 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
 import comfy.utils
+import folder_paths
 import torch
-from safetensors.torch import save_file
 
+from ...gmflow_core.files.atomic import remove_leftovers
+from ...gmflow_core.files.errors import quoted, reason
+from ...gmflow_core.files.safetensors_files import write_safetensors
 from ...gmflow_core.quantization.int8 import bitsandbytes_product
 from .adapter_info import adapter_of
 from .bases import find_base
 from .files import read_tensors
+from .int8_checks import check_complete, check_state_dict
 from .int8_layers import (
     FLOATS,
-    FORMAT,
     MARK,
     StateDict,
     has_native_layout,
     int8_operations,
     is_quantisable,
-    read_layout,
 )
-
-OTHERS = {  # parts of key names that identify other kinds of quantised files
-    "scaled_fp8": "scaled fp8",
-    "scale_weight": "scaled fp8",
-    "quant_state.bitsandbytes": "bitsandbytes 4 bit",
-    ".absmax": "bitsandbytes 4 bit",
-    ".SCB": "bitsandbytes int8",
-    ".qweight": "GPTQ, AWQ or SVDQuant",
-    ".wscales": "SVDQuant",
-}
+from .unloading import keep_loadable
 
 
 def load_8bit(
@@ -53,8 +47,8 @@ def load_8bit(
             when it copies a model.
 
     Raises:
-        ValueError: the file cannot be read, is no diffusion model, has nothing to quantise, or is
-            quantised in another way.
+        ValueError: the file cannot be read, is no diffusion model, has nothing to quantise, is
+            quantised in another way, or lacks weights; or one is not finite.
     """
     name = os.path.basename(path)
     state_dict, metadata = read_diffusion_model(path)
@@ -78,6 +72,7 @@ def load_8bit(
             f"{name!r} has no linear layers in numbered blocks to quantise; use Load Diffusion "
             "Model"
         )
+    check_complete(name, progress.lacking(model.model.diffusion_model))
     if (
         _is_dynamic(model) and not has_native_layout()
     ):  # a version that does not know disable_dynamic
@@ -86,6 +81,7 @@ def load_8bit(
         )
     if hasattr(model, "cached_patcher_init"):  # newer versions call it to load a model again
         model.cached_patcher_init = (load_8bit, (path, compute))
+    keep_loadable(model)
     logging.info(
         "GMFlow: %s: %d linear layers in int8, %.2f GB instead of %.2f GB; %s layout; products in "
         "%s",
@@ -116,31 +112,13 @@ def read_diffusion_model(path: str) -> tuple[StateDict, dict[str, str] | None]:
     return state_dict, metadata
 
 
-def check_state_dict(name: str, state_dict: StateDict) -> None:
-    """Check that a file is not quantised in another way already.
-
-    Raises:
-        ValueError: it is; the message says how, and which node to use.
-    """
-    marks = {key: mark for key, mark in state_dict.items() if key.endswith(f".{MARK}")}
-    formats = {read_layout(mark)[0] for mark in marks.values()} - {FORMAT}
-    found = [f"ComfyUI's {format}" for format in sorted(formats)]
-    found += [kind for part, kind in OTHERS.items() if any(part in key for key in state_dict)]
-    if not marks:
-        types = {weight.dtype for key, weight in state_dict.items() if key.endswith("weight")}
-        found += sorted(str(dtype).removeprefix("torch.") for dtype in types if dtype.itemsize == 1)
-    if found:
-        raise ValueError(
-            f"{name!r} is quantised already ({found[0]}). Load it with Load Diffusion Model, or "
-            "the loader of its format; for 8 bit use the bf16 or fp16 file of the model"
-        )
-
-
 class LayerProgress:
     """Progress bar of a loading model, advanced by a call after each int8 layer."""
 
     def __init__(self, state_dict: StateDict):
         self.done = 0
+        self.missing: list[str] = []  # names that torch misses in the state dict, as it loads
+        self.without_weight: list[str] = []  # linear layers' weights that are not in it
         self._layers = sum(
             key.endswith(f".{MARK}") or is_quantisable(key, weight)
             for key, weight in state_dict.items()
@@ -156,6 +134,12 @@ class LayerProgress:
         self.done += 1
         self._bar.update_absolute(min(self.done, self._layers), self._layers)
         comfy.model_management.throw_exception_if_processing_interrupted()
+
+    def lacking(self, network: torch.nn.Module) -> list[str]:
+        """Return the parameters of a network that were not in the state dict."""
+        parameters = {name for name, _ in network.named_parameters()}
+        found = [name for name in self.missing if name in parameters]
+        return sorted({*found, *self.without_weight})
 
 
 def weight_dtype(state_dict: StateDict) -> torch.dtype:
@@ -195,14 +179,38 @@ def product_name(compute: str, device: torch.device) -> str:
     return "int8 by torch"
 
 
+def new_path(prefix: str) -> str:
+    """Return the path of a new file below ComfyUI's output folder, as ComfyUI numbers them.
+
+    What a killed save has left in the folder is removed.
+
+    Raises:
+        ValueError: the prefix is no place for a file there.
+    """
+    output = folder_paths.get_output_directory()
+    try:
+        folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, output)
+        path = os.path.join(folder, f"{name}_{counter:05}_.safetensors")
+        with suppress(FileNotFoundError):
+            os.lstat(path)
+    except Exception as error:  # a path outside, NUL characters, surrogates, length, permission
+        raise ValueError(
+            f"filename_prefix {quoted(prefix)} is no place for a file below {output}: "
+            f"{reason(error)}"
+        ) from None
+    remove_leftovers(folder)
+    return path
+
+
 def save_8bit(model: comfy.model_patcher.ModelPatcher, path: str) -> None:
     """Save an 8-bit model with its LoRAs.
 
     Raises:
         ValueError: the model is not in 8 bit, or has a GM adapter.
+        WriteError: the file cannot be written.
     """
     state = {key: weight.contiguous() for key, weight in saved_state(model).items()}
-    save_file(state, path, metadata={"format": "pt"})
+    write_safetensors(state, path, {"format": "pt"})
     logging.info("GMFlow: saved %s, %.2f GB", path, os.path.getsize(path) / 1e9)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from typing import Protocol
 
 import comfy.float
 import comfy.lora
@@ -30,7 +31,12 @@ from ...gmflow_core.quantization.int8 import (
 
 FORMAT = "int8_tensorwise"  # ComfyUI's name of the layout; it may have a scale for each row
 MARK = "comfy_quant"  # key of a layer's layout in a state dict: JSON as bytes
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+NOT_MERGED = (
+    "8-bit weights cannot be merged into another model, and take no LoRA hooks: load LoRAs onto "
+    "the model with a LoRA loader, connect the 8-bit model as model1 of a merge, or use the 16-bit "
+    "file"
+)
 COMPUTE = {"16 bit": linear, "int8": int8_linear}
 StateDict = dict[str, Tensor]
 
@@ -95,21 +101,34 @@ def has_native_layout() -> bool:
         return False
 
 
-def int8_operations(compute: str, dtype: torch.dtype, advance: Callable[[], None]) -> type:
+class Progress(Protocol):
+    """What is called after each int8 layer, and keeps the names of missing weights."""
+
+    missing: list[str]
+    without_weight: list[str]
+
+    def __call__(self) -> None:
+        """Advance by one layer."""
+
+
+def int8_operations(compute: str, dtype: torch.dtype, progress: Progress) -> type:
     """Return an operations class whose Linear quantises its weight to int8 on load.
 
     Args:
         compute: "16 bit" expands the weights for each product, "int8" rounds the activations too.
         dtype: type of all other weights.
-        advance: called after each layer.
+        progress: called after each layer.
     """
     device = comfy.model_management.get_torch_device()  # rounds, chunk by chunk
 
-    def quantise(state_dict: StateDict, prefix: str) -> None:
+    def quantise(state_dict: StateDict, prefix: str, missing: list[str]) -> None:
         """Replace a quantisable weight in a state dict by int8 values, scales and layout."""
         key, mark = f"{prefix}weight", f"{prefix}{MARK}"
+        progress.missing = missing  # torch fills one list for the whole network
+        if key not in state_dict:
+            progress.without_weight.append(key)
         if mark in state_dict:
-            advance()
+            progress()
         elif key in state_dict and is_quantisable(key, state_dict[key]):
             try:
                 weight = quantize_rows(state_dict[key], device=device)
@@ -120,7 +139,7 @@ def int8_operations(compute: str, dtype: torch.dtype, advance: Callable[[], None
             state_dict.update(
                 {key: weight.values, f"{key}_scale": weight.scale, mark: layout(weight.group)}
             )
-            advance()
+            progress()
 
     if has_native_layout():
         return native_operations(compute, dtype, quantise)
@@ -149,7 +168,7 @@ def check_shape(layer: nn.Module, state_dict: StateDict, prefix: str) -> None:
 
 
 def native_operations(
-    compute: str, dtype: torch.dtype, quantise: Callable[[StateDict, str], None]
+    compute: str, dtype: torch.dtype, quantise: Callable[[StateDict, str, list[str]], None]
 ) -> type:
     """Return ComfyUI's own operations for quantised layers, loading what `quantise` has rounded."""
     from comfy.quant_ops import QuantizedTensor
@@ -158,10 +177,17 @@ def native_operations(
 
     class Operations(native):
         class Linear(native.Linear):
-            def _load_from_state_dict(self, state_dict: StateDict, prefix: str, *args) -> None:
-                quantise(state_dict, prefix)
+            @property
+            def weight_scale(self) -> Tensor:
+                """ComfyUI asks for it when it merges models, or applies LoRA hooks."""
+                raise ValueError(NOT_MERGED)
+
+            def _load_from_state_dict(
+                self, state_dict: StateDict, prefix: str, metadata, strict, missing, *args
+            ) -> None:
+                quantise(state_dict, prefix, missing)
                 check_shape(self, state_dict, prefix)
-                super()._load_from_state_dict(state_dict, prefix, *args)
+                super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *args)
 
             def _forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
                 if compute == "int8" or not isinstance(weight, QuantizedTensor):
@@ -170,6 +196,12 @@ def native_operations(
                 group = about.convrot_groupsize if about.convrot else 0
                 int8 = Int8Weight(weight._qdata, about.scale.reshape(-1, 1), group)
                 return linear(x, int8, bias)
+
+            def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+                # a weight of inference mode would be copied, and be none afterwards
+                inside = self.weight is not None and self.weight.is_inference()
+                with torch.inference_mode(inside or torch.is_inference_mode_enabled()):
+                    return super()._apply(fn, recurse)
 
     return Operations
 
@@ -185,8 +217,13 @@ class Int8Linear(nn.Module, comfy.ops.CastWeightBiasOp):
     comfy_cast_weights = True  # tells ComfyUI that the layer moves its weights itself
     product = staticmethod(linear)
 
+    @property
+    def weight_scale(self) -> Tensor:
+        """ComfyUI asks for it when it merges models, or applies LoRA hooks."""
+        raise ValueError(NOT_MERGED)
+
     @staticmethod
-    def quantise(state_dict: StateDict, prefix: str) -> None:
+    def quantise(state_dict: StateDict, prefix: str, missing: list[str]) -> None:
         """Round the weight in a state dict before it is loaded; `int8_operations` sets it."""
 
     def __init__(
@@ -210,7 +247,7 @@ class Int8Linear(nn.Module, comfy.ops.CastWeightBiasOp):
         unexpected,
         errors,
     ):
-        self.quantise(state_dict, prefix)
+        self.quantise(state_dict, prefix, missing)
         check_shape(self, state_dict, prefix)
         key = f"{prefix}weight"
         weight, scale, mark = (

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...gmflow_core import DXPolicy
 from ...gmflow_core.sampling.guidance import Guidance, within
+from .guard import guarded
 from .latent_shapes import solver_shape
 from .notices import notice
 from .recording import RECORDER, recording
@@ -40,6 +41,7 @@ class ProbabilisticCFG:
             )
         return Guidance(cfg, orthogonal=self.orthogonal, interval=self.interval)
 
+    @guarded
     def __call__(self, args: dict) -> Tensor:
         """Return x minus the guided mean; ComfyUI's `sampler_cfg_function`.
 
@@ -60,8 +62,7 @@ class ProbabilisticCFG:
             )
         shape = solver_shape(model, args["model_options"])
         x, uncond = shape.to_solver(latent), shape.to_solver(args["uncond_denoised"])
-        sigmas = sigma.repeat_interleave(len(x) // len(sigma))
-        cond = recorder.x0_policy(args["input_cond"], x, sigmas)
+        cond = recorder.x0_policy(args["input_cond"], x)
         if cond is None:
             why = recorder.why_not_single(args["input_cond"], x)
             notice(f"found {why}, so there is no single mixture to guide: nothing is guided")
@@ -74,6 +75,7 @@ class ProbabilisticCFG:
         recorder.guided = guidance(cond, uncond)
         return latent - shape.from_solver(recorder.guided.mean(), latent.shape)
 
+    @guarded
     def calc_cond_batch(self, args: dict) -> list[Tensor]:
         """Return the predictions, without the negative one outside of the interval.
 
@@ -117,6 +119,7 @@ def has_probabilistic_guidance(model: comfy.model_patcher.ModelPatcher) -> bool:
     return isinstance(model.model_options.get("sampler_cfg_function"), ProbabilisticCFG)
 
 
+@guarded
 def predict_noise_recorded(
     executor,
     x: Tensor,

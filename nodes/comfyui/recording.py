@@ -19,8 +19,12 @@ from torch import Tensor
 
 from ...gmflow_core import DXVelocity, GaussianMixture, predict_x0
 from ...gmflow_core.flow.policy import Policy
+from .adapter_info import ADAPTER
+from .guard import guarded
+from .sampling_run import watched
 
 RECORDER = "gmflow_mixture_recorder"  # key in transformer_options, and of our wrappers
+OURS = (RECORDER, ADAPTER)  # our keys in transformer_options
 # keys that limit a conditioning to a part of the latent, or of the steps
 PARTS = ("area", "mask")
 TIMES = ("timestep_start", "timestep_end")
@@ -36,25 +40,38 @@ class MixtureRecorder:
 
     def __init__(self):
         self.predictions: dict[object, GaussianMixture | DXVelocity] = {}
+        self.sigmas: dict[object, Tensor] = {}  # (B,) that the network was given
         self.guided: GaussianMixture | None = None  # of x_0, set by probabilistic guidance
         self.asked = False  # whether the guider left cfg to probabilistic guidance
 
-    def record(self, prediction: GaussianMixture | DXVelocity, transformer_options: dict) -> None:
+    def record(
+        self,
+        prediction: GaussianMixture | DXVelocity,
+        sigma: Tensor,
+        transformer_options: dict,
+    ) -> None:
         """Split a network's output by conditioning, and keep the first of each.
 
         The batch (that of log_std too) holds an equal chunk for each conditioning. The first
         counts, as nodes that call the network again, to compare, do so after the guider's call.
-        """
-        uuids = transformer_options["uuids"]
-        for uuid, chunk in zip(uuids, prediction.chunk(len(uuids)), strict=True):
-            self.predictions.setdefault(uuid, chunk)
-
-    def x0_policy(self, conds: list[dict] | None, x: Tensor, sigma: Tensor) -> Policy | None:
-        """Return the policy in x_0 for a guider's positive conditioning.
 
         Args:
-            x: in the solver's shape.
-            sigma: (B,).
+            sigma: (B,), as the network was given it.
+        """
+        uuids = transformer_options["uuids"]
+        chunks = zip(prediction.chunk(len(uuids)), sigma.chunk(len(uuids)), strict=True)
+        for uuid, (chunk, sigma_chunk) in zip(uuids, chunks, strict=True):
+            if uuid not in self.predictions:
+                self.predictions[uuid], self.sigmas[uuid] = chunk, sigma_chunk
+
+    def x0_policy(self, conds: list[dict] | None, x: Tensor) -> Policy | None:
+        """Return the policy in x_0 for a guider's positive conditioning.
+
+        x_0 = x - sigma u has the sigma that the network was given, as in ComfyUI's own prediction:
+        a node around the sampler may have changed the solver's sigma on its way.
+
+        Args:
+            x: in the solver's shape, (B, ...).
 
         Returns:
             None if there is no single prediction for the whole latent; `why_not_single` tells why.
@@ -67,9 +84,12 @@ class MixtureRecorder:
             raise ValueError(NO_MIXTURE)
         if self.why_not_single(conds, x):
             return None
-        if conds[0]["uuid"] not in self.predictions:
+        uuid = conds[0]["uuid"]
+        if uuid not in self.predictions:
             raise ValueError(NO_MIXTURE)
-        return predict_x0(self.predictions[conds[0]["uuid"]].to(x.device), x, sigma)
+        sigma = self.sigmas[uuid].to(x.device)
+        sigma = sigma.repeat_interleave(len(x) // len(sigma))  # each latent may be many points
+        return predict_x0(self.predictions[uuid].to(x.device), x, sigma)
 
     def why_not_single(self, conds: list[dict] | None, x: Tensor) -> str:
         """Return why the conditioning has no single prediction for the whole latent.
@@ -128,19 +148,24 @@ def add_recording(
         transformer_options=None,
         **kwargs,
     ) -> Tensor:
-        """Run the model and record its prediction; a wrapper for ComfyUI's APPLY_MODEL."""
+        """Run the model and record its prediction; a wrapper for ComfyUI's APPLY_MODEL.
+
+        The network does not see our keys: TorchCompileModel expects the same keys in every call.
+        """
         options = transformer_options or {}
         recorder = options.get(RECORDER)
+        inner = {key: value for key, value in options.items() if key not in OURS}
         _waiting.predictions = predictions = None if recorder is None else []
         try:
-            result = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+            result = executor(x, t, c_concat, c_crossattn, control, inner, **kwargs)
         finally:
             _waiting.predictions = None
         if predictions:
-            recorder.record(finish(predictions[0], x.shape), options)
+            recorder.record(finish(predictions[0], x.shape), t, options)
         return result
 
-    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, RECORDER, apply_model_recorded)
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, RECORDER, guarded(apply_model_recorded))
+    model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, RECORDER, watched)
 
 
 def recording(model_options: dict | None) -> tuple[dict, MixtureRecorder]:

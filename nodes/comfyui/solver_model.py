@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import comfy.samplers
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +13,7 @@ from .label_conditioning import SOURCE
 from .latent_shapes import solver_shape
 from .notices import notice
 from .recording import recording
+from .sampling_run import run_of
 from .time_shift import own_shift
 
 ROUNDING = 1e-4  # relative difference below which two means count as equal
@@ -21,14 +23,16 @@ class SolverModel:
     """A denoiser for a solver of gmflow_core, in the shape that `solver_shape` gives.
 
     Args:
-        model: first argument of the sampler function; it holds the guider, the initial noise and
-            the original latent.
+        model: first argument of the sampler function: ComfyUI's model, or a function that another
+            node puts around it, for instance to change sigma.
         latent_shape: shape of the sampler function's x.
         extra_args: the sampler function's `extra_args`.
+        sigmas: of the sampler function.
     """
 
-    def __init__(self, model, latent_shape: torch.Size, extra_args: dict):
-        self.model, self.guider = model, model.inner_model
+    def __init__(self, model, latent_shape: torch.Size, extra_args: dict, sigmas: Tensor):
+        self.model, self.run = model, run_of(model, extra_args)
+        self.guider, self.sigmas = self.run.guider, sigmas
         self.latent_shape, self.extra_args = latent_shape, extra_args
         self.shape = solver_shape(self.guider.inner_model, extra_args.get("model_options"))
         self.mask: Tensor | None = None  # noise mask of the present step
@@ -51,8 +55,17 @@ class SolverModel:
 
     @property
     def own_shift(self) -> float:
-        """Time shift of the model."""
+        """Time shift of the model.
+
+        Raises:
+            ValueError: its sampling is not that of a flow model.
+        """
         return own_shift(self.guider.inner_model.model_sampling)
+
+    @property
+    def noise(self) -> Tensor | None:
+        """Initial noise (B, C, *S), None if a node around the sampler hides it."""
+        return self.run.noise
 
     @property
     def _source(self) -> dict | None:
@@ -124,12 +137,12 @@ class SolverModel:
         options, recorder = recording(self.extra_args.get("model_options"))
         latent_sigma = sigma[:1].expand(self.latent_shape[0])
         self.mask = self.mask_at(latent_sigma)
-        latent, seed = self.shape.from_solver(x, self.latent_shape), self.extra_args.get("seed")
-        denoised = self.guider(latent, latent_sigma, model_options=options, seed=seed)
+        latent = self.shape.from_solver(x, self.latent_shape)
+        denoised = self.call(latent, latent_sigma, options)
         mean, policy = self.shape.to_solver(denoised), recorder.guided
         if policy is None:
             conds = getattr(self.guider, "conds", {}).get("positive")
-            policy = recorder.x0_policy(conds, x, sigma)
+            policy = recorder.x0_policy(conds, x)
             if policy is None:
                 notice(
                     f"found {recorder.why_not_single(conds, x)}, so there is no single mixture: "
@@ -142,6 +155,18 @@ class SolverModel:
             return recorder.guided  # no node has changed the guided mean
         return policy.moved(shift)
 
+    def call(self, latent: Tensor, sigma: Tensor, model_options: dict) -> Tensor:
+        """Return the prediction of x_0 of the model that the sampler function was given.
+
+        ComfyUI's own model is given no mask, as `constrain` has put the original latent outside of
+        it. A function around it may change sigma, and with it how noisy the original must be; so
+        ComfyUI's model inside of it puts it there once more, wherever nothing is to change.
+        """
+        own = isinstance(self.model, comfy.samplers.KSamplerX0Inpaint)
+        mask = None if own or self.mask is None else self.mask.sign()
+        extra = {**self.extra_args, "model_options": model_options, "denoise_mask": mask}
+        return self.model(latent, sigma, **extra)
+
     def mask_at(self, sigma: Tensor) -> Tensor | None:
         """Return the noise mask at (B,) equal sigmas, None if there is none.
 
@@ -151,7 +176,8 @@ class SolverModel:
         function = (options or {}).get("denoise_mask_function")
         if mask is None or function is None:
             return mask
-        extra = {"model": self.guider, "sigmas": self.model.sigmas}
+        sigmas = self.sigmas if self.run.sigmas is None else self.run.sigmas
+        extra = {"model": self.guider, "sigmas": sigmas}
         return function(sigma, mask, extra_options=extra)
 
     @property
@@ -164,6 +190,6 @@ class SolverModel:
         sigma = sigma.reshape(-1)[:1].expand(self.latent_shape[0])
         latent = self.from_solver(x, sigma)
         original = self.guider.inner_model.scale_latent_inpaint(
-            x=latent, sigma=sigma, noise=self.model.noise, latent_image=self.model.latent_image
+            x=latent, sigma=sigma, noise=self.run.noise, latent_image=self.run.latent_image
         )
         return self.to_solver(latent * self.mask + original * (1 - self.mask), sigma)

@@ -6,6 +6,7 @@ import math
 from types import SimpleNamespace
 
 import comfy.model_sampling
+import torch
 from torch import Tensor
 
 
@@ -17,14 +18,39 @@ def own_shift(model_sampling) -> float:
     Raises:
         ValueError: the sampling is not that of a flow model.
     """
-    highest, half = float(model_sampling.sigma_max), float(model_sampling.percent_to_sigma(0.5))
-    if not 0 < half < highest <= 1:
-        raise ValueError(
-            "GM samplers are for flow models, with sigmas up to 1, and this one's go up to "
-            f"{highest:.4g}; connect a model from Load GM Model or GM Adapter, and remove nodes "
-            "such as ModelSamplingDiscrete"
-        )
+    check_flow(model_sampling)
+    half = float(model_sampling.percent_to_sigma(0.5))
     return half / (1 - half)
+
+
+def check_flow(model_sampling) -> None:
+    """Check that a model's sampling is a rectified flow: x_0 = x - sigma u, and sigma in [0, 1].
+
+    Raises:
+        ValueError: it is not; the message names its classes.
+    """
+    highest, half = float(model_sampling.sigma_max), float(model_sampling.percent_to_sigma(0.5))
+    if is_velocity(model_sampling) and 0 < half < highest <= 1:
+        return
+    kind = type(model_sampling)
+    kinds = [each.__name__ for each in (kind, *kind.__bases__)]
+    raise ValueError(
+        "this model predicts a velocity of a flow, with sigmas up to 1, and its sampling is "
+        f"another ({', '.join(kinds)}; sigmas up to {highest:.4g}): with it every picture would be "
+        "noise. GM samplers are for flow models: connect a model from Load GM Model or GM Adapter, "
+        "and remove nodes such as ModelSamplingDiscrete and ModelSamplingContinuousEDM (those for "
+        "SD3, AuraFlow and Flux are fine)"
+    )
+
+
+def is_velocity(model_sampling) -> bool:
+    """Return whether a sampling takes the network's output as the velocity of a rectified flow."""
+    sigma, one = torch.tensor([0.25, 0.5]), torch.ones(2, 1, 1, 1)
+    expected = one - sigma.reshape(2, 1, 1, 1)
+    given = model_sampling.calculate_input(sigma, one)
+    found = model_sampling.calculate_denoised(sigma, one, one)
+    noisy = model_sampling.noise_scaling(sigma, torch.zeros(2, 1, 1, 1), one.clone())
+    return all(map(torch.allclose, (given, found, noisy), (one, expected, expected)))
 
 
 class ShiftedFlow(comfy.model_sampling.ModelSamplingFlux, comfy.model_sampling.CONST):

@@ -222,6 +222,24 @@ def test_saved_and_loaded_back(comfy: Comfy, sample: Callable, lora: float | Non
     assert torch.equal(latent_of(comfy, prompt), before)  # saving leaves the model as it was
 
 
+def bytes_of(text: str) -> Tensor:
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
+INT8 = {  # parts of an int8 layer, spoiled
+    "scale nan": {"weight_scale": torch.full((768, 1), float("nan"))},
+    "scale shape": {"weight_scale": torch.ones(5, 1)},
+    "scale gone": {"weight_scale": None},
+    "group": {
+        "comfy_quant": bytes_of(
+            '{"format": "int8_tensorwise", "convrot": true, "convrot_groupsize": 1000000000}'
+        )
+    },
+    "deep": {"comfy_quant": bytes_of("[" * 100_000)},
+    "list": {"comfy_quant": bytes_of("[5]")},
+}
+
+
 def spoiled(models: Path, kind: str) -> str:
     """Write a file that is not for the 8-bit loader, and return its name."""
     path = models / "diffusion_models" / f"spoiled_{kind}.safetensors"
@@ -253,6 +271,25 @@ def spoiled(models: Path, kind: str) -> str:
     elif kind == "nan":
         weights["single_blocks.1.linear2.weight"][3, 5] = float("nan")
         save_file(weights, path)
+    elif kind == "no norm":
+        del weights["single_blocks.1.norm.query_norm.scale"]
+        save_file(weights, path)
+    elif kind == "norm nan":
+        weights["single_blocks.1.norm.query_norm.scale"][2] = float("inf")
+        save_file(weights, path)
+    elif kind == "int":
+        name = "double_blocks.1.img_mlp.0.weight"
+        save_file({**weights, name: weights[name].int()}, path)
+    elif kind in INT8:
+        weight = weights["double_blocks.0.img_attn.qkv.weight"]
+        layer = {"weight": weight.to(torch.int8), "weight_scale": torch.ones(len(weight), 1)}
+        about = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 64}
+        layer["comfy_quant"] = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
+        layer |= INT8[kind]
+        layer = {name: each for name, each in layer.items() if each is not None}
+        save_file(
+            {**weights, **{f"double_blocks.0.img_attn.qkv.{n}": t for n, t in layer.items()}}, path
+        )
     elif kind == "half":
         whole = (models / "diffusion_models" / FILES["flux"]).read_bytes()
         path.write_bytes(whole[: len(whole) // 2])
@@ -269,6 +306,15 @@ def spoiled(models: Path, kind: str) -> str:
         ("text", ["no diffusion model", "text_model.encoder.layers.0.mlp.fc1.weight"]),
         ("nan", ["'single_blocks.1.linear2.weight'", "not finite", "damaged"]),
         ("half", ["cannot be read", "download"]),
+        ("no norm", ["single_blocks.1.norm.query_norm.", "lacks 1 of"]),
+        ("norm nan", ["'single_blocks.1.norm.query_norm.scale'", "1 numbers", "not finite"]),
+        ("int", ["'double_blocks.1.img_mlp.0.weight'", "torch.int32"]),
+        ("scale nan", ["qkv.weight_scale'", "not finite"]),
+        ("scale shape", ["qkv.weight_scale'", "(5, 1)", "768 rows"]),
+        ("scale gone", ["qkv.weight_scale'", "is missing"]),
+        ("group", ["qkv.comfy_quant'", "1000000000", "256 inputs"]),
+        ("deep", ["qkv.comfy_quant'", "no description"]),
+        ("list", ["qkv.comfy_quant'", "no description"]),
     ],
 )
 def test_refuses_with_a_reason(
@@ -296,3 +342,61 @@ def test_saves_8_bit_models_only(comfy: Comfy, models: Path) -> None:
     errors = comfy.run({"model": stock(), "keep": keep}, expect_error=True).errors
     assert "not in 8 bit" in errors["keep"]
     assert not list((comfy.base / "output").glob("diffusion_models/no_*"))
+
+
+def test_a_float64_file_is_rounded_alike(comfy: Comfy, models: Path, sample: Callable) -> None:
+    folder = models / "diffusion_models"
+    weights = load_file(folder / FILES["flux"])
+    double = {name: weight.double() for name, weight in weights.items()}
+    save_file(double, folder / "int8_double.safetensors")
+    assert torch.equal(sample(eight_bit("int8_double.safetensors")), sample(eight_bit()))
+
+
+@pytest.mark.parametrize("lora", [None, 1.0])
+def test_freed_and_run_again(comfy: Comfy, sample: Callable, lora: float | None) -> None:
+    """ComfyUI unloads for /free outside of inference mode."""
+    before = sample(eight_bit(), lora=lora)
+    for _ in range(2):
+        comfy.post("/free", {"unload_models": True})
+        prompt = graph(eight_bit(), lora=lora)
+        prompt["sample"]["inputs"]["seed"] = 2  # else nothing would run
+        latent_of(comfy, prompt)
+        assert torch.equal(sample(eight_bit(), lora=lora), before)
+
+
+def test_merging_and_hooks(comfy: Comfy, models: Path) -> None:
+    """As model1 of a merge it works; as model2, and with LoRA hooks, the reason is said."""
+    prompt = graph(eight_bit(), lora=1.0)
+    prompt["other"] = stock()
+    for first, second in (("model", "other"), ("other", "model")):
+        prompt["style"] = node("ModelMergeSimple", model1=[first, 0], model2=[second, 0], ratio=0.5)
+        result = comfy.run(prompt, expect_error=True)
+        if first == "model":
+            assert result.status == "success", result.errors
+            assert relative(latent_of(comfy, prompt), latent_of(comfy, graph(stock()))) < 0.05
+        else:
+            assert "cannot be merged" in result.errors["style"]
+    del prompt["style"], prompt["other"]
+    prompt["hook"] = node("CreateHookLoraModelOnly", lora_name=LORA, strength_model=1.0)
+    prompt["hooked"] = node(
+        "ConditioningSetProperties",
+        cond_NEW=["text", 0],
+        hooks=["hook", 0],
+        strength=1.0,
+        set_cond_area="default",
+    )
+    prompt["sample"]["inputs"] |= {"model": ["model", 0], "positive": ["hooked", 0]}
+    errors = comfy.run(prompt, expect_error=True).errors
+    assert "take no LoRA hooks" in errors["sample"]
+
+
+@pytest.mark.parametrize(
+    "prefix", ["../outside", "/outside", "a\u0000b", "\ud800", "x" * 5000, "x/" * 3000]
+)
+def test_a_prefix_that_is_no_place_for_a_file(comfy: Comfy, models: Path, prefix: str) -> None:
+    keep = node("GMFlowSaveDiffusionModel8bit", model=["model", 0], filename_prefix=prefix)
+    result = comfy.run({"model": eight_bit(), "keep": keep}, expect_error=True)
+    text = result.errors["keep"]
+    assert "filename_prefix" in text or "cannot be written" in text, text
+    assert "Error: " in text
+    assert not list(comfy.base.glob("**/.gmflow-*"))

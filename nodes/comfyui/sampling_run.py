@@ -1,0 +1,101 @@
+"""Watch every sampling of a GM model, by our samplers and by stock ones.
+
+A wrapper for ComfyUI's SAMPLER_SAMPLE checks what goes in and what comes out, and keeps the inputs
+for a GM sampler that another node calls with a function in the place of ComfyUI's model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .finite import check_inputs, report_result
+from .guard import guarded
+from .time_shift import check_flow
+
+RUN = "gmflow_run"  # key in model_options
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One sampling.
+
+    Args:
+        guider: the guider, ready to be called.
+        noise: (B, C, *S), before it is scaled.
+        latent_image: (B, C, *S), in the model's own scale.
+        sigmas: of the whole sampling.
+    """
+
+    guider: object
+    noise: Tensor | None
+    latent_image: Tensor | None
+    sigmas: Tensor
+
+
+@guarded
+def watched(
+    executor,
+    guider,
+    sigmas,
+    extra_args,
+    callback,
+    noise,
+    latent_image=None,
+    denoise_mask=None,
+    disable_pbar=False,
+):
+    """Run a sampler; a wrapper for ComfyUI's SAMPLER_SAMPLE.
+
+    A result that is not finite is reported on the node that runs, with the likely cause.
+
+    Raises:
+        ValueError: the model's sampling is not that of a flow model, or an input is not finite.
+    """
+    check_flow(guider.inner_model.model_sampling)
+    check_inputs(guider, noise=noise, latent_image=latent_image, mask=denoise_mask, sigmas=sigmas)
+    options = extra_args.get("model_options") or {}
+    run = Run(guider, noise, latent_image, sigmas)
+    extra_args["model_options"] = {**options, RUN: run}
+    result = executor(
+        guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar
+    )
+    report_result(result, guider)
+    return result
+
+
+def run_of(model, extra_args: dict) -> Run:
+    """Return the sampling that a sampler function takes part in.
+
+    Args:
+        model: its first argument: ComfyUI's model, or a function that another node put in its
+            place, which may have `inner_model` and `sigmas`, and calls the model inside.
+        extra_args: the sampler function's `extra_args`.
+    """
+    seen = (extra_args.get("model_options") or {}).get(RUN)
+    guider = seen.guider if seen is not None else _guider_of(model)
+    return Run(
+        guider,
+        *(
+            getattr(model, name, getattr(seen, name, None))
+            for name in ("noise", "latent_image", "sigmas")
+        ),
+    )
+
+
+def _guider_of(model) -> object:
+    """Return the guider inside a model.
+
+    Raises:
+        ValueError: there is none.
+    """
+    while not hasattr(model, "model_patcher"):
+        model = getattr(model, "inner_model", None)
+        if model is None or isinstance(model, torch.nn.Module):
+            raise ValueError(
+                "a node around the GM sampler calls it with a model of its own, which leads to no "
+                "guider of ComfyUI's; connect the GM sampler without that node"
+            )
+    return model

@@ -1,0 +1,316 @@
+"""Run samplers inside ComfyUI's process, with what other nodes put around them.
+
+    COMFYUI/.venv/bin/python around_samplers.py COMFYUI WORK CASE
+
+COMFYUI is its folder; WORK holds flux.safetensors and adapter.safetensors; CASE is one of CASES.
+Prints what it found as JSON. `test_around_samplers.py` starts it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SHRINK = 0.9  # factor by which the wrapper changes sigma
+
+
+def main(comfyui: str, work: str, case: str) -> None:
+    os.chdir(comfyui)
+    sys.path[:] = [comfyui, *(p for p in sys.path if p != str(Path(__file__).parent))]
+    sys.argv = [sys.argv[0], "--cpu", "--disable-api-nodes"]
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    import importlib.util
+
+    import nodes
+
+    spec = importlib.util.spec_from_file_location(
+        "text_stand_in", Path(__file__).parent / "text_stand_in" / "__init__.py"
+    )
+    # the stand-in makes ComfyUI accept the sizes of tiny models
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    if not asyncio.run(nodes.load_custom_node(str(REPOSITORY))):
+        raise RuntimeError("the extension did not load")
+    with torch.inference_mode():
+        found = CASES[case](Path(work))
+    print(json.dumps(found))
+
+
+def ours(name: str) -> Any:
+    """Return a module of nodes/comfyui as the extension has loaded it."""
+    import nodes
+
+    package = nodes.NODE_CLASS_MAPPINGS["GMFlowSampler"].__module__.removesuffix(".samplers")
+    return sys.modules[f"{package}.comfyui.{name}"]
+
+
+def board() -> tuple[Any, Tensor, list]:
+    """Return the shipped checkerboard's MODEL, a latent (2, 2, 8, 8), and its conditioning."""
+    model = ours("gm_model").load_gm_model(
+        str(REPOSITORY / "gmflow_core" / "shipped" / "checkerboard_k64.safetensors")
+    )
+    return model, torch.zeros(2, 2, 8, 8), ours("label_conditioning").NO_TEXT
+
+
+def flux(work: Path) -> tuple[Any, Tensor, list]:
+    """Return an adapted FLUX.1, a latent (2, 16, 8, 6), and a conditioning."""
+    import comfy.sd
+    import comfy.utils
+
+    base = comfy.sd.load_diffusion_model(str(work / "flux.safetensors"))
+    tensors, metadata = comfy.utils.load_torch_file(
+        str(work / "adapter.safetensors"), return_metadata=True
+    )
+    model = ours("adapter").with_adapter(base, tensors, metadata, name="gmflux_4step")
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randn(1, 6, 4096, generator=generator)
+    about = {"pooled_output": torch.randn(1, 768, generator=generator), "guidance": 3.5}
+    return model, torch.zeros(2, 16, 8, 6), [[text, about]]
+
+
+def sample(
+    model: Any,
+    latent: Tensor,
+    positive: list,
+    sampler: Any,
+    *,
+    mask: Tensor | None = None,
+    sigmas: Tensor | None = None,
+    seed: int = 5,
+    cfg: float | None = None,
+    negative: list | None = None,
+) -> Tensor:
+    """Sample as SamplerCustomAdvanced does, with Basic Guider or CFG Guider."""
+    import comfy.sample
+    import comfy.samplers
+
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(positive, negative or positive)
+    guider.set_cfg(1.0 if cfg is None else cfg)
+    sigmas = ours("gm_sampler").gm_sigmas(4, 3.2) if sigmas is None else sigmas
+    noise = comfy.sample.prepare_noise(latent, seed)
+    return guider.sample(
+        noise, latent, sampler, sigmas, denoise_mask=mask, disable_pbar=True, seed=seed
+    )
+
+
+def lying(inner: Any, attributes: tuple[str, ...] = ("inner_model", "sigmas")) -> Any:
+    """Return a SAMPLER around another that changes sigma, as other extensions' nodes make them."""
+    import comfy.samplers
+
+    def function(model, x, sigmas, **kwargs):
+        def changed(x, sigma, **extra):
+            factor = SHRINK if 0.2 < sigma.max() < 0.95 else 1.0
+            return model(x, sigma * factor, **extra)
+
+        for name in attributes:
+            setattr(changed, name, getattr(model, name))
+        return inner.sampler_function(changed, x, sigmas, **kwargs, **inner.extra_options)
+
+    return comfy.samplers.KSAMPLER(function)
+
+
+def far(x: Tensor, y: Tensor) -> float:
+    return ((x - y).norm() / y.norm()).item()
+
+
+def half_mask(latent: Tensor) -> Tensor:
+    mask = torch.zeros(len(latent), 1, *latent.shape[2:])
+    mask[..., : latent.shape[-1] // 2] = 1
+    return mask
+
+
+def wrapped(work: Path) -> dict[str, Any]:
+    """Compare GM samplers with stock Euler, bare and in a wrapper; and run all with a mask."""
+    import comfy.samplers
+
+    make, found = ours("gm_sampler").gm_sampler, {}
+    euler = comfy.samplers.sampler_object("euler")
+    for name, given in {"board": board(), "flux": flux(work)}.items():
+        model, latent, positive = given
+        image = torch.randn(latent.shape, generator=torch.Generator().manual_seed(2))
+        for what, start, mask in (("", latent, None), (" masked", image, half_mask(latent))):
+            about = found[f"{name}{what}"] = {}
+            for attributes in (("inner_model", "sigmas"), ()):
+                stock = sample(model, start, positive, lying(euler), mask=mask)
+                our = sample(model, start, positive, lying(make("euler"), attributes), mask=mask)
+                about[f"euler {len(attributes)}"] = far(our, stock)
+            about["effect"] = far(stock, sample(model, start, positive, euler, mask=mask))
+            for solver in ("gm-ode", "gm-sde", "gm-policy"):
+                bare = sample(model, start, positive, make(solver), mask=mask)
+                again = sample(model, start, positive, lying(make(solver)), mask=mask)
+                hidden = sample(model, start, positive, lying(make(solver), ()), mask=mask)
+                about[solver] = {
+                    "effect": far(again, bare),
+                    "hidden": far(hidden, again),
+                    "kept": None if mask is None else far(again * (1 - mask), image * (1 - mask)),
+                }
+    return found
+
+
+def compiled(work: Path) -> dict[str, Any]:
+    """Run GM and stock samplers in turn on compiled models, and compare with uncompiled ones.
+
+    The guards are those of the node TorchCompileModel: none on transformer options.
+    """
+    import comfy.samplers
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    def no_guards(entries):
+        return ["transformer_options" not in entry.name for entry in entries]
+
+    model, latent, positive = flux(work)
+    fast = model.clone()
+    set_torch_compile_wrapper(fast, "eager", options={"guard_filter_fn": no_guards})
+    guided = ours("probabilistic_cfg").with_probabilistic_guidance(fast)
+    gm, euler = ours("gm_sampler").gm_sampler("gm-ode"), comfy.samplers.sampler_object("euler")
+    plain = {kind: sample(model, latent, positive, kind) for kind in (gm, euler)}
+    found = []
+    for turn, kind, cfg in ((fast, gm, 1.0), (fast, euler, 1.0), (guided, euler, 0.0)):
+        found.append(far(sample(turn, latent, positive, kind, cfg=cfg), plain[kind]))
+    torch.compiler.reset()
+    for kind in (euler, gm):
+        found.append(far(sample(fast, latent, positive, kind), plain[kind]))
+    return {"differences": found}
+
+
+def says(call: Any) -> str:
+    """Return the message of the ValueError that a call raises, "" if it raises none."""
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def not_a_flow(work: Path) -> dict[str, Any]:
+    """Put other kinds of sampling on a GM model, and connect it to every door."""
+    import comfy.samplers
+    import comfy_extras.nodes_model_advanced as advanced
+
+    import nodes
+
+    model, latent, positive = board()
+    all_in_one = ours("sample_latent").sample_latent
+    policy = nodes.NODE_CLASS_MAPPINGS["GMFlowPolicySigmas"].execute
+    stock = comfy.samplers.sampler_object("euler")
+    discrete = [
+        (advanced.ModelSamplingDiscrete, {"sampling": kind, "zsnr": False})
+        for kind in ("eps", "v_prediction", "lcm", "x0", "img_to_img", "img_to_img_flow")
+    ]
+    continuous = [
+        (
+            advanced.ModelSamplingContinuousEDM,
+            {"sampling": kind, "sigma_max": 1.0, "sigma_min": 0.002},
+        )
+        for kind in ("eps", "v_prediction", "edm", "cosmos_rflow")
+    ]
+    flows = [
+        (advanced.ModelSamplingSD3, {"shift": 2.0}),
+        (advanced.ModelSamplingAuraFlow, {"shift": 2.0}),
+    ]
+    found: dict[str, Any] = {"refused": {}, "fine": []}
+    for kind, settings in discrete + continuous:
+        (other,) = kind().patch(model, **settings)
+        doors = {
+            "all in one": lambda m=other: all_in_one(m, {"samples": latent}, 0, 2, "gm-ode"),
+            "with a shift": lambda m=other: all_in_one(
+                m, {"samples": latent}, 0, 2, "euler", shift=3.0
+            ),
+            "sampler": lambda m=other: sample(
+                m, latent, positive, ours("gm_sampler").gm_sampler("gm-sde")
+            ),
+            "stock": lambda m=other: sample(m, latent, positive, stock),
+            "guidance": lambda m=other: ours("guiders").guided(m),
+            "autoguidance": lambda m=other: ours("autoguider").AutoGuider(
+                m, model, positive, positive, 2.0, (0.0, 1.0)
+            ),
+            "sigmas": lambda m=other: policy(m, 4, 0.0, 1.0, 1.0),
+        }
+        for door, call in doors.items():
+            found["refused"][f"{door}, {settings['sampling']} of {kind.__name__}"] = says(call)
+    for kind, settings in flows:
+        (other,) = getattr(kind(), kind.FUNCTION)(model, **settings)
+        result = all_in_one(other, {"samples": latent}, 0, 2, "gm-ode")["samples"]
+        found["fine"].append(bool(result.isfinite().all()))
+    return found
+
+
+def not_finite(work: Path) -> dict[str, Any]:
+    """Feed numbers that are not finite to GM and stock samplers, and collect what is said."""
+    import comfy.samplers
+
+    nan, found, heard = float("nan"), {}, []
+    ours("finite").notice = heard.append
+    make = ours("gm_sampler").gm_sampler
+    samplers = {"stock": comfy.samplers.sampler_object("euler")}
+    samplers |= {solver: make(solver) for solver in ("gm-ode", "gm-sde", "gm-policy", "dpmpp-2m")}
+
+    def attempt(model, latent, positive, sampler, **settings) -> dict[str, Any]:
+        heard.clear()
+        error = says(lambda: sample(model, latent, positive, sampler, **settings))
+        return {"error": error, "heard": list(heard)}
+
+    for name, sampler in samplers.items():
+        model, latent, positive = board()
+        about = found[name] = {}
+        about["good"] = attempt(model, latent, positive, sampler)
+        spoiled = latent.clone()
+        spoiled[1, 0, 3, 3] = nan
+        about["latent"] = attempt(model, spoiled, positive, sampler)
+        about["mask"] = attempt(model, latent, positive, sampler, mask=half_mask(latent) * nan)
+        weight = next(model.model.diffusion_model.parameters())
+        weight.data[0, 0] = float("inf")
+        about["weight"] = attempt(model, latent, positive, sampler)
+    model, latent, positive = flux(work)
+    for name in ("stock", "gm-ode"):
+        (text, more) = positive[0]
+        found[name]["text"] = attempt(model, latent, [[text * nan, more]], samplers[name])
+        found[name]["scale"] = attempt(
+            model, latent, positive, samplers[name], cfg=1e38, negative=[[-text, more]]
+        )
+        styled = model.clone()
+        key = "diffusion_model.single_blocks.0.linear2.weight"
+        shape = model.model_state_dict()[key].shape
+        styled.add_patches({key: ("diff", (torch.full(shape, nan),))})
+        found[name]["lora"] = attempt(styled, latent, positive, samplers[name])
+    return found
+
+
+def saved(work: Path) -> dict[str, Any]:
+    """Save an adapted model, its base, and a GM model with ComfyUI's node ModelSave."""
+    import comfy_extras.nodes_model_merging as merging
+
+    save = merging.ModelSave()
+    save.output_dir = str(work / "out")
+    adapted, latent, positive = flux(work)
+    sampler, found = ours("gm_sampler").gm_sampler("gm-ode"), {}
+    before = sample(adapted, latent, positive, sampler)
+    base = adapted.clone()
+    base.object_patches, base.patches = {}, {}
+    for name, model in {"adapted": adapted, "base": base, "board": board()[0]}.items():
+        found[name] = says(lambda m=model, name=name: save.save(m, f"models/{name}"))
+    found["files"] = sorted(path.name for path in (work / "out").glob("**/*.safetensors"))
+    found["same"] = bool(torch.equal(sample(adapted, latent, positive, sampler), before))
+    return found
+
+
+CASES = {
+    "wrapped": wrapped,
+    "compiled": compiled,
+    "not a flow": not_a_flow,
+    "not finite": not_finite,
+    "saved": saved,
+}
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

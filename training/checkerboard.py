@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import sys
 
-from training.common.processes import command
+from training.common.processes import command, owned
 from training.common.settings import parse_preset
 from training.evaluation.checkerboard_report import write_report
 from training.loop.checkerboard_presets import PRESETS, CheckerboardConfig
@@ -36,12 +36,13 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     with command():
         config = parse(arguments)
-        if config.evaluate is None:
-            train(lambda: CheckerboardTrainer(config)).export()
-        else:
-            chosen = any(a.split("=")[0] == "--out" for a in arguments)
-            out = config.out if chosen else config.evaluate.parent
-            write_report(config.evaluate, out, config.eval_samples, device=config.device)
+        chosen = config.evaluate is None or any(a.split("=")[0] == "--out" for a in arguments)
+        out = config.out if chosen else config.evaluate.parent
+        with owned(out, config.device):
+            if config.evaluate is None:
+                train(lambda: CheckerboardTrainer(config)).export()
+            else:
+                write_report(config.evaluate, out, config.eval_samples, device=config.device)
 
 
 if __name__ == "__main__":

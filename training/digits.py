@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import tyro
 
+from gmflow_core.files.locks import locked_file
 from training.common.processes import command
 from training.data.digits import DigitsConfig, write_digits
 
@@ -23,7 +24,8 @@ def main(arguments: list[str] | None = None) -> None:
     with command():
         prog = "python -m training.digits"
         config = tyro.cli(DigitsConfig, args=arguments, prog=prog, description=__doc__)
-        counts = write_digits(config)
+        with locked_file(config.out):
+            counts = write_digits(config)
         print(
             f"{counts['train']} pictures in {config.out / 'train'}, "
             f"{counts['test']} in {config.out / 'test'}"

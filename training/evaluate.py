@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import sys
 
-from training.common.processes import command
+from training.common.processes import PATIENCE, command, owned
 from training.common.settings import parse_preset
 from training.evaluation.config import PRESETS, Config
 from training.evaluation.evaluation import Evaluation
@@ -42,7 +42,9 @@ def parse(arguments: list[str]) -> Config:
 def main(arguments: list[str] | None = None) -> None:
     """Run the evaluation; errors that the user can act on end in one line."""
     with command():
-        Evaluation(parse(sys.argv[1:] if arguments is None else arguments)).run()
+        config = parse(sys.argv[1:] if arguments is None else arguments)
+        with owned(config.out, config.device, PATIENCE):
+            Evaluation(config).run()
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ import sys
 
 import tyro
 
-from training.common.processes import command
+from gmflow_core.files.locks import locked_file
+from training.common.processes import PATIENCE, command, owned
 from training.source.config import Config, ConvertConfig
 from training.source.conversion import convert
 from training.source.fitting import fit
@@ -39,9 +40,13 @@ def main(arguments: list[str] | None = None) -> None:
     prog = "python -m training.fit_source"
     with command():
         if arguments[:1] == ["convert"]:
-            convert(tyro.cli(ConvertConfig, args=arguments[1:], prog=f"{prog} convert"))
+            chosen = tyro.cli(ConvertConfig, args=arguments[1:], prog=f"{prog} convert")
+            with locked_file(chosen.out):
+                convert(chosen)
             return
-        fit(tyro.cli(Config, args=arguments, prog=prog, description=__doc__))
+        config = tyro.cli(Config, args=arguments, prog=prog, description=__doc__)
+        with owned(config.out, config.device, PATIENCE):
+            fit(config)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import sys
 
-from training.common.processes import command
+from training.common.processes import command, owned
 from training.common.settings import parse_preset
 from training.loop.image_presets import PRESETS, ImageConfig
 from training.loop.image_trainer import ImageTrainer
@@ -40,7 +40,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command, with `sys.argv` if no arguments are given."""
     with command():
         config = parse(sys.argv[1:] if arguments is None else arguments)
-        train(lambda: ImageTrainer(config)).export()
+        with owned(config.out, config.device):
+            train(lambda: ImageTrainer(config)).export()
 
 
 if __name__ == "__main__":

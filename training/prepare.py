@@ -22,15 +22,18 @@ from __future__ import annotations
 
 import tyro
 
-from training.common.processes import command
-from training.data.preparation import PreparationConfig, prepare
+from training.common.processes import PATIENCE, command, owned
+from training.data.preparation import PreparationConfig, check_places, prepare
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command, with `sys.argv` if no arguments are given."""
     with command():
         prog = "python -m training.prepare"
-        prepare(tyro.cli(PreparationConfig, args=arguments, prog=prog, description=__doc__))
+        config = tyro.cli(PreparationConfig, args=arguments, prog=prog, description=__doc__)
+        check_places(config)
+        with owned(config.out, config.device, PATIENCE):
+            prepare(config)
 
 
 if __name__ == "__main__":

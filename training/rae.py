@@ -26,26 +26,42 @@ writes a published DiT^DH network (.pt) as a GMFlow checkpoint.
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
+
 import tyro
 
-from training.common.processes import leave
+from gmflow_core.files.locks import locked_file
+from training.common.processes import command, owned
 from training.data.rae_statistics import statistics
 from training.encoders.rae_files import convert
 
 
+def locking(run: Callable[..., None]) -> Callable[..., None]:
+    """Return a function of the command that holds the lock of its --out."""
+
+    @functools.wraps(run)
+    def locked_run(*args, **settings) -> None:
+        given = inspect.signature(run).bind(*args, **settings)
+        given.apply_defaults()
+        out, device = given.arguments["out"], given.arguments.get("device")
+        # `convert` runs in one process, and knows no device
+        with locked_file(out) if device is None else owned(out, device, file=True):
+            run(*args, **settings)
+
+    return locked_run
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run `statistics` or `convert`; errors that the user can act on end in one line."""
-    try:
+    with command():
         tyro.extras.subcommand_cli_from_dict(
-            {"statistics": statistics, "convert": convert},
+            {"statistics": locking(statistics), "convert": locking(convert)},
             prog="python -m training.rae",
             description=__doc__,
             args=arguments,
         )
-    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
-        raise SystemExit(f"error: {error}") from error
-    finally:
-        leave()
 
 
 if __name__ == "__main__":

@@ -25,7 +25,9 @@ import sys
 
 import torch
 
+from gmflow_core.files.locks import locked
 from training.common.devices import keep_freed_memory
+from training.common.processes import command
 from training.common.settings import parse_preset
 from training.experiments.source_toys import MODULE, PRESETS
 from training.experiments.source_toys_report import write
@@ -36,13 +38,10 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     torch.set_num_threads(1)
     keep_freed_memory()
-    try:
-        write(parse_preset(PRESETS, MODULE, __doc__, arguments))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
-    except KeyboardInterrupt:
-        print("\nstopped; the networks that are done are kept, run the same command again to go on")
-        raise SystemExit(130) from None
+    with command():
+        config = parse_preset(PRESETS, MODULE, __doc__, arguments)
+        with locked(config.out):
+            write(config)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Let one process at a time work on a folder."""
+"""Let one process at a time work on a folder, or write a file."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import socket
@@ -14,48 +15,83 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .atomic import WriteError, remove_leftovers
+from .atomic import DISK_FULL, WriteError, remove_leftovers
 from .errors import printable, quoted, reason
 
 LOCK, OWNER = ".gmflow.lock", ".gmflow.owner"  # the lock, and who holds it
+LONGEST = 500  # characters of a command in a message
 
 
 class LockedError(ValueError):
-    """A folder that another process works on."""
+    """A folder or a file that another process works on."""
 
 
 @contextmanager
 def locked(folder: str | Path, command: str = "") -> Iterator[None]:
     """Hold the lock of a folder, and remove what killed processes left in it.
 
-    The lock is the operating system's (flock, or Windows' own): it ends with the process, however
-    that ends, and holds between the machines of a network folder if that supports locks. Where it
-    does not, a warning says so, and the block runs without.
-
-    Args:
-        folder: where the job writes; created if missing.
-        command: what runs, for the message of another process.
+    See `_held`; the lock's file stays behind, as removing it could let two processes in.
 
     Raises:
         LockedError: another process holds it; the message names it.
         WriteError: the folder cannot be created or written.
     """
-    folder = Path(folder)
-    lock = FileLock(folder / LOCK)
+    with _held(Path(folder), Path(folder), LOCK, OWNER, command):
+        yield
+
+
+@contextmanager
+def locked_file(path: str | Path, command: str = "") -> Iterator[None]:
+    """Hold the lock of one file (or folder) that a job writes, with a lock file beside it.
+
+    Other files of the same folder stay free. See `locked`.
+
+    Raises:
+        LockedError, WriteError: as `locked`.
+    """
+    path = Path(path)
+    # a digest, as the name itself could be too long with anything added
+    name = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
+    with _held(path.parent, path, f".gmflow-{name}.lock", f".gmflow-{name}.owner", command):
+        yield
+
+
+@contextmanager
+def _held(
+    folder: Path, what: Path, lock_name: str, owner_name: str, command: str
+) -> Iterator[None]:
+    """Hold a lock, and remove what killed processes left in the folder.
+
+    The lock is the operating system's (flock, or Windows' own): it ends with the process, however
+    that ends, and holds between the machines of a network folder if that supports locks. Where it
+    does not, a warning says so, and the block runs without.
+
+    Args:
+        folder: where the lock's file lies; created if missing.
+        what: folder or file that the lock is of, for messages.
+        lock_name, owner_name: of the lock's file, and of the one that says who holds it.
+        command: what runs, for the message of another process.
+    """
+    lock, owner = FileLock(folder / lock_name), folder / owner_name
     held = True
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         raise LockedError(
-            f"{printable(str(folder))} is in use by {_owner(folder)}; wait for it or stop it, or "
-            "give another folder"
+            f"{printable(str(what))} is in use by {_owner(owner)}; wait for it or stop it, or "
+            f"give another {'folder' if what == folder else 'name'}"
         ) from None
     except (NotImplementedError, OSError) as error:
+        if getattr(error, "errno", None) in DISK_FULL:
+            raise WriteError(
+                f"{printable(str(what))} cannot be written: the disk is full; make room, or choose "
+                "another folder; what is there is unchanged"
+            ) from error
         if not os.access(folder, os.W_OK) or not folder.is_dir():
             raise WriteError(
-                f"{printable(str(folder))} cannot be written ({reason(error)}): choose another "
-                "folder; what is in it is unchanged"
+                f"{printable(str(what))} cannot be written ({reason(error)}): choose another "
+                "folder; what is there is unchanged"
             ) from error
         held = False
         warnings.warn(
@@ -65,32 +101,32 @@ def locked(folder: str | Path, command: str = "") -> Iterator[None]:
         )
     try:
         if held:
-            _sign(folder, command)
+            _sign(owner, command)
             remove_leftovers(folder)
         yield
     finally:
         if held:
             with suppress(OSError):
-                (folder / OWNER).unlink()
+                owner.unlink()
             lock.release()
 
 
-def _sign(folder: Path, command: str) -> None:
+def _sign(path: Path, command: str) -> None:
     """Write who holds the lock, for the message of another process."""
     owner = {
         "process": os.getpid(),
         "host": socket.gethostname(),
-        "command": command or " ".join(sys.argv),
+        "command": (command or " ".join(sys.argv))[:LONGEST],
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
     with suppress(OSError):  # a full disk: the lock holds without it
-        (folder / OWNER).write_text(json.dumps(owner))
+        path.write_text(json.dumps(owner))
 
 
-def _owner(folder: Path) -> str:
+def _owner(path: Path) -> str:
     """Describe the process that holds the lock."""
     try:
-        owner = json.loads((folder / OWNER).read_text(encoding="utf-8")[:4096])
+        owner = json.loads(path.read_text(encoding="utf-8")[:4096])
         return (
             f"process {int(owner['process'])} on {quoted(owner['host'])} since "
             f"{quoted(owner['since'])} ({quoted(owner['command'])})"

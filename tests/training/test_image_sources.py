@@ -209,7 +209,7 @@ def test_classes_beside_hidden_modes_are_noted(more, noted, data, source, tmp_pa
     if trainer.config.class_dropout == 1:
         labels, *_ = trainer.draw(torch.zeros(4096, dtype=torch.long), (3, 4, 4), range(4096))
         assert set(labels.tolist()) == {3}
-        assert trainer.draw_picture() is not None
+        assert trainer.draw_picture(trainer.sampling_model()) is not None
 
 
 @pytest.mark.parametrize(

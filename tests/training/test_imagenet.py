@@ -237,7 +237,7 @@ def test_the_command_ends_in_a_line_when_memory_runs_out_or_it_is_stopped(
         return iterate(self)
 
     monkeypatch.setattr(ImageTrainer, "iterate", too_large)
-    with pytest.raises(SystemExit, match=r"error: out of memory\n.*give --accumulate a larger"):
+    with pytest.raises(SystemExit, match=r"error: out of memory; .*give --accumulate a larger"):
         main(arguments(data, tmp_path, 10))
     monkeypatch.setattr(ImageTrainer, "iterate", stopped)
     with pytest.raises(SystemExit, match="130"):

@@ -3,36 +3,149 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
+
+from gmflow_core.files.errors import printable, reason
+from gmflow_core.files.locks import locked, locked_file
+from training.common.devices import on_cpu
 
 MOST_WORKERS = 8  # loader processes for each GPU, unless the user asks for more
+PATIENCE = timedelta(days=7)  # that processes wait for each other, where one may work alone
+# errors that come from files, arguments, devices and processes, not from mistakes in the code
+EXPECTED = (ValueError, OSError, FloatingPointError, ImportError, SafetensorError)
+FROM_OUTSIDE = {"FileError", "WriteError", "LockedError"}  # of them, what a loader cannot rebuild
+WORKER_ERROR = re.compile(r"Caught (\w+) in DataLoader worker process")
+NO_MEMORY = "DefaultCPUAllocator: "  # how PyTorch's RuntimeError begins when the CPU has no memory
+LOST = re.compile(r"Connection (closed|reset) by peer|gloo/transport")
+LOWER = (
+    "the memory is not enough: give --batch-size a smaller number where the command has it, close "
+    "other programs, or use a machine with more"
+)
 
 
 @contextmanager
 def command() -> Iterator[None]:
     """Run the body of a command, with errors in one line that a user can act on.
 
+    What comes from files, arguments, devices and other processes ends in such a line; any other
+    exception is a mistake in the code, and keeps its traceback. SIGTERM ends the body like Ctrl-C.
+
     Raises:
-        SystemExit: the body raised such an error, or was stopped by the user (status 130).
+        SystemExit: the body raised such an error (status 1), or was stopped (status 130).
     """
+    for stream in (sys.stdout, sys.stderr):  # names of files may hold what a terminal cannot show
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        yield
-    except (ValueError, OSError, FloatingPointError, ImportError) as error:
-        raise SystemExit(f"error: {error}") from error
+        with _sigterm_as_interrupt():
+            yield
+            _flush()
+    except BrokenPipeError as error:
+        _discard_output()
+        raise SystemExit("error: the program that read this command's output ended") from error
     except KeyboardInterrupt as stop:
         reason = str(stop) or "stopped"
-        print(f"\n{reason}; run the same command again to go on", file=sys.stderr)
+        print(f"\n{printable(reason)}; run the same command again to go on", file=sys.stderr)
         raise SystemExit(130) from None
+    except Exception as error:
+        message = message_of(error)
+        if message is None:
+            raise
+        raise SystemExit(f"error: {message}") from error
     finally:
         leave()
+
+
+def message_of(error: Exception) -> str | None:
+    """Return one line about an error that is not a mistake in the code; None if it is one."""
+    text = str(error)
+    if is_out_of_memory(error):
+        return f"{printable(_one_line(text) or 'out of memory', 500)}; {LOWER}"
+    worker = WORKER_ERROR.match(text)
+    if worker:  # the traceback is part of the text, and the error's own line its end
+        if worker[1] not in FROM_OUTSIDE and not isinstance(error, EXPECTED):
+            return None
+        last = text.rsplit(f"{worker[1]}: ", 1)
+        return printable(_one_line(last[-1])) if len(last) == 2 else worker[1]
+    if isinstance(error, EXPECTED):
+        return printable(_one_line(text)) or type(error).__name__
+    if isinstance(error, RuntimeError) and "DataLoader worker" in text:
+        return (
+            f"{printable(_one_line(text), 500)}: a process that reads data was killed, most "
+            "likely for its memory; give --workers a smaller number (0: none), and run the same "
+            "command again to go on"
+        )
+    if isinstance(error, torch.distributed.DistError) or LOST.search(text):
+        return (
+            f"another process of this command ended ({printable(_one_line(text), 200)}); its own "
+            "message says why; run the same command again to go on"
+        )
+    return None
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether the device's or the machine's memory was not enough."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or NO_MEMORY in str(error)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _flush() -> None:
+    """Write what was printed, as long as an error can still be told.
+
+    Raises:
+        BrokenPipeError: the program that reads the output ended.
+        OSError: it goes to a file that cannot be written.
+    """
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _discard_output()
+        raise OSError(f"the output of this command cannot be written ({reason(error)})") from error
+
+
+def _discard_output() -> None:
+    """Send further output nowhere, or flushing it at the end would raise again."""
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+
+
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Raise KeyboardInterrupt for SIGTERM in the block, so that it can tidy up.
+
+    In the main thread only, and only where nobody else handles SIGTERM.
+    """
+    here = threading.current_thread() is threading.main_thread()
+    if not here or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt("stopped by SIGTERM")
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def leave() -> None:
@@ -67,6 +180,39 @@ def together(state: PartialState) -> Iterator[None]:
     others = [f"process {number}: {message}" for number, message in enumerate(found) if message]
     if others:
         raise ValueError("; ".join(others))
+
+
+@contextmanager
+def owned(
+    out: Path, device: str, timeout: timedelta | None = None, file: bool = False
+) -> Iterator[PartialState]:
+    """Start the processes of a command, and hold the lock of what it writes in the main one.
+
+    If another command holds it, all processes raise.
+
+    Args:
+        out: the command's folder.
+        device: --device.
+        timeout: that processes wait for each other; PyTorch's own if None.
+        file: `out` is a file.
+
+    Raises:
+        LockedError, WriteError: as `locked`.
+    """
+    waits = {} if timeout is None else {"timeout": timeout}
+    state = PartialState(cpu=on_cpu(device), **waits)
+    with held_by_main(state, locked_file(out) if file else locked(out)):
+        yield state
+
+
+@contextmanager
+def held_by_main(state: PartialState, lock: AbstractContextManager) -> Iterator[None]:
+    """Hold a lock in the main process; if that fails, raise in all."""
+    with ExitStack() as stack:
+        with together(state):
+            if state.is_main_process:
+                stack.enter_context(lock)
+        yield
 
 
 @contextmanager

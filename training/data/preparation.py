@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +11,7 @@ from accelerate import PartialState
 
 from gmflow_core.files.errors import printable
 from training.common.devices import on_cpu
+from training.common.processes import PATIENCE
 from training.common.settings import require, require_device
 from training.data.image_folder import ImageList, list_images, read_class_names
 from training.data.pictures import DECODER
@@ -102,13 +102,8 @@ def prepare(config: PreparationConfig) -> dict[str, Any]:
         FileNotFoundError: the images, the VAE or the file of class names is missing.
         ValueError: one of these or the folder OUT is not as it should be.
     """
-    state = PartialState(cpu=on_cpu(config.device), timeout=timedelta(days=7))
-    out, data = config.out.resolve(), config.data.resolve()
-    if out == data or data in out.parents:
-        raise ValueError(
-            f"--out {config.out} is inside --data {config.data}, and would be taken for a class; "
-            "give another"
-        )
+    state = PartialState(cpu=on_cpu(config.device), timeout=PATIENCE)
+    check_places(config)
     images = list_images(config.data)
     read_class_names(config.class_names, images.folders)  # for its errors, before the long work
     plan = config.plan(images)
@@ -143,6 +138,20 @@ def prepare(config: PreparationConfig) -> dict[str, Any]:
         write_index(config.out, index)
         report(config, index)
     return index
+
+
+def check_places(config: PreparationConfig) -> None:
+    """Check that the folder for the shards is not among the images.
+
+    Raises:
+        ValueError: it is.
+    """
+    out, data = config.out.resolve(), config.data.resolve()
+    if out == data or data in out.parents:
+        raise ValueError(
+            f"--out {config.out} is inside --data {config.data}, and would be taken for a class; "
+            "give another"
+        )
 
 
 def make_index(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from gmflow_core.files.atomic import atomic_write
 from gmflow_core.files.checkpoint import load_checkpoint, read_metadata
+from gmflow_core.files.json_files import write_json
 from gmflow_core.flow.losses import nll
 from gmflow_core.flow.path import diffuse
 from gmflow_core.toys.checkerboard import draw_checkerboard, on_board, total_variation
@@ -53,13 +54,13 @@ def write_report(
     ):
         samples.append((solver, steps, points))
         report.setdefault(solver, {})[str(steps)] = distances(points)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_json(out / "report.json", report, indent=2)
     title = (
         f"K = {config.num_components}, {count:,} samples a picture, u-NLL {report['u_nll']:.3f}\n"
         "TV: total variation distance to the data, lower is better"
     )
-    comparison_sheet(samples, data, title).save(out / "report.png")
+    with atomic_write(out / "report.png") as temporary:
+        comparison_sheet(samples, data, title).save(temporary, format="png")
     print(f"report: {out / 'report.png'} and {out / 'report.json'}")
     return report
 

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from gmflow_core.files.atomic import atomic_write
+from gmflow_core.files.atomic import atomic_write, remove_leftovers
+from gmflow_core.files.errors import FileError, quoted
+from gmflow_core.files.json_files import read_json, write_json
 from training.evaluation.chunks import Chunks, key_digest
 from training.evaluation.config import Config, Setting
 from training.evaluation.features import load_extractor
 from training.evaluation.inputs import Inputs
 from training.evaluation.metrics import Measures, Reference, measure, score
 from training.evaluation.reference import load_reference, measure_images, prepared_images
-from training.evaluation.report import sheet, write_csv, write_plots
+from training.evaluation.report import is_row, sheet, write_csv, write_plots
 from training.evaluation.sampling import Sampler
 from training.evaluation.saturation import saturation_distance
 
 FORMAT = "gmflow-evaluation-1"
+KEPT = "delete it: samples are kept"
 Row = dict[str, Any]  # figures of one setting, as OUT/results.json holds them
 
 
@@ -110,13 +113,8 @@ class Evaluation:
         """
         if not self.results.exists():
             return {}, None
-        try:
-            old = json.loads(self.results.read_text(encoding="utf-8"))
-            rows = {row["name"]: row for row in old["results"]}
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{self.results} is damaged ({error!r}); delete it: samples are kept"
-            ) from error
+        old, rows = read_results(self.results)
+        old = {"precision": "fp32", **old}  # older versions knew no other for their figures
         differ = [key for key in report if old.get(key) != report[key]]
         if differ:
             print(
@@ -193,9 +191,8 @@ class Evaluation:
         }
         if samples.state(0) == "whole":
             images, labels = (samples.read(0)[0][name] for name in ("images", "labels"))
-            sheets = self.config.out / "sheets"
-            sheets.mkdir(exist_ok=True)
-            sheet(images, labels, model.classes).save(sheets / f"{setting.name}.png")
+            with atomic_write(self.config.out / "sheets" / f"{setting.name}.png") as temporary:
+                sheet(images, labels, model.classes).save(temporary, format="png")
         if self.config.discard_samples:
             shutil.rmtree(samples.folder, ignore_errors=True)
         return row
@@ -225,9 +222,7 @@ class Evaluation:
 
     def save(self, report: dict[str, Any]) -> None:
         """Write OUT/results.json, atomically."""
-        text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
-        with atomic_write(self.results) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_json(self.results, report)
 
     def finish(self, report: dict[str, Any]) -> None:
         """Write the results as JSON, as a table and as plots."""
@@ -240,11 +235,32 @@ class Evaluation:
 
 
 def clean(config: Config) -> None:
-    """Remove half-written files of a killed process, and with --restart all earlier results."""
+    """Remove half-written files of killed processes, and with --restart all earlier results."""
     out = config.out
-    for leftover in [*out.glob(".*.tmp"), *out.glob("*/*/.*.tmp")]:
-        leftover.unlink()
+    for folder in [out, *out.glob("*/"), *out.glob("*/*/")]:
+        remove_leftovers(folder)
     if config.restart:
         for folder in ("samples", "measures", "sheets"):
             shutil.rmtree(out / folder, ignore_errors=True)
         (out / "results.json").unlink(missing_ok=True)
+
+
+def read_results(path: Path) -> tuple[dict[str, Any], dict[str, Row]]:
+    """Read OUT/results.json.
+
+    Returns:
+        All of it, and its rows by name.
+
+    Raises:
+        FileError: it is damaged, or a row is not what `Evaluation.row` returns.
+    """
+    old = read_json(path, KEPT)
+    found = old.get("results") if isinstance(old, dict) else old
+    if not isinstance(old, dict) or not isinstance(found, list):
+        raise FileError(path, f"holds {quoted(found)} instead of results", KEPT)
+    for row in found:
+        if not is_row(row):
+            raise FileError(path, f"holds the result {quoted(row)}", KEPT)
+    if old.get("floor") is not None and not is_row(old["floor"], real_images=True):
+        raise FileError(path, f"holds the floor {quoted(old['floor'])}", KEPT)
+    return old, {row["name"]: row for row in found}

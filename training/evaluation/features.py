@@ -6,6 +6,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from gmflow_core.files.locks import locked_file
+from training.common.processes import together
 from training.evaluation.classifier import ClassifierFeatures, train_classifier
 from training.evaluation.extractors import Extractor
 from training.evaluation.inception import InceptionFeatures
@@ -27,9 +29,10 @@ def load_extractor(inputs: Inputs) -> Extractor:
         with inputs.state.main_process_first():
             return InceptionFeatures(config.inception_weights, inputs.device)
     path = Path(config.features)
-    if inputs.main and not path.exists():
-        train_features(inputs, path)
-    inputs.state.wait_for_everyone()
+    with together(inputs.state):
+        if inputs.main and not path.exists():
+            with locked_file(path):
+                train_features(inputs, path)
     features = ClassifierFeatures.load(path, inputs.device)
     shape, space, size = features.network.config, inputs.space, inputs.size
     other_classes = space.classes not in (None, features.classes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from accelerate import PartialState
 
 from gmflow_core.source.files import load_source
 from training.common.devices import on_cpu
+from training.common.processes import PATIENCE
 from training.encoders.load import load_vae
 from training.evaluation.chunks import Chunks
 from training.evaluation.config import Config, Setting, settings_of
@@ -39,7 +39,7 @@ class Inputs:
     def __init__(self, config: Config):
         check_inputs(config)
         self.config = config
-        self.state = PartialState(cpu=on_cpu(config.device), timeout=timedelta(days=7))
+        self.state = PartialState(cpu=on_cpu(config.device), timeout=PATIENCE)
         self.device, self.main = self.state.device, self.state.is_main_process
         if config.data is None:
             self.space = Space.of_checkpoints(config.checkpoint)

@@ -26,6 +26,9 @@ COLUMNS = (
     "network_calls", "count", *METRICS, "out_of_range", "seconds",
 )
 # fmt: on
+# columns of text, and those of the other ones, of numbers, that are never empty
+WORDS = ("name", "checkpoint", "solver", "guidance")
+NUMBERS = ("steps", "scale", "network_calls", "frechet_distance", "saturation")
 CYCLE = itertools.cycle(("#2a6fb0", "#2f8f5b", "#7d5ba6", "#b0413e", "#d98c1f", "#5f6b73"))
 COLOURS = dict(zip(SOLVERS, CYCLE, strict=False))
 KINDS = {"probabilistic": "probabilistic", "cfg": "CFG"}
@@ -57,6 +60,28 @@ def sheet(
             place = (2 + column * (tile + 2), 2 + row * (tile + 2))
             picture.paste(image.resize((tile, tile), how), place)
     return picture
+
+
+def is_row(row: Any, real_images: bool = False) -> bool:
+    """Return whether a value from a file has what tables and plots need of a row.
+
+    Args:
+        real_images: it is the row of these, which have no solver.
+    """
+    words, numbers = WORDS, NUMBERS
+    if real_images:
+        words, numbers = ("name",), ("frechet_distance", "saturation")
+    if not isinstance(row, dict) or any(row.get(column) is None for column in (*words, *numbers)):
+        return False
+    return all(
+        isinstance(row[column], str) if column in WORDS else _is_number(row[column])
+        for column in COLUMNS
+        if row.get(column) is not None
+    ) and all(metric in row for metric in METRICS)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def write_csv(report: dict[str, Any], path: Path) -> None:

@@ -10,11 +10,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gmflow_core.files.checkpoint import load_checkpoint, read_metadata, save_checkpoint
+from gmflow_core.files.errors import quoted
 from gmflow_core.models.mlp import GMFlowMLP, GMFlowMLPConfig
 from gmflow_core.source.em import fit_mixture
 from gmflow_core.source.files import load_source, read_source_metadata, save_source
 from gmflow_core.source.source import GaussianMixtureSource
 from training.experiments.source_toys import Config, Run, draw_data, loss_of
+from training.loop.checks import check_network, same
 
 FIT_SAMPLES = 20_000
 FIT_TOLERANCE = 1e-3  # EM stops at this gain, and a better start must gain more; nats per sample
@@ -33,9 +35,9 @@ def require_same(path: Path, found: dict[str, Any], settings: dict[str, Any]) ->
         ValueError: it was made with other settings.
     """
     differ = [
-        f"{name} {found.get(name)} there, {value} asked for"
+        f"{name} {quoted(found.get(name))} there, {value} asked for"
         for name, value in settings.items()
-        if found.get(name) != value
+        if not same(found.get(name), value)
     ]
     if differ:
         raise ValueError(
@@ -50,7 +52,10 @@ def source_of(toy: str, modes: int, seed: int, config: Config) -> GaussianMixtur
     settings = {"seed": seed, "samples": FIT_SAMPLES, "modes": modes, "starts": config.starts}
     if path.exists() and not config.restart:
         require_same(path, read_source_metadata(path)["training"], settings)
-        return load_source(path)
+        source = load_source(path)
+        source.require_shape((2,))
+        require_same(path, {"modes": source.num_modes}, {"modes": modes})
+        return source
     data = draw_data(toy, FIT_SAMPLES, torch.Generator().manual_seed(1000 + seed))
     source, log_likelihoods = likeliest_fit(data, modes, seed, config.starts)
     save_source(source, path, facts=settings | {"log_likelihoods": log_likelihoods})
@@ -81,9 +86,6 @@ def network_of(
 ) -> GMFlowMLP:
     """Train the network of a run; load it from OUT if it is there."""
     path, settings = config.out / run.file(seed), settings_of(config, seed)
-    if path.exists() and not config.restart:
-        require_same(path, read_metadata(path)["training"], settings)
-        return load_checkpoint(path)[0]
     torch.manual_seed(seed)
     output = {"num_components": 1, "constant_log_std": 0.0}
     if run.mixture_output:
@@ -99,6 +101,11 @@ def network_of(
             **output,
         )
     )
+    if path.exists() and not config.restart:
+        metadata = read_metadata(path)
+        require_same(path, metadata["training"], settings)
+        check_network(metadata, network, "", path)
+        return load_checkpoint(path)[0]
     train(network, run, seed, config, source)
     data = {}
     if source is not None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import csv
 import dataclasses
 import itertools
-import json
 import math
 import statistics
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from gmflow_core.files.atomic import atomic_write
+from gmflow_core.files.json_files import write_json
 from gmflow_core.pictures import contact_sheet
 from gmflow_core.toys.checkerboard import on_board
 from gmflow_core.toys.density_picture import density_picture
@@ -70,10 +72,12 @@ def write(config: Config) -> list[Line]:
     Returns:
         The lines of the table.
     """
-    config.out.mkdir(parents=True, exist_ok=True)
     results = measure(config)
     path, lines = config.out / "source_toys", results.lines
-    with open(path.with_suffix(".csv"), "w", newline="") as file:
+    with (
+        atomic_write(path.with_suffix(".csv")) as temporary,
+        open(temporary, "w", newline="", encoding="utf-8") as file,
+    ):
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(
@@ -92,23 +96,30 @@ def write(config: Config) -> list[Line]:
         "fit_tolerance": FIT_TOLERANCE,
     }
     record = {"settings": settings, "data_against_data": results.floor, "lines": lines}
-    path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    write_json(path.with_suffix(".json"), record)
     text = markdown(lines)
-    path.with_suffix(".md").write_text(text)
+    with atomic_write(path.with_suffix(".md")) as temporary:
+        temporary.write_text(text, encoding="utf-8")
     names = {"gaussian": "", "independent": ",\nany mode", "mode": ",\nown mode"}
     rows = [(run.title + names[run.noise], run, "euler") for run in TABLE]
-    draw_sheet(rows, (0, *SOURCE_CALLS), results, config).save(path.with_suffix(".png"))
+    save(draw_sheet(rows, (0, *SOURCE_CALLS), results, config), path.with_suffix(".png"))
     rows = [
         (f"{SOURCES[run.noise]}\nto {run.about()['output']},\n{SOLVER_TITLES[solver]}", run, solver)
         for run, solver in CORNER_ROWS
     ]
     corners = config.out / "source_toys_corners.png"
-    draw_sheet(rows, (0, *CORNER_CALLS), results, config).save(corners)
+    save(draw_sheet(rows, (0, *CORNER_CALLS), results, config), corners)
     print(text)
     for toy, distances in results.floor.items():
         print(f"{toy}: the data against itself {statistics.mean(distances):.3f}")
     print(f"figures and pictures: {path}.*")
     return lines
+
+
+def save(picture: Image.Image, path: Path) -> None:
+    """Write a picture as PNG."""
+    with atomic_write(path) as temporary:
+        picture.save(temporary, format="png")
 
 
 def cases(run: Run, calls: tuple[int, ...]) -> Iterator[tuple[str, int]]:

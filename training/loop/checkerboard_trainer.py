@@ -102,9 +102,9 @@ class CheckerboardTrainer(Trainer):
         """Return the decay of the power-function profile with gamma = 7 (Karras et al. 2024)."""
         return (1 - 1 / step) ** 8
 
-    def draw_picture(self) -> Tensor:
+    def draw_picture(self, model: GMFlowMLP) -> Tensor:
         """Draw the density of GM-SDE samples in 4 steps."""
-        points = sample_points(self.sampling_model(), PICTURE_SAMPLES, solver="gm-sde", steps=4)
+        points = sample_points(model, PICTURE_SAMPLES, solver="gm-sde", steps=4)
         return density_picture(points, bins=64)
 
     def extra_state(self) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from gmflow_core.files.atomic import atomic_write
 from gmflow_core.files.checkpoint import read_metadata, save_checkpoint
 from gmflow_core.flow.path import shift_time
 from gmflow_core.gaussians.quantile import normal_cdf
@@ -18,7 +18,7 @@ from gmflow_core.models.gmdit import GMDiT, GMDiTConfig
 from gmflow_core.pictures import image_grid, to_image
 from gmflow_core.sampling.images import sample_images
 from gmflow_core.source.files import load_source, read_source_metadata
-from training.common.processes import loader_workers
+from training.common.processes import loader_workers, together
 from training.common.settings import SMALLEST_SIGMA
 from training.data.batches import Order, batch_loader, draw_noise, pieces_of
 from training.data.shards import LatentDataset, to_pixels
@@ -192,22 +192,16 @@ class ImageTrainer(Trainer):
         """Load the checkpoint in OUT.
 
         Raises:
-            ValueError: it was trained with another source, holds another network, or as `Trainer`.
+            ValueError: it was trained with another source, or as `Trainer`.
         """
-        metadata = read_metadata(self.path)
         if self.source is not None:
-            self.source.require_record(metadata["data"].get("source"), str(self.path))
-        found, mine = metadata["config"], dataclasses.asdict(self.model.config)
-        mine = {k: list(v) if isinstance(v, tuple) else v for k, v in mine.items()}  # as in JSON
-        differ = [k for k in mine if found.get(k) != mine[k]]
-        if differ:
-            changes = ", ".join(f"{k}: {found.get(k)} there, {mine[k]} here" for k in differ)
-            raise ValueError(
-                f"{self.path} holds a model of another shape ({changes}); give another --out, the "
-                f"same settings and data (now {self.config.data}) to go on, or --restart to throw "
-                "it away"
-            )
+            found = read_metadata(self.path)["data"].get("source")
+            self.source.require_record(found, str(self.path))
         super().resume()
+
+    def data_name(self) -> str:
+        """Return where the data lie, for a message."""
+        return f" (now {self.config.data})"
 
     def backward(self) -> dict[str, Tensor]:
         """Compute the gradients of an iteration piece by piece; return the mean losses."""
@@ -306,11 +300,8 @@ class ImageTrainer(Trainer):
         """
         return 0.5 ** (1 / min(30e6 / self.config.batch_size, 0.05 * step))
 
-    def draw_picture(self) -> Tensor | None:
+    def draw_picture(self, model: GMDiT | DiTDH) -> Tensor:
         """Draw samples of some labels, a column each, and save them in OUT/samples too."""
-        model = self.sampling_model()
-        if not self.accelerator.is_main_process:
-            return None
         config, columns = self.config, min(PICTURE_CLASSES, self.num_labels)
         labels = torch.linspace(0, self.num_labels - 1, columns).long().repeat(PICTURE_ROWS)
         modes = labels if config.mode_conditional else None
@@ -329,9 +320,8 @@ class ImageTrainer(Trainer):
         )
         images = self.decode(samples)
         picture = image_grid(images, columns=columns, scale=max(1, 64 // images.shape[-1]))
-        path = config.out / "samples" / f"{self.step:07d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        to_image(picture).save(path)
+        with atomic_write(config.out / "samples" / f"{self.step:07d}.png") as temporary:
+            to_image(picture).save(temporary, format="png")
         return picture
 
     def decode(self, x: Tensor) -> Tensor:
@@ -366,6 +356,8 @@ class ImageTrainer(Trainer):
     def export(self) -> None:
         """Write the weights to share, in bfloat16."""
         path, model = self.config.out / "weights.safetensors", self.sampling_model()
-        if self.accelerator.is_main_process:
-            save_checkpoint(model, path, facts=self.facts(), data=self.data(), dtype=torch.bfloat16)
-            print(f"the model to share: {path}")
+        facts = self.facts()
+        with together(self.accelerator.state):
+            if self.accelerator.is_main_process:
+                save_checkpoint(model, path, facts=facts, data=self.data(), dtype=torch.bfloat16)
+                print(f"the model to share: {path}")

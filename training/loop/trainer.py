@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from gmflow_core.files.checkpoint import (
@@ -33,9 +32,12 @@ from gmflow_core.files.checkpoint import (
     read_metadata,
     save_checkpoint,
 )
+from gmflow_core.files.errors import quoted, reading
 from training.common.devices import keep_freed_memory, on_cpu
-from training.common.processes import stop_signals
+from training.common.processes import is_out_of_memory, stop_signals, together
+from training.loop.checks import ADVICE, check_facts, check_network, check_settings, check_state
 from training.loop.config import TrainerConfig
+from training.loop.curves import Curves
 from training.loop.optimizer import lr_factor, new_schedule
 from training.loop.sharding import check_accelerate, distribute_like, local, whole
 from training.loop.skipped_steps import MAX_IN_A_ROW, SkippedSteps
@@ -86,10 +88,9 @@ class Trainer:
         self.starts: list[dict] = []  # each command of this run, and the iteration it began at
         self.seconds = 0.0  # training time, over all starts
         self.average = [p.detach().clone() for p in self.model.parameters()] if config.ema else None
-        if self.accelerator.is_main_process:
-            for leftover in config.out.glob(f".{self.path.name}.*.tmp"):  # of a killed process
-                leftover.unlink()
-        if self.path.exists() and not config.restart:
+        with together(self.accelerator.state):
+            found = self.path.exists() and not config.restart
+        if found:
             self.resume()
         self.schedule = new_schedule(self.optimizer, config, self.step)
         self.check_processes()
@@ -123,8 +124,12 @@ class Trainer:
         """Return the decay of the averaged weights at iteration `step`, counted from 1."""
         raise NotImplementedError
 
-    def draw_picture(self) -> Tensor | None:
-        """Draw a picture of samples, (H, W, 3) in [0, 1]; None draws none."""
+    def draw_picture(self, model: nn.Module) -> Tensor | None:
+        """Draw a picture of samples, (H, W, 3) in [0, 1]; None draws none.
+
+        Args:
+            model: `sampling_model`; only the main process draws.
+        """
         return None
 
     def extra_state(self) -> dict[str, Tensor]:
@@ -148,7 +153,7 @@ class Trainer:
             FloatingPointError: as `count_skipped`.
         """
         config, main = self.config, self.accelerator.is_main_process
-        writer = SummaryWriter(str(config.out), purge_step=self.step + 1) if main else None
+        curves = Curves(config.out, self.step + 1) if main else None
         bar = tqdm(
             total=config.iterations,
             initial=self.step,
@@ -175,31 +180,32 @@ class Trainer:
                     self.seconds += time.perf_counter() - started
                     if log:
                         bar.set_postfix(loss=f"{means['loss']:.4f}", skipped=self.skipped.total)
-                        self.log(writer, means)
+                        self.log(curves, means)
                     if last or self.step % config.checkpoint_every == 0:
                         self.save()
                     if self.step % config.picture_every == 0 or (
                         last and config.picture_every <= config.iterations
                     ):
-                        picture = self.draw_picture()
-                        if writer and picture is not None:
-                            writer.add_image("samples", picture, self.step, dataformats="HWC")
+                        model = self.sampling_model()
+                        with together(self.accelerator.state):
+                            picture = self.draw_picture(model) if main else None
+                            if picture is not None:
+                                curves.picture("samples", picture, self.step)
                 if stopped.is_set():
                     self.save()
         finally:
             bar.close()
-            if writer:
-                writer.close()
+            if curves:
+                curves.close()
         if stopped.is_set():
             raise KeyboardInterrupt(f"stopped at iteration {self.step}")
 
-    def log(self, writer: SummaryWriter | None, means: dict[str, float]) -> None:
+    def log(self, curves: Curves | None, means: dict[str, float]) -> None:
         """Add a point to the curves of TensorBoard."""
-        if writer:
+        if curves:
             lr = self.config.lr * lr_factor(self.config, self.step - 1)
             points = {**means, "learning_rate": lr, "skipped_steps": self.skipped.total}
-            for name, value in points.items():
-                writer.add_scalar(name, value, self.step)
+            curves.numbers(points, self.step)
 
     def iterate(self) -> dict[str, Tensor]:
         """Run one iteration; return its losses, not yet averaged over the processes.
@@ -373,54 +379,50 @@ class Trainer:
             **self.extra_state(),
             **pack_state(self.model, self.optimizer),
         }
-        sampling = self.sampling_model()
-        if self.accelerator.is_main_process:
-            save_checkpoint(sampling, self.path, facts=self.facts(), state=state, data=self.data())
-        self.accelerator.wait_for_everyone()
+        sampling, facts = self.sampling_model(), self.facts()
+        with together(self.accelerator.state):
+            if self.accelerator.is_main_process:
+                save_checkpoint(sampling, self.path, facts=facts, state=state, data=self.data())
 
     def resume(self) -> None:
         """Load the checkpoint in OUT.
 
         Raises:
-            ValueError: it belongs to a run with other settings, or holds no training state.
+            ValueError: it belongs to a run with other settings or another network, holds no
+                training state, or was edited or damaged.
         """
-        facts, state = read_metadata(self.path)["training"], load_training_state(self.path)
+        metadata, state = read_metadata(self.path), load_training_state(self.path)
+        facts = metadata["training"]
         if "step" not in state or "config" not in facts:
             raise ValueError(
                 f"{self.path} holds weights only; give another --out, or --restart to overwrite it"
             )
-        self.check_settings(facts["config"])
+        mine = {k: v for k, v in self.settings().items() if k not in self.free_to_change}
+        check_network(metadata, self.model, self.data_name(), self.path)
+        check_settings(facts["config"], mine, self.path)
+        check_facts(facts, state, self.path)
+        check_state(state, self.model, self.optimizer, self.extra_state(), self.path)
         unpack_state(state, self.model, self.optimizer)
         if self.average is not None:
             averaged = dict(load_checkpoint(self.path)[0].named_parameters())
             for (name, _), mine in zip(self.model.named_parameters(), self.average, strict=True):
                 local(mine).copy_(local(distribute_like(averaged[name].data, mine)))
-        self.load_extra_state(state)
+        with reading(self.path, ADVICE, "holds a training state that cannot be loaded"):
+            self.load_extra_state(state)
         self.step, self.skipped.total = int(state["step"]), int(state["skipped"])
         self.seconds, self.starts = facts["seconds"], facts.get("starts", [])
         if self.accelerator.is_main_process:
             print(f"going on from iteration {self.step} of {self.path}")
-            before, now = facts["config"]["iterations"], self.config.iterations
+            before, now = facts["config"].get("iterations"), self.config.iterations
             if self.config.lr_schedule == "cosine" and before != now:
                 print(
-                    f"note: the learning rate followed a cosine over {before} iterations until "
-                    f"now, and will over {now} from here"
+                    f"note: the learning rate followed a cosine over {quoted(before)} iterations "
+                    f"until now, and will over {now} from here"
                 )
 
-    def check_settings(self, found: dict[str, Any]) -> None:
-        """Check that a checkpoint's settings are those of this run.
-
-        Raises:
-            ValueError: one of them differs that is not free to change.
-        """
-        mine = self.settings()
-        differ = [k for k in mine if k not in self.free_to_change and found.get(k) != mine[k]]
-        if differ:
-            changes = ", ".join(f"{k}: {found.get(k)} there, {mine[k]} here" for k in differ)
-            raise ValueError(
-                f"{self.path} belongs to a run with other settings ({changes}); give another "
-                "--out, the same settings to go on, or --restart to throw it away"
-            )
+    def data_name(self) -> str:
+        """Return where the data lie, for a message."""
+        return ""
 
 
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
@@ -435,10 +437,12 @@ def train(new_trainer: Callable[[], AnyTrainer]) -> AnyTrainer:
     try:
         trainer = new_trainer()
         trainer.run()
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise ValueError(
-            f"{error}\nThe batch does not fit this device's memory: give --accumulate a larger "
-            "number (the batch stays the same), --gradient-checkpointing, or --shard with several "
-            "processes"
+            f"{error or 'out of memory'}; the batch does not fit this device's memory: give "
+            "--accumulate a larger number (the batch stays the same), --gradient-checkpointing, or "
+            "--shard with several processes"
         ) from error
     return trainer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterable, Iterator
-from datetime import timedelta
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,14 @@ from accelerate import PartialState
 from torch import Tensor
 from tqdm import tqdm
 
+from gmflow_core.files.atomic import remove_leftovers
+from gmflow_core.files.locks import locked
 from gmflow_core.source.em import fit_mixture
 from gmflow_core.source.files import save_source
 from gmflow_core.source.moments import RunningMoments, fit_given_modes
 from gmflow_core.source.source import GaussianMixtureSource
 from training.common.devices import on_cpu, to_device
-from training.common.processes import together
+from training.common.processes import PATIENCE, held_by_main, together
 from training.data.encode_tokens import encode_images, images_of
 from training.data.image_folder import list_images
 from training.data.shards import INDEX, PLAN, LatentDataset
@@ -74,7 +76,7 @@ def fit(config: Config) -> GaussianMixtureSource:
         FileNotFoundError: the data, the tokens, the images or the encoder are missing.
         ValueError: one of them does not fit the others, or the state in OUT is of another fit.
     """
-    state = PartialState(cpu=on_cpu(config.device), timeout=timedelta(days=7))
+    state = PartialState(cpu=on_cpu(config.device), timeout=PATIENCE)
     fitting, dataset, flip = Fitting(config, state), None, False
     if (config.data / INDEX).exists() or (config.data / PLAN).exists():
         dataset = LatentDataset(config.data)
@@ -141,17 +143,31 @@ class Fitting:
     def encode(self, images, kept, path: Path) -> TokenFiles:
         """Encode images with --encoder; see `encode_images`."""
         config = self.config
-        return encode_images(
-            images,
-            kept,
-            path,
-            self.state,
-            encoder=config.encoder,
-            input_size=config.encoder_size,
-            size=config.image_size,
-            batch_size=config.batch_size,
-            workers=config.workers,
-        )
+        with self.writing_tokens(path):
+            return encode_images(
+                images,
+                kept,
+                path,
+                self.state,
+                encoder=config.encoder,
+                input_size=config.encoder_size,
+                size=config.image_size,
+                batch_size=config.batch_size,
+                workers=config.workers,
+            )
+
+    @contextmanager
+    def writing_tokens(self, path: Path) -> Iterator[None]:
+        """Hold the lock of the tokens' folder while they are written, if they are not there yet.
+
+        The folder may be DATA, which several fits with a --out of their own may read.
+        """
+        with together(self.state):
+            if self.state.is_main_process:  # of a process that was killed while it wrote a part
+                remove_leftovers(path.with_suffix(".parts"))
+            needed = not path.exists() and path.parent.resolve() != self.config.out.resolve()
+        with held_by_main(self.state, locked(path.parent) if needed else nullcontext()):
+            yield
 
     def em(
         self, samples: Iterable[Tensor], covariance: Covariance, what: str
@@ -167,13 +183,9 @@ class Fitting:
             The mixture of vectors (D,) in float32.
         """
         config, path = self.config, self.config.out / "state.safetensors"
-        if self.state.is_main_process:
-            # Remove what a process left that was killed while it wrote.
-            for leftover in config.out.glob(f".{path.name}.*.tmp"):
-                leftover.unlink()
-            if config.restart:
+        with together(self.state):
+            if self.state.is_main_process and config.restart:
                 path.unlink(missing_ok=True)
-        self.state.wait_for_everyone()
         bar = tqdm(
             total=config.max_iterations,
             desc=what,
@@ -214,7 +226,7 @@ class Fitting:
         """Fit a mixture to the tokens, then the moments of the samples of each of its modes."""
         config, state = self.config, self.state
         check_count(tokens, len(dataset), config.data)
-        with together(state):
+        with self.writing_tokens(config.data / FILE), together(state):
             if state.is_main_process:
                 keep_tokens(tokens, config.data)
         mine = tokens.share(state)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..flow.path import MIN_SIGMA, Sigma, expand_sigma, sigma_between
 from ..gaussians.mixture import Mixture
-from ..gaussians.tensors import sum_of_products
+from ..gaussians.tensors import sum_of_products, widest
 
 TILE = {"cpu": 1 << 15, "gpu": 1 << 20}  # pixels times components of a tile (on a CPU, a thread)
 
@@ -93,8 +93,7 @@ def _per_pixel(values: Tensor, x: Tensor) -> Tensor:
     """Reshape (B or 1, 1, *S or *1) to (B or 1, pixels or 1), in float64 if the device has it."""
     if values.shape[2:].numel() > 1:
         values = values.expand(-1, 1, *x.shape[2:])
-    dtype = torch.float32 if x.device.type == "mps" else torch.float64
-    return values.reshape(len(values), -1).to(dtype)
+    return values.reshape(len(values), -1).to(widest(x.device))
 
 
 def _part(values: Tensor, tile: tuple[slice, slice]) -> Tensor:

@@ -20,6 +20,11 @@ def sum_of_products(a: Tensor, b: Tensor, dim: int) -> Tensor:
     return total
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """Return float64, or float32 on devices that may lack it, such as Apple's and Intel's GPUs."""
+    return torch.float64 if device.type in ("cpu", "cuda") else torch.float32
+
+
 def at_least_float(tensor: Tensor) -> Tensor:
     """Convert half precision to float32; return float32 and float64 as they are."""
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from ..gaussians.tensors import widest
+
 
 def time_features(sigma: Tensor, size: int, *, include_end: bool = False) -> Tensor:
     """Return cosines, then sines, of t = 1000 sigma, (B,) -> (B, size).
@@ -52,12 +54,14 @@ def grid_angles(
     """Return the angles of the rows and of the columns of a grid, each (height, width, count).
 
     An angle is position times frequency. Positions are stretched from 0 ... height - 1 (or width -
-    1) to `extent`; the frequencies are spaced geometrically from 1 down to 1e-4. float64.
+    1) to `extent`; the frequencies are spaced geometrically from 1 down to 1e-4. float64, or
+    float32 on devices that lack it.
     """
-    frequency = 10000 ** (-torch.arange(count, dtype=torch.float64, device=device) / count)
+    dtype = widest(torch.device(device or "cpu"))
+    frequency = 10000 ** (-torch.arange(count, dtype=dtype, device=device) / count)
 
     def axis(length: int) -> Tensor:
-        position = torch.arange(length, dtype=torch.float64, device=device) * (extent / length)
+        position = torch.arange(length, dtype=dtype, device=device) * (extent / length)
         return position.outer(frequency)
 
     shape = (height, width, count)

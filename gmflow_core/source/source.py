@@ -19,7 +19,7 @@ from torch import Tensor
 from ..files.errors import quoted
 from ..gaussians.density import LOG_2PI
 from ..gaussians.draws import Generator, draw_like, standard_normal
-from ..gaussians.tensors import at_least_float
+from ..gaussians.tensors import at_least_float, widest
 from .mode_frame import ModeFrame
 
 BLOCK = 2**24  # elements of the largest temporary tensor
@@ -411,11 +411,6 @@ def _choose(
         return torch.searchsorted(edges, uniform, right=True)
     chosen = torch.searchsorted(edges, uniform.unsqueeze(1), right=True).squeeze(1)
     return chosen.clamp_(max=weights.shape[1] - 1)  # a row of NaN gives M
-
-
-def widest(device: torch.device) -> torch.dtype:
-    """Return float64, or float32 on devices without it."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def listed(numbers: Sequence[int], most: int = 8) -> str:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from gmflow_core.models.mlp import GMFlowMLP, GMFlowMLPConfig
+from gmflow_core.models.precision import chosen_precision, set_precision
 from tests.helpers import SPACES, is_near, normal
 
 SMALL = {"num_components": 5, "embed_dim": 16, "hidden_dim": 24, "num_layers": 2}
@@ -90,3 +91,22 @@ def test_configs_out_of_range_are_quoted(changes, quoted):
 def test_inputs_without_two_channels_are_quoted(shape):
     with pytest.raises(ValueError, match=rf"\(B, 2, \.\.\.\), not \({shape[0]},"):
         small_network()(torch.zeros(shape), 0.5)
+
+
+def test_reduced_precision_is_of_the_network_alone():
+    torch.manual_seed(0)
+    network = GMFlowMLP(GMFlowMLPConfig(num_components=3, hidden_dim=16, embed_dim=8))
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    x, sigma = torch.randn(5, 2), torch.rand(5)
+    exact = network(x, sigma)
+    assert torch.equal(set_precision(network, "fp32")(x, sigma).means, exact.means)
+    found = set_precision(network, "bf16")(x, sigma)
+    for a, b in zip(
+        (found.means, found.log_weights), (exact.means, exact.log_weights), strict=True
+    ):
+        assert a.dtype == torch.float32
+        assert 0 < (a - b).abs().max() < 0.05
+    assert all(p.dtype == torch.float32 for p in network.parameters())
+    assert chosen_precision("auto", torch.device("cpu")) == "fp32"
+    assert chosen_precision("bf16", torch.device("cpu")) == "bf16"

@@ -20,6 +20,7 @@ from gmflow_core import (
     sample_images,
     save_checkpoint,
 )
+from gmflow_core.files.errors import FileError
 from gmflow_core.models.mlp import GMFlowMLP, GMFlowMLPConfig
 from gmflow_core.sampling.solvers import SOLVERS
 from tests.training.evaluation_runs import (
@@ -36,6 +37,7 @@ from training.evaluate import main, parse
 from training.evaluation import inputs, sampling
 from training.evaluation.classifier import Classifier, ClassifierConfig, ClassifierFeatures
 from training.evaluation.config import Config, settings_of, short_names
+from training.evaluation.evaluation import read_results
 from training.evaluation.models import image_labels, image_seeds
 
 ROOT = Path(__file__).parents[2]
@@ -177,6 +179,38 @@ def test_every_setting_reaches_the_samples(place, tmp_path):
             network, labels, steps=3, substeps=128 // 3, guidance=guidance, seeds=seeds
         )
         assert (to_pixels(x).int() - found[name]).abs().max() <= 1
+
+
+def test_samples_of_another_precision_are_not_mixed(place, tmp_path):
+    exact = run(place, tmp_path / "exact")
+    assert exact["precision"] == "fp32"  # auto, on a CPU
+    more = ["--precision", "bf16"]
+    found = (
+        samples_of(place, tmp_path / "bf16", *more) - samples_of(place, tmp_path / "fp32")
+    ).abs()
+    assert found.max() > 0
+    assert found.float().mean() < 2  # of 255
+    assert json.loads((tmp_path / "bf16" / "results.json").read_text())["precision"] == "bf16"
+    with pytest.raises(ValueError, match="sampled with another precision"):
+        run(place, tmp_path / "exact", *more)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[",
+        "[1]",
+        '{"results": 5}',
+        '{"results": [{"name": 3}]}',
+        '{"results": [{"name": "a"}]}',
+        '{"results": [], "floor": [1]}',
+        '{"results": ' + "[" * 10**5,
+    ],
+)
+def test_damaged_results_are_named(content, tmp_path):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(FileError, match=r"results\.json .*delete it: samples are kept"):
+        read_results(tmp_path / "results.json")
 
 
 def test_files_of_another_size_are_made_anew(place, tmp_path):

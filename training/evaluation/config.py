@@ -98,8 +98,9 @@ class Config:
     """Images that a process samples at a time."""
     chunk_size: int = 500
     """Images per file; a stop loses at most one file per process."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Type of the network's weights, float32 or bfloat16; mixtures are float32 either way."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Of the network's products: bf16 (with TF32 for what stays in float32), or fp32; auto: bf16 on
+    a GPU, fp32 on the CPU. Weights and mixtures are float32 either way."""
     device: str = "auto"
     """auto (what accelerate finds) or cpu."""
     out: Path = Path("outputs/evaluation")

@@ -94,6 +94,7 @@ class Evaluation:
             "format": FORMAT,
             "count": config.count,
             "seed": config.seed,
+            "precision": self.inputs.precision,
             "features": self.extractor.facts,
             "reference": facts,
             "saturation": {"compared_with": known if digits else "the reference images"},

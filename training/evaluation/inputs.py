@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from gmflow_core.models.precision import chosen_precision
 from gmflow_core.source.files import load_source
 from training.common.devices import on_cpu
 from training.common.processes import PATIENCE
@@ -24,6 +25,7 @@ class Inputs:
         state: accelerate's processes.
         device: of this process.
         main: this is the main process.
+        precision: of the networks, "bf16" or "fp32".
         space: of the samples.
         settings: all points of the sweep.
         models: one for each --checkpoint.
@@ -41,6 +43,7 @@ class Inputs:
         self.config = config
         self.state = PartialState(cpu=on_cpu(config.device), timeout=PATIENCE)
         self.device, self.main = self.state.device, self.state.is_main_process
+        self.precision = chosen_precision(config.precision, self.device)
         if config.data is None:
             self.space = Space.of_checkpoints(config.checkpoint)
         else:
@@ -114,7 +117,8 @@ class Inputs:
             "scale": setting.scale,
             "interval": config.guidance_interval if setting.guidance != "none" else None,
             "seed": config.seed,
-            "precision": config.precision,
+            # older versions called bfloat16 weights bf16
+            "precision": "fp32" if self.precision == "fp32" else "bf16 autocast",
             "vae": self.vae_name,
         }
         if config.end:

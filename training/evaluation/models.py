@@ -154,9 +154,9 @@ class Model:
                 "give --data what it was trained on"
             )
 
-    def load(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """Load the network."""
-        return load_checkpoint(self.checkpoint, device, dtype)[0]
+    def load(self, device: torch.device) -> nn.Module:
+        """Load the network, in float32."""
+        return load_checkpoint(self.checkpoint, device)[0]
 
 
 def fingerprint(checkpoint: str, config: dict) -> str:

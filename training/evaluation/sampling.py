@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gmflow_core.flow.path import flow_sigmas
+from gmflow_core.models.precision import set_precision
 from gmflow_core.sampling.guidance import Guidance
 from gmflow_core.sampling.images import sample_images
 from training.evaluation.config import Setting
@@ -31,10 +32,10 @@ class Sampler:
         if model == self.loaded:
             return
         inputs, self.network = self.inputs, None
-        dtype = torch.bfloat16 if inputs.config.precision == "bf16" else torch.float32
-        self.network, self.loaded = inputs.models[model].load(inputs.device, dtype), model
+        network = inputs.models[model].load(inputs.device)
+        self.network, self.loaded = set_precision(network, inputs.precision), model
         if inputs.guide is not None and self.guide is None:
-            self.guide = inputs.guide.load(inputs.device, dtype)
+            self.guide = set_precision(inputs.guide.load(inputs.device), inputs.precision)
 
     def sample(self, setting: Setting, images: range) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Sample some images of a setting.

@@ -12,6 +12,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
 from torch.utils.tensorboard import summary
+from tqdm import tqdm
 
 from gmflow_core.files.errors import printable, reason
 
@@ -77,7 +78,7 @@ class Curves:
     def _stop(self, error: OSError) -> None:
         """Say that the log ends here; nothing is written from now on."""
         self._records = None
-        print(
+        tqdm.write(
             f"note: the curves in {printable(str(self.folder))} end here ({reason(error)}); "
             "training goes on without them",
             file=sys.stderr,

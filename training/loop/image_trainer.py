@@ -15,6 +15,7 @@ from gmflow_core.flow.path import shift_time
 from gmflow_core.gaussians.quantile import normal_cdf
 from gmflow_core.models.ditdh import DiTDH, DiTDHConfig
 from gmflow_core.models.gmdit import GMDiT, GMDiTConfig
+from gmflow_core.models.precision import set_precision
 from gmflow_core.pictures import image_grid, to_image
 from gmflow_core.sampling.images import sample_images
 from gmflow_core.source.files import load_source, read_source_metadata
@@ -308,8 +309,7 @@ class ImageTrainer(Trainer):
         if config.class_dropout == 1:
             labels = torch.full_like(labels, self.num_labels)
         closed_forms = self.source is None or (config.mode_conditional and self.source.is_spherical)
-        # on this copy of the model: the network alone runs under autocast, not the solver
-        model.forward = self.autocast()(model.forward)
+        set_precision(model, config.precision)  # a copy; the network alone, not the solver
         samples = sample_images(
             model,
             None if config.mode_conditional else labels,

@@ -18,6 +18,7 @@ from .files.errors import MOST_SAID, printable, reason
 from .files.labels import find_label
 from .files.safetensors_files import write_safetensors
 from .models.image_network import ImageNetwork
+from .models.precision import PRECISIONS, chosen_precision, set_precision
 from .pictures import image_grid, to_image
 from .sampling.guidance import Guidance
 from .sampling.images import sample_images
@@ -63,7 +64,10 @@ def sample(args: argparse.Namespace) -> None:
         )
     data = read_metadata(args.checkpoint)["data"]
     network, _ = load_checkpoint(args.checkpoint, device=args.device)
-    draw = sample_class_images if isinstance(network, ImageNetwork) else sample_density
+    images = isinstance(network, ImageNetwork)
+    if images or args.precision != "auto":  # small networks of points gain nothing
+        set_precision(network, chosen_precision(args.precision, torch.device(args.device)))
+    draw = sample_class_images if images else sample_density
     tensors, picture = draw(args, network, data)
     if args.out.suffix == ".png":
         save_png(to_image(picture), args.out)
@@ -411,6 +415,13 @@ def _add_sample_arguments(p: argparse.ArgumentParser) -> None:
         type=float,
         default=0.0,
         help="weight of probabilistic guidance, in [0, 1) (default 0)",
+    )
+    p.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="auto",
+        help="of the network's products: bf16 (and TF32) or fp32 (default auto: bf16 for images on "
+        "a GPU, else fp32)",
     )
     p.add_argument(
         "--outline", action="store_true", help="draw the checkerboard's squares over the picture"

@@ -26,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from gmflow_core.files.atomic import remove_leftovers
 from gmflow_core.files.checkpoint import (
     load_checkpoint,
     load_training_state,
@@ -90,6 +91,9 @@ class Trainer:
         self.average = [p.detach().clone() for p in self.model.parameters()] if config.ema else None
         with together(self.accelerator.state):
             found = self.path.exists() and not config.restart
+            if self.accelerator.is_main_process:
+                for folder in config.out.glob("*/"):  # of killed processes; OUT's are gone already
+                    remove_leftovers(folder)
         if found:
             self.resume()
         self.schedule = new_schedule(self.optimizer, config, self.step)
@@ -125,11 +129,7 @@ class Trainer:
         raise NotImplementedError
 
     def draw_picture(self, model: nn.Module) -> Tensor | None:
-        """Draw a picture of samples, (H, W, 3) in [0, 1]; None draws none.
-
-        Args:
-            model: `sampling_model`; only the main process draws.
-        """
+        """Draw a picture of samples, (H, W, 3) in [0, 1], in the main process; None draws none."""
         return None
 
     def extra_state(self) -> dict[str, Tensor]:

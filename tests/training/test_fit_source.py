@@ -83,7 +83,7 @@ def test_token_files_and_their_errors(tmp_path):
     np.save(tmp_path / "objects.npy", np.array([{}, {}]))
     np.save(tmp_path / "flat.npy", np.arange(3))
     for name, message in (
-        ("objects", "no whole array file"),
+        ("objects", "holds values of type 'object', not numbers"),
         ("flat", r"holds {'tokens': \[3\]}"),
         ("none", "there is no"),
     ):

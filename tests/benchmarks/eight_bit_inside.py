@@ -188,7 +188,7 @@ def child_error(
     found = {variant: errors(loaded(variant)) for variant in VARIANTS[2:]}
     if adapter is not None:
         return found
-    layers = sys.modules[quantized.read_layout.__module__]
+    layers = sys.modules[quantized.int8_operations.__module__]
     rounded = layers.quantize_rows
     layers.quantize_rows = lambda weight, group=None, **options: rounded(weight, 0, **options)
     for variant in VARIANTS[3:]:

@@ -37,7 +37,7 @@ def main(comfyui: str, path: str, lora_path: str, names: str) -> None:
 
 def everything(quantized: Any, path: str, lora_path: str, names: list[str]) -> dict[str, Any]:
     """Run all of the above, in ComfyUI's own int8 layout and in ours."""
-    layers = sys.modules[quantized.read_layout.__module__]
+    layers = sys.modules[quantized.int8_operations.__module__]
     native = layers.has_native_layout
     about: dict[str, Any] = {"interrupt": interrupt(quantized, path)}
     about["blocks"] = [layers.is_block_layer(f"{name}.weight") for name in names]

@@ -1,0 +1,62 @@
+"""Arguments and dispatch of the parts that run commands: kills, disks, double starts, a server."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of these parts to a parser."""
+    add = parser.add_argument
+    add("--kills", type=int, metavar="N", help="kill commands and savers N times")
+    add("--disk-full", action="store_true", help="run them on disks that are too small")
+    add("--read-only", action="store_true", help="run them on read-only disks")
+    add("--two-starts", action="store_true", help="start each command twice at once")
+    add("--soak", type=float, metavar="SECONDS", help="run mixed prompts on a ComfyUI server")
+    add("--prompts", type=int, metavar="N", help="send N hostile prompts to a ComfyUI server")
+    add("--comfyui", action="store_true", help="in a real ComfyUI (always so for --soak)")
+    add("--jobs", nargs="+", metavar="JOB", help="only these commands")
+    add("--no-mount", action="store_true", help="limit file sizes instead of mounting disks")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the parts that were asked for, and return the exit status."""
+    from . import full_disk, kills, two_starts
+
+    status = 0
+    if arguments.kills:
+        status |= kills.run(arguments)
+    if arguments.disk_full:
+        status |= full_disk.run(arguments)
+    if arguments.read_only:
+        status |= full_disk.run_read_only(arguments)
+    if arguments.two_starts:
+        status |= two_starts.run(arguments)
+    if arguments.kills or arguments.disk_full or arguments.read_only:
+        from . import eight_bit_saver
+
+        status |= eight_bit_saver.run(arguments)
+    if arguments.soak:
+        from . import soak
+
+        status |= soak.run(arguments)
+    if arguments.prompts:
+        from . import prompts
+
+        status |= prompts.run(arguments)
+    return status
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line and run."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_arguments(parser)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="folder for results as JSON")
+    return run(parser.parse_args(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -86,7 +86,7 @@ class Comfy:
     """A ComfyUI server at ``url`` with the base directory ``base``."""
 
     def __init__(self, url: str, base: Path, log_path: Path, process: Popen[bytes]):
-        self.url, self.base, self._log_path, self._process = url, base, log_path, process
+        self.url, self.base, self._log_path, self.process = url, base, log_path, process
         self.client_id = uuid.uuid4().hex
         self._runs: dict[str, _Run] = {}
         # errors of outputs that ComfyUI drops from a prompt before it queues the rest
@@ -133,11 +133,11 @@ class Comfy:
         """Stop the server."""
         if self._socket is not None:
             self._socket.close(timeout=1)
-        self._process.terminate()
+        self.process.terminate()
         try:
-            self._process.wait(10)
+            self.process.wait(10)
         except TimeoutExpired:
-            self._process.kill()
+            self.process.kill()
 
     def get(self, path: str) -> Any:
         """Return the JSON answer to GET."""
@@ -187,7 +187,9 @@ class Comfy:
             answer = self.post("/prompt", body)
         except urllib.error.HTTPError as error:
             answer = json.loads(error.read())
-            raise PromptError(Result("", "rejected", errors=prompt_errors(answer))) from None
+            result = Result("", "rejected", errors=prompt_errors(answer))
+            result.traceback = validation_traceback(answer)
+            raise PromptError(result) from None
         self._left_out[answer["prompt_id"]] = prompt_errors(answer)
         return answer["prompt_id"]
 
@@ -262,9 +264,9 @@ class Comfy:
         return "\n".join(self.log().splitlines()[-lines:])
 
     def _check_alive(self) -> None:
-        if self._process.poll() is not None:
+        if self.process.poll() is not None:
             raise RuntimeError(
-                f"ComfyUI ended with exit code {self._process.returncode}\n{self._log_tail()}"
+                f"ComfyUI ended with exit code {self.process.returncode}\n{self._log_tail()}"
             )
 
     def _wait_until(
@@ -331,3 +333,13 @@ def prompt_errors(answer: dict[str, Any]) -> dict[str, str]:
             ": "
         )
     return errors
+
+
+def validation_traceback(answer: dict[str, Any]) -> str:
+    """Return the tracebacks of nodes whose validation failed, in an answer to POST /prompt."""
+    return "".join(
+        line
+        for about in answer.get("node_errors", {}).values()
+        for error in about["errors"]
+        for line in error.get("extra_info", {}).get("traceback", ())
+    )

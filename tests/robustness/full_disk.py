@@ -17,9 +17,9 @@ import re
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
-from . import forks
+from . import eight_bit, forks
 from .contents import broken, leftovers
 from .disks import Disk, can_mount, mounted, without_permission
 from .jobs import Job, chosen
@@ -28,7 +28,6 @@ from .place import Place, finish, new_place, print_table, rng_of, write_results
 SHARES = (0.0, 0.05, 0.2, 0.4, 0.6, 0.8, 0.95)  # of the room that a run needs
 STAYS = re.compile(r"unchanged|nothing was written|still holds|intact|is kept|are kept|stays?\b")
 NEED = re.compile(r"\bneeds?\b|File too large")  # the second where a limit stands in for the disk
-REFUSED = re.compile(r"exists already|is there already")  # by jobs that run once
 FILLER = "filler.bin"
 
 
@@ -64,6 +63,11 @@ class Findings:
         self.note(when, *texts)
         return False
 
+    def succeed(self, when: str, end: forks.End) -> None:
+        """Check that a run ended well."""
+        if end.status != 0:
+            self.note(when, f"it ended with {end.status}: {end.text[-300:]}")
+
     def check_result(self, when: str) -> None:
         """Check that the result is that of an undisturbed run."""
         found = [text for text in self.place.result() if FILLER not in text]
@@ -78,45 +82,44 @@ class Findings:
         self.note(when, *(f"{name} is left over" for name in hidden))
 
 
-def run(arguments: Namespace, jobs: list[Job] | None = None) -> int:
-    """Run the jobs on full disks, print the table, and return the exit status."""
-    mount = can_mount() and not arguments.no_mount
-    each = on_small_disks if mount else with_small_files
-    how = "a tmpfs" if mount else "the largest size of a file (RLIMIT_FSIZE), as no disk is mounted"
-    return _run(arguments, jobs, each, "disk_full", f"full disks: {how}")
+def run(arguments: Namespace) -> int:
+    """Run the jobs on full or read-only disks, print tables, and return the exit status."""
+    parts = [part for part in ("disk_full", "read_only") if getattr(arguments, part)]
+    status = 0
+    for part in parts:
+        rows, failures = collect(arguments, chosen(getattr(arguments, "jobs", None)), part)
+        if not getattr(arguments, "jobs", None):
+            more, found = eight_bit.collect(part, arguments)
+            rows, failures = rows + more, failures + found
+        title = HOW[part][_mounts(arguments)][0]
+        print_table(title, rows)
+        write_results(arguments, part, how=title, rows=rows, failures=failures)
+        status |= finish(failures)
+    return status
 
 
-def run_read_only(arguments: Namespace, jobs: list[Job] | None = None) -> int:
-    """Run the jobs on read-only disks, print the table, and return the exit status."""
-    mount = can_mount() and not arguments.no_mount
-    how = "a read-only tmpfs" if mount else "folders without permission"
-    each = read_only_disk if mount else read_only_folder
-    return _run(arguments, jobs, each, "read_only", f"read-only: {how}")
-
-
-def _run(
-    arguments: Namespace,
-    jobs: list[Job] | None,
-    each: Callable[[Place, Findings, random.Random], None],
-    name: str,
-    title: str,
-) -> int:
+def collect(arguments: Namespace, jobs: list[Job], part: str) -> tuple[list[dict], list[str]]:
+    """Run the jobs on full or read-only disks; return the rows of the table, and failures."""
     rows, failures = [], []
+    _, each = HOW[part][_mounts(arguments)]
     with new_place() as place:
-        for job in chosen(arguments.jobs) if jobs is None else jobs:
+        for job in jobs:
             try:
                 place.take(job)
             except RuntimeError as error:
                 failures.append(str(error))
                 continue
             findings = Findings(place)
-            each(place, findings, rng_of(arguments.seed, name, job.name))
+            each(place, findings, rng_of(arguments.seed, part, job.name))
             names = ("runs", "had room", "clear", "unclear", "same result", "another result")
             rows.append({"job": job.name, **{key: findings.counts[key] for key in names}})
             failures += findings.failures
-    print_table(title, rows)
-    write_results(arguments, name, how=title, rows=rows, failures=failures)
-    return finish(failures)
+            print(f"{job.name}: {len(findings.failures)} failures", flush=True)
+    return rows, failures
+
+
+def _mounts(arguments: Namespace) -> bool:
+    return can_mount() and not getattr(arguments, "no_mount", False)
 
 
 def on_small_disks(place: Place, findings: Findings, rng: random.Random) -> None:
@@ -136,9 +139,9 @@ def on_small_disks(place: Place, findings: Findings, rng: random.Random) -> None
             findings.check_whole(when)
             disk.leave_room(2 * need + 2**24)
             if not (done and place.job.once):
-                findings.judge(f"{when}, then enough", place.start().wait())
+                findings.succeed(f"{when}, then enough", place.start().wait())
             findings.check_result(f"{when}, then enough")
-            if share == SHARES[-1]:
+            if share == SHARES[-1] and not place.job.once:
                 again_on_a_full_disk(place, findings, disk)
 
 
@@ -147,17 +150,13 @@ def again_on_a_full_disk(place: Place, findings: Findings, disk: Disk) -> None:
     when = "finished, then on a full disk"
     filler = place.trial / FILLER
     disk.leave_room(2**16)
-    with filler.open("wb") as file:
-        try:
-            while True:
-                file.write(bytes(1024))
-                file.flush()
-        except OSError:
+    with suppress(OSError), filler.open("wb", buffering=0) as file:
+        while file.write(bytes(1024)):
             pass
     end = place.start().wait()
-    findings.judge(when, end, *(() if REFUSED.search(end.text) else (NEED, STAYS)))
+    findings.judge(when, end, NEED, STAYS)
     findings.check_result(when)
-    filler.unlink()
+    filler.unlink(missing_ok=True)
 
 
 def with_small_files(place: Place, findings: Findings, rng: random.Random) -> None:
@@ -170,7 +169,7 @@ def with_small_files(place: Place, findings: Findings, rng: random.Random) -> No
         findings.judge(when, place.start(most_bytes=most).wait(), NEED, STAYS)
         findings.check_whole(when)
         if not (place.job.once and not place.result()):
-            findings.judge(f"{when}, then any", place.start().wait())
+            findings.succeed(f"{when}, then any", place.start().wait())
         findings.check_result(f"{when}, then any")
 
 
@@ -197,14 +196,25 @@ def read_only_folder(place: Place, findings: Findings, _: random.Random) -> None
 
 
 def _read_only(place: Place, findings: Findings, switch: Callable[[bool], None]) -> None:
-    for when in ("new", "finished"):
+    for when in ("new",) if place.job.once else ("new", "finished"):
         switch(True)
         end = place.start().wait()
-        refused = REFUSED.search(end.text) and when == "finished"
-        findings.judge(f"read-only, {when}", end, *(() if refused else (STAYS,)))
+        findings.judge(f"read-only, {when}", end, STAYS)
         if when == "finished":
             findings.check_result("read-only, finished")
         switch(False)
         if when == "new":
-            findings.judge("writable again", place.start().wait())
+            findings.succeed("writable again", place.start().wait())
             findings.check_result("writable again")
+
+
+HOW = {  # part -> whether disks can be mounted -> title, function for a job
+    "disk_full": {
+        True: ("full disks: a tmpfs", on_small_disks),
+        False: ("full disks: largest size of a file, as no disk can be mounted", with_small_files),
+    },
+    "read_only": {
+        True: ("read-only: a tmpfs", read_only_disk),
+        False: ("read-only: folders without permission", read_only_folder),
+    },
+}

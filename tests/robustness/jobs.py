@@ -28,8 +28,9 @@ class Job:
         line: the command line; INPUTS and TRIAL stand for the two folders.
         inputs: writes what the command only reads, once for all trials, into a folder.
         begin: copies what the command changes from the folder of inputs into the trial's.
-        once: the command refuses to run again after it has finished.
-        locks: two starts at the same time are an error of the user.
+        once: after it has finished, the command refuses to run again or writes another file.
+        locks: of two starts at the same time one is refused.
+        function: is called in the place of the module's `main`.
     """
 
     name: str
@@ -39,10 +40,11 @@ class Job:
     begin: Callable[[Path, Path], None] = nothing
     once: bool = False
     locks: bool = True
+    function: Callable[[list[str]], None] | None = None
 
     def main(self) -> Callable[[list[str]], None]:
-        """Import the command's function."""
-        return importlib.import_module(self.module).main
+        """Return the command's function."""
+        return self.function or importlib.import_module(self.module).main
 
     def arguments(self, inputs: Path, trial: Path) -> list[str]:
         """Return the command line for these folders."""

@@ -14,6 +14,7 @@ import dataclasses
 from argparse import Namespace
 from collections import Counter
 
+from . import eight_bit
 from .contents import broken, leftovers, temporary
 from .forks import KILLED
 from .jobs import Job, chosen
@@ -34,9 +35,21 @@ class Tally:
     failures: list[str] = dataclasses.field(default_factory=list)
 
 
-def run(arguments: Namespace, jobs: list[Job] | None = None) -> int:
+def run(arguments: Namespace) -> int:
     """Kill every job, print the table, and return the exit status."""
-    jobs = chosen(arguments.jobs) if jobs is None else jobs
+    rows, failures = collect(arguments, chosen(getattr(arguments, "jobs", None)))
+    if not getattr(arguments, "jobs", None):
+        more, found = eight_bit.collect("kills", arguments)
+        rows, failures = rows + more, failures + found
+    print_table(f"kills, seed {arguments.seed}", rows)
+    left = sum(each["temporary bytes left by kills"] for each in rows)
+    print(f"{sum(each['kills'] for each in rows)} kills left {left:,} bytes in temporary files")
+    write_results(arguments, "kills", rows=rows, failures=failures)
+    return finish(failures)
+
+
+def collect(arguments: Namespace, jobs: list[Job]) -> tuple[list[dict], list[str]]:
+    """Kill every job; return the rows of the table, and failures."""
     rows, failures = [], []
     with new_place() as place:
         shares = share_out(arguments.kills, len(jobs))
@@ -49,12 +62,8 @@ def run(arguments: Namespace, jobs: list[Job] | None = None) -> int:
             tally = kill_job(place, share, arguments.seed)
             rows.append(row(place, tally))
             failures += tally.failures
-            print_table("", [rows[-1]])
-    print_table(f"kills, seed {arguments.seed}", rows)
-    left = sum(each["temporary bytes left by kills"] for each in rows)
-    print(f"{sum(each['kills'] for each in rows)} kills left {left:,} bytes in temporary files")
-    write_results(arguments, "kills", rows=rows, failures=failures)
-    return finish(failures)
+            print(f"{job.name}: {tally.kills} kills, {len(tally.failures)} failures", flush=True)
+    return rows, failures
 
 
 def share_out(kills: int, jobs: int) -> list[int]:

@@ -6,7 +6,6 @@ import importlib
 import json
 import platform
 import random
-import shutil
 import sys
 import tempfile
 import time
@@ -145,8 +144,3 @@ def finish(failures: list[str]) -> int:
     for text in failures:
         print(f"FAILED {text}")
     return int(bool(failures))
-
-
-def is_command(name: str) -> bool:
-    """Return whether a program is on the PATH."""
-    return shutil.which(name) is not None

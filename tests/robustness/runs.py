@@ -28,16 +28,10 @@ def run(arguments: argparse.Namespace) -> int:
     status = 0
     if arguments.kills:
         status |= kills.run(arguments)
-    if arguments.disk_full:
+    if arguments.disk_full or arguments.read_only:
         status |= full_disk.run(arguments)
-    if arguments.read_only:
-        status |= full_disk.run_read_only(arguments)
     if arguments.two_starts:
         status |= two_starts.run(arguments)
-    if arguments.kills or arguments.disk_full or arguments.read_only:
-        from . import eight_bit_saver
-
-        status |= eight_bit_saver.run(arguments)
     if arguments.soak:
         from . import soak
 

@@ -14,18 +14,18 @@ from argparse import Namespace
 from collections import Counter
 
 from . import forks
-from .jobs import Job, chosen
+from .jobs import chosen
 from .place import Place, finish, new_place, print_table, rng_of, write_results
 
 TRIALS = 4  # double starts of a job
 COUNTS = ("refused", "one after the other", "both worked", "unclear", "same result")
 
 
-def run(arguments: Namespace, jobs: list[Job] | None = None) -> int:
+def run(arguments: Namespace) -> int:
     """Start the jobs twice, print the table, and return the exit status."""
     rows, failures = [], []
     with new_place() as place:
-        for job in chosen(arguments.jobs) if jobs is None else jobs:
+        for job in chosen(getattr(arguments, "jobs", None)):
             if not job.locks:
                 continue
             try:

@@ -1,2 +1,0 @@
-def run(a):
-    return 0

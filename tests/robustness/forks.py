@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,6 @@ class Child:
         function: called with `arguments`, as the `main` of a command.
         arguments: a command line.
         folder: where it works; changes to files in it are counted.
-        log: file for its output, outside of `folder`.
         last_step: the child kills itself before this step (counted from 1); None never.
         most_bytes: largest size of a file (RLIMIT_FSIZE); None: no limit.
     """
@@ -69,19 +69,22 @@ class Child:
         function: Callable[[list[str]], Any],
         arguments: list[str],
         folder: Path,
-        log: Path,
         last_step: int | None = None,
         most_bytes: int | None = None,
     ):
-        self.log, self.started = log, time.monotonic()
+        self.started = time.monotonic()
         self._memory = mmap.mmap(-1, STEPS.size)  # shared with the child
+        # a file would count for the limit on the size of files
+        self._output, writer = os.pipe()
+        os.set_blocking(self._output, False)
+        self._text = b""
         sys.stdout.flush()
         sys.stderr.flush()
         self.process = os.fork()
         if self.process == 0:
             try:
                 os.setsid()
-                _redirect(log)
+                _redirect(writer)
                 if most_bytes is not None:
                     resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
                 sys.addaudithook(_Steps(str(folder), self._memory, last_step))
@@ -89,6 +92,7 @@ class Child:
             except BaseException:
                 status = 70
             os._exit(status)
+        os.close(writer)
 
     def kill(self) -> None:
         """Kill the process and those it started."""
@@ -106,6 +110,7 @@ class Child:
         deadline, hung = time.monotonic() + seconds, False
         while True:
             found, raw = os.waitpid(self.process, os.WNOHANG)
+            self._read()
             if found:
                 break
             if time.monotonic() >= deadline:
@@ -117,7 +122,16 @@ class Child:
         status = None if hung else os.waitstatus_to_exitcode(raw)
         steps, first, last = STEPS.unpack(self._memory[:])
         self._memory.close()
-        return End(status, self.log.read_text(errors="replace"), spent, steps, first, last)
+        self._read()
+        os.close(self._output)
+        text = self._text.decode("utf-8", "backslashreplace")
+        return End(status, text, spent, steps, first, last)
+
+    def _read(self) -> None:
+        """Read what the child has printed so far."""
+        with suppress(BlockingIOError):
+            while part := os.read(self._output, 2**16):
+                self._text += part
 
 
 def run(function: Callable[[list[str]], Any], arguments: list[str], **options: Any) -> End:
@@ -155,9 +169,8 @@ class _Steps:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _redirect(log: Path) -> None:
-    """Send the output to a file, and read nothing."""
-    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+def _redirect(out: int) -> None:
+    """Send the output to a descriptor, and read nothing."""
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(out, 1)
     os.dup2(out, 2)

@@ -137,7 +137,7 @@ JOBS = (
     Job(
         "checkerboard",
         "training.checkerboard",
-        "-k 4 --batch-size 64 --warmup 5 --checkpoint-every 3 --log-every 5 --picture-every 30 "
+        "-k 4 --batch-size 64 --warmup 5 --checkpoint-every 3 --log-every 5 --picture-every 99 "
         "--iterations 30 --eval-samples 100 --device cpu --out TRIAL/out",
     ),
     Job(

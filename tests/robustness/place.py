@@ -35,7 +35,7 @@ class Place:
 
     def __init__(self, folder: Path):
         self.folder, self.trial, self.inputs = folder, folder / "trial", folder / "inputs"
-        self.log, self.modules = folder / "log.txt", folder / "modules.txt"
+        self.modules = folder / "modules.txt"
 
     def take(self, job: Job) -> None:
         """Write the job's inputs, and run it twice undisturbed.
@@ -46,7 +46,7 @@ class Place:
         self.job, self.function = job, job.main()
         inputs = self.inputs / job.name
         if not inputs.exists():
-            end = forks.run(lambda _: job.inputs(inputs), [], folder=inputs, log=self.log)
+            end = forks.run(lambda _: job.inputs(inputs), [], folder=inputs)
             if end.status:
                 raise RuntimeError(f"{job.name}: no inputs\n{end.text}")
         runs = [self._undisturbed(self._and_note_modules), self._undisturbed(self.function)]
@@ -59,7 +59,7 @@ class Place:
     def _undisturbed(self, function: Callable) -> tuple[forks.End, dict[str, Any]]:
         self.begin()
         arguments = self.job.arguments(self.inputs, self.trial)
-        end = forks.run(function, arguments, folder=self.trial, log=self.log)
+        end = forks.run(function, arguments, folder=self.trial)
         if end.status != 0:
             raise RuntimeError(f"{self.job.name} ended with {end.status}\n{end.text[-3000:]}")
         if self.modules.exists():
@@ -84,10 +84,10 @@ class Place:
         emptied(self.trial)
         self.job.begin(self.inputs / self.job.name, self.trial)
 
-    def start(self, log: Path | None = None, **options: Any) -> forks.Child:
+    def start(self, **options: Any) -> forks.Child:
         """Start the job; the options are those of `Child`."""
         arguments = self.job.arguments(self.inputs, self.trial)
-        return forks.Child(self.function, arguments, self.trial, log or self.log, **options)
+        return forks.Child(self.function, arguments, self.trial, **options)
 
     def result(self) -> list[str]:
         """Say how the trial's folder differs from that of an undisturbed run."""

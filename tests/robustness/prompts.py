@@ -216,9 +216,9 @@ def outcome(comfy: Comfy, prompt: Prompt) -> Found:
         return Found("hang", text="it did not end, and could not be interrupted")
     except (OSError, RuntimeError) as error:
         return Found("dead", text=str(error))
-    return (
-        Found("interrupted") if slow and result.status == "interrupted" else judge(prompt, result)
-    )
+    if slow and result.status == "interrupted":
+        return Found("interrupted")
+    return judge(comfy, prompt, result)
 
 
 def judge(comfy: Comfy, prompt: Prompt, result: Result) -> Found:

@@ -67,7 +67,7 @@ def both(place: Place, offset: float) -> dict[int, forks.End]:
     """Start a job twice, the second one later; return both ends by process number."""
     first = place.start()
     time.sleep(offset)
-    second = place.start(place.log.with_name("second.txt"))
+    second = place.start()
     ends = {second.process: None, first.process: None}
     for child in (second, first):
         ends[child.process] = child.wait()

@@ -36,7 +36,7 @@ from tests.comfyui.server import running
 from .graphs import Prompt, every_prompt, reseeded, serve
 from .odd_inputs import odd_source
 from .place import finish, print_table, rng_of, write_results
-from .values import hostile_value, write_hostile_files
+from .values import TEXTS, hostile_value, write_hostile_files
 
 GROUP = 25  # prompts between two good ones
 SLOW, HANG = 20, 60  # seconds until a prompt is interrupted, and after that
@@ -110,11 +110,25 @@ class Door:
         serve(self.comfy)
 
     def prompt(self, number: int) -> tuple[Prompt, list[str]]:
-        """Return hostile prompt `number`, and what was changed in it."""
+        """Return hostile prompt `number`, and what was changed in it.
+
+        Every fifth one has the next hostile text in the next text field.
+        """
         rng = rng_of(self.seed, "prompt", number)
+        texts = [(k, n) for k, given in self.inputs.items() for n in given if given[n] == "STRING"]
+        fields = sorted(texts)
         kind = sorted(self.inputs)[number % len(self.inputs)]
+        turn, is_text = divmod(number, 5)
+        if is_text == 0:
+            kind, name = fields[turn % len(fields)]
         names = [n for n, p in self.prompts.items() if kind in _kinds(p)]
         prompt = reseeded(self.prompts[rng.choice(names)], rng.randrange(1000))
+        if is_text == 0:
+            text = TEXTS[turn // len(fields) % len(TEXTS)]
+            for about in prompt.values():
+                if about["class_type"] == kind:
+                    about["inputs"][name] = text
+            return prompt, [f"{kind}.{name} = {ascii(text)[:120]}"]
         changes = []
         for _ in range(rng.choice((1, 1, 1, 2))):
             changes.append(self._change(prompt, kind, rng))
@@ -228,6 +242,8 @@ def judge(comfy: Comfy, prompt: Prompt, result: Result) -> Found:
     if result.status == "error":
         failed = next(iter(set(result.errors) & set(prompt)), "")
         kind = prompt.get(failed, {}).get("class_type", "")
+        if failed.startswith("odd") and not kind.startswith("GMFlow"):
+            return Found("rejected", kind, "a stock node refuses to make the odd input")
         text = f"{result.traceback}\n{' '.join(result.errors.values())}"
         return Found("clear error" if is_clear(result) else "raw error", kind, text)
     if broken:

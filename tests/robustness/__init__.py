@@ -1,1 +1,1 @@
-"""Feed the project what it should not be fed: damaged files, kills, full disks, hostile prompts."""
+"""Tests of robustness: hostile files and inputs, kills, full disks, long runs of a server."""

@@ -5,8 +5,8 @@
 Each prompt is a good one in which one or two inputs of nodes of this extension are replaced: by
 null, numbers, huge numbers, NaN and infinity, text with lone surrogates, NUL or a million
 characters, paths, lists, objects, links to wrong outputs. After each group of 25 a good prompt has
-to run. What may happen: ComfyUI refuses the prompt; the node's error says what is wrong; or it
-runs. What may not: Python's own error, a picture or latent that is not finite without a word, a
+to run. What may happen: ComfyUI refuses the prompt; the node's error says what is wrong; it runs;
+or a stock node fails by itself, without any code of the extension at work ("stock error"). What may not: Python's own error, a picture or latent that is not finite without a word, a
 prompt that neither ends nor can be interrupted, a server that is gone.
 """
 
@@ -41,9 +41,8 @@ from .values import TEXTS, hostile_value, write_hostile_files
 GROUP = 25  # prompts between two good ones
 SLOW, HANG = 20, 60  # seconds until a prompt is interrupted, and after that
 MEMORY = 12 * 2**30  # bytes of address space that the server may take
-KINDS = ("rejected", "clear error", "success", "interrupted", "raw error", "not finite")
-KINDS += ("hang", "dead")
-BAD = KINDS[4:]
+KINDS = ("rejected", "clear error", "stock error", "success", "interrupted")
+BAD = ("raw error", "not finite", "hang", "dead")
 OURS = re.compile(r"/gmflow/")  # in a traceback's lines of the extension's code
 LIBRARIES = re.compile(r"/site-packages/|/lib/python3|<frozen")
 MOST_SHOWN = 40  # failures that are printed
@@ -189,11 +188,11 @@ class Door:
             {
                 "node": name,
                 "prompts": sum(counts.values()),
-                **{kind: counts[kind] for kind in KINDS},
+                **{kind: counts[kind] for kind in KINDS + BAD},
             }
             for name, counts in sorted(self.counts.items())
         ]
-        total = {key: sum(row[key] for row in rows) for key in ("prompts", *KINDS)}
+        total = {key: sum(row[key] for row in rows) for key in ("prompts", *KINDS, *BAD)}
         rows.append({"node": "all", **total})
         print_table(f"hostile prompts, seed {self.seed}", rows)
         write_results(arguments, "prompts", rows=rows, failures=self.failures)
@@ -245,7 +244,9 @@ def judge(comfy: Comfy, prompt: Prompt, result: Result) -> Found:
         if failed.startswith("odd") and not kind.startswith("GMFlow"):
             return Found("rejected", kind, "a stock node refuses to make the odd input")
         text = f"{result.traceback}\n{' '.join(result.errors.values())}"
-        return Found("clear error" if is_clear(result) else "raw error", kind, text)
+        stock = not OURS.search(result.traceback)  # the extension has no part in it
+        word = "clear error" if is_clear(result) else "stock error" if stock else "raw error"
+        return Found(word, kind, text)
     if broken:
         return Found("not finite", ", ".join(broken), "nothing is said on a node")
     if result.errors:

@@ -6,8 +6,9 @@ Each prompt is a good one in which one or two inputs of nodes of this extension 
 null, numbers, huge numbers, NaN and infinity, text with lone surrogates, NUL or a million
 characters, paths, lists, objects, links to wrong outputs. After each group of 25 a good prompt has
 to run. What may happen: ComfyUI refuses the prompt; the node's error says what is wrong; it runs;
-or a stock node fails by itself, without any code of the extension at work ("stock error"). What may not: Python's own error, a picture or latent that is not finite without a word, a
-prompt that neither ends nor can be interrupted, a server that is gone.
+or a stock node fails by itself, without any code of the extension at work ("stock error"). What may
+not: Python's own error, a picture or latent that is not finite without a word, a prompt that
+neither ends nor can be interrupted, a server that is gone.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from . import forks
 from .jobs import chosen
 from .place import Place, finish, new_place, print_table, rng_of, write_results
 
-TRIALS = 4  # double starts of a job
+TRIALS = 3  # double starts of a job
 COUNTS = ("refused", "one after the other", "both worked", "unclear", "same result")
 
 
@@ -38,6 +38,7 @@ def run(arguments: Namespace) -> int:
                 {"job": job.name, "trials": TRIALS} | {name: counts[name] for name in COUNTS}
             )
             failures += found
+            print(f"{job.name}: {len(found)} failures", flush=True)
     print_table(f"two starts, seed {arguments.seed}", rows)
     write_results(arguments, "two_starts", rows=rows, failures=failures)
     return finish(failures)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from .files.atomic import atomic_write
+from .files.atomic import atomic_write, remove_leftovers
 from .files.checkpoint import SHIPPED, load_checkpoint, read_metadata, save_checkpoint
 from .files.errors import MOST_SAID, printable, reason
 from .files.labels import find_label
@@ -300,6 +300,8 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError(f"--seed {args.seed} must be between 0 and 2**63 - 1")
         if hasattr(args, "device"):
             check_device(args.device)
+        if hasattr(args, "out"):
+            remove_leftovers(args.out.parent)
         args.run(args)
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(_line(str(error))) from error

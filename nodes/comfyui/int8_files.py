@@ -196,7 +196,7 @@ def new_path(prefix: str) -> str:
     except Exception as error:  # a path outside, NUL characters, surrogates, length, permission
         raise ValueError(
             f"filename_prefix {quoted(prefix)} is no place for a file below {output}: "
-            f"{reason(error)}"
+            f"{reason(error)}; nothing was written"
         ) from None
     remove_leftovers(folder)
     return path

@@ -16,13 +16,14 @@ from .unloading import make_loadable
 
 @guarded
 def check_settings(executor, noise: Tensor, latent_image: Tensor, *args, **kwargs):
-    """Check the latent, and warn about guidance and LoRAs that do not fit the adapter.
+    """Check latent and conditioning, and warn about guidance and LoRAs that do not fit.
 
     It is a wrapper for ComfyUI's OUTER_SAMPLE, so that stock samplers warn too.
     """
     clear()
     guider = executor.class_obj
     check_latent(guider.model_patcher, latent_image)
+    _check_conditioning(guider)
     make_loadable(guider.model_patcher)
     adapter = adapter_of(guider.model_options)
     if adapter.guidance is not None:
@@ -35,6 +36,24 @@ def check_settings(executor, noise: Tensor, latent_image: Tensor, *args, **kwarg
             "replaces: that part of the LoRA has no effect"
         )
     return executor(noise, latent_image, *args, **kwargs)
+
+
+def _check_conditioning(guider) -> None:
+    """Check that the conditioning is as wide as the output of the base's text encoder.
+
+    Raises:
+        ValueError: it is of another model, such as that of GM Class Labels.
+    """
+    first = getattr(guider.model_patcher.model.diffusion_model, "txt_in", None)
+    width = getattr(first, "in_features", None)
+    for conds in getattr(guider, "conds", {}).values():
+        for cond in conds or []:
+            text = cond.get("cross_attn")
+            if width is not None and text is not None and text.shape[-1] != width:
+                raise ValueError(
+                    f"the conditioning has {text.shape[-1]} features, and this model takes "
+                    f"{width}; connect CLIP Text Encode, with the text encoders of this model"
+                )
 
 
 def _check_guidance(guider, adapter: Adapter) -> None:

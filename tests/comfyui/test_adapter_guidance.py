@@ -185,3 +185,16 @@ def test_stock_samplers_say_it_too_and_take_it_back(server: Comfy) -> None:
     assert server.run(prompt).texts["sample"] == " "
     prompt["sample"]["inputs"]["seed"] = 5
     assert "sample" not in server.run(prompt).texts
+
+
+@pytest.mark.parametrize("base", ["flux", "qwen"])
+def test_the_conditioning_of_another_model_is_named(server: Comfy, base: str) -> None:
+    labels = node("GMFlowClassLabels", model=["digits", 0], label="0", more_labels="", repeat=1)
+    prompt = {
+        **graph(base),
+        "digits": node("GMFlowLoader", model_name="digits_k8.safetensors"),
+        "positive": labels,
+    }
+    for each in (prompt, stock(prompt)):
+        result = server.run(each, expect_error=True)
+        assert "the conditioning has 1 features, and this model takes" in result.errors["sample"]

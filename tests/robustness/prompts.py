@@ -44,7 +44,8 @@ SLOW, HANG = 20, 60  # seconds until a prompt is interrupted, and after that
 MEMORY = 12 * 2**30  # bytes of address space that the server may take
 KINDS = ("rejected", "clear error", "stock error", "success", "interrupted")
 BAD = ("raw error", "not finite", "hang", "dead")
-OURS = re.compile(r"/gmflow/")  # in a traceback's lines of the extension's code
+# In a traceback's lines of the extension's code; 8-bit layers are called as stock ones are
+OURS = re.compile(r"/gmflow/(?!nodes/comfyui/int8_)")
 LIBRARIES = re.compile(r"/site-packages/|/lib/python3|<frozen")
 MOST_SHOWN = 40  # failures that are printed
 

@@ -84,6 +84,7 @@ class Child:
         if self.process == 0:
             try:
                 os.setsid()
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 _redirect(writer)
                 if most_bytes is not None:
                     resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))

@@ -6,6 +6,7 @@ import importlib
 import json
 import platform
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -101,6 +102,7 @@ class Place:
 def new_place() -> Iterator[Place]:
     """Yield a working folder of its own, and delete it at the end."""
     torch.set_num_threads(1)  # a child cannot use the threads of its parent
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that disks are unmounted
     with tempfile.TemporaryDirectory(prefix="gmflow_robustness_") as folder:
         yield Place(Path(folder).resolve())
 

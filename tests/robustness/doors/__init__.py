@@ -1,0 +1,1 @@
+"""The doors of the project: everything that it reads, a module a subject."""

@@ -1,0 +1,146 @@
+"""Doors of the nodes' files: models, adapters, 8-bit models, sources, and the listings of them.
+
+Only for a process in which ComfyUI runs; see `inside_comfyui.py`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+import torch
+
+import nodes
+from gmflow_core.files.checkpoint import SHIPPED
+from tests.comfyui.adapters import write_adapter
+from tests.comfyui.bases import write_flux
+from tests.diffusers_folder import random_model, write_published_folder
+
+from ..children import Limits
+from .door import Door
+from .models import FOLDER_FILES, make_mlp
+from .nodes_at_work import TINY, base_model, call, node_class, sample, use_outputs
+
+NODES = "GMFlow"  # ids of the extension's nodes begin with it
+LIMITS = Limits(60, 900)
+
+
+def add_folder(kind: str, folder: Path) -> None:
+    """Let ComfyUI look for a kind of files in a folder, before all others."""
+    folder_paths.add_model_folder_path(kind, str(folder), True)
+    folder_paths.filename_list_cache.clear()
+
+
+def make_gm_model(folder: Path) -> None:
+    """Write a checkpoint."""
+    make_mlp(folder)
+
+
+def use_gm_model(folder: Path) -> Any:
+    """Load a checkpoint with the node, and sample it with a stock sampler and with ours."""
+    add_folder("gmflow", folder)
+    (model,) = call("GMFlowLoader", model_name="model.safetensors")
+    return [*use_outputs([model]), sample(model)]
+
+
+def make_adapter(folder: Path, base: str) -> None:
+    """Write an adapter, and load the base that it is put on."""
+    write_adapter(folder / "tiny_4step.safetensors", base, single=1, **TINY)
+    base_model(base)
+
+
+def use_adapter(folder: Path, base: str) -> Any:
+    """Put an adapter on a base, and sample."""
+    add_folder("loras", folder)
+    inputs = {"adapter_name": "tiny_4step.safetensors", "strength": 1.0}
+    (model,) = call("GMFlowAdapter", model=base_model(base), **inputs)
+    return [sample(model)]
+
+
+def make_16_bit(folder: Path) -> None:
+    """Write a FLUX in 16 bit."""
+    write_flux(folder / "flux.safetensors", single=1, **TINY)
+
+
+def make_8_bit(folder: Path) -> None:
+    """Save a FLUX in 8 bit."""
+    make_16_bit(folder)
+    add_folder("diffusion_models", folder)
+    (model,) = call("GMFlowLoadDiffusionModel8bit", unet_name="flux.safetensors")
+    call("GMFlowSaveDiffusionModel8bit", model=model, filename_prefix="cases")
+    (saved,) = Path(folder_paths.get_output_directory()).glob("cases*.safetensors")
+    shutil.move(saved, folder / "flux.safetensors")
+
+
+def use_8_bit(folder: Path) -> Any:
+    """Load a FLUX with the 8-bit loader, and sample."""
+    add_folder("diffusion_models", folder)
+    (model,) = call("GMFlowLoadDiffusionModel8bit", unet_name="flux.safetensors")
+    from .nodes_at_work import stock_sample
+
+    with torch.inference_mode():
+        return [stock_sample(model)]
+
+
+def make_source(folder: Path) -> None:
+    """Copy the shipped source."""
+    shutil.copy(SHIPPED / "digits_source.safetensors", folder / "source.safetensors")
+
+
+def use_source(folder: Path) -> Any:
+    """Load a source with the node, and draw noise of it."""
+    add_folder("gmflow_sources", folder)
+    (source,) = call("GMFlowSourceLoader", source_name="source.safetensors")
+    inputs = {"noise_seed": 0, "batch_size": 2, "choice": "by weight"}
+    noise, conditioning, latent, _ = call("GMFlowSourceNoise", source=source, **inputs)
+    return [noise.generate_noise(latent), conditioning]
+
+
+def make_listing(folder: Path) -> None:
+    """Write what models/gmflow may hold."""
+    make_mlp(folder)
+    shutil.copy(SHIPPED / "digits_k8.safetensors", folder / "digits.safetensors")
+    make_source(folder)
+    labels = {str(i): f"class {i}" for i in range(10)}
+    write_published_folder(folder / "published", random_model(), labels=labels)
+
+
+def use_listing(folder: Path) -> Any:
+    """List everything, as /object_info does: no file may make it fail."""
+    import json
+
+    for kind in ("gmflow", "gmflow_sources", "loras", "diffusion_models"):
+        add_folder(kind, folder)
+    for name in sorted(nodes.NODE_CLASS_MAPPINGS):
+        if name.startswith(NODES):
+            text = json.dumps(node_class(name).GET_NODE_INFO_V1())
+            text.encode()
+            if len(text) > 4_000_000:
+                raise RuntimeError(f"{name} describes itself in {len(text):,} bytes")
+    return []
+
+
+def doors() -> list[Door]:
+    """Return the doors of this file."""
+    file = {"*.safetensors": "safetensors"}
+    listing = {**file, **FOLDER_FILES, "*": "bytes"}
+    return [
+        Door("node Load GM Model", make_gm_model, use_gm_model, file, 1, LIMITS),
+        *(
+            Door(
+                f"node GM Adapter, {base}",
+                lambda folder, base=base: make_adapter(folder, base),
+                lambda folder, base=base: use_adapter(folder, base),
+                file,
+                2,
+                LIMITS,
+            )
+            for base in ("flux", "qwen")
+        ),
+        Door("node Load 8-bit, 16-bit file", make_16_bit, use_8_bit, file, 1, LIMITS),
+        Door("node Load 8-bit, 8-bit file", make_8_bit, use_8_bit, file, 2, LIMITS),
+        Door("node Load Mixture Source", make_source, use_source, file, 1, LIMITS),
+        Door("listings of nodes", make_listing, use_listing, listing, 1, LIMITS),
+    ]

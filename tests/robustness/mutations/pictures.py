@@ -1,0 +1,199 @@
+"""Put unusual, damaged and hostile pictures, names and links into a folder of images."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import zlib
+from pathlib import Path
+from random import Random
+
+import numpy as np
+from PIL import Image, PngImagePlugin
+
+MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", "I;16")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "JPEG2000", "TGA")
+SHAPES = ((1, 1), (1, 700), (700, 1), (30000, 1), (1, 30000), (9000, 9000), (2, 3), (40, 17))
+NAMES = (
+    b"\xff\xfe.png",
+    b"a\nb.png",
+    b"x" * 251 + b".png",
+    b"\xe2\x80\xae.png",
+    b"a\x1b[31m.png",
+    b".hidden.png",
+    b"picture.PNG",
+    b"-o.png",
+    "é".encode() + b".png",
+)
+
+
+def change_pictures(root: Path, rng: Random) -> str:
+    """Add a picture to a class folder, replace one, or change the tree."""
+    folders = sorted(path for path in root.iterdir() if path.is_dir())
+    folder = rng.choice(folders)
+    way = rng.choice((_unusual, _unusual, _unusual, _chunks, _chunks, _named, _tree, _tree))
+    return way(folder, rng)
+
+
+def _unusual(folder: Path, rng: Random) -> str:
+    """Add a picture of any mode, size and format."""
+    mode, kind = rng.choice(MODES), rng.choice(FORMATS)
+    size = rng.choice(SHAPES) if rng.random() < 0.5 else (20, 20)
+    if size == (9000, 9000):
+        mode = rng.choice(("1", "L"))
+    picture = _picture(mode, size, rng)
+    options = _options(picture, kind, rng)
+    raw = io.BytesIO()
+    for now in (picture, picture.convert("RGB")):
+        try:
+            raw.seek(0)
+            raw.truncate()
+            now.save(raw, kind, **options)
+            break
+        except (OSError, ValueError, KeyError, SystemError, struct.error):
+            continue
+    ending = kind.lower().replace("jpeg2000", "jp2").replace("jpeg", "jpg")
+    if rng.random() < 0.15:
+        ending = rng.choice(("png", "jpg", "eps", "pdf", "svg", "psd"))
+    (folder / f"new.{ending}").write_bytes(raw.getvalue())
+    return f"{folder.name}: a picture {mode} {size} as {kind} {sorted(options)} in .{ending}"
+
+
+def _picture(mode: str, size: tuple[int, int], rng: Random) -> Image.Image:
+    """Return a picture of random colours in a mode."""
+    width, height = size
+    numbers = np.random.default_rng(rng.randrange(2**32))
+    if mode == "F":
+        values = numbers.random((height, width), dtype=np.float32)
+        values.flat[0] = rng.choice((0.5, np.nan, np.inf, 1e30, -5))
+        return Image.fromarray(values)
+    if mode == "I;16":
+        return Image.fromarray(numbers.integers(0, 65536, (height, width), dtype=np.uint16))
+    if mode == "I":
+        return Image.fromarray(numbers.integers(-9, 2**20, (height, width), dtype=np.int32))
+    if width * height > 10**7:
+        return Image.new(mode, size, 1)
+    picture = Image.fromarray(numbers.integers(0, 256, (height, width, 4), dtype=np.uint8))
+    return picture if mode == "RGBA" else picture.convert("RGB").convert(mode)
+
+
+def _options(picture: Image.Image, kind: str, rng: Random) -> dict:
+    """Return options of a format: orientation, frames, transparency, texts, profiles."""
+    options = {}
+    if rng.random() < 0.3 and kind in ("PNG", "JPEG", "WEBP", "TIFF"):
+        exif = Image.Exif()
+        exif[0x0112] = rng.choice((1, 2, 3, 4, 5, 6, 7, 8, 0, 9, 65535))
+        options["exif"] = exif.tobytes()[: rng.choice((None, 20))]
+    if rng.random() < 0.2 and kind in ("PNG", "WEBP", "GIF", "TIFF") and picture.width < 100:
+        options |= {"save_all": True, "append_images": [picture] * rng.choice((1, 30))}
+    if rng.random() < 0.2 and kind in ("PNG", "GIF") and picture.mode in ("P", "L", "1", "RGB"):
+        options["transparency"] = (0, 0, 0) if picture.mode == "RGB" else rng.choice((0, 255))
+    if rng.random() < 0.15 and kind in ("PNG", "JPEG", "WEBP", "TIFF"):
+        options["icc_profile"] = rng.choice((b"", b"x" * 100, b"\0" * 200))
+    if rng.random() < 0.1 and kind == "PNG":
+        info = PngImagePlugin.PngInfo()
+        info.add_text("a", "x" * 2_000_000, zip=True)
+        options["pnginfo"] = info
+    if rng.random() < 0.1 and kind == "JPEG":
+        options |= {"progressive": True, "quality": 1}
+    return options
+
+
+def _chunks(folder: Path, rng: Random) -> str:
+    """Add a PNG whose chunks lie, with right checksums."""
+    sizes = ((2**31 - 1, 2**31 - 1), (60000, 60000), (0, 5), (20, 200_000_000), (30000, 1))
+    width, height = rng.choice(sizes) if rng.random() < 0.7 else (8, 8)
+    depth, colour = rng.choice(((8, 2), (8, 6), (16, 2), (16, 6), (1, 0), (8, 3), (16, 4), (3, 7)))
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, rng.choice((0, 0, 1, 9)))
+    content = zlib.compress(bytes(rng.choice((10, 9000, 40_000_000))))
+    chunks = [(b"IHDR", header)]
+    extra = rng.choice(("", "", "iCCP", "zTXt", "eXIf", "acTL", "PLTE", "tRNS", "long"))
+    bomb = zlib.compress(bytes(60_000_000))
+    more = {
+        "iCCP": b"icc\0\0" + bomb,
+        "zTXt": b"text\0\0" + bomb,
+        "eXIf": b"MM\0*\0\0\0\x08" + rng.randbytes(60),
+        "acTL": struct.pack(">II", 2**31 - 1, 0),
+        "PLTE": rng.randbytes(rng.choice((3, 7, 768, 3000))),
+        "tRNS": rng.randbytes(rng.choice((1, 6, 300))),
+    }
+    if extra in more:
+        chunks += [(extra.encode(), more[extra])] * rng.choice((1, 1, 40))
+    chunks += [(b"IDAT", content), (b"IEND", b"")]
+    raw = b"\x89PNG\r\n\x1a\n"
+    for name, body in chunks:
+        length = 2**31 if extra == "long" and name == b"IDAT" else len(body)
+        raw += struct.pack(">I", length) + name + body
+        raw += struct.pack(">I", zlib.crc32(name + body))
+    (folder / "new.png").write_bytes(raw)
+    return f"{folder.name}: a PNG of {width} x {height}, {depth} bits, colour {colour}, {extra}"
+
+
+def _named(folder: Path, rng: Random) -> str:
+    """Add a picture, or a whole class, under an unusual name."""
+    name = rng.choice(NAMES)
+    source = sorted(folder.glob("*.png"))[0]
+    place = os.fsencode(folder) + b"/" + name
+    if rng.random() < 0.3:
+        place = os.fsencode(folder.parent) + b"/" + name
+        os.mkdir(place)
+        place += b"/0.png"
+    with open(place, "wb") as file:
+        file.write(source.read_bytes())
+    return f"{folder.name}: a picture or class called {name!r}"
+
+
+def _tree(folder: Path, rng: Random) -> str:
+    """Change the tree: links, pipes, folders."""
+    name = rng.choice(list(TREES))
+    TREES[name](folder)
+    return f"{folder.name}: {name}"
+
+
+def _two_links(folder: Path) -> None:
+    (folder / "one").mkdir()
+    (folder / "two").mkdir()
+    for place in ("one", "two"):
+        for target in ("one", "two", ""):
+            (folder / place / f"to{target}").symlink_to(folder / target)
+
+
+def _many(folder: Path) -> None:
+    for i in range(3000):
+        (folder / f"{i:05d}.png").write_bytes(b"")
+
+
+def _deep(folder: Path) -> None:
+    for _ in range(900):
+        folder = folder / "d"
+        os.mkdir(folder)
+
+
+def _classes(folder: Path) -> None:
+    for i in range(300):
+        (folder.parent / f"class{i}").mkdir()
+
+
+def _no_permission(folder: Path) -> None:
+    (folder / "closed").mkdir(mode=0)
+
+
+TREES = {
+    "a link to itself": lambda folder: (folder / "loop").symlink_to("."),
+    "a link up": lambda folder: (folder / "up").symlink_to(".."),
+    "two links into each other": _two_links,
+    "a dangling link": lambda folder: (folder / "new.png").symlink_to("nowhere"),
+    "a link of a picture to itself": lambda folder: (folder / "new.png").symlink_to("new.png"),
+    "a pipe as a picture": lambda folder: os.mkfifo(folder / "new.png"),
+    "a pipe as a class": lambda folder: os.mkfifo(folder.parent / "pipe"),
+    "an endless picture": lambda folder: (folder / "new.png").symlink_to("/dev/zero"),
+    "a folder as a picture": lambda folder: (folder / "new.png").mkdir(),
+    "an empty class": lambda folder: (folder.parent / "empty").mkdir(),
+    "300 empty classes": _classes,
+    "3000 empty pictures": _many,
+    "900 levels": _deep,
+    "a closed folder": _no_permission,
+    "a text as a picture": lambda folder: (folder / "new.jpg").write_text("<svg onload=1>"),
+    "links to the root": lambda folder: (folder / "root").symlink_to("/proc/self"),
+}

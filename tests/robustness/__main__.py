@@ -16,10 +16,8 @@ out. Linux only: children are forked, and judged by what the kernel counts.
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # before torch: threads do not survive a fork
@@ -42,13 +40,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--without-comfyui", action="store_true", help="of --cases: no nodes")
     parser.add_argument("--only-comfyui", action="store_true", help="of --cases: only the nodes")
     parser.add_argument("--list", action="store_true", help="list the doors")
-    parser.add_argument("--kills", type=int, default=0, help="number of kills")
-    parser.add_argument("--disk-full", action="store_true", help="commands on a full disk")
-    parser.add_argument("--read-only", action="store_true", help="commands on a read-only disk")
-    parser.add_argument("--two-starts", action="store_true", help="commands started twice")
-    parser.add_argument("--soak", type=float, default=0, metavar="S", help="seconds of a long run")
-    parser.add_argument("--comfyui", action="store_true", help="of --soak: in a ComfyUI server")
-    parser.add_argument("--prompts", type=int, default=0, help="number of hostile prompts")
+    add = parser.add_argument
+    add("--kills", type=int, metavar="N", help="kill commands and savers N times")
+    add("--disk-full", action="store_true", help="run them on disks that are too small")
+    add("--read-only", action="store_true", help="run them on read-only disks")
+    add("--two-starts", action="store_true", help="start each command twice at once")
+    add("--soak", type=float, metavar="SECONDS", help="run mixed prompts on a ComfyUI server")
+    add("--prompts", type=int, metavar="N", help="send N hostile prompts to a ComfyUI server")
+    add("--comfyui", action="store_true", help="in a real ComfyUI (always so for --soak)")
+    add("--jobs", nargs="+", metavar="JOB", help="only these commands")
+    add("--no-mount", action="store_true", help="limit file sizes instead of mounting disks")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything (default 0)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="of --cases")
     parser.add_argument("--out", type=Path, help="folder for the tables as JSON")
@@ -58,23 +59,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Run what the command line names, and return the exit status."""
     chosen = parse(arguments)
-    parts: list[tuple[object, str]] = [
-        (chosen.cases or chosen.case or chosen.list, "run_cases"),
-        (chosen.kills, "kills"),
-        (chosen.disk_full or chosen.read_only, "full_disk"),
-        (chosen.two_starts, "two_starts"),
-        (chosen.soak, "soak"),
-        (chosen.prompts, "prompts"),
-    ]
-    modules = [name for wanted, name in parts if wanted]
-    if not modules:
+    statuses = []
+    if chosen.cases or chosen.case or chosen.list:
+        from . import run_cases
+
+        statuses.append(run_cases.run(chosen))
+    others = ("kills", "disk_full", "read_only", "two_starts", "soak", "prompts")
+    if any(getattr(chosen, name) for name in others):
+        from . import runs
+
+        statuses.append(runs.run(chosen))
+    if not statuses:
         print("nothing was asked for; see --help", file=sys.stderr)
         return 2
-    statuses = []
-    for name in modules:
-        run: Callable[[argparse.Namespace], int]
-        run = importlib.import_module(f"tests.robustness.{name}").run
-        statuses.append(run(chosen))
     return max(statuses)
 
 

@@ -97,7 +97,7 @@ def _kill_group(pid: int) -> None:
 def _child(work: Callable[[], dict[str, Any]], log: Path, write: int) -> None:
     """Do the work of the child, send the answer, and end without any clean-up."""
     try:
-        gc.freeze()
+        gc.disable()  # or it would copy all the pages that it looks at
         os.setsid()
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         os.dup2(file, 1)

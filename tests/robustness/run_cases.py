@@ -16,12 +16,12 @@ import torch
 from tests.comfyui.installation import COMFYUI, HOW_TO, comfyui_python, is_installed
 
 from .cases import Case, Cases
-from .doors import data, models, runs, sources
+from .doors import data, models, resumed, sources
 from .one_case import one_case
 from .table import count, failures_of, text_of, write_table
 from .verdicts import Outcome
 
-DOORS = [*models.DOORS, *sources.DOORS, *data.DOORS, *runs.DOORS]
+DOORS = [*models.DOORS, *sources.DOORS, *data.DOORS, *resumed.DOORS]
 NODES_SHARE = 0.3  # of the cases, for the doors in ComfyUI
 MOST_SHOWN = 60  # failures in full
 

@@ -20,6 +20,7 @@ from .children import Limits, run_child
 VERDICTS = ("right", "clear", "raw", "not finite", "hang", "memory", "crash")
 GOOD = ("right", "clear")
 OURS = ("FileError", "WriteError", "LockedError", "ValueError", "FileNotFoundError")
+ERROR = re.compile(r"(gmflow: )?error: ")
 LONGEST = 2500  # characters of a message
 REPOSITORY = Path(__file__).resolve().parents[2]
 NO_MEMORY = ("can't allocate memory", "not enough memory", "Unable to allocate", "out of memory")
@@ -118,17 +119,17 @@ def _judged_text(text: str, names: tuple[str, ...]) -> dict:
 
 
 def _judged_exit(stop: SystemExit, names: tuple[str, ...], log: Path, command: bool) -> dict:
-    """Judge the end of a command: one line that begins with "error: "."""
+    """Judge the end of a command: one line "error: ...", or with the command's name before it."""
     if isinstance(stop.code, str):
         lines = stop.code.splitlines()
     else:
         sys.stderr.flush()
         lines = log.read_text(errors="surrogateescape").splitlines()
-        lines = [line for line in lines if line.startswith("error: ")] or lines[-3:]
+        lines = [line for line in lines if ERROR.match(line)] or lines[-3:]
     text = "\n".join(lines)
     if not command or stop.code == 0:
         return {"verdict": "raw", "message": f"SystemExit({stop.code!r}): {printable(text, 2000)}"}
-    if len(lines) != 1 or not text.startswith("error: "):
+    if len(lines) != 1 or not ERROR.match(text):
         wrong = "the command does not end with one line that begins with error"
         return {"verdict": "raw", "message": f"{wrong}: {printable(text, 2000)}"}
     cause = stop.__cause__ or stop.__context__

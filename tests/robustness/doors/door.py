@@ -81,7 +81,7 @@ class Door(NamedTuple):
 
 
 def _is_small(path: Path) -> bool:
-    """Return whether a file is one that can be changed further: regular, and not 16 GB long."""
+    """Return whether a file is one that can be changed further: regular, and not 2 GB long."""
     return path.is_file() and path.stat().st_size < 2**28
 
 

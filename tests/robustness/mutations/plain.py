@@ -110,7 +110,7 @@ def _unreadable(path: Path) -> None:
 
 def _sparse(path: Path) -> None:
     with open(path, "wb") as file:
-        file.truncate(2**34)
+        file.truncate(2**31)
 
 
 KINDS = {
@@ -124,7 +124,7 @@ KINDS = {
     "a link to /dev/zero": _endless,
     "a link to /dev/null": lambda path: path.symlink_to("/dev/null"),
     "without permission": _unreadable,
-    "16 GB of zeros on no disk": _sparse,
+    "2 GB of zeros on no disk": _sparse,
 }
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import shutil
 import stat
 import sys
 import tempfile
-import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
@@ -20,8 +20,9 @@ from gmflow_core.files.errors import printable
 
 from .children import Limits
 from .doors.door import Door, copy_folder, names_in
-from .verdicts import GOOD, Outcome, judge
+from .verdicts import GOOD, Outcome, Trial, judge
 
+TOGETHER = 8  # cases in one child, which saves time
 WARM_UP = Limits(300, 8000)
 FAST = Path("/dev") / "shm"  # a file system in memory
 
@@ -86,64 +87,82 @@ class Cases:
             keep: folder that the changed files are copied to.
             show: print what the child printed.
         """
-        door, rng = self.doors[name], Random(f"{self.seed}:{name}:{number}")
-        scratch = Path(tempfile.mkdtemp(prefix="case", dir=self.place))
-        folder = scratch / "files"
-        copy_folder(self.place / f"sound{list(self.doors).index(name)}", folder)
-        (scratch / "out").mkdir()
+        (case,) = self._together(name, [number], keep, show)
+        return case
+
+    def run_some(self, name: str, numbers: list[int]) -> list[Case]:
+        """Run cases of one door, several in each child; one that ends badly is run again alone."""
+        done: list[Case] = []
+        while len(done) < len(numbers):
+            found = self._together(name, numbers[len(done) :])
+            if len(found) > 1 and not found[-1].good:
+                found[-1] = self.run(name, found[-1].number)
+            done += found
+        return done
+
+    def _together(
+        self, name: str, numbers: list[int], keep: Path | None = None, show: bool = False
+    ) -> list[Case]:
+        """Run cases of one door in one child, up to the first that ends badly."""
+        door, log = self.doors[name], Path(tempfile.mkdtemp(prefix="log", dir=self.place)) / "log"
+        scratches = [Path(tempfile.mkdtemp(prefix="case", dir=self.place)) for _ in numbers]
         try:
-            if door.inputs is None:
-                change = door.change(folder, rng) if number >= 0 else "nothing"
-                names = [*names_in(folder), *door.names]
-                given: tuple = (folder,)
-            else:
-                change, value, names = door.inputs(rng) if number >= 0 else ("nothing", None, ())
-                given = (folder, value)
+            made = [
+                self._make_case(door, number, scratch)
+                for number, scratch in zip(numbers, scratches, strict=True)
+            ]
             if keep is not None:
-                shutil.copytree(scratch, keep, symlinks=True)
-            limits = door.limits if number >= 0 else WARM_UP
-            log = scratch / "log"
-            outcome = judge(lambda: door.use(*given), names, log, limits, door.command)
+                shutil.copytree(scratches[0], keep, symlinks=True)
+            limits = WARM_UP if numbers == [-1] else door.limits
+            outcomes = judge([trial for _, trial in made], log, limits)
             if show:
                 print(printable(log.read_text(errors="replace"), 20_000))
         finally:
-            remove(scratch)
-        return Case(name, number, change, outcome)
-
-    def run_all(self, count: int, workers: int, until: float | None = None) -> list[Case]:
-        """Run `count` cases, shared out by the doors' shares, in some worker processes.
-
-        Args:
-            until: time.monotonic() after which no further case begins.
-        """
-        total = sum(door.share for door in self.doors.values())
-        todo = [
-            (name, number)
-            for name, door in self.doors.items()
-            for number in range(max(1, round(count * door.share / total)))
+            for folder in (*scratches, log.parent):
+                remove(folder)
+        return [
+            Case(name, number, change, outcome)
+            for number, (change, _), outcome in zip(numbers, made, outcomes, strict=False)
         ]
+
+    def _make_case(self, door: Door, number: int, scratch: Path) -> tuple[str, Trial]:
+        """Write the changed files of a case, and return the change and what to do with them."""
+        rng, folder = Random(f"{self.seed}:{door.name}:{number}"), scratch / "files"
+        copy_folder(self.place / f"sound{list(self.doors).index(door.name)}", folder)
+        (scratch / "out").mkdir()
+        if door.inputs is None:
+            change = door.change(folder, rng) if number >= 0 else "nothing"
+            names = (*names_in(folder), *door.names)
+            return change, Trial(functools.partial(door.use, folder), names, door.command)
+        change, value, names = door.inputs(rng) if number >= 0 else ("nothing", None, ())
+        return change, Trial(functools.partial(door.use, folder, value), names, door.command)
+
+    def run_all(self, count: int, workers: int) -> list[Case]:
+        """Run `count` cases, shared out by the doors' shares, in some worker processes."""
+        total = sum(door.share for door in self.doors.values())
+        todo = []
+        for name, door in self.doors.items():
+            numbers = list(range(max(1, round(count * door.share / total))))
+            todo += [(name, numbers[i : i + TOGETHER]) for i in range(0, len(numbers), TOGETHER)]
         Random(self.seed).shuffle(todo)
-        if workers == 0:
-            return [self.run(*each) for each in todo if until is None or time.monotonic() < until]
-        context = multiprocessing.get_context("fork")
         global _current
         _current = self
-        with ProcessPoolExecutor(workers, context) as pool:
-            done = []
-            for case in pool.map(_run, todo, chunksize=8):
-                done.append(case)
-                if len(done) % 500 == 0:
+        done: list[Case] = []
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
+            for cases in pool.map(_run, todo):
+                done += cases
+                if len(done) % 500 < len(cases):
                     bad = sum(not case.good for case in done)
-                    print(f"{len(done):,} of {len(todo):,}, {bad} failures", file=sys.stderr)
-            return done
+                    print(f"{len(done):,} of {count:,}, {bad} failures", file=sys.stderr)
+        return done
 
 
 _current: Cases | None = None  # what the forked workers work on
 
 
-def _run(each: tuple[str, int]) -> Case:
-    """Run one case in a worker."""
-    return _current.run(*each)
+def _run(each: tuple[str, list[int]]) -> list[Case]:
+    """Run some cases in a worker."""
+    return _current.run_some(*each)
 
 
 def remove(folder: Path) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import torch
 
 from gmflow_core.files.errors import printable
 
-from .children import Limits, run_child
+from .children import Ending, Limits, run_child
 
 VERDICTS = ("right", "clear", "raw", "not finite", "hang", "memory", "crash")
 GOOD = ("right", "clear")
@@ -39,19 +40,37 @@ class Refusal(Exception):
     """What a door raises for a refusal that is not an exception, such as a node's validation."""
 
 
-def judge(
-    use: Callable[[], Any], names: Iterable[str], log: Path, limits: Limits, command: bool
-) -> Outcome:
-    """Run `use` in a child and judge it.
+class Trial(NamedTuple):
+    """One piece of work on hostile input.
 
     Args:
         use: returns the values that must be finite, in lists and dicts of tensors and arrays.
         names: a message must hold one of them: names of the files, or of the input.
-        log: file for what the child prints.
-        limits: of the child.
         command: errors arrive as SystemExit with a line "error: ...".
     """
-    ending = run_child(lambda: _work(use, tuple(names), log, command), log, limits)
+
+    use: Callable[[], Any]
+    names: tuple[str, ...]
+    command: bool
+
+
+def judge(trials: Sequence[Trial], log: Path, limits: Limits) -> list[Outcome]:
+    """Run trials in one child until one of them ends badly, and judge them.
+
+    Args:
+        log: file for what the child prints.
+        limits: of each trial.
+
+    Returns:
+        The outcomes of the first trials, at least of one.
+    """
+    works = [functools.partial(_work, trial, log) for trial in trials]
+    endings = run_child(works, log, limits, lambda answer: answer.get("verdict") in GOOD)
+    return [_outcome(ending, limits) for ending in endings]
+
+
+def _outcome(ending: Ending, limits: Limits) -> Outcome:
+    """Judge how a child ended."""
     verdict, message = ending.answer.get("verdict", ""), ending.answer.get("message", "")
     if ending.how == "hang":
         verdict, message = "hang", f"no end within {limits.seconds:.0f} s"
@@ -64,14 +83,15 @@ def judge(
     return Outcome(verdict, message, ending.seconds, ending.megabytes)
 
 
-def _work(use: Callable[[], Any], names: tuple[str, ...], log: Path, command: bool) -> dict:
+def _work(trial: Trial, log: Path) -> dict:
     """Call `use`, and return verdict and message."""
+    names = trial.names
     try:
-        result = use()
+        result = trial.use()
     except Refusal as refusal:
         return _judged_text(str(refusal), names)
     except SystemExit as stop:
-        return _judged_exit(stop, names, log, command)
+        return _judged_exit(stop, names, log, trial.command)
     except BaseException as error:
         return _judged_error(error, names)
     bad = not_finite(result)

@@ -74,7 +74,7 @@ def use_model(folder: Path) -> Any:
     path = folder / FILE
     metadata = read_metadata(path)
     model, config = load_checkpoint(path)
-    names = known_names([str(path)])
+    names, _ = known_names([str(path)])
     if not all(name.isprintable() for name in names):
         raise RuntimeError(f"names that cannot be printed: {names!r}")
     call_model(model, config)
@@ -100,7 +100,7 @@ def make_folder(folder: Path, **options: Any) -> None:
 def use_folder(folder: Path) -> Any:
     """Load a published folder."""
     metadata = read_metadata(folder / "published")
-    names = known_names([str(folder / "published")])
+    names, _ = known_names([str(folder / "published")])
     model, _ = load_checkpoint(folder / "published")
     return [model, names, float(metadata["data"]["scaling_factor"])]
 

@@ -10,7 +10,7 @@ from random import Random
 from typing import Any, NamedTuple
 
 from ..children import Limits
-from ..mutations import arrays, json_text, pickles, pictures, plain, tensors
+from ..mutations import arrays, json_text, pickles, pictures, plain, tensors, trees
 
 Change = Callable[[Path, Random], str]
 BYTES: tuple[Change, ...] = (plain.change_bytes,) * 3 + (plain.change_kind,)
@@ -27,7 +27,9 @@ CHANGES: dict[str, tuple[Change, ...]] = {
     "pickle": (*(pickles.change_pickle,) * 8, *BYTES),
     "bytes": BYTES,
     "pictures": (pictures.change_pictures,),
+    "tree": (trees.change_tree,),
 }
+OF_FOLDERS = ("pictures", "tree")  # kinds of changes of a whole folder
 
 
 class Door(NamedTuple):
@@ -61,7 +63,8 @@ class Door(NamedTuple):
         for _ in range(rng.choice((1, 1, 1, 1, 1, 1, 2))):
             pattern = rng.choice(sorted(self.files))
             kind = self.files[pattern]
-            found = [p for p in sorted(folder.glob(pattern)) if kind == "pictures" or _is_small(p)]
+            found = sorted(folder.glob(pattern))
+            found = [p for p in found if (p.is_dir() if kind in OF_FOLDERS else _is_small(p))]
             if found:
                 path = rng.choice(found)
                 about.append(self._changed(path, kind, rng))
@@ -70,7 +73,7 @@ class Door(NamedTuple):
     def _changed(self, path: Path, kind: str, rng: Random) -> str:
         """Apply one change; one that this file's state does not allow becomes one of bytes."""
         change = rng.choice(CHANGES[kind])
-        before = None if kind == "pictures" else path.read_bytes()
+        before = None if kind in OF_FOLDERS else path.read_bytes()
         try:
             return change(path, rng)
         except Exception:  # the file is changed already, and of another form now

@@ -13,14 +13,16 @@ import folder_paths
 import torch
 
 import nodes
-from gmflow_core.files.checkpoint import SHIPPED
+from gmflow_core.files.checkpoint import SHIPPED, save_checkpoint
+from gmflow_core.models import GMDiT
+from gmflow_core.models.gmdit import GMDiTConfig
 from tests.comfyui.adapters import write_adapter
 from tests.comfyui.bases import write_flux
 from tests.diffusers_folder import random_model, write_published_folder
 
 from ..children import Limits
 from .door import Door
-from .models import FOLDER_FILES, make_mlp
+from .models import FOLDER_FILES, GMDIT, make_mlp, random_weights
 from .nodes_at_work import (
     TINY,
     base_model,
@@ -43,20 +45,25 @@ def add_folder(kind: str, folder: Path) -> None:
 
 
 def make_gm_model(folder: Path) -> None:
-    """Write a checkpoint."""
-    make_mlp(folder)
+    """Write a checkpoint of pictures of two classes."""
+    sizes = {**GMDIT, "channels": 3, "num_heads": 4}
+    model = random_weights(GMDiT(GMDiTConfig(**sizes)))
+    data = {"labels": ["left", "right"], "space": "pixels"}
+    save_checkpoint(model, folder / "model.safetensors", data=data)
 
 
 def use_gm_model(folder: Path) -> Any:
-    """Load a checkpoint with the node, and sample it with a stock sampler and with ours."""
+    """Load a checkpoint with the node, name a class, and sample with a stock sampler and ours."""
     add_folder("gmflow", folder)
     (model,) = call("GMFlowLoader", model_name="model.safetensors")
+    labels = call("GMFlowClassLabels", model=model, label="1", more_labels="0", repeat=1)
+    labels[3].encode()
     return [*use_outputs([model]), sample(model)]
 
 
-def make_adapter(folder: Path, base: str) -> None:
+def make_adapter(folder: Path, base: str, policy: str) -> None:
     """Write an adapter, and load the base that it is put on."""
-    write_adapter(folder / "tiny_4step.safetensors", base, single=1, **TINY)
+    write_adapter(folder / "tiny_4step.safetensors", base, single=1, policy=policy, **TINY)
     base_model(base)
 
 
@@ -112,7 +119,9 @@ def use_source(folder: Path) -> Any:
 
 
 def make_listing(folder: Path) -> None:
-    """Write what models/gmflow may hold."""
+    """Write what models/gmflow may hold, into a folder of that folder."""
+    folder = folder / "listed"
+    folder.mkdir()
     make_mlp(folder)
     shutil.copy(SHIPPED / "digits_k8.safetensors", folder / "digits.safetensors")
     make_source(folder)
@@ -125,7 +134,7 @@ def use_listing(folder: Path) -> Any:
     import json
 
     for kind in ("gmflow", "gmflow_sources", "loras", "diffusion_models"):
-        add_folder(kind, folder)
+        add_folder(kind, folder / "listed")
     for name in sorted(nodes.NODE_CLASS_MAPPINGS):
         if name.startswith(NODES):
             text = json.dumps(node_class(name).GET_NODE_INFO_V1())
@@ -138,19 +147,20 @@ def use_listing(folder: Path) -> Any:
 def doors() -> list[Door]:
     """Return the doors of this file."""
     file = {"*.safetensors": "safetensors"}
-    listing = {**file, **FOLDER_FILES, "*": "bytes"}
+    listing = {f"listed/{pattern}": kind for pattern, kind in {**file, **FOLDER_FILES}.items()}
+    listing |= {"listed/*.safetensors*": "bytes", "listed/published": "tree", "listed": "tree"}
     return [
         Door("node Load GM Model", make_gm_model, use_gm_model, file, 1, LIMITS),
         *(
             Door(
-                f"node GM Adapter, {base}",
-                lambda folder, base=base: make_adapter(folder, base),
+                f"node GM Adapter, {base} {policy}",
+                lambda folder, base=base, policy=policy: make_adapter(folder, base, policy),
                 lambda folder, base=base: use_adapter(folder, base),
                 file,
                 2,
                 LIMITS,
             )
-            for base in ("flux", "qwen")
+            for base, policy in (("flux", "GM"), ("flux", "DX"), ("qwen", "GM"))
         ),
         Door("node Load 8-bit, 16-bit file", make_16_bit, use_8_bit, file, 1, LIMITS),
         Door("node Load 8-bit, 8-bit file", make_8_bit, use_8_bit, file, 2, LIMITS),

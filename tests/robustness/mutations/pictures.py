@@ -1,9 +1,8 @@
-"""Put unusual, damaged and hostile pictures, names and links into a folder of images."""
+"""Put unusual, damaged and hostile pictures into a folder of images."""
 
 from __future__ import annotations
 
 import io
-import os
 import struct
 import zlib
 from pathlib import Path
@@ -12,27 +11,18 @@ from random import Random
 import numpy as np
 from PIL import Image, PngImagePlugin
 
+from .trees import change_tree
+
 MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", "I;16")
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "JPEG2000", "TGA")
 SHAPES = ((1, 1), (1, 700), (700, 1), (30000, 1), (1, 30000), (9000, 9000), (2, 3), (40, 17))
-NAMES = (
-    b"\xff\xfe.png",
-    b"a\nb.png",
-    b"x" * 251 + b".png",
-    b"\xe2\x80\xae.png",
-    b"a\x1b[31m.png",
-    b".hidden.png",
-    b"picture.PNG",
-    b"-o.png",
-    "é".encode() + b".png",
-)
 
 
 def change_pictures(root: Path, rng: Random) -> str:
     """Add a picture to a class folder, replace one, or change the tree."""
     folders = sorted(path for path in root.iterdir() if path.is_dir())
     folder = rng.choice(folders)
-    way = rng.choice((_unusual, _unusual, _unusual, _chunks, _chunks, _named, _tree, _tree))
+    way = rng.choice((_unusual, _unusual, _unusual, _chunks, _chunks, change_tree, change_tree))
     return way(folder, rng)
 
 
@@ -128,72 +118,3 @@ def _chunks(folder: Path, rng: Random) -> str:
         raw += struct.pack(">I", zlib.crc32(name + body))
     (folder / "new.png").write_bytes(raw)
     return f"{folder.name}: a PNG of {width} x {height}, {depth} bits, colour {colour}, {extra}"
-
-
-def _named(folder: Path, rng: Random) -> str:
-    """Add a picture, or a whole class, under an unusual name."""
-    name = rng.choice(NAMES)
-    source = sorted(folder.glob("*.png"))[0]
-    place = os.fsencode(folder) + b"/" + name
-    if rng.random() < 0.3:
-        place = os.fsencode(folder.parent) + b"/" + name
-        os.mkdir(place)
-        place += b"/0.png"
-    with open(place, "wb") as file:
-        file.write(source.read_bytes())
-    return f"{folder.name}: a picture or class called {name!r}"
-
-
-def _tree(folder: Path, rng: Random) -> str:
-    """Change the tree: links, pipes, folders."""
-    name = rng.choice(list(TREES))
-    TREES[name](folder)
-    return f"{folder.name}: {name}"
-
-
-def _two_links(folder: Path) -> None:
-    (folder / "one").mkdir()
-    (folder / "two").mkdir()
-    for place in ("one", "two"):
-        for target in ("one", "two", ""):
-            (folder / place / f"to{target}").symlink_to(folder / target)
-
-
-def _many(folder: Path) -> None:
-    for i in range(3000):
-        (folder / f"{i:05d}.png").write_bytes(b"")
-
-
-def _deep(folder: Path) -> None:
-    for _ in range(900):
-        folder = folder / "d"
-        os.mkdir(folder)
-
-
-def _classes(folder: Path) -> None:
-    for i in range(300):
-        (folder.parent / f"class{i}").mkdir()
-
-
-def _no_permission(folder: Path) -> None:
-    (folder / "closed").mkdir(mode=0)
-
-
-TREES = {
-    "a link to itself": lambda folder: (folder / "loop").symlink_to("."),
-    "a link up": lambda folder: (folder / "up").symlink_to(".."),
-    "two links into each other": _two_links,
-    "a dangling link": lambda folder: (folder / "new.png").symlink_to("nowhere"),
-    "a link of a picture to itself": lambda folder: (folder / "new.png").symlink_to("new.png"),
-    "a pipe as a picture": lambda folder: os.mkfifo(folder / "new.png"),
-    "a pipe as a class": lambda folder: os.mkfifo(folder.parent / "pipe"),
-    "an endless picture": lambda folder: (folder / "new.png").symlink_to("/dev/zero"),
-    "a folder as a picture": lambda folder: (folder / "new.png").mkdir(),
-    "an empty class": lambda folder: (folder.parent / "empty").mkdir(),
-    "300 empty classes": _classes,
-    "3000 empty pictures": _many,
-    "900 levels": _deep,
-    "a closed folder": _no_permission,
-    "a text as a picture": lambda folder: (folder / "new.jpg").write_text("<svg onload=1>"),
-    "links to the root": lambda folder: (folder / "root").symlink_to("/proc/self"),
-}

@@ -72,7 +72,7 @@ def use_adapter(folder: Path, base: str) -> Any:
     add_folder("loras", folder)
     inputs = {"adapter_name": "tiny_4step.safetensors", "strength": 1.0}
     (model,) = call("GMFlowAdapter", model=base_model(base), **inputs)
-    return [sample(model)]
+    return [sample(model, "gm-policy")]
 
 
 def make_16_bit(folder: Path) -> None:

@@ -143,10 +143,10 @@ def latent_of(model: Any) -> dict[str, torch.Tensor]:
     return {"samples": torch.zeros(1, 2, 4, 4)}
 
 
-def sample(model: Any) -> torch.Tensor:
+def sample(model: Any, solver: str = "gm-ode") -> torch.Tensor:
     """Sample a MODEL with GM Sampler in one step."""
     latent = latent_of(model)
-    inputs = {"seed": 0, "steps": 1, "solver": "gm-ode", "order": 1, "substeps": 1, "shift": 1.0}
+    inputs = {"seed": 0, "steps": 1, "solver": solver, "order": 1, "substeps": 1, "shift": 1.0}
     output = call(
         "GMFlowSampler",
         model=model,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import comfy.model_detection
@@ -17,7 +18,7 @@ import folder_paths
 import torch
 
 from ...gmflow_core.files.atomic import remove_leftovers
-from ...gmflow_core.files.errors import quoted, reason
+from ...gmflow_core.files.errors import FileError, quoted, reason
 from ...gmflow_core.files.safetensors_files import write_safetensors
 from ...gmflow_core.quantization.int8 import bitsandbytes_product
 from .adapter_info import adapter_of
@@ -33,6 +34,11 @@ from .int8_layers import (
     is_quantisable,
 )
 from .unloading import keep_loadable
+
+LEFT_ALONE = (  # errors that ComfyUI handles itself
+    comfy.model_management.InterruptProcessingException,
+    torch.cuda.OutOfMemoryError,
+)
 
 
 def load_8bit(
@@ -54,13 +60,15 @@ def load_8bit(
     state_dict, metadata = read_diffusion_model(path)
     before = sum(weight.nbytes for weight in state_dict.values())
     progress = LayerProgress(state_dict)
-    dtype = weight_dtype(state_dict)
+    with fitting(name):
+        dtype = weight_dtype(state_dict)
     options = {"dtype": dtype, "custom_operations": int8_operations(compute, dtype, progress)}
     load = comfy.sd.load_diffusion_model_state_dict
     # the newer memory manager handles no layout but ComfyUI's own
     extra = {"metadata": metadata, "disable_dynamic": disable_dynamic or not has_native_layout()}
     keys = list(state_dict)
-    model = load(state_dict, model_options=options, **_known_to(load, extra))
+    with fitting(name):
+        model = load(state_dict, model_options=options, **_known_to(load, extra))
     if model is None:
         raise ValueError(
             f"{name!r} is no diffusion model that this ComfyUI knows; it has {len(keys)} tensors, "
@@ -110,6 +118,21 @@ def read_diffusion_model(path: str) -> tuple[StateDict, dict[str, str] | None]:
     state_dict = inner or state_dict
     check_state_dict(name, state_dict)
     return state_dict, metadata
+
+
+@contextmanager
+def fitting(name: str) -> Iterator[None]:
+    """Raise what ComfyUI says of weights that fit no model as an error that names their file.
+
+    Raises:
+        FileError: the weights do not fit. Interrupts and a lack of memory pass unchanged.
+    """
+    try:
+        yield
+    except (FileError, MemoryError, *LEFT_ALONE):
+        raise
+    except Exception as error:
+        raise FileError(name, f"does not fit its model ({reason(error)})") from error
 
 
 class LayerProgress:

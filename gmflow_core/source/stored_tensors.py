@@ -15,6 +15,7 @@ from ..files.json_files import EDITED, json_object
 from ..files.safetensors_files import check_finite
 
 ANEW = "remove it to begin anew"
+LARGEST = 1e15  # of a mean; the sum of many squares of it is still a float32
 
 
 def check_names(file: Any, names: Sequence[str], path: str | Path, advice: str = EDITED) -> None:
@@ -70,7 +71,7 @@ def read_state(
 
     Raises:
         FileError: one is missing, has another shape, is no float64 or float32 (int64 for
-            `counts`), or is not finite.
+            `counts`), is not finite, or too large.
     """
     check_names(file, list(shapes), path, ANEW)
     for name, shape in shapes.items():
@@ -83,6 +84,9 @@ def read_state(
         if tensor.dtype not in types:
             raise FileError(path, f"has {name} in {tensor.dtype} instead of {types[0]}", ANEW)
         check_finite(tensor, name, path, ANEW)
+        most = LARGEST**2 if name in ("var", "squares") else LARGEST
+        if tensor.is_floating_point() and tensor.numel() and tensor.abs().max() > most:
+            raise FileError(path, f"has {name} beyond {most:g}, too large to be squared", ANEW)
         tensors[name] = tensor
     return tensors
 

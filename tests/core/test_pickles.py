@@ -90,7 +90,7 @@ def test_hostile_pickles_end_soon_and_in_bounds(kind, monkeypatch):
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_damaged_pickles_give_a_mixture_or_a_reason(protocol):
     """Bytes are changed, removed, repeated and swapped."""
-    rng = random.Random(protocol)  # noqa: S311 no secret
+    rng = random.Random(protocol)
     whole = pickle.dumps(GOOD, protocol)
     header, content = find_mixture(whole)
     assert set(header["fields"]) == {"means", "variances", "weights"}

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from gmflow_core.files.errors import quoted, reading
 from training.encoders.vae import SD_VAE
 
 PARTS = "rae.json"  # names the parts of an RAE
@@ -33,7 +34,18 @@ def download(name: str) -> Path:
 
 def local_or_hub(name: str, folder: Path) -> str:
     """Return the path `name` inside `folder` if it exists there, otherwise `name` as a hub id."""
-    return str(folder / name) if (folder / name).exists() else name
+    return str(folder / name) if _exists(name, folder) else name
+
+
+def _exists(name: str, folder: Path) -> bool:
+    """Return whether there is a file or a folder `name` in `folder`.
+
+    Raises:
+        FileError: no file can have that name.
+    """
+    what = f"names {quoted(name)}, which no file can be called"
+    with reading(folder / PARTS, "correct it", what):
+        return (folder / name).exists()
 
 
 def find_file(name: str, folder: Path) -> Path:
@@ -41,8 +53,9 @@ def find_file(name: str, folder: Path) -> Path:
 
     Raises:
         FileNotFoundError: the file is in neither place.
+        FileError: no file can have that name.
     """
-    if (folder / name).is_file():
+    if _exists(name, folder) and (folder / name).is_file():
         return folder / name
     owner, _, rest = name.partition("/")
     repository, _, inside = rest.partition("/")

@@ -95,7 +95,7 @@ def test_random_changes_are_refused_or_harmless(eight_bit):
     if eight_bit:
         pytest.importorskip("bitsandbytes")
     model, optimizer = trained(eight_bit)
-    rng = random.Random(0)  # noqa: S311 no secrets here
+    rng = random.Random(0)
     state, accepted = state_of(model, optimizer), 0
     for _ in range(200):
         altered, name = dict(state), rng.choice(sorted(state))

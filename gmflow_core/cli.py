@@ -14,9 +14,9 @@ from PIL import Image
 
 from .files.atomic import atomic_write, remove_leftovers
 from .files.checkpoint import SHIPPED, load_checkpoint, read_metadata, save_checkpoint
-from .files.errors import MOST_SAID, printable, reason
+from .files.errors import MOST_SAID, FileError, printable, reason
 from .files.labels import find_label
-from .files.safetensors_files import write_safetensors
+from .files.safetensors_files import is_finite, write_safetensors
 from .models.image_network import ImageNetwork
 from .models.precision import PRECISIONS, chosen_precision, set_precision
 from .pictures import image_grid, to_image
@@ -69,6 +69,12 @@ def sample(args: argparse.Namespace) -> None:
         set_precision(network, chosen_precision(args.precision, torch.device(args.device)))
     draw = sample_class_images if images else sample_density
     tensors, picture = draw(args, network, data)
+    if not all(is_finite(tensor) for tensor in tensors.values()):
+        raise FileError(
+            args.checkpoint,
+            "makes samples that are not finite",
+            "its weights are damaged or too large; with --precision bf16, try fp32",
+        )
     if args.out.suffix == ".png":
         save_png(to_image(picture), args.out)
     else:

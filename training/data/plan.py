@@ -102,7 +102,7 @@ def check_plan(out: Path, plan: dict[str, Any]) -> None:
 
 def _said(value: Any) -> str:
     """Return a setting as text for a message."""
-    return printable(value, 100) if isinstance(value, str) else quoted(value)
+    return printable(" ".join(value.split()), 100) if isinstance(value, str) else quoted(value)
 
 
 def plan_key(plan: dict[str, Any]) -> str:

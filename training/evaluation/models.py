@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from gmflow_core.files.checkpoint import load_checkpoint, read_metadata
 from gmflow_core.files.diffusers_folder import published_weights
+from gmflow_core.files.errors import FileError
 from gmflow_core.files.hub import is_published, tidy_source
+from gmflow_core.files.json_files import EDITED
 from gmflow_core.source.source import GaussianMixtureSource
 from training.data.shards import LatentDataset
 from training.encoders.vae import SD_VAE
@@ -95,6 +97,9 @@ class Space:
         return cls(checkpoint, kind, shape, classes, SD_VAE if data["space"] == "sd-vae" else None)
 
 
+SIZES = ("num_classes", "num_components", "channels", "latent_size")  # that a config states
+
+
 class Model:
     """A checkpoint of the command, checked against the space of the data, loaded on demand.
 
@@ -121,6 +126,9 @@ class Model:
                 "this command samples image models (GMDiT, DiTDH)"
             )
         config = metadata["config"]
+        missing = [name for name in SIZES if name not in config]
+        if missing:
+            raise FileError(checkpoint, f"has a config without {', '.join(missing)}", EDITED)
         self.checkpoint, self.classes = checkpoint, config["num_classes"]
         self.record = metadata["data"].get("source")
         self.unlabelled = bool(metadata["data"].get("unlabelled"))

@@ -62,6 +62,9 @@ def sheet(
     return picture
 
 
+LARGEST = 1e300  # of a row's numbers; NaN is not below it either
+
+
 def is_row(row: Any, real_images: bool = False) -> bool:
     """Return whether a value from a file has what tables and plots need of a row.
 
@@ -81,7 +84,8 @@ def is_row(row: Any, real_images: bool = False) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Return whether a value is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
 def write_csv(report: dict[str, Any], path: Path) -> None:

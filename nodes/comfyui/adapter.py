@@ -7,6 +7,7 @@ import os
 
 from torch import Tensor
 
+from ...gmflow_core.files.errors import MOST_SAID, printable
 from ...gmflow_core.models.adapter_heads import GMHead, Head, build_head
 from .adapter_file import SHIFT, check_size, policy_of, split_tensors, steps_of
 from .adapter_head import with_head
@@ -51,7 +52,7 @@ def with_adapter(
     try:
         head = build_head(head_tensors, policy, base.layout, width)
     except ValueError as error:
-        raise ValueError(f"{name} on {base.name}: {error}") from error
+        raise ValueError(f"{name} on {base.name}: {printable(str(error), MOST_SAID)}") from error
     check_size(policy, head, name)
     model = with_lora(model, base, lora, strength, name)
     steps = steps_of(policy, name)

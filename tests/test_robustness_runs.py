@@ -15,7 +15,7 @@ LINES = (
     "--kills 3 --jobs checkerboard",
     "--two-starts --disk-full --no-mount --jobs prepare",
 )
-RUN = "import sys; from tests.robustness.runs import main; sys.exit(max(map(main, {lines})))"
+RUN = "import sys; from tests.robustness.__main__ import main; sys.exit(max(map(main, {lines})))"
 
 
 def test_nothing_is_lost(tmp_path):

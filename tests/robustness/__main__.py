@@ -25,6 +25,8 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # before torch: threads do
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
+from . import runs  # noqa: E402
+
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
@@ -40,16 +42,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--without-comfyui", action="store_true", help="of --cases: no nodes")
     parser.add_argument("--only-comfyui", action="store_true", help="of --cases: only the nodes")
     parser.add_argument("--list", action="store_true", help="list the doors")
-    add = parser.add_argument
-    add("--kills", type=int, metavar="N", help="kill commands and savers N times")
-    add("--disk-full", action="store_true", help="run them on disks that are too small")
-    add("--read-only", action="store_true", help="run them on read-only disks")
-    add("--two-starts", action="store_true", help="start each command twice at once")
-    add("--soak", type=float, metavar="SECONDS", help="run mixed prompts on a ComfyUI server")
-    add("--prompts", type=int, metavar="N", help="send N hostile prompts to a ComfyUI server")
-    add("--comfyui", action="store_true", help="in a real ComfyUI (always so for --soak)")
-    add("--jobs", nargs="+", metavar="JOB", help="only these commands")
-    add("--no-mount", action="store_true", help="limit file sizes instead of mounting disks")
+    runs.add_arguments(parser)
     parser.add_argument("--seed", type=int, default=0, help="seed of everything (default 0)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="of --cases")
     parser.add_argument("--out", type=Path, help="folder for the tables as JSON")
@@ -66,8 +59,6 @@ def main(arguments: list[str] | None = None) -> int:
         statuses.append(run_cases.run(chosen))
     others = ("kills", "disk_full", "read_only", "two_starts", "soak", "prompts")
     if any(getattr(chosen, name) for name in others):
-        from . import runs
-
         statuses.append(runs.run(chosen))
     if not statuses:
         print("nothing was asked for; see --help", file=sys.stderr)

@@ -109,7 +109,7 @@ def new_place() -> Iterator[Place]:
 
 def rng_of(seed: int, *names: object) -> random.Random:
     """Return a random generator of this seed for a part of a run."""
-    return random.Random(f"{seed} {names}")  # noqa: S311
+    return random.Random(f"{seed} {names}")
 
 
 def print_table(title: str, rows: list[dict[str, Any]]) -> None:

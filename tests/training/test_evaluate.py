@@ -342,9 +342,9 @@ def test_errors_name_the_file_and_the_fix(more, message, place, tmp_path):
     if not (place / "more.safetensors").exists():
         write_model(place / "small.safetensors", latent_size=4)
         save_checkpoint(GMFlowMLP(GMFlowMLPConfig(num_components=2)), place / "points.safetensors")
-        ClassifierFeatures(Classifier(ClassifierConfig(16, 16, 2)), CLASSES, {}).save(
-            place / "other.safetensors"
-        )
+        ClassifierFeatures(
+            Classifier(ClassifierConfig(16, 16, 2)), CLASSES, {"accuracy": 0.5}
+        ).save(place / "other.safetensors")
         write_prepared(
             place / "latents", torch.zeros(4, 4, 8, 8), torch.arange(4) % 2, kind="latents"
         )

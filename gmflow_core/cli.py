@@ -14,7 +14,7 @@ from PIL import Image
 
 from .files.atomic import atomic_write, remove_leftovers
 from .files.checkpoint import SHIPPED, load_checkpoint, read_metadata, save_checkpoint
-from .files.errors import MOST_SAID, FileError, printable, reason
+from .files.errors import MOST_SAID, FileError, printable, quoted, reason
 from .files.labels import find_label
 from .files.safetensors_files import is_finite, write_safetensors
 from .models.image_network import ImageNetwork
@@ -31,6 +31,7 @@ from .toys.points import compare_solvers, comparison_sheet, sample_points
 DEMO_MODEL = SHIPPED / "checkerboard_k64.safetensors"
 DTYPES = {"keep": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MOST_NUMBERS = 2**31  # of all samples together, 8 GiB
+MOST_STEPS = 10**6  # of a solver
 MOST_SHOWN = 20_000  # characters of one entry of a checkpoint
 
 
@@ -304,6 +305,10 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if not 0 <= getattr(args, "seed", 0) < 2**63:
             raise ValueError(f"--seed {args.seed} must be between 0 and 2**63 - 1")
+        for name in ("steps", "substeps"):
+            count = getattr(args, name, None)
+            if count is not None and abs(count) > MOST_STEPS:
+                raise ValueError(f"--{name} is {quoted(count, 60)}; the most is {MOST_STEPS:,}")
         if hasattr(args, "device"):
             check_device(args.device)
         if hasattr(args, "out"):

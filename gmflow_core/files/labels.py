@@ -14,6 +14,7 @@ from .checkpoint import read_metadata
 from .errors import MOST_QUOTED, printable, quoted
 
 MOST_LISTED = 8  # classes that an error names
+LONGEST_SAID = 80  # characters of each
 MOST_NAMES = 20_000  # that `known_names` lists
 MOST_READ = 1_000  # checkpoints whose names it reads
 MOST_SECONDS = 5.0  # that it takes
@@ -156,6 +157,6 @@ def _nearest(wanted: str, synonyms: Sequence[Sequence[str]], names: Sequence[str
 def _listed(labels: Sequence[int], names: Sequence[str]) -> str:
     """Name the first few labels with their numbers."""
     rest = len(labels) - MOST_LISTED
-    return "; ".join(f"{label} {names[label]}" for label in labels[:MOST_LISTED]) + (
-        f"; and {rest} more" if rest > 0 else ""
-    )
+    return "; ".join(
+        f"{label} {printable(names[label], LONGEST_SAID)}" for label in labels[:MOST_LISTED]
+    ) + (f"; and {rest} more" if rest > 0 else "")

@@ -241,3 +241,9 @@ def test_sample_from_a_mixture_source(tmp_path):
         network.eval(), None, steps=1, source=source, modes=found["labels"], seeds=range(4)
     )
     assert torch.allclose(found["samples"], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("option", ["--steps", "--substeps"])
+def test_numbers_of_steps_beyond_any_use_are_refused(option, tmp_path):
+    with pytest.raises(SystemExit, match=f"{option} is 9223372036854775807; the most is"):
+        main(["sample", str(DEMO_MODEL), option, str(2**63 - 1), "--out", str(tmp_path / "a.png")])

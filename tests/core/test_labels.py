@@ -44,3 +44,9 @@ def test_any_text_is_answered(text):
     assert len(str(error.value)) < 1000
     assert str(error.value).isprintable()
     assert find_label("0002", NAMES, len(NAMES)) == 2
+
+
+def test_long_names_are_cut_in_messages():
+    with pytest.raises(ValueError, match="its classes") as error:
+        find_label("zzz", ["x" * 500 + str(n) for n in range(20)], 20)
+    assert len(str(error.value)) < 1000

@@ -71,6 +71,10 @@ def test_settings_of_a_sweep():
     ]
     assert short_names(["x/k1/tiny.safetensors", "x/k2/tiny.safetensors"]) == ["k1-tiny", "k2-tiny"]
     assert short_names(["owner/name"]) == ["name"]
+    assert short_names(["a/b", "b"]) == ["a-b", "b"]
+    assert short_names(["."]) == ["here"]
+    with pytest.raises(ValueError, match="the same name"):
+        short_names(["a/b", "b", "a-b"])
     with pytest.raises(ValueError, match="same model twice"):
         short_names(["a", "./a"])
     labels = image_labels(range(1000), 10)

@@ -285,3 +285,43 @@ def test_a_folder_of_the_older_decoder_is_not_mixed_but_still_read(folder, tmp_p
     with pytest.raises(ValueError, match="decoded by another version of GMFlow"):
         run(folder, tmp_path / "out")
     assert len(LatentDataset(tmp_path / "out")) == 4
+
+
+def chunks(count):
+    """Return a PNG with so many more chunks, which mean nothing."""
+    raw = encoded(quadrants(), "PNG")
+    empty = struct.pack(">I", 0) + b"abCD" + struct.pack(">I", zlib.crc32(b"abCD"))
+    return raw[:33] + empty * count + raw[33:]
+
+
+def scans(count):
+    """Return a progressive JPEG with so many more scans."""
+    raw = encoded(quadrants(), "JPEG", progressive=True)
+    return raw[:-2] + raw[raw.rfind(b"\xff\xda") : -2] * count + raw[-2:]
+
+
+def comments(count):
+    return b"P3\n" + b"#a\n" * count + b"2 2 255\n" + b"0 " * 12
+
+
+@pytest.mark.parametrize(
+    ("write", "few", "many", "message"),
+    [(chunks, 500, 200_000, "chunks"), (scans, 5, 60, "scans"), (comments, 5, 2000, "comments")],
+)
+def test_a_picture_of_many_tiny_parts_is_left_out(write, few, many, message):
+    """Each part takes time, so that a small file could take hours."""
+    assert read_rgb(write(few)).mode == "RGB"
+    with pytest.raises(PictureError, match=f"more than [0-9,]+ {message}"):
+        read_rgb(write(many))
+
+
+def test_scans_are_counted_in_the_picture_alone():
+    """Neither a thumbnail's markers nor what follows the picture count."""
+    thumbnail = b"Exif\0\0" + b"\xff\xda" * 1000
+    raw = encoded(quadrants(), "JPEG", exif=thumbnail, comment=b"\xff\xda" * 100)
+    assert read_rgb(raw + b"\xff\xda" * 1000).size == (16, 16)
+
+
+def test_a_file_far_larger_than_its_picture_is_left_out():
+    with pytest.raises(PictureError, match="far more than 16 x 16 pixels need"):
+        read_rgb(encoded(quadrants(), "PNG") + bytes(2**26 + 2**14))

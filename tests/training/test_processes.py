@@ -1,6 +1,7 @@
 """What commands say when files, memory, disks and other processes let them down."""
 
 import errno
+import importlib
 import os
 import signal
 import subprocess
@@ -181,3 +182,30 @@ def test_curves_that_cannot_be_written_end_with_a_note(tmp_path, capsys):
         curves.numbers({"loss": 1.0}, step)
     curves.close()
     assert capsys.readouterr().err.count("end here") == 2
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "message"),
+    [
+        ("checkerboard", f"--batch-size {2**63}", "--batch-size is 9223372036854775808"),
+        ("checkerboard", "--eval-samples " + "9" * 400, "--eval-samples is 999"),
+        ("checkerboard", "--lr inf", "--lr is inf"),
+        ("imagenet", "--weight-decay nan", "--weight-decay is nan"),
+        ("imagenet", "--workers 100000", "--workers is 100000"),
+        ("evaluate", "--checkpoint a --steps 2000000", "--steps is 2000000"),
+        ("fit_source", f"--data a --modes 2 --encoder-size {2**40}", "--encoder-size is"),
+        ("fit_source", "--data a --modes 2 --tolerance nan", "--tolerance is nan"),
+        ("digits", f"--copies {2**40}", "--copies is"),
+        ("prepare", "--data a --size 1000000", "--size is 1000000"),
+        ("source_toys", f"--samples {2**40}", "--samples is"),
+    ],
+)
+def test_numbers_beyond_any_use_are_refused_by_name(module, line, message, tmp_path, capfd):
+    run = importlib.import_module(f"training.{module}").main
+    with pytest.raises(SystemExit) as end:
+        run([*line.split(), "--out", str(tmp_path / "out")])
+    said = "".join(capfd.readouterr()) + str(end.value.code)
+    assert end.value.code == 2  # as of any wrong argument
+    assert message in said
+    assert len(said) < 1500
+    assert not (tmp_path / "out").exists()

@@ -18,9 +18,10 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
 from gmflow_core.files.atomic import DISK_FULL
-from gmflow_core.files.errors import printable, reason
+from gmflow_core.files.errors import MOST_SAID, printable, reason
 from gmflow_core.files.locks import locked, locked_file
 from training.common.devices import on_cpu
+from training.common.settings import LARGEST, require
 
 MOST_WORKERS = 8  # loader processes for each GPU, unless the user asks for more
 PATIENCE = timedelta(days=7)  # that processes wait for each other, where one may work alone
@@ -84,7 +85,7 @@ def message_of(error: Exception) -> str | None:
         where = f" ({printable(str(error.filename))})" if error.filename else ""
         return f"the disk is full{where}: make room, and run the same command again"
     if isinstance(error, EXPECTED):
-        return printable(_one_line(text)) or type(error).__name__
+        return printable(_one_line(text), MOST_SAID) or type(error).__name__
     if isinstance(error, RuntimeError) and "DataLoader worker" in text:
         return (
             f"{printable(_one_line(text), 500)}: a process that reads data was killed, most "
@@ -254,8 +255,13 @@ def loader_workers(workers: int | None, state: PartialState) -> int:
 
     Args:
         workers: the user's --workers; if None, as many as this machine has cores for, up to 8.
+
+    Raises:
+        ValueError: they are negative, or more than any machine has cores for.
     """
     if workers is not None:
+        most = LARGEST["workers"]
+        require(0 <= workers <= most, "workers", workers, f"from 0 to {most}")
         return workers
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
     return min(MOST_WORKERS, (os.cpu_count() or 1) // processes)

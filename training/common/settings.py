@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import math
 from typing import Any
 
 import tyro
 
+from gmflow_core.files.errors import quoted
+from gmflow_core.models.settings import MOST
+
 SMALLEST_SIGMA = 1e-4  # training and its evaluation draw sigma from [SMALLEST_SIGMA, 1]
+# largest whole numbers of settings; of all others MOST
+LARGEST = {
+    "seed": 2**63 - 1,
+    "workers": 1024,
+    "copies": 10**6,
+    "steps": 10**6,
+    "substeps": 10**6,
+    "size": 2**14,
+    "image_size": 2**14,
+    "encoder_size": 2**14,
+}
+ENDLESS = ("clip",)  # settings that may be infinite, for none
 
 
 def require(condition: bool, name: str, value: object, expected: str) -> None:
@@ -24,6 +41,22 @@ def require(condition: bool, name: str, value: object, expected: str) -> None:
     """
     if not condition:
         raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be {expected}")
+
+
+def require_ranges(config: Any) -> None:
+    """Check that the numbers in a dataclass of settings are finite, and not larger than any use.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int):
+                most = LARGEST.get(field.name, MOST)
+                require(abs(number) <= most, field.name, quoted(number, 60), f"at most {most:,}")
+            elif isinstance(number, float) and field.name not in ENDLESS:
+                require(math.isfinite(number), field.name, number, "finite")
 
 
 def require_device(device: str) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from gmflow_core.files.atomic import atomic_folder
-from training.common.settings import require
+from training.common.settings import require, require_ranges
 
 SATURATION = (0.1, 0.9)  # range of the saturations
 TEST_SHARE = 0.2
@@ -32,6 +32,7 @@ class DigitsConfig:
         require(self.copies >= 1, "copies", self.copies, "at least 1")
         require(self.size >= 8, "size", self.size, "8 or more, as the digits are 8x8")
         require(self.seed >= 0, "seed", self.seed, "0 or more")
+        require_ranges(self)
 
 
 def draw_saturation(rng: np.random.Generator) -> float:

@@ -21,6 +21,10 @@ DECODER = 2  # 1: neither orientation, transparency nor colour profiles; part of
 MOST_PIXELS = 178_956_970  # also Pillow's own limit; up to 1.7 GB in memory
 MOST_SIDE = 65_535  # pixels, the largest of a JPEG
 MOST_BYTES = 2**30  # of a file
+USUAL_BYTES, BYTES_A_PIXEL = 2**26, 32  # of a file: for all but the pixels, and for each of them
+MOST_PARTS = 100_000  # chunks of a PNG
+MOST_SCANS = 40  # of a JPEG, each of which goes over all pixels; common are up to 15
+MOST_COMMENTS = 1000  # of a PPM in text
 WIDEST = 8  # ratio of the sides above which a picture is cropped before it is scaled
 # EPS starts a program, Ghostscript; the others only name a file of an application of its own.
 NOT_PICTURES = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "IPTC"}
@@ -39,6 +43,7 @@ TURNS = {
 COLOUR_SPACES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # of a profile -> Pillow's mode
 SRGB_GAMMA, GAMMA_TOLERANCE = 1 / 2.2, 0.02
 SRGB_CHROMATICITY = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
+MARKER = re.compile(rb"\xff([^\x00\xd0-\xd8\xff])", re.DOTALL)  # of a JPEG, but for restarts
 HDR_AVIF = rb"colrnclx(\0\x09|..(\0\x10|\0\x12))"  # primaries of BT.2020; curves PQ and HLG
 HDR = "has colours beyond sRGB (HDR, or wide primaries), which are not converted; save it as sRGB"
 
@@ -98,11 +103,17 @@ def read_rgb(raw: bytes) -> Image.Image:
         PictureError: the picture is too large, or viewers would show something else.
         Exception: of Pillow, many kinds: it is damaged, or no image.
     """
+    _check_parts(raw)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's remarks about metadata and sizes
         known = [kind for kind in _formats() if kind not in NOT_PICTURES]
         image = Image.open(io.BytesIO(raw), formats=known)
         _check_size(image)
+        if len(raw) > USUAL_BYTES + BYTES_A_PIXEL * image.width * image.height:
+            raise PictureError(
+                f"the file has {len(raw):,} bytes, far more than {image.width} x {image.height} "
+                "pixels need; save it again"
+            )
         _check_colours(raw, image)
         frame = _first_frame(image)
         image.load()
@@ -151,6 +162,45 @@ def _check_size(image: Image.Image) -> None:
         raise PictureError(
             f"{width} x {height} pixels; the most are {MOST_PIXELS:,}, and {MOST_SIDE:,} a side"
         )
+
+
+def _check_parts(raw: bytes) -> None:
+    """Check that a file has few enough parts; Pillow takes time for each, however small.
+
+    Raises:
+        PictureError: it has too many.
+    """
+    if raw[:8] == b"\x89PNG\r\n\x1a\n":
+        count, at = 0, 8
+        while at < len(raw) and count <= MOST_PARTS and raw[at + 4 : at + 8] != b"IEND":
+            at += 12 + int.from_bytes(raw[at : at + 4], "big")
+            count += 1
+        _require_few(count, MOST_PARTS, "chunks")
+    elif raw[:2] == b"\xff\xd8":
+        _require_few(_scans(raw), MOST_SCANS, "scans")
+    elif raw[:2] in (b"P1", b"P2", b"P3"):
+        _require_few(raw.count(b"#"), MOST_COMMENTS, "comments")
+
+
+def _require_few(count: int, most: int, what: str) -> None:
+    if count > most:
+        raise PictureError(f"more than {most:,} {what}, which would take long to read; save again")
+
+
+def _scans(raw: bytes) -> int:
+    """Count the scans of a JPEG's first picture, up to one more than MOST_SCANS.
+
+    Other segments tell their length; a scan's data ends at the next marker.
+    """
+    count, at = 0, 2
+    while count <= MOST_SCANS and (found := MARKER.search(raw, at)):
+        at, code = found.end(), found[1][0]
+        if code == 0xD9:  # end of image
+            break
+        if code != 0x01:
+            at += int.from_bytes(raw[at : at + 2], "big")
+        count += code == 0xDA
+    return count
 
 
 def _check_colours(raw: bytes, image: Image.Image) -> None:

@@ -12,7 +12,7 @@ from accelerate import PartialState
 from gmflow_core.files.errors import printable
 from training.common.devices import on_cpu
 from training.common.processes import PATIENCE
-from training.common.settings import require, require_device
+from training.common.settings import require, require_device, require_ranges
 from training.data.image_folder import ImageList, list_images, read_class_names
 from training.data.pictures import DECODER
 from training.data.plan import (
@@ -76,6 +76,7 @@ class PreparationConfig:
         default = self.dtype == DTYPES["latents"][0]
         require(default or not self.pixels, "dtype", self.dtype, "left out with --pixels")
         require_device(self.device)
+        require_ranges(self)
 
     def plan(self, images: ImageList) -> dict[str, Any]:
         """Return the settings that all shards have in common."""

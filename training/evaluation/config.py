@@ -12,7 +12,7 @@ import tyro
 
 from gmflow_core.sampling.guidance import Guidance
 from gmflow_core.sampling.solvers import MEAN_SOLVERS, SOLVERS
-from training.common.settings import require, require_device
+from training.common.settings import require, require_device, require_ranges
 
 SolverName = Literal[tuple(SOLVERS)]
 # fmt: off
@@ -142,6 +142,7 @@ class Config:
                 "file name that ends in .safetensors"
             )
         require_device(self.device)
+        require_ranges(self)
 
     def check_counts(self) -> None:
         """Check the ranges of counts, sizes and the seed.
@@ -242,8 +243,14 @@ def short_names(checkpoints: Sequence[str]) -> list[str]:
         raise ValueError(f"--checkpoint names the same model twice: {' '.join(checkpoints)}")
     short = [p[:-1] if len(p) > 1 and p[-1] in ("model", "weights") else p for p in parts]
     parts = short if len(set(short)) == len(short) else parts
+    parts = [p or ("here",) for p in parts]  # of "." and ".."
     names = []
     for p in parts:
-        length = next(n for n in range(1, len(p) + 1) if sum(q[-n:] == p[-n:] for q in parts) == 1)
-        names.append("-".join(p[-length:]))
+        alone = (n for n in range(1, len(p)) if sum(q[-n:] == p[-n:] for q in parts) == 1)
+        names.append("-".join(p[-next(alone, len(p)) :]))
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"--checkpoint has models whose results would have the same name ({', '.join(names)}); "
+            "rename one"
+        )
     return names

@@ -24,7 +24,7 @@ from gmflow_core.sampling.denoisers import denoiser_of
 from gmflow_core.sampling.solvers import solve
 from gmflow_core.source.source import GaussianMixtureSource
 from gmflow_core.toys.checkerboard import EXTENT, draw_checkerboard
-from training.common.settings import SMALLEST_SIGMA, require
+from training.common.settings import SMALLEST_SIGMA, require, require_ranges
 
 MODULE = "training.source_toys"
 SCALE = EXTENT / math.sqrt(3)  # the checkerboard's standard deviation along each axis
@@ -81,6 +81,7 @@ class Config:
         for name in names:
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(self.lr > 0, "lr", self.lr, "positive")
+        require_ranges(self)
 
 
 PRESETS = {

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from training.common.settings import require, require_device
+from training.common.settings import require, require_device, require_ranges
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,3 +54,4 @@ class TrainerConfig:
         require(self.warmup >= 0, "warmup", self.warmup, "0 or more")
         require(self.lr > 0, "lr", self.lr, "positive")
         require_device(self.device)
+        require_ranges(self)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from training.common.settings import require, require_device
+from training.common.settings import require, require_device, require_ranges
 
 Covariance = Literal["diagonal", "spherical"]
 
@@ -70,6 +70,7 @@ class Config:
         require_device(self.device)
         if self.tokens is not None and self.encoder is not None:
             raise ValueError("both --tokens and --encoder were given; give one of them")
+        require_ranges(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -188,7 +188,7 @@ def test_curves_that_cannot_be_written_end_with_a_note(tmp_path, capsys):
     ("module", "line", "message"),
     [
         ("checkerboard", f"--batch-size {2**63}", "--batch-size is 9223372036854775808"),
-        ("checkerboard", "--eval-samples " + "9" * 400, "--eval-samples is 999"),
+        ("checkerboard", f"--eval-samples {2**70}", "--eval-samples is 11805"),
         ("checkerboard", "--lr inf", "--lr is inf"),
         ("imagenet", "--weight-decay nan", "--weight-decay is nan"),
         ("imagenet", "--workers 100000", "--workers is 100000"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ...gmflow_core.files.errors import quoted
+from ...gmflow_core.files.errors import quoted, reason
 from ...gmflow_core.files.safetensors_files import is_finite
 from .notices import notice
 
@@ -51,7 +51,11 @@ def report_result(samples: object, guider) -> None:
     The check waits for the device, so it is made once, at the end.
     """
     if isinstance(samples, Tensor) and not is_finite(samples):
-        notice(f"the result holds {count(samples)}: {likely_cause(guider)}")
+        try:
+            cause = likely_cause(guider)
+        except Exception as error:  # weights of another extension's kind; the result must not go
+            cause = f"look for the cause in the nodes before (its weights: {reason(error)})"
+        notice(f"the result holds {count(samples)}: {cause}")
 
 
 def likely_cause(guider) -> str:

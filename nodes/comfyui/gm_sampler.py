@@ -19,6 +19,7 @@ from .guard import guarded
 from .latent_shapes import PointShape
 from .notices import notice
 from .solver_model import SolverModel
+from .time_shift import HIGHEST
 
 OWN = 0  # value of a setting that stands for the model's, or the solver's, own value
 
@@ -44,6 +45,7 @@ def gm_sampler(solver: str, shift: float = OWN, **settings) -> comfy.samplers.KS
         if len(sigmas) < 2:
             return x
         check_sigmas(sigmas)
+        sigmas = sigmas.clamp(max=1)
         extra_args = extra_args or {}
         wrapped = SolverModel(model, x.shape, extra_args, sigmas)
         own_shift = wrapped.own_shift  # first, as it refuses models that are no flow
@@ -78,7 +80,7 @@ def check_sigmas(sigmas: Tensor) -> None:
     Raises:
         ValueError: they do not, or leave [0, 1].
     """
-    if not 0 <= sigmas.min() <= sigmas.max() <= 1 or (sigmas.diff() >= 0).any():
+    if not 0 <= sigmas.min() <= sigmas.max() <= HIGHEST or (sigmas.diff() >= 0).any():
         falls = (sigmas.diff() < 0).tolist()
         where = "" if all(falls) else f"; step {falls.index(False) + 1} does not fall"
         raise ValueError(

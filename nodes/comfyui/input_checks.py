@@ -19,7 +19,12 @@ from ...gmflow_core.files.safetensors_files import is_finite
 from .label_conditioning import problem_of
 
 LONGEST_TEXT = 1_000_000  # characters of a text input
+SEEDS = 2**64  # torch counts negative seeds from there
+ROUNDING = 1e-6  # share of a range by which computed numbers may leave it
+SHOWN = "samples"  # id of an input whose LATENT is only shown: its mask and its noise do not matter
 FEWEST_DIMS, MOST_DIMS = 3, 5  # of a latent: sound, pictures, videos
+META = torch.device("meta")
+TENSORS = ("pooled_output",)  # of a CONDITIONING, beside its first; masks may hold infinities
 MODEL_PARTS = ("model", "model_options", "clone", "get_model_object")  # that a MODEL has
 SOURCE_PARTS = ("source", "data", "modes_of")  # that a GM_SOURCE has
 
@@ -29,7 +34,7 @@ def check_inputs(
 ) -> dict[str, Any]:
     """Return the values of a node's inputs, after a check of their types.
 
-    Values of None are left out where the input is optional.
+    Values of None are left out where the input is optional, and so are empty CONDITIONINGs.
 
     Args:
         schema: inputs by their ids; values of other names pass.
@@ -43,12 +48,18 @@ def check_inputs(
     for name, value in values.items():
         if name not in schema or (value is None and not complete):
             checked[name] = value
-        elif value is not None or not schema[name].optional:
+        elif not (schema[name].optional and _is_nothing(schema[name], value)):
             try:
                 checked[name] = check_value(schema[name], value, name in chosen)
             except _WrongError as error:
                 raise ValueError(f"the input {name!r} is {error}") from None
     return checked
+
+
+def _is_nothing(kind: io.Input, value: Any) -> bool:
+    """Return whether a value is that of an input that nothing is connected to."""
+    empty = kind.io_type == "CONDITIONING" and isinstance(value, (list, tuple)) and not value
+    return value is None or empty
 
 
 class _WrongError(Exception):
@@ -84,7 +95,7 @@ def _check_choice(kind: io.Combo.Input, value: Any) -> str:
 
 def _check_number(kind: io.Int.Input | io.Float.Input, value: Any) -> int | float:
     """Return a number in the range of its input; a whole one for an integer."""
-    whole = isinstance(kind, io.Int.Input)
+    value, whole = _plain(value), isinstance(kind, io.Int.Input)
     expected = (
         f"a whole number from {kind.min} to {kind.max}"
         if whole
@@ -94,12 +105,24 @@ def _check_number(kind: io.Int.Input | io.Float.Input, value: Any) -> int | floa
         raise _WrongError(f"{_seen(value)}; it must be {expected}")
     is_whole = isinstance(value, numbers.Integral)
     sound = is_whole or math.isfinite(value)
+    if whole and kind.max == SEEDS - 1 and is_whole and -SEEDS // 2 <= value < 0:
+        value = int(value) + SEEDS
+    elif not whole and sound:
+        nearest = min(max(value, kind.min), kind.max)
+        value = nearest if abs(value - nearest) <= ROUNDING * (kind.max - kind.min) else value
     if not sound or not kind.min <= value <= kind.max or (whole and value != int(value)):
         raise _WrongError(f"{quoted(value)}; it must be {expected}")
     return int(value) if whole else float(value)
 
 
+def _plain(value: Any) -> Any:
+    """Return a number as Python's own, if it is a scalar of NumPy or torch."""
+    is_scalar = getattr(value, "ndim", None) == 0 and hasattr(value, "item")
+    return value.item() if is_scalar and getattr(value, "device", None) != META else value
+
+
 def _check_switch(kind: io.Input, value: Any) -> bool:
+    value = _plain(value)
     if not isinstance(value, numbers.Integral) or value not in (0, 1):
         raise _WrongError(f"{_seen(value)}; it must be true or false")
     return bool(value)
@@ -133,6 +156,8 @@ def _check_latent(kind: io.Input, value: Any) -> dict:
             "one dimension more or less, and none may be 0"
         )
     _check_finite("a LATENT whose samples hold", samples)
+    if kind.id == SHOWN:
+        return value
     mask = value.get("noise_mask")
     if mask is not None:
         if not _is_array(mask) or not 2 <= mask.ndim <= MOST_DIMS or 0 in mask.shape:
@@ -140,8 +165,9 @@ def _check_latent(kind: io.Input, value: Any) -> dict:
         _check_finite("a LATENT whose noise_mask holds", mask)
     indices = value.get("batch_index")
     if indices is not None:
+        indices = indices.tolist() if getattr(indices, "ndim", 0) == 1 else indices
         indices = list(indices) if isinstance(indices, (list, tuple, range)) else []
-        if len(indices) != len(samples) or not all(_is_index(index) for index in indices):
+        if len(indices) not in (1, len(samples)) or not all(_is_index(index) for index in indices):
             raise _WrongError(
                 f"a LATENT whose batch_index is {quoted(value['batch_index'])}; it must be a list "
                 f"of {len(samples)} whole numbers from 0, one for each item"
@@ -162,18 +188,19 @@ def _is_array(value: Any) -> bool:
 
 def _is_index(value: Any) -> bool:
     """Return whether a value can be a latent's place in a batch."""
+    value = _plain(value)
     return isinstance(value, numbers.Integral) and 0 <= value < 2**31
 
 
 def _check_conditioning(kind: io.Input, value: Any) -> list:
-    """Return a CONDITIONING: pairs of a finite tensor and a dict."""
+    """Return a CONDITIONING: pairs of a finite tensor, or None, and a dict."""
     if not isinstance(value, (list, tuple)) or not value:
         raise _WrongError(f"{_seen(value)}; connect a CONDITIONING")
     for pair in value:
         if not (
             isinstance(pair, (list, tuple))
-            and len(pair) == 2
-            and isinstance(pair[0], Tensor)
+            and len(pair) >= 2
+            and isinstance(pair[0], (Tensor, type(None)))
             and isinstance(pair[1], dict)
         ):
             raise _WrongError(
@@ -183,7 +210,8 @@ def _check_conditioning(kind: io.Input, value: Any) -> list:
         problem = problem_of(pair[1])
         if problem:
             raise _WrongError(f"a CONDITIONING whose {problem}")
-        for name, tensor in (("tensor", pair[0]), *pair[1].items()):
+        about = {"tensor": pair[0], **{name: pair[1].get(name) for name in TENSORS}}
+        for name, tensor in about.items():
             if _is_array(tensor):
                 _check_finite(f"a CONDITIONING whose {quoted(name)} holds", tensor)
     return value

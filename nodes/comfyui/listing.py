@@ -23,7 +23,8 @@ class Listing:
 
     Args:
         found: name, as it is shown, and path.
-        stamps: modification time of every folder that was read.
+        stamps: time of the last change of every folder that was read, None if it is not there; and
+            of links that lead nowhere, as to a disk that is not there yet.
     """
 
     found: dict[str, str] = field(default_factory=dict)
@@ -70,19 +71,20 @@ def _walk(
         left = [base]
         while left:
             folder = left.pop()
+            listing.stamps[folder] = _time_of(folder)
             place = _place_of(folder)
             if place is None or place in seen:
                 continue
             seen.add(place)
-            listing.stamps[folder] = _time_of(folder)
             marks = is_model(folder) if is_model and folder != base else []
             if marks:
                 _add(listing, folder, base)
                 inner = {os.path.dirname(mark) for mark in marks} - {folder}
                 listing.stamps.update({path: _time_of(path) for path in inner})
                 continue
-            files, inside = _entries_of(folder, MOST_ENTRIES - entries)
-            entries += len(files) + len(inside)
+            files, inside, lost = _entries_of(folder, MOST_ENTRIES - entries)
+            entries += len(files) + len(inside) + len(lost)
+            listing.stamps.update({os.path.join(folder, name): None for name in lost})
             left += [os.path.join(folder, name) for name in reversed(inside) if name != HIDDEN]
             for name in files:
                 if name.lower().endswith(endings):
@@ -115,9 +117,12 @@ def file_names(folder: str) -> list[str]:
     return _entries_of(folder, MOST_NAMES)[0]
 
 
-def _entries_of(folder: str, most: int) -> tuple[list[str], list[str]]:
-    """Return the names of files and of folders in a folder, sorted, those behind links as well."""
-    files, folders = [], []
+def _entries_of(folder: str, most: int) -> tuple[list[str], list[str], list[str]]:
+    """Return the names of files, of folders, and of links that lead nowhere in a folder, sorted.
+
+    Files and folders behind links count as such.
+    """
+    files, folders, lost = [], [], []
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
@@ -126,13 +131,15 @@ def _entries_of(folder: str, most: int) -> tuple[list[str], list[str]]:
                         folders.append(entry.name)
                     elif entry.is_file():
                         files.append(entry.name)
+                    elif entry.is_symlink() and not os.path.exists(entry.path):
+                        lost.append(entry.name)
                 except OSError:  # a link that leads back to itself, among others
                     continue
-                if len(files) + len(folders) >= most:
+                if len(files) + len(folders) + len(lost) >= most:
                     break
     except OSError:  # no permission, or gone
         pass
-    return sorted(files), sorted(folders)
+    return sorted(files), sorted(folders), sorted(lost)
 
 
 def _place_of(path: str) -> tuple[int, int] | None:
@@ -145,9 +152,10 @@ def _place_of(path: str) -> tuple[int, int] | None:
 
 
 def _time_of(path: str) -> int | None:
-    """Return a folder's modification time in nanoseconds; None if there is none."""
+    """Return when a folder's content or permissions changed, in nanoseconds; None if it is gone."""
     try:
-        return os.stat(path).st_mtime_ns
+        stat = os.stat(path)
+        return max(stat.st_mtime_ns, stat.st_ctime_ns)
     except (OSError, ValueError):
         return None
 

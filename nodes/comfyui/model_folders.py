@@ -124,6 +124,9 @@ def _find(name: str, paths: dict[str, str], folder: str, kind: str) -> str:
         if spelling in paths:
             return paths[spelling]
     folders = [path for path in folder_paths.get_folder_paths(folder) if path != str(SHIPPED)]
+    unlisted = _unlisted(name, folders, is_folder=folder == MODELS)
+    if unlisted is not None:
+        return unlisted
     if name.lower().endswith(PICKLES):
         raise ValueError(
             f"{quoted(name)} is a pickle file, which could run any code when opened, so GMFlow "
@@ -136,6 +139,21 @@ def _find(name: str, paths: dict[str, str], folder: str, kind: str) -> str:
         f"there is no {kind} {quoted(name)} in {', '.join(folders)}; put it there and press "
         f"R{others}"
     )
+
+
+def _unlisted(name: str, folders: list[str], is_folder: bool) -> str | None:
+    """Return the path of a model that the list leaves out; None if there is none.
+
+    A list holds a folder once, whatever links lead to it, and has a length.
+
+    Args:
+        is_folder: True if it may also be a folder in the layout of diffusers.
+    """
+    for path in _paths_below(folders, name.strip().replace("\\", "/")):
+        is_file = path.lower().endswith(ENDINGS) and os.path.isfile(path)
+        if is_file or (is_folder and path not in folders and _marks_of(path)):
+            return path
+    return None
 
 
 def lora_names() -> list[str]:
@@ -163,9 +181,14 @@ def find_lora(name: str) -> str:
 
 def _lora_path(name: str) -> str | None:
     """Return the path of a LoRA, None if there is none; ComfyUI's own function logs any name."""
-    inside = os.path.relpath(os.path.join(os.sep, name), os.sep)  # never above the folder
-    paths = (os.path.join(base, inside) for base in folder_paths.get_folder_paths(LORAS))
+    paths = _paths_below(folder_paths.get_folder_paths(LORAS), name)
     return next(filter(os.path.isfile, paths), None)
+
+
+def _paths_below(folders: list[str], name: str) -> list[str]:
+    """Return the paths that a name may stand for in folders: never above them."""
+    inside = os.path.relpath(os.path.join(os.sep, name), os.sep)
+    return [os.path.normpath(os.path.join(base, inside)) for base in folders]
 
 
 def files_of(model: str) -> list[str]:

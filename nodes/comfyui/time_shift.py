@@ -9,6 +9,9 @@ import comfy.model_sampling
 import torch
 from torch import Tensor
 
+HIGHEST = 1 + 1e-4  # sigma of a flow: 1, and what rounding adds for some time shifts
+LARGEST_HALF = 1 - 2**-24  # sigma half-way: larger ones are 1 in float32
+
 
 def own_shift(model_sampling) -> float:
     """Return the time shift of a flow model's sampling, however the class parametrises it.
@@ -19,7 +22,7 @@ def own_shift(model_sampling) -> float:
         ValueError: the sampling is not that of a flow model.
     """
     check_flow(model_sampling)
-    half = float(model_sampling.percent_to_sigma(0.5))
+    half = min(float(model_sampling.percent_to_sigma(0.5)), LARGEST_HALF)
     return half / (1 - half)
 
 
@@ -30,7 +33,7 @@ def check_flow(model_sampling) -> None:
         ValueError: it is not; the message names its classes.
     """
     highest, half = float(model_sampling.sigma_max), float(model_sampling.percent_to_sigma(0.5))
-    if is_velocity(model_sampling) and 0 < half < highest <= 1:
+    if is_velocity(model_sampling) and 0 < half <= 1 and highest <= HIGHEST:
         return
     kind = type(model_sampling)
     kinds = [each.__name__ for each in (kind, *kind.__bases__)]

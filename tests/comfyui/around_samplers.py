@@ -304,7 +304,80 @@ def saved(work: Path) -> dict[str, Any]:
     return found
 
 
+def valid(work: Path) -> dict[str, str]:
+    """Sample with what other nodes may hand on, and with time shifts at which sigma rounds up.
+
+    Returns:
+        The message of each that was refused, "differs" if the result is not as it must be.
+    """
+    import comfy.samplers
+    import comfy_extras.nodes_model_advanced as advanced
+    import numpy as np
+
+    import nodes
+
+    execute = nodes.NODE_CLASS_MAPPINGS["GMFlowSampler"].execute
+    board_model, zeros, _ = board()
+    digits = nodes.NODE_CLASS_MAPPINGS["GMFlowLoader"].execute("digits_k8.safetensors")[0]
+    labels, none, latent = nodes.NODE_CLASS_MAPPINGS["GMFlowClassLabels"].execute(
+        digits, "3", repeat=2
+    )[:3]
+    usual = {"seed": 5, "steps": 1, "solver": "gm-sde", "order": 1, "substeps": 1}
+    usual |= {"shift": 1.0, "denoise": 1.0, "guidance": 0.1}
+
+    def run(model=digits, positive=labels, mask=None, index=None, **changed) -> Tensor:
+        given = {**latent, "noise_mask": mask, "batch_index": index}
+        if model is not digits:
+            given["samples"] = zeros
+        return execute(model, given, positive=positive, **{**usual, **changed})[0]["samples"]
+
+    about = {**labels[0][1], "attention_mask": torch.full((1, 1), -torch.inf), "more": object()}
+    same = {
+        "scalars": {"seed": np.int64(5), "steps": torch.tensor(1), "shift": np.float32(1)},
+        "whole floats": {"steps": 1.0, "shift": 1},
+        "rounding": {"denoise": 1 + 1e-9},
+        "no negative": {"negative": []},
+        "no tensor": {"positive": [[None, about]]},
+        "more in a pair": {"positive": [[*labels[0], "more"]]},
+        "indices": {"index": np.arange(2)},
+        "tensors": {"index": list(torch.arange(2))},
+        "a mask of another size": {"mask": torch.ones(3, 5).half()},
+    }
+    found, expected = {}, run(negative=none)
+
+    def attempt(name, call, expected=None):
+        results = []
+        found[name] = says(lambda: results.append(call()))
+        if results and expected is not None and not torch.equal(results[0], expected):
+            found[name] = "differs"
+
+    for name, changed in same.items():
+        attempt(name, lambda changed=changed: run(**changed), expected)
+    attempt("negative seed", lambda: run(seed=-1), run(seed=2**64 - 1))
+    attempt("one index", lambda: run(board_model, None, index=[3], guidance=0.0))
+    density = nodes.NODE_CLASS_MAPPINGS["GMFlowDensity"].execute
+    shown = {"samples": zeros, "batch_index": [0, 1, 2]}
+    attempt("shown", lambda: density(shown, 64, 16, 4.4, np.bool_(False), np.bool_(True)))
+    for shift in (0.01, 0.34, 0.4):
+        (other,) = advanced.ModelSamplingSD3().patch(board_model, shift)
+        table = comfy.samplers.calculate_sigmas(
+            other.get_model_object("model_sampling"), "simple", 2
+        )
+        for solver in (
+            comfy.samplers.sampler_object("euler"),
+            ours("gm_sampler").gm_sampler("gm-ode"),
+        ):
+            attempt(
+                f"shift {shift} {solver.sampler_function.__name__}",
+                lambda other=other, solver=solver, table=table: sample(
+                    other, zeros, ours("label_conditioning").NO_TEXT, solver, sigmas=table
+                ),
+            )
+    return found
+
+
 CASES = {
+    "valid": valid,
     "wrapped": wrapped,
     "compiled": compiled,
     "not a flow": not_a_flow,

@@ -64,6 +64,13 @@ def test_a_sampling_that_is_no_flow_is_refused_at_every_door(work: Path) -> None
     assert found["fine"] == [True, True]
 
 
+def test_what_is_valid_is_not_refused(work: Path) -> None:
+    """Numbers of NumPy and torch, odd but valid conditionings and latents, rounded sigmas."""
+    found = run(work, "valid")
+    assert len(found) > 15
+    assert {name: text for name, text in found.items() if text} == {}
+
+
 def test_what_is_not_finite_is_said_once(work: Path) -> None:
     """Inputs are refused by name; a result is reported with the likely cause."""
     found = run(work, "not finite")

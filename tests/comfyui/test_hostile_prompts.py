@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -107,7 +108,7 @@ WRONG = {
     "latent empty": ("sample", {"latent_image": {}}, "'latent_image' is a dict"),
     "latent ints": ("sample", {"latent_image": {"samples": [1]}}, "whose samples are a list"),
     "conditioning": ("sample", {"positive": {"__value__": [[1, 2]]}}, "'positive' is a list that"),
-    "no conditioning": ("sample", {"positive": {"__value__": []}}, "'positive' is a list of 0"),
+    "no conditioning": ("sample", {"positive": {"__value__": []}}, "class labels"),
     "text": ("labels", {"more_labels": {"__value__": [1, 2]}}, "no class"),
     "NaN": ("sample", {"denoise": NAN}, "input 'denoise' is nan; it must be a number from 0 to 1"),
     "NaN text": ("sample", {"shift": "nan"}, "input 'shift' is nan"),
@@ -287,3 +288,26 @@ def test_latents_are_checked(comfy: Comfy) -> None:
     prompt["one"] = graph()["sample"]
     with pytest.raises(PromptError, match="'latent_image' is a LATENT whose samples hold"):
         comfy.run(prompt)
+
+
+def test_files_that_come_later_or_under_two_names(comfy: Comfy, junk: Path, tmp_path: Path) -> None:
+    """A link into a disk that is mounted later is noticed; a folder answers to all its names."""
+    disk = tmp_path / "disk"
+    (junk / "disk").symlink_to(disk)
+    (junk / "one.safetensors").symlink_to(disk / "far.safetensors")
+    (junk / "a").mkdir()
+    (junk / "b").symlink_to("a")
+    shutil.copy(DEMO_MODEL.with_name(DIGITS), junk / "a" / "digits.safetensors")
+    names = options_of(comfy, "GMFlowLoader", "model_name")
+    assert "junk/a/digits.safetensors" in names
+    assert not any("disk" in name or "one" in name for name in names)
+    time.sleep(2.1)  # until the list is kept
+    comfy.object_info()
+    disk.mkdir()
+    shutil.copy(DEMO_MODEL, disk / "far.safetensors")
+    names = options_of(comfy, "GMFlowLoader", "model_name")
+    assert {"junk/disk/far.safetensors", "junk/one.safetensors"} <= set(names)
+    for name in ("junk/a/digits.safetensors", "junk/b/digits.safetensors"):
+        prompt = changed("model", model_name=name)
+        prompt["sample"]["inputs"]["seed"] = len(name)
+        assert latent_of(comfy, prompt).isfinite().all()

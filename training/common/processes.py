@@ -18,7 +18,7 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
 from gmflow_core.files.atomic import DISK_FULL
-from gmflow_core.files.errors import printable, reason
+from gmflow_core.files.errors import MOST_SAID, printable, reason
 from gmflow_core.files.locks import locked, locked_file
 from training.common.devices import on_cpu
 
@@ -79,12 +79,12 @@ def message_of(error: Exception) -> str | None:
         if worker[1] not in FROM_OUTSIDE and not isinstance(error, EXPECTED):
             return None
         last = text.rsplit(f"{worker[1]}: ", 1)
-        return printable(_one_line(last[-1])) if len(last) == 2 else worker[1]
+        return printable(_one_line(last[-1]), MOST_SAID) if len(last) == 2 else worker[1]
     if isinstance(error, OSError) and error.errno in DISK_FULL and error.strerror:
         where = f" ({printable(str(error.filename))})" if error.filename else ""
         return f"the disk is full{where}: make room, and run the same command again"
     if isinstance(error, EXPECTED):
-        return printable(_one_line(text)) or type(error).__name__
+        return printable(_one_line(text), MOST_SAID) or type(error).__name__
     if isinstance(error, RuntimeError) and "DataLoader worker" in text:
         return (
             f"{printable(_one_line(text), 500)}: a process that reads data was killed, most "

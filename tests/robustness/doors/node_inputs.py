@@ -123,6 +123,7 @@ def draw(rng: Random) -> tuple[str, Any, tuple[str, ...]]:
     for entry in entries:
         title = getattr(entry, "display_name", None) or entry.id
         words |= {entry.id, title, entry.io_type}
+        words |= {"model", "source", "adapter"} if entry.io_type == "COMBO" else set()  # of a name
     return f"{name}: {', '.join(about)}", (name, inputs), tuple(sorted(words))
 
 

@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 
 from gmflow_core import (
     GaussianMixtureSource,
+    cli,
     load_checkpoint,
     read_metadata,
     sample_images,
@@ -241,3 +242,20 @@ def test_sample_from_a_mixture_source(tmp_path):
         network.eval(), None, steps=1, source=source, modes=found["labels"], seeds=range(4)
     )
     assert torch.allclose(found["samples"], expected, atol=1e-5)
+
+
+def test_memory_is_blamed_for_what_it_caused_alone(monkeypatch, tmp_path):
+    """A mistake in the code keeps its traceback, whatever words are in its message."""
+    arguments = ["demo", "--out", str(tmp_path / "a.png"), "--device", "cpu"]
+    for error, kind, said in (
+        (RuntimeError("DefaultCPUAllocator: can't allocate"), SystemExit, "too little memory"),
+        (torch.OutOfMemoryError("CUDA out of memory"), SystemExit, "too little memory"),
+        (RuntimeError("unsupported memory format"), RuntimeError, "memory format"),
+    ):
+
+        def fail(*_, error=error, **__):
+            raise error
+
+        monkeypatch.setattr(cli, "load_checkpoint", fail)
+        with pytest.raises(kind, match=said):
+            cli.main(arguments)

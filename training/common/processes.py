@@ -18,7 +18,7 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
 from gmflow_core.files.atomic import DISK_FULL
-from gmflow_core.files.errors import MOST_SAID, printable, reason
+from gmflow_core.files.errors import MOST_SAID, is_out_of_memory, printable, reason
 from gmflow_core.files.locks import locked, locked_file
 from training.common.devices import on_cpu
 
@@ -28,7 +28,6 @@ PATIENCE = timedelta(days=7)  # that processes wait for each other, where one ma
 EXPECTED = (ValueError, OSError, FloatingPointError, ImportError, SafetensorError)
 FROM_OUTSIDE = {"FileError", "WriteError", "LockedError"}  # of them, what a loader cannot rebuild
 WORKER_ERROR = re.compile(r"Caught (\w+) in DataLoader worker process")
-NO_MEMORY = "DefaultCPUAllocator: "  # how PyTorch's RuntimeError begins when the CPU has no memory
 LOST = re.compile(r"Connection (closed|reset) by peer|gloo/transport")
 LOWER = (
     "the memory is not enough: give --batch-size a smaller number where the command has it, close "
@@ -97,11 +96,6 @@ def message_of(error: Exception) -> str | None:
             "message says why; run the same command again to go on"
         )
     return None
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Return whether the device's or the machine's memory was not enough."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or NO_MEMORY in str(error)
 
 
 def _one_line(text: str) -> str:

@@ -48,6 +48,14 @@ HOSTILE = {  # content, and a part of the answer
         + b"h\x01h\x00\x85R" * 999 + b".",
         f"more than {STEPS:,} steps",
     ),
+    "copies of arguments": (
+        b"(" + b"N" * 9999 + b"tq\x00cx\ny\nq\x01" + b"h\x01h\x00\x81" * 999 + b".",
+        f"more than {STEPS:,} steps",
+    ),
+    "many arrays": (
+        pickle.dumps({"means": [np.ones(2)] * 70_000, "var": np.ones(2)}),
+        "a list of 70000 arrays",
+    ),
     "copies of text": (
         b"X" + struct.pack("<I", 10**5) + b"a" * 10**5
         + b"q\x00c_codecs\nencode\nq\x01" + b"h\x01h\x00\x85R" * 99 + b".",

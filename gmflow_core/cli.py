@@ -14,7 +14,14 @@ from PIL import Image
 
 from .files.atomic import atomic_write, remove_leftovers
 from .files.checkpoint import SHIPPED, load_checkpoint, read_metadata, save_checkpoint
-from .files.errors import MOST_SAID, FileError, printable, quoted, reason
+from .files.errors import (
+    MOST_SAID,
+    FileError,
+    is_out_of_memory,
+    printable,
+    quoted,
+    reason,
+)
 from .files.labels import find_label
 from .files.safetensors_files import is_finite, write_safetensors
 from .models.image_network import ImageNetwork
@@ -317,7 +324,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(_line(str(error))) from error
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise SystemExit(
             _line(f"there is too little memory ({reason(error)}); give a smaller --count or model")
@@ -329,11 +336,6 @@ def main(arguments: list[str] | None = None) -> None:
 def _line(message: str) -> str:
     """Return an error's message as one line that every terminal can print."""
     return printable(f"gmflow: error: {' '.join(message.splitlines())}", MOST_SAID)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Return whether memory was asked for that is not there; torch has several errors for it."""
-    return isinstance(error, MemoryError) or "memory" in str(error) or "too large" in str(error)
 
 
 SOURCE_HELP = (

@@ -1,14 +1,21 @@
 """A seeded part of `python -m tests.robustness --cases`: some hostile cases at every door."""
 
+import functools
+import math
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from gmflow_core.files.json_files import read_json
 from tests.comfyui.installation import COMFYUI, HOW_TO, is_installed
+from training.common.processes import command
+from training.data.index_check import checked_index
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,6 +30,52 @@ def test_hostile_files_are_refused_in_words_or_read_right():
 @pytest.mark.skipif(not is_installed(), reason=f"no ComfyUI in {COMFYUI}: {HOW_TO}")
 def test_hostile_inputs_of_nodes_are_refused_in_words_or_read_right():
     run_cases("--cases", "80", "--only-comfyui")
+
+
+def refuse(folder):
+    read_json(folder / "list.json")
+
+
+def convert(folder):
+    with command():
+        int("x of list.json")
+
+
+BAD = {  # what a door does, and what it is: words of a message that fit by chance do not help
+    "refused": (refuse, "clear"),
+    "Python's own error": (lambda folder: int("list.json"), "raw"),
+    "Python's own error in a command": (convert, "raw"),
+    "no name": (lambda folder: checked_index([], Path("x"), "f", {}), "raw"),
+    "not finite": (lambda folder: [os.write(1, b"nan, not finite"), math.nan], "not finite"),
+    "not finite, and said": (
+        lambda folder: [os.write(1, b"it holds 3 of 4 numbers that are not finite"), math.nan],
+        "clear",
+    ),
+    "hang": (lambda folder: time.sleep(100), "hang"),
+    "memory": (lambda folder: bytearray(2**40), "memory"),
+    "grows": (lambda folder: len(b"x" * 2**28), "memory"),
+    "crash": (lambda folder: os.kill(os.getpid(), signal.SIGKILL), "crash"),
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the harness counts on Linux")
+@pytest.mark.parametrize("kind", BAD)
+def test_verdicts(tmp_path, kind):
+    from tests.robustness.children import Limits
+    from tests.robustness.verdicts import Trial, judge
+
+    (tmp_path / "list.json").write_text("[")
+    use, verdict = BAD[kind]
+    trial = Trial(functools.partial(use, tmp_path), ("list.json",), "command" in kind)
+    (outcome,) = judge([trial], tmp_path / "log", Limits(2, 100))
+    assert outcome.verdict == verdict, outcome
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the harness counts on Linux")
+def test_no_case_at_all_is_a_failure():
+    options = ["--cases", "5", "--door", "nothing", "--without-comfyui"]
+    done = subprocess.run([sys.executable, "-m", "tests.robustness", *options], cwd=ROOT)
+    assert done.returncode == 2
 
 
 def run_cases(*options):

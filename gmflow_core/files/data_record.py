@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
-from ..models.settings import MOST, MOST_CLASSES
+from ..models.settings import MOST_CLASSES, is_count, is_number
 from .errors import FileError, printable, quoted
 from .json_files import EDITED
 
@@ -32,7 +31,7 @@ def checked_data(data: dict[str, Any], path: str | Path) -> dict[str, Any]:
     if space is not None and not isinstance(space, str):
         raise _wrong("space", space, "a name", path)
     factor = data.get("scaling_factor")
-    if factor is not None and not (_is_number(factor) and factor > 0):
+    if factor is not None and not (is_number(factor) and factor > 0):
         raise _wrong("scaling_factor", factor, "a positive number", path)
     if data.get("source") is not None:
         _check_source(data["source"], path)
@@ -51,22 +50,11 @@ def _check_source(source: Any, path: str | Path) -> None:
         expected = f"one of {', '.join(CONDITIONINGS)}"
         raise _wrong("source's conditioning", source.get("conditioning"), expected, path)
     modes = source.get("num_modes")
-    if not _is_count(modes):
+    if not is_count(modes):
         raise _wrong("source's num_modes", modes, "a number of modes", path)
     shape = source.get("shape")
-    if not isinstance(shape, list) or not shape or not all(map(_is_count, shape)):
+    if not isinstance(shape, list) or not shape or not all(map(is_count, shape)):
         raise _wrong("source's shape", shape, "a list of sizes", path)
-
-
-def _is_number(value: Any) -> bool:
-    """Return whether a value is a finite number that a float can hold."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and abs(value) < 1e30 and math.isfinite(value)
-
-
-def _is_count(value: Any) -> bool:
-    """Return whether a value is a whole number of at least 1."""
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST
 
 
 def _wrong(name: str, value: Any, expected: str, path: str | Path) -> FileError:

@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 MOST_QUOTED = 200  # characters of a value that a message quotes
 MOST_SAID = 2000  # characters of a message
+NO_MEMORY = "DefaultCPUAllocator: "  # in PyTorch's RuntimeError when the CPU has no memory
 REPEAT = "if it was downloaded or copied, do that again"  # usual advice for a damaged file
 
 
@@ -111,6 +114,11 @@ def _is_printable(error: BaseException) -> bool:
     except Exception:  # an error whose own __str__ fails cannot be printed either
         return False
     return printable(text) == text
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether the device's or the machine's memory was not enough."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or NO_MEMORY in str(error)
 
 
 def check_regular_file(path: str | Path) -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .atomic import atomic_write
-from .errors import REPEAT, FileError, check_regular_file, reading, reason
+from .errors import REPEAT, FileError, check_regular_file, quoted, reading, reason
 
 PICKLE = (
     "is a pickle file (.pt, .ckpt), which could run any code when opened, so GMFlow never reads one"
@@ -94,6 +94,12 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(tensor.sum(dtype=wide).isfinite()) or bool(tensor.isfinite().all())
 
 
+def count_not_finite(tensor: Tensor) -> int:
+    """Return how many numbers of a tensor are not finite."""
+    plain = tensor.float() if tensor.itemsize == 1 else tensor
+    return int((~plain.isfinite()).sum())
+
+
 BLACK = (
     "with them every picture would be black; train it again from an earlier checkpoint, or "
     "download it again"
@@ -107,9 +113,9 @@ def check_finite(tensor: Tensor, name: str, path: str | Path, advice: str = BLAC
         FileError: it does not; the message names the tensor and counts them.
     """
     if not is_finite(tensor):
-        count = int((~tensor.float().isfinite()).sum())
+        count = count_not_finite(tensor)
         raise FileError(
             path,
-            f"holds {count} numbers in {name!r} that are not finite (NaN or infinity)",
+            f"holds {count} numbers in {quoted(name)} that are not finite (NaN or infinity)",
             advice,
         )

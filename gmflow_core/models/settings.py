@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import types
 import typing
 from typing import Any
@@ -12,6 +11,18 @@ MOST = 2**31 - 1  # the largest whole number that any setting can mean
 MOST_LAYERS = 1024  # of each kind
 MOST_CLASSES = 10**6
 LARGEST_SAMPLE = 2**26  # numbers in one sample, 256 MB
+LARGEST_NUMBER = 1e30  # that any setting can mean, far below what a float32 holds
+
+
+def is_count(value: Any, least: int = 1, most: int = MOST) -> bool:
+    """Return whether a value, such as one of JSON, is a whole number in a range."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def is_number(value: Any, least: float = -LARGEST_NUMBER, most: float = LARGEST_NUMBER) -> bool:
+    """Return whether a value, such as one of JSON, is a number in a range; NaN never is."""
+    is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_real and least <= value <= most
 
 
 def check_settings(config: Any) -> None:
@@ -51,10 +62,9 @@ def _fits(value: Any, kind: Any) -> bool:
     if kind is type(None):
         return value is None
     if kind is float:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return number and abs(value) <= MOST**4 and math.isfinite(value)
+        return is_number(value)
     if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= MOST
+        return is_count(value, -MOST)
     if typing.get_origin(kind) is tuple:  # tuple[int, ...]
         item = typing.get_args(kind)[0]
         return isinstance(value, tuple) and all(_fits(each, item) for each in value)

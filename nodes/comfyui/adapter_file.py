@@ -13,6 +13,7 @@ from ...gmflow_core.files.errors import MOST_QUOTED, FileError, printable, quote
 from ...gmflow_core.files.json_files import parse_json
 from ...gmflow_core.files.safetensors_files import check_finite, open_safetensors
 from ...gmflow_core.models.adapter_heads import GMHead, Head, is_head_key
+from ...gmflow_core.models.settings import is_number
 from ...gmflow_core.sampling.solvers import FINAL_STEP_SIZE
 from .notices import notice
 
@@ -121,12 +122,6 @@ def _problem_of(policy: dict) -> str:
     if not is_number(policy.get("shift", SHIFT), 0.01, 100):
         return "whose shift is no number from 0.01 to 100"
     return ""
-
-
-def is_number(value: object, least: float, most: float) -> bool:
-    """Return whether a value of JSON is a number in a range."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and least <= value <= most
 
 
 def check_size(policy: dict, head: Head, name: str) -> None:

@@ -8,6 +8,8 @@ import os
 import comfy.utils
 from torch import Tensor
 
+from ...gmflow_core.files.errors import reason
+
 
 def read_tensors(path: str, name: str) -> tuple[dict[str, Tensor], dict[str, str] | None]:
     """Read the tensors and the metadata of a file in any format that ComfyUI reads.
@@ -22,7 +24,7 @@ def read_tensors(path: str, name: str) -> tuple[dict[str, Tensor], dict[str, str
         return comfy.utils.load_torch_file(path, return_metadata=True)
     except Exception as error:
         raise ValueError(
-            f"{name} cannot be read ({error}). If the download is incomplete, repeat it"
+            f"{name} cannot be read ({reason(error)}). If the download is incomplete, repeat it"
         ) from error
 
 

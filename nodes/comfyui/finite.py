@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ...gmflow_core.files.errors import quoted, reason
-from ...gmflow_core.files.safetensors_files import is_finite
+from ...gmflow_core.files.safetensors_files import count_not_finite, is_finite
 from .notices import notice
 
 TENSORS = ("cross_attn", "pooled_output")  # of a conditioning; masks may hold infinities
@@ -41,7 +41,7 @@ def check_inputs(guider, **tensors: Tensor | None) -> None:
 
 def count(tensor: Tensor) -> str:
     """Return how many numbers of a tensor are not finite, for a message."""
-    bad = int((~tensor.float().isfinite()).sum())
+    bad = count_not_finite(tensor)
     return f"{bad} of {tensor.numel()} numbers that are not finite (NaN or infinity)"
 
 

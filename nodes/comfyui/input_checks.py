@@ -15,7 +15,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ...gmflow_core.files.errors import quoted
-from ...gmflow_core.files.safetensors_files import is_finite
+from ...gmflow_core.files.safetensors_files import count_not_finite, is_finite
 from .label_conditioning import problem_of
 
 LONGEST_TEXT = 1_000_000  # characters of a text input
@@ -219,7 +219,7 @@ def _check_conditioning(kind: io.Input, value: Any) -> list:
 
 def _check_finite(what: str, tensor: Tensor) -> None:
     if not is_finite(tensor):
-        count = int((~torch.isfinite(tensor.float())).sum())
+        count = count_not_finite(tensor)
         raise _WrongError(
             f"{what} {count} numbers that are not finite (NaN or infinity), from which only black "
             "pictures come; look for the cause in the nodes before"

@@ -376,8 +376,52 @@ def valid(work: Path) -> dict[str, str]:
     return found
 
 
+def linked(work: Path) -> dict[str, str]:
+    """Give GM Sampler what links may bring, and collect what it says."""
+    import nodes
+
+    model, latent, positive = board()
+    text = torch.ones(1, 2, 8)
+    one, nan = latent[:1], torch.full((1, 8), float("nan"))
+    values: dict[str, dict[str, Any]] = {
+        "good": {"noise_mask": torch.ones(2, 8, 8), "batch_index": [3, 4]},
+        "mask nan": {"noise_mask": torch.full((2, 8, 8), float("nan"))},
+        "mask int": {"noise_mask": torch.ones(2, 8, 8, dtype=torch.int64)},
+        "index short": {"batch_index": [3]},
+        "index negative": {"batch_index": [0, -1]},
+        "index text": {"batch_index": "01"},
+        "index fraction": {"batch_index": [0, 0.5]},
+        "complex": {"samples": latent.to(torch.complex64)},
+        "8 bit": {"samples": latent.to(torch.float8_e4m3fn)},
+        "meta": {"samples": latent.to("meta")},
+        "flat": {"samples": one[0, 0]},
+        "empty": {"samples": latent[:0]},
+    }
+    conditionings = {
+        "text nan": [[text * float("nan"), {}]],
+        "pooled nan": [[text, {"pooled_output": nan}]],
+        "other nan": [[text, {"guiding": nan}]],
+    }
+    settings = {"seed": 0, "steps": 1, "solver": "gm-ode", "order": 1, "substeps": 1}
+    settings |= {"shift": 1.0, "denoise": 1.0}
+    node = nodes.NODE_CLASS_MAPPINGS["GMFlowSampler"]
+
+    def run(about: dict[str, Any], conditioning: list) -> str:
+        given = {"model": model, "latent_image": {"samples": latent, **about}, **settings}
+        return says(lambda: node.execute(positive=conditioning, **given))
+
+    labels = nodes.NODE_CLASS_MAPPINGS["GMFlowClassLabels"]
+    long = {"model": model, "label": "1", "more_labels": "x" * 1_000_001, "repeat": 1}
+    return {
+        **{name: run(about, positive) for name, about in values.items()},
+        **{name: run({}, conditioning) for name, conditioning in conditionings.items()},
+        "long text": says(lambda: labels.execute(**long)),
+    }
+
+
 CASES = {
     "valid": valid,
+    "linked": linked,
     "wrapped": wrapped,
     "compiled": compiled,
     "not a flow": not_a_flow,

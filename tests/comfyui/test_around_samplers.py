@@ -98,3 +98,18 @@ def test_stock_nodes_do_not_save_half_of_a_model(work: Path) -> None:
     assert found["base"] == ""
     assert found["files"] == ["base_00001_.safetensors"]
     assert found["same"]
+
+
+def test_what_links_bring_is_refused_by_the_name_of_its_input(work: Path) -> None:
+    """Values that ComfyUI itself never checks, of which some would give black pictures."""
+    found = run(work, "linked")
+    assert found.pop("good") == ""
+    says = {"mask": "noise_mask", "index": "batch_index", "text": "tensor"}
+    says |= {"pooled": "pooled_output", "other": "guiding", "long": "longest has 1,000,000"}
+    for name, error in found.items():
+        first, _, rest = name.partition(" ")
+        at = {"long": "more_labels"}.get(first, "positive" if rest == "nan" else "latent_image")
+        at = "latent_image" if first == "mask" else at
+        assert f"the input '{at}' is " in error, (name, error)
+        assert says.get(first, "samples" if rest == "bit" else "") in error, (name, error)
+        assert "not finite" in error or rest != "nan", (name, error)

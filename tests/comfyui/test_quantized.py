@@ -293,6 +293,9 @@ def spoiled(models: Path, kind: str) -> str:
     elif kind == "half":
         whole = (models / "diffusion_models" / FILES["flux"]).read_bytes()
         path.write_bytes(whole[: len(whole) // 2])
+    elif kind == "long":
+        header = json.dumps({"a": "x" * 100_000}).encode()
+        path.write_bytes(len(header).to_bytes(8, "little") + header)
     return path.name
 
 
@@ -306,6 +309,7 @@ def spoiled(models: Path, kind: str) -> str:
         ("text", ["no diffusion model", "text_model.encoder.layers.0.mlp.fc1.weight"]),
         ("nan", ["'single_blocks.1.linear2.weight'", "not finite", "damaged"]),
         ("half", ["cannot be read", "download"]),
+        ("long", ["cannot be read", "invalid type", "download"]),
         ("no norm", ["single_blocks.1.norm.query_norm.", "lacks 1 of"]),
         ("norm nan", ["'single_blocks.1.norm.query_norm.scale'", "1 numbers", "not finite"]),
         ("int", ["'double_blocks.1.img_mlp.0.weight'", "torch.int32"]),
@@ -325,6 +329,7 @@ def test_refuses_with_a_reason(
     assert all(
         part in text for part in [repr(name), *says] if kind != "nan" or part != repr(name)
     ), text
+    assert len(text) < 5000
     assert sample(eight_bit()).isfinite().all()  # ComfyUI goes on
 
 

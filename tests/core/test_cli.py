@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 
 from gmflow_core import (
     GaussianMixtureSource,
+    cli,
     load_checkpoint,
     read_metadata,
     sample_images,
@@ -247,3 +248,20 @@ def test_sample_from_a_mixture_source(tmp_path):
 def test_numbers_of_steps_beyond_any_use_are_refused(option, tmp_path):
     with pytest.raises(SystemExit, match=f"{option} is 9223372036854775807; the most is"):
         main(["sample", str(DEMO_MODEL), option, str(2**63 - 1), "--out", str(tmp_path / "a.png")])
+
+
+def test_memory_is_blamed_for_what_it_caused_alone(monkeypatch, tmp_path):
+    """A mistake in the code keeps its traceback, whatever words are in its message."""
+    arguments = ["demo", "--out", str(tmp_path / "a.png"), "--device", "cpu"]
+    for error, kind, said in (
+        (RuntimeError("DefaultCPUAllocator: can't allocate"), SystemExit, "too little memory"),
+        (torch.OutOfMemoryError("CUDA out of memory"), SystemExit, "too little memory"),
+        (RuntimeError("unsupported memory format"), RuntimeError, "memory format"),
+    ):
+
+        def fail(*_, error=error, **__):
+            raise error
+
+        monkeypatch.setattr(cli, "load_checkpoint", fail)
+        with pytest.raises(kind, match=said):
+            cli.main(arguments)

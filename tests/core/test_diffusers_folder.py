@@ -168,6 +168,11 @@ CONFIGS = {  # part, changes to its config.json, the error
     "bias": ("transformer", {"attention_bias": False}, "attention_bias = False; .* only True"),
     "channels": ("transformer", {"out_channels": 8}, "out_channels = 8; .* only None or 4"),
     "missing": ("transformer", {"num_gaussians": ...}, "config.json lacks num_gaussians"),
+    "too many": (
+        "transformer",
+        {"num_embeds_ada_norm": 30_000_000},
+        "30,000,000 classes; the most is 1,000,000",
+    ),
     "not a number": (
         "transformer",
         {"num_embeds_ada_norm": None},

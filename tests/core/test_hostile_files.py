@@ -8,8 +8,10 @@ import sys
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
-from gmflow_core.files.atomic import WriteError, atomic_write, remove_leftovers
+from gmflow_core.files import locks, safetensors_files
+from gmflow_core.files.atomic import WriteError, atomic_folder, atomic_write, remove_leftovers
 from gmflow_core.files.checkpoint import load_checkpoint, read_metadata, save_checkpoint
 from gmflow_core.files.errors import (
     FileError,
@@ -21,7 +23,12 @@ from gmflow_core.files.errors import (
 )
 from gmflow_core.files.json_files import DEEPEST, parse_json, read_json, write_json
 from gmflow_core.files.locks import LockedError, locked
-from gmflow_core.files.safetensors_files import is_finite, open_safetensors, write_safetensors
+from gmflow_core.files.safetensors_files import (
+    is_finite,
+    open_safetensors,
+    read_safetensors,
+    write_safetensors,
+)
 from gmflow_core.models import GMDiT, GMFlowMLP
 from gmflow_core.models.gmdit import GMDiTConfig
 from gmflow_core.models.mlp import GMFlowMLPConfig
@@ -214,6 +221,15 @@ def test_finite_numbers_are_told_from_others_in_every_type(dtype):
     assert not is_finite(bad.to(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.uint8])
+def test_weights_that_are_whole_numbers_are_refused_by_name(saved, dtype):
+    tensors, metadata = read_safetensors(saved)
+    tensors["net.0.bias"] = tensors["net.0.bias"].to(dtype)
+    write_safetensors(tensors, saved, metadata)
+    with pytest.raises(FileError, match=rf"'net.0.bias' in {dtype}"):
+        load_checkpoint(saved)
+
+
 def test_whole_numbers_and_nothing_are_finite():
     assert is_finite(torch.arange(5))
     assert is_finite(torch.empty(0))
@@ -267,6 +283,41 @@ def test_errors_of_writing_say_the_path_the_need_and_what_stays(tmp_path):
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_a_library_without_room_is_told_as_the_system_is(tmp_path, monkeypatch):
+    """SafetensorError is no OSError, and its message holds the number."""
+
+    def fail(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors_files, "save_file", fail)
+    with pytest.raises(WriteError, match=r"a\.safetensors cannot be written: the disk is full"):
+        write_safetensors({"a": torch.zeros(1)}, tmp_path / "a.safetensors", {})
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
+    with (
+        pytest.raises(WriteError, match="out cannot be written: the disk is full"),
+        atomic_folder(tmp_path / "out"),
+    ):
+        raise OSError(28, os.strerror(28))
+    assert os.listdir(tmp_path) == []
+    with atomic_folder(tmp_path / "out") as part:
+        (part / "file").write_text("whole")
+    assert (tmp_path / "out" / "file").read_text() == "whole"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    done = []
+    for name in ("fsync", "replace"):
+        function = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, n=name, f=function: (done.append(n), f(*a))[1])
+    write_json(tmp_path / "a.json", 1)
+    assert done == ["fsync", "replace"]
+
+
 def test_leftovers_of_ended_processes_are_removed_and_no_others(tmp_path):
     code = (
         "import os, sys; from gmflow_core.files.atomic import atomic_write\n"
@@ -282,8 +333,27 @@ def test_leftovers_of_ended_processes_are_removed_and_no_others(tmp_path):
     assert remove_leftovers(tmp_path) == []  # the process still runs, the other is new
     process.communicate()
     os.utime(foreign, (1, 1))
-    assert len(remove_leftovers(tmp_path)) == 2
-    assert os.listdir(tmp_path) == []
+    with atomic_write(tmp_path / "mine") as part:
+        part.write_text("slow")
+        for path in (part, part.parent):
+            os.utime(path, (1, 1))  # a file that takes days is still written by this process
+        with locked(tmp_path):  # the next start of the same job
+            pass
+        assert [path.name for path in tmp_path.glob(".gmflow-*.tmp")] == [part.parent.name]
+    assert (tmp_path / "mine").exists()
+    foreign.mkdir()
+    os.utime(foreign, (1, 1))
+    with locked(tmp_path):
+        assert not foreign.exists()
+
+
+def test_a_disk_without_locks_is_warned_about(tmp_path, monkeypatch):
+    def fail(self, **_):
+        raise NotImplementedError("no flock here")
+
+    monkeypatch.setattr(locks.FileLock, "acquire", fail)
+    with pytest.warns(UserWarning, match=r"without file locks \(no flock here\)"), locked(tmp_path):
+        pass
 
 
 def test_a_second_process_is_told_who_works_on_a_folder(tmp_path):

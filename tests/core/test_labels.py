@@ -24,8 +24,18 @@ def test_the_list_of_names_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(labels, "MOST_NAMES", 200)
     names, is_whole = known_names(paths)
     assert (len(names), is_whole) == (200, False)
-    monkeypatch.setattr(labels, "MOST_READ", 1)
-    assert known_names(paths)[1] is False
+    monkeypatch.undo()
+    for name, most in (("MOST_READ", 1), ("MOST_SECONDS", -1)):
+        monkeypatch.setattr(labels, name, most)
+        names, is_whole = known_names(paths)
+        assert (len(names), is_whole) == (150 * max(0, most), False)
+        monkeypatch.undo()
+
+
+def test_names_in_a_header_that_takes_long_to_parse_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(labels, "LARGEST_HEADER", 10_000)
+    large = write(tmp_path / "large.safetensors", ["x" * 400] * 50)
+    assert known_names([large, write(tmp_path / "a.safetensors", NAMES)]) == (list(NAMES), True)
 
 
 @pytest.mark.parametrize("bad", [5, "abc", [1, 2], {"a": 1}, [[[]]]])

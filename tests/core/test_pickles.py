@@ -12,7 +12,7 @@ import pytest
 
 from gmflow_core.files.errors import FileError
 from gmflow_core.source import pickle_machine, pickles
-from gmflow_core.source.pickle_mixture import find_mixture, most_output
+from gmflow_core.source.pickle_mixture import find_mixture, most_memory, most_output, most_time
 from gmflow_core.source.pickles import convert_pickle
 
 DEEP = 60_000
@@ -40,12 +40,21 @@ HOSTILE = {  # content, and a part of the answer
     "negative length": (b"T\xff\xff\xff\xff.", "a size in it is wrong"),
     "length of an integer": (b"\x8b" + struct.pack("<i", 2000) + b"\x7f" * 2000 + b".", "integer"),
     "digits of an integer": (b"I" + b"9" * 5000 + b"\n.", "too long"),
+    "long name": (b"c" + b"a" * 20_000 + b"\nb\n.", "too long"),
     "zeros": (CALLED % b"bytearray" + b"J\0\0\0\x70\x85R.", "bytes of a value of type int"),
     "text as a number": (CALLED % b"complex" + b"(X\x02\0\0\0((tR.", "found"),
     "copies of a list": (
         b"(" + b"N" * 9999 + b"lq\x00" + CALLED % b"set" + b"q\x01"
         + b"h\x01h\x00\x85R" * 999 + b".",
         f"more than {STEPS:,} steps",
+    ),
+    "copies of arguments": (
+        b"(" + b"N" * 9999 + b"tq\x00cx\ny\nq\x01" + b"h\x01h\x00\x81" * 999 + b".",
+        f"more than {STEPS:,} steps",
+    ),
+    "many arrays": (
+        pickle.dumps({"means": [np.ones(2)] * 70_000, "var": np.ones(2)}),
+        "a list of 70000 arrays",
     ),
     "copies of text": (
         b"X" + struct.pack("<I", 10**5) + b"a" * 10**5
@@ -85,6 +94,13 @@ def test_hostile_pickles_end_soon_and_in_bounds(kind, monkeypatch):
     assert str(header).isprintable()
     assert not content
     assert peak < 2**20 + 250 * len(raw)
+
+
+@pytest.mark.parametrize("key", [b"K\x01", b"N", b"))\x86", b"G" + bytes(8)])
+def test_keys_that_are_no_text_are_never_hashed(key):
+    """Hashing deep tuples would overflow the stack, and chosen numbers take quadratic time."""
+    (found,) = pickle_machine.Machine(b"}" + key + b"Ns.").run()
+    assert type(found) is object
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
@@ -175,12 +191,34 @@ m.limit_process(0)
 x = []
 while True: x.append(' ' * 2**20)"""
 DIE = "import os; os.kill(os.getpid(), 11)"
+TELL = """import resource, sys
+sys.path.append(sys.argv[1])
+import source.pickle_mixture as m
+names = ("RLIMIT_AS", "RLIMIT_CPU", "RLIMIT_CORE", "RLIMIT_FSIZE")
+tell = lambda file: [str(resource.getrlimit(getattr(resource, name))[0]) for name in names]
+m.find_mixture = lambda file: ({"found": tell(file)}, [])
+m.main()
+"""
 LIE = """print(end='')
 import json, struct, sys
 part = {'type': '<f8', 'shape': [2**40], 'order': 'C', 'size': 2**43}
 text = json.dumps({'fields': {'means': part}}).encode()
 sys.stdout.buffer.write(struct.pack('<Q', len(text)) + text)
 """
+
+
+def test_steps_are_bounded_in_the_other_process_too(tmp_path):
+    with pytest.raises(FileError, match="more than 2,000,000 steps"):
+        convert(tmp_path, b"(" + b"N" * 2_000_000 + b"l.")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of Linux")
+def test_the_other_process_limits_itself_before_it_reads(tmp_path, monkeypatch):
+    monkeypatch.setattr(pickles, "START", TELL)
+    with pytest.raises(FileError) as caught:
+        convert(tmp_path, pickle.dumps(GOOD))
+    size = (tmp_path / "mixture.pkl").stat().st_size
+    assert f"['{most_memory(size)}', '{most_time(size)}', '0', '0']" in str(caught.value)
 
 
 @pytest.mark.parametrize(

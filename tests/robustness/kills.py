@@ -117,6 +117,8 @@ def kill_job(place: Place, kills: int, seed: int) -> Tally:
                 break
         else:
             complete(place, tally, before)
+    if tally.kills < kills:
+        tally.failures.append(f"{place.job.name}: only {tally.kills} of {kills} kills met it alive")
     return tally
 
 

@@ -238,7 +238,7 @@ def outcome(comfy: Comfy, prompt: Prompt) -> Found:
 
 def judge(comfy: Comfy, prompt: Prompt, result: Result) -> Found:
     """Judge the result of a prompt that ended."""
-    silent = not any(result.texts.values())
+    silent = not any("not finite" in text for text in result.texts.values())
     broken = [name for name in not_finite(comfy, result) if silent]
     if result.status == "error":
         failed = next(iter(set(result.errors) & set(prompt)), "")

@@ -54,6 +54,9 @@ def run(chosen: argparse.Namespace) -> int:
 
 def show(cases: list[Case], chosen: argparse.Namespace, seconds: float) -> int:
     """Print the table and the failures, write the table, and return the exit status."""
+    if not cases:
+        print(f"no case was run: there is no door {', '.join(chosen.door)}; --list names them")
+        return 2
     rows = count(cases)
     print(text_of(rows))
     bad = [case for case in cases if not case.good]

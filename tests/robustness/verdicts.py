@@ -24,6 +24,8 @@ OURS = ("FileError", "WriteError", "LockedError", "ValueError", "FileNotFoundErr
 ERROR = re.compile(r"(gmflow: )?error: ")
 LONGEST = 2500  # characters of a message
 REPOSITORY = Path(__file__).resolve().parents[2]
+CODE = tuple(str(REPOSITORY / name) + os.sep for name in ("gmflow_core", "nodes", "training"))
+SAID = re.compile(r"numbers that are not finite|result is not finite")  # as our notices say it
 NO_MEMORY = ("can't allocate memory", "not enough memory", "Unable to allocate", "out of memory")
 
 
@@ -45,7 +47,8 @@ class Trial(NamedTuple):
 
     Args:
         use: returns the values that must be finite, in lists and dicts of tensors and arrays.
-        names: a message must hold one of them: names of the files, or of the input.
+        names: a message must hold one of them, as a whole word: names of the files, or of the
+            input.
         command: errors arrive as SystemExit with a line "error: ...".
     """
 
@@ -103,24 +106,37 @@ def _work(trial: Trial, log: Path) -> dict:
 
 
 def _said(log: Path) -> bool:
-    """Return whether the child printed or logged that something is not finite."""
+    """Return whether the child printed or logged our sentence that a result is not finite."""
     sys.stdout.flush()
     sys.stderr.flush()
-    return bool(re.search(r"not finite|\bnan\b", log.read_text(errors="replace"), re.IGNORECASE))
+    return bool(SAID.search(log.read_text(errors="replace")))
 
 
 def _judged_error(error: BaseException, names: tuple[str, ...]) -> dict:
     """Judge an exception."""
     if _wanted_memory(error):
         return {"verdict": "memory", "message": _last_lines(error)}
-    module = type(error).__module__
-    ours = module == "builtins" or ".files." in module or module.startswith("gmflow")
-    if type(error).__name__ not in OURS or not ours:
+    if not _is_ours(error):
         return {"verdict": "raw", "message": _last_lines(error)}
     judged = _judged_text(str(error), names)
     if judged["verdict"] == "raw":
         judged["message"] += "\n" + _last_lines(error)
     return judged
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Return whether an error is one that this project raises on purpose.
+
+    Python and its libraries raise ValueError too: of an error class that is not ours, the last call
+    has to be a `raise` in our own code.
+    """
+    if type(error).__name__ not in OURS:
+        return False
+    if type(error).__module__ != "builtins":
+        return ".files." in type(error).__module__
+    calls = traceback.extract_tb(error.__traceback__)
+    last = calls[-1] if calls else None
+    return last is not None and last.filename.startswith(CODE) and last.line.startswith("raise ")
 
 
 def _judged_text(text: str, names: tuple[str, ...]) -> dict:
@@ -130,12 +146,17 @@ def _judged_text(text: str, names: tuple[str, ...]) -> dict:
         wrong = "cannot be printed"
     elif len(text) > LONGEST:
         wrong = f"has {len(text):,} characters"
-    elif not any(name in text for name in names):
+    elif not any(_names(name, text) for name in names):
         wrong = f"names none of {', '.join(names[:6])}"
     shown = printable(text, 2000)
     if wrong:
         return {"verdict": "raw", "message": f"the message {wrong}: {shown}"}
     return {"verdict": "clear", "message": shown}
+
+
+def _names(name: str, text: str) -> bool:
+    """Return whether a text holds a name as a whole, not as a part of another word."""
+    return bool(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text))
 
 
 def _judged_exit(stop: SystemExit, names: tuple[str, ...], log: Path, command: bool) -> dict:
@@ -155,6 +176,8 @@ def _judged_exit(stop: SystemExit, names: tuple[str, ...], log: Path, command: b
     cause = stop.__cause__ or stop.__context__
     if cause is not None and _wanted_memory(cause):
         return {"verdict": "memory", "message": _last_lines(cause)}
+    if type(cause) is ValueError and not _is_ours(cause):
+        return {"verdict": "raw", "message": _last_lines(cause)}
     return _judged_text(text, names)
 
 

@@ -174,6 +174,35 @@ def test_shards_lie_in_their_folder(file, prepared):
     path.write_text(whole)
 
 
+def twice(index):
+    return {"shards": index["shards"] * 2, "count": 2 * index["count"]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"count": 14}, "says 14 samples, but its shards add up to 13"),
+        (twice, "shard file .* named once"),
+        ({"shape": [3, 2**20, 2**20]}, "shape is"),
+        ({"classes": []}, "classes is"),
+        ({"scaling_factor": 0}, "scaling_factor is 0"),
+        ({"scaling_factor": float("nan")}, "scaling_factor is nan"),
+        ({"scaling_factor": True}, "scaling_factor is True"),
+        ({"seed": -1}, "seed is -1"),
+        ({"flip": 1}, "flip is 1"),
+        ({"skipped": [{"file": "a"}]}, "skipped is"),
+    ],
+)
+def test_entries_of_an_index_are_checked(changes, said, prepared):
+    path = prepared / "out" / "index.json"
+    whole = path.read_text()
+    index = json.loads(whole)
+    path.write_text(json.dumps(index | (changes(index) if callable(changes) else changes)))
+    with pytest.raises(FileError, match=said):
+        read_index(prepared / "out")
+    path.write_text(whole)
+
+
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_latents_that_are_not_finite_are_named(in_memory, tmp_path):
     x = torch.randn(6, 4, 2, 2)

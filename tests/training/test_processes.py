@@ -72,6 +72,7 @@ def test_mistakes_in_the_code_keep_their_traceback():
         (torch.distributed.DistBackendError("NCCL"), "another process .* ended"),
         (OSError(errno.ENOSPC, "No space left on device", "a"), r"the disk is full \(a\): make"),
         (ValueError("bad \ud800 \x1b[31m"), r"bad \\ud800 \\x1b\[31m"),
+        (ValueError("x" * 10**6), "x{1900,1999}[.]{3}$"),
         (PermissionError(13, "Permission denied", "a"), "Permission denied: 'a'"),
     ],
 )

@@ -18,7 +18,7 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
 from gmflow_core.files.atomic import DISK_FULL
-from gmflow_core.files.errors import MOST_SAID, printable, reason
+from gmflow_core.files.errors import MOST_SAID, is_out_of_memory, printable, reason
 from gmflow_core.files.locks import locked, locked_file
 from training.common.devices import on_cpu
 from training.common.settings import LARGEST, require
@@ -29,7 +29,6 @@ PATIENCE = timedelta(days=7)  # that processes wait for each other, where one ma
 EXPECTED = (ValueError, OSError, FloatingPointError, ImportError, SafetensorError)
 FROM_OUTSIDE = {"FileError", "WriteError", "LockedError"}  # of them, what a loader cannot rebuild
 WORKER_ERROR = re.compile(r"Caught (\w+) in DataLoader worker process")
-NO_MEMORY = "DefaultCPUAllocator: "  # how PyTorch's RuntimeError begins when the CPU has no memory
 LOST = re.compile(r"Connection (closed|reset) by peer|gloo/transport")
 LOWER = (
     "the memory is not enough: give --batch-size a smaller number where the command has it, close "
@@ -80,7 +79,7 @@ def message_of(error: Exception) -> str | None:
         if worker[1] not in FROM_OUTSIDE and not isinstance(error, EXPECTED):
             return None
         last = text.rsplit(f"{worker[1]}: ", 1)
-        return printable(_one_line(last[-1])) if len(last) == 2 else worker[1]
+        return printable(_one_line(last[-1]), MOST_SAID) if len(last) == 2 else worker[1]
     if isinstance(error, OSError) and error.errno in DISK_FULL and error.strerror:
         where = f" ({printable(str(error.filename))})" if error.filename else ""
         return f"the disk is full{where}: make room, and run the same command again"
@@ -98,11 +97,6 @@ def message_of(error: Exception) -> str | None:
             "message says why; run the same command again to go on"
         )
     return None
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Return whether the device's or the machine's memory was not enough."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or NO_MEMORY in str(error)
 
 
 def _one_line(text: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from gmflow_core.files.data_record import LONGEST_NAME
 from gmflow_core.files.errors import FileError, printable, quoted
-from gmflow_core.models.settings import LARGEST_SAMPLE, MOST, MOST_CLASSES
+from gmflow_core.models.settings import LARGEST_SAMPLE, MOST_CLASSES, is_count, is_number
 
 AGAIN = "delete it and run the same prepare command again: whole shards are kept"
 
@@ -45,7 +45,7 @@ def checked_index(
             "update GMFlow, or prepare the data again",
         )
     shape = index["shape"]
-    sizes = isinstance(shape, list) and len(shape) == 3 and all(is_count(n, 1) for n in shape)
+    sizes = isinstance(shape, list) and len(shape) == 3 and all(map(is_count, shape))
     _require(sizes and math.prod(shape) <= LARGEST_SAMPLE, "shape", shape, "3 sizes", path)
     _check_names("classes", index["classes"], path)
     _require(index["classes"], "classes", index["classes"], "names", path)
@@ -64,7 +64,7 @@ def _check_shards(index: dict[str, Any], path: Path) -> None:
     shards, files = index["shards"], set()
     _require(isinstance(shards, list), "shards", shards, "a list", path)
     for shard in shards:
-        entry = isinstance(shard, dict) and is_count(shard.get("count"))
+        entry = isinstance(shard, dict) and is_count(shard.get("count"), 0)
         _require(entry, "shard", shard, "an object with file and count", path)
         file = shard.get("file")
         plain = isinstance(file, str) and file.isprintable() and file.endswith(".safetensors")
@@ -73,7 +73,7 @@ def _check_shards(index: dict[str, Any], path: Path) -> None:
         _require(file not in files, "shard file", file, "a file that is named once", path)
         files.add(file)
     total = sum(shard["count"] for shard in shards)
-    if not is_count(index["count"], 1) or total != index["count"]:
+    if not is_count(index["count"]) or total != index["count"]:
         raise FileError(
             path, f"says {quoted(index['count'])} samples, but its shards add up to {total}", AGAIN
         )
@@ -101,9 +101,9 @@ def _check_origin(index: dict[str, Any], path: Path) -> None:
         elif name == "flip":
             _require(isinstance(value, bool), name, value, "true or false", path)
         elif name in ("size", "seed"):
-            _require(is_count(value), name, value, "a whole number", path)
+            _require(is_count(value, 0), name, value, "a whole number", path)
         elif name == "scaling_factor":
-            right = value is None or is_positive(value)
+            right = value is None or (is_number(value) and value > 0)
             _require(right, name, value, "a positive number", path)
 
 
@@ -115,17 +115,6 @@ def _check_names(entry: str, names: Any, path: Path) -> None:
     """
     texts = isinstance(names, list) and all(isinstance(name, str) for name in names)
     _require(texts and len(names) <= MOST_CLASSES, entry, names, "a list of names", path)
-
-
-def is_count(value: Any, least: int = 0) -> bool:
-    """Return whether a value is a whole number from `least` to `MOST`."""
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= MOST
-
-
-def is_positive(value: Any) -> bool:
-    """Return whether a value is a finite number above 0."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and 0 < value < 1e30
 
 
 def _require(condition: Any, name: str, value: Any, expected: str, path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gmflow_core.files.errors import quoted
+from gmflow_core.models.settings import is_number
 
 SD_VAE = "stabilityai/sd-vae-ft-ema"
 
@@ -82,8 +83,7 @@ def _checked(config: Any, name: str) -> float:
         ValueError: it is missing, or no finite number.
     """
     value = getattr(config, name, None)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not abs(value) < 1e30:
+    if not is_number(value):
         raise ValueError(
             f"{name} is {quoted(value)}; it must be a finite number (0.18215 is the scaling_factor "
             "of Stable Diffusion's VAE)"

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from gmflow_core.files.atomic import atomic_write
+from gmflow_core.models.settings import is_number
 from gmflow_core.sampling.solvers import SOLVERS
 from training.common.plots import figure, finish
 from training.evaluation.inception import InceptionFeatures
@@ -77,15 +78,12 @@ def is_row(row: Any, real_images: bool = False) -> bool:
     if not isinstance(row, dict) or any(row.get(column) is None for column in (*words, *numbers)):
         return False
     return all(
-        isinstance(row[column], str) if column in WORDS else _is_number(row[column])
+        isinstance(row[column], str)
+        if column in WORDS
+        else is_number(row[column], -LARGEST, LARGEST)
         for column in COLUMNS
         if row.get(column) is not None
     ) and all(metric in row for metric in METRICS)
-
-
-def _is_number(value: Any) -> bool:
-    """Return whether a value is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
 def write_csv(report: dict[str, Any], path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from gmflow_core.files.errors import FileError, quoted
 from gmflow_core.files.safetensors_files import is_finite
+from gmflow_core.models.settings import is_number
 from training.loop.training_state import optimized
 
 ADVICE = (
@@ -103,8 +103,7 @@ def check_facts(facts: dict[str, Any], state: dict[str, Tensor], path: Path) -> 
             found = f"has {name} {quoted(facts[name])} in its record, but {value} in its state"
             raise FileError(path, found, ADVICE)
     seconds = facts.get("seconds")
-    number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
-    if not number or not 0 <= seconds < math.inf:
+    if not is_number(seconds, 0):
         raise FileError(path, f"has the training time {quoted(seconds)} in its record", ADVICE)
     starts = facts.get("starts", [])
     if not isinstance(starts, list) or not all(map(_is_start, starts)):

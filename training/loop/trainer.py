@@ -33,9 +33,9 @@ from gmflow_core.files.checkpoint import (
     read_metadata,
     save_checkpoint,
 )
-from gmflow_core.files.errors import quoted, reading
+from gmflow_core.files.errors import is_out_of_memory, quoted, reading
 from training.common.devices import keep_freed_memory, on_cpu
-from training.common.processes import is_out_of_memory, stop_signals, together
+from training.common.processes import stop_signals, together
 from training.loop.checks import ADVICE, check_facts, check_network, check_settings, check_state
 from training.loop.config import TrainerConfig
 from training.loop.curves import Curves

@@ -94,10 +94,14 @@ def copy_folder(source: Path, target: Path) -> None:
 
 
 def names_in(folder: Path) -> list[str]:
-    """Return the folder's path and the names in it; a message about it holds one of them."""
+    """Return the folder's path and the names in it; a message about it holds one of them.
+
+    Names without a dot are words like "out" or "train": they count in a path, or in quotes.
+    """
     found = {str(folder)}
     for number, (_, folders, files) in enumerate(os.walk(folder)):
-        found |= {name for name in [*folders, *files] if len(name) > 2}
+        for name in [*folders, *files]:
+            found |= {name} if "." in name[1:] else {f"/{name}", f"{name}/", f"'{name}'"}
         if number > 50:
             break
     return sorted(found)

@@ -5,6 +5,7 @@ Only for a process in which ComfyUI runs; see `inside_comfyui.py`.
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -130,10 +131,17 @@ def make_listing(folder: Path) -> None:
 
 
 def use_listing(folder: Path) -> Any:
-    """List everything, as /object_info does: no file may make it fail."""
+    """List everything, as /object_info does: no file may make it fail.
+
+    LoRAs and diffusion models are listed by ComfyUI itself, whose own nodes never end on folders
+    that link to each other; so only folders without links are among them.
+    """
     import json
 
-    for kind in ("gmflow", "gmflow_sources", "loras", "diffusion_models"):
+    kinds = ["gmflow", "gmflow_sources"]
+    inside = [Path(place, name) for place, names, _ in os.walk(folder) for name in names]
+    kinds += [] if any(map(Path.is_symlink, inside)) else ["loras", "diffusion_models"]
+    for kind in kinds:
         add_folder(kind, folder / "listed")
     for name in sorted(nodes.NODE_CLASS_MAPPINGS):
         if name.startswith(NODES):

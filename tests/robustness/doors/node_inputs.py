@@ -122,8 +122,8 @@ def draw(rng: Random) -> tuple[str, Any, tuple[str, ...]]:
             about.append(f"{entry.id} = {shown(value)}")
     for entry in entries:
         title = getattr(entry, "display_name", None) or entry.id
-        words |= {entry.id, title, entry.io_type.lower(), entry.io_type}
-        words |= {"model", "source", "file"} if entry.io_type == "COMBO" else set()
+        words |= {entry.id, title, entry.io_type}
+        words |= {"model", "source", "adapter"} if entry.io_type == "COMBO" else set()  # of a name
     return f"{name}: {', '.join(about)}", (name, inputs), tuple(sorted(words))
 
 

@@ -99,8 +99,8 @@ def _places(content: Any) -> Iterator[tuple[Any, Any]]:
     for holder in left:
         if len(left) > 2000:
             return
-        keys = holder.keys() if isinstance(holder, dict) else range(len(holder))
-        for key in keys if isinstance(holder, (dict, list)) else ():
+        keys = holder if isinstance(holder, dict) else ()
+        for key in range(len(holder)) if isinstance(holder, list) else keys:
             yield holder, key
             if isinstance(holder[key], (dict, list)):
                 left.append(holder[key])

@@ -387,7 +387,6 @@ def linked(work: Path) -> dict[str, str]:
         "good": {"noise_mask": torch.ones(2, 8, 8), "batch_index": [3, 4]},
         "mask nan": {"noise_mask": torch.full((2, 8, 8), float("nan"))},
         "mask int": {"noise_mask": torch.ones(2, 8, 8, dtype=torch.int64)},
-        "index short": {"batch_index": [3]},
         "index negative": {"batch_index": [0, -1]},
         "index text": {"batch_index": "01"},
         "index fraction": {"batch_index": [0, 0.5]},
@@ -400,7 +399,6 @@ def linked(work: Path) -> dict[str, str]:
     conditionings = {
         "text nan": [[text * float("nan"), {}]],
         "pooled nan": [[text, {"pooled_output": nan}]],
-        "other nan": [[text, {"guiding": nan}]],
     }
     settings = {"seed": 0, "steps": 1, "solver": "gm-ode", "order": 1, "substeps": 1}
     settings |= {"shift": 1.0, "denoise": 1.0}

@@ -105,7 +105,7 @@ def test_what_links_bring_is_refused_by_the_name_of_its_input(work: Path) -> Non
     found = run(work, "linked")
     assert found.pop("good") == ""
     says = {"mask": "noise_mask", "index": "batch_index", "text": "tensor"}
-    says |= {"pooled": "pooled_output", "other": "guiding", "long": "longest has 1,000,000"}
+    says |= {"pooled": "pooled_output", "long": "longest has 1,000,000"}
     for name, error in found.items():
         first, _, rest = name.partition(" ")
         at = {"long": "more_labels"}.get(first, "positive" if rest == "nan" else "latent_image")

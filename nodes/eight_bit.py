@@ -55,7 +55,7 @@ class GMFlowLoadDiffusionModel8bit(io.ComfyNode):
         if unet_name is None or folder_paths.get_full_path(DIFFUSION_MODELS, unet_name):
             return True
         folders = folder_paths.get_folder_paths(DIFFUSION_MODELS)
-        return f"there is no file {unet_name!r} in {folders}; put it there and press R"
+        return f"unet_name: there is no file {unet_name!r} in {folders}; put it there and press R"
 
     @classmethod
     def fingerprint_inputs(cls, unet_name: str | None, compute: str = "16 bit") -> list:

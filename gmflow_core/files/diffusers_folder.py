@@ -17,7 +17,7 @@ from typing import Any
 
 from ..models.settings import MOST_CLASSES
 from .data_record import checked_data
-from .errors import FileError, printable, quoted
+from .errors import FileError, is_file_name, printable, quoted
 from .hub import folder_of
 from .json_files import read_json
 
@@ -140,9 +140,7 @@ def _part_files(folder: Path, part: str) -> list[Path]:
         index = folder / part / f"{WEIGHTS}.safetensors.index{variant}.json"
         if index.exists():
             shards = _json(index).get("weight_map")
-            if not isinstance(shards, dict) or any(
-                Path(str(name)).name != name for name in shards.values()
-            ):
+            if not isinstance(shards, dict) or not all(map(is_file_name, shards.values())):
                 found = "has a weight_map that does not name files beside it"
                 raise FileError(index, found, AGAIN)
             return [folder / part / name for name in sorted(set(shards.values()))]

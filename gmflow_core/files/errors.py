@@ -12,6 +12,7 @@ import torch
 MOST_QUOTED = 200  # characters of a value that a message quotes
 MOST_SAID = 2000  # characters of a message
 NO_MEMORY = "DefaultCPUAllocator: "  # in PyTorch's RuntimeError when the CPU has no memory
+LONGEST_FILE_NAME = 255  # bytes of a file's name that systems take
 REPEAT = "if it was downloaded or copied, do that again"  # usual advice for a damaged file
 
 
@@ -119,6 +120,13 @@ def _is_printable(error: BaseException) -> bool:
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether the device's or the machine's memory was not enough."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or NO_MEMORY in str(error)
+
+
+def is_file_name(name: object) -> bool:
+    """Return whether `name`, from a file, can be the name of another file in the same folder."""
+    if not isinstance(name, str) or not name.isprintable() or set(name) & set("/\\:"):
+        return False
+    return 0 < len(name.encode()) <= LONGEST_FILE_NAME and not name.startswith(".")
 
 
 def check_regular_file(path: str | Path) -> None:

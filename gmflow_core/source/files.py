@@ -15,7 +15,7 @@ from ..files.hub import folder_of, is_published, tidy_source
 from ..files.json_files import EDITED, json_object
 from ..files.safetensors_files import write_safetensors
 from .source import FIT, GaussianMixtureSource
-from .stored_tensors import check_names, check_shape
+from .stored_tensors import LARGEST, check_names, check_shape
 
 FILE = "source.safetensors"  # name in a folder or on the hub
 NAMES = ("means", "std", "log_weights")
@@ -107,6 +107,8 @@ def load_source(
             tensor = file.get_tensor(name)
         if not tensor.is_floating_point():
             raise FileError(path, f"has {name} in {tensor.dtype}", EDITED)
+        if not name.endswith("log_weights") and not tensor.abs().max() <= LARGEST:
+            raise FileError(path, f"has {name} that are not finite, or beyond {LARGEST:g}", EDITED)
         tensors.append(tensor.to(device, dtype, copy=True))
     with reading(path, AGAIN):
         assigner = GaussianMixtureSource(*tensors[3:]) if tensors[3:] else None

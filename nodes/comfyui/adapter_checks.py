@@ -8,7 +8,7 @@ from ...gmflow_core import unshift_time
 from ...gmflow_core.sampling.solvers import FINAL_STEP_SIZE
 from .adapter_info import Adapter, adapter_of
 from .guard import guarded
-from .latent_check import check_latent
+from .latent_check import check_conditioning, check_latent
 from .notices import clear, notice
 from .probabilistic_cfg import has_probabilistic_guidance
 from .unloading import make_loadable
@@ -23,7 +23,7 @@ def check_settings(executor, noise: Tensor, latent_image: Tensor, *args, **kwarg
     clear()
     guider = executor.class_obj
     check_latent(guider.model_patcher, latent_image)
-    _check_conditioning(guider)
+    check_conditioning(guider.model_patcher, getattr(guider, "conds", {}))
     make_loadable(guider.model_patcher)
     adapter = adapter_of(guider.model_options)
     if adapter.guidance is not None:
@@ -36,24 +36,6 @@ def check_settings(executor, noise: Tensor, latent_image: Tensor, *args, **kwarg
             "replaces: that part of the LoRA has no effect"
         )
     return executor(noise, latent_image, *args, **kwargs)
-
-
-def _check_conditioning(guider) -> None:
-    """Check that the conditioning is as wide as the output of the base's text encoder.
-
-    Raises:
-        ValueError: it is of another model, such as that of GM Class Labels.
-    """
-    first = getattr(guider.model_patcher.model.diffusion_model, "txt_in", None)
-    width = getattr(first, "in_features", None)
-    for conds in getattr(guider, "conds", {}).values():
-        for cond in conds or []:
-            text = cond.get("cross_attn")
-            if width is not None and text is not None and text.shape[-1] != width:
-                raise ValueError(
-                    f"the conditioning has {text.shape[-1]} features, and this model takes "
-                    f"{width}; connect CLIP Text Encode, with the text encoders of this model"
-                )
 
 
 def _check_guidance(guider, adapter: Adapter) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ...gmflow_core.sampling.guidance import within
 from .finite import report_result
 from .guard import guarded
+from .latent_check import check_conditioning
 from .probabilistic_cfg import has_probabilistic_guidance
 from .recording import RECORDER
 from .time_shift import check_flow
@@ -77,6 +78,8 @@ class AutoGuider(comfy.samplers.CFGGuider):
         self.inner_set_conds({"positive": positive})
         self.guide = comfy.samplers.CFGGuider(guide)
         self.guide.inner_set_conds({"positive": guide_positive})
+        for guider in (self, self.guide):
+            check_conditioning(guider.model_patcher, guider.original_conds)
         self.scale, self.interval = scale, interval
         self.call_guide: Predict | None = None  # set while sampling with the guide
         main, guide = self.model_patcher, self.guide.model_patcher

@@ -17,7 +17,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 
 from ...gmflow_core import load_checkpoint, read_metadata
-from ...gmflow_core.files.errors import printable
+from ...gmflow_core.files.errors import FileError, printable, quoted
 from ...gmflow_core.models import GMFlowMLP
 from .gm_network import ImageNetwork, PointNetwork
 from .guard import guarded
@@ -106,7 +106,10 @@ def load_gm_model(source: str, weight_dtype: str = "default") -> comfy.model_pat
     if weight_dtype == "default" and sum(p.numel() for p in network.parameters()) < SMALL:
         network = network.float()
     remember_names(data.get("labels") or [])
-    return gm_model(network, data)
+    try:
+        return gm_model(network, data)
+    except ValueError as error:
+        raise FileError(source, f"cannot be used: {error}", "") from error
 
 
 def gm_model(
@@ -154,6 +157,6 @@ def image_latent(channels: int, data: dict[str, Any]) -> comfy.latent_formats.La
     if space == "sd-vae" and channels == 4:
         return comfy.latent_formats.SD15(data.get("scaling_factor", 0.18215))
     raise ValueError(
-        f"the checkpoint's samples are {space!r} with {channels} channels; this version knows "
+        f"its samples are {quoted(space)} with {channels} channels; this version knows "
         "'pixels', 'rae', and 'sd-vae' with 4 channels; update GMFlow"
     )

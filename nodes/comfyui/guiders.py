@@ -6,6 +6,7 @@ import comfy.samplers
 
 from .gm_model import GMModel
 from .label_conditioning import unconditional
+from .latent_check import check_conditioning
 from .probabilistic_cfg import has_probabilistic_guidance, with_probabilistic_guidance
 from .time_shift import check_flow
 
@@ -43,7 +44,8 @@ def gm_guider(model, positive, negative=None, scale: float = 0.0) -> comfy.sampl
         negative: None stands for no class.
 
     Raises:
-        ValueError: `negative` is missing, and the model takes no classes.
+        ValueError: `negative` is missing, and the model takes no classes; or a conditioning is of
+            another model.
     """
     of_classes = isinstance(model.model, GMModel)
     if negative is None and scale and not of_classes:
@@ -53,5 +55,6 @@ def gm_guider(model, positive, negative=None, scale: float = 0.0) -> comfy.sampl
         )
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(positive, negative or (unconditional() if of_classes and scale else positive))
+    check_conditioning(model, guider.original_conds)
     guider.set_cfg(scale if has_probabilistic_guidance(model) else 1.0)
     return guider

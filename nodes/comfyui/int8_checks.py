@@ -75,7 +75,7 @@ def _check_int8(name: str, prefix: str, state_dict: StateDict, group: object) ->
     if weight.dtype != torch.int8 or weight.ndim != 2:
         raise _damaged(name, key, f"is {weight.dtype} of shape {tuple(weight.shape)}, not int8")
     rows, inputs = weight.shape
-    if not scale.is_floating_point() or scale.numel() not in (1, rows):
+    if scale.dtype not in FLOATS or scale.numel() not in (1, rows):
         found = f"{scale.dtype} of shape {tuple(scale.shape)}"
         raise _damaged(name, scale_key, f"is {found}, not one float for each of {rows} rows")
     is_size = isinstance(group, int) and (group == 0 or group in (4**n for n in range(1, 8)))

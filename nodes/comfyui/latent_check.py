@@ -1,6 +1,8 @@
-"""Compare a latent with what a model takes, before sampling starts."""
+"""Compare latent and conditioning with what a model takes, before sampling starts."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -34,3 +36,25 @@ def check_latent(model, latent: Tensor, any_size: bool = False) -> None:
             f"takes (batch, {channels}, {size}); connect an empty latent, or VAE Encode with the "
             "VAE of this model"
         )
+
+
+def check_conditioning(model, conds: Mapping[str, list[dict] | None]) -> None:
+    """Check that the conditioning is as wide as the output of the base's text encoder.
+
+    Args:
+        model: a MODEL.
+        conds: of a guider, by their kind.
+
+    Raises:
+        ValueError: it is of another model, such as that of GM Class Labels.
+    """
+    first = getattr(model.model.diffusion_model, "txt_in", None)
+    width = getattr(first, "in_features", None)
+    for parts in conds.values():
+        for cond in parts or []:
+            text = cond.get("cross_attn")
+            if width is not None and text is not None and text.shape[-1] != width:
+                raise ValueError(
+                    f"the conditioning has {text.shape[-1]} features, and this model takes "
+                    f"{width}; connect CLIP Text Encode, with the text encoders of this model"
+                )

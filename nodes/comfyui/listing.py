@@ -137,7 +137,7 @@ def _entries_of(folder: str, most: int) -> tuple[list[str], list[str], list[str]
                     continue
                 if len(files) + len(folders) + len(lost) >= most:
                     break
-    except OSError:  # no permission, or gone
+    except (OSError, ValueError):  # no permission, gone, or a name that no folder can have
         pass
     return sorted(files), sorted(folders), sorted(lost)
 

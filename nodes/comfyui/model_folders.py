@@ -9,7 +9,7 @@ import folder_paths
 
 from ...gmflow_core.files.checkpoint import SHIPPED
 from ...gmflow_core.files.errors import quoted, reason
-from ...gmflow_core.files.hub import cached_folder, tidy_source
+from ...gmflow_core.files.hub import cached_folder, is_published, tidy_source
 from ...gmflow_core.files.labels import distinct, known_names
 from .listing import MOST_NAMES, file_names, list_files, say_once, shown
 
@@ -90,10 +90,13 @@ def find_model(model_name: str, hub_id_or_path: str = "") -> str:
         ValueError: there is no such model.
     """
     models = installed_models()
-    source = tidy_source(hub_id_or_path)
+    try:
+        source = tidy_source(hub_id_or_path)
+    except ValueError as error:
+        raise ValueError(f"hub_id_or_path: {error}") from error
     if not source:
         return _find(model_name, models, MODELS, "model")
-    if os.path.exists(source) or os.path.isabs(source):
+    if os.path.exists(source):
         return source
     hub_name = source.partition("@")[0] if source.count("/") == 1 else source
     last = hub_name.rpartition("/")[2]
@@ -102,7 +105,13 @@ def find_model(model_name: str, hub_id_or_path: str = "") -> str:
         for name, model in models.items()
         if os.path.basename(name) == last and os.path.isdir(model)
     )
-    return source if "@" in source else next(same, source)
+    found = source if "@" in source else next(same, source)
+    if not is_published(found):
+        raise ValueError(
+            f"hub_id_or_path: there is no checkpoint {quoted(source)}: no such file or folder, and "
+            "no hub id (owner/name) either"
+        )
+    return found
 
 
 def find_source(name: str) -> str:

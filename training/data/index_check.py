@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gmflow_core.files.data_record import LONGEST_NAME
-from gmflow_core.files.errors import FileError, printable, quoted
+from gmflow_core.files.errors import FileError, is_file_name, printable, quoted
 from gmflow_core.models.settings import LARGEST_SAMPLE, MOST_CLASSES, is_count, is_number
 
 AGAIN = "delete it and run the same prepare command again: whole shards are kept"
@@ -67,8 +67,7 @@ def _check_shards(index: dict[str, Any], path: Path) -> None:
         entry = isinstance(shard, dict) and is_count(shard.get("count"), 0)
         _require(entry, "shard", shard, "an object with file and count", path)
         file = shard.get("file")
-        plain = isinstance(file, str) and file.isprintable() and file.endswith(".safetensors")
-        plain = plain and not set(file) & set("/\\:") and not file.startswith(".")
+        plain = is_file_name(file) and file.endswith(".safetensors")
         _require(plain, "shard file", file, "the name of a .safetensors file in its folder", path)
         _require(file not in files, "shard file", file, "a file that is named once", path)
         files.add(file)

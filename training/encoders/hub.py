@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gmflow_core.files.errors import quoted, reading
+from gmflow_core.files.errors import MOST_SAID, quoted, reading
+from gmflow_core.files.hub import HUB_ID
 from training.encoders.vae import SD_VAE
 
 PARTS = "rae.json"  # names the parts of an RAE
@@ -59,9 +60,10 @@ def find_file(name: str, folder: Path) -> Path:
         return folder / name
     owner, _, rest = name.partition("/")
     repository, _, inside = rest.partition("/")
-    if not (owner and repository and inside):
+    if not (inside and HUB_ID.fullmatch(f"{owner}/{repository}")):
         raise FileNotFoundError(
-            f"there is no file {folder / name}, which {folder / PARTS} names; put it there"
+            f"there is no file {quoted(str(folder / name), MOST_SAID)}, which {folder / PARTS} "
+            "names; put it there"
         )
     from huggingface_hub import hf_hub_download
 

@@ -12,6 +12,7 @@ import asyncio
 import json
 import os
 import sys
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,8 @@ def not_a_flow(work: Path) -> dict[str, Any]:
     ]
     found: dict[str, Any] = {"refused": {}, "fine": []}
     for kind, settings in discrete + continuous:
+        if settings["sampling"] not in kind.INPUT_TYPES()["required"]["sampling"][0]:
+            continue  # older versions of ComfyUI lack some
         (other,) = kind().patch(model, **settings)
         doors = {
             "all in one": lambda m=other: all_in_one(m, {"samples": latent}, 0, 2, "gm-ode"),
@@ -296,7 +299,7 @@ def saved(work: Path) -> dict[str, Any]:
     sampler, found = ours("gm_sampler").gm_sampler("gm-ode"), {}
     before = sample(adapted, latent, positive, sampler)
     base = adapted.clone()
-    base.object_patches, base.patches = {}, {}
+    base.object_patches, base.patches, base.patches_uuid = {}, {}, uuid.uuid4()
     for name, model in {"adapted": adapted, "base": base, "board": board()[0]}.items():
         found[name] = says(lambda m=model, name=name: save.save(m, f"models/{name}"))
     found["files"] = sorted(path.name for path in (work / "out").glob("**/*.safetensors"))

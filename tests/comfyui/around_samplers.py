@@ -12,6 +12,7 @@ import asyncio
 import json
 import os
 import sys
+import traceback
 import uuid
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SHRINK = 0.9  # factor by which the wrapper changes sigma
 
 
-def main(comfyui: str, work: str, case: str) -> None:
+def main(comfyui: str, work: str) -> None:
+    """Run all cases and print their results, or tracebacks, as JSON by name."""
     os.chdir(comfyui)
     sys.path[:] = [comfyui, *(p for p in sys.path if p != str(Path(__file__).parent))]
     sys.argv = [sys.argv[0], "--cpu", "--disable-api-nodes"]
@@ -41,8 +43,13 @@ def main(comfyui: str, work: str, case: str) -> None:
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
     if not asyncio.run(nodes.load_custom_node(str(REPOSITORY))):
         raise RuntimeError("the extension did not load")
-    with torch.inference_mode():
-        found = CASES[case](Path(work))
+    found = {}
+    for name, case in CASES.items():
+        try:
+            with torch.inference_mode():
+                found[name] = case(Path(work))
+        except Exception:
+            found[name] = traceback.format_exc()
     print(json.dumps(found))
 
 

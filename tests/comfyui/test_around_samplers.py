@@ -19,16 +19,13 @@ SCRIPT = Path(__file__).with_name("around_samplers.py")
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Results of all cases, from one process."""
     folder = tmp_path_factory.mktemp("around")
     write_flux(folder / "flux.safetensors", dtype=torch.float32)
     write_adapter(folder / "adapter.safetensors", dtype=torch.float32)
-    return folder
-
-
-def run(work: Path, case: str) -> dict[str, Any]:
     done = subprocess.run(
-        [comfyui_python(), str(SCRIPT), str(COMFYUI), str(work), case],
+        [comfyui_python(), str(SCRIPT), str(COMFYUI), str(folder)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -37,12 +34,18 @@ def run(work: Path, case: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_a_sampler_that_another_node_wraps(work: Path) -> None:
+def of(found: dict[str, Any], case: str) -> dict[str, Any]:
+    """Return the results of one case; fail with its traceback if it has none."""
+    assert isinstance(found[case], dict), found[case]
+    return found[case]
+
+
+def test_a_sampler_that_another_node_wraps(found: dict[str, Any]) -> None:
     """The wrapper's sigma takes effect as in stock Euler, with its model's attributes or without.
 
     Outside of a mask nothing changes.
     """
-    for name, about in run(work, "wrapped").items():
+    for name, about in of(found, "wrapped").items():
         assert about["effect"] > 0.05, name
         assert about["euler 2"] < 1e-6, name
         assert about["euler 0"] < 1e-6, name
@@ -52,32 +55,32 @@ def test_a_sampler_that_another_node_wraps(work: Path) -> None:
             assert about[solver]["kept"] is None or about[solver]["kept"] < 1e-6, (name, solver)
 
 
-def test_gm_and_stock_samplers_in_turn_on_a_compiled_model(work: Path) -> None:
-    assert max(run(work, "compiled")["differences"]) < 1e-5
+def test_gm_and_stock_samplers_in_turn_on_a_compiled_model(found: dict[str, Any]) -> None:
+    assert max(of(found, "compiled")["differences"]) < 1e-5
 
 
-def test_a_sampling_that_is_no_flow_is_refused_at_every_door(work: Path) -> None:
-    found = run(work, "not a flow")
-    for door, text in found["refused"].items():
+def test_a_sampling_that_is_no_flow_is_refused_at_every_door(found: dict[str, Any]) -> None:
+    result = of(found, "not a flow")
+    for door, text in result["refused"].items():
         assert "ModelSampling" in text, door
         assert "flow" in text, door
-    assert found["fine"] == [True, True]
+    assert result["fine"] == [True, True]
 
 
-def test_what_is_valid_is_not_refused(work: Path) -> None:
+def test_what_is_valid_is_not_refused(found: dict[str, Any]) -> None:
     """Numbers of NumPy and torch, odd but valid conditionings and latents, rounded sigmas."""
-    found = run(work, "valid")
-    assert len(found) > 15
-    assert {name: text for name, text in found.items() if text} == {}
+    result = of(found, "valid")
+    assert len(result) > 15
+    assert {name: text for name, text in result.items() if text} == {}
 
 
-def test_what_is_not_finite_is_said_once(work: Path) -> None:
+def test_what_is_not_finite_is_said_once(found: dict[str, Any]) -> None:
     """Inputs are refused by name; a result is reported with the likely cause."""
-    found = run(work, "not finite")
+    result = of(found, "not finite")
     refused = {"latent": "the latent that is sampled", "mask": "the noise mask"}
     refused["text"] = "positive conditioning (cross_attn)"
     reported = {"weight": "the model's weight", "scale": "the guidance scale", "lora": "a LoRA"}
-    for sampler, cases in found.items():
+    for sampler, cases in result.items():
         for case, about in cases.items():
             if case in refused:
                 assert refused[case] in about["error"], (sampler, case)
@@ -90,23 +93,23 @@ def test_what_is_not_finite_is_said_once(work: Path) -> None:
                 assert about == {"error": "", "heard": []}, sampler
 
 
-def test_stock_nodes_do_not_save_half_of_a_model(work: Path) -> None:
-    found = run(work, "saved")
-    assert "without its head" in found["adapted"]
-    assert "gmflux_4step" in found["adapted"]
-    assert "GM model cannot be saved" in found["board"]
-    assert found["base"] == ""
-    assert found["files"] == ["base_00001_.safetensors"]
-    assert found["same"]
+def test_stock_nodes_do_not_save_half_of_a_model(found: dict[str, Any]) -> None:
+    result = of(found, "saved")
+    assert "without its head" in result["adapted"]
+    assert "gmflux_4step" in result["adapted"]
+    assert "GM model cannot be saved" in result["board"]
+    assert result["base"] == ""
+    assert result["files"] == ["base_00001_.safetensors"]
+    assert result["same"]
 
 
-def test_what_links_bring_is_refused_by_the_name_of_its_input(work: Path) -> None:
+def test_what_links_bring_is_refused_by_the_name_of_its_input(found: dict[str, Any]) -> None:
     """Values that ComfyUI itself never checks, of which some would give black pictures."""
-    found = run(work, "linked")
-    assert found.pop("good") == ""
+    result = of(found, "linked")
+    assert result.pop("good") == ""
     says = {"mask": "noise_mask", "index": "batch_index", "text": "tensor"}
     says |= {"pooled": "pooled_output", "long": "longest has 1,000,000"}
-    for name, error in found.items():
+    for name, error in result.items():
         first, _, rest = name.partition(" ")
         at = {"long": "more_labels"}.get(first, "positive" if rest == "nan" else "latent_image")
         at = "latent_image" if first == "mask" else at

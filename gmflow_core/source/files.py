@@ -105,7 +105,7 @@ def load_source(
     for name in names:
         with reading(path, AGAIN):
             tensor = file.get_tensor(name)
-        if not tensor.is_floating_point():
+        if not tensor.is_floating_point() or tensor.itemsize == 1:  # 8-bit floats: no arithmetic
             raise FileError(path, f"has {name} in {tensor.dtype}", EDITED)
         if not name.endswith("log_weights") and not tensor.abs().max() <= LARGEST:
             raise FileError(path, f"has {name} that are not finite, or beyond {LARGEST:g}", EDITED)

@@ -154,13 +154,8 @@ class Trainer:
         """
         config, main = self.config, self.accelerator.is_main_process
         curves = Curves(config.out, self.step + 1) if main else None
-        bar = tqdm(
-            total=config.iterations,
-            initial=self.step,
-            disable=not main,
-            unit="it",
-            dynamic_ncols=True,
-        )
+        settings = {"disable": not main, "unit": "it", "dynamic_ncols": True}
+        bar = tqdm(total=config.iterations, initial=self.step, **settings)
         pending: list[dict[str, Tensor]] = []  # losses since the last point of the curve
         # several processes would stop at different iterations: signals kill them, and they resume
         # from their last checkpoint
@@ -181,16 +176,11 @@ class Trainer:
                     if log:
                         bar.set_postfix(loss=f"{means['loss']:.4f}", skipped=self.skipped.total)
                         self.log(curves, means)
-                    if last or self.step % config.checkpoint_every == 0:
-                        self.save()
-                    if self.step % config.picture_every == 0 or (
-                        last and config.picture_every <= config.iterations
-                    ):
-                        model = self.sampling_model()
-                        with together(self.accelerator.state):
-                            picture = self.draw_picture(model) if main else None
-                            if picture is not None:
-                                curves.picture("samples", picture, self.step)
+                    try:  # before the checkpoint, after which a killed run would not draw it
+                        self.add_picture(curves, last)
+                    finally:
+                        if last or self.step % config.checkpoint_every == 0:
+                            self.save()
                 if stopped.is_set():
                     self.save()
         finally:
@@ -199,6 +189,17 @@ class Trainer:
                 curves.close()
         if stopped.is_set():
             raise KeyboardInterrupt(f"stopped at iteration {self.step}")
+
+    def add_picture(self, curves: Curves | None, last: bool) -> None:
+        """Draw a picture of samples if one is due at this iteration, or it is the last."""
+        every = self.config.picture_every
+        if self.step % every and not (last and every <= self.config.iterations):
+            return
+        model = self.sampling_model()
+        with together(self.accelerator.state):
+            picture = self.draw_picture(model) if curves else None
+            if picture is not None:
+                curves.picture("samples", picture, self.step)
 
     def log(self, curves: Curves | None, means: dict[str, float]) -> None:
         """Add a point to the curves of TensorBoard."""

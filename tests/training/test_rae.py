@@ -327,7 +327,7 @@ def test_what_a_folder_lacks_is_named(tmp_path):
         ValueError,
     )
     write_rae(tmp_path, decoder="nothing.pt")
-    says(r"there is no file .*nothing.pt, which .*rae.json names")
+    says(r"there is no file .*nothing.pt., which .*rae.json names")
     write_rae(tmp_path, input_size=30)
     says("input_size 30 is not divisible by the encoder's patches of 7", ValueError)
     write_rae(tmp_path, input_size=35)

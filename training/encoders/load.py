@@ -98,10 +98,10 @@ def load_kl(folder: Path) -> VAE:
 
 
 def check_vae_config(path: Path) -> None:
-    """Check the sizes in a VAE's config, from which diffusers builds it.
+    """Check the sizes and blocks in a VAE's config, from which diffusers builds it.
 
     Raises:
-        FileError: one is out of range.
+        FileError: a size is out of range, or the lists of blocks differ in length.
     """
     config = read_json(path, REPEAT)
     if not isinstance(config, dict):
@@ -112,6 +112,11 @@ def check_vae_config(path: Path) -> None:
     sizes |= {name: config[name] for name in SIZES if name in config}
     if not right:
         raise FileError(path, f"has block_out_channels {quoted(channels)}, not a list of sizes")
+    for name in ("down_block_types", "up_block_types"):
+        types = config.get(name, channels)
+        if not isinstance(types, list) or len(types) != len(channels):
+            found = f"has {name} {quoted(types)} for block_out_channels {quoted(channels)}"
+            raise FileError(path, found, "they must be lists of one length")
     for name, value in sizes.items():
         if type(value) is not int or not 1 <= value <= LARGEST_SIZE:
             raise FileError(path, f"has {name} {quoted(value)}, not 1 to {LARGEST_SIZE}")

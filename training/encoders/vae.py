@@ -27,8 +27,7 @@ class VAE(nn.Module):
         network: diffusers' AutoencoderKL.
 
     Raises:
-        ValueError: its blocks do not belong together, or a factor of its config is missing, 0 or
-            not finite.
+        ValueError: a factor of its config is missing, 0 or not finite.
     """
 
     space = "sd-vae"
@@ -38,13 +37,6 @@ class VAE(nn.Module):
         super().__init__()
         self.network = network.float().eval().requires_grad_(False)
         config = network.config
-        levels = len(config.block_out_channels)
-        if not levels == len(config.down_block_types) == len(config.up_block_types):
-            raise ValueError(
-                f"block_out_channels has {levels} entries, down_block_types "
-                f"{len(config.down_block_types)} and up_block_types {len(config.up_block_types)}; "
-                "they must be as many"
-            )
         self.scaling_factor: float = _checked(config, "scaling_factor")
         if self.scaling_factor <= 0:
             raise ValueError(f"scaling_factor is {self.scaling_factor}; it must be above 0")

@@ -151,11 +151,24 @@ class Numbers(dict):
 def records_of(path: Path) -> list[Record]:
     """Return the records of a file."""
     if path.suffix == ".json":
-        return list(benchmark_records(json.loads(path.read_text())))
+        results = json.loads(path.read_text(encoding="utf-8"))
+        if "machines" in results:
+            return list(benchmark_records(results))
+        return list(robustness_records(results))
     if path.suffix == ".safetensors":
         return list(checkpoint_records(path))
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def robustness_records(results: dict) -> Iterator[Record]:
+    """Yield the rows of a table of `tests.robustness`; of its cases by door, then all together."""
+    doors = results.get("doors", {})
+    yield from results.get("rows", [])
+    yield from ({"door": door, **counts} for door, counts in doors.items())
+    if doors:
+        names = next(iter(doors.values()))
+        yield {"door": "all", **{name: sum(c[name] for c in doors.values()) for name in names}}
 
 
 def benchmark_records(results: dict) -> Iterator[Record]:

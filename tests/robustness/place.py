@@ -128,9 +128,10 @@ def write_results(arguments: Namespace, name: str, **content: Any) -> None:
     """Write results as JSON to --out, if it was given."""
     if arguments.out is None:
         return
+    words = " ".join(sys.argv[1:]).replace(f"--out {arguments.out}", "").split()
     about = {
         "date": time.strftime("%Y-%m-%d"),
-        "command": f"python -m tests.robustness {' '.join(sys.argv[1:])}",
+        "command": " ".join(["python -m tests.robustness", *words]),
         "seed": arguments.seed,
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -10,6 +10,7 @@ from torch import Tensor
 from ...gmflow_core import DXPolicy
 from ...gmflow_core.sampling.guidance import Guidance, within
 from .guard import guarded
+from .latent_check import check_conditioning
 from .latent_shapes import solver_shape
 from .notices import notice
 from .recording import RECORDER, recording
@@ -130,8 +131,11 @@ def predict_noise_recorded(
     """Give a guider's call a recorder; a wrapper for ComfyUI's PREDICT_NOISE.
 
     Raises:
-        ValueError: the guider or another node would use the weight as a cfg scale.
+        ValueError: the guider or another node would use the weight as a cfg scale, or a
+            conditioning is of another model.
     """
+    guider = executor.class_obj
+    check_conditioning(guider.model_patcher, getattr(guider, "conds", {}))
     options, recorder = recording(model_options)
     function = options.get("sampler_cfg_function")
     if not isinstance(function, ProbabilisticCFG):

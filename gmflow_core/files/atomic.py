@@ -1,6 +1,6 @@
 """Write a file atomically: readers find the old file or the whole new one, never a part.
 
-Every file of this project is written through `atomic_write`. It works in a temporary folder beside
+All files of results are written through `atomic_write`; TensorBoard writes its own log. It works in a temporary folder beside
 the file, named ".gmflow-HOST-PROCESS-RANDOM.tmp"; that of a killed process stays behind until
 `remove_leftovers` finds that its owner has ended.
 """
@@ -111,8 +111,8 @@ def _host() -> str:
 def remove_leftovers(folder: str | Path) -> list[Path]:
     """Remove what killed processes left in a folder, and return the paths.
 
-    A temporary folder is removed if its process ran on this machine and has ended, or if nobody
-    has changed it for a day. Folders of processes that run are never touched.
+    A temporary folder is removed if its process ran on this machine and has ended, or if nothing
+    in it has changed for a day. Folders of this very process stay.
     """
     removed = []
     with suppress(OSError):

@@ -102,7 +102,7 @@ def has_native_layout() -> bool:
 
 
 class Progress(Protocol):
-    """What is called after each int8 layer, and keeps the names of missing weights."""
+    """Callback that runs after each int8 layer is read, and keeps the names of missing weights."""
 
     missing: list[str]
     without_weight: list[str]

@@ -19,7 +19,7 @@ HIDDEN = ".git"  # folders that are left out, as ComfyUI does
 
 @dataclass
 class Listing:
-    """What folders hold.
+    """Names and paths found in folders.
 
     Args:
         found: name, as it is shown, and path.

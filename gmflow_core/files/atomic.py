@@ -1,8 +1,8 @@
 """Write a file atomically: readers find the old file or the whole new one, never a part.
 
-All files of results are written through `atomic_write`; TensorBoard writes its own log. It works in a temporary folder beside
-the file, named ".gmflow-HOST-PROCESS-RANDOM.tmp"; that of a killed process stays behind until
-`remove_leftovers` finds that its owner has ended.
+All files of results are written through `atomic_write`; TensorBoard writes its own log. It works in
+a temporary folder beside the file, named ".gmflow-HOST-PROCESS-RANDOM.tmp"; that of a killed
+process stays behind until `remove_leftovers` finds that its owner has ended.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from .comfyui.adapter_file import read_adapter
 from .comfyui.bases import base_names
 from .comfyui.files import fingerprint
 from .comfyui.model_folders import find_lora, lora_names
+from .comfyui.schema import node_schema
 
 
 class GMFlowAdapter(io.ComfyNode):
@@ -16,10 +17,12 @@ class GMFlowAdapter(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return node_schema(
             node_id="GMFlowAdapter",
             display_name="GM Adapter",
-            category="GMFlow",
+            category="GMFlow/loaders",
+            aliases="pi-flow, piflow, few step, 4 steps, turbo, lightning, distilled, flux, qwen, "
+            "lora, adapter, load lora",
             description="Makes a base model predict a Gaussian mixture, so that the GM Policy "
             f"Sampler needs 4 steps. Base models: {base_names()}. (The names of the LoRA layers in "
             "FLUX.2's adapter are a guess; see docs/flux_and_qwen.md.) The model may come from any "

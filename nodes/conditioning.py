@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from .comfyui.class_labels import ONLY_MORE, choose_labels, empty_images, network_of
 from .comfyui.label_conditioning import class_conditioning, unconditional
 from .comfyui.model_folders import class_names
+from .comfyui.schema import node_schema
 
 
 class GMFlowUnconditional(io.ComfyNode):
@@ -14,10 +15,12 @@ class GMFlowUnconditional(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return node_schema(
             node_id="GMFlowUnconditional",
             display_name="GM Unconditional",
-            category="GMFlow",
+            category="GMFlow/sampling",
+            aliases="empty conditioning, no prompt, null conditioning, unconditional, "
+            "checkerboard, class",
             description="Empty conditioning for nodes that require one (KSampler, Basic Guider, "
             "CFG Guider). Use it with models that take none, such as the checkerboard, and as "
             "'no class' with class-conditional models.",
@@ -39,16 +42,17 @@ class GMFlowClassLabels(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return node_schema(
             node_id="GMFlowClassLabels",
             display_name="GM Class Labels",
-            category="GMFlow",
+            category="GMFlow/sampling",
+            aliases="class, classes, label, imagenet, digits, conditioning, prompt",
             description="The classes that a class-conditional model (digits, ImageNet) is to "
             "generate, and an empty latent of its size: one batch item for each label, or several.",
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="A class-conditional model from Load GM Model; labels are looked up "
+                    tooltip="A class-conditional model from GM Load Model; labels are looked up "
                     "among its class names.",
                 ),
                 io.Combo.Input(

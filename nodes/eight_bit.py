@@ -9,6 +9,7 @@ from .comfyui.files import fingerprint
 from .comfyui.int8_files import load_8bit, new_path, save_8bit
 from .comfyui.int8_layers import COMPUTE
 from .comfyui.model_folders import DIFFUSION_MODELS
+from .comfyui.schema import node_schema
 
 
 class GMFlowLoadDiffusionModel8bit(io.ComfyNode):
@@ -16,10 +17,12 @@ class GMFlowLoadDiffusionModel8bit(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return node_schema(
             node_id="GMFlowLoadDiffusionModel8bit",
-            display_name="Load Diffusion Model (8-bit)",
-            category="GMFlow",
+            display_name="GM Load Diffusion Model (8-bit)",
+            category="GMFlow/loaders",
+            aliases="int8, 8 bit, quantize, quantization, load diffusion model, unet loader, "
+            "flux, qwen, low vram",
             description="Loads the bf16 or fp16 file of a diffusion model (FLUX.1, Qwen-Image, and "
             "other transformers) with half the memory: the linear layers of its blocks are rounded "
             "to int8, one by one, as the file is read. The MODEL is an ordinary one: LoRA, "
@@ -29,7 +32,7 @@ class GMFlowLoadDiffusionModel8bit(io.ComfyNode):
                     "unet_name",
                     options=folder_paths.get_filename_list(DIFFUSION_MODELS),
                     tooltip="The bf16 or fp16 file, from models/diffusion_models; or one saved by "
-                    "Save Diffusion Model (8-bit). fp8 and GGUF files are quantised already and "
+                    "GM Save Diffusion Model (8-bit). fp8 and GGUF files are quantised already and "
                     "have loaders of their own.",
                 ),
                 io.Combo.Input(
@@ -76,13 +79,14 @@ class GMFlowSaveDiffusionModel8bit(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return node_schema(
             node_id="GMFlowSaveDiffusionModel8bit",
-            display_name="Save Diffusion Model (8-bit)",
-            category="GMFlow",
-            description="Saves a model loaded by Load Diffusion Model (8-bit), with the LoRAs that "
-            "are on it, in ComfyUI's int8 layout. Load Diffusion Model (8-bit) reads it in any "
-            "version; in ComfyUI 0.27 and newer, Load Diffusion Model reads it too.",
+            display_name="GM Save Diffusion Model (8-bit)",
+            category="GMFlow/loaders",
+            aliases="int8, 8 bit, quantize, quantization, save model, export",
+            description="Saves a model of GM Load Diffusion Model (8-bit), with the LoRAs on it, "
+            "in ComfyUI's int8 layout. GM Load Diffusion Model (8-bit) reads it in any version; "
+            "in ComfyUI 0.27 and newer, Load Diffusion Model reads it too.",
             inputs=[
                 io.Model.Input("model", tooltip="A model in 8 bit, from before GM Adapter."),
                 io.String.Input(

@@ -11,6 +11,7 @@ from .comfyui.schema import (
     guider_output,
     interval_inputs,
     model_input,
+    node_schema,
     weight_input,
 )
 
@@ -20,10 +21,11 @@ class GMFlowAutoguidance(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return node_schema(
             node_id="GMFlowAutoguidance",
-            display_name="Autoguidance",
-            category="GMFlow",
+            display_name="GM Autoguidance",
+            category="GMFlow/guidance",
+            aliases="cfg, guidance, guider, weak model, bad model guidance, karras",
             description="Steers away from what a weaker model of the same thing would do, for "
             "SamplerCustomAdvanced. The guide is a smaller or less trained model, or the model "
             "itself, weakened. It works with any two models of the same latents, such as FLUX, and "
@@ -79,10 +81,11 @@ class GMFlowProbabilisticGuidance(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return node_schema(
             node_id="GMFlowProbabilisticGuidance",
             display_name="GM Probabilistic Guidance",
-            category="GMFlow",
+            category="GMFlow/guidance",
+            aliases="cfg, guidance, negative, rescale cfg, apg, saturation, oversaturated",
             description="Makes the cfg of every sampler and guider after it the weight w in [0, 1) "
             "of probabilistic guidance: 0 is off, 0.1 to 0.5 are usual. It steers the predicted "
             "distribution instead of extrapolating the velocity, so that values stay in range. "
@@ -108,10 +111,11 @@ class GMFlowGuider(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return node_schema(
             node_id="GMFlowGuider",
             display_name="GM Guider",
-            category="GMFlow",
+            category="GMFlow/guidance",
+            aliases="cfg, cfg guider, guidance, negative, probabilistic guidance, saturation",
             description="Probabilistic guidance for SamplerCustomAdvanced: steers the predicted "
             "distribution instead of extrapolating the velocity, so that values stay in range.",
             inputs=[

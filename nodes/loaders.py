@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from .comfyui.files import fingerprint
 from .comfyui.gm_model import DTYPES, load_gm_model
 from .comfyui.model_folders import files_of, find_model, installed_models
+from .comfyui.schema import node_schema
 
 
 class GMFlowLoader(io.ComfyNode):
@@ -14,10 +15,12 @@ class GMFlowLoader(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return node_schema(
             node_id="GMFlowLoader",
-            display_name="Load GM Model",
-            category="GMFlow",
+            display_name="GM Load Model",
+            category="GMFlow/loaders",
+            aliases="load checkpoint, gaussian mixture, gaussian, gmflow, gm-dit, digits, "
+            "checkerboard, imagenet, few step",
             description="Loads a model that predicts a Gaussian mixture. The MODEL is an ordinary "
             "one: stock samplers run on it and follow the mixture's mean; the GM samplers use the "
             "whole mixture.",

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from .comfyui.files import fingerprint
 from .comfyui.model_folders import find_source, installed_sources
-from .comfyui.schema import seed_input
+from .comfyui.schema import node_schema, seed_input
 from .comfyui.source_noise import (
     BY_LIST,
     BY_WEIGHT,
@@ -26,10 +26,11 @@ class GMFlowSourceLoader(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return node_schema(
             node_id="GMFlowSourceLoader",
-            display_name="Load Mixture Source",
-            category="GMFlow",
+            display_name="GM Load Mixture Source",
+            category="GMFlow/mixture source",
+            aliases="mm-fm, gaussian mixture, gaussian, noise source, prior",
             description="Loads a Gaussian mixture that was fitted to a model's training data; the "
             "model's noise is drawn from it (MM-FM).",
             inputs=[
@@ -42,7 +43,7 @@ class GMFlowSourceLoader(io.ComfyNode):
                     "with.",
                 ),
             ],
-            outputs=[Source.Output(display_name="source", tooltip="For Mixture Source Noise.")],
+            outputs=[Source.Output(display_name="source", tooltip="For GM Mixture Source Noise.")],
         )
 
     @classmethod
@@ -70,10 +71,11 @@ class GMFlowSourceNoise(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return node_schema(
             node_id="GMFlowSourceNoise",
-            display_name="Mixture Source Noise",
-            category="GMFlow",
+            display_name="GM Mixture Source Noise",
+            category="GMFlow/mixture source",
+            aliases="mm-fm, gaussian mixture, gaussian, random noise, noise, prior, modes",
             description="Chooses a mode of the source for each item of the batch. Returns noise of "
             "these modes, and the modes as conditioning, for SamplerCustomAdvanced with any "
             "sampler.",

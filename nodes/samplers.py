@@ -11,6 +11,7 @@ from .comfyui.schema import (
     denoise_input,
     final_step_size_input,
     model_input,
+    node_schema,
     order_input,
     policy_inputs,
     sampler_output,
@@ -28,10 +29,11 @@ class GMFlowODESampler(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return node_schema(
             node_id="GMFlowODESampler",
-            display_name="GM-ODE Sampler",
-            category="GMFlow",
+            display_name="GM ODE Sampler",
+            category="GMFlow/sampling",
+            aliases="sampler, gm-ode, ode, deterministic, gaussian, few step",
             description="Deterministic: between two network calls every pixel follows the ODE of "
             "its predicted mixture. For SamplerCustomAdvanced, with GM Sigmas of the same shift.",
             inputs=[
@@ -71,10 +73,11 @@ class GMFlowSDESampler(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return node_schema(
             node_id="GMFlowSDESampler",
-            display_name="GM-SDE Sampler",
-            category="GMFlow",
+            display_name="GM SDE Sampler",
+            category="GMFlow/sampling",
+            aliases="sampler, gm-sde, sde, stochastic, ancestral, gaussian, few step",
             description="Stochastic: each step draws the clean latent from the predicted mixture, "
             "then adds noise back. For SamplerCustomAdvanced, with GM Sigmas.",
             inputs=[order_input()],
@@ -91,10 +94,12 @@ class GMFlowPolicySampler(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return node_schema(
             node_id="GMFlowPolicySampler",
             display_name="GM Policy Sampler",
-            category="GMFlow",
+            category="GMFlow/sampling",
+            aliases="sampler, pi-flow, piflow, policy, few step, 4 steps, turbo, lightning, "
+            "distilled, flux, qwen",
             description="pi-Flow's sampler for models with a GM adapter: between two network calls "
             "every pixel follows the policy that the first one predicted. For "
             "SamplerCustomAdvanced, with GM Policy Sigmas.",
@@ -123,10 +128,11 @@ class GMFlowPolicySigmas(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return node_schema(
             node_id="GMFlowPolicySigmas",
             display_name="GM Policy Sigmas",
-            category="GMFlow",
+            category="GMFlow/sampling",
+            aliases="scheduler, schedule, sigmas, pi-flow, piflow, 4 steps, few step, flux, qwen",
             description="The time grid that GM adapters are made for: equal steps and a shorter "
             "last one, with the model's own time shift.",
             inputs=[
@@ -154,10 +160,11 @@ class GMFlowSigmas(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return node_schema(
             node_id="GMFlowSigmas",
             display_name="GM Sigmas",
-            category="GMFlow",
+            category="GMFlow/sampling",
+            aliases="scheduler, schedule, sigmas, steps, shift, denoise",
             description="A uniform time grid from 1 to 0, shifted on request. GM models are "
             "trained and measured with it.",
             inputs=[
@@ -178,10 +185,12 @@ class GMFlowSampler(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return node_schema(
             node_id="GMFlowSampler",
             display_name="GM Sampler",
-            category="GMFlow",
+            category="GMFlow/sampling",
+            aliases="ksampler, sampler, few step, 4 steps, turbo, lightning, distilled, pi-flow, "
+            "piflow, flux, qwen, gaussian mixture, gaussian, gm-ode, gm-sde, gm-policy",
             description="Noise, sigmas, solver and guider in one node, for a quick start.",
             inputs=[
                 model_input(),

@@ -8,6 +8,7 @@ from comfy_api.latest import io
 from ..gmflow_core.pictures import image_grid
 from ..gmflow_core.toys.density_picture import density_picture
 from .comfyui.latent_shapes import to_points
+from .comfyui.schema import node_schema
 from .comfyui.sizes import check_size
 
 GAP = 4  # between pictures on one sheet
@@ -18,10 +19,11 @@ class GMFlowDensity(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return node_schema(
             node_id="GMFlowDensity",
             display_name="GM Density",
-            category="GMFlow",
+            category="GMFlow/view",
+            aliases="preview, histogram, density, 2d, points, checkerboard, view",
             description="Draws the points of a two-channel latent as a picture of their density.",
             inputs=[
                 io.Latent.Input(
@@ -89,10 +91,11 @@ class GMFlowPixels(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return node_schema(
             node_id="GMFlowPixels",
             display_name="GM Pixels",
-            category="GMFlow",
+            category="GMFlow/view",
+            aliases="preview, latent to image, vae decode, digits, grid, view",
             description="Shows the samples of a model that works on pixels (digits), which need no "
             "VAE Decode: each pixel becomes a square.",
             inputs=[

@@ -23,7 +23,7 @@ def network_of(model) -> ImageNetwork:
     if not isinstance(network, ImageNetwork):
         raise ValueError(
             "GM Class Labels needs a class-conditional model, and this one takes no class labels; "
-            "load digits or an ImageNet model with 'Load GM Model', or use 'GM Unconditional'"
+            "load digits or an ImageNet model with 'GM Load Model', or use 'GM Unconditional'"
         )
     return network
 

@@ -85,7 +85,7 @@ class GMModel(comfy.model_base.BaseModel):
         """
         raise ValueError(
             "a GM model cannot be saved by ComfyUI's nodes, as nothing could load that file: keep "
-            "the checkpoint that Load GM Model reads"
+            "the checkpoint that GM Load Model reads"
         )
 
 

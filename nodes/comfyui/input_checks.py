@@ -136,7 +136,7 @@ def _check_model(kind: io.Input, value: Any) -> Any:
 
 def _check_source(kind: io.Input, value: Any) -> Any:
     if not all(hasattr(value, part) for part in SOURCE_PARTS):
-        raise _WrongError(f"{_seen(value)}; connect 'Load Mixture Source'")
+        raise _WrongError(f"{_seen(value)}; connect 'GM Load Mixture Source'")
     return value
 
 

@@ -261,7 +261,7 @@ def saved_state(model: comfy.model_patcher.ModelPatcher) -> StateDict:
         model.unpatch_model(device_to=model.offload_device)
     if not any(key.endswith(f".{MARK}") for key in state):
         raise ValueError(
-            "this model is not in 8 bit; load it with Load Diffusion Model (8-bit), or save it "
+            "this model is not in 8 bit; load it with GM Load Diffusion Model (8-bit), or save it "
             "with ModelSave as it is"
         )
     base = find_base(model)

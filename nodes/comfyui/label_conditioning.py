@@ -28,7 +28,7 @@ def problem_of(about: dict) -> str:
         if not whole or labels.ndim != 1 or not len(labels):
             return f"{LABELS} is {quoted(labels)}; it must be a tensor of whole numbers (n,)"
     if source is not None and not hasattr(source, "generate_noise"):
-        return f"{SOURCE} is {quoted(source)}; 'Mixture Source Noise' puts it there"
+        return f"{SOURCE} is {quoted(source)}; 'GM Mixture Source Noise' puts it there"
     return ""
 
 

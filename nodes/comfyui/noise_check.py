@@ -43,9 +43,9 @@ def check_noise(executor, noise: Tensor, latent_image: Tensor, *args, **kwargs):
     if record is not None and drawn_by is None and noise.any():  # all zeros: noise is disabled
         modes = ", and its modes to positive" if knows_modes else ""
         notice(
-            f"connect 'Mixture Source Noise' to noise of SamplerCustomAdvanced{modes}: the model "
-            f"was trained with noise from a mixture source of {record['num_modes']} modes, and "
-            "this noise is not. Expect poor images"
+            f"connect 'GM Mixture Source Noise' to noise of SamplerCustomAdvanced{modes}: the "
+            f"model was trained with noise from a mixture source of {record['num_modes']} modes, "
+            "and this noise is not. Expect poor images"
         )
     if knows_modes and drawn_by is not None:
         _check_modes(guider, drawn_by.modes.tolist())
@@ -59,6 +59,6 @@ def _check_modes(guider, modes: list[int]) -> None:
     wrong = [labels for labels in named if labels != modes]
     if wrong:
         notice(
-            "connect noise and modes from the same 'Mixture Source Noise': the noise is of the "
+            "connect noise and modes from the same 'GM Mixture Source Noise': the noise is of the "
             f"modes {quoted(modes)}, and the conditioning says {wrong[0]}. Expect poor images"
         )

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+from typing import Any
+
 from comfy_api.latest import io
 
 from ...gmflow_core.sampling.solvers import FINAL_STEP_SIZE
@@ -13,9 +17,27 @@ WEIGHT = (
 )
 
 
+def node_schema(aliases: str, **about: Any) -> io.Schema:
+    """Return the schema of a node; fields that an older ComfyUI lacks are left out.
+
+    Args:
+        aliases: words that people search for, separated by commas.
+        about: fields of `io.Schema`.
+    """
+    about["search_aliases"] = aliases.split(", ")
+    known = {field.name for field in dataclasses.fields(io.Schema)}
+    return io.Schema(**{name: value for name, value in about.items() if name in known})
+
+
+def rarely(**options: Any) -> dict[str, Any]:
+    """Return the options of an optional input that the page shows under advanced, where it can."""
+    known = inspect.signature(io.Int.Input).parameters
+    return {**options, "optional": True, **({"advanced": True} if "advanced" in known else {})}
+
+
 def model_input() -> io.Input:
     """Return the input for a MODEL that predicts a mixture."""
-    return io.Model.Input("model", tooltip="A model from Load GM Model or GM Adapter.")
+    return io.Model.Input("model", tooltip="A model from GM Load Model or GM Adapter.")
 
 
 def seed_input(name: str, tooltip: str) -> io.Input:

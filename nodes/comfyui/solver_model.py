@@ -96,7 +96,7 @@ class SolverModel:
         if len(conds) != 1 or conds[0].get(SOURCE) is None:
             raise ValueError(
                 f"{solver} needs to know the modes of the noise, with their means: connect 'modes' "
-                "of 'Mixture Source Noise', and nothing else, to the positive conditioning; or "
+                "of 'GM Mixture Source Noise', and nothing else, to the positive conditioning; or "
                 "choose euler, for which numbers from GM Class Labels are enough"
             )
         device = self.guider.model_patcher.load_device

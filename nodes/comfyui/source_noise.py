@@ -95,7 +95,7 @@ class SourceNoise:
             raise ValueError(
                 f"{len(self.modes)} modes do not fit a batch of {batch} latents: its size must be "
                 f"{len(self.modes)} or a multiple; connect the latent that is sampled to "
-                "latent_image of 'Mixture Source Noise' too"
+                "latent_image of 'GM Mixture Source Noise' too"
             )
         return self.modes.repeat(batch // len(self.modes))
 

@@ -40,7 +40,7 @@ def check_flow(model_sampling) -> None:
     raise ValueError(
         "this model predicts a velocity of a flow, with sigmas up to 1, and its sampling is "
         f"another ({', '.join(kinds)}; sigmas up to {highest:.4g}): with it every picture would be "
-        "noise. GM samplers are for flow models: connect a model from Load GM Model or GM Adapter, "
+        "noise. GM samplers are for flow models: connect a model from GM Load Model or GM Adapter, "
         "and remove nodes such as ModelSamplingDiscrete and ModelSamplingContinuousEDM (those for "
         "SD3, AuraFlow and Flux are fine)"
     )

@@ -27,7 +27,7 @@ VARIANTS = (
     "default",  # Load Diffusion Model as it is: on a CPU ComfyUI turns bf16 weights into fp32
     "bf16",  # the same with --bf16-unet: bf16 weights, as on a GPU
     "fp8",  # Load Diffusion Model with weight_dtype fp8_e4m3fn
-    "8-bit",  # Load Diffusion Model (8-bit)
+    "8-bit",  # GM Load Diffusion Model (8-bit)
     "8-bit, int8 products",  # the same with compute int8
 )
 # ComfyUI's loader followed by rounding weight after weight: the 8-bit loader's naive form

@@ -74,7 +74,7 @@ def graph(
     denoise: float = 1.0,
     **noise: Any,
 ) -> dict:
-    """Return Load Mixture Source -> Mixture Source Noise -> SamplerCustomAdvanced -> a latent."""
+    """Return a graph from GM Load Mixture Source through SamplerCustomAdvanced to a latent."""
     settings = {
         "source": ["source", 0],
         "noise_seed": 7,

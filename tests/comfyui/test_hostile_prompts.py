@@ -276,7 +276,7 @@ def test_a_source_of_another_type_is_named(comfy: Comfy) -> None:
     inputs = {"source": 5, "noise_seed": 0, "batch_size": 1, "choice": "by weight"}
     prompt["noise"] = node("GMFlowSourceNoise", **inputs)
     prompt["sample"]["inputs"]["latent_image"] = ["noise", 2]
-    with pytest.raises(PromptError, match="'source' is 5; connect 'Load Mixture Source'"):
+    with pytest.raises(PromptError, match="'source' is 5; connect 'GM Load Mixture Source'"):
         comfy.run(prompt)
 
 

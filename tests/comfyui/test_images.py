@@ -62,7 +62,7 @@ def graph(
     repeat: int = 1,
     **sampler,
 ) -> dict:
-    """Return Load GM Model -> GM Class Labels -> GM Sampler -> a saved latent."""
+    """Return GM Load Model -> GM Class Labels -> GM Sampler -> a saved latent."""
     settings = {
         "seed": 0,
         "steps": 4,

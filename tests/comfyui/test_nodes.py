@@ -49,7 +49,7 @@ PIXELS = 8  # image pixels a side to one latent pixel
 
 
 def graph(side: int = 64, batch: int = 1, **sampler) -> dict:
-    """Return Load GM Model -> GM Sampler on batch * side * side points -> a saved latent."""
+    """Return GM Load Model -> GM Sampler on batch * side * side points -> a saved latent."""
     settings = {
         "seed": 0,
         "steps": 4,
@@ -205,7 +205,7 @@ def test_custom_sampling_equals_the_all_in_one_node(comfy: Comfy) -> None:
 
 
 def test_substeps_follow_the_shift_of_the_sigmas_in_time(comfy: Comfy) -> None:
-    """GM Sampler's way, which GM-ODE Sampler goes with the shift of its GM Sigmas, or in sigma."""
+    """GM Sampler's way, which GM ODE Sampler goes with the shift of its GM Sigmas, or in sigma."""
     one = latent_of(comfy, graph(16, shift=3.0))
     ode = {"order": 2, "substeps": 4, "shift": 3.0}
     for spacing, equal in (("time", True), ("sigma", False)):

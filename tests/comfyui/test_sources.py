@@ -270,7 +270,7 @@ def test_other_noise_is_noticed(server: Comfy) -> None:
     prompt = graph(**BY_LIST)
     prompt["random"] = node("RandomNoise", noise_seed=1)
     prompt["sample"]["inputs"]["noise"] = ["random", 0]
-    assert "connect 'Mixture Source Noise' to noise" in server.run(prompt).texts["sample"]
+    assert "connect 'GM Mixture Source Noise' to noise" in server.run(prompt).texts["sample"]
     prompt = graph(**BY_LIST)
     prompt["labels"] = node("GMFlowClassLabels", model=["model", 0], label="2", repeat=3)
     prompt["guider"]["inputs"]["conditioning"] = ["labels", 0]
@@ -283,7 +283,7 @@ def test_other_noise_is_noticed(server: Comfy) -> None:
     both["guider"]["inputs"]["conditioning"] = ["both", 0]
     assert "conditioning says [2, 2, 2]" in server.run(both).texts["sample"]
     prompt["sampler"] = ODE
-    with pytest.raises(PromptError, match="connect 'modes' of 'Mixture Source Noise'"):
+    with pytest.raises(PromptError, match="connect 'modes' of 'GM Mixture Source Noise'"):
         server.run(prompt)
 
 

@@ -1,4 +1,4 @@
-"""Run Save Diffusion Model (8-bit) among the jobs, in ComfyUI's process.
+"""Run GM Save Diffusion Model (8-bit) among the jobs, in ComfyUI's process.
 
     COMFYUI/.venv/bin/python -m tests.robustness.eight_bit COMFYUI MODEL ANSWER PART OPTIONS
 
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 TESTS = Path(__file__).resolve().parents[1]
-NAME, PREFIX = "Save Diffusion Model (8-bit)", "saved/int8"
+NAME, PREFIX = "GM Save Diffusion Model (8-bit)", "saved/int8"
 SHARE = 15  # its part of all kills is one of so many
 
 

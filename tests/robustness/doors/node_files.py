@@ -158,7 +158,7 @@ def doors() -> list[Door]:
     listing = {f"listed/{pattern}": kind for pattern, kind in {**file, **FOLDER_FILES}.items()}
     listing |= {"listed/*.safetensors*": "bytes", "listed/published": "tree", "listed": "tree"}
     return [
-        Door("node Load GM Model", make_gm_model, use_gm_model, file, 1, LIMITS),
+        Door("node GM Load Model", make_gm_model, use_gm_model, file, 1, LIMITS),
         *(
             Door(
                 f"node GM Adapter, {base} {policy}",
@@ -172,6 +172,6 @@ def doors() -> list[Door]:
         ),
         Door("node Load 8-bit, 16-bit file", make_16_bit, use_8_bit, file, 1, LIMITS),
         Door("node Load 8-bit, 8-bit file", make_8_bit, use_8_bit, file, 2, LIMITS),
-        Door("node Load Mixture Source", make_source, use_source, file, 1, LIMITS),
+        Door("node GM Load Mixture Source", make_source, use_source, file, 1, LIMITS),
         Door("listings of nodes", make_listing, use_listing, listing, 1, LIMITS),
     ]

@@ -14,6 +14,7 @@ from .comfyui.schema import (
     node_schema,
     weight_input,
 )
+from .comfyui.solver_choice import no_effect
 
 
 class GMFlowAutoguidance(io.ComfyNode):
@@ -71,6 +72,8 @@ class GMFlowAutoguidance(io.ComfyNode):
         guide_positive=None,
     ) -> io.NodeOutput:
         interval = guided_interval(model, start_percent, end_percent)
+        if scale == 1:
+            no_effect("guide", "scale is 1")
         return io.NodeOutput(
             AutoGuider(model, guide, positive, guide_positive or positive, scale, interval)
         )

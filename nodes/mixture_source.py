@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from .comfyui.files import fingerprint
 from .comfyui.model_folders import find_source, installed_sources
 from .comfyui.schema import node_schema, seed_input
+from .comfyui.solver_choice import no_effect
 from .comfyui.source_noise import (
     BY_LIST,
     BY_WEIGHT,
@@ -155,6 +156,11 @@ class GMFlowSourceNoise(io.ComfyNode):
         modes: str = "",
         latent_image=None,
     ) -> io.NodeOutput:
+        if modes.strip() and choice != BY_LIST:
+            no_effect("modes", f"choice is {choice!r}; for this list choose {BY_LIST!r}")
+        if latent_image is not None and batch_size not in (1, len(latent_image["samples"])):
+            count = len(latent_image["samples"])
+            no_effect(f"batch_size {batch_size}", f"latent_image has {count} of its own")
         if latent_image is None:
             latent_image = empty_latent(source, batch_size, choice)
         noise = choose_noise(source, noise_seed, choice, modes, latent_image)

@@ -8,6 +8,7 @@ from ..gmflow_core.sampling.solvers import SOLVERS
 from .comfyui.gm_sampler import OWN, gm_sampler, gm_sigmas
 from .comfyui.sample_latent import sample_latent
 from .comfyui.schema import (
+    ADVANCED,
     denoise_input,
     final_step_size_input,
     model_input,
@@ -21,6 +22,7 @@ from .comfyui.schema import (
     steps_input,
     weight_input,
 )
+from .comfyui.solver_choice import AUTO
 from .comfyui.time_shift import own_shift
 
 
@@ -54,8 +56,9 @@ class GMFlowODESampler(io.ComfyNode):
                     optional=True,
                     tooltip="Substeps of equal size in unshifted time, as in the paper's code, or "
                     "in sigma. They differ only with a time shift.",
+                    **ADVANCED,
                 ),
-                shift_input(default=0.0, lowest=0.0, optional=True),
+                shift_input(default=0.0, lowest=0.0, optional=True, **ADVANCED),
             ],
             outputs=[sampler_output()],
         )
@@ -191,7 +194,9 @@ class GMFlowSampler(io.ComfyNode):
             category="GMFlow/sampling",
             aliases="ksampler, sampler, few step, 4 steps, turbo, lightning, distilled, pi-flow, "
             "piflow, flux, qwen, gaussian mixture, gaussian, gm-ode, gm-sde, gm-policy",
-            description="Noise, sigmas, solver and guider in one node, for a quick start.",
+            description="Noise, sigmas, solver and guider in one node. Left alone, it chooses what "
+            "suits the model: the policy sampler with the adapter's own steps behind GM Adapter, "
+            "GM-ODE in 4 steps for other models.",
             inputs=[
                 model_input(),
                 io.Latent.Input(
@@ -205,9 +210,9 @@ class GMFlowSampler(io.ComfyNode):
                     "seed",
                     "Seed of the initial noise, and of the noise that stochastic samplers add.",
                 ),
-                steps_input(default=4),
+                steps_input(default=0),
                 *cls._solver_inputs(),
-                shift_input(default=0.0, lowest=0.0),
+                shift_input(default=0.0, lowest=0.0, **ADVANCED),
                 denoise_input(),
                 io.Conditioning.Input(
                     "positive",
@@ -227,8 +232,8 @@ class GMFlowSampler(io.ComfyNode):
                     note=" GM Probabilistic Guidance before this node sets the rest.",
                     optional=True,
                 ),
-                final_step_size_input(default=0.0, optional=True),
-                *policy_inputs("For gm-policy. ", optional=True),
+                final_step_size_input(default=0.0, optional=True, **ADVANCED),
+                *policy_inputs("For gm-policy. ", optional=True, **ADVANCED),
             ],
             outputs=[io.Latent.Output(tooltip="The samples.")],
         )
@@ -238,13 +243,14 @@ class GMFlowSampler(io.ComfyNode):
         return [
             io.Combo.Input(
                 "solver",
-                options=list(SOLVERS),
-                default="gm-ode",
-                tooltip="gm-ode is deterministic, gm-sde stochastic; gm-policy is for models with "
-                "a GM adapter. euler and dpmpp-2m (DPM-Solver++ of second order) follow only the "
-                "mean, as stock samplers do, for comparison.",
+                options=[AUTO, *SOLVERS],
+                default=AUTO,
+                tooltip="auto is gm-policy behind GM Adapter, and gm-ode for other models. gm-ode "
+                "is deterministic, gm-sde stochastic; gm-policy is for models with a GM adapter. "
+                "euler and dpmpp-2m (DPM-Solver++ of second order) follow only the mean, as stock "
+                "samplers do, for comparison.",
             ),
-            order_input(),
+            order_input(**ADVANCED),
             io.Int.Input(
                 "substeps",
                 default=OWN,
@@ -253,6 +259,7 @@ class GMFlowSampler(io.ComfyNode):
                 tooltip="Small steps along the predicted mixture: between two network calls for "
                 "gm-ode, over the whole way for gm-policy. They cost little compared to the "
                 "network. 0 uses the usual number: 8 for gm-ode, 128 for gm-policy.",
+                **ADVANCED,
             ),
         ]
 

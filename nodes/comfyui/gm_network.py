@@ -36,6 +36,12 @@ class GMNetwork(nn.Module):
         self.dtype = next(network.parameters()).dtype
 
     @property
+    def takes_labels(self) -> bool:
+        """True if the network is conditioned on classes or modes."""
+        config = getattr(self.network, "config", None)
+        return not self.of_points and bool(getattr(config, "num_classes", 0))
+
+    @property
     def spectrum(self) -> nn.Module | None:
         """Spectrum network of GM-SDE, if the model has one."""
         return getattr(self.network, "spectrum_net", None)

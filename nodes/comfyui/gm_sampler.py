@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import comfy.model_management
 import comfy.samplers
 import torch
@@ -12,12 +10,13 @@ from torch import Tensor
 from ...gmflow_core import DXPolicy, flow_sigmas
 from ...gmflow_core.flow.policy import Policy
 from ...gmflow_core.gaussians.draws import Generator
-from ...gmflow_core.sampling.solvers import SOLVERS, solve, usual_temperature
+from ...gmflow_core.sampling.solvers import SOLVERS, solve
 from .adapter_checks import check_steps
 from .generators import image_generators
 from .guard import guarded
+from .guiders import guidance_of
 from .latent_shapes import PointShape
-from .notices import notice
+from .solver_choice import no_effect, report_settings
 from .solver_model import SolverModel
 from .time_shift import HIGHEST
 
@@ -54,8 +53,9 @@ def gm_sampler(solver: str, shift: float = OWN, **settings) -> comfy.samplers.KS
             wrapped.enter_modes(solver)
         if wrapped.adapter is not None:
             check_steps(wrapped.adapter, sigmas, time_shift)
-        if "temperature" in SOLVERS[solver].settings:
-            report_policy(len(sigmas) - 1, time_shift, **settings)
+        if settings.get("spacing") == "sigma" and time_shift == 1:
+            no_effect("spacing", "the time shift is 1: sigma and time are the same")
+        report_settings(solver, len(sigmas) - 1, time_shift, settings, guidance_of(wrapped.guider))
         result = solve(
             solver,
             wrapped.denoise if SOLVERS[solver].takes_policies else mixtures_only(wrapped, solver),
@@ -89,23 +89,6 @@ def check_sigmas(sigmas: Tensor) -> None:
             f"{sigmas.min():.4g}{where}; use GM Sigmas or GM Policy Sigmas, or Basic Scheduler "
             "with fewer steps"
         )
-
-
-def report_policy(
-    steps: int,
-    shift: float,
-    *,
-    temperature: float | None = None,
-    substeps: int | None = None,
-    **others,
-) -> None:
-    """Show on the node the settings that the policy sampler uses."""
-    temperature = usual_temperature(steps) if temperature is None else temperature
-    notice(
-        f"{steps} steps, shift {shift:.3g}, temperature {temperature:.3g}, "
-        f"{substeps or SOLVERS['gm-policy'].substeps} substeps",
-        logging.DEBUG,
-    )
 
 
 def mixtures_only(wrapped: SolverModel, solver: str):

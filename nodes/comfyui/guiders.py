@@ -8,6 +8,7 @@ from .gm_model import GMModel
 from .label_conditioning import unconditional
 from .latent_check import check_conditioning
 from .probabilistic_cfg import has_probabilistic_guidance, with_probabilistic_guidance
+from .solver_choice import no_effect
 from .time_shift import check_flow
 
 
@@ -37,6 +38,16 @@ def guided(model, orthogonal: float = 1.0, start_percent: float = 0.0, end_perce
     return with_probabilistic_guidance(model, orthogonal, interval)
 
 
+def guidance_of(guider) -> str:
+    """Return the guidance that a guider applies, in words; "" if it applies none."""
+    cfg = getattr(guider, "cfg", None)
+    if not isinstance(cfg, int | float):
+        return ""
+    if has_probabilistic_guidance(guider.model_patcher):
+        return f"guidance {cfg:.3g}" if cfg else ""
+    return "" if cfg == 1 else f"cfg {cfg:.3g}"
+
+
 def gm_guider(model, positive, negative=None, scale: float = 0.0) -> comfy.samplers.CFGGuider:
     """Return a guider with weight `scale` on a model from `guided`; on any other, an unguided one.
 
@@ -53,6 +64,8 @@ def gm_guider(model, positive, negative=None, scale: float = 0.0) -> comfy.sampl
             f"guidance with weight {scale:g} needs a negative conditioning to steer away from: "
             "connect one, such as an empty prompt, or set the weight to 0"
         )
+    if negative is not None and not scale:
+        no_effect("negative", "the weight of the guidance is 0")
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(positive, negative or (unconditional() if of_classes and scale else positive))
     check_conditioning(model, guider.original_conds)

@@ -14,6 +14,7 @@ from .latent_check import check_conditioning
 from .latent_shapes import solver_shape
 from .notices import notice
 from .recording import RECORDER, recording
+from .solver_choice import is_unconditional, no_effect
 
 
 class ProbabilisticCFG:
@@ -112,12 +113,28 @@ def with_probabilistic_guidance(
     model.set_model_sampler_cfg_function(function, disable_cfg1_optimization=True)
     model.set_model_sampler_calc_cond_batch_function(function.calc_cond_batch)
     model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, RECORDER, predict_noise_recorded)
+    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, RECORDER, check_conditionings)
     return model
 
 
 def has_probabilistic_guidance(model: comfy.model_patcher.ModelPatcher) -> bool:
     """Return whether a model's `cfg` is the weight of probabilistic guidance."""
     return isinstance(model.model_options.get("sampler_cfg_function"), ProbabilisticCFG)
+
+
+@guarded
+def check_conditionings(executor, *args, **kwargs):
+    """Check the conditionings of a guided model; a wrapper for ComfyUI's OUTER_SAMPLE.
+
+    Raises:
+        ValueError: a conditioning is of another model.
+    """
+    guider = executor.class_obj
+    check_conditioning(guider.model_patcher, getattr(guider, "conds", {}))
+    cfg = getattr(guider, "cfg", 0)
+    if cfg and is_unconditional(guider.model_patcher):
+        no_effect(f"guidance {cfg:g}", "this model takes no conditioning, so none to steer from")
+    return executor(*args, **kwargs)
 
 
 @guarded
@@ -131,11 +148,8 @@ def predict_noise_recorded(
     """Give a guider's call a recorder; a wrapper for ComfyUI's PREDICT_NOISE.
 
     Raises:
-        ValueError: the guider or another node would use the weight as a cfg scale, or a
-            conditioning is of another model.
+        ValueError: the guider or another node would use the weight as a cfg scale.
     """
-    guider = executor.class_obj
-    check_conditioning(guider.model_patcher, getattr(guider, "conds", {}))
     options, recorder = recording(model_options)
     function = options.get("sampler_cfg_function")
     if not isinstance(function, ProbabilisticCFG):

@@ -17,6 +17,7 @@ from .gm_sampler import gm_sampler, gm_sigmas
 from .guiders import gm_guider, guided
 from .label_conditioning import NO_TEXT, SOURCE
 from .probabilistic_cfg import has_probabilistic_guidance
+from .solver_choice import AUTO, no_effect, report_unused, solver_for, steps_for
 from .time_shift import own_shift
 
 RATIOS = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # keys of an empty LATENT
@@ -40,6 +41,8 @@ def sample_latent(
     """Return a LATENT sampled from `latent`, with the noise that ComfyUI's own samplers would use.
 
     Args:
+        steps: network calls; as many as suit the model if 0.
+        solver: a name in SOLVERS; AUTO for the one that suits the model.
         shift: time shift of the sigmas; the model's own if 0.
         guidance: weight of probabilistic guidance.
         final_step_size: size of the last step relative to the others; the solver's own if 0.
@@ -48,10 +51,14 @@ def sample_latent(
     Raises:
         ValueError: a conditioning is missing, or the settings do not fit the model.
     """
+    solver = solver_for(model) if solver == AUTO else solver
+    steps = steps or steps_for(model)
+    report_unused(solver, settings)
     shift = shift or own_shift(model.get_model_object("model_sampling"))
     final_step_size = final_step_size or SOLVERS[solver].final_step_size
     sigmas = gm_sigmas(steps, shift, denoise, final_step_size)
     if not len(sigmas):
+        no_effect("sampling", "denoise is 0: the latent stays as it is")
         return latent
     if positive is None and not isinstance(model.model, GMModel):
         raise ValueError(

@@ -10,6 +10,8 @@ from comfy_api.latest import io
 
 from ...gmflow_core.sampling.solvers import FINAL_STEP_SIZE
 
+# options of an input that the page shows under "advanced", where the version of ComfyUI can
+ADVANCED = {"advanced": True} if "advanced" in inspect.signature(io.Int.Input).parameters else {}
 WEIGHT = (
     "The weight w of probabilistic guidance: how many standard deviations of the prediction it "
     "shifts the samples away from the negative conditioning. 0 is off; 0.05 to 0.2 suit the "
@@ -27,12 +29,6 @@ def node_schema(aliases: str, **about: Any) -> io.Schema:
     about["search_aliases"] = aliases.split(", ")
     known = {field.name for field in dataclasses.fields(io.Schema)}
     return io.Schema(**{name: value for name, value in about.items() if name in known})
-
-
-def rarely(**options: Any) -> dict[str, Any]:
-    """Return the options of an optional input that the page shows under advanced, where it can."""
-    known = inspect.signature(io.Int.Input).parameters
-    return {**options, "optional": True, **({"advanced": True} if "advanced" in known else {})}
 
 
 def model_input() -> io.Input:
@@ -53,17 +49,18 @@ def seed_input(name: str, tooltip: str) -> io.Input:
 
 
 def steps_input(default: int) -> io.Input:
-    """Return the input for the number of network calls."""
+    """Return the input for the number of network calls; 0 as default means the model's own."""
+    own = "" if default else " 0 uses as many as the GM adapter was made for, or 4 without one."
     return io.Int.Input(
         "steps",
         default=default,
-        min=1,
+        min=1 if default else 0,
         max=1000,
-        tooltip="Network calls. GM samplers are made for 4 to 8.",
+        tooltip=f"Network calls. GM samplers are made for 4 to 8.{own}",
     )
 
 
-def order_input() -> io.Input:
+def order_input(**options) -> io.Input:
     """Return the input for the order of GM-ODE and GM-SDE."""
     return io.Int.Input(
         "order",
@@ -72,10 +69,11 @@ def order_input() -> io.Input:
         max=2,
         tooltip="2 corrects each predicted mixture with the previous one; 1 uses it as predicted. "
         "For gm-ode and gm-sde.",
+        **options,
     )
 
 
-def shift_input(default: float, lowest: float, *, optional: bool = False) -> io.Input:
+def shift_input(default: float, lowest: float, **options) -> io.Input:
     """Return the input for the time shift; `lowest` 0 makes 0 stand for the model's own."""
     own = (
         " 0 uses the model's own shift: 1 for the models of this extension, 3.2 with a GM adapter."
@@ -86,9 +84,9 @@ def shift_input(default: float, lowest: float, *, optional: bool = False) -> io.
         min=lowest,
         max=100.0,
         step=0.01,
-        optional=optional,
         tooltip="Time shift: above 1 spends more of the steps at high noise."
         + ("" if lowest else own),
+        **options,
     )
 
 
@@ -171,6 +169,7 @@ def guidance_inputs() -> list[io.Input]:
             step=0.01,
             tooltip="How much of the guidance's component along the prediction itself is removed: "
             "1, the paper's choice, keeps values in range.",
+            **ADVANCED,
         ),
         *interval_inputs("the negative conditioning is not computed"),
     ]
@@ -182,7 +181,7 @@ def interval_inputs(saved: str) -> list[io.Input]:
     Args:
         saved: what is saved outside of that part, for the tooltip.
     """
-    percent = {"min": 0.0, "max": 1.0, "step": 0.001}
+    percent = {"min": 0.0, "max": 1.0, "step": 0.001, **ADVANCED}
     return [
         io.Float.Input(
             "start_percent",

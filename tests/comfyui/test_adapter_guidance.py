@@ -145,7 +145,7 @@ def test_the_first_prediction_counts(server: Comfy) -> None:
 
 
 def test_settings_that_do_not_fit_the_adapter_are_said(server: Comfy) -> None:
-    fitting = "4 steps, shift 3.2, temperature 0.3, 32 substeps"
+    fitting = "gm-policy: 4 steps, shift 3.2, temperature 0.3, 32 substeps"
     assert server.run(graph(seed=3)).texts["sample"] == fitting
     prompt = graph(seed=3)
     prompt["distilled"] = node("FluxGuidance", conditioning=["positive", 0], guidance=3.5)
@@ -155,12 +155,14 @@ def test_settings_that_do_not_fit_the_adapter_are_said(server: Comfy) -> None:
     said = "made with a guidance of 3.5, and the conditioning asks for 2"
     assert said in server.run(prompt).texts["sample"]
     assert "made for 4 steps or more" in server.run(graph(steps=3)).texts["sample"]
-    assert server.run(graph(steps=3, denoise=0.7)).texts["sample"].startswith("3 steps, ")
+    assert (
+        server.run(graph(steps=3, denoise=0.7)).texts["sample"].startswith("gm-policy: 3 steps, ")
+    )
     prompt = graph(steps=4)
     prompt["model"]["inputs"]["adapter_name"] = "gmflux_k8_piid_8step.safetensors"
     assert "made for 8 steps or more" in server.run(prompt).texts["sample"]
     prompt["sample"]["inputs"]["steps"] = 8
-    assert server.run(prompt).texts["sample"].startswith("8 steps, ")
+    assert server.run(prompt).texts["sample"].startswith("gm-policy: 8 steps, ")
     prompt["base"]["inputs"]["unet_name"] = "flux1-schnell.safetensors"
     assert "no guidance embedding" in server.run(prompt).texts["model"]
 

@@ -1,0 +1,79 @@
+"""Choose the solver and the number of steps for a model, and say which settings have no effect."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from ...gmflow_core.sampling.solvers import SOLVERS, usual_temperature
+from .adapter_info import adapter_of
+from .notices import notice
+
+AUTO = "auto"  # choice of the solver that suits the model
+STEPS = 4  # network calls for a model without an adapter
+# values that settings have if the user leaves them alone
+UNSET = {"order": 2, "substeps": None, "temperature": None, "stochasticity": 0.0}
+
+
+def solver_for(model) -> str:
+    """Return the solver that suits a MODEL.
+
+    It is gm-policy behind an adapter, euler for a model with a mixture source that does not know
+    its modes (mixture solvers have no closed form for it), and gm-ode for every other model.
+    """
+    if adapter_of(model.model_options) is not None:
+        return "gm-policy"
+    record = getattr(model.get_model_object("diffusion_model"), "source", None)
+    if record is not None and record["conditioning"] != "mode":
+        return "euler"
+    return "gm-ode"
+
+
+def steps_for(model) -> int:
+    """Return the number of steps that suits a MODEL: that of its adapter, else STEPS."""
+    adapter = adapter_of(model.model_options)
+    return STEPS if adapter is None else adapter.steps
+
+
+def is_unconditional(model) -> bool:
+    """Return whether a MODEL's network takes no conditioning, neither classes nor text."""
+    return not getattr(model.get_model_object("diffusion_model"), "takes_labels", True)
+
+
+def no_effect(what: str, why: str) -> None:
+    """Show on the node that runs that a setting has no effect, and why."""
+    notice(f"no effect: {what}, as {why}", logging.INFO)
+
+
+def report_unused(solver: str, settings: dict[str, Any]) -> None:
+    """Show on the node which of the settings a solver does not use."""
+    changed = (name for name, usual in UNSET.items() if settings.get(name, usual) != usual)
+    unused = [name for name in changed if name not in SOLVERS[solver].settings]
+    if unused:
+        no_effect(" and ".join(unused), f"{solver} does not use {'them' if unused[1:] else 'it'}")
+
+
+def report_settings(
+    solver: str, steps: int, shift: float, settings: dict[str, Any], guidance: str = ""
+) -> None:
+    """Show on the node, in one line, what a solver runs with.
+
+    Args:
+        shift: time shift of the sigmas.
+        settings: further arguments of `solve`; those that the solver does not take are left out.
+        guidance: the guider's guidance, in words; "" if there is none.
+    """
+    known = SOLVERS[solver]
+    about = [f"{steps} step{'s' if steps > 1 else ''}", f"shift {shift:.3g}"]
+    if "order" in known.settings:
+        about.append(f"order {settings.get('order', 2)}")
+    if "temperature" in known.settings:
+        temperature = settings.get("temperature")
+        about.append(
+            f"temperature {usual_temperature(steps) if temperature is None else temperature:.3g}"
+        )
+    if known.substeps:
+        about.append(f"{settings.get('substeps') or known.substeps} substeps")
+    if "stochasticity" in known.settings and settings.get("stochasticity"):
+        about.append(f"stochasticity {settings['stochasticity']:.3g}")
+    notice(f"{solver}: {', '.join([*about, *filter(None, [guidance])])}", logging.DEBUG)

@@ -1,8 +1,8 @@
 """Set up the processes that run tests: threads, workers, the Triton interpreter, a word on ComfyUI.
 
 Without file names pytest shares the tests out among workers, one for each core. `-n 0` turns that
-off, `-n 2` turns it on for single files. All tests in tests/comfyui run on one worker, as they
-share a ComfyUI server.
+off, `-n 2` turns it on for single files. Each worker starts a ComfyUI server of its own; the tests
+of a file in tests/comfyui stay on one worker, as they share models and pages.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return min(cores, MOST_WORKERS) if cores > 1 else 0
 
 
-class OneServer(LoadScopeScheduling):
-    """A schedule of single tests, but for those in tests/comfyui, which stay together."""
+class FilesOfServers(LoadScopeScheduling):
+    """A schedule of single tests, but for those of a file in tests/comfyui, which stay together."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return "tests/comfyui" if nodeid.startswith("tests/comfyui/") else nodeid
+        return nodeid.split("::")[0] if nodeid.startswith("tests/comfyui/") else nodeid
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneServer | None:
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FilesOfServers | None:
     """Return the schedule; None for pytest-xdist's own if `--dist` asks for another one."""
-    return OneServer(config, log) if config.getvalue("dist") == "load" else None
+    return FilesOfServers(config, log) if config.getvalue("dist") == "load" else None
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

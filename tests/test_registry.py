@@ -34,7 +34,7 @@ def test_addresses_agree():
     """The README and all addresses of pyproject.toml are those of one repository."""
     address = value("Repository")
     account, name = re.fullmatch(r"https://github\.com/([\w-]+)/([\w.-]+)", address).groups()
-    assert re.search(r"^REPOSITORY=(\S+)$", README, re.MULTILINE)[1] == address
+    assert re.search(r"^git clone (\S+) ComfyUI/custom_nodes/\w+$", README, re.M)[1] == address
     raw = f"https://raw.githubusercontent.com/{account}/{name}/main/"
     assert value("Icon") == raw + registry_pictures.ICON.relative_to(REPOSITORY).as_posix()
     assert value("Banner") == raw + registry_pictures.BANNER.relative_to(REPOSITORY).as_posix()

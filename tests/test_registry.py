@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from tests import registry_pictures
@@ -93,6 +94,18 @@ def test_contributing_has_the_commands_of_the_readme():
 
 
 # Publishing
+
+
+def test_publishing_waits_for_the_tests():
+    """The tests are those of CI, which `.ci/run` reads from the README."""
+    folder = REPOSITORY / ".github" / "workflows"
+    publish, tests = (
+        yaml.safe_load((folder / name).read_text("utf-8"))["jobs"]
+        for name in ("publish.yml", "tests.yml")
+    )
+    assert publish["publish"]["needs"] == "tests"
+    assert publish["tests"] == {"uses": f"./{(folder / 'tests.yml').relative_to(REPOSITORY)}"}
+    assert ".ci/run" in [step.get("run") for step in tests["tests"]["steps"]]
 
 
 @pytest.fixture

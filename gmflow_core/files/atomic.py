@@ -56,11 +56,13 @@ def atomic_write(path: str | Path, need: int | None = None) -> Iterator[Path]:
             check_target(path)
             create_folder(path.parent)
             folder = _temporary_folder(path.parent)
+            # that of the folder follows the umask, which cannot be read without changing it
+            mode = stat.S_IMODE(folder.stat().st_mode)
+            folder.chmod(mode | stat.S_IRWXU)  # the umask may deny even this process
             temporary = folder / PART
             yield temporary
             _sync(temporary)
-            # that of the folder follows the umask, which cannot be read without changing it
-            temporary.chmod(folder.stat().st_mode & 0o666)
+            temporary.chmod(mode & 0o666)
             os.replace(temporary, path)
         except WriteError:  # of a file that the block wrote
             raise
@@ -68,7 +70,7 @@ def atomic_write(path: str | Path, need: int | None = None) -> Iterator[Path]:
             raise _write_error(path, error, need, folder) from error
     finally:
         if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
             _ours.discard(folder.name)
 
 
@@ -91,7 +93,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             raise _write_error(path, error, None, None) from error
     finally:
         if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
             _ours.discard(folder.name)
 
 
@@ -145,6 +147,16 @@ def _temporary_folder(parent: Path) -> Path:
     return Path(name)
 
 
+def _remove(folder: Path) -> None:
+    """Remove a temporary folder, even if a strict umask has closed it."""
+    for path in (folder, folder / PART):
+        with suppress(OSError):
+            about = os.lstat(path)
+            if stat.S_ISDIR(about.st_mode):
+                path.chmod(stat.S_IMODE(about.st_mode) | stat.S_IRWXU)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def _sync(path: Path) -> None:
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
@@ -186,7 +198,7 @@ def remove_leftovers(folder: str | Path) -> list[Path]:
         for path in Path(folder).glob(".gmflow-*.tmp"):
             match = FOLDER.fullmatch(path.name)
             if match and _is_abandoned(path, match[1], int(match[2])):
-                shutil.rmtree(path, ignore_errors=True)
+                _remove(path)
                 removed.append(path)
     return removed
 

@@ -260,13 +260,16 @@ except FileError as error:
 
 
 def test_permissions_follow_the_umask(tmp_path):
-    for mask, mode in ((0o022, 0o644), (0o077, 0o600), (0o002, 0o664)):
+    for mask, mode in ((0o022, 0o644), (0o077, 0o600), (0o002, 0o664), (0o377, 0o400)):
         before = os.umask(mask)
         try:
             write_safetensors({"a": torch.zeros(1)}, tmp_path / "a.safetensors", {})
             write_json(tmp_path / "a.json", 1)
+            with pytest.raises(KeyError), atomic_folder(tmp_path / "folder"):
+                raise KeyError
         finally:
             os.umask(before)
+        assert len(os.listdir(tmp_path)) == 2
         for name in ("a.safetensors", "a.json"):
             assert (tmp_path / name).stat().st_mode & 0o777 == mode
 
@@ -346,6 +349,13 @@ def test_leftovers_of_ended_processes_are_removed_and_no_others(tmp_path):
     os.utime(foreign, (1, 1))
     with locked(tmp_path):
         assert not foreign.exists()
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    (tmp_path / "a.safetensors").write_bytes(b"")
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may read all files
+    with pytest.raises(FileError, match="may not be read; change its permissions"):
+        open_safetensors(tmp_path / "a.safetensors")
 
 
 def test_a_pipe_or_device_is_never_replaced(tmp_path):

@@ -12,16 +12,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from .files.atomic import atomic_write, remove_leftovers
+from .files.atomic import atomic_write, check_target, remove_leftovers
 from .files.checkpoint import SHIPPED, load_checkpoint, read_metadata, save_checkpoint
-from .files.errors import (
-    MOST_SAID,
-    FileError,
-    is_out_of_memory,
-    printable,
-    quoted,
-    reason,
-)
+from .files.errors import MOST_SAID, FileError, is_out_of_memory, printable, quoted, reason
 from .files.labels import find_label
 from .files.safetensors_files import is_finite, write_safetensors
 from .models.image_network import ImageNetwork
@@ -31,6 +24,7 @@ from .sampling.guidance import Guidance
 from .sampling.images import sample_images
 from .sampling.solvers import MEAN_SOLVERS, SOLVERS
 from .source.files import load_source
+from .terminal import at_terminal
 from .toys.checkerboard import draw_checkerboard
 from .toys.density_picture import density_picture
 from .toys.points import compare_solvers, comparison_sheet, sample_points
@@ -306,21 +300,14 @@ def main(arguments: list[str] | None = None) -> None:
         SystemExit: an argument or a file is wrong, or the memory is too small; the message is one
             line. Or the user stopped the command (status 130).
     """
-    if hasattr(sys.stdout, "reconfigure"):  # names of files need not fit the terminal's encoding
-        sys.stdout.reconfigure(errors="backslashreplace")
-    args = _parser().parse_args(arguments)
     try:
-        if not 0 <= getattr(args, "seed", 0) < 2**63:
-            raise ValueError(f"--seed {args.seed} must be between 0 and 2**63 - 1")
-        for name in ("steps", "substeps"):
-            count = getattr(args, name, None)
-            if count is not None and abs(count) > MOST_STEPS:
-                raise ValueError(f"--{name} is {quoted(count, 60)}; the most is {MOST_STEPS:,}")
-        if hasattr(args, "device"):
-            check_device(args.device)
-        if hasattr(args, "out"):
-            remove_leftovers(args.out.parent)
-        args.run(args)
+        with at_terminal():
+            args = _parser().parse_args(arguments)
+            _check(args)
+            if hasattr(args, "out"):
+                check_target(args.out)
+                remove_leftovers(args.out.parent)
+            args.run(args)
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(_line(str(error))) from error
     except (MemoryError, RuntimeError) as error:
@@ -331,6 +318,22 @@ def main(arguments: list[str] | None = None) -> None:
         ) from error
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Check the arguments that several commands have.
+
+    Raises:
+        ValueError: one is out of range.
+    """
+    if not 0 <= getattr(args, "seed", 0) < 2**63:
+        raise ValueError(f"--seed {args.seed} must be between 0 and 2**63 - 1")
+    for name in ("steps", "substeps"):
+        count = getattr(args, name, None)
+        if count is not None and abs(count) > MOST_STEPS:
+            raise ValueError(f"--{name} is {quoted(count, 60)}; the most is {MOST_STEPS:,}")
+    if hasattr(args, "device"):
+        check_device(args.device)
 
 
 def _line(message: str) -> str:
@@ -391,13 +394,8 @@ def _add_sample_arguments(p: argparse.ArgumentParser) -> None:
         help=f"default gm-ode; {' and '.join(MEAN_SOLVERS)} follow only the mean",
     )
     p.add_argument("--steps", type=int, default=8, help="network calls (default 8)")
-    p.add_argument(
-        "--order",
-        type=int,
-        choices=(1, 2),
-        default=2,
-        help="order of GM-ODE and GM-SDE (default 2)",
-    )
+    about = "order of GM-ODE and GM-SDE (default 2)"
+    p.add_argument("--order", type=int, choices=(1, 2), default=2, help=about)
     p.add_argument(
         "--substeps",
         type=int,

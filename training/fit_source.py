@@ -27,6 +27,7 @@ import sys
 
 import tyro
 
+from gmflow_core.files.atomic import check_target
 from gmflow_core.files.locks import locked_file
 from training.common.processes import PATIENCE, command, owned
 from training.source.config import Config, ConvertConfig
@@ -41,6 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     with command():
         if arguments[:1] == ["convert"]:
             chosen = tyro.cli(ConvertConfig, args=arguments[1:], prog=f"{prog} convert")
+            check_target(chosen.out)
             with locked_file(chosen.out):
                 convert(chosen)
             return

@@ -32,6 +32,7 @@ from collections.abc import Callable
 
 import tyro
 
+from gmflow_core.files.atomic import check_target
 from gmflow_core.files.locks import locked_file
 from training.common.processes import command, owned
 from training.data.rae_statistics import statistics
@@ -46,6 +47,7 @@ def locking(run: Callable[..., None]) -> Callable[..., None]:
         given = inspect.signature(run).bind(*args, **settings)
         given.apply_defaults()
         out, device = given.arguments["out"], given.arguments.get("device")
+        check_target(out)
         # `convert` runs in one process, and knows no device
         with locked_file(out) if device is None else owned(out, device, file=True):
             run(*args, **settings)

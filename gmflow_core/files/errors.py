@@ -30,12 +30,17 @@ class FileError(ValueError):
         self.path = path
 
 
+class WriteError(OSError):
+    """A file that cannot be written: its name, the reason, the need, and what stays intact."""
+
+
 @contextmanager
 def reading(path: str | Path, advice: str = REPEAT, what: str = "is damaged") -> Iterator[None]:
     """Raise errors of any kind that reading a file causes as a `FileError`.
 
     Damaged files make libraries raise many kinds of errors: of their own, RecursionError,
-    MemoryError, KeyError and others. `FileNotFoundError` and `FileError` pass unchanged.
+    MemoryError, KeyError and others. `FileNotFoundError`, `FileError` and `WriteError` pass
+    unchanged.
 
     Args:
         path, advice: as for `FileError`.
@@ -43,7 +48,7 @@ def reading(path: str | Path, advice: str = REPEAT, what: str = "is damaged") ->
     """
     try:
         yield
-    except (FileError, FileNotFoundError):
+    except (FileError, FileNotFoundError, WriteError):
         raise
     except Exception as error:
         raise FileError(path, f"{what} ({reason(error)})", advice) from error

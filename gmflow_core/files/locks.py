@@ -15,7 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .atomic import DISK_FULL, WriteError, remove_leftovers
+from .atomic import DISK_FULL, WriteError, create_folder, remove_leftovers
 from .errors import printable, quoted, reason
 
 LOCK, OWNER = ".gmflow.lock", ".gmflow.owner"  # the lock, and who holds it
@@ -75,9 +75,14 @@ def _held(
     lock, owner = FileLock(folder / lock_name), folder / owner_name
     held = True
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        create_folder(folder)
         lock.acquire(timeout=0)
     except Timeout:
+        if not os.path.exists(folder / lock_name):  # /proc and the like: no file can be there
+            raise WriteError(
+                f"{printable(str(what))} cannot be written: no file can be created in its folder; "
+                "choose another"
+            ) from None
         raise LockedError(
             f"{printable(str(what))} is in use by {_owner(owner)}; wait for it or stop it, or "
             f"give another {'folder' if what == folder else 'name'}"
@@ -88,7 +93,7 @@ def _held(
                 f"{printable(str(what))} cannot be written: the disk is full; make room, or choose "
                 "another folder; what is there is unchanged"
             ) from error
-        if not os.access(folder, os.W_OK) or not folder.is_dir():
+        if not _can_write(folder):
             raise WriteError(
                 f"{printable(str(what))} cannot be written ({reason(error)}): choose another "
                 "folder; what is there is unchanged"
@@ -109,6 +114,14 @@ def _held(
             with suppress(OSError):
                 owner.unlink()
             lock.release()
+
+
+def _can_write(folder: Path) -> bool:
+    """Return whether files can be created in a folder, as far as its permissions say."""
+    try:
+        return os.access(folder, os.W_OK) and folder.is_dir()
+    except (OSError, ValueError):  # ValueError: a NUL character or a lone surrogate
+        return False
 
 
 def _sign(path: Path, command: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -35,6 +36,8 @@ def open_safetensors(path: str | Path, advice: str = REPEAT):
         except TypeError:  # safetensors before 0.8
             return safe_open(path, framework="pt")
     except (SafetensorError, OSError, ValueError) as error:
+        if not os.access(path, os.R_OK):  # which the library tells as a file that is missing
+            raise FileError(path, "may not be read", "change its permissions") from error
         if _is_pickle(path):
             raise FileError(path, PICKLE, "use the .safetensors version of the model") from None
         raise FileError(

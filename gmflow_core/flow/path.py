@@ -106,7 +106,13 @@ def flow_sigmas(
     if not 0 <= end < start:
         raise ValueError(f"end is {end}; it must be at least 0 and below start, {start}")
     times = 1 - torch.arange(steps + 1, dtype=torch.float64) / (steps - 1 + final_step_size)
-    return shift_time(end + (start - end) * times.clamp(min=0), shift).float()
+    sigmas = shift_time(end + (start - end) * times.clamp(min=0), shift).float()
+    if not (sigmas.diff() < 0).all():  # true of NaN too
+        raise ValueError(
+            f"shift is {shift}, with which {steps} steps from {start} to {end} are not told apart "
+            "in float32; give a shift nearer to 1, or fewer steps"
+        )
+    return sigmas
 
 
 def diffuse(x0: Tensor, sigma: Sigma, noise: Tensor) -> Tensor:

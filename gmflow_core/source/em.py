@@ -216,7 +216,8 @@ class EM:
             raise ValueError(
                 f"the log-likelihood is {log_likelihood} at iteration "
                 f"{len(self.log_likelihoods) + 1}: the data's values are too large to be squared, "
-                "or too far apart; scale them, or compute with float64"
+                f"or too far apart, or reg_covar ({reg_covar:g}) is too small; scale the values, "
+                "or compute with float64"
             )
         return EM(means, var, log_weights, [*self.log_likelihoods, log_likelihood])
 

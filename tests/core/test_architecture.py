@@ -24,7 +24,18 @@ LAYERS = {
     "pictures": (),
     "sampling": ("gaussians", "flow", "fast", "source"),
     "toys": ("gaussians", "flow", "sampling", "pictures"),
-    "cli": ("gaussians", "flow", "source", "models", "files", "sampling", "toys", "pictures"),
+    "terminal": ("files",),
+    "cli": (
+        "gaussians",
+        "flow",
+        "source",
+        "models",
+        "files",
+        "sampling",
+        "toys",
+        "pictures",
+        "terminal",
+    ),
 }
 FOREIGN = {  # what a package never imports
     "gmflow_core": ("comfy", "comfy_api", "comfy_execution", "diffusers", "folder_paths"),

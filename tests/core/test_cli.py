@@ -1,5 +1,8 @@
 """Command line of `gmflow` on the shipped models."""
 
+import os
+import signal
+
 import pytest
 import torch
 from PIL import Image
@@ -36,6 +39,21 @@ def test_shipped_model_says_where_it_comes_from():
     facts = read_metadata(DEMO_MODEL)["training"]
     assert facts["command"].startswith("python -m training.checkerboard")
     assert set(facts["report"]) >= {"u_nll", "gm-ode", "gm-sde", "euler"}
+
+
+def test_sigterm_leaves_no_part_of_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda _: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit, match="130"):
+        main(["demo", "--count", "100", "--out", str(tmp_path / "a.png"), "--device", "cpu"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_no_file_can_be_written_nothing_is_sampled(tmp_path):
+    (tmp_path / "a.png").mkdir()
+    os.mkfifo(tmp_path / "b.png")
+    for name, said in (("a", "is a folder"), ("b", "is a pipe"), ("x" * 300, "too long")):
+        with pytest.raises(SystemExit, match=f"{said}"):
+            main(["sample", "no such model", "--out", str(tmp_path / f"{name}.png")])
 
 
 def test_demo(tmp_path, capsys):

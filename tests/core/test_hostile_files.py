@@ -5,12 +5,13 @@ import os
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import SafetensorError
 
-from gmflow_core.files import locks, safetensors_files
+from gmflow_core.files import atomic, locks, safetensors_files
 from gmflow_core.files.atomic import WriteError, atomic_folder, atomic_write, remove_leftovers
 from gmflow_core.files.checkpoint import load_checkpoint, read_metadata, save_checkpoint
 from gmflow_core.files.errors import (
@@ -22,7 +23,7 @@ from gmflow_core.files.errors import (
     reading,
 )
 from gmflow_core.files.json_files import DEEPEST, parse_json, read_json, write_json
-from gmflow_core.files.locks import LockedError, locked
+from gmflow_core.files.locks import LockedError, locked, locked_file
 from gmflow_core.files.safetensors_files import (
     is_finite,
     open_safetensors,
@@ -259,13 +260,16 @@ except FileError as error:
 
 
 def test_permissions_follow_the_umask(tmp_path):
-    for mask, mode in ((0o022, 0o644), (0o077, 0o600), (0o002, 0o664)):
+    for mask, mode in ((0o022, 0o644), (0o077, 0o600), (0o002, 0o664), (0o377, 0o400)):
         before = os.umask(mask)
         try:
             write_safetensors({"a": torch.zeros(1)}, tmp_path / "a.safetensors", {})
             write_json(tmp_path / "a.json", 1)
+            with pytest.raises(KeyError), atomic_folder(tmp_path / "folder"):
+                raise KeyError
         finally:
             os.umask(before)
+        assert len(os.listdir(tmp_path)) == 2
         for name in ("a.safetensors", "a.json"):
             assert (tmp_path / name).stat().st_mode & 0o777 == mode
 
@@ -347,6 +351,34 @@ def test_leftovers_of_ended_processes_are_removed_and_no_others(tmp_path):
         assert not foreign.exists()
 
 
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    (tmp_path / "a.safetensors").write_bytes(b"")
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may read all files
+    with pytest.raises(FileError, match="may not be read; change its permissions"):
+        open_safetensors(tmp_path / "a.safetensors")
+
+
+def test_a_pipe_or_device_is_never_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(WriteError, match="is a pipe, socket or device; give the name of a file"):
+        write_json(tmp_path / "pipe", 1)
+    assert (tmp_path / "pipe").is_fifo()
+    if Path("/proc/self").exists():  # without a lock, nobody holds it
+        with pytest.raises(WriteError, match="cannot be written"), locked_file("/proc/self/a"):
+            pass
+
+
+def test_leftovers_of_another_container_stay_for_a_day(tmp_path, monkeypatch):
+    """Containers may share the machine's name, and each has processes of the same numbers."""
+    for namespace, number in ((5, 2**22 + 1), (6, 2**22 + 1), (6, os.getpid())):  # none runs
+        monkeypatch.setattr(atomic, "_namespace", lambda n=namespace: n)
+        (tmp_path / f".gmflow-{atomic._host()}-{number}-{namespace}.tmp").mkdir()
+    assert [path.name[-5:] for path in remove_leftovers(tmp_path)] == ["6.tmp"]
+    for path in tmp_path.iterdir():
+        os.utime(path, (1, 1))
+    assert len(remove_leftovers(tmp_path)) == 2
+
+
 def test_a_disk_without_locks_is_warned_about(tmp_path, monkeypatch):
     def fail(self, **_):
         raise NotImplementedError("no flock here")
@@ -384,6 +416,11 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
         locked(tmp_path / "file" / "out"),
     ):
         pass
+    for name in ("a/" * 1900, "bad\0name", "\ud800"):  # no folder can have these names
+        with pytest.raises(WriteError, match="cannot be written"), locked(Path(name)):
+            pass
+        with pytest.raises(WriteError, match="cannot be written"):
+            write_json(Path(name) / "a.json", 1)
 
 
 def test_tensors_under_a_pipe_do_not_hang(tmp_path):

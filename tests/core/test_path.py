@@ -260,6 +260,10 @@ def test_errors_quote_what_was_given():
         flow_sigmas(0)
     with pytest.raises(ValueError, match="shift is -1"):
         flow_sigmas(4, -1)
+    for shift in (1e38, 1e-320, float("inf")):
+        with pytest.raises(ValueError, match=r"shift is (1e|inf).* nearer to 1"):
+            flow_sigmas(4, shift)
+    assert len(flow_sigmas(1000, 1000.0)) == 1001
 
 
 # Golden figures

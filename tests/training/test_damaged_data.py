@@ -5,15 +5,17 @@ import json
 import os
 import struct
 import zipfile
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from gmflow_core.files.errors import FileError
+from gmflow_core.files.errors import FileError, WriteError
 from tests.training.evaluation_runs import two_classes, write_prepared
 from tests.training.image_folders import run, write_images
+from training.common import files
 from training.common.arrays import NpyFile, read_npz
 from training.common.files import load_pytorch
 from training.data.plan import check_plan
@@ -309,6 +311,16 @@ def test_measures_with_changed_bytes(tmp_path):
     chunks.write(0, {"x": torch.full((5, 2), torch.nan)}, {})
     with pytest.raises(FileError, match="NaN or infinity in 'x'"):
         chunks.read(0)
+
+
+def test_without_room_for_temporary_files_no_file_is_blamed(tmp_path, monkeypatch):
+    torch.save({"a": torch.zeros(2)}, tmp_path / "a.pt")
+    monkeypatch.setattr(files.tempfile, "tempdir", str(tmp_path / "none"))
+    with pytest.raises(WriteError, match=r"no temporary folder .*TMPDIR"):
+        load_pytorch(tmp_path / "a.pt")
+    monkeypatch.setattr(files, "temporary_folder", lambda: nullcontext(tmp_path / "none"))
+    with pytest.raises(WriteError, match=r"none cannot be written .*TMPDIR"):
+        load_pytorch(tmp_path / "a.pt")
 
 
 def test_deeply_nested_pickles_end_another_process_at_most(tmp_path):

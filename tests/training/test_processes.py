@@ -16,7 +16,7 @@ from gmflow_core.files.locks import LockedError, locked, locked_file
 from tests.training.test_checkerboard import SMALL, train
 from training import digits, fit_source, rae
 from training.checkerboard import main
-from training.common.processes import command, message_of
+from training.common.processes import command, message_of, stop_signals
 from training.loop.curves import Curves
 
 ROOT = Path(__file__).parents[2]
@@ -82,11 +82,26 @@ def test_what_comes_from_outside_is_one_printable_line(error, said):
     assert all(c.isprintable() for c in str(caught.value))
 
 
-def test_sigterm_ends_a_command_like_ctrl_c(capsys):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_signals_end_a_command_like_ctrl_c(number, capsys):
+    signal.signal(number, signal.SIG_DFL)
     with pytest.raises(SystemExit, match="130"), command():
-        signal.raise_signal(signal.SIGTERM)
-    assert "stopped by SIGTERM; run the same command again" in capsys.readouterr().err
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        signal.raise_signal(number)
+    assert f"stopped by {number.name}; run the same command again" in capsys.readouterr().err
+    assert signal.getsignal(number) is signal.SIG_DFL
+    with stop_signals() as stopped:
+        signal.raise_signal(number)
+    assert stopped.is_set()
+
+
+def test_under_nohup_a_closed_terminal_ends_nothing():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with command(), stop_signals() as stopped:
+            signal.raise_signal(signal.SIGHUP)
+        assert not stopped.is_set()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 PRINTING = """
@@ -114,6 +129,30 @@ def test_output_that_nobody_reads_or_no_terminal_can_show(closed):
     assert "Traceback" not in errors
     assert process.returncode == (1 if closed else 0)
     assert ("the program that read this command's output ended" in errors) == closed
+
+
+WITHOUT_STREAMS = """
+import os, sys
+from gmflow_core.terminal import at_terminal
+with at_terminal():
+    with open("result", "w") as file:
+        print("out", flush=True)
+        print("progress", file=sys.stderr)
+        sys.stderr.write("as tqdm does")
+        os.write(1, b"as a library in C does")
+        os.write(2, b"as a library in C does")
+        file.write("whole")
+"""
+
+
+def test_closed_streams_cost_no_result(tmp_path):
+    """Without them, the result's file would be opened under the number of one."""
+    closing = 'exec "$0" -c "$1" <&- >&- 2>&-'
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    given = ["sh", "-c", closing, sys.executable, WITHOUT_STREAMS]
+    done = subprocess.run(given, cwd=tmp_path, env=environment, check=False)
+    assert done.returncode == 0
+    assert (tmp_path / "result").read_text() == "whole"
 
 
 def test_a_second_start_names_the_first(tmp_path):
@@ -196,6 +235,7 @@ def test_curves_that_cannot_be_written_end_with_a_note(tmp_path, capsys):
         ("evaluate", "--checkpoint a --steps 2000000", "--steps is 2000000"),
         ("fit_source", f"--data a --modes 2 --encoder-size {2**40}", "--encoder-size is"),
         ("fit_source", "--data a --modes 2 --tolerance nan", "--tolerance is nan"),
+        ("evaluate", f"--checkpoint a --seed {2**62}", "--seed is 4611"),
         ("digits", f"--copies {2**40}", "--copies is"),
         ("prepare", "--data a --size 1000000", "--size is 1000000"),
         ("source_toys", f"--samples {2**40}", "--samples is"),
@@ -210,3 +250,10 @@ def test_numbers_beyond_any_use_are_refused_by_name(module, line, message, tmp_p
     assert message in said
     assert len(said) < 1500
     assert not (tmp_path / "out").exists()
+
+
+def test_statistics_check_their_numbers_before_the_network_is_loaded(tmp_path):
+    for option in ("--batch-size", "--workers"):
+        given = ["statistics", "--data", "a", "--out", str(tmp_path / "out"), option, "-1"]
+        with pytest.raises(SystemExit, match=f"{option} is -1"):
+            rae.main([*given, "--device", "cpu"])

@@ -8,18 +8,28 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gmflow_core.files.errors import FileError, check_regular_file, printable, reason
+from gmflow_core.files.errors import (
+    FileError,
+    WriteError,
+    check_regular_file,
+    printable,
+    reason,
+)
 from gmflow_core.files.safetensors_files import read_safetensors
 
 ADVICE = "get it again, or give the same tensors as .safetensors"
 MEMORY, TIMES = 2**32, 3  # bytes that the other process may take, and as often the file's size
 SECONDS, SPEED = 120, 2**24  # time that it may take, and bytes that it reads in a further second
+UNWRITTEN = 3  # exit status of the other process if it cannot write the tensors
+OTHER_FOLDER = "make room, or set TMPDIR to another folder that can be written"
 ROOT = Path(__file__).parents[2]
 START = (
     "import sys; sys.path.insert(0, sys.argv[1]); from training.common.files import main; main()"
@@ -37,11 +47,12 @@ def load_pytorch(path: Path) -> dict[str, Tensor]:
     Raises:
         FileNotFoundError: there is no such file.
         FileError: it is damaged, holds no named tensors, or took too much memory or time.
+        WriteError: there is no room for temporary files.
     """
     check_regular_file(path)
     size = path.stat().st_size
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "tensors.safetensors"
+    with temporary_folder() as folder:
+        out = folder / "tensors.safetensors"
         command = [sys.executable, "-c", START, str(ROOT), str(path), str(out), str(size)]
         try:
             done = subprocess.run(  # noqa: S603 our own code
@@ -52,10 +63,29 @@ def load_pytorch(path: Path) -> dict[str, Tensor]:
         if done.returncode < 0:
             name = signal.Signals(-done.returncode).name
             raise FileError(path, f"ended the process that read it ({name})", ADVICE)
+        if done.returncode == UNWRITTEN:
+            said = printable(done.stdout.decode(errors="replace").strip(), 400)
+            raise WriteError(f"{folder} cannot be written ({said}): {OTHER_FOLDER}")
         if done.returncode:
             said = done.stdout.decode(errors="replace").strip() or "the process that read it failed"
             raise FileError(path, f"is refused ({printable(said, 400)})", ADVICE)
         return read_safetensors(out)[0]
+
+
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Yield a folder for temporary files, and remove it.
+
+    Raises:
+        WriteError: there can be none.
+    """
+    try:
+        folder = tempfile.TemporaryDirectory()
+    except OSError as error:
+        said = f"no temporary folder can be made ({reason(error)}): {OTHER_FOLDER}"
+        raise WriteError(said) from error
+    with folder:
+        yield Path(folder.name)
 
 
 def main() -> None:
@@ -68,7 +98,12 @@ def main() -> None:
         most = MEMORY + TIMES * size
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     try:
-        save_file(_named_tensors(path), out)
+        tensors = _named_tensors(path)
+        try:
+            save_file(tensors, out)
+        except (SafetensorError, OSError) as error:
+            print(reason(error))
+            raise SystemExit(UNWRITTEN) from None
     except Exception as error:  # PyTorch raises many kinds, and this one is of many lines
         other = isinstance(error, pickle.UnpicklingError)
         print("it is not a PyTorch file of tensors alone" if other else reason(error))

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -18,8 +18,9 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
 from gmflow_core.files.atomic import DISK_FULL
-from gmflow_core.files.errors import MOST_SAID, is_out_of_memory, printable, reason
+from gmflow_core.files.errors import MOST_SAID, is_out_of_memory, printable
 from gmflow_core.files.locks import locked, locked_file
+from gmflow_core.terminal import ENDING, at_terminal
 from training.common.devices import on_cpu
 from training.common.settings import LARGEST, require
 
@@ -41,21 +42,15 @@ def command() -> Iterator[None]:
     """Run the body of a command, with errors in one line that a user can act on.
 
     What comes from files, arguments, devices and other processes ends in such a line; any other
-    exception is a mistake in the code, and keeps its traceback. SIGTERM ends the body like Ctrl-C.
+    exception is a mistake in the code, and keeps its traceback. For streams and signals see
+    `at_terminal`.
 
     Raises:
         SystemExit: the body raised such an error (status 1), or was stopped (status 130).
     """
-    for stream in (sys.stdout, sys.stderr):  # names of files may hold what a terminal cannot show
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
     try:
-        with _sigterm_as_interrupt():
+        with at_terminal():
             yield
-            _flush()
-    except BrokenPipeError as error:
-        _discard_output()
-        raise SystemExit("error: the program that read this command's output ended") from error
     except KeyboardInterrupt as stop:
         reason = str(stop) or "stopped"
         print(f"\n{printable(reason)}; run the same command again to go on", file=sys.stderr)
@@ -101,50 +96,6 @@ def message_of(error: Exception) -> str | None:
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
-
-
-def _flush() -> None:
-    """Write what was printed, as long as an error can still be told.
-
-    Raises:
-        BrokenPipeError: the program that reads the output ended.
-        OSError: it goes to a file that cannot be written.
-    """
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        _discard_output()
-        raise OSError(f"the output of this command cannot be written ({reason(error)})") from error
-
-
-def _discard_output() -> None:
-    """Send further output nowhere, or flushing it at the end would raise again."""
-    with suppress(OSError, ValueError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-
-
-@contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """Raise KeyboardInterrupt for SIGTERM in the block, so that it can tidy up.
-
-    In the main thread only, and only where nobody else handles SIGTERM.
-    """
-    here = threading.current_thread() is threading.main_thread()
-    if not here or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt("stopped by SIGTERM")
-
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def leave() -> None:
@@ -216,18 +167,21 @@ def held_by_main(state: PartialState, lock: AbstractContextManager) -> Iterator[
 
 @contextmanager
 def stop_signals() -> Iterator[threading.Event]:
-    """Yield an event that Ctrl-C and SIGTERM set, instead of interrupting the code in the block.
+    """Yield an event that Ctrl-C, SIGTERM and SIGHUP set, instead of interrupting the block.
 
     The block checks the event where it can stop without loss. Only the main thread can handle
-    signals: in another one the event stays unset.
+    signals: in another one the event stays unset. A signal that is ignored stays so, such as
+    SIGHUP under nohup.
     """
     stopped = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stopped
         return
+    ending = [getattr(signal, name) for name in ENDING if hasattr(signal, name)]
+    handled = [n for n in ending if signal.getsignal(n) is not signal.SIG_IGN]
     before = {
         number: signal.signal(number, lambda *_: stopped.set())
-        for number in (signal.SIGINT, signal.SIGTERM)
+        for number in (signal.SIGINT, *handled)
     }
     try:
         yield stopped

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
@@ -147,7 +148,8 @@ def check_places(config: PreparationConfig) -> None:
     Raises:
         ValueError: it is.
     """
-    out, data = config.out.resolve(), config.data.resolve()
+    # Path.resolve raises for links in a circle
+    out, data = (Path(os.path.realpath(each)) for each in (config.out, config.data))
     if out == data or data in out.parents:
         raise ValueError(
             f"--out {config.out} is inside --data {config.data}, and would be taken for a class; "

@@ -9,11 +9,14 @@ from accelerate import PartialState
 from torch import Tensor
 from tqdm import tqdm
 
+from gmflow_core.files.errors import quoted
 from gmflow_core.files.safetensors_files import write_safetensors
+from gmflow_core.models.settings import MOST
 from gmflow_core.source.moments import RunningMoments
 from gmflow_core.source.source import widest
 from training.common.devices import on_cpu
-from training.common.settings import require_device
+from training.common.processes import loader_workers
+from training.common.settings import require, require_device
 from training.data.image_folder import ImageCrops, image_loader, list_images
 from training.data.shards import to_model
 from training.encoders.rae_files import load_rae
@@ -42,7 +45,9 @@ def statistics(
         device: auto (what accelerate finds) or cpu.
     """
     require_device(device)
+    require(1 <= batch_size <= MOST, "batch_size", quoted(batch_size), f"from 1 to {MOST:,}")
     state = PartialState(cpu=on_cpu(device))
+    loader_workers(workers, state)  # checks it before the network is loaded
     images = list_images(data)
     with state.local_main_process_first():
         rae = load_rae(vae, state.device)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gmflow_core.files.checkpoint import save_checkpoint
-from gmflow_core.files.errors import FileError, check_regular_file, quoted, reading, reason
+from gmflow_core.files.errors import FileError, check_regular_file, quoted, reading
 from gmflow_core.files.json_files import EDITED, read_json
 from gmflow_core.files.safetensors_files import check_finite, read_safetensors
 from gmflow_core.models.ditdh import DiTDH
@@ -262,19 +262,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         tensors = read_safetensors(path)[0]
     else:
-        try:
+        with reading(path, "get it again"):
             tensors = load_pytorch(path)
-        except (FileError, OSError, RuntimeError, EOFError, ValueError) as error:
-            if isinstance(error, FileError):
-                raise
-            raise FileError(path, f"is damaged ({reason(error)})", "get it again") from error
-        except Exception as error:  # unpickling raises many kinds
-            raise FileError(
-                path,
-                "is not a PyTorch file of tensors alone, and nothing else is loaded "
-                f"({reason(error)})",
-                "get it again, or give the tensors as .safetensors",
-            ) from error
     for name, tensor in tensors.items():
         check_finite(tensor, name, path)
     return tensors

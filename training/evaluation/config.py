@@ -156,6 +156,8 @@ class Config:
         for name, smallest in least.items():
             value = getattr(self, name)
             require(value >= smallest, name, value, f"at least {smallest}")
+        most = 9 * 10**9  # image i has the seed * 10^9 + i, which PyTorch takes below 2^63
+        require(self.seed <= most, "seed", self.seed, f"at most {most}")
         for name in ("count", "reference_count"):
             if getattr(self, name) < 2:
                 raise ValueError(

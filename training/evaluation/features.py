@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from gmflow_core.files.atomic import check_target
 from gmflow_core.files.locks import locked_file
 from training.common.processes import together
 from training.evaluation.classifier import ClassifierFeatures, train_classifier
@@ -31,6 +32,7 @@ def load_extractor(inputs: Inputs) -> Extractor:
     path = Path(config.features)
     with together(inputs.state):
         if inputs.main and not path.exists():
+            check_target(path)
             with locked_file(path):
                 train_features(inputs, path)
     features = ClassifierFeatures.load(path, inputs.device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import tempfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from gmflow_core.files.errors import check_regular_file, printable, reading
 from gmflow_core.files.safetensors_files import check_finite, read_safetensors
-from training.common.files import load_pytorch
+from training.common.files import load_pytorch, temporary_folder
 from training.evaluation.extractors import check_images, one_line
 
 
@@ -60,8 +59,8 @@ class InceptionFeatures:
         state = read_inception(path)
         extractor = fidelity("feature_extractor_inceptionv3").FeatureExtractorInceptionV3
         # torch-fidelity unpickles the file that it is given: give it one written here.
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "weights.pth"
+        with temporary_folder() as folder:
+            file = folder / "weights.pth"
             torch.save(state, file)
             try:
                 network = extractor(

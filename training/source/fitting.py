@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -165,7 +166,8 @@ class Fitting:
         with together(self.state):
             if self.state.is_main_process:  # of a process that was killed while it wrote a part
                 remove_leftovers(path.with_suffix(".parts"))
-            needed = not path.exists() and path.parent.resolve() != self.config.out.resolve()
+            out = os.path.realpath(self.config.out)
+            needed = not path.exists() and os.path.realpath(path.parent) != out
         with held_by_main(self.state, locked(path.parent) if needed else nullcontext()):
             yield
 

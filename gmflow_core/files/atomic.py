@@ -97,6 +97,24 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             _ours.discard(folder.name)
 
 
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """Yield a folder in the system's place for temporary files (TMPDIR), and remove it.
+
+    What killed processes left there is removed first.
+
+    Raises:
+        OSError: there can be none.
+    """
+    remove_leftovers(tempfile.gettempdir())
+    folder = _temporary_folder(Path(tempfile.gettempdir()), 0o700)  # as others use that place
+    try:
+        yield folder
+    finally:
+        _remove(folder)
+        _ours.discard(folder.name)
+
+
 def check_target(path: str | Path) -> None:
     """Check, before the work that makes its content, that a file can be written.
 
@@ -138,12 +156,12 @@ def create_folder(folder: Path) -> None:
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL)) from error
 
 
-def _temporary_folder(parent: Path) -> Path:
+def _temporary_folder(parent: Path, mode: int = 0o777) -> Path:
     """Create a folder that names this process."""
     prefix = f".gmflow-{_host()}-{os.getpid()}-"
     name = tempfile.mktemp(dir=parent, prefix=prefix, suffix=".tmp")  # noqa: S306 mkdir is atomic
     _ours.add(Path(name).name)  # first, as other threads may look for leftovers
-    os.mkdir(name)
+    os.mkdir(name, mode)
     return Path(name)
 
 

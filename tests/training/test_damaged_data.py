@@ -4,6 +4,9 @@ import io
 import json
 import os
 import struct
+import subprocess
+import sys
+import tempfile
 import zipfile
 from contextlib import nullcontext
 
@@ -12,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from gmflow_core.files.atomic import scratch_folder
 from gmflow_core.files.errors import FileError, WriteError
 from tests.training.evaluation_runs import two_classes, write_prepared
 from tests.training.image_folders import run, write_images
@@ -315,12 +319,25 @@ def test_measures_with_changed_bytes(tmp_path):
 
 def test_without_room_for_temporary_files_no_file_is_blamed(tmp_path, monkeypatch):
     torch.save({"a": torch.zeros(2)}, tmp_path / "a.pt")
-    monkeypatch.setattr(files.tempfile, "tempdir", str(tmp_path / "none"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
     with pytest.raises(WriteError, match=r"no temporary folder .*TMPDIR"):
         load_pytorch(tmp_path / "a.pt")
     monkeypatch.setattr(files, "temporary_folder", lambda: nullcontext(tmp_path / "none"))
     with pytest.raises(WriteError, match=r"none cannot be written .*TMPDIR"):
         load_pytorch(tmp_path / "a.pt")
+
+
+def test_what_killed_processes_left_among_temporary_files_is_removed(tmp_path, monkeypatch):
+    torch.save({"a": torch.zeros(2)}, tmp_path / "a.pt")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    ended = subprocess.Popen([sys.executable, "-c", "pass"])
+    ended.wait()
+    with scratch_folder() as ours:
+        left = tmp_path / ours.name.replace(f"-{os.getpid()}-", f"-{ended.pid}-")
+        left.mkdir()
+        assert torch.equal(load_pytorch(tmp_path / "a.pt")["a"], torch.zeros(2))
+        assert sorted(tmp_path.iterdir()) == sorted([ours, tmp_path / "a.pt"])
+    assert list(tmp_path.iterdir()) == [tmp_path / "a.pt"]
 
 
 def test_deeply_nested_pickles_end_another_process_at_most(tmp_path):

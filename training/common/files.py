@@ -7,7 +7,6 @@ import pickle
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gmflow_core.files.atomic import scratch_folder
 from gmflow_core.files.errors import (
     FileError,
     WriteError,
@@ -74,18 +74,18 @@ def load_pytorch(path: Path) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """Yield a folder for temporary files, and remove it.
+    """Yield a folder for temporary files, and remove it, with those that killed processes left.
 
     Raises:
         WriteError: there can be none.
     """
-    try:
-        folder = tempfile.TemporaryDirectory()
-    except OSError as error:
-        said = f"no temporary folder can be made ({reason(error)}): {OTHER_FOLDER}"
-        raise WriteError(said) from error
-    with folder:
-        yield Path(folder.name)
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = stack.enter_context(scratch_folder())
+        except OSError as error:
+            said = f"no temporary folder can be made ({reason(error)}): {OTHER_FOLDER}"
+            raise WriteError(said) from error
+        yield folder
 
 
 def main() -> None:

@@ -51,7 +51,7 @@ def running(base: Path, before_start: Callable[[], None] | None = None) -> Itera
         )
     server = Comfy(f"http://127.0.0.1:{port}", base, base / "server.log", process)
     try:
-        server.wait_ready(timeout=120)
+        server.wait_ready(timeout=300)
         yield server
     finally:
         server.close()

@@ -62,7 +62,7 @@ def with_adapter(
         f"{strength:g}",
         logging.INFO,
     )
-    sampling = ShiftedFlow(policy.get("shift", SHIFT), base.multiplier)
+    sampling = ShiftedFlow.with_shift(policy.get("shift", SHIFT), base.multiplier)
     return with_head(model, head, adapter, sampling)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from ...gmflow_core import unshift_time
+from ...gmflow_core.files.errors import quoted
 from ...gmflow_core.sampling.solvers import FINAL_STEP_SIZE
 from .adapter_info import Adapter, adapter_of
 from .guard import guarded
@@ -23,7 +26,9 @@ def check_settings(executor, noise: Tensor, latent_image: Tensor, *args, **kwarg
     clear()
     guider = executor.class_obj
     check_latent(guider.model_patcher, latent_image)
-    check_conditioning(guider.model_patcher, getattr(guider, "conds", {}))
+    uses_negative = not math.isclose(getattr(guider, "cfg", 1.0), 1.0)
+    needed = ("positive", "negative") if uses_negative else ("positive",)
+    check_conditioning(guider.model_patcher, getattr(guider, "conds", {}), needed)
     make_loadable(guider.model_patcher)
     adapter = adapter_of(guider.model_options)
     if adapter.guidance is not None:
@@ -42,7 +47,8 @@ def _check_guidance(guider, adapter: Adapter) -> None:
     """Warn if the distilled guidance differs from the adapter's, or if cfg is applied as well."""
     conds = [cond for conds in getattr(guider, "conds", {}).values() for cond in conds or []]
     default = adapter.base.default_guidance
-    others = {cond.get("guidance", default) for cond in conds} - {adapter.guidance}
+    given = {_guidance_in(cond.get("guidance", default), adapter) for cond in conds}
+    others = given - {adapter.guidance}
     if others:
         asked = sorted("none at all" if value is None else f"{value:g}" for value in others)
         notice(
@@ -57,6 +63,26 @@ def _check_guidance(guider, adapter: Adapter) -> None:
             f"negative prompts: with a guidance of {cfg:g} on top, expect poor images; use Basic "
             "Guider, or cfg 1"
         )
+
+
+def _guidance_in(value: object, adapter: Adapter) -> float | None:
+    """Return the distilled guidance of a conditioning.
+
+    Raises:
+        ValueError: it is no finite number.
+    """
+    if value is None:
+        return None
+    try:
+        number = float(value) if not isinstance(value, str) else math.nan
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(
+            f"the guidance in the conditioning is {quoted(value)}, which is no finite number; set "
+            f"FluxGuidance to {adapter.guidance:g}"
+        )
+    return number
 
 
 def check_steps(adapter: Adapter, sigmas: Tensor, shift: float) -> None:

@@ -15,7 +15,7 @@ NAMES = {
     "noise": "the noise",
     "latent_image": "the latent that is sampled",
     "mask": "the noise mask",
-    "sigmas": "the sigmas",
+    "sigmas": "the list of sigmas",
 }
 
 
@@ -35,8 +35,15 @@ def check_inputs(guider, **tensors: Tensor | None) -> None:
         if not is_finite(tensor):
             raise ValueError(
                 f"{name} holds {count(tensor)}, and with them every picture would be black: look "
-                "for the node that makes them (a VAE or text encoder in fp16 may overflow)"
+                f"for the node that makes them{_maker_of(name)}"
             )
+
+
+def _maker_of(name: str) -> str:
+    """Return the node that likely makes an input, for a message; "" if none is likelier."""
+    if name == NAMES["latent_image"]:
+        return " (a VAE in fp16 may overflow)"
+    return " (a text encoder in fp16 may overflow)" if "conditioning" in name else ""
 
 
 def count(tensor: Tensor) -> str:
@@ -71,8 +78,9 @@ def likely_cause(guider) -> str:
     if torch.float16 in (model.get_dtype(), getattr(model, "manual_cast_dtype", None)):
         return "likely fp16 overflowed; load the model in bf16 or fp32"
     return (
-        "weights, conditioning and latent are finite, so the network or a node that patches it "
-        "overflowed; load the model in fp32, or remove patches and LoRAs one by one"
+        "weights, conditioning and latent are finite, so the network or a node around it "
+        "overflowed or divided by 0 (PerpNeg does, if its conditionings are equal); remove "
+        "guiders, patches and LoRAs one by one, or load the model in fp32"
     )
 
 

@@ -34,6 +34,8 @@ class GMNetwork(nn.Module):
         self.label_names: list[str] = data.get("labels") or []  # by number; empty if unknown
         self.source: dict[str, Any] | None = data.get("source")
         self.dtype = next(network.parameters()).dtype
+        # nodes such as RenormCFG read these of every network
+        self.in_channels = self.out_channels = 2 if self.of_points else network.channels
 
     @property
     def takes_labels(self) -> bool:

@@ -261,8 +261,8 @@ def saved_state(model: comfy.model_patcher.ModelPatcher) -> StateDict:
         model.unpatch_model(device_to=model.offload_device)
     if not any(key.endswith(f".{MARK}") for key in state):
         raise ValueError(
-            "this model is not in 8 bit; load it with GM Load Diffusion Model (8-bit), or save it "
-            "with ModelSave as it is"
+            "this model is not in 8 bit: connect one from GM Load Diffusion Model (8-bit). "
+            "ModelSave saves others; a GM model is kept as the file that GM Load Model reads"
         )
     base = find_base(model)
     for inside, published in (base.saved_names if base else {}).items():

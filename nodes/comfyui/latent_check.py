@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 from torch import Tensor
 
@@ -38,23 +38,46 @@ def check_latent(model, latent: Tensor, any_size: bool = False) -> None:
         )
 
 
-def check_conditioning(model, conds: Mapping[str, list[dict] | None]) -> None:
+CONNECT_TEXT = "connect CLIP Text Encode, with the text encoders of this model"
+
+
+def check_conditioning(
+    model, conds: Mapping[str, list[dict] | None], needed: Container[str] = ()
+) -> None:
     """Check that the conditioning is as wide as the output of the base's text encoder.
 
     Args:
         model: a MODEL.
         conds: of a guider, by their kind.
+        needed: kinds that have to hold a text, if the base takes one.
 
     Raises:
-        ValueError: it is of another model, such as that of GM Class Labels.
+        ValueError: it is of another model, such as that of GM Class Labels, or without a text.
     """
-    first = getattr(model.model.diffusion_model, "txt_in", None)
-    width = getattr(first, "in_features", None)
-    for parts in conds.values():
+    network = model.model.diffusion_model
+    width = getattr(getattr(network, "txt_in", None), "in_features", None)
+    pooled_width = getattr(
+        getattr(getattr(network, "vector_in", None), "in_layer", None), "in_features", None
+    )
+    if width is None:
+        return
+    for kind, parts in conds.items():
         for cond in parts or []:
-            text = cond.get("cross_attn")
-            if width is not None and text is not None and text.shape[-1] != width:
+            text, pooled = cond.get("cross_attn"), cond.get("pooled_output")
+            if text is None and kind in needed:
+                raise ValueError(f"the {kind} conditioning holds no text; {CONNECT_TEXT}")
+            if text is not None and text.shape[-1] != width:
                 raise ValueError(
                     f"the conditioning has {text.shape[-1]} features, and this model takes "
-                    f"{width}; connect CLIP Text Encode, with the text encoders of this model"
+                    f"{width}; {CONNECT_TEXT}"
+                )
+            if text is not None and (text.ndim != 3 or 0 in text.shape):
+                raise ValueError(
+                    f"the {kind} conditioning has the shape {tuple(text.shape)}, and must be "
+                    f"(batch, tokens, {width}) with a token or more; {CONNECT_TEXT}"
+                )
+            if None not in (pooled, pooled_width) and pooled.shape[-1] != pooled_width:
+                raise ValueError(
+                    f"the pooled output of the {kind} conditioning has {pooled.shape[-1]} "
+                    f"features, and this model takes {pooled_width}; {CONNECT_TEXT}"
                 )

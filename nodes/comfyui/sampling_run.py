@@ -55,6 +55,7 @@ def watched(
         ValueError: the model's sampling is not that of a flow model, or an input is not finite.
     """
     check_flow(guider.inner_model.model_sampling)
+    check_steps_taken(sigmas)
     check_inputs(guider, noise=noise, latent_image=latent_image, mask=denoise_mask, sigmas=sigmas)
     options = extra_args.get("model_options") or {}
     run = Run(guider, noise, latent_image, sigmas)
@@ -64,6 +65,26 @@ def watched(
     )
     report_result(result, guider)
     return result
+
+
+def check_steps_taken(sigmas: object) -> None:
+    """Check that sigmas are a list of numbers that leads away from pure noise.
+
+    Raises:
+        ValueError: they are not. At sigma 1 a latent has no part of the picture, and ComfyUI would
+            divide by 1 - sigma.
+    """
+    if not isinstance(sigmas, Tensor) or sigmas.ndim != 1 or sigmas.is_complex():
+        found = f"{sigmas.dtype}, {tuple(sigmas.shape)}" if isinstance(sigmas, Tensor) else ""
+        raise ValueError(
+            f"the sigmas are {found or type(sigmas).__name__}; they must be one list of numbers: "
+            "connect GM Sigmas, or a stock scheduler"
+        )
+    if len(sigmas) and sigmas[-1] == 1:
+        raise ValueError(
+            f"the sigmas end at 1, pure noise ({len(sigmas) - 1} steps), so there would be no "
+            "picture. SplitSigmas at step 0 and FlipSigmas make such: split later, or leave it out"
+        )
 
 
 def run_of(model, extra_args: dict) -> Run:

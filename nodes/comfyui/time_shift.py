@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import comfy.model_sampling
 import torch
@@ -39,11 +38,17 @@ def check_flow(model_sampling) -> None:
     kinds = [each.__name__ for each in (kind, *kind.__bases__)]
     raise ValueError(
         "this model predicts a velocity of a flow, with sigmas up to 1, and its sampling is "
-        f"another ({', '.join(kinds)}; sigmas up to {highest:.4g}): with it every picture would be "
-        "noise. GM samplers are for flow models: connect a model from GM Load Model or GM Adapter, "
-        "and remove nodes such as ModelSamplingDiscrete and ModelSamplingContinuousEDM (those for "
-        "SD3, AuraFlow and Flux are fine)"
+        f"another ({', '.join(kinds)}; sigmas up to {highest:.4g}{_scale_of(model_sampling)}): "
+        "with it every picture would be noise. GM samplers are for flow models: connect a model "
+        "from GM Load Model or GM Adapter, and remove nodes such as ModelSamplingDiscrete, "
+        "ModelSamplingContinuousEDM and ModelNoiseScale (those for SD3, AuraFlow and Flux are fine)"
     )
+
+
+def _scale_of(model_sampling) -> str:
+    """Describe the scale of a sampling's noise for a message, "" if it has none or 1."""
+    scale = getattr(model_sampling, "noise_scale", 1.0)
+    return "" if scale == 1 else f"; noise of scale {scale:g}"
 
 
 def is_velocity(model_sampling) -> bool:
@@ -52,21 +57,47 @@ def is_velocity(model_sampling) -> bool:
     expected = one - sigma.reshape(2, 1, 1, 1)
     given = model_sampling.calculate_input(sigma, one)
     found = model_sampling.calculate_denoised(sigma, one, one)
-    noisy = model_sampling.noise_scaling(sigma, torch.zeros(2, 1, 1, 1), one.clone())
-    return all(map(torch.allclose, (given, found, noisy), (one, expected, expected)))
+    noisy = model_sampling.noise_scaling(sigma, 2 * one, one.clone())
+    mixed = expected + 2 * sigma.reshape(2, 1, 1, 1)  # data and noise, the noise not rescaled
+    return all(map(torch.allclose, (given, found, noisy), (one, expected, mixed)))
 
 
 class ShiftedFlow(comfy.model_sampling.ModelSamplingFlux, comfy.model_sampling.CONST):
     """Flow matching with a time shift, for stock schedulers.
 
-    Args:
-        time_shift: see `gmflow_core.shift_time`.
-        multiplier: factor from sigma to the unit of time that the network takes.
+    Nodes such as ModelNoiseScale make a model's sampling anew, from its class and the model's
+    config, and hand it `shift` and `multiplier` of the old one. So both are as ComfyUI's classes
+    have them: `shift` is the logarithm of the time shift, which the config does not know.
     """
 
-    def __init__(self, time_shift: float, multiplier: float = 1.0):
-        super().__init__(SimpleNamespace(sampling_settings={"shift": math.log(time_shift)}))
+    multiplier = 1.0
+
+    @classmethod
+    def with_shift(cls, time_shift: float, multiplier: float = 1.0) -> ShiftedFlow:
+        """Return the sampling of a time shift.
+
+        Args:
+            time_shift: see `gmflow_core.shift_time`.
+            multiplier: factor from sigma to the unit of time that the network takes.
+        """
+        sampling = cls()
+        sampling.set_parameters(math.log(time_shift), multiplier=multiplier)
+        return sampling
+
+    def __init__(self, model_config: object = None):
+        super().__init__()
+
+    def set_parameters(
+        self, shift: float = 1.15, timesteps: int = 10_000, multiplier: float = 1.0
+    ) -> None:
+        """Make the table of sigmas of a shift."""
+        self.__dict__.pop("sigmas", None)
+        super().set_parameters(shift, timesteps)
         self.multiplier = multiplier
+
+    def set_noise_scale(self, noise_scale: float) -> None:
+        """Keep the scale of the noise, which only 1 fits: `check_flow` refuses others."""
+        self.noise_scale = float(noise_scale)
 
     def register_buffer(self, name: str, tensor: Tensor, persistent: bool = True) -> None:
         """Keep the table of sigmas as an attribute, and ignore every later one.

@@ -14,13 +14,14 @@ import os
 import sys
 import traceback
 import uuid
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from inside import REPOSITORY, board, far, flux, half_mask, ours, sample, says
 from torch import Tensor
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 SHRINK = 0.9  # factor by which the wrapper changes sigma
 
 
@@ -53,64 +54,6 @@ def main(comfyui: str, work: str) -> None:
     print(json.dumps(found))
 
 
-def ours(name: str) -> Any:
-    """Return a module of nodes/comfyui as the extension has loaded it."""
-    import nodes
-
-    package = nodes.NODE_CLASS_MAPPINGS["GMFlowSampler"].__module__.removesuffix(".samplers")
-    return sys.modules[f"{package}.comfyui.{name}"]
-
-
-def board() -> tuple[Any, Tensor, list]:
-    """Return the shipped checkerboard's MODEL, a latent (2, 2, 8, 8), and its conditioning."""
-    model = ours("gm_model").load_gm_model(
-        str(REPOSITORY / "gmflow_core" / "shipped" / "checkerboard_k64.safetensors")
-    )
-    return model, torch.zeros(2, 2, 8, 8), ours("label_conditioning").NO_TEXT
-
-
-def flux(work: Path) -> tuple[Any, Tensor, list]:
-    """Return an adapted FLUX.1, a latent (2, 16, 8, 6), and a conditioning."""
-    import comfy.sd
-    import comfy.utils
-
-    base = comfy.sd.load_diffusion_model(str(work / "flux.safetensors"))
-    tensors, metadata = comfy.utils.load_torch_file(
-        str(work / "adapter.safetensors"), return_metadata=True
-    )
-    model = ours("adapter").with_adapter(base, tensors, metadata, name="gmflux_4step")
-    generator = torch.Generator().manual_seed(0)
-    text = torch.randn(1, 6, 4096, generator=generator)
-    about = {"pooled_output": torch.randn(1, 768, generator=generator), "guidance": 3.5}
-    return model, torch.zeros(2, 16, 8, 6), [[text, about]]
-
-
-def sample(
-    model: Any,
-    latent: Tensor,
-    positive: list,
-    sampler: Any,
-    *,
-    mask: Tensor | None = None,
-    sigmas: Tensor | None = None,
-    seed: int = 5,
-    cfg: float | None = None,
-    negative: list | None = None,
-) -> Tensor:
-    """Sample as SamplerCustomAdvanced does, with Basic Guider or CFG Guider."""
-    import comfy.sample
-    import comfy.samplers
-
-    guider = comfy.samplers.CFGGuider(model)
-    guider.set_conds(positive, negative or positive)
-    guider.set_cfg(1.0 if cfg is None else cfg)
-    sigmas = ours("gm_sampler").gm_sigmas(4, 3.2) if sigmas is None else sigmas
-    noise = comfy.sample.prepare_noise(latent, seed)
-    return guider.sample(
-        noise, latent, sampler, sigmas, denoise_mask=mask, disable_pbar=True, seed=seed
-    )
-
-
 def lying(inner: Any, attributes: tuple[str, ...] = ("inner_model", "sigmas")) -> Any:
     """Return a SAMPLER around another that changes sigma, as other extensions' nodes make them."""
     import comfy.samplers
@@ -125,16 +68,6 @@ def lying(inner: Any, attributes: tuple[str, ...] = ("inner_model", "sigmas")) -
         return inner.sampler_function(changed, x, sigmas, **kwargs, **inner.extra_options)
 
     return comfy.samplers.KSAMPLER(function)
-
-
-def far(x: Tensor, y: Tensor) -> float:
-    return ((x - y).norm() / y.norm()).item()
-
-
-def half_mask(latent: Tensor) -> Tensor:
-    mask = torch.zeros(len(latent), 1, *latent.shape[2:])
-    mask[..., : latent.shape[-1] // 2] = 1
-    return mask
 
 
 def wrapped(work: Path) -> dict[str, Any]:
@@ -189,15 +122,6 @@ def compiled(work: Path) -> dict[str, Any]:
     for kind in (euler, gm):
         found.append(far(sample(fast, latent, positive, kind), plain[kind]))
     return {"differences": found}
-
-
-def says(call: Any) -> str:
-    """Return the message of the ValueError that a call raises, "" if it raises none."""
-    try:
-        call()
-    except ValueError as error:
-        return str(error)
-    return ""
 
 
 def not_a_flow(work: Path) -> dict[str, Any]:
@@ -386,6 +310,56 @@ def valid(work: Path) -> dict[str, str]:
     return found
 
 
+def odd_neighbours(work: Path) -> dict[str, Any]:
+    """Sample after nodes that make a sampling anew, and with what no picture can come from."""
+    import comfy.samplers
+    import comfy_extras.nodes_model_advanced as advanced
+
+    euler, gm = comfy.samplers.sampler_object("euler"), ours("gm_sampler").gm_sampler("gm-ode")
+    table = ours("gm_sampler").gm_sigmas(2, 1.0)
+    rescaling = getattr(advanced, "ModelNoiseScale", None)  # older versions of ComfyUI lack it
+    found: dict[str, Any] = {"refused": {}, "far": [], "channels": []}
+    for name, (model, latent, positive) in {"board": board(), "flux": flux(work)}.items():
+        network = model.model.diffusion_model
+        found["channels"].append([network.in_channels, network.out_channels])
+        said = found["refused"][name] = {}
+        for kind, sampler in (("gm", gm), ("stock", euler)):
+            if rescaling is not None:
+                (same,), (eight,) = (rescaling().patch(model, scale) for scale in (1.0, 8.0))
+                pair = [sample(each, latent, positive, sampler) for each in (same, model)]
+                found["far"].append(far(*pair))
+                said[f"{kind}: noise of scale 8"] = says(
+                    partial(sample, eight, latent, positive, sampler)
+                )
+            for what, sigmas in {
+                "end at 1": table[:1],
+                "(1, 3)": table[None],
+                "complex64": table.to(torch.complex64),
+            }.items():
+                said[f"{kind}: {what}"] = says(
+                    partial(sample, model, latent, positive, sampler, sigmas=sigmas)
+                )
+    ((text, about),) = positive
+    odd = {
+        "holds no text": [[None, about]],
+        "(6, 4096)": [[text[0], about]],
+        "(1, 0, 4096)": [[text[:, :0], about]],
+        "7 features": [[text, {**about, "pooled_output": torch.zeros(1, 7)}]],
+        "is nan": [[text, {**about, "guidance": float("nan")}]],
+        "is 'high'": [[text, {**about, "guidance": "high"}]],
+    }
+    for what, conditioning in odd.items():
+        found["refused"]["flux"][f"text: {what}"] = says(
+            partial(sample, model, latent, conditioning, gm)
+        )
+    found["refused"]["flux"]["negative: holds no text"] = says(
+        partial(sample, model, latent, positive, euler, cfg=2.0, negative=[[None, about]])
+    )
+    fine = [[text, {**about, "guidance": torch.tensor(3.5)}]]
+    found["fine"] = says(partial(sample, model, latent, fine, gm, negative=[[None, about]]))
+    return found
+
+
 def linked(work: Path) -> dict[str, str]:
     """Give GM Sampler what links may bring, and collect what it says."""
     import nodes
@@ -430,6 +404,7 @@ def linked(work: Path) -> dict[str, str]:
 CASES = {
     "valid": valid,
     "linked": linked,
+    "odd neighbours": odd_neighbours,
     "wrapped": wrapped,
     "compiled": compiled,
     "not a flow": not_a_flow,

@@ -74,6 +74,17 @@ def test_what_is_valid_is_not_refused(found: dict[str, Any]) -> None:
     assert {name: text for name, text in result.items() if text} == {}
 
 
+def test_odd_neighbours_change_nothing_or_are_refused(found: dict[str, Any]) -> None:
+    """Samplings made anew, sigmas without a step, conditionings that no base reads."""
+    result = of(found, "odd neighbours")
+    assert result["channels"][0] == [2, 2]
+    assert max(result["far"], default=0.0) < 1e-6
+    assert result["fine"] == ""
+    for name, about in result["refused"].items():
+        for what, error in about.items():
+            assert what.partition(": ")[2] in error, (name, what, error)
+
+
 def test_what_is_not_finite_is_said_once(found: dict[str, Any]) -> None:
     """Inputs are refused by name; a result is reported with the likely cause."""
     result = of(found, "not finite")

@@ -29,9 +29,25 @@ def guarded(function: Callable) -> Callable:
             return function(*args, **kwargs)
         except Exception as error:
             make_printable(error)
+            kind = plain_kind(error)
+            if kind is not type(error):
+                trace = error.__traceback__
+                raise kind(str(error)).with_traceback(trace) from error.__cause__
             raise
 
     return call
+
+
+def plain_kind(error: Exception) -> type[Exception]:
+    """Return the class to raise an error as: Python's own instead of one of this project's.
+
+    ComfyUI puts the class in front of the message on the node, with the whole path of the module:
+    that of this extension is the path of its folder, and would hide the message.
+    """
+    kind = type(error)
+    if "gmflow_core." not in kind.__module__:
+        return kind
+    return next(each for each in kind.__mro__ if each.__module__ == "builtins")
 
 
 def guarded_node(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
@@ -52,12 +68,16 @@ def _door(node: type[io.ComfyNode], function: Callable, complete: bool) -> Calla
     Args:
         complete: False if links are not followed yet: their values are None.
     """
-    names = [name for name in inspect.signature(function).parameters][1:]
+    parameters = inspect.signature(function).parameters
+    names = list(parameters)[1:]
+    named = {name for name in names if parameters[name].kind is not inspect.Parameter.VAR_KEYWORD}
     chosen = own_choices(node)
 
     @functools.wraps(function)
     def call(cls: type, *args: Any, **inputs: Any) -> Any:
         inputs = {**dict(zip(names, args, strict=False)), **inputs}
+        known = {*named, *_inputs_of(node)}  # ComfyUI hands on links to any other name too
+        inputs = {name: value for name, value in inputs.items() if name in known}
         return function(cls, **check_inputs(_inputs_of(node), inputs, chosen, complete))
 
     return call

@@ -270,7 +270,7 @@ def valid(work: Path) -> dict[str, str]:
         "scalars": {"seed": np.int64(5), "steps": torch.tensor(1), "shift": np.float32(1)},
         "whole floats": {"steps": 1.0, "shift": 1},
         "rounding": {"denoise": 1 + 1e-9},
-        "no negative": {"negative": []},
+        "no negative, unknown links": {"negative": [], "unknown": zeros, "optional": labels},
         "no tensor": {"positive": [[None, about]]},
         "more in a pair": {"positive": [[*labels[0], "more"]]},
         "indices": {"index": np.arange(2)},
@@ -315,6 +315,8 @@ def odd_neighbours(work: Path) -> dict[str, Any]:
     import comfy.samplers
     import comfy_extras.nodes_model_advanced as advanced
 
+    import nodes
+
     euler, gm = comfy.samplers.sampler_object("euler"), ours("gm_sampler").gm_sampler("gm-ode")
     table = ours("gm_sampler").gm_sigmas(2, 1.0)
     rescaling = getattr(advanced, "ModelNoiseScale", None)  # older versions of ComfyUI lack it
@@ -355,6 +357,14 @@ def odd_neighbours(work: Path) -> dict[str, Any]:
     found["refused"]["flux"]["negative: holds no text"] = says(
         partial(sample, model, latent, positive, euler, cfg=2.0, negative=[[None, about]])
     )
+    (work / "damaged.safetensors").write_bytes(b"x" * 64)
+    try:
+        nodes.NODE_CLASS_MAPPINGS["GMFlowLoader"].execute(
+            "digits_k8.safetensors", str(work / "damaged.safetensors")
+        )
+    except Exception as error:
+        found["class"] = type(error).__name__
+        found["refused"]["board"]["file: damaged.safetensors is not a whole"] = str(error)
     fine = [[text, {**about, "guidance": torch.tensor(3.5)}]]
     found["fine"] = says(partial(sample, model, latent, fine, gm, negative=[[None, about]]))
     return found

@@ -80,6 +80,7 @@ def test_odd_neighbours_change_nothing_or_are_refused(found: dict[str, Any]) -> 
     assert result["channels"][0] == [2, 2]
     assert max(result["far"], default=0.0) < 1e-6
     assert result["fine"] == ""
+    assert result["class"] == "ValueError"  # ComfyUI shows the path of any other class
     for name, about in result["refused"].items():
         for what, error in about.items():
             assert what.partition(": ")[2] in error, (name, what, error)

@@ -6,6 +6,7 @@ from typing_extensions import override
 from .adapters import GMFlowAdapter
 from .comfyui.guard import guarded_node
 from .comfyui.model_folders import register_folders
+from .comfyui.notices import register_route
 from .conditioning import GMFlowClassLabels, GMFlowUnconditional
 from .eight_bit import GMFlowLoadDiffusionModel8bit, GMFlowSaveDiffusionModel8bit
 from .guidance import GMFlowAutoguidance, GMFlowGuider, GMFlowProbabilisticGuidance
@@ -52,6 +53,7 @@ class GMFlowExtension(ComfyExtension):
 
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        """Register the model folders, and return the node classes."""
+        """Register the model folders and the page's messages, and return the node classes."""
         register_folders()  # here, as older versions never call on_load
+        register_route()
         return list(NODES)

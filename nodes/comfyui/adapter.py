@@ -52,7 +52,9 @@ def with_adapter(
     try:
         head = build_head(head_tensors, policy, base.layout, width)
     except ValueError as error:
-        raise ValueError(f"{name} on {base.name}: {printable(str(error), MOST_SAID)}") from error
+        raise ValueError(
+            f"no head for {base.name}: {name}: {printable(str(error), MOST_SAID)}"
+        ) from error
     check_size(policy, head, name)
     model = with_lora(model, base, lora, strength, name)
     steps = steps_of(policy, name)
@@ -72,8 +74,9 @@ def guidance_of(base: Base, model) -> float | None:
         return None
     if not model.model.model_config.unet_config.get("guidance_embed", True):
         notice(
-            f"this {base.name} model has no guidance embedding (schnell, for one, has none), and "
-            "the GM adapters are made for the version with one (dev): expect poor images"
+            f"another {base.name} model is needed, expect poor images: this one has no guidance "
+            "embedding (schnell, for one, has none), and the GM adapters are made for the version "
+            "with one (dev); load that one"
         )
         return None
     return base.guidance

@@ -10,6 +10,7 @@ from ...gmflow_core import unshift_time
 from ...gmflow_core.files.errors import quoted
 from ...gmflow_core.sampling.solvers import FINAL_STEP_SIZE
 from .adapter_info import Adapter, adapter_of
+from .advice import set_cfg, set_guidance, set_steps
 from .guard import guarded
 from .latent_check import check_conditioning, check_latent
 from .notices import clear, notice
@@ -37,8 +38,8 @@ def check_settings(executor, noise: Tensor, latent_image: Tensor, *args, **kwarg
     lost = sorted(key for key in guider.model_patcher.patches if key.startswith(places))
     if lost:
         notice(
-            f"a LoRA on this model changes {', '.join(lost)}, which the head of {adapter.name} "
-            "replaces: that part of the LoRA has no effect"
+            f"a part of a LoRA has no effect: it changes {', '.join(lost)}, which the head of "
+            f"{adapter.name} replaces. The rest of the LoRA works; nothing needs to be done"
         )
     return executor(noise, latent_image, *args, **kwargs)
 
@@ -52,16 +53,18 @@ def _check_guidance(guider, adapter: Adapter) -> None:
     if others:
         asked = sorted("none at all" if value is None else f"{value:g}" for value in others)
         notice(
-            f"the adapter {adapter.name} was made with a guidance of {adapter.guidance:g}, and the "
-            f"conditioning asks for {', '.join(asked)}, which gives poor images; set FluxGuidance "
-            f"to {adapter.guidance:g}"
+            f"guidance {', '.join(asked)} does not fit: {adapter.name} was made with a guidance of "
+            f"{adapter.guidance:g}, and any other gives poor images; "
+            f"{set_guidance(adapter.guidance)}"
         )
-    cfg = getattr(guider, "cfg", 1.0)
-    if cfg != (0.0 if has_probabilistic_guidance(guider.model_patcher) else 1.0):
+    cfg, off = getattr(guider, "cfg", 1.0), 1.0
+    if has_probabilistic_guidance(guider.model_patcher):
+        off = 0.0
+    if cfg != off:
         notice(
-            "this base model has its guidance built in (distilled) and was not trained with "
-            f"negative prompts: with a guidance of {cfg:g} on top, expect poor images; use Basic "
-            "Guider, or cfg 1"
+            f"{'cfg' if off else 'guidance'} {cfg:g} does not fit: this base model has its "
+            "guidance built in (distilled) and was not trained with negative prompts, so expect "
+            f"poor images; {set_cfg(off)}"
         )
 
 
@@ -89,10 +92,12 @@ def check_steps(adapter: Adapter, sigmas: Tensor, shift: float) -> None:
     """Warn if a step is longer, in unshifted time, than those the adapter was made for."""
     times = unshift_time(sigmas.double().cpu(), shift)
     longest, usual = float(-times.diff().min()), 1 / (adapter.steps - 1 + FINAL_STEP_SIZE)
+    steps = len(sigmas) - 1
     if longest > 1.01 * usual:
+        enough = steps >= adapter.steps
+        what = "a step is too long" if enough else f"too few steps ({steps})"
         notice(
-            f"the adapter {adapter.name} was made for {adapter.steps} steps or more, each at most "
-            f"{usual:.3f} of the way, and the longest of these {len(sigmas) - 1} goes "
-            f"{longest:.3f}: expect artefacts. Use GM Policy Sigmas with more steps (or, with "
-            "denoise below 1, the same share of them)"
+            f"{what}, expect artefacts: {adapter.name} was made for {adapter.steps} steps or more, "
+            f"each at most {usual:.3f} of the way, and the longest of these {steps} goes "
+            f"{longest:.3f}; {set_steps(adapter.steps, enough)}"
         )

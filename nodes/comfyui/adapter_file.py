@@ -150,7 +150,7 @@ def steps_of(policy: dict, name: str) -> int:
     if found:
         return int(found[1])
     notice(
-        f"the name {name} does not say how many steps the adapter was made for; {STEPS} is assumed."
-        " Keep the name of the adapter's folder (such as gmflux_k8_piid_8step) in the file's name"
+        f"{STEPS} steps are assumed: the name {name} does not say how many steps the adapter was "
+        "made for; keep its folder's name (such as gmflux_k8_piid_8step) in the file's name"
     )
     return STEPS

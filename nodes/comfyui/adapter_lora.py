@@ -27,7 +27,8 @@ def with_lora(model, base: Base, lora: dict[str, Tensor], strength: float, name:
     """
     if not lora:
         notice(
-            f"{name} holds a head but no LoRA; it fits only a base model that was trained with it"
+            f"no LoRA in {name}, which holds a head alone: it fits only a base model that was "
+            "trained with it; use the adapter's file as it was published"
         )
         return model
     pairs = lora_pairs(lora, name)

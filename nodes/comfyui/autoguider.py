@@ -226,16 +226,17 @@ def check_models(
     shapes = [(latent.latent_channels, latent.latent_dimensions) for latent in (ours, theirs)]
     if shapes[0] != shapes[1]:
         raise ValueError(
-            f"the model's latents have {shapes[0][0]} channels and {shapes[0][1]} dimensions, the "
-            f"guide's {shapes[1][0]} and {shapes[1][1]}; use a guide for the same latents: a "
-            "smaller or less trained model of the same family"
+            f"the guide does not fit: its latents have {shapes[1][0]} channels and {shapes[1][1]} "
+            f"dimensions, the model's {shapes[0][0]} and {shapes[0][1]}; use a guide for the same "
+            "latents: a smaller or less trained model of the same family"
         )
     ours, theirs = (type(patcher.get_model_object("model_sampling")) for patcher in (model, guide))
     if ours.noise_scaling is not theirs.noise_scaling:
         raise ValueError(
-            f"noise is added in different ways for the model ({kind_of(ours)}) and the guide "
-            f"({kind_of(theirs)}), so the same latent means different things to them; use a guide "
-            "of the same kind, and no ModelSampling nodes that change it"
+            "the guide does not fit: noise is added in different ways for the model "
+            f"({kind_of(ours)}) and the guide ({kind_of(theirs)}), so the same latent means "
+            "different things to them; use a guide of the same kind, and no ModelSampling nodes "
+            "that change it"
         )
 
 

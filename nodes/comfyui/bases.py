@@ -96,8 +96,9 @@ def base_of(model) -> Base:
     if base is None:
         found = _image_model(model)
         raise ValueError(
-            f"GM Adapter is for {base_names()}, and this model is a {type(model.model).__name__}"
-            f"{f' ({found})' if found else ''}; connect a model of one of those"
+            f"GM Adapter does not fit this model, a {type(model.model).__name__}"
+            f"{f' ({found})' if found else ''}: it is for {base_names()}; connect a model of one "
+            "of those"
         )
     return base
 

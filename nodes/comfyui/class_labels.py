@@ -22,8 +22,8 @@ def network_of(model) -> ImageNetwork:
     network = model.get_model_object("diffusion_model")
     if not isinstance(network, ImageNetwork):
         raise ValueError(
-            "GM Class Labels needs a class-conditional model, and this one takes no class labels; "
-            "load digits or an ImageNet model with 'GM Load Model', or use 'GM Unconditional'"
+            "this model takes no class labels, and GM Class Labels needs one that does; load "
+            "digits or an ImageNet model with 'GM Load Model', or use 'GM Unconditional'"
         )
     return network
 

@@ -62,7 +62,7 @@ def report_result(samples: object, guider) -> None:
             cause = likely_cause(guider)
         except Exception as error:  # weights of another extension's kind; the result must not go
             cause = f"look for the cause in the nodes before (its weights: {reason(error)})"
-        notice(f"the result holds {count(samples)}: {cause}")
+        notice(f"the result is not finite: {cause} (found {count(samples)})")
 
 
 def likely_cause(guider) -> str:

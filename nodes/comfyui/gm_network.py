@@ -140,9 +140,9 @@ class ImageNetwork(GMNetwork):
         labels, tensor = conds.get(LABELS), conds.get("cross_attn")
         if labels is None:
             raise ValueError(
-                f"this model generates classes, and the {conds.get('prompt_type', '')} "
-                "conditioning holds no class labels (the model ignores text); connect 'GM Class "
-                "Labels', or 'GM Unconditional' for no class"
+                f"no class labels in the {conds.get('prompt_type', '')} conditioning: this model "
+                "generates classes, and ignores text; connect 'GM Class Labels', or 'GM "
+                "Unconditional' for no class"
             )
         if tensor is not None and not tensor.any():  # ConditioningZeroOut
             return torch.full_like(labels, NO_CLASS)
@@ -163,8 +163,8 @@ class ImageNetwork(GMNetwork):
         has_null_class = getattr(self.network.config, "null_class", True) and not self.knows_modes
         if not has_null_class and (labels == NO_CLASS).any():
             raise ValueError(
-                "this model was trained without a label for no class: there is no negative "
-                "conditioning for it. Use Basic Guider, or 'Autoguidance' with a weaker model"
+                "no negative conditioning fits this model: it was trained without a label for no "
+                "class; use Basic Guider, or GM Autoguidance with a weaker model"
             )
         if not NO_CLASS <= int(labels.min()) <= int(labels.max()) < num_classes:
             raise ValueError(
@@ -191,8 +191,9 @@ class ImageNetwork(GMNetwork):
         if not self.knows_modes:
             remark = " (the noise may stay: the model was trained with a mixture source)"
             raise ValueError(
-                "the conditioning names modes of a mixture source, and this model was not trained "
-                "to know them; connect 'GM Class Labels' or 'GM Unconditional' instead"
+                "this model does not know modes: the conditioning names those of a mixture source, "
+                "and it was not trained with them; connect 'GM Class Labels' or 'GM Unconditional' "
+                "instead"
                 f"{remark if self.source else ''}"
             )
         noise.source.require_record(self.source, "this model")

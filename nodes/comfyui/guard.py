@@ -11,6 +11,7 @@ from comfy_api.latest import io
 
 from ...gmflow_core.files.errors import make_printable, printable
 from .input_checks import check_inputs
+from .notices import clear
 
 DOORS = ("execute", "fingerprint_inputs", "validate_inputs")  # methods that ComfyUI calls
 
@@ -75,6 +76,8 @@ def _door(node: type[io.ComfyNode], function: Callable, complete: bool) -> Calla
 
     @functools.wraps(function)
     def call(cls: type, *args: Any, **inputs: Any) -> Any:
+        if complete:
+            clear()  # what an earlier run of the node has said
         inputs = {**dict(zip(names, args, strict=False)), **inputs}
         known = {*named, *_inputs_of(node)}  # ComfyUI hands on links to any other name too
         inputs = {name: value for name, value in inputs.items() if name in known}

@@ -61,8 +61,8 @@ def gm_guider(model, positive, negative=None, scale: float = 0.0) -> comfy.sampl
     of_classes = isinstance(model.model, GMModel)
     if negative is None and scale and not of_classes:
         raise ValueError(
-            f"guidance with weight {scale:g} needs a negative conditioning to steer away from: "
-            "connect one, such as an empty prompt, or set the weight to 0"
+            f"no negative conditioning: guidance with weight {scale:g} needs one to steer away "
+            "from; connect one, such as an empty prompt, or set the weight to 0"
         )
     if negative is not None and not scale:
         no_effect("negative", "the weight of the guidance is 0")

@@ -71,9 +71,8 @@ def load_8bit(
         model = load(state_dict, model_options=options, **_known_to(load, extra))
     if model is None:
         raise ValueError(
-            f"{name!r} is no diffusion model that this ComfyUI knows; it has {len(keys)} tensors, "
-            f"such as {', '.join(keys[:3])}. Text encoders, VAEs and LoRAs have loaders of their "
-            "own"
+            f"no diffusion model that this ComfyUI knows: {name!r} has {len(keys)} tensors, such "
+            f"as {', '.join(keys[:3])}. Text encoders, VAEs and LoRAs have loaders of their own"
         )
     if not progress.done:
         raise ValueError(

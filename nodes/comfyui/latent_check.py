@@ -32,9 +32,9 @@ def check_latent(model, latent: Tensor, any_size: bool = False) -> None:
             else {1: "length", 2: "height, width"}.get(dims, "frames, height, width")
         )
         raise ValueError(
-            f"the latent has the shape {shape}, and this model ({type(model.model).__name__}) "
-            f"takes (batch, {channels}, {size}); connect an empty latent, or VAE Encode with the "
-            "VAE of this model"
+            f"the latent does not fit: it has the shape {shape}, and this model "
+            f"({type(model.model).__name__}) takes (batch, {channels}, {size}); connect an empty "
+            "latent, or VAE Encode with the VAE of this model"
         )
 
 
@@ -68,8 +68,8 @@ def check_conditioning(
                 raise ValueError(f"the {kind} conditioning holds no text; {CONNECT_TEXT}")
             if text is not None and text.shape[-1] != width:
                 raise ValueError(
-                    f"the conditioning has {text.shape[-1]} features, and this model takes "
-                    f"{width}; {CONNECT_TEXT}"
+                    f"the conditioning does not fit: it has {text.shape[-1]} features, and this "
+                    f"model takes {width}; {CONNECT_TEXT}"
                 )
             if text is not None and (text.ndim != 3 or 0 in text.shape):
                 raise ValueError(

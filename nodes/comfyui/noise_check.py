@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...gmflow_core.files.errors import quoted
+from .advice import set_noise
 from .guard import guarded
 from .label_conditioning import LABELS
 from .latent_check import check_latent
@@ -37,15 +38,15 @@ def check_noise(executor, noise: Tensor, latent_image: Tensor, *args, **kwargs):
     knows_modes = record is not None and record["conditioning"] == "mode"
     if record is None and drawn_by is not None:
         notice(
-            "connect 'RandomNoise' to noise: this noise is from a mixture source, and the model "
-            "was trained with noise from N(0, I). Expect poor images"
+            "wrong noise, expect poor images: it is from a mixture source, and the model was "
+            f"trained with noise from N(0, I); {set_noise('RandomNoise')}"
         )
     if record is not None and drawn_by is None and noise.any():  # all zeros: noise is disabled
         modes = ", and its modes to positive" if knows_modes else ""
         notice(
-            f"connect 'GM Mixture Source Noise' to noise of SamplerCustomAdvanced{modes}: the "
-            f"model was trained with noise from a mixture source of {record['num_modes']} modes, "
-            "and this noise is not. Expect poor images"
+            "wrong noise, expect poor images: it is from N(0, I), and the model was trained with "
+            f"noise from a mixture source of {record['num_modes']} modes; "
+            f"{set_noise('GM Mixture Source Noise')}{modes}"
         )
     if knows_modes and drawn_by is not None:
         _check_modes(guider, drawn_by.modes.tolist())
@@ -59,6 +60,7 @@ def _check_modes(guider, modes: list[int]) -> None:
     wrong = [labels for labels in named if labels != modes]
     if wrong:
         notice(
-            "connect noise and modes from the same 'GM Mixture Source Noise': the noise is of the "
-            f"modes {quoted(modes)}, and the conditioning says {wrong[0]}. Expect poor images"
+            f"wrong modes, expect poor images: the noise is of the modes {quoted(modes)}, and the "
+            f"conditioning says {wrong[0]}; connect noise and modes from the same GM Mixture "
+            "Source Noise"
         )

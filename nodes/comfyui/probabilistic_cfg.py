@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...gmflow_core import DXPolicy
 from ...gmflow_core.sampling.guidance import Guidance, within
+from .advice import set_weight
 from .guard import guarded
 from .latent_check import check_conditioning
 from .latent_shapes import solver_shape
@@ -37,9 +38,8 @@ class ProbabilisticCFG:
         """
         if not 0 <= cfg < 1:
             raise ValueError(
-                f"cfg is {cfg:g}, but with 'GM Probabilistic Guidance' it is the weight w in "
-                "[0, 1): 0 is off, 0.1 to 0.5 are usual. Set cfg of the sampler or guider to that "
-                "(Basic Guider has none: use GM Guider or CFG Guider)"
+                f"cfg {cfg:g} does not fit: with GM Probabilistic Guidance it is the weight w in "
+                f"[0, 1), 0 is off, 0.1 to 0.5 are usual; {set_weight()}"
             )
         return Guidance(cfg, orthogonal=self.orthogonal, interval=self.interval)
 
@@ -59,20 +59,24 @@ class ProbabilisticCFG:
             return args["cond"]
         if not args["input_uncond"]:
             raise ValueError(
-                "probabilistic guidance needs a positive and a negative conditioning, and a guider "
-                "that passes both on as ComfyUI's own do; use GM Guider, CFG Guider or KSampler"
+                "no negative conditioning: probabilistic guidance needs a positive and a negative "
+                "one, and a guider that passes both on as ComfyUI's own do; use GM Guider, CFG "
+                "Guider or KSampler"
             )
         shape = solver_shape(model, args["model_options"])
         x, uncond = shape.to_solver(latent), shape.to_solver(args["uncond_denoised"])
         cond = recorder.x0_policy(args["input_cond"], x)
         if cond is None:
             why = recorder.why_not_single(args["input_cond"], x)
-            notice(f"found {why}, so there is no single mixture to guide: nothing is guided")
+            notice(
+                f"nothing is guided: found {why}, so there is no single mixture to guide; give "
+                "one prompt for the whole image and all steps"
+            )
             return args["cond"]
         if isinstance(cond, DXPolicy):
             raise ValueError(
-                "probabilistic guidance needs a Gaussian mixture, and this adapter has a DX "
-                "policy; use classifier-free guidance, or a GM adapter"
+                "no mixture: this adapter has a DX policy, and probabilistic guidance needs a "
+                "Gaussian mixture; use classifier-free guidance, or a GM adapter"
             )
         recorder.guided = guidance(cond, uncond)
         return latent - shape.from_solver(recorder.guided.mean(), latent.shape)
@@ -105,9 +109,9 @@ def with_probabilistic_guidance(
     other = model.model_options.get("sampler_cfg_function")
     if other is not None and not has_probabilistic_guidance(model):
         raise ValueError(
-            f"an earlier node has put a cfg function of its own on this model ({_name_of(other)}: "
-            "RescaleCFG and the like), and there can be only one; remove that node, or use it "
-            "without probabilistic guidance"
+            "two cfg functions on one model: an earlier node has put one of its own on it "
+            f"({_name_of(other)}: RescaleCFG and the like), and there can be only one; remove that "
+            "node, or use it without probabilistic guidance"
         )
     model, function = model.clone(), ProbabilisticCFG(orthogonal, interval)
     model.set_model_sampler_cfg_function(function, disable_cfg1_optimization=True)
@@ -154,16 +158,16 @@ def predict_noise_recorded(
     function = options.get("sampler_cfg_function")
     if not isinstance(function, ProbabilisticCFG):
         raise ValueError(
-            "a node after 'GM Probabilistic Guidance' has replaced its cfg function by its own "
-            f"({_name_of(function)}: RescaleCFG and the like), which would use the weight as a cfg "
-            "scale; remove one of the two"
+            "two cfg functions on one model: a node after 'GM Probabilistic Guidance' has replaced "
+            f"its own ({_name_of(function)}: RescaleCFG and the like), and would use the weight as "
+            "a cfg scale; remove one of the two"
         )
     result = executor(x, timestep, options, seed)
     if not recorder.asked:
         raise ValueError(
-            "this guider computes its own cfg, and would use the weight of 'GM Probabilistic "
-            "Guidance' as a cfg scale; use GM Guider, CFG Guider or KSampler, or remove GM "
-            "Probabilistic Guidance"
+            "another guider is needed: this one computes its own cfg, and would use the weight of "
+            "'GM Probabilistic Guidance' as a cfg scale; use GM Guider, CFG Guider or KSampler, or "
+            "remove GM Probabilistic Guidance"
         )
     return result
 

@@ -29,9 +29,9 @@ OURS = (RECORDER, ADAPTER)  # our keys in transformer_options
 PARTS = ("area", "mask")
 TIMES = ("timestep_start", "timestep_end")
 NO_MIXTURE = (
-    "GM samplers and guidance need a model that predicts a Gaussian mixture at every step, and "
-    "this one did not; load one with 'GM Load Model', or put 'GM Adapter' on a base model (and "
-    "remove nodes that skip network calls, such as LazyCache), or use a stock sampler"
+    "no mixture: GM samplers and guidance need a model that predicts a Gaussian mixture at every "
+    "step, and this one did not; load one with 'GM Load Model', or put 'GM Adapter' on a base "
+    "model (and remove nodes that skip network calls, such as LazyCache), or use a stock sampler"
 )
 
 

@@ -116,7 +116,7 @@ def _guider_of(model) -> object:
         model = getattr(model, "inner_model", None)
         if model is None or isinstance(model, torch.nn.Module):
             raise ValueError(
-                "a node around the GM sampler calls it with a model of its own, which leads to no "
-                "guider of ComfyUI's; connect the GM sampler without that node"
+                "no guider: a node around the GM sampler calls it with a model of its own, which "
+                "leads to no guider of ComfyUI's; connect the GM sampler without that node"
             )
     return model

@@ -88,14 +88,16 @@ class SolverModel:
             return
         if record["conditioning"] != "mode":
             raise ValueError(
-                f"{solver} has no closed form for a model that was trained with a mixture source "
-                "and does not know the modes; choose euler (KSamplerSelect, or solver euler of GM "
-                "Sampler) or another sampler that follows the mean"
+                f"{solver} does not fit this model: it was trained with a mixture source and does "
+                "not know the modes, for which there is no closed form; choose euler "
+                "(KSamplerSelect, or solver euler of GM Sampler) or another sampler that follows "
+                "the mean"
             )
         conds = getattr(self.guider, "conds", {}).get("positive") or []
         if len(conds) != 1 or conds[0].get(SOURCE) is None:
             raise ValueError(
-                f"{solver} needs to know the modes of the noise, with their means: connect 'modes' "
+                f"no modes: {solver} needs to know those of the noise, with their means; connect "
+                "'modes' "
                 "of 'GM Mixture Source Noise', and nothing else, to the positive conditioning; or "
                 "choose euler, for which numbers from GM Class Labels are enough"
             )
@@ -145,9 +147,9 @@ class SolverModel:
             policy = recorder.x0_policy(conds, x)
             if policy is None:
                 notice(
-                    f"found {recorder.why_not_single(conds, x)}, so there is no single mixture: "
-                    "the sampler follows the mean, as stock samplers do. One prompt for the whole "
-                    "image and all steps makes use of the mixture"
+                    f"no mixture, but its mean is followed, as stock samplers do: found "
+                    f"{recorder.why_not_single(conds, x)}; give one prompt for the whole image and "
+                    "all steps to make use of the mixture"
                 )
                 return GaussianMixture.point_mass(mean)
         shift = mean - policy.mean()

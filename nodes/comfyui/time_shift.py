@@ -37,10 +37,10 @@ def check_flow(model_sampling) -> None:
     kind = type(model_sampling)
     kinds = [each.__name__ for each in (kind, *kind.__bases__)]
     raise ValueError(
-        "this model predicts a velocity of a flow, with sigmas up to 1, and its sampling is "
-        f"another ({', '.join(kinds)}; sigmas up to {highest:.4g}{_scale_of(model_sampling)}): "
-        "with it every picture would be noise. GM samplers are for flow models: connect a model "
-        "from GM Load Model or GM Adapter, and remove nodes such as ModelSamplingDiscrete, "
+        "wrong sampling, every picture would be noise: this model predicts a velocity of a flow, "
+        f"with sigmas up to 1, and its sampling is another ({', '.join(kinds)}; sigmas up to "
+        f"{highest:.4g}{_scale_of(model_sampling)}). GM samplers are for flow models: connect a "
+        "model from GM Load Model or GM Adapter, and remove nodes such as ModelSamplingDiscrete, "
         "ModelSamplingContinuousEDM and ModelNoiseScale (those for SD3, AuraFlow and Flux are fine)"
     )
 

@@ -130,7 +130,7 @@ def test_latents_of_other_channels_are_named(server: Comfy, base: str, shape: tu
         **{"sampler_name": "euler", "scheduler": "simple", "denoise": 1.0},
     )
     for sampler in (prompt["sample"], stock):
-        with pytest.raises(PromptError, match=r"latent has the shape \(1, 4.* takes \(batch, 16"):
+        with pytest.raises(PromptError, match=r"it has the shape \(1, 4.* takes \(batch, 16"):
             server.run({**prompt, "sample": sampler})
 
 
@@ -179,7 +179,8 @@ def test_wrong_pairings_are_refused(server: Comfy) -> None:
     digits = graph()
     digits["base"] = node("GMFlowLoader", model_name="digits_k8.safetensors")
     with pytest.raises(
-        PromptError, match=r"is for FLUX\.1, Qwen-Image, FLUX\.2, and this model is a GMModel"
+        PromptError,
+        match=r"does not fit this model, a GMModel: it is for FLUX\.1, Qwen-Image, FLUX\.2",
     ):
         server.run(digits)
     plain = graph()
@@ -199,4 +200,4 @@ def test_an_adapter_without_a_lora_is_said(server: Comfy) -> None:
         server, "head_only.safetensors", ADAPTERS["flux"], **heads
     )
     result = server.run(prompt)
-    assert "holds a head but no LoRA" in result.texts["model"]
+    assert "no LoRA in " in result.texts["model"]

@@ -223,7 +223,7 @@ def test_models_that_do_not_go_together(flux: Comfy) -> None:
     prompt["guide"] = node("GMFlowLoader", model_name="known.safetensors")
     with pytest.raises(
         PromptError,
-        match="the model's latents have 16 channels and 2 dimensions, the guide's 3 and 2",
+        match="latents have 3 channels and 2 dimensions, the model's 16 and 2",
     ):
         flux.run(auto(prompt))
     prompt["guide"] = node("ModelSamplingDiscrete", model=["model", 0], sampling="eps", zsnr=False)

@@ -48,7 +48,9 @@ function render() {
   }
   for (const node of [...signs.keys()]) if (!wanted.has(node)) takeDown(node);
   for (const [node, messages] of wanted) putUp(node, messages);
-  app.canvas?.setDirty(true, true);
+  const redraw = () => app.canvas?.setDirty(true, true);
+  redraw();
+  setTimeout(redraw, 300); // a node with a preview has found its height by then
 }
 
 /** Put messages on a node, in the place of those on it. */

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from .comfyui.class_labels import ONLY_MORE, choose_labels, empty_images, network_of
+from .comfyui.class_labels import (
+    ONLY_MORE,
+    choose_labels,
+    classes_for_page,
+    empty_images,
+    network_of,
+)
 from .comfyui.label_conditioning import class_conditioning, unconditional
-from .comfyui.model_folders import class_names, classes_by_model
+from .comfyui.model_folders import class_names
 from .comfyui.schema import node_schema
 
 
@@ -58,7 +64,7 @@ class GMFlowClassLabels(io.ComfyNode):
                 io.Combo.Input(
                     "label",
                     options=[*class_names(), ONLY_MORE],
-                    extra_dict={"classes": classes_by_model()},
+                    **classes_for_page(),
                     tooltip="The first label. The list holds the class names of the connected "
                     "model; those of all models that are installed, in the hub's cache, or were "
                     "loaded where the page cannot tell (press R to refresh it, type to search "

@@ -8,7 +8,7 @@ import { app } from "../../../scripts/app.js";
 const LABELS = "GMFlowClassLabels";
 const LOADER = "GMFlowLoader";
 const MOST_NODES = 100; // between the two
-let about = { options: [], classes: { lists: [], models: {} } };
+let about; // the list, and `classes`; undefined where the server tells none
 
 function widgetOf(node, name) {
   return node.widgets?.find((widget) => widget.name === name);
@@ -39,7 +39,7 @@ function namesOf(loader) {
 /** Set the choices of a GM Class Labels node; also its choice, if it was another model's. */
 function update(node, mayChoose) {
   const widget = widgetOf(node, "label");
-  if (!widget?.options) return;
+  if (!widget?.options || !about) return;
   const loader = loaderOf(node);
   const names = (loader && namesOf(loader)) ?? [];
   const last = about.options.at(-1); // no label, only more_labels
@@ -64,8 +64,8 @@ function updateAll(mayChoose) {
 
 function remember(definition) {
   const found = definition?.input?.required?.label;
-  if (!found?.[1]?.classes) return;
-  const options = found[1].options ?? (Array.isArray(found[0]) ? found[0] : []);
+  const options = found?.[1]?.options ?? found?.[0];
+  if (!found?.[1]?.classes || !Array.isArray(options)) return;
   about = { options, classes: found[1].classes };
 }
 

@@ -35,6 +35,7 @@ def with_adapter(
     metadata: dict[str, str] | None,
     strength: float = 1.0,
     name: str = "file",
+    is_trial: bool = False,
 ):
     """Return a clone of a MODEL with an adapter on it.
 
@@ -45,6 +46,7 @@ def with_adapter(
         strength: strength of the LoRA; the head always counts in full.
         name: name of the file, for messages; the number of steps in it ("..._8step") is the number
             that the adapter was made for.
+        is_trial: True to see only whether the adapter fits, and show nothing on the node.
 
     Raises:
         ValueError: the file is no adapter, or is one for another base model; the message names
@@ -70,18 +72,23 @@ def with_adapter(
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     details = "\n".join(describe(shapes, policy, steps, base))
     adapter = Adapter(title_of(name), base, steps, guidance_of(base, model), details)
+    if not is_trial:
+        _report(base, head, steps, len(lora) // 2, strength)
+    sampling = ShiftedFlow.with_shift(policy.get("shift", SHIFT), base.multiplier)
+    return with_head(model, head, adapter, sampling)
+
+
+def _report(base: Base, head: Head, steps: int, pairs: int, strength: float) -> None:
+    """Show on the node what was put on the model."""
     notice(
-        f"{base.name}, {_kind_of(head)}, {steps} steps or more, {len(lora) // 2} LoRA pairs at "
-        f"{strength:g}",
+        f"{base.name}, {_kind_of(head)}, {steps} steps or more, {pairs} LoRA pairs at {strength:g}",
         logging.INFO,
     )
-    if not strength and lora:
+    if not strength and pairs:
         notice(
             "strength 0 leaves out the adapter's LoRA, and its head alone predicts poorly; remove "
             "GM Adapter to see the base model, or set strength to 1"
         )
-    sampling = ShiftedFlow.with_shift(policy.get("shift", SHIFT), base.multiplier)
-    return with_head(model, head, adapter, sampling)
 
 
 def guidance_of(base: Base, model) -> float | None:
@@ -124,7 +131,7 @@ def fit_in_words(model) -> Callable[[dict[str, Tensor], dict[str, str], str], st
         if present is not None:
             return f"it has an adapter already ({present.name})"
         try:
-            with_adapter(model, tensors, metadata, 1.0, name)
+            with_adapter(model, tensors, metadata, 1.0, name, is_trial=True)
         except ValueError as error:
             return f"it does not fit: {error}"
         return f"it fits ({base_of(model).name})"

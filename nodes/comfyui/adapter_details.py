@@ -112,12 +112,11 @@ def describe_file(file: AdapterFile, fits) -> str:
     lines = [
         f"file: {printable(place)} ({os.path.getsize(place) / 1e9:.2f} GB)",
         f"base model: {found}",
-        *describe(shapes, policy, steps_of(policy, file.name), base),
     ]
     if fits is not None:
         empty = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
         lines.append(f"connected model: {fits(empty, metadata, file.name)}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *describe(shapes, policy, steps_of(policy, file.name), base)])
 
 
 def describe_adapted(adapter: Adapter) -> str:

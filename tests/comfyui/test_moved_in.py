@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from .adapter_prompts import ADAPTERS, FILES, graph, near, serve
 from .client import Comfy
 from .graphs import latent_of, node
-from .page import open_page
+from .page import ComfyPage, open_page
 
 LOADER, SAMPLING, SAMPLER = "Load pi-Flow Model", "ModelSamplingPiFlow", "pi-Flow Sampler"
 SOURCES = ["shifted", 0], ["positive", 0], ["latent", 0]  # of the sampler's inputs
@@ -158,6 +158,32 @@ def saved_workflow(**widgets: list) -> dict:
     return {**last, "nodes": nodes, "links": links, "groups": [], "config": {}, "version": 0.4}
 
 
+def run_to_its_end(server: Comfy, page: ComfyPage) -> None:
+    """Press Run, and wait until the prompt has succeeded."""
+    prompt_id = page.run()
+    while not server.get(f"/history/{prompt_id}"):
+        page.page.wait_for_timeout(500)
+    assert not server.result(prompt_id).errors
+
+
+def check_info(server: Comfy, page: ComfyPage) -> None:
+    """Add GM Adapter Info behind the adapted model: its text is on the node, and is not saved."""
+    page.page.evaluate(
+        """() => {
+          const { graph } = window.app;
+          const info = window.LiteGraph.createNode('GMFlowAdapterInfo');
+          graph.add(info);
+          graph.nodes.find((node) => node.type === 'GMFlowAdaptedModel').connect(0, info, 'model');
+        }"""
+    )
+    run_to_its_end(server, page)
+    info = "window.app.graph.nodes.find((node) => node.type === 'GMFlowAdapterInfo')"
+    shown = f"{info}.widgets.find((each) => each.name === 'shown_info')?.value"
+    page.page.wait_for_function(f"() => ({shown})?.startsWith('adapter: {ADAPTERS['flux']}')")
+    values = page.page.evaluate(f"() => {info}.serialize().widgets_values")
+    assert values == ["(on the connected model)"]
+
+
 def test_the_page_offers_the_replacement_and_runs_it(server: Comfy, tmp_path: Path) -> None:
     """Drop a workflow, press Replace All, run: the same latent as without the page."""
     latents = server.base / "output" / "latents"
@@ -180,9 +206,7 @@ def test_the_page_offers_the_replacement_and_runs_it(server: Comfy, tmp_path: Pa
         page.page.get_by_role("button", name="Replace All").click()
         page.wait_for_notice("Replaced 3 node type(s)")
         assert page.missing_nodes() == []
-        prompt_id = page.run()
-        while not server.get(f"/history/{prompt_id}"):
-            page.page.wait_for_timeout(500)
-    assert not server.result(prompt_id).errors
-    (new,) = latents.glob("page_*.latent")
+        run_to_its_end(server, page)
+        check_info(server, page)
+    new = min(latents.glob("page_*.latent"))  # that of the first run
     assert near(load_file(new)["latent_tensor"], latent_of(server, piflow_prompt("flux", 3.2)))

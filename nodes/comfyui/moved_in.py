@@ -9,6 +9,7 @@ versions 1.0.5 and 1.3.2.
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import Any
 
 from comfy_api.latest import io
@@ -68,9 +69,13 @@ REPLACEMENTS: dict[str, tuple[str, list[str], dict[str, str], dict[str, Any]]] =
 
 
 async def register_replacements() -> None:
-    """Register the replacements, where ComfyUI has them and does not know the nodes itself."""
+    """Register the replacements, where ComfyUI has them and does not know the nodes itself.
+
+    Without a server, as in a script that imports ComfyUI's nodes, there is no place for them.
+    """
     replace = getattr(io, "NodeReplace", None)
-    if replace is None:
+    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    if replace is None or server is None:
         return
     api = importlib.import_module("comfy_api.latest").ComfyAPI()
     known = importlib.import_module("nodes").NODE_CLASS_MAPPINGS

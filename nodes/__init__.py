@@ -3,15 +3,17 @@
 from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
-from .adapters import GMFlowAdapter
+from .adapters import GMFlowAdaptedModel, GMFlowAdapter, GMFlowAdapterInfo
 from .comfyui.guard import guarded_node
 from .comfyui.model_folders import register_folders
+from .comfyui.moved_in import register_replacements
 from .comfyui.notices import register_route
 from .conditioning import GMFlowClassLabels, GMFlowUnconditional
 from .eight_bit import GMFlowLoadDiffusionModel8bit, GMFlowSaveDiffusionModel8bit
 from .guidance import GMFlowAutoguidance, GMFlowGuider, GMFlowProbabilisticGuidance
 from .loaders import GMFlowLoader
 from .mixture_source import GMFlowSourceLoader, GMFlowSourceNoise
+from .moved_in import GMFlowPiFlowSampler
 from .samplers import (
     GMFlowODESampler,
     GMFlowPolicySampler,
@@ -33,6 +35,9 @@ NODES = [
         GMFlowSigmas,
         GMFlowPolicySigmas,
         GMFlowAdapter,
+        GMFlowAdaptedModel,
+        GMFlowAdapterInfo,
+        GMFlowPiFlowSampler,
         GMFlowLoadDiffusionModel8bit,
         GMFlowSaveDiffusionModel8bit,
         GMFlowClassLabels,
@@ -50,6 +55,11 @@ NODES = [
 
 class GMFlowExtension(ComfyExtension):
     """GMFlow as a ComfyUI extension."""
+
+    @override
+    async def on_load(self) -> None:
+        """Offer our nodes for those of ComfyUI-piFlow; older versions of ComfyUI never call it."""
+        await register_replacements()
 
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:

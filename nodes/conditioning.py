@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from .comfyui.class_labels import ONLY_MORE, choose_labels, empty_images, network_of
+from .comfyui.class_labels import (
+    ONLY_MORE,
+    choose_labels,
+    classes_for_page,
+    empty_images,
+    network_of,
+)
 from .comfyui.label_conditioning import class_conditioning, unconditional
 from .comfyui.model_folders import class_names
 from .comfyui.schema import node_schema
@@ -58,9 +64,11 @@ class GMFlowClassLabels(io.ComfyNode):
                 io.Combo.Input(
                     "label",
                     options=[*class_names(), ONLY_MORE],
-                    tooltip="The first label. The list holds the class names of all models that "
-                    "are installed, in the hub's cache, or were loaded (press R to refresh it, "
-                    "type to search it); choose one that the connected model has.",
+                    **classes_for_page(),
+                    tooltip="The first label. The list holds the class names of the connected "
+                    "model; those of all models that are installed, in the hub's cache, or were "
+                    "loaded where the page cannot tell (press R to refresh it, type to search "
+                    "it).",
                 ),
                 io.String.Input(
                     "more_labels",

@@ -8,6 +8,7 @@ from .comfyui.files import fingerprint
 from .comfyui.gm_model import DTYPES, load_gm_model
 from .comfyui.model_folders import files_of, find_model, installed_models
 from .comfyui.schema import node_schema
+from .comfyui.solver_choice import no_effect
 
 
 class GMFlowLoader(io.ComfyNode):
@@ -82,4 +83,6 @@ class GMFlowLoader(io.ComfyNode):
     def execute(
         cls, model_name: str, hub_id_or_path: str = "", weight_dtype: str = "default"
     ) -> io.NodeOutput:
+        if hub_id_or_path.strip():
+            no_effect(f"model_name ({model_name})", "hub_id_or_path is used")
         return io.NodeOutput(load_gm_model(find_model(model_name, hub_id_or_path), weight_dtype))

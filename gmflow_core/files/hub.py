@@ -6,6 +6,7 @@ import os
 import re
 import unicodedata
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 from urllib.request import url2pathname
 
@@ -160,6 +161,28 @@ def folder_of(source: str | Path, patterns: list[str]) -> Path:
     if os.path.isdir(source):
         return Path(source)
     name, revision = _hub_id(source)
+    return snapshot(name, revision, patterns, str(source))
+
+
+def snapshot(
+    name: str,
+    revision: str | None,
+    patterns: list[str],
+    source: str,
+    **options: Any,
+) -> Path:
+    """Download a part of a model from the hub, and return the folder in the hub's cache.
+
+    Args:
+        name: "owner/name".
+        patterns: the files to download.
+        source: the name in messages.
+        options: further arguments of huggingface_hub's function.
+
+    Raises:
+        ValueError: huggingface_hub is not installed.
+        OSError: the hub has no such model, or cannot be reached.
+    """
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
@@ -168,7 +191,7 @@ def folder_of(source: str | Path, patterns: list[str]) -> Path:
             f"`pip install huggingface_hub`, or {BY_HAND}"
         ) from error
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, **options))
     except Exception as error:  # the hub's client raises many kinds, of several packages
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise OSError(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +19,7 @@ from .errors import REPEAT, FileError, check_regular_file, quoted, reading, reas
 PICKLE = (
     "is a pickle file (.pt, .ckpt), which could run any code when opened, so GMFlow never reads one"
 )
+LARGEST_HEADER = 16 * 2**20  # bytes of a header that is looked at only
 
 
 def open_safetensors(path: str | Path, advice: str = REPEAT):
@@ -56,6 +59,22 @@ def _is_pickle(path: str | Path) -> bool:
     except OSError:
         return False
     return head[:2] == b"PK" or (head[:1] == b"\x80" and head[8:] != b"{")
+
+
+def peek_header(path: str | Path) -> dict[str, Any]:
+    """Return the header of a safetensors file: an entry for each tensor, and __metadata__.
+
+    At most LARGEST_HEADER bytes are read. What is no such file has an empty header.
+    """
+    try:
+        check_regular_file(path)
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            raw = file.read(size) if 2 <= size <= LARGEST_HEADER else b""
+        header = json.loads(raw) if len(raw) == size else None
+    except (OSError, ValueError, RecursionError, MemoryError):
+        return {}
+    return header if isinstance(header, dict) else {}
 
 
 def read_safetensors(

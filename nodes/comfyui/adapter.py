@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import logging
-import os
+from collections.abc import Callable
 
 from torch import Tensor
 
 from ...gmflow_core.files.errors import MOST_SAID, printable
 from ...gmflow_core.models.adapter_heads import GMHead, Head, build_head
-from .adapter_file import SHIFT, check_size, policy_of, split_tensors, steps_of
+from .adapter_details import describe
+from .adapter_file import (
+    SHIFT,
+    check_size,
+    policy_of,
+    read_adapter,
+    split_tensors,
+    steps_of,
+    title_of,
+)
+from .adapter_folder import AdapterFile
 from .adapter_head import with_head
 from .adapter_info import Adapter, adapter_of
 from .adapter_lora import with_lora
 from .bases import Base, base_of
 from .notices import notice
+from .solver_choice import no_effect
 from .time_shift import ShiftedFlow
 
 
@@ -24,6 +35,7 @@ def with_adapter(
     metadata: dict[str, str] | None,
     strength: float = 1.0,
     name: str = "file",
+    is_trial: bool = False,
 ):
     """Return a clone of a MODEL with an adapter on it.
 
@@ -34,6 +46,7 @@ def with_adapter(
         strength: strength of the LoRA; the head always counts in full.
         name: name of the file, for messages; the number of steps in it ("..._8step") is the number
             that the adapter was made for.
+        is_trial: True to see only whether the adapter fits, and show nothing on the node.
 
     Raises:
         ValueError: the file is no adapter, or is one for another base model; the message names
@@ -58,14 +71,26 @@ def with_adapter(
     check_size(policy, head, name)
     model = with_lora(model, base, lora, strength, name)
     steps = steps_of(policy, name)
-    adapter = Adapter(os.path.basename(name), base, steps, guidance_of(base, model))
-    notice(
-        f"{base.name}, {_kind_of(head)}, {steps} steps or more, {len(lora) // 2} LoRA pairs at "
-        f"{strength:g}",
-        logging.INFO,
-    )
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    details = "\n".join(describe(shapes, policy, steps, base))
+    adapter = Adapter(title_of(name), base, steps, guidance_of(base, model), details)
+    if not is_trial:
+        _report(base, head, steps, len(lora) // 2, strength)
     sampling = ShiftedFlow.with_shift(policy.get("shift", SHIFT), base.multiplier)
     return with_head(model, head, adapter, sampling)
+
+
+def _report(base: Base, head: Head, steps: int, pairs: int, strength: float) -> None:
+    """Show on the node what was put on the model."""
+    notice(
+        f"{base.name}, {_kind_of(head)}, {steps} steps or more, {pairs} LoRA pairs at {strength:g}",
+        logging.INFO,
+    )
+    if not strength and pairs:
+        notice(
+            "strength 0 leaves out the adapter's LoRA, and its head alone predicts poorly; remove "
+            "GM Adapter to see the base model, or set strength to 1"
+        )
 
 
 def guidance_of(base: Base, model) -> float | None:
@@ -87,3 +112,31 @@ def _kind_of(head: Head) -> str:
     if isinstance(head, GMHead):
         return f"GM policy, K = {head.num_gaussians}"
     return f"DX policy, {head.num_times} times"
+
+
+def load_adapted(model, file: AdapterFile, strength: float, in_list: str = ""):
+    """Return a clone of a MODEL with the adapter of a file on it; see `with_adapter`.
+
+    Args:
+        file: it is downloaded first where it is not here.
+        in_list: a name that hub_id_or_path was preferred to; "" if there is none.
+    """
+    if in_list:
+        no_effect(f"adapter_name ({in_list})", "hub_id_or_path is used")
+    return with_adapter(model, *read_adapter(file.path()), strength, file.name)
+
+
+def fit_in_words(model) -> Callable[[dict[str, Tensor], dict[str, str], str], str]:
+    """Return a function that says whether an adapter fits a MODEL; tensors need no values."""
+
+    def fits(tensors: dict[str, Tensor], metadata: dict[str, str], name: str) -> str:
+        present = adapter_of(model.model_options)
+        if present is not None:
+            return f"it has an adapter already ({present.name})"
+        try:
+            with_adapter(model, tensors, metadata, 1.0, name, is_trial=True)
+        except ValueError as error:
+            return f"it does not fit: {error}"
+        return f"it fits ({base_of(model).name})"
+
+    return fits

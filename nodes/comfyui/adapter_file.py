@@ -10,6 +10,7 @@ import re
 from torch import Tensor
 
 from ...gmflow_core.files.errors import MOST_QUOTED, FileError, printable, quoted, reading
+from ...gmflow_core.files.hub_file import USUAL
 from ...gmflow_core.files.json_files import parse_json
 from ...gmflow_core.files.safetensors_files import check_finite, open_safetensors
 from ...gmflow_core.models.adapter_heads import GMHead, Head, is_head_key
@@ -36,7 +37,7 @@ def read_adapter(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise FileError(path, "is not a safetensors file", "GM adapters are published as such")
     tensors = {}
     with reading(path), open_safetensors(path) as file:
-        _check_names(list(file.keys()), path)
+        check_names(list(file.keys()), path)
         for key in file.keys():
             part = file.get_slice(key)
             shape = tuple(part.get_shape())
@@ -52,7 +53,7 @@ def read_adapter(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         return tensors, file.metadata() or {}
 
 
-def _check_names(keys: list[str], path: str) -> None:
+def check_names(keys: list[str], path: str) -> None:
     """Check that one of a file's tensors belongs to a head.
 
     Raises:
@@ -146,11 +147,18 @@ def steps_of(policy: dict, name: str) -> int:
     """
     if policy["type"] == "DX":
         return max(1, round(1 / policy["segment_size"] + 1 - FINAL_STEP_SIZE))
-    found = re.search(r"(?<!\d)([1-9]\d?)[ _-]?steps?(?![a-z0-9])", name.lower())
+    found = re.findall(r"(?<!\d)([1-9]\d?)[ _-]?steps?(?![a-z0-9])", name.lower())
     if found:
-        return int(found[1])
+        return int(found[-1])  # the file's, rather than that of a folder around it
     notice(
         f"{STEPS} steps are assumed: the name {name} does not say how many steps the adapter was "
-        "made for; keep its folder's name (such as gmflux_k8_piid_8step) in the file's name"
+        "made for; keep the adapter's name (such as gmflux_k8_piid_8step) as that of the file or "
+        "its folder"
     )
     return STEPS
+
+
+def title_of(name: str) -> str:
+    """Return a short name of an adapter: that of its folder where the file has the usual name."""
+    parts = name.replace("\\", "/").split("/")
+    return parts[-2] if parts[-1] == USUAL and len(parts) > 1 else parts[-1]

@@ -17,12 +17,14 @@ class Adapter:
         base: the entry of the base model it is for.
         steps: the fewest steps it was made for.
         guidance: the distilled guidance it expects; None if the base model takes none.
+        details: what its file holds, for people to read.
     """
 
     name: str
     base: Base
     steps: int
     guidance: float | None
+    details: str = ""
 
 
 def adapter_of(model_options: dict | None) -> Adapter | None:

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 import comfy.model_management
 import torch
+from comfy_api.latest import io
 
 from ...gmflow_core.files.labels import find_label
 from .gm_network import ImageNetwork
+from .model_folders import classes_by_model
 from .sizes import check_size
 
 MOST_IMAGES = 65_536  # in one batch
 ONLY_MORE = "(only more_labels)"  # choice of no first label
+
+
+def classes_for_page() -> dict[str, Any]:
+    """Return the option of an input that tells the page which model has which classes.
+
+    Versions of ComfyUI that pass nothing of the kind on get none, and show the whole list.
+    """
+    known = inspect.signature(io.Combo.Input).parameters
+    return {"extra_dict": {"classes": classes_by_model()}} if "extra_dict" in known else {}
 
 
 def network_of(model) -> ImageNetwork:

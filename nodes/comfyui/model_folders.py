@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
+from typing import Any
 
 import folder_paths
 
 from ...gmflow_core.files.checkpoint import SHIPPED
 from ...gmflow_core.files.errors import quoted, reason
 from ...gmflow_core.files.hub import cached_folder, is_published, tidy_source
-from ...gmflow_core.files.labels import distinct, known_names
+from ...gmflow_core.files.labels import MOST_READ, MOST_SECONDS, distinct, known_names
 from .listing import MOST_NAMES, file_names, list_files, say_once, shown
 
 MODELS, SOURCES = "gmflow", "gmflow_sources"  # our folders in models/
@@ -176,10 +178,10 @@ def find_lora(name: str) -> str:
     Raises:
         ValueError: there is none of that name.
     """
-    path = _lora_path(name)
+    path = lora_path(name)
     if path is None:  # its name is shown otherwise than it is
         names = (each for each in folder_paths.get_filename_list(LORAS) if shown(each) == name)
-        path = next(filter(None, map(_lora_path, names)), None)
+        path = next(filter(None, map(lora_path, names)), None)
     if path is None:
         folders = ", ".join(folder_paths.get_folder_paths(LORAS))
         raise ValueError(
@@ -188,7 +190,7 @@ def find_lora(name: str) -> str:
     return path
 
 
-def _lora_path(name: str) -> str | None:
+def lora_path(name: str) -> str | None:
     """Return the path of a LoRA, None if there is none; ComfyUI's own function logs any name."""
     paths = _paths_below(folder_paths.get_folder_paths(LORAS), name)
     return next(filter(os.path.isfile, paths), None)
@@ -233,3 +235,22 @@ def class_names() -> list[str]:
             "names into more_labels"
         )
     return names[:MOST_NAMES]
+
+
+def classes_by_model() -> dict[str, Any]:
+    """Return which model has which class names, for the page.
+
+    Returns:
+        `lists`: lists of names, at most MOST_NAMES in all; `models`: the names of models, as the
+        choices of GM Load Model or as ids on the hub, and the number of each one's list.
+    """
+    cached = {name: str(folder) for name in PUBLISHED if (folder := cached_folder(name))}
+    lists: dict[tuple[str, ...], int] = {}
+    models, left, end = {}, MOST_NAMES, time.monotonic() + MOST_SECONDS
+    for name, path in {**cached, **installed_models()}.items():
+        names = tuple(known_names([path])[0])
+        left -= 0 if names in lists else len(names)
+        if left < 0 or len(models) >= MOST_READ or time.monotonic() > end:
+            break
+        models[name] = lists.setdefault(names, len(lists))
+    return {"lists": [list(names) for names in lists], "models": models}

@@ -38,7 +38,8 @@ def main(comfyui: Path, work: Path) -> None:
         return
     if not asyncio.run(nodes.load_custom_node(str(repository))):
         raise RuntimeError("the extension did not load")
-    with_adapter = sys.modules[nodes.NODE_CLASS_MAPPINGS["GMFlowAdapter"].__module__].with_adapter
+    module = nodes.NODE_CLASS_MAPPINGS["GMFlowAdapter"].__module__
+    with_adapter = sys.modules[module.replace(".adapters", ".comfyui.adapter")].with_adapter
 
     class HostBuffer:
         size = 0

@@ -14,6 +14,7 @@ from .page import ComfyPage, open_page
 from .stand_in_files import WORKFLOWS, write_workflow_files
 
 DEFAULTS = {  # of inputs that came after the first workflows were saved
+    "GMFlowAdapter": {"hub_id_or_path": ""},
     "GMFlowLoader": {"hub_id_or_path": "", "weight_dtype": "default"},
     "GMFlowODESampler": {"spacing": "time", "shift": 0},
     "GMFlowSampler": {

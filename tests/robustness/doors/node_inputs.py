@@ -72,6 +72,8 @@ def sound(name: str) -> dict[str, Any]:
 
 MODEL_OF = {
     "GMFlowAdapter": lambda: work.base_model("flux"),
+    "GMFlowAdapterInfo": lambda: work.base_model("flux"),
+    "GMFlowPiFlowSampler": lambda: work.adapted("flux"),
     "GMFlowSaveDiffusionModel8bit": work.eight_bit,
 }
 LATENT_OF = {
@@ -82,6 +84,11 @@ OWN: dict[str, dict[str, Any]] = {
     "GMFlowLoader": {"model_name": "checkerboard_k64.safetensors"},
     "GMFlowSourceLoader": {"source_name": "digits_source.safetensors"},
     "GMFlowAdapter": {"adapter_name": "flux_4step.safetensors"},
+    "GMFlowAdaptedModel": {
+        "model_name": "tiny_flux.safetensors",
+        "adapter_name": "flux_4step.safetensors",
+    },
+    "GMFlowAdapterInfo": {"adapter_name": "flux_4step.safetensors"},
     "GMFlowLoadDiffusionModel8bit": {"unet_name": "tiny_flux.safetensors"},
     "GMFlowClassLabels": {"label": "1", "more_labels": "2"},
 }

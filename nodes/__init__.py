@@ -6,9 +6,11 @@ from typing_extensions import override
 from .adapters import GMFlowAdapter
 from .comfyui.guard import guarded_node
 from .comfyui.model_folders import register_folders
+from .compare import GMFlowCompare, GMFlowSeedSpread
 from .conditioning import GMFlowClassLabels, GMFlowUnconditional
 from .eight_bit import GMFlowLoadDiffusionModel8bit, GMFlowSaveDiffusionModel8bit
 from .guidance import GMFlowAutoguidance, GMFlowGuider, GMFlowProbabilisticGuidance
+from .inspector import GMFlowInspector
 from .loaders import GMFlowLoader
 from .mixture_source import GMFlowSourceLoader, GMFlowSourceNoise
 from .samplers import (
@@ -43,6 +45,9 @@ NODES = [
         GMFlowSourceNoise,
         GMFlowDensity,
         GMFlowPixels,
+        GMFlowInspector,
+        GMFlowCompare,
+        GMFlowSeedSpread,
     )
 ]
 

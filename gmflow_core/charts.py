@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -59,7 +60,8 @@ def bar_chart(values: Sequence[float], labels: Sequence[str], size: tuple[int, i
     image = Image.new("RGB", size, "white")
     draw, font = ImageDraw.Draw(image), _font(size[1])
     top = max(*values, 1e-12)
-    numbers = [f"{top * i / TICKS:.2g}" for i in range(TICKS + 1)]
+    decimals = max(0, 2 - math.ceil(math.log10(top)))
+    numbers = [f"{top * i / TICKS:.{decimals}f}" for i in range(TICKS + 1)]
     left = 6 + max(font.getlength(number) for number in numbers)
     line = font.size * 1.4
     right, upper, lower = size[0] - 4, line / 2, size[1] - line
@@ -135,7 +137,9 @@ def mixture_chart(
     draw = ImageDraw.Draw(image)
     for k in share.argsort()[-NUMBERED:].tolist():
         x, y = places[k]
-        draw.text((x + radius + 2, y), str(k), INK, font, "lm", stroke_width=2, stroke_fill="white")
+        side, anchor = (-1, "rm") if x + radius > 0.9 * size else (1, "lm")
+        at = (x + side * (radius + 2), y)
+        draw.text(at, str(k), INK, font, anchor, stroke_width=2, stroke_fill="white")
     x, y = ((mean - centre) * torch.tensor([unit, -unit]) + size / 2).tolist()
     draw.line((x - 6, y, x + 6, y), (20, 140, 130), 3)
     draw.line((x, y - 6, x, y + 6), (20, 140, 130), 3)
@@ -185,9 +189,14 @@ def _draw_axes(image: Image.Image, font: ImageFont.FreeTypeFont, centre: list, h
         at, step = size * i / TICKS, half * (2 * i / TICKS - 1)
         draw.line((at, 0, at, size), GRID)
         draw.line((0, at, size, at), GRID)
-        draw.text((at + 2, size - 2), f"{round(centre[0] + step, 4):.2g}", INK, font, anchor="lb")
-        draw.text((2, at - 2), f"{round(centre[1] - step, 4):.2g}", INK, font, anchor="lb")
+        draw.text((at + 2, size - 2), _number(centre[0] + step), INK, font, anchor="lb")
+        draw.text((2, at - 2), _number(centre[1] - step), INK, font, anchor="lb")
     draw.rectangle((0, 0, size - 1, size - 1), outline=GRID)
+
+
+def _number(value: float) -> str:
+    """Return a number at an axis; what rounding left of 0 is 0."""
+    return f"{round(value, 4) + 0.0:.2g}"
 
 
 def _font(size: float) -> ImageFont.FreeTypeFont:

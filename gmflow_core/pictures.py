@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -176,6 +177,14 @@ def mean_pairwise_distance(pictures: Tensor) -> float:
         for first, second in itertools.combinations(pictures.float(), 2)
     ]
     return float(torch.stack(distances).mean())
+
+
+def stacked(pictures: Sequence[Tensor]) -> Tensor:
+    """Put pictures (H, W, 3) of any sizes one below the other, with white at their right."""
+    width = max(picture.shape[1] for picture in pictures)
+    missing = [width - picture.shape[1] for picture in pictures]
+    padded = [F.pad(p, (0, 0, 0, m), value=1.0) for p, m in zip(pictures, missing, strict=True)]
+    return torch.cat(padded)
 
 
 def reduced(picture: Tensor, size: int) -> Tensor:

@@ -104,8 +104,9 @@ def compare(
 ) -> list[Cell]:
     """Sample once with every sampler and number of steps, all from the same noise.
 
-    The seconds are those of the sampling alone, without the VAE. The model is loaded before, and
-    each solver of this extension has run once, so that no start-up is measured.
+    The seconds are those of the sampling alone, without the VAE. Before that each solver of this
+    extension has run once, with the fewest steps, so that the model is loaded and no start-up is
+    measured.
 
     Raises:
         ValueError: there are more network calls than MOST_CALLS.
@@ -124,10 +125,12 @@ def compare(
         return executor(*args, **kwargs)
 
     model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, counting)
-    subject, progress = replace(subject, model=model), Progress(calls)
-    warm = [row for row in rows if row.ours] or [Row("euler", gm_sampler("euler", shift))]
+    subject, fewest = replace(subject, model=model), min(counts)
+    warm = [row for row in rows if row.ours] or rows[:1]
+    progress = Progress(calls + fewest * len(warm))
     for row in warm:
-        subject.sample(row.sampler, gm_sigmas(1, shift), seed)
+        sigmas = gm_sigmas(fewest, shift, final_step_size=row.final_step_size)
+        subject.sample(row.sampler, sigmas, seed, progress)
     cells = []
     for row in rows:
         for steps in counts:

@@ -102,9 +102,7 @@ def record_mixture(subject: Subject, seed: int, steps: int, step: int) -> Record
     global _last
     steps = steps or steps_for(subject.model)
     if step > steps:
-        raise ValueError(
-            f"step {step} is beyond the last of {steps} steps; choose one of 1-{steps}"
-        )
+        raise ValueError(f"there is no step {step} in {steps} steps; choose one from 1 to {steps}")
     wires = (subject.latent, subject.positive, subject.negative)
     settings = (seed, steps, step, subject.guidance)
     if _last is not None and _last[0]() is subject.model:

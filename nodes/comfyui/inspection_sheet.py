@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...gmflow_core import GaussianMixture
 from ...gmflow_core.charts import (
+    SCALE,
     bar_chart,
     heat_map,
     histogram_chart,
@@ -17,7 +18,7 @@ from ...gmflow_core.charts import (
     weight_table,
     with_scale,
 )
-from ...gmflow_core.pictures import contact_sheet, layout_of, to_picture
+from ...gmflow_core.pictures import contact_sheet, layout_of, stacked, to_picture
 from ...gmflow_core.toys.checkerboard import histogram
 from .inspection import Recorded
 from .sample_pictures import Decode
@@ -123,8 +124,8 @@ class Inspection:
         column, row = math.floor(x), math.floor(y)
         if not (0 <= column < width and 0 <= row < height):
             raise ValueError(
-                f"there is no pixel at x {x:g}, y {y:g}: the mixture has {width} x {height} pixels; "
-                f"x goes from 0 to {width - 1} and y from 0 to {height - 1}"
+                f"there is no pixel at x {x:g}, y {y:g} in {width} x {height} pixels of mixtures; "
+                f"x goes from 0 to {width - 1}, and y from 0 to {height - 1}"
             )
         own = GaussianMixture(*(part[..., row, column] for part in _whole(mixture)))
         return Place(own, column, row, f"pixel x {column}, y {row}")
@@ -174,16 +175,15 @@ def draw_inspection(
         f"GM Mixture Inspector: {recorded.solver}, step {recorded.step} of {recorded.steps}, "
         f"sigma {recorded.sigma:.3f}, K = {count}"
     )
-    rows = [("", maps), ("", charts)]
-    layout = layout_of(rows, False, title, TILE)
-    top = to_picture(contact_sheet(rows, None, title, TILE))
-    height, width = maps[1][1].shape[:2]
-    height -= TILE // 16
+    layout = layout_of([("", maps)], False, title, TILE)
+    top = to_picture(contact_sheet([("", maps)], None, title, TILE))
+    middle = to_picture(contact_sheet([("", charts)], None, "", TILE))
+    bottom = _means_sheet(means, shares, how)
+    height, width = maps[1][1].shape[0] - TILE // SCALE, maps[1][1].shape[1]
     boxes = [(*layout.place(0, column), width, height) for column in range(len(maps))]
-    bottom = _means_sheet(means, shares, how, top.shape[1])
     h, w = recorded.places if not recorded.of_points else (0, 0)
     area = (-EXTENT, EXTENT, EXTENT, -EXTENT) if recorded.of_points else (0.0, w, 0.0, h)
-    return Sheet(torch.cat([top, bottom]), boxes[recorded.of_points :], area), means
+    return Sheet(stacked([top, middle, bottom]), boxes[recorded.of_points :], area), means
 
 
 def decode_means(inspection: Inspection, decode: Decode) -> Tensor:
@@ -200,7 +200,7 @@ def describe(inspection: Inspection, place: Place) -> str:
     recorded, mixture = inspection.recorded, inspection.mixture
     count = mixture.num_components
     lines = [
-        f"step {recorded.step} of {recorded.steps} ({recorded.solver}), sigma {recorded.sigma:.4f}, "
+        f"step {recorded.step} of {recorded.steps} ({recorded.solver}), sigma {recorded.sigma:.4f}",
         f"{count} components of standard deviation {mixture.log_std.exp().mean():.4f} on average",
         _range("entropy of the weights (nats)", mixture.weight_entropy())
         + f"; the most is log {count} = {math.log(count):.3f}",
@@ -310,17 +310,13 @@ def _tints(means: Tensor) -> Tensor:
     return ((means + 1) / 2).clamp(0, 1).expand(*means.shape[:-1], 3)
 
 
-def _means_sheet(means: Tensor, shares: list[float], how: str, width: int) -> Tensor:
-    """Draw the K means, each with its average weight, on a sheet of a given width."""
-    tile = TILE if len(means) <= FEW else TILE // 2
-    columns = (width - tile // 16) // (tile + tile // 16)
+def _means_sheet(means: Tensor, shares: list[float], how: str) -> Tensor:
+    """Draw the K means, each with its average weight."""
+    columns, tile = (4, TILE) if len(means) <= FEW else (8, TILE // 2)
     cells = [
         (f"{k}: {share:.1%}", picture)
         for k, (picture, share) in enumerate(zip(means, shares, strict=True))
     ]
     rows = [("", cells[i : i + columns]) for i in range(0, len(cells), columns)]
     title = f"The {len(cells)} means ({how}), each with its average weight"
-    sheet = to_picture(contact_sheet(rows, None, title, tile))
-    padded = torch.ones(sheet.shape[0], max(width, sheet.shape[1]), 3)
-    padded[:, : sheet.shape[1]] = sheet
-    return padded[:, :width]
+    return to_picture(contact_sheet(rows, None, title, tile))

@@ -40,8 +40,8 @@ def decoder_of(model, vae=None) -> tuple[Decode, str]:
         return lambda samples: _decoded(vae, samples), "VAE"
     if latent_format.latent_rgb_factors is None:
         raise ValueError(
-            f"this model ({type(model.model).__name__}) samples latents; connect its VAE to vae, to "
-            "see pictures"
+            f"this model ({type(model.model).__name__}) samples latents; connect its VAE to vae "
+            "to see pictures"
         )
     return lambda samples: _colours(latent_format, samples), "approximate colours: no VAE"
 

@@ -75,7 +75,8 @@ def bar_chart(values: Sequence[float], labels: Sequence[str], size: tuple[int, i
     for i, (value, label) in enumerate(zip(values, labels, strict=True)):
         x = left + i * step
         bar = (lower - upper) * value / top
-        draw.rectangle((x + step * 0.1, lower - bar, x + step * 0.9, lower), BAR)
+        if bar >= 1:
+            draw.rectangle((x + step * 0.1, lower - bar, x + step * 0.9, lower), BAR)
         if i % every == 0:
             draw.text((x + step / 2, lower + 2), label, INK, font, anchor="mt")
     return to_picture(image)

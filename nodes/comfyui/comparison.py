@@ -66,7 +66,7 @@ def rows_of(names: str, samplers: Sequence[tuple[str, object]], shift: float) ->
     rows = []
     for name in filter(None, re.split(r"[,;\s]+", names)):
         if name in SOLVERS:
-            sampler, size = gm_sampler(name, shift), SOLVERS[name].final_step_size
+            sampler, size = gm_sampler(name, shift, quiet=True), SOLVERS[name].final_step_size
             rows.append(Row(name, sampler, size, ours=True))
         elif name in comfy.samplers.SAMPLER_NAMES:
             rows.append(Row(name, comfy.samplers.sampler_object(name)))

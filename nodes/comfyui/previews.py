@@ -51,10 +51,11 @@ def batch_grid(images: Tensor, size: int = SIZE) -> Tensor:
     Returns:
         (H, W, 3) in [0, 1].
     """
-    columns = math.ceil(math.sqrt(len(images)))
-    across, down = columns * images.shape[3], math.ceil(len(images) / columns) * images.shape[2]
-    scale = max(1, size // max(across, down))
-    return image_grid(images, columns, scale, gap=2 if len(images) > 1 else 0)
+    columns, gap = math.ceil(math.sqrt(len(images))), 2 if len(images) > 1 else 0
+    rows = math.ceil(len(images) / columns)
+    across, down = columns * images.shape[3], rows * images.shape[2]
+    scale = min((size - gap * (columns + 1)) // across, (size - gap * (rows + 1)) // down)
+    return image_grid(images, columns, max(1, scale), gap)
 
 
 def add_previews(model) -> None:

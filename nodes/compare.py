@@ -21,7 +21,7 @@ from .comfyui.schema import (
     vae_input,
     weight_input,
 )
-from .comfyui.seed_spread import figure_of, reference_of, sample_seeds, spread_sheet
+from .comfyui.seed_spread import MOST_SEEDS, figure_of, reference_of, sample_seeds, spread_sheet
 from .comfyui.shown import shown_sheet
 from .comfyui.solver_choice import AUTO, solver_for, steps_for
 from .comfyui.time_shift import own_shift
@@ -155,7 +155,7 @@ class GMFlowSeedSpread(io.ComfyNode):
                 latent_input(),
                 seed_input("seed", "The first seed; the others follow it."),
                 io.Int.Input(
-                    "seeds", default=8, min=2, max=64, tooltip="How many seeds are sampled."
+                    "seeds", default=8, min=2, max=MOST_SEEDS, tooltip="How many seeds are sampled."
                 ),
                 steps_input(default=0),
                 io.Combo.Input(
@@ -231,7 +231,7 @@ class GMFlowSeedSpread(io.ComfyNode):
         run = gm_sampler(solver, shift) if sampler is None else sampler
         spread = sample_seeds(subject, run, sigmas, seed, seeds, decode)
         name = solver if sampler is None else "sampler"
-        what = f"{name}, {steps} steps, {how}"
+        what = f"{name}, {steps} step{'s' * (steps > 1)}, {how}"
         other = None if reference is None else reference_of(reference, spread.pictures.shape[1])
         sheet, text = spread_sheet(spread, other, what, size), figure_of(spread, other, what)
         images = enlarged(spread.together())

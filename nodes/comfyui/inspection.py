@@ -119,7 +119,8 @@ def record_mixture(subject: Subject, seed: int, steps: int, step: int) -> Record
 def _record(subject: Subject, seed: int, steps: int, step: int) -> Recorded:
     subject.check()
     watch, model, solver = _Watch(step), subject.model.clone(), solver_for(subject.model)
-    model.model_options[WATCH] = watch
+    # a function, as older versions of ComfyUI copy any other object with a MODEL's options
+    model.model_options[WATCH] = lambda policy, x, sigma: watch(policy, x, sigma)
     subject = replace(subject, model=model)
     shift = own_shift(model.get_model_object("model_sampling"))
     sigmas = gm_sigmas(steps, shift, final_step_size=SOLVERS[solver].final_step_size)

@@ -13,6 +13,7 @@ from .cells import Progress, Subject
 from .sample_pictures import Decode, enlarged
 from .sizes import check_size
 
+MOST_SEEDS = 64
 COLUMNS = 8  # of pictures on a sheet
 SEEDS = 2**64
 
@@ -71,11 +72,11 @@ def reference_of(images: Tensor, batch: int) -> Spread:
         ValueError: they do not fit a batch of that size, or are of a single seed.
     """
     count = len(images) // batch
-    if len(images) % batch or count < 2:
+    if len(images) % batch or not 2 <= count <= MOST_SEEDS:
         raise ValueError(
             f"the reference has {len(images)} pictures; for a batch of {batch} it must have "
-            f"{2 * batch}, {3 * batch} or another multiple, seed after seed: connect the pictures "
-            "of another GM Seed Spread"
+            f"{2 * batch}, {3 * batch} or another multiple, up to {MOST_SEEDS} seeds, seed after "
+            "seed: connect the images of another GM Seed Spread"
         )
     pictures = images[..., :3].float().cpu().unflatten(0, (count, batch))
     return Spread(list(range(count)), pictures)

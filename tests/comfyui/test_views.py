@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -17,8 +18,10 @@ from gmflow_core.cli import DEMO_MODEL
 from gmflow_core.pictures import image_grid, layout_of, mean_pairwise_distance
 from gmflow_core.toys.density_picture import density_picture
 
+from .adapter_prompts import FILES, graph, serve
 from .client import Comfy
 from .graphs import latent_of, node
+from .vaes import write_vae
 
 DIGITS = DEMO_MODEL.parent / "digits_k8.safetensors"
 STOCK = {"seed": 3, "steps": 4, "cfg": 1.0, "scheduler": "simple", "denoise": 1.0}
@@ -238,3 +241,46 @@ def test_the_texts_are_strings_that_json_holds(comfy: Comfy) -> None:
     result = comfy.run(digits("GMFlowSeedSpread", label="5", more="8", **spread(seeds=2)))
     assert json.dumps(result.outputs["sample"])
     assert array(result.images["sample"][0]).std() > 0.1
+
+
+@pytest.fixture(scope="module")
+def adapted(comfy: Comfy) -> Iterator[Comfy]:
+    """The server with tiny base models, adapters, and FLUX.1's VAE."""
+    write_vae(comfy.base / "models" / "vae" / "ae_flux.safetensors", "flux")
+    yield from serve(comfy)
+
+
+@pytest.mark.parametrize("with_vae", [True, False])
+def test_the_mixture_of_an_adapted_model_is_shown(adapted: Comfy, with_vae: bool) -> None:
+    prompt = graph("flux", width=96, height=64)
+    del prompt["save"], prompt["negative"]
+    wires = {"model": ["model", 0], "latent_image": ["latent", 0], "positive": ["positive", 0]}
+    prompt["sample"] = node("GMFlowInspector", **wires, **inspector(steps=0, step=3, x=11.0, y=7.0))
+    prompt["show"] = node("PreviewImage", images=["sample", 1])
+    if with_vae:
+        prompt["vae"] = node("VAELoader", vae_name="ae_flux.safetensors")
+        prompt["sample"]["inputs"]["vae"] = ["vae", 0]
+    result = adapted.run(prompt)
+    (text,), pictures = result.outputs["sample"]["text"], result.images["show"]
+    assert text.startswith("step 3 of 4 (gm-policy)")
+    assert "pixel x 11, y 7" in text
+    assert text.count("component ") == 8
+    assert [picture.size for picture in pictures] == [(192, 128) if with_vae else (252, 168)] * 8
+    assert not np.array_equal(*map(np.asarray, pictures[:2]))
+    assert result.outputs["sample"]["gmflow_maps"][0]["area"] == [0, 12, 0, 8]
+    prompt["model"]["inputs"]["adapter_name"] = "dxflux_n10_piid_4step.safetensors"
+    refused = adapted.run(prompt, expect_error=True).errors["sample"]
+    assert "DX policy, which is no mixture" in refused
+
+
+def test_a_saved_model_tells_where_it_is(adapted: Comfy) -> None:
+    prefix = "diffusion_models/seen"
+    prompt = {
+        "base": node("GMFlowLoadDiffusionModel8bit", unet_name=FILES["flux"]),
+        "save": node("GMFlowSaveDiffusionModel8bit", model=["base", 0], filename_prefix=prefix),
+    }
+    result = adapted.run(prompt)
+    (where,) = result.outputs["save"]["text"]
+    assert where == "output/diffusion_models/seen_00001_.safetensors"
+    assert (adapted.base / where).is_file()
+    assert f"saved: {where}" in result.texts["save"]

@@ -1,6 +1,6 @@
 """GMFlow for ComfyUI: the entry point that ComfyUI looks for."""
 
-WEB_DIRECTORY = "./web"
+WEB_DIRECTORY = "./web"  # scripts and help pages, which ComfyUI's page loads
 
 if __package__:  # imported by ComfyUI, not collected by a test runner
 

@@ -8,9 +8,11 @@ from .comfyui.guard import guarded_node
 from .comfyui.model_folders import register_folders
 from .comfyui.moved_in import register_replacements
 from .comfyui.notices import register_route
+from .compare import GMFlowCompare, GMFlowSeedSpread
 from .conditioning import GMFlowClassLabels, GMFlowUnconditional
 from .eight_bit import GMFlowLoadDiffusionModel8bit, GMFlowSaveDiffusionModel8bit
 from .guidance import GMFlowAutoguidance, GMFlowGuider, GMFlowProbabilisticGuidance
+from .inspector import GMFlowInspector
 from .loaders import GMFlowLoader
 from .mixture_source import GMFlowSourceLoader, GMFlowSourceNoise
 from .moved_in import GMFlowPiFlowSampler
@@ -49,6 +51,9 @@ NODES = [
         GMFlowSourceNoise,
         GMFlowDensity,
         GMFlowPixels,
+        GMFlowInspector,
+        GMFlowCompare,
+        GMFlowSeedSpread,
     )
 ]
 

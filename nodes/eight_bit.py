@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import os
+
 import folder_paths
 from comfy_api.latest import io
 
@@ -9,6 +12,7 @@ from .comfyui.files import fingerprint
 from .comfyui.int8_files import load_8bit, new_path, save_8bit
 from .comfyui.int8_layers import COMPUTE
 from .comfyui.model_folders import DIFFUSION_MODELS
+from .comfyui.notices import notice
 from .comfyui.schema import node_schema
 
 
@@ -103,4 +107,6 @@ class GMFlowSaveDiffusionModel8bit(io.ComfyNode):
     def execute(cls, model, filename_prefix: str) -> io.NodeOutput:
         path = new_path(filename_prefix)
         save_8bit(model, path)
-        return io.NodeOutput(ui={"text": [path]})
+        where = os.path.relpath(path, os.path.dirname(folder_paths.get_output_directory()))
+        notice(f"saved: {where} ({os.path.getsize(path) / 1e9:.2f} GB)", logging.INFO)
+        return io.NodeOutput(ui={"text": [where]})

@@ -12,9 +12,11 @@ from .comfyui.schema import (
     denoise_input,
     final_step_size_input,
     model_input,
+    negative_input,
     node_schema,
     order_input,
     policy_inputs,
+    positive_input,
     sampler_output,
     seed_input,
     shift_input,
@@ -214,18 +216,8 @@ class GMFlowSampler(io.ComfyNode):
                 *cls._solver_inputs(),
                 shift_input(default=0.0, lowest=0.0, **ADVANCED),
                 denoise_input(),
-                io.Conditioning.Input(
-                    "positive",
-                    optional=True,
-                    tooltip="What to generate: from GM Class Labels, or a prompt for models with a "
-                    "GM adapter; leave it open for models that take no conditioning.",
-                ),
-                io.Conditioning.Input(
-                    "negative",
-                    optional=True,
-                    tooltip="What guidance steers away from. If nothing is connected, models of "
-                    "classes steer away from no class.",
-                ),
+                positive_input(),
+                negative_input(),
                 weight_input(
                     "guidance",
                     default=0.0,

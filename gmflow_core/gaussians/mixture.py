@@ -126,6 +126,23 @@ class Mixture:
         own = self.components()
         return transport.covariance(own.means, own.log_weights, own.log_std, average)
 
+    # How sure it is
+
+    def weight_entropy(self) -> Tensor:
+        """Return the entropy of the weights in nats, (B, 1, *S), from 0 to log K."""
+        return torch.special.entr(self.components().weights).sum(1)
+
+    def effective_components(self) -> Tensor:
+        """Return exp(entropy of the weights), (B, 1, *S): 1 if one counts, K if all are equal."""
+        return self.weight_entropy().exp()
+
+    def spread(self) -> Tensor:
+        """Return the standard deviation of the whole mixture, (B, 1, *S).
+
+        Its square is the variance within and between components, averaged over channels.
+        """
+        return self.moment_match().var.expand_as(self.components().log_weights[:, 0]).sqrt()
+
     # Products
 
     def as_tilted(self) -> TiltedMixture:

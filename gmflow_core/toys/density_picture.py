@@ -6,23 +6,10 @@ import torch
 from PIL import ImageDraw
 from torch import Tensor
 
-from ..pictures import to_image
+from ..pictures import colours, to_image, to_picture
 from .checkerboard import CELLS, EXTENT, histogram
 
-# Perceptually uniform colours, from no samples to many
-_COLOURS = torch.tensor(
-    [
-        [13, 8, 45],
-        [60, 15, 110],
-        [125, 30, 125],
-        [190, 55, 105],
-        [235, 100, 70],
-        [252, 165, 55],
-        [252, 240, 160],
-    ],
-    dtype=torch.float32,
-)
-_OUTLINE = torch.tensor([90, 235, 225], dtype=torch.float32)
+_OUTLINE = (90, 235, 225)
 
 
 def density_picture(
@@ -61,21 +48,16 @@ def density_picture(
         )
     peak = 1.5 / (2 * EXTENT**2) if peak is None else peak
     expected = len(points) * peak * (2 * extent / bins) ** 2
-    level = (histogram(points.detach().cpu(), bins, extent) / expected).clamp(0, 1)
-    position = level * (len(_COLOURS) - 1)
-    low = position.long().clamp(max=len(_COLOURS) - 2)
-    picture = torch.lerp(_COLOURS[low], _COLOURS[low + 1], (position - low).unsqueeze(-1).float())
+    picture = colours((histogram(points.detach().cpu(), bins, extent) / expected).clamp(0, 1))
     cell = torch.arange(size) * bins // size
     picture = picture.flip(0)[cell][:, cell]
-    if outline:
-        picture = _draw_board(picture, extent)
-    return picture / 255
+    return _draw_board(picture, extent) if outline else picture
 
 
 def _draw_board(picture: Tensor, extent: float) -> Tensor:
-    """Draw the outlines of the filled squares over `picture` (size, size, 3) in [0, 255]."""
+    """Draw the outlines of the filled squares over `picture` (size, size, 3)."""
     size = len(picture)
-    image = to_image(picture / 255)
+    image = to_image(picture)
     draw = ImageDraw.Draw(image)
     side = 2 * EXTENT / CELLS
     for column in range(CELLS):
@@ -83,6 +65,5 @@ def _draw_board(picture: Tensor, extent: float) -> Tensor:
             x, y = column * side - EXTENT, row * side - EXTENT
             corners = [(x + extent), (extent - y - side), (x + side + extent), (extent - y)]
             box = [round(c * size / (2 * extent)) for c in corners]
-            draw.rectangle(box, outline=tuple(_OUTLINE.int().tolist()), width=max(1, size // 256))
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return pixels.reshape(size, size, 3).float()
+            draw.rectangle(box, outline=_OUTLINE, width=max(1, size // 256))
+    return to_picture(image)

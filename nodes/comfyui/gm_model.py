@@ -21,8 +21,10 @@ from ...gmflow_core.files.errors import FileError, printable, quoted
 from ...gmflow_core.models import GMFlowMLP
 from .gm_network import ImageNetwork, PointNetwork
 from .guard import guarded
+from .latent_shapes import to_points
 from .model_folders import remember_names
 from .noise_check import check_noise
+from .previews import add_previews, density_of, pixel_grid
 from .recording import RECORDER, add_recording
 
 SMALL = 100e6  # parameters below which fp32 costs little
@@ -30,22 +32,32 @@ DTYPES = {"default": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32"
 
 
 class PointLatent(comfy.latent_formats.LatentFormat):
-    """Latents of two channels, x and y; previews show them as colours."""
+    """Latents of two channels, x and y: every pixel is a point."""
 
     latent_channels = 2
 
-    def __init__(self):
-        self.latent_rgb_factors = [[0.25, 0.0, 0.1], [0.0, 0.25, 0.1]]
+    def picture(self, latent: Tensor) -> Tensor:
+        """Draw latents (B, 2, *S) as one picture of their density, (H, W, 3) in [0, 1]."""
+        return density_of(to_points(latent))
 
 
 class PixelLatent(comfy.latent_formats.LatentFormat):
-    """Latents in [-1, 1] that are not rescaled; previews show the first three channels."""
+    """Images themselves, in [-1, 1], of one or three channels."""
 
     def __init__(self, channels: int):
         self.latent_channels = channels
-        self.latent_rgb_factors = (
-            torch.eye(channels, 3).tolist() if channels > 1 else [[1.0, 1.0, 1.0]]
-        )
+
+    def picture(self, latent: Tensor) -> Tensor:
+        """Draw images (B, C, h, w) side by side, each pixel as a square: (H, W, 3) in [0, 1]."""
+        return pixel_grid(latent)
+
+
+class PlainLatent(comfy.latent_formats.LatentFormat):
+    """Latents that are not rescaled; previews show the first three channels."""
+
+    def __init__(self, channels: int):
+        self.latent_channels = channels
+        self.latent_rgb_factors = torch.eye(channels, 3).tolist()
 
 
 class GMModelConfig(comfy.supported_models_base.BASE):
@@ -139,6 +151,7 @@ def gm_model(
     )
     add_recording(patcher)
     patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, RECORDER, check_noise)
+    add_previews(patcher)
     return patcher
 
 
@@ -152,8 +165,10 @@ def image_latent(channels: int, data: dict[str, Any]) -> comfy.latent_formats.La
         ValueError: the samples are of an unknown kind.
     """
     space = data.get("space") or ("sd-vae" if channels == 4 else "pixels")
-    if space in ("pixels", "rae"):
+    if space == "pixels" and channels in (1, 3):
         return PixelLatent(channels)
+    if space in ("pixels", "rae"):
+        return PlainLatent(channels)
     if space == "sd-vae" and channels == 4:
         return comfy.latent_formats.SD15(data.get("scaling_factor", 0.18215))
     raise ValueError(

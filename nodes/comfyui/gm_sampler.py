@@ -23,12 +23,15 @@ from .time_shift import HIGHEST
 OWN = 0  # value of a setting that stands for the model's, or the solver's, own value
 
 
-def gm_sampler(solver: str, shift: float = OWN, **settings) -> comfy.samplers.KSAMPLER:
+def gm_sampler(
+    solver: str, shift: float = OWN, *, quiet: bool = False, **settings
+) -> comfy.samplers.KSAMPLER:
     """Return a SAMPLER that runs a solver of gmflow_core.
 
     Args:
         solver: one of SOLVERS.
         shift: time shift of the sigmas; the model's own if 0.
+        quiet: True does not show the settings on the node.
         settings: further arguments of `solve`.
     """
 
@@ -55,7 +58,9 @@ def gm_sampler(solver: str, shift: float = OWN, **settings) -> comfy.samplers.KS
             check_steps(wrapped.adapter, sigmas, time_shift)
         if settings.get("spacing") == "sigma" and time_shift == 1:
             no_effect("spacing", "the time shift is 1: sigma and time are the same")
-        report_settings(solver, len(sigmas) - 1, time_shift, settings, guidance_of(wrapped.guider))
+        if not quiet:
+            guidance = guidance_of(wrapped.guider)
+            report_settings(solver, len(sigmas) - 1, time_shift, settings, guidance)
         result = solve(
             solver,
             wrapped.denoise if SOLVERS[solver].takes_policies else mixtures_only(wrapped, solver),

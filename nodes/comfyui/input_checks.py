@@ -140,6 +140,26 @@ def _check_source(kind: io.Input, value: Any) -> Any:
     return value
 
 
+def _check_sampler(kind: io.Input, value: Any) -> Any:
+    if not hasattr(value, "sample"):
+        raise _WrongError(f"{_seen(value)}; connect a SAMPLER, such as that of KSamplerSelect")
+    return value
+
+
+def _check_vae(kind: io.Input, value: Any) -> Any:
+    if not hasattr(value, "decode"):
+        raise _WrongError(f"{_seen(value)}; connect a VAE, such as that of Load VAE")
+    return value
+
+
+def _check_images(kind: io.Input, value: Any) -> Tensor:
+    """Return IMAGEs (B, H, W, 3 or more) of finite numbers."""
+    if not _is_array(value) or value.ndim != 4 or 0 in value.shape or value.shape[-1] < 3:
+        raise _WrongError(f"{_seen(value)}; it must be images (batch, height, width, 3)")
+    _check_finite("images that hold", value)
+    return value
+
+
 def _check_latent(kind: io.Input, value: Any) -> dict:
     """Return a LATENT with finite samples (B, C, ...)."""
     if not isinstance(value, dict) or "samples" not in value:
@@ -253,5 +273,8 @@ CHECKS: dict[str, Callable[[Any, Any], Any]] = {
     "MODEL": _check_model,
     "GM_SOURCE": _check_source,
     "LATENT": _check_latent,
+    "SAMPLER": _check_sampler,
+    "VAE": _check_vae,
+    "IMAGE": _check_images,
     "CONDITIONING": _check_conditioning,
 }

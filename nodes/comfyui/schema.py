@@ -36,6 +36,37 @@ def model_input() -> io.Input:
     return io.Model.Input("model", tooltip="A model from GM Load Model or GM Adapter.")
 
 
+def positive_input() -> io.Input:
+    """Return the optional input for what is generated."""
+    return io.Conditioning.Input(
+        "positive",
+        optional=True,
+        tooltip="What to generate: from GM Class Labels, or a prompt for models with a GM adapter; "
+        "leave it open for models that take no conditioning.",
+    )
+
+
+def negative_input() -> io.Input:
+    """Return the optional input for what guidance steers away from."""
+    return io.Conditioning.Input(
+        "negative",
+        optional=True,
+        tooltip="What guidance steers away from. If nothing is connected, models of classes steer "
+        "away from no class.",
+    )
+
+
+def vae_input() -> io.Input:
+    """Return the optional input for the VAE that makes pictures of samples."""
+    return io.Vae.Input(
+        "vae",
+        optional=True,
+        tooltip="The VAE of a model that samples latents. Models of points and of pixels (the "
+        "checkerboard, the digits) need none; without one, latents are shown in approximate "
+        "colours.",
+    )
+
+
 def seed_input(name: str, tooltip: str) -> io.Input:
     """Return the input for a 64-bit seed."""
     return io.Int.Input(

@@ -16,6 +16,7 @@ from .recording import recording
 from .sampling_run import run_of
 from .time_shift import own_shift
 
+WATCH = "gmflow_watch"  # key in model_options: a function (policy of x_0, x, sigma) to be told
 ROUNDING = 1e-4  # relative difference below which two means count as equal
 
 
@@ -133,9 +134,18 @@ class SolverModel:
         - Without a single positive conditioning for the whole latent and all steps only the mean
           is known: the policy is a point mass, a mixture of one component with variance 0.
 
+        A function at WATCH in the model options is called with the policy, x and sigma.
+
         Raises:
             ValueError: the model predicts no mixture.
         """
+        policy = self._guided(x, sigma)
+        watch = (self.extra_args.get("model_options") or {}).get(WATCH)
+        if watch is not None:
+            watch(policy, x, sigma)
+        return policy
+
+    def _guided(self, x: Tensor, sigma: Tensor) -> Policy:
         options, recorder = recording(self.extra_args.get("model_options"))
         latent_sigma = sigma[:1].expand(self.latent_shape[0])
         self.mask = self.mask_at(latent_sigma)

@@ -22,6 +22,7 @@ LAYERS = {
     "source": ("gaussians", "flow", "files"),
     "quantization": (),
     "pictures": (),
+    "charts": ("pictures",),
     "sampling": ("gaussians", "flow", "fast", "source"),
     "toys": ("gaussians", "flow", "sampling", "pictures"),
     "terminal": ("files",),

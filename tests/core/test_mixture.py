@@ -44,6 +44,34 @@ def test_moments_are_direct_sums_over_components(space, components):
     assert is_near(matched.var, covariance.diagonal(dim1=-2, dim2=-1).mean(-1).unsqueeze(1), 1e-12)
 
 
+@pytest.mark.parametrize("space", SPACES)
+def test_equal_weights_count_in_full_and_a_single_one_counts_once(space):
+    mixture = random_mixture(components=4, space=space, dtype=F64)
+    for chosen in ([0, 1, 2, 3], [0, 3], [2]):
+        nothing, count = torch.full_like(mixture.log_weights, -math.inf), len(chosen)
+        log_weights = nothing.index_fill(1, torch.tensor(chosen), -math.log(count))
+        each = GaussianMixture(mixture.means, log_weights, mixture.log_std)
+        shape = (2, 1, *space)
+        assert is_near(each.weight_entropy(), torch.full(shape, math.log(count), dtype=F64), 1e-12)
+        assert is_near(each.effective_components(), torch.full(shape, count, dtype=F64), 1e-12)
+
+
+def test_entropy_of_the_weights_is_that_of_a_categorical_distribution():
+    mixture = random_mixture(components=5, dtype=F64)
+    logits = mixture.log_weights.movedim(1, -1)
+    assert is_near(mixture.weight_entropy(), Categorical(logits=logits).entropy(), 1e-12)
+
+
+def test_spread_of_two_halves_adds_their_distance_to_their_own():
+    """Halves at -d and d in every channel, each with standard deviation s: sqrt(s^2 + d^2)."""
+    d, s = 1.5, 0.4
+    means = torch.stack([torch.full((3, 2), -d), torch.full((3, 2), d)]).unsqueeze(0).to(F64)
+    halves = torch.full((1, 2, 1, 2), -math.log(2), dtype=F64)
+    mixture = GaussianMixture(means, halves, torch.full((1, 1, 1, 1), math.log(s), dtype=F64))
+    expected = torch.full((1, 1, 2), math.hypot(s, d), dtype=F64)
+    assert is_near(mixture.spread(), expected, 1e-12)
+
+
 @pytest.mark.parametrize("per_pixel", [False, True])
 def test_principal_axes_diagonalise_the_covariance_in_descending_order(per_pixel):
     mixture = random_mixture(dtype=F64)

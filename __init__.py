@@ -1,5 +1,7 @@
 """GMFlow for ComfyUI: the entry point that ComfyUI looks for."""
 
+WEB_DIRECTORY = "./web"  # help pages of the nodes, and the page's script
+
 if __package__:  # imported by ComfyUI, not collected by a test runner
 
     async def comfy_entrypoint():

@@ -1,6 +1,6 @@
 """GMFlow for ComfyUI: the entry point that ComfyUI looks for."""
 
-WEB_DIRECTORY = "./web"  # help pages of the nodes, and the page's script
+WEB_DIRECTORY = "./web"  # scripts and help pages, which ComfyUI's page loads
 
 if __package__:  # imported by ComfyUI, not collected by a test runner
 

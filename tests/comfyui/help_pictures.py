@@ -22,10 +22,11 @@ from .stand_in_files import write_stand_ins
 
 IMAGES = REPOSITORY / "web" / "docs" / "images"
 LANGUAGES = {"en": "", "zh": ".zh"}  # and what the names of their pictures end with
-GAP = 12  # between pictures of one row
+GAP = 20  # between pictures of one row
 CUSTOM = "SamplerCustomAdvanced"
 DIGITS = {"model_name": "digits_k8.safetensors"}
 ADAPTER = {"adapter_name": "gmflux_k8_piid_4step.safetensors"}
+CLASSES = [(0, "positive"), (2, "latent_image")]
 FLUX = {"unet_name": "flux1-dev.safetensors"}
 
 
@@ -39,21 +40,31 @@ class Example(NamedTuple):
 
 
 EXAMPLES = {
+    "GMFlowAdaptedModel": Example(
+        "GMFlowAdaptedModel",
+        "GMFlowSampler",
+        [(0, "model")],
+        {**ADAPTER, "model_name": FLUX["unet_name"]},
+    ),
     "GMFlowAdapter": Example("GMFlowAdapter", "GMFlowSampler", [(0, "model")], ADAPTER),
+    "GMFlowAdapterInfo": Example("GMFlowAdapterInfo", "PreviewAny", [(0, "source")], ADAPTER),
     "GMFlowAutoguidance": Example("GMFlowAutoguidance", CUSTOM, [(0, "guider")]),
     "GMFlowClassLabels": Example(
         "GMFlowClassLabels",
         "GMFlowSampler",
-        [(0, "positive"), (2, "latent_image")],
+        CLASSES,
         {"label": "0", "more_labels": "1\n2\n3\n4\n5\n6\n7\n8\n9", "repeat": 10},
     ),
+    "GMFlowCompare": Example("GMFlowClassLabels", "GMFlowCompare", CLASSES),
     "GMFlowDensity": Example("GMFlowSampler", "GMFlowDensity", [(0, "samples")]),
     "GMFlowGuider": Example("GMFlowGuider", CUSTOM, [(0, "guider")]),
+    "GMFlowInspector": Example("GMFlowClassLabels", "GMFlowInspector", CLASSES),
     "GMFlowLoadDiffusionModel8bit": Example(
         "GMFlowLoadDiffusionModel8bit", "GMFlowAdapter", [(0, "model")], {**FLUX, **ADAPTER}
     ),
     "GMFlowLoader": Example("GMFlowLoader", "GMFlowSampler", [(0, "model")], DIGITS),
     "GMFlowODESampler": Example("GMFlowODESampler", CUSTOM, [(0, "sampler")]),
+    "GMFlowPiFlowSampler": Example("GMFlowAdapter", "GMFlowPiFlowSampler", [(0, "model")], ADAPTER),
     "GMFlowPixels": Example("GMFlowSampler", "GMFlowPixels", [(0, "samples")], {"columns": 10}),
     "GMFlowPolicySampler": Example("GMFlowPolicySampler", CUSTOM, [(0, "sampler")]),
     "GMFlowPolicySigmas": Example("GMFlowPolicySigmas", CUSTOM, [(0, "sigmas")]),
@@ -68,6 +79,7 @@ EXAMPLES = {
     "GMFlowSaveDiffusionModel8bit": Example(
         "GMFlowLoadDiffusionModel8bit", "GMFlowSaveDiffusionModel8bit", [(0, "model")], FLUX
     ),
+    "GMFlowSeedSpread": Example("GMFlowClassLabels", "GMFlowSeedSpread", CLASSES),
     "GMFlowSigmas": Example("GMFlowSigmas", CUSTOM, [(0, "sigmas")], {"steps": 4}),
     "GMFlowSourceLoader": Example("GMFlowSourceLoader", "GMFlowSourceNoise", [(0, "source")]),
     "GMFlowSourceNoise": Example(
@@ -82,15 +94,18 @@ EXAMPLES = {
 }
 
 DRAW = """
-({left, right, links, settings}) => {
+({left, right, links, settings, subject}) => {
     const {app, LiteGraph} = window;
     app.graph.clear();
     const nodes = [left, right].map((type) => LiteGraph.createNode(type));
-    let x = 200;
+    let y = 200;
     for (const node of nodes) {
+        node.id = window.helpNodes = (window.helpNodes ?? 1000) + 1;  // values are kept by id
         app.graph.add(node);
-        node.pos = [x, 200];
-        x += node.size[0] + 70;
+        const whole = node.type === subject;
+        if (!whole) node.collapse();
+        node.pos = [whole ? 200 : 260, y];
+        y += (whole ? node.size[1] : 0) + 80;
         for (const widget of node.widgets ?? [])
             if (widget.name in settings) widget.value = settings[widget.name];
     }
@@ -110,15 +125,15 @@ BOX = """
     const [dx, dy] = window.app.canvas.ds.offset;
     const left = Math.min(a[0], b[0]), top = Math.min(a[1], b[1]);
     const right = Math.max(a[0] + a[2], b[0] + b[2]), bottom = Math.max(a[1] + a[3], b[1] + b[3]);
-    return {x: canvas.left + left + dx - 16, y: canvas.top + top + dy - 16,
-            width: right - left + 32, height: bottom - top + 32};
+    return {x: canvas.left + left + dx - 16, y: canvas.top + top + dy - 32,  // below a badge
+            width: right - left + 32, height: bottom - top + 48};
 }
 """
 
 
-def nodes_of(page: ComfyPage, example: Example) -> Image.Image:
-    """Return a picture of two nodes and their links, as the page draws them."""
-    page.page.evaluate(DRAW, example._asdict())
+def nodes_of(page: ComfyPage, name: str) -> Image.Image:
+    """Return a picture of a node, with its example's other one folded, as the page draws them."""
+    page.page.evaluate(DRAW, {**EXAMPLES[name]._asdict(), "subject": name})
     page.page.wait_for_timeout(700)  # the page draws them meanwhile
     picture = page.page.screenshot(clip=page.page.evaluate(BOX))
     return Image.open(BytesIO(picture)).convert("RGB")
@@ -167,13 +182,13 @@ def steps(comfy: Comfy) -> Image.Image:
     for each in settings:
         prompts.append(digits())
         prompts[-1]["sample"]["inputs"].update(each)
-    return row([comfy.run(prompt, 600).image for prompt in prompts])
+    return row([comfy.run(prompt, 600).image for prompt in prompts], 2)
 
 
 def guidance(comfy: Comfy) -> Image.Image:
     """Return digits at four weights of guidance, of the same noise."""
     weights = (0.0, 0.05, 0.2, 0.45)
-    return row([comfy.run(digits(guidance=weight), 600).image for weight in weights])
+    return row([comfy.run(digits(guidance=weight), 600).image for weight in weights], 2)
 
 
 def autoguidance(comfy: Comfy) -> Image.Image:
@@ -278,7 +293,7 @@ def main() -> None:
             if names:
                 with open_page(comfy) as page:
                     for name in names:
-                        save(nodes_of(page, EXAMPLES[name]), f"{name}{end}", quality=60)
+                        save(nodes_of(page, name), f"{name}{end}", quality=60)
 
 
 if __name__ == "__main__":

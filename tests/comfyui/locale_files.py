@@ -15,7 +15,6 @@ from .installation import REPOSITORY
 from .server import running
 
 LOCALES = REPOSITORY / "locales"
-SEED_MENU = "control_after_generate"  # the second widget that the page gives to a seed
 
 
 def own_nodes(object_info: dict[str, Any]) -> dict[str, Any]:
@@ -35,8 +34,6 @@ def english(node: dict[str, Any]) -> dict[str, Any]:
     ]:
         about = options[0] if options else {}
         inputs[name] = {"name": about.get("display_name", name), "tooltip": about.get("tooltip")}
-        if about.get(SEED_MENU):
-            inputs[SEED_MENU] = {"name": SEED_MENU.replace("_", " ")}
     tooltips = node["output_tooltips"] or [None] * len(node["output"])
     outputs = {
         str(place): {"name": name, "tooltip": tooltip}

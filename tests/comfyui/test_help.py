@@ -12,7 +12,7 @@ import pytest
 from .client import Comfy
 from .help_pictures import IMAGES
 from .installation import REPOSITORY
-from .locale_files import LOCALES, SEED_MENU, english, names, own_nodes
+from .locale_files import LOCALES, english, names, own_nodes
 
 LANGUAGES = ("en", "zh")
 PAGES = REPOSITORY / "web" / "docs"
@@ -51,7 +51,7 @@ def numbers_of(about: dict[str, Any]) -> dict[str, float]:
     return {
         name: options[0]["default"]
         for name, (kind, *options) in inputs.items()
-        if kind in ("INT", "FLOAT") and not options[0].get(SEED_MENU)
+        if kind in ("INT", "FLOAT") and not options[0].get("control_after_generate")
     }
 
 

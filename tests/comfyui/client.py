@@ -148,6 +148,10 @@ class Comfy:
         answer = self._request(path, json.dumps(data).encode())
         return json.loads(answer) if answer else None
 
+    def read(self, path: str) -> bytes:
+        """Return the bytes of the answer to GET."""
+        return self._request(path)
+
     def view(self, reference: dict[str, str]) -> Image.Image:
         """Load the picture that an output names by filename, subfolder and type."""
         keys = {key: reference.get(key, "") for key in ("filename", "subfolder", "type")}

@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/*.md from the files that hold their figures.
+"""Write the tables of the pages (*.md, docs/*.md) from the files that hold their figures.
 
     python -m tests.docs_tables        # after a file in docs/results has changed
 
@@ -45,8 +45,8 @@ Record = dict[str, Any]
 
 
 def pages() -> list[Path]:
-    """Return README.md and the pages in docs."""
-    return [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+    """Return README.md and its neighbours, and the pages in docs."""
+    return [*sorted(REPOSITORY.glob("*.md")), *sorted((REPOSITORY / "docs").glob("*.md"))]
 
 
 def main() -> None:

@@ -42,6 +42,8 @@ SETTINGS = {
 READY = "window.app?.vueAppReady && window.app.canvas?.graph?.nodes.length > 0"
 # the first selector fits pages since 2026, the second fits older ones
 RUN_BUTTON = 'button[data-testid="queue-button"], [data-testid="queue-button"] button'
+SEARCH_FIELD = 'input[role="combobox"][aria-controls="results-list"]'
+SEARCH_RESULTS = '[data-testid="result-item"]'
 NOTICES = """
 const kinds = '[role="dialog"], [role="alert"], [data-testid="error-overlay"]';
 const places = [...document.querySelectorAll(kinds)].filter((place) => place.checkVisibility());
@@ -103,6 +105,19 @@ class ComfyPage:
         """Wait until a dialog, alert or toast contains ``text``."""
         found = f"notices.some((notice) => notice.includes({json.dumps(text)}))"
         self._wait(f"() => {{ {NOTICES} return {found} }}", timeout, text)
+
+    def search(self, words: str, timeout: float = 10) -> list[str]:
+        """Return what the search for nodes lists for some words, best first."""
+        field = self.page.locator(SEARCH_FIELD)
+        if not field.count():
+            box = self.page.locator("#graph-canvas").bounding_box()
+            assert box is not None
+            self.page.mouse.dblclick(box["x"] + box["width"] / 2, box["y"] + box["height"] * 0.9)
+            field.wait_for(timeout=1000 * timeout)
+        field.fill(words)
+        self.page.wait_for_timeout(300)  # the page waits for the end of the typing
+        self.page.locator(SEARCH_RESULTS).first.wait_for(timeout=1000 * timeout)
+        return self.page.locator(SEARCH_RESULTS).all_inner_texts()
 
     def run(self, timeout: float = 30) -> str:
         """Press Run and return the prompt's id.

@@ -114,7 +114,7 @@ WRONG = {
     "NaN": ("sample", {"denoise": NAN}, "input 'denoise' is nan; it must be a number from 0 to 1"),
     "NaN text": ("sample", {"shift": "nan"}, "input 'shift' is nan"),
     "infinity": ("sample", {"steps": float("inf")}, "convert an input value to a INT"),
-    "combo": ("model", {"weight_dtype": "fp3"}, "fp3.* not in"),
+    "combo": ("model", {"weight_dtype": "fp3"}, "fp3.*(not in|choose one of)"),
     "name": ("model", {"model_name": {"a": 1}}, "input 'model_name' is a dict"),
     "name list": ("model", {"model_name": {"__value__": [[1]]}}, "input 'model_name' is a list"),
 }

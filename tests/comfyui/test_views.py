@@ -66,7 +66,7 @@ def spread(**settings) -> dict:
 
 
 def array(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.asarray(image.convert("RGB"))).float() / 255
+    return torch.from_numpy(np.array(image.convert("RGB"))).float() / 255
 
 
 def saved(prompt: dict) -> dict:

@@ -11,6 +11,7 @@ import re
 import sys
 from pathlib import Path
 from unittest import mock
+from urllib.parse import unquote
 
 import pytest
 
@@ -58,7 +59,7 @@ def broken_links(name: str, text: str) -> list[str]:
     for link in LINK.findall(FENCE.sub("", text)):
         if re.match(r"\w+:", link):
             continue
-        path, _, anchor = link.partition("#")
+        path, _, anchor = unquote(link).partition("#")
         target = (REPOSITORY / name).parent / path if path else REPOSITORY / name
         if not target.exists() or (anchor and anchor not in anchors(target.read_text("utf-8"))):
             broken.append(link)
@@ -148,9 +149,16 @@ def test_readme_leads_to_everything() -> None:
     assert {f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md")} <= {
         link.partition("#")[0] for link in LINK.findall(readme)
     }
+
+
+def test_every_workflow_is_listed() -> None:
+    """A line with a link in docs/nodes.md, and its number in the README's table of cards."""
     workflows = {path.name for path in (REPOSITORY / "workflows").glob("*.json")}
-    for name in ("README.md", "docs/nodes.md"):
-        assert workflows <= {Path(link).name for link in LINK.findall(PAGES[name])}
+    assert workflows <= {Path(unquote(link)).name for link in LINK.findall(PAGES["docs/nodes.md"])}
+    rows = re.findall(r"^\| \*\*([\d, -]+)\*\*", PAGES["README.md"], re.MULTILINE)
+    ranges = [part.split("-") for row in rows for part in row.split(", ")]
+    numbers = [number for ends in ranges for number in range(int(ends[0]), int(ends[-1]) + 1)]
+    assert sorted(numbers) == sorted(int(name.split()[1]) for name in workflows)
 
 
 def test_readme_command_runs_the_tests() -> None:

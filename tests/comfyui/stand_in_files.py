@@ -63,10 +63,27 @@ def write_stand_ins(base: Path, prompt: Mapping[str, Any], **options: Any) -> li
     ]
 
 
+def workflow_named(part: str) -> str:
+    """Return the only name of a workflow that holds `part`, without its ending.
+
+    Raises:
+        ValueError: no workflow or more than one has such a name.
+    """
+    found = [path.stem for path in sorted(WORKFLOWS.glob("*.json")) if part in path.stem]
+    if len(found) != 1:
+        raise ValueError(f"{part!r} is in the names of {found}, not of one workflow")
+    return found[0]
+
+
+def workflow_prompt(workflow: str) -> dict[str, Any]:
+    """Return the prompt of workflows/api/`workflow`.json."""
+    return json.loads((WORKFLOWS / "api" / f"{workflow}.json").read_text(encoding="utf-8"))
+
+
 def write_workflow_files(base: Path, workflow: str) -> dict[str, Any]:
     """Write the files of workflows/api/`workflow`.json, and return that prompt."""
-    prompt = json.loads((WORKFLOWS / "api" / f"{workflow}.json").read_text())
-    if workflow == "imagenet_256":
+    prompt = workflow_prompt(workflow)
+    if "ImageNet" in workflow:
         write_imagenet_stand_ins(base)
     else:
         write_stand_ins(base, prompt)
@@ -121,7 +138,7 @@ def base_of(name: str) -> str:
 
 
 def write_imagenet_stand_ins(base: Path) -> None:
-    """Write the published model's folder and the VAE of workflows/imagenet_256.json.
+    """Write the published model's folder and the VAE of the workflow with ImageNet's classes.
 
     The VAE is a tiny autoencoder (TAESD): the stock loader takes it under any name, and its 32 x 32
     latents are 256 x 256 images too. Files that are there stay as they are.

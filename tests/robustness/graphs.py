@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import copy
-import json
-from pathlib import Path
 from typing import Any
 
 from tests.comfyui import adapter_prompts
 from tests.comfyui.adapters import write_adapter, write_lora
 from tests.comfyui.client import Comfy
 from tests.comfyui.graphs import node
-from tests.comfyui.stand_in_files import WORKFLOWS, write_stand_in, write_text_encoder
+from tests.comfyui.stand_in_files import (
+    workflow_named,
+    workflow_prompt,
+    write_stand_in,
+    write_text_encoder,
+)
 
 Prompt = dict[str, Any]
-SHIPPED = ("checkerboard_quickstart", "digits_quickstart", "autoguidance", "mixture_source")
-MORE = ("checkerboard_custom_sampling", "digits_guidance")
+SHIPPED = {  # a prompt's name here -> what its workflow's name holds
+    "checkerboard_quickstart": "GM Sampler beside KSampler",
+    "digits_quickstart": "Coloured digits",
+    "autoguidance": "Autoguidance",
+    "mixture_source": "mixture source",
+    "checkerboard_custom_sampling": "GM-ODE and GM-SDE",
+    "digits_guidance": "Two kinds of guidance",
+}
 SMALL = {"width": 256, "height": 256, "batch_size": 4, "repeat": 1, "size": 64, "steps": 2}
 LORA = "flux_style.safetensors"
 
@@ -34,7 +43,7 @@ def serve(comfy: Comfy) -> None:
 
 def shipped(name: str) -> Prompt:
     """Return a prompt of workflows/api, made small."""
-    return smaller(json.loads((Path(WORKFLOWS) / "api" / f"{name}.json").read_text()))
+    return smaller(workflow_prompt(workflow_named(SHIPPED[name])))
 
 
 def smaller(prompt: Prompt) -> Prompt:
@@ -88,7 +97,7 @@ def unconditional() -> Prompt:
 
 def every_prompt() -> dict[str, Prompt]:
     """Return prompts by name; together they hold every node of the extension."""
-    prompts = {name: shipped(name) for name in (*SHIPPED, *MORE)}
+    prompts = {name: shipped(name) for name in SHIPPED}
     prompts["unconditional"] = unconditional()
     for base in ("flux", "qwen"):
         prompts[base] = adapted(base)

@@ -1,0 +1,130 @@
+"""Check the workflows as the page shows them: names, pictures, layout in both designs, notes."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from .client import Comfy
+from .layout import layout_faults, load, use_nodes_2
+from .page import ComfyPage, open_page
+from .stand_in_files import LOADERS, WORKFLOWS, workflow_named, write_workflow_files
+
+PATHS = sorted(WORKFLOWS.glob("*.json"))
+NAME = re.compile(r"GMFlow (\d\d) - [A-Z][\w.,() -]+[\w)]")  # safe in Windows and, quoted, in URLs
+NOTES = ("MarkdownNote", "Note")
+SHIPPED = ("GMFlowLoader", "GMFlowSourceLoader")  # loaders of what comes along or is fetched
+SCROLLS = """() => [...document.querySelectorAll('.lg-node[data-node-id]')].filter((node) =>
+  [...node.querySelectorAll('.comfy-markdown-content, .ProseMirror')].some((text) =>
+    text.checkVisibility() && text.scrollHeight > text.parentElement.clientHeight + 8)).length"""
+each_path = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+
+
+def opened(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def page(comfy: Comfy) -> Iterator[ComfyPage]:
+    for path in PATHS:
+        write_workflow_files(comfy.base, path.stem)  # or the page would ask for them
+    comfy.object_info()
+    with open_page(comfy) as page:
+        yield page
+
+
+def test_names_sort_as_they_are_numbered() -> None:
+    """Titles of a first visit in their order; what needs no download comes first."""
+    matches = [NAME.fullmatch(path.stem) for path in PATHS]
+    assert all(matches)
+    numbers = [int(match[1]) for match in matches]
+    assert numbers == sorted(set(numbers))
+    free = ["no download" in path.stem for path in PATHS]
+    assert free == sorted(free, reverse=True)
+
+
+@each_path
+def test_template_is_listed_with_its_thumbnail(comfy: Comfy, path: Path) -> None:
+    assert path.stem in comfy.get("/api/workflow_templates")["gmflow"]
+    with Image.open(path.with_suffix(".jpg")) as picture:
+        assert picture.size == (400, 400)
+    assert (WORKFLOWS / "api" / path.name).is_file()
+
+
+@each_path
+def test_files_say_where_nodes_and_models_come_from(path: Path) -> None:
+    """Each node names its pack; each file that is named has a link of the same folder."""
+    for node in opened(path)["nodes"]:
+        kind, about = node["type"], node["properties"]
+        if kind in NOTES:
+            continue
+        pack = {"UnetLoaderGGUF": "comfyui-gguf"}.get(kind, "comfy-core")
+        assert about["cnr_id"] == ("gmflow" if kind.startswith("GMFlow") else pack), kind
+        named = [value for value in node.get("widgets_values", []) if is_model(value)]
+        links = about.get("models", [])
+        assert [link["name"] for link in links] == ([] if kind in SHIPPED else named), kind
+        folders = {folder for folder, _ in LOADERS.get(kind, {}).values()}
+        assert {link["directory"] for link in links} <= folders
+
+
+def is_model(value: Any) -> bool:
+    return isinstance(value, str) and value.endswith((".safetensors", ".gguf"))
+
+
+@each_path
+def test_notes_read_well_in_both_designs(path: Path) -> None:
+    """There is one note, without inline code, which Nodes 2.0 shows as blue on blue."""
+    (note,) = [node for node in opened(path)["nodes"] if node["type"] in NOTES]
+    assert "`" not in note["widgets_values"][0]
+    assert note["pos"] == min((node["pos"] for node in opened(path)["nodes"]), key=sum)
+
+
+@pytest.mark.parametrize("nodes_2", [False, True], ids=["classic", "nodes 2.0"])
+def test_layout(page: ComfyPage, nodes_2: bool) -> None:
+    """No node over another, no link behind a node, groups around whole nodes, whole notes."""
+    use_nodes_2(page, nodes_2)
+    try:
+        for path in PATHS:
+            workflow = opened(path)
+            load(page, workflow)
+            found = layout_faults(page)
+            assert found["faults"] == [], path.stem
+            assert found["links"] >= len(workflow["links"])
+            assert found["drawn"] == (len(workflow["nodes"]) if nodes_2 else 0)
+            assert not (nodes_2 and page.page.evaluate(SCROLLS)), path.stem
+    finally:
+        use_nodes_2(page, False)
+
+
+def test_layout_faults_are_found(page: ComfyPage) -> None:
+    """Check the check: push a node over its neighbour, and out of its group."""
+    workflow = opened(WORKFLOWS / f"{workflow_named('Coloured digits')}.json")
+    nodes = {node["type"]: node for node in workflow["nodes"]}
+    nodes["GMFlowPixels"]["pos"] = list(nodes["GMFlowSampler"]["pos"])
+    nodes["GMFlowClassLabels"]["pos"][1] += 40
+    workflow["extra"].pop("reroutes")
+    workflow["extra"].pop("linkExtensions")
+    load(page, workflow)
+    faults = "\n".join(layout_faults(page)["faults"])
+    assert "GM Sampler: 4 steps and GM Pixels overlap" in faults
+    assert "GM Pixels is only partly in the group" in faults
+    assert "runs behind Ten classes" in faults
+
+
+def test_template_opens_from_the_dialog(page: ComfyPage) -> None:
+    """Open the list of templates as a person does, and choose the first one of ours."""
+    name = workflow_named("Coloured digits")
+    page.page.evaluate("() => window.app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    box = page.page.locator("[role=dialog] input").first
+    box.fill("Coloured digits")
+    page.page.locator("[role=dialog]").get_by_text(name, exact=False).first.click()
+    page.page.wait_for_function(
+        "() => window.app.canvas.graph.nodes.some((node) => node.type == 'GMFlowClassLabels')"
+    )
+    assert page.missing_nodes() == []

@@ -12,6 +12,16 @@ LOAD = """async (data) => {
   await window.app.loadGraphData(data, true, false, own);
 }"""
 SWITCH = "(on) => window.app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)"
+# The page draws only what is in sight, so that the whole workflow has to be.
+FIT = """() => {
+  const {ds, canvas} = window.app.canvas, nodes = window.app.canvas.graph.nodes;
+  const right = Math.max(...nodes.map((node) => node.pos[0] + node.size[0])) + 80;
+  const bottom = Math.max(...nodes.map((node) => node.pos[1] + node.size[1])) + 160;
+  ds.scale = Math.min(canvas.clientWidth / right, canvas.clientHeight / bottom, 1);
+  ds.offset[0] = 20;
+  ds.offset[1] = 80;
+  window.app.canvas.setDirty(true, true);
+}"""
 # Boxes include the title bars. A link may touch the nodes that it joins, in a narrow rim.
 FAULTS = """() => {
   const RIM = 14, TITLE = 30, STEP = 2;
@@ -84,6 +94,7 @@ def use_nodes_2(page: ComfyPage, on: bool) -> None:
 def load(page: ComfyPage, workflow: dict[str, Any]) -> None:
     """Open a workflow in the page's active tab."""
     page.page.evaluate(LOAD, workflow)
+    page.page.evaluate(FIT)
     page.page.wait_for_timeout(SETTLED)
 
 

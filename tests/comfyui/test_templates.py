@@ -113,7 +113,7 @@ def test_layout_faults_are_found(page: ComfyPage) -> None:
     load(page, workflow)
     faults = "\n".join(layout_faults(page)["faults"])
     assert "GM Sampler: 4 steps and GM Pixels overlap" in faults
-    assert "GM Pixels is only partly in the group" in faults
+    assert "Ten classes, ten images of each is only partly in the group" in faults
     assert "runs behind Ten classes" in faults
 
 

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from .client import Comfy
 from .server import running
@@ -72,9 +72,9 @@ def result_thumbnail(pictures: list[tuple[str, Image.Image]]) -> Image.Image:
     height = SIDE - CAPTION
     for place, (caption, picture) in enumerate(pictures):
         left = place * (width + MARGIN)
-        scaled = picture.convert("RGB").resize((height, height), Image.Resampling.LANCZOS)
-        part = scaled.crop((0, 0, min(width, height), height))
-        canvas.paste(part, (left + (width - part.width) // 2, 0))
+        scaled = ImageOps.contain(picture.convert("RGB"), (SIDE, height), Image.Resampling.LANCZOS)
+        part = scaled.crop((0, 0, min(width, scaled.width), scaled.height))
+        canvas.paste(part, (left + (width - part.width) // 2, (height - part.height) // 2))
         write(draw, left + width // 2, SIDE - CAPTION // 2, caption, 18)
     return canvas
 

@@ -33,6 +33,9 @@ RESULTS = {
     "04": {"13": "the noise", "9": "4 steps later"},
     "05": {"11": "without", "15": "autoguidance"},
     "06": {"10": "GM-ODE", "14": "GM-SDE"},
+    "07": {"4": "the mixture inside"},
+    "08": {"4": "samplers and steps"},
+    "09": {"5": "variety of seeds"},
 }
 # the number of a workflow with downloads -> base model, what is special, card, steps
 DIAGRAMS = {
@@ -46,6 +49,7 @@ DIAGRAMS = {
     "17": ("Qwen-Image", "8-bit weights", "24 GB card", STEPS),
     "18": ("Qwen-Image", "fp8, stock loader", "24 GB card", STEPS),
     "19": ("ImageNet", "1000 classes, GM-DiT", "4 GB card", 32),
+    "20": ("FLUX.1 dev", "mixture inspector", "16 GB card", STEPS),
 }
 
 

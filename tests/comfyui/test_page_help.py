@@ -10,17 +10,17 @@ from .page import ComfyPage, open_page
 
 INFO_BUTTON = '[data-testid="info-button"]'  # above a selected node
 ADD = """
-(kind) => {
+([kind, at]) => {
     const {app, LiteGraph} = window;
     app.graph.clear();
     const node = LiteGraph.createNode(kind);
     app.graph.add(node);
-    node.pos = [300, 250];
+    node.pos = at;
     [app.canvas.ds.scale, app.canvas.ds.offset] = [1, [0, 0]];
     app.canvas.setDirty(true, true);
 }
 """
-TITLE = 120, -15  # of a node, from its position
+AT, TITLE = (300, 250), (120, -15)  # of the node, and of its title from there
 PICTURES = """
 () => {
     const shown = [...document.images].filter((each) => each.src.includes('/gmflow/docs/images/'));
@@ -31,12 +31,16 @@ PICTURES = """
 
 def read_help(page: ComfyPage, kind: str) -> None:
     """Add a node to an empty graph, click it, and press its info button."""
-    page.page.evaluate(ADD, kind)
+    page.page.evaluate(ADD, [kind, AT])
     box = page.page.locator("#graph-canvas").bounding_box()
     assert box is not None
-    page.page.wait_for_timeout(500)  # the canvas draws it meanwhile
-    page.page.mouse.click(box["x"] + 300 + TITLE[0], box["y"] + 250 + TITLE[1])
-    page.page.locator(INFO_BUTTON).first.click(timeout=30_000)
+    button = page.page.locator(INFO_BUTTON).first
+    for _ in range(20):  # a page that is still starting up ignores a click
+        page.page.mouse.click(box["x"] + AT[0] + TITLE[0], box["y"] + AT[1] + TITLE[1])
+        page.page.wait_for_timeout(1500)
+        if button.is_visible():
+            break
+    button.click(timeout=30_000)
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])

@@ -27,8 +27,9 @@ def adapter_input() -> io.Input:
         options=adapter_names(),
         tooltip="A GM adapter: first those found in models/loras (by what is in the file, whatever "
         "it is called), then published ones, which are downloaded once, when the node first runs "
-        "(1 to 2 GB, into the Hugging Face hub's cache), then all other LoRAs. The number of steps "
-        "in the name of the file or its folder tells how many the adapter was made for.",
+        "(1 to 2 GB, into the Hugging Face hub's cache), unless they are in models/loras, then all "
+        "other LoRAs. The number of steps in the name of the file or its folder tells how many the "
+        "adapter was made for.",
     )
 
 

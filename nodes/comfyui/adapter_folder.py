@@ -29,7 +29,7 @@ PUBLISHED = {
     "dxflux_n10_piid_4step": "Lakonik/pi-FLUX.1",
     "dxqwen_n10_piid_4step": "Lakonik/pi-Qwen-Image",
 }
-DOWNLOAD = " (download)"  # after the name of one that is not in models/loras
+DOWNLOAD = " (download)"  # after the name of a published one
 MOST_SECONDS = 2.0  # for new files' headers in one listing; the others are read in the next one
 # What was found in files, by path: their stamp, and whether they are adapters. Module state, as
 # ComfyUI asks for the list many times a prompt.
@@ -62,12 +62,15 @@ class AdapterFile:
 
 
 def adapter_names() -> list[str]:
-    """Return the names to choose from: adapters, published ones to download, then other LoRAs."""
+    """Return the names to choose from: adapters, published ones to download, then other LoRAs.
+
+    The published ones are always listed, as workflows name them: one that is in models/loras is
+    taken from there.
+    """
     names = lora_names()
     ours = _adapters_of(names)
     others = [name for name in names if name not in ours]
-    left = [name + DOWNLOAD for name in PUBLISHED if _same(name, ours) is None]
-    return [*ours, *left, *others]
+    return [*ours, *(name + DOWNLOAD for name in PUBLISHED), *others]
 
 
 def _adapters_of(names: list[str]) -> list[str]:

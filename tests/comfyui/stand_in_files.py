@@ -27,6 +27,7 @@ LABELS = {
     279: "Arctic fox, white fox, Alopex lagopus",
     980: "volcano",
 }
+DOWNLOAD = " (download)"  # after the name of a published adapter
 LOADERS = {  # input -> folder of models/, kind of file
     "GMFlowAdapter": {"adapter_name": ("loras", "adapter")},
     "GMFlowLoadDiffusionModel8bit": {"unet_name": ("diffusion_models", "base")},
@@ -57,7 +58,11 @@ def write_stand_ins(base: Path, prompt: Mapping[str, Any], **options: Any) -> li
         if about["class_type"] == "LoadImage":
             write_picture(base / "input" / about["inputs"]["image"])
     return [
-        write_stand_in(base / "models" / folder / about["inputs"][name], kind, **options)
+        write_stand_in(
+            base / "models" / folder / about["inputs"][name].replace(DOWNLOAD, ".safetensors"),
+            kind,
+            **options,
+        )
         for about in prompt.values()
         for name, (folder, kind) in LOADERS.get(about["class_type"], {}).items()
     ]

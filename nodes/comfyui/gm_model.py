@@ -151,7 +151,8 @@ def gm_model(
     )
     add_recording(patcher)
     patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, RECORDER, check_noise)
-    add_previews(patcher)
+    if hasattr(latent_format, "picture"):
+        add_previews(patcher)
     return patcher
 
 

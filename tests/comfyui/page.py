@@ -67,6 +67,14 @@ class ComfyPage:
         self.comfy, self.page = comfy, page
         self._prompt_id = ""
 
+    def load(self) -> None:
+        """Load the page, or load it anew, with the default workflow."""
+        if self.page.url.startswith(self.comfy.url):  # it keeps what was open
+            self.page.evaluate("() => { localStorage.clear(); sessionStorage.clear() }")
+        self.page.goto(self.comfy.url, wait_until="domcontentloaded")
+        self.page.wait_for_function(READY, timeout=60_000)
+        self.page.locator(RUN_BUTTON).first.wait_for(timeout=30_000)
+
     def drop_workflow(self, path: Path, timeout: float = 30) -> None:
         """Drag a workflow file from the desktop onto the graph and wait until it is loaded."""
         self.page.evaluate(f"() => {{ {NODES} for (const node of nodes) node.beforeDrop = true }}")
@@ -210,9 +218,8 @@ def open_page(comfy: Comfy) -> Iterator[ComfyPage]:
         try:
             page = browser.new_page(viewport={"width": 1280, "height": 800})
             page.route("**/*", only_local)
-            page.goto(comfy.url, wait_until="domcontentloaded")
-            page.wait_for_function(READY, timeout=60_000)
-            page.locator(RUN_BUTTON).first.wait_for(timeout=30_000)
-            yield ComfyPage(comfy, page)
+            opened = ComfyPage(comfy, page)
+            opened.load()
+            yield opened
         finally:
             browser.close()

@@ -129,6 +129,7 @@ def test_blueprint_is_listed(comfy: Comfy, path: Path) -> None:
 @each_path
 def test_blueprint_is_found_placed_and_run(comfy: Comfy, page: ComfyPage, path: Path) -> None:
     """Search for its name, take the first result, link it, run it in small."""
+    page.load()
     page.page.evaluate(EMPTY)
     search_for(page, path.stem)
     page.page.locator(SEARCH_RESULTS).first.click()

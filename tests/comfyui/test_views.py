@@ -232,6 +232,20 @@ def test_variety_is_the_mean_distance_of_the_pictures(comfy: Comfy) -> None:
     assert "100% of it" in result.outputs["again"]["text"][0]
 
 
+def test_of_a_large_batch_some_items_are_drawn(comfy: Comfy) -> None:
+    """The sheet has ten rows, and the figure is of all items."""
+    more = "\n".join("123456789012345")
+    prompt = digits("GMFlowSeedSpread", label="0", more=more, **spread(seeds=2))
+    prompt["show"] = node("PreviewImage", images=["sample", 1])
+    result = comfy.run(prompt)
+    sheet = result.images["sample"][0]
+    assert 10 * 64 < sheet.height < 16 * 64
+    pictures = torch.stack([array(image) for image in result.images["show"]]).unflatten(0, (2, 16))
+    variety = sum(map(mean_pairwise_distance, pictures.unbind(1))) / 16
+    (text,) = result.outputs["sample"]["text"]
+    assert float(re.match(r"variety ([0-9.]+)", text)[1]) == pytest.approx(variety, abs=2e-3)
+
+
 def test_seeds_of_points_are_refused(comfy: Comfy) -> None:
     result = comfy.run(board("GMFlowSeedSpread", **spread()), expect_error=True)
     assert "use GM Density" in result.errors["sample"]

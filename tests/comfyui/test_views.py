@@ -217,6 +217,11 @@ def test_any_sampler_can_be_compared(comfy: Comfy) -> None:
     ]
 
 
+def test_a_place_without_effect_is_said(comfy: Comfy) -> None:
+    result = comfy.run(digits("GMFlowInspector", **inspector(place="most uncertain")))
+    assert "no effect: x and y, as place is most uncertain" in result.texts["sample"]
+
+
 def test_variety_is_the_mean_distance_of_the_pictures(comfy: Comfy) -> None:
     prompt = digits("GMFlowSeedSpread", **spread())
     prompt["show"] = node("PreviewImage", images=["sample", 1])

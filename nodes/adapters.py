@@ -16,7 +16,7 @@ from .comfyui.schema import ADVANCED, node_schema
 OF_MODEL = "(on the connected model)"  # choice of no file
 WORDS = (
     "pi-flow, piflow, few step, 4 steps, turbo, lightning, distilled, flux, qwen, lora, adapter, "
-    "load lora"
+    "load lora, fp8"
 )
 
 

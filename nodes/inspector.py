@@ -20,6 +20,7 @@ from .comfyui.schema import (
     weight_input,
 )
 from .comfyui.shown import shown_sheet
+from .comfyui.solver_choice import no_effect
 
 
 class GMFlowInspector(io.ComfyNode):
@@ -125,6 +126,8 @@ class GMFlowInspector(io.ComfyNode):
     ) -> io.NodeOutput:
         subject = Subject(model, latent_image, positive, negative, guidance)
         decode, how = decoder_of(model, vae)
+        if place == UNCERTAIN and (x or y):
+            no_effect("x and y", f"place is {UNCERTAIN}; choose {AT!r} for that pixel")
         inspection = Inspection(record_mixture(subject, seed, steps, step), item)
         chosen = inspection.place(place, x, y)
         tints = isinstance(model.get_model_object("latent_format"), PixelLatent)

@@ -21,7 +21,7 @@ class GMFlowLoader(io.ComfyNode):
             display_name="GM Load Model",
             category="GMFlow/loaders",
             aliases="load checkpoint, gaussian mixture, gaussian, gmflow, gm-dit, digits, "
-            "checkerboard, imagenet, few step",
+            "checkerboard, imagenet, flow matching, few step",
             description="Loads a model that predicts a Gaussian mixture. The MODEL is an ordinary "
             "one: stock samplers run on it and follow the mixture's mean; the GM samplers use the "
             "whole mixture.",

@@ -195,7 +195,8 @@ class GMFlowSampler(io.ComfyNode):
             display_name="GM Sampler",
             category="GMFlow/sampling",
             aliases="ksampler, sampler, few step, 4 steps, turbo, lightning, distilled, pi-flow, "
-            "piflow, flux, qwen, gaussian mixture, gaussian, gm-ode, gm-sde, gm-policy",
+            "piflow, flux, qwen, gaussian mixture, gaussian, flow matching, gm-ode, "
+            "gm-sde, gm-policy",
             description="Noise, sigmas, solver and guider in one node. Left alone, it chooses what "
             "suits the model: the policy sampler with the adapter's own steps behind GM Adapter, "
             "GM-ODE in 4 steps for other models.",

@@ -8,6 +8,7 @@ from comfy_api.latest import io
 from ..gmflow_core.pictures import image_grid
 from ..gmflow_core.toys.density_picture import density_picture
 from .comfyui.latent_shapes import to_points
+from .comfyui.notices import notice
 from .comfyui.schema import node_schema
 from .comfyui.sizes import check_size
 
@@ -79,9 +80,14 @@ class GMFlowDensity(io.ComfyNode):
             )
         groups = [latent] if merge_batch else latent.split(1)
         check_size("pictures", len(groups), (size, size, 3), "choose a smaller size")
+        bins = min(bins, size)
+        if (points := groups[0].numel() // 2) < bins**2:
+            notice(
+                f"{points:,} points are few for {bins} x {bins} cells, and show as single dots; "
+                "use fewer bins, or a larger latent"
+            )
         pictures = [
-            density_picture(to_points(g), size, min(bins, size), extent, outline=outline)
-            for g in groups
+            density_picture(to_points(g), size, bins, extent, outline=outline) for g in groups
         ]
         return io.NodeOutput(torch.stack(pictures))
 

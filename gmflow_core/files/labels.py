@@ -155,8 +155,12 @@ def _nearest(wanted: str, synonyms: Sequence[Sequence[str]], names: Sequence[str
 
 
 def _listed(labels: Sequence[int], names: Sequence[str]) -> str:
-    """Name the first few labels with their numbers."""
+    """Name the first few labels with their numbers; a number that is its name stands once."""
     rest = len(labels) - MOST_LISTED
-    return "; ".join(
-        f"{label} {printable(names[label], LONGEST_SAID)}" for label in labels[:MOST_LISTED]
-    ) + (f"; and {rest} more" if rest > 0 else "")
+    said = [
+        f"{label} {printable(names[label], LONGEST_SAID)}"
+        if names[label] != str(label)
+        else names[label]
+        for label in labels[:MOST_LISTED]
+    ]
+    return "; ".join(said) + (f"; and {rest} more" if rest > 0 else "")

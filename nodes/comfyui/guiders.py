@@ -8,7 +8,7 @@ from .gm_model import GMModel
 from .label_conditioning import unconditional
 from .latent_check import check_conditioning
 from .probabilistic_cfg import has_probabilistic_guidance, with_probabilistic_guidance
-from .solver_choice import no_effect
+from .solver_choice import is_unconditional, no_effect
 from .time_shift import check_flow
 
 
@@ -44,7 +44,8 @@ def guidance_of(guider) -> str:
     if not isinstance(cfg, int | float):
         return ""
     if has_probabilistic_guidance(guider.model_patcher):
-        return f"guidance {cfg:.3g}" if cfg else ""
+        steers = cfg and not is_unconditional(guider.model_patcher)
+        return f"guidance {cfg:.3g}" if steers else ""
     return "" if cfg == 1 else f"cfg {cfg:.3g}"
 
 

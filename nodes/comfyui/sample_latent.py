@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from dataclasses import replace
 
 import comfy.model_management
@@ -16,6 +17,7 @@ from .gm_model import GMModel
 from .gm_sampler import gm_sampler, gm_sigmas
 from .guiders import gm_guider, guided
 from .label_conditioning import NO_TEXT, SOURCE
+from .notices import notice
 from .probabilistic_cfg import has_probabilistic_guidance
 from .solver_choice import AUTO, no_effect, report_unused, solver_for, steps_for
 from .time_shift import own_shift
@@ -67,6 +69,7 @@ def sample_latent(
         )
     positive = NO_TEXT if positive is None else positive
     samples = fitting_samples(model, latent)
+    check_denoise(denoise, samples)
     if guidance and not has_probabilistic_guidance(model):
         model = guided(model)
     samples = gm_guider(model, positive, negative, guidance).sample(
@@ -81,6 +84,16 @@ def sample_latent(
     )
     samples = samples.to(comfy.model_management.intermediate_device())
     return {**{key: latent[key] for key in latent if key not in RATIOS}, "samples": samples}
+
+
+def check_denoise(denoise: float, samples: Tensor) -> None:
+    """Show on the node if it is to keep a part of an empty latent."""
+    if denoise < 1 and not samples.any():
+        notice(
+            f"denoise {denoise:g} keeps a part of an empty latent, as if that were a picture; set "
+            "denoise to 1, or connect a picture's latent",
+            logging.WARNING,
+        )
 
 
 def initial_noise(latent: dict, samples: Tensor, positive: list, seed: int) -> Tensor:

@@ -14,7 +14,7 @@ from .sample_pictures import Decode, enlarged
 from .sizes import check_size
 
 MOST_SEEDS = 64
-COLUMNS = 8  # of pictures on a sheet
+COLUMNS, MOST_ROWS = 8, 10  # of pictures on a sheet
 SEEDS = 2**64
 
 
@@ -85,22 +85,27 @@ def reference_of(images: Tensor, batch: int) -> Spread:
 def spread_sheet(spread: Spread, reference: Spread | None, what: str, size: int) -> Tensor:
     """Draw the pictures of all seeds with the figure of their variety: (H, W, 3) in [0, 1].
 
-    Each row has the seeds of one item of the batch; a single item's go over several rows.
+    Each row has the seeds of one item of the batch, and more than COLUMNS seeds go over several
+    rows. Of a large batch only some items are drawn, evenly spaced, and the title says so.
 
     Args:
         what: how the pictures came about, for the title.
         size: pixels from side to side of each picture.
     """
     count, batch = spread.pictures.shape[:2]
-    check_size("pictures", count * batch, (2 * size, size, 3), "choose a smaller size")
-    rows = []
-    for item, variety in enumerate(spread.varieties()):
+    drawn = min(batch, max(1, MOST_ROWS // -(-count // COLUMNS)))
+    check_size("pictures", count * drawn, (2 * size, size, 3), "choose a smaller size")
+    title, rows = figure_of(spread, reference, what), []
+    if drawn < batch:
+        title += f"\ndrawn: {drawn} of the {batch} items of the batch; the figure is of all"
+    varieties = spread.varieties()
+    for item in (place * batch // drawn for place in range(drawn)):
         pictures = enlarged(spread.pictures[:, item], size)
         cells = [(f"seed {seed}", p) for seed, p in zip(spread.seeds, pictures, strict=True)]
-        name = f"item {item}\n{variety:.3f}" if batch > 1 else ""
+        name = f"item {item}\n{varieties[item]:.3f}" if batch > 1 else ""
         for start in range(0, count, COLUMNS):
             rows.append((name if start == 0 else "", cells[start : start + COLUMNS]))
-    return to_picture(contact_sheet(rows, None, figure_of(spread, reference, what), size))
+    return to_picture(contact_sheet(rows, None, title, size))
 
 
 def figure_of(spread: Spread, reference: Spread | None, what: str) -> str:

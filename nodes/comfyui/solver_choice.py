@@ -73,7 +73,8 @@ def report_settings(
             f"temperature {usual_temperature(steps) if temperature is None else temperature:.3g}"
         )
     if known.substeps:
-        about.append(f"{settings.get('substeps') or known.substeps} substeps")
+        substeps = settings.get("substeps") or known.substeps
+        about.append(f"{substeps} substep{'s' if substeps > 1 else ''}")
     if "stochasticity" in known.settings and settings.get("stochasticity"):
         about.append(f"stochasticity {settings['stochasticity']:.3g}")
     notice(f"{solver}: {', '.join([*about, *filter(None, [guidance])])}", logging.DEBUG)

@@ -22,9 +22,12 @@ FIT = """() => {
   ds.offset[1] = 80;
   window.app.canvas.setDirty(true, true);
 }"""
-# Boxes include the title bars. A link may touch the nodes that it joins, in a narrow rim.
+# Boxes include the title bars, and what a run adds to a sampler: its message and its preview (as
+# measured, in the design where they need more). A link may touch the nodes that it joins, in a
+# narrow rim.
 FAULTS = """() => {
   const RIM = 14, TITLE = 30, STEP = 2;
+  const ADDED = {GMFlowSampler: 270, KSampler: 240, SamplerCustomAdvanced: 275};
   const canvas = window.app.canvas, graph = window.app.rootGraph ?? canvas.graph;
   canvas.draw(true, true);
   const faults = [];
@@ -34,7 +37,8 @@ FAULTS = """() => {
     const height = Math.max(node.size[1], seen ? seen.height / scale - TITLE : 0);
     const width = Math.max(node.size[0], seen ? seen.width / scale : 0);
     const [left, top] = node.pos;
-    return {node, left, top: top - TITLE, right: left + width, bottom: top + height};
+    const bottom = top + height + (ADDED[node.type] ?? 0);
+    return {node, left, top: top - TITLE, right: left + width, bottom};
   });
   const apart = (a, b) => a.right <= b.left || b.right <= a.left || a.bottom <= b.top
     || b.bottom <= a.top;

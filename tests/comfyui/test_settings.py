@@ -68,6 +68,27 @@ def test_guidance_of_a_model_without_classes_is_said(comfy: Comfy) -> None:
     del sampler["positive"]
     text = comfy.run({**prompt, "labels": latent}).texts["sample"]
     assert "no effect: guidance 0.3, as this model takes no conditioning" in text
+    assert text.count("guidance 0.3") == 1  # and not among what it runs with
+
+
+def test_a_part_of_an_empty_latent_is_said(comfy: Comfy) -> None:
+    text = comfy.run(graph(denoise=0.5)).texts["sample"]
+    assert "denoise 0.5 keeps a part of an empty latent" in text
+
+
+def test_few_points_for_the_cells_are_said(comfy: Comfy) -> None:
+    prompt = graph(model="checkerboard_k64.safetensors")
+    prompt["labels"] = node("EmptyLatentImage", width=64, height=64, batch_size=1)
+    prompt["sample"]["inputs"]["latent_image"] = ["labels", 0]
+    del prompt["sample"]["inputs"]["positive"]
+    picture = {"size": 64, "extent": 4.4, "outline": False, "merge_batch": True}
+    prompt["few"] = node("GMFlowDensity", samples=["sample", 0], bins=32, **picture)
+    prompt["enough"] = node("GMFlowDensity", samples=["sample", 0], bins=8, **picture)
+    for name in ("few", "enough"):
+        prompt[f"show {name}"] = node("PreviewImage", images=[name, 0])
+    texts = comfy.run(prompt).texts
+    assert "64 points are few for 32 x 32 cells" in texts["few"]
+    assert "enough" not in texts
 
 
 @pytest.mark.usefixtures("pixels")

@@ -17,6 +17,7 @@ from .page import ComfyPage, open_page
 from .stand_in_files import LOADERS, WORKFLOWS, workflow_named, write_workflow_files
 
 PATHS = sorted(WORKFLOWS.glob("*.json"))
+STEMS = [path.stem for path in PATHS]
 NAME = re.compile(r"GMFlow (\d\d) - [A-Z][\w.,() -]+[\w)]")  # safe in Windows and, quoted, in URLs
 NOTES = ("MarkdownNote", "Note")
 SHIPPED = ("GMFlowLoader", "GMFlowSourceLoader")  # loaders of what comes along or is fetched
@@ -115,6 +116,17 @@ def test_layout_faults_are_found(page: ComfyPage) -> None:
     assert "GM Sampler: 4 steps and GM Pixels overlap" in faults
     assert "Ten classes, ten images of each is only partly in the group" in faults
     assert "runs behind Ten classes" in faults
+
+
+def test_templates_are_listed_in_their_order(page: ComfyPage) -> None:
+    """Ours, whatever order the file system has."""
+    answer = "api/workflow_templates"
+    page.page.route(f"**/{answer}", lambda route: route.fulfill(json={"gmflow": STEMS[::-1]}))
+    try:
+        listed = page.page.evaluate("() => window.app.api.getWorkflowTemplates()")
+    finally:
+        page.page.unroute(f"**/{answer}")
+    assert listed == {"gmflow": STEMS}
 
 
 def test_template_opens_from_the_dialog(page: ComfyPage) -> None:

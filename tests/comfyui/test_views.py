@@ -217,6 +217,11 @@ def test_any_sampler_can_be_compared(comfy: Comfy) -> None:
     ]
 
 
+def test_a_place_without_effect_is_said(comfy: Comfy) -> None:
+    result = comfy.run(digits("GMFlowInspector", **inspector(place="most uncertain")))
+    assert "no effect: x and y, as place is most uncertain" in result.texts["sample"]
+
+
 def test_variety_is_the_mean_distance_of_the_pictures(comfy: Comfy) -> None:
     prompt = digits("GMFlowSeedSpread", **spread())
     prompt["show"] = node("PreviewImage", images=["sample", 1])
@@ -230,6 +235,20 @@ def test_variety_is_the_mean_distance_of_the_pictures(comfy: Comfy) -> None:
     found = float(re.match(r"variety ([0-9.]+)", text)[1])
     assert found == pytest.approx(mean_pairwise_distance(pictures), abs=2e-3)
     assert "100% of it" in result.outputs["again"]["text"][0]
+
+
+def test_of_a_large_batch_some_items_are_drawn(comfy: Comfy) -> None:
+    """The sheet has ten rows, and the figure is of all items."""
+    more = "\n".join("123456789012345")
+    prompt = digits("GMFlowSeedSpread", label="0", more=more, **spread(seeds=2))
+    prompt["show"] = node("PreviewImage", images=["sample", 1])
+    result = comfy.run(prompt)
+    sheet = result.images["sample"][0]
+    assert 10 * 64 < sheet.height < 16 * 64
+    pictures = torch.stack([array(image) for image in result.images["show"]]).unflatten(0, (2, 16))
+    variety = sum(map(mean_pairwise_distance, pictures.unbind(1))) / 16
+    (text,) = result.outputs["sample"]["text"]
+    assert float(re.match(r"variety ([0-9.]+)", text)[1]) == pytest.approx(variety, abs=2e-3)
 
 
 def test_seeds_of_points_are_refused(comfy: Comfy) -> None:

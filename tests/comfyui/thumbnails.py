@@ -22,6 +22,7 @@ from .server import running
 from .stand_in_files import WORKFLOWS
 
 SIDE, MARGIN, CAPTION = 400, 10, 34
+BADGE = 36  # pixels at the top that the page covers with a badge on the left
 DARK, LIGHT, ACCENT = (24, 26, 31), (235, 235, 235), (255, 176, 72)
 STEPS = 4
 
@@ -97,11 +98,11 @@ def diagram(base: str, special: str, card: str, steps: int) -> Image.Image:
     """Return a drawing of noise that becomes a picture in some steps, with the base's name."""
     canvas = Image.new("RGB", (SIDE, SIDE), DARK)
     draw = ImageDraw.Draw(canvas)
-    write(draw, SIDE // 2, 52, base, 46)
-    write(draw, SIDE // 2, 98, special, 26, ACCENT)
+    write(draw, SIDE // 2, 52 + BADGE, base, 46)
+    write(draw, SIDE // 2, 98 + BADGE, special, 26, ACCENT)
     tiles, gap = 5, 12
     side = (SIDE - 2 * MARGIN - (tiles - 1) * gap) // tiles
-    top, picture = 158, scene(side)
+    top, picture = 150 + BADGE, scene(side)
     noise = np.random.default_rng(0).normal(0.5, 0.3, picture.shape)
     for tile in range(tiles):
         sigma = 1 - tile / (tiles - 1)
@@ -113,9 +114,9 @@ def diagram(base: str, special: str, card: str, steps: int) -> Image.Image:
             middle = top + side // 2
             tip = [(left - 9, middle - 5), (left - 9, middle + 5), (left - 2, middle)]
             draw.polygon(tip, fill=ACCENT)
-    write(draw, SIDE // 2, 272, f"{steps} steps", 40)
-    write(draw, SIDE // 2, 322, card, 24)
-    write(draw, SIDE // 2, 372, "diagram, not a result", 16, (150, 150, 150))
+    write(draw, SIDE // 2, 294, f"{steps} steps", 40)
+    write(draw, SIDE // 2, 338, card, 24)
+    write(draw, SIDE // 2, 374, "diagram, not a result", 16, (150, 150, 150))
     return canvas
 
 

@@ -20,6 +20,7 @@ from .comfyui.schema import (
     weight_input,
 )
 from .comfyui.shown import shown_sheet
+from .comfyui.solver_choice import no_effect
 
 
 class GMFlowInspector(io.ComfyNode):
@@ -43,7 +44,7 @@ class GMFlowInspector(io.ComfyNode):
                     "latent_image",
                     tooltip="An empty latent of the model's size, as for GM Sampler.",
                 ),
-                seed_input("seed", "Seed of the noise; the same as in GM Sampler."),
+                seed_input("seed", "Seed of the noise; the same as in GM Sampler.", stays=True),
                 steps_input(default=0),
                 io.Int.Input(
                     "step",
@@ -124,6 +125,8 @@ class GMFlowInspector(io.ComfyNode):
         vae=None,
     ) -> io.NodeOutput:
         subject = Subject(model, latent_image, positive, negative, guidance)
+        if place == UNCERTAIN and (x or y):
+            no_effect("x and y", f"place is {UNCERTAIN!r}; for them choose {AT!r}")
         decode, how = decoder_of(model, vae)
         inspection = Inspection(record_mixture(subject, seed, steps, step), item)
         chosen = inspection.place(place, x, y)

@@ -125,9 +125,9 @@ class GMFlowInspector(io.ComfyNode):
         vae=None,
     ) -> io.NodeOutput:
         subject = Subject(model, latent_image, positive, negative, guidance)
-        if place == UNCERTAIN and (x or y):
-            no_effect("x and y", f"place is {UNCERTAIN!r}; for them choose {AT!r}")
         decode, how = decoder_of(model, vae)
+        if place == UNCERTAIN and (x or y):
+            no_effect("x and y", f"place is {UNCERTAIN}; choose {AT!r} for that pixel")
         inspection = Inspection(record_mixture(subject, seed, steps, step), item)
         chosen = inspection.place(place, x, y)
         tints = isinstance(model.get_model_object("latent_format"), PixelLatent)

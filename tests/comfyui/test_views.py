@@ -158,7 +158,7 @@ def test_the_inspector_looks_at_the_chosen_item_where_it_is_least_certain(comfy:
     y, x = divmod(int(entropy.argmax()), 8)
     found = re.search(rf"pixel x {x}, y {y}: entropy ([0-9.]+) nats", text)
     assert float(found[1]) == pytest.approx(float(entropy.max()), abs=2e-3)
-    assert "no effect: x and y, as place is 'most uncertain'" in result.texts["sample"]
+    assert "no effect: x and y, as place is most uncertain" in result.texts["sample"]
 
 
 def test_another_pixel_needs_no_sampling(comfy: Comfy) -> None:

@@ -23,7 +23,7 @@ from .comfyui.schema import (
 )
 from .comfyui.seed_spread import MOST_SEEDS, figure_of, reference_of, sample_seeds, spread_sheet
 from .comfyui.shown import shown_sheet
-from .comfyui.solver_choice import AUTO, solver_for, steps_for
+from .comfyui.solver_choice import AUTO, no_effect, solver_for, steps_for
 from .comfyui.time_shift import own_shift
 
 
@@ -222,6 +222,8 @@ class GMFlowSeedSpread(io.ComfyNode):
                 "a latent of this model is many points at once, so that all seeds show the same "
                 "density; GM Seed Spread is for models of images: use GM Density"
             )
+        if sampler is not None and solver != AUTO:
+            no_effect(f"solver {solver}", "a sampler is connected")
         decode, how = decoder_of(model, vae)
         shift = shift or own_shift(model.get_model_object("model_sampling"))
         solver, steps = solver_for(model) if solver == AUTO else solver, steps or steps_for(model)

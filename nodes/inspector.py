@@ -44,7 +44,7 @@ class GMFlowInspector(io.ComfyNode):
                     "latent_image",
                     tooltip="An empty latent of the model's size, as for GM Sampler.",
                 ),
-                seed_input("seed", "Seed of the noise; the same as in GM Sampler."),
+                seed_input("seed", "Seed of the noise; the same as in GM Sampler.", stays=True),
                 steps_input(default=0),
                 io.Int.Input(
                     "step",

@@ -67,7 +67,10 @@ class HubFile:
         """Return the folder of the repository in the hub's cache."""
         inside = f"{self.path}/" if self.path else ""
         patterns = [self.path] if self.path.endswith(ENDING) else [f"{inside}*{ENDING}"]
-        return snapshot(self.repository, self.revision, patterns, str(self), **options)
+        deeper = [f"{inside}*/*"]  # * stands for folders too
+        return snapshot(
+            self.repository, self.revision, patterns, str(self), ignore_patterns=deeper, **options
+        )
 
     def _file_in(self, folder: Path) -> Path:
         """Return the file in a copy of the repository.

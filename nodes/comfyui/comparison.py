@@ -117,7 +117,6 @@ def compare(
             f"{len(rows)} samplers with {counts} steps are {calls:,} network calls, and the most "
             f"is {MOST_CALLS:,}; choose fewer"
         )
-    subject.check()
     model, counted = subject.model.clone(), [0]
 
     def counting(executor, *args, **kwargs):

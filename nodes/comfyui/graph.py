@@ -82,6 +82,11 @@ def name_of(node: dict) -> str:
     return printable(" ".join(str(title).split()), MOST_NAMED)
 
 
+def running_server():
+    """Return the ComfyUI server; None where there is none, as in a script that imports nodes."""
+    return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+
+
 def is_link(value: object) -> bool:
     """Return whether an input in a prompt is a link: [node id, index of the output]."""
     return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)

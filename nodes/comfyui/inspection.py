@@ -117,7 +117,6 @@ def record_mixture(subject: Subject, seed: int, steps: int, step: int) -> Record
 
 
 def _record(subject: Subject, seed: int, steps: int, step: int) -> Recorded:
-    subject.check()
     watch, model, solver = _Watch(step), subject.model.clone(), solver_for(subject.model)
     # a function, as older versions of ComfyUI copy any other object with a MODEL's options
     model.model_options[WATCH] = lambda policy, x, sigma: watch(policy, x, sigma)

@@ -9,11 +9,11 @@ versions 1.0.5 and 1.3.2.
 from __future__ import annotations
 
 import importlib
-import sys
 from typing import Any
 
 from comfy_api.latest import io
 
+from .graph import running_server
 from .sample_latent import sample_latent
 
 LEAST = 1e-6  # of a temperature or a step: 0 is a limit that is not computed itself
@@ -74,8 +74,7 @@ async def register_replacements() -> None:
     Without a server, as in a script that imports ComfyUI's nodes, there is no place for them.
     """
     replace = getattr(io, "NodeReplace", None)
-    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
-    if replace is None or server is None:
+    if replace is None or running_server() is None:
         return
     api = importlib.import_module("comfy_api.latest").ComfyAPI()
     known = importlib.import_module("nodes").NODE_CLASS_MAPPINGS

@@ -8,11 +8,10 @@ two lines.
 from __future__ import annotations
 
 import logging
-import sys
 
 from ...gmflow_core.files.errors import printable
 from . import said
-from .graph import Prompt, running_node, running_prompt
+from .graph import Prompt, running_node, running_prompt, running_server
 
 NOTHING = " "  # the page ignores an empty text
 EVENT = ROUTE = "gmflow/messages"
@@ -67,7 +66,7 @@ def answer(query: dict[str, str]) -> dict:
 
 def register_route() -> None:
     """Let pages ask for the messages, where the ComfyUI server runs. The answer is read only."""
-    server = _server()
+    server = running_server()
     if server is None:
         return
     from aiohttp import web  # the server's own library
@@ -91,7 +90,7 @@ def _of_running_node() -> tuple[str | None, dict[str, str]]:
 
 def _show(node: str | None, messages: dict[str, str]) -> None:
     """Keep the messages of a node, and show them on it, where the ComfyUI server runs."""
-    server, prompt = _server(), running_prompt()
+    server, prompt = running_server(), running_prompt()
     if node is None or server is None:
         return
     kept = list(messages.items())
@@ -116,7 +115,7 @@ def _queued(prompt_id: str | None, workflow_id: str | None = None) -> tuple[Prom
 
     Without the id of a prompt, the latest of a workflow is returned.
     """
-    queue = getattr(_server(), "prompt_queue", None)
+    queue = getattr(running_server(), "prompt_queue", None)
     if queue is None:
         return {}, {}
     with queue.mutex:
@@ -135,8 +134,3 @@ def _workflow(extra: dict) -> str | None:
         return extra["extra_pnginfo"]["workflow"]["id"]
     except (KeyError, TypeError):  # queued by a script
         return None
-
-
-def _server():
-    """Return the ComfyUI server; None where there is none."""
-    return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)

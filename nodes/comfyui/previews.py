@@ -38,8 +38,12 @@ def density_of(points: Tensor, size: int = SIZE) -> Tensor:
 
 def pixel_grid(images: Tensor) -> Tensor:
     """Arrange images (B, 1 or 3, h, w) in [-1, 1] as `batch_grid` does."""
-    images = ((images.float().nan_to_num() + 1) / 2).clamp(0, 1)
-    return batch_grid(images.expand(-1, 3, -1, -1))
+    return batch_grid(to_colours(images))
+
+
+def to_colours(images: Tensor) -> Tensor:
+    """Convert images (B, 1 or 3, h, w) in [-1, 1] to red, green and blue in [0, 1]."""
+    return ((images.float().nan_to_num() + 1) / 2).clamp(0, 1).expand(-1, 3, -1, -1)
 
 
 def batch_grid(images: Tensor, size: int = SIZE) -> Tensor:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import comfy.model_management
 import comfy.sample
+import comfy.samplers
 import comfy.utils
 import latent_preview
 from torch import Tensor
@@ -62,6 +63,42 @@ def sample_latent(
     if not len(sigmas):
         no_effect("sampling", "denoise is 0: the latent stays as it is")
         return latent
+    samples = run_sampler(
+        model,
+        latent,
+        gm_sampler(solver, shift, **settings),
+        sigmas,
+        seed,
+        positive,
+        negative,
+        guidance,
+        callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+    )
+    samples = samples.to(comfy.model_management.intermediate_device())
+    return {**{key: latent[key] for key in latent if key not in RATIOS}, "samples": samples}
+
+
+def run_sampler(
+    model,
+    latent: dict,
+    sampler: comfy.samplers.Sampler,
+    sigmas: Tensor,
+    seed: int,
+    positive: list | None = None,
+    negative: list | None = None,
+    guidance: float = 0.0,
+    **shown,
+) -> Tensor:
+    """Return samples (B, C, *S) of any SAMPLER from ComfyUI's noise for a seed.
+
+    Args:
+        guidance: weight of probabilistic guidance.
+        shown: further arguments of a guider's `sample`, for its progress.
+
+    Raises:
+        ValueError: a conditioning is missing, or does not fit the model.
+    """
     if positive is None and not isinstance(model.model, GMModel):
         raise ValueError(
             f"this model ({type(model.model).__name__}) is conditioned on text; connect a prompt "
@@ -72,18 +109,15 @@ def sample_latent(
     check_denoise(denoise, samples)
     if guidance and not has_probabilistic_guidance(model):
         model = guided(model)
-    samples = gm_guider(model, positive, negative, guidance).sample(
+    return gm_guider(model, positive, negative, guidance).sample(
         initial_noise(latent, samples, positive, seed),
         samples,
-        gm_sampler(solver, shift, **settings),
+        sampler,
         sigmas,
         denoise_mask=latent.get("noise_mask"),
-        callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
-        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
+        **shown,
     )
-    samples = samples.to(comfy.model_management.intermediate_device())
-    return {**{key: latent[key] for key in latent if key not in RATIOS}, "samples": samples}
 
 
 def check_denoise(denoise: float, samples: Tensor) -> None:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from .gm_model import PixelLatent, PointLatent
 from .latent_shapes import to_points
-from .previews import density_of
+from .previews import density_of, to_colours
 from .sizes import check_size
+from .solver_choice import no_effect
 
 PIXELS_OF_LATENT = 8  # image pixels a side to a latent pixel, for a guess of a picture's size
 POINTS_SIZE = 256  # pixels a side of a density picture
@@ -32,10 +33,12 @@ def decoder_of(model, vae=None) -> tuple[Decode, str]:
         ValueError: the samples are latents, there is no VAE, and ComfyUI knows no colours of them.
     """
     latent_format = model.get_model_object("latent_format")
-    if isinstance(latent_format, PointLatent):
-        return _density, "density"
-    if isinstance(latent_format, PixelLatent):
-        return _pixels, "pixels"
+    needs_none = isinstance(latent_format, PointLatent | PixelLatent)
+    if needs_none and vae is not None:
+        no_effect("vae", "this model samples no latents")
+    if needs_none:
+        is_points = isinstance(latent_format, PointLatent)
+        return (_density, "density") if is_points else (_pixels, "pixels")
     if vae is not None:
         return lambda samples: _decoded(vae, samples), "VAE"
     if latent_format.latent_rgb_factors is None:
@@ -66,8 +69,7 @@ def _density(samples: Tensor) -> Tensor:
 
 
 def _pixels(samples: Tensor) -> Tensor:
-    images = ((samples.float().cpu().nan_to_num() + 1) / 2).clamp(0, 1)
-    return images.expand(-1, 3, -1, -1).movedim(1, -1)
+    return to_colours(samples.cpu()).movedim(1, -1)
 
 
 def _decoded(vae, samples: Tensor) -> Tensor:

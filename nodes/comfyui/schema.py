@@ -67,14 +67,20 @@ def vae_input() -> io.Input:
     )
 
 
-def seed_input(name: str, tooltip: str) -> io.Input:
-    """Return the input for a 64-bit seed."""
+def seed_input(name: str, tooltip: str, stays: bool = False) -> io.Input:
+    """Return the input for a 64-bit seed.
+
+    Args:
+        stays: True if the page is to keep the seed after a run, unless told otherwise; older
+            versions of ComfyUI draw a new one.
+    """
+    fixed = getattr(getattr(io, "ControlAfterGenerate", None), "fixed", True)
     return io.Int.Input(
         name,
         default=0,
         min=0,
         max=0xFFFFFFFFFFFFFFFF,
-        control_after_generate=True,
+        control_after_generate=fixed if stays else True,
         tooltip=tooltip,
     )
 

@@ -56,7 +56,6 @@ def sample_seeds(
     Raises:
         ValueError: the pictures would be too large together.
     """
-    subject.check()
     seeds, pictures = [(first + i) % SEEDS for i in range(count)], []
     progress = Progress(count * (len(sigmas) - 1))
     for seed in seeds:

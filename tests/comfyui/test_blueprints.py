@@ -99,11 +99,14 @@ def page(comfy: Comfy) -> Iterator[ComfyPage]:
 
 
 def search_for(page: ComfyPage, name: str, timeout: float = 60) -> None:
-    """Search for a blueprint until it is the first result: the page loads them after its start."""
+    """Search for a blueprint until it is the first result: the page loads them after its start.
+
+    The page's search finds nothing for more than 32 characters.
+    """
     deadline = time.monotonic() + timeout
     while True:
         try:
-            found = page.search(name, timeout=5)
+            found = page.search(name[:28], timeout=5)
         except PlaywrightTimeoutError:
             found = []
         if found and name in found[0]:

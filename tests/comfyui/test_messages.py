@@ -59,6 +59,7 @@ def test_messages_stay_with_a_cached_result(server: Comfy) -> None:
     now = asked(server, workflow_id="second")["messages"]
     assert now == asked(server, prompt_id=fitting)["messages"]
     assert [level for _, level in now["sample"]["messages"]] == ["info"]
+    assert asked(server, prompt_id=again)["messages"] == said["messages"]  # its own, as before
     assert asked(server, workflow_id="no such")["messages"] == {}
 
 

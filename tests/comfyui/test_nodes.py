@@ -316,7 +316,7 @@ def test_partial_conditionings_fall_back_to_the_mean(
     prompt["guider"]["inputs"]["positive"] = ["part", 0]
     result = comfy.run(prompt)
     assert re.search(
-        f"found a positive conditioning with .*{complaint}.* follows the mean",
+        f"its mean is followed.*: found a positive conditioning with .*{complaint}",
         result.texts["sample"],
     )
 

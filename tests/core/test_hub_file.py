@@ -55,6 +55,17 @@ def run(hub, home, text):
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
+def test_files_in_deeper_folders_are_not_downloaded(tmp_path):
+    for file in (FILE, "one.safetensors"):
+        place = tmp_path / "hub" / NAME / file
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(os.urandom(100))
+    with hub_server(tmp_path / "hub") as hub:
+        done = run(hub, tmp_path / "home", NAME)
+        assert done.returncode == 0, done.stderr
+        assert hub.fetched == ["one.safetensors"]
+
+
 def test_a_file_is_downloaded_once_with_its_progress(tmp_path):
     place = tmp_path / "hub" / NAME / FILE
     place.parent.mkdir(parents=True)

@@ -8,6 +8,8 @@ const TYPE = "GMFlowInspector";
 const PREVIEW = "$$canvas-image-preview"; // ComfyUI's widget of a picture on the canvas
 const CAPTION = 15; // pixels for the size that ComfyUI writes below a picture
 const CHOICE = "x, y"; // of the input "place"
+const NEAR = 4; // pixels that the pointer may move in a click; more is a drag
+let pressed = null; // where the button went down
 
 /** Return the maps on a node's picture: { boxes, area }; undefined before it has run. */
 const mapsOf = (node) => node.gmflowMaps ?? app.nodeOutputs?.[node.id]?.gmflow_maps?.[0];
@@ -62,7 +64,9 @@ function placeOnCanvas(node, event) {
 }
 
 function onClick(event) {
-  const { target } = event;
+  const { target, clientX, clientY } = event;
+  const [x, y] = pressed ?? [clientX, clientY];
+  if (Math.hypot(clientX - x, clientY - y) > NEAR) return; // the node was moved
   const frame = target.closest?.("[data-node-id]"); // of a node in Nodes 2.0
   if (frame) {
     const node = app.canvas?.graph?.getNodeById(frame.dataset.nodeId);
@@ -88,6 +92,8 @@ function within(element, event) {
 app.registerExtension({
   name: "gmflow.inspector",
   setup() {
+    const press = ({ clientX, clientY }) => (pressed = [clientX, clientY]);
+    document.addEventListener("pointerdown", press, true);
     document.addEventListener("click", onClick, true);
   },
   nodeCreated(node) {

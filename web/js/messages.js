@@ -92,10 +92,11 @@ function newSign(node) {
     margin: MARGIN,
     getValue: () => "",
     setValue: () => {},
-    getMinHeight: () => sign.height,
-    getMaxHeight: () => sign.height,
   });
   sign.widget.serialize = false;
+  // a fixed height: with that of a layout, the newer design shares a node's free room with it
+  sign.widget.computeLayoutSize = undefined;
+  sign.widget.computeSize = () => [0, sign.height];
   sign.observer = new ResizeObserver(() => {
     if (signs.get(node) === sign && list.offsetHeight) setHeight(node, sign, list.offsetHeight);
   });

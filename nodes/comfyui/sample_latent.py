@@ -63,6 +63,7 @@ def sample_latent(
     if not len(sigmas):
         no_effect("sampling", "denoise is 0: the latent stays as it is")
         return latent
+    check_denoise(denoise, latent["samples"])
     samples = run_sampler(
         model,
         latent,
@@ -106,7 +107,6 @@ def run_sampler(
         )
     positive = NO_TEXT if positive is None else positive
     samples = fitting_samples(model, latent)
-    check_denoise(denoise, samples)
     if guidance and not has_probabilistic_guidance(model):
         model = guided(model)
     return gm_guider(model, positive, negative, guidance).sample(

@@ -28,10 +28,14 @@ def compiled(function: Callable[..., Tensor | tuple[Tensor, ...]]) -> Callable:
         nonlocal program
         try:
             if program is None:
-                from torch._inductor import list_options  # takes a second, so not at import
+                from torch._inductor import config  # takes a second, so not at import
 
-                known = list_options()  # older versions of torch lack some
-                options = {name: value for name, value in OPTIONS.items() if name in known}
+                known = config.get_config_copy()  # older versions lack some, or of other types
+                options = {
+                    name: value
+                    for name, value in OPTIONS.items()
+                    if isinstance(known.get(name), type(value))
+                }
                 program = torch.compile(function, fullgraph=True, options=options)
             return program(*arguments)
         except Exception as error:  # torch.compile has many kinds, of several packages

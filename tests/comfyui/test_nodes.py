@@ -157,6 +157,8 @@ def test_workflows_run_headless(comfy: Comfy, path: Path) -> None:
     for about in prompt.values():
         if about["class_type"] in ("EmptyLatentImage", "EmptySD3LatentImage"):
             about["inputs"] |= {"width": 256, "height": 256}
+        elif about["class_type"] == "GMFlowSeedSpread":
+            about["inputs"]["seeds"] = 2
         elif about["class_type"] in ("ImageScale", "SolidMask", "MaskComposite"):
             sizes = {"width", "height", "x", "y"} & set(about["inputs"])
             about["inputs"] |= {name: about["inputs"][name] // 4 for name in sizes}

@@ -127,16 +127,3 @@ def test_templates_are_listed_in_their_order(page: ComfyPage) -> None:
     finally:
         page.page.unroute(f"**/{answer}")
     assert listed == {"gmflow": STEMS}
-
-
-def test_template_opens_from_the_dialog(page: ComfyPage) -> None:
-    """Open the list of templates as a person does, and choose the first one of ours."""
-    name = workflow_named("Coloured digits")
-    page.page.evaluate("() => window.app.extensionManager.command.execute('Comfy.BrowseTemplates')")
-    box = page.page.locator("[role=dialog] input").first
-    box.fill("Coloured digits")
-    page.page.locator("[role=dialog]").get_by_text(name, exact=False).first.click()
-    page.page.wait_for_function(
-        "() => window.app.canvas.graph.nodes.some((node) => node.type == 'GMFlowClassLabels')"
-    )
-    assert page.missing_nodes() == []

@@ -65,7 +65,7 @@ def sound(name: str) -> dict[str, Any]:
             found[entry.id] = default if default is not None else entry.options[0]
         elif kind in ("INT", "FLOAT", "STRING", "BOOLEAN"):
             found[entry.id] = default
-        else:
+        elif not entry.optional:
             found[entry.id] = work.mixture_source()
     return found
 

@@ -7,6 +7,7 @@ import functools
 import importlib
 import importlib.util
 import io
+import json
 import re
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from unittest import mock
 from urllib.parse import unquote
 
 import pytest
+from PIL import Image
 
 from tests.docs_tables import REPOSITORY, TABLE, pages, with_tables
 
@@ -206,3 +208,15 @@ def test_a_broken_link_is_found() -> None:
     links = ["docs/nodes.md#views", "docs/nodes.md#no-such-heading", "docs/no_such_page.md"]
     text = " ".join(f"[text]({link})" for link in links)
     assert broken_links("README.md", text) == links[1:]
+
+
+def test_gallery_pictures_hold_their_workflows():
+    """`python -m tests.comfyui.gallery` makes them."""
+    pictures = sorted((REPOSITORY / "docs" / "gallery").glob("*.png"))
+    assert len(pictures) >= 6
+    for path in pictures:
+        (workflow,) = REPOSITORY.glob(f"workflows/GMFlow {path.stem} - *.json")
+        with Image.open(path) as picture:
+            graph = json.loads(picture.info["workflow"])
+        assert graph == json.loads(workflow.read_text(encoding="utf-8")), path.name
+        assert f"docs/gallery/{path.name}" in PAGES["README.md"]

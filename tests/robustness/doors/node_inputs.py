@@ -122,7 +122,7 @@ def draw(rng: Random) -> tuple[str, Any, tuple[str, ...]]:
     chosen = rng.sample(entries, min(len(entries), rng.choice((1, 1, 1, 2)))) if entries else []
     for entry in chosen:
         if entry.optional and rng.random() < 0.2:
-            inputs.pop(entry.id)
+            inputs.pop(entry.id, None)
             about.append(f"without {entry.id}")
         else:
             inputs[entry.id] = value = hostile(entry.io_type, rng)

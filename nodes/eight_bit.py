@@ -8,6 +8,7 @@ import os
 import folder_paths
 from comfy_api.latest import io
 
+from ..gmflow_core.files.errors import quoted
 from .comfyui.files import fingerprint
 from .comfyui.int8_files import load_8bit, new_path, save_8bit
 from .comfyui.int8_layers import COMPUTE
@@ -62,7 +63,8 @@ class GMFlowLoadDiffusionModel8bit(io.ComfyNode):
         if unet_name is None or folder_paths.get_full_path(DIFFUSION_MODELS, unet_name):
             return True
         folders = folder_paths.get_folder_paths(DIFFUSION_MODELS)
-        return f"unet_name: there is no file {unet_name!r} in {folders}; put it there and press R"
+        name = quoted(unet_name)
+        return f"unet_name: there is no file {name} in {folders}; put it there and press R"
 
     @classmethod
     def fingerprint_inputs(cls, unet_name: str | None, compute: str = "16 bit") -> list:

@@ -34,7 +34,9 @@ def read_adapter(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
             floats; the message names it.
     """
     if not path.lower().endswith(ENDINGS):
-        raise FileError(path, "is not a safetensors file", "GM adapters are published as such")
+        raise FileError(
+            path, "is not a safetensors file", "choose the .safetensors file of a GM adapter"
+        )
     tensors = {}
     with reading(path), open_safetensors(path) as file:
         check_names(list(file.keys()), path)

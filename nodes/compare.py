@@ -23,7 +23,7 @@ from .comfyui.schema import (
 )
 from .comfyui.seed_spread import MOST_SEEDS, figure_of, reference_of, sample_seeds, spread_sheet
 from .comfyui.shown import shown_sheet
-from .comfyui.solver_choice import AUTO, no_effect, solver_for, steps_for
+from .comfyui.solver_choice import AUTO, no_effect, resolved
 from .comfyui.time_shift import own_shift
 
 
@@ -226,7 +226,7 @@ class GMFlowSeedSpread(io.ComfyNode):
             no_effect(f"solver {solver}", "a sampler is connected")
         decode, how = decoder_of(model, vae)
         shift = shift or own_shift(model.get_model_object("model_sampling"))
-        solver, steps = solver_for(model) if solver == AUTO else solver, steps or steps_for(model)
+        solver, steps = resolved(model, solver, steps)
         size_of_last = 1.0 if sampler is not None else SOLVERS[solver].final_step_size
         sigmas = gm_sigmas(steps, shift, final_step_size=size_of_last)
         subject = Subject(model, latent_image, positive, negative, guidance)

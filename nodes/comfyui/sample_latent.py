@@ -20,7 +20,7 @@ from .guiders import gm_guider, guided
 from .label_conditioning import NO_TEXT, SOURCE
 from .notices import notice
 from .probabilistic_cfg import has_probabilistic_guidance
-from .solver_choice import AUTO, no_effect, report_unused, solver_for, steps_for
+from .solver_choice import no_effect, report_unused, resolved
 from .time_shift import own_shift
 
 RATIOS = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # keys of an empty LATENT
@@ -54,8 +54,7 @@ def sample_latent(
     Raises:
         ValueError: a conditioning is missing, or the settings do not fit the model.
     """
-    solver = solver_for(model) if solver == AUTO else solver
-    steps = steps or steps_for(model)
+    solver, steps = resolved(model, solver, steps)
     report_unused(solver, settings)
     shift = shift or own_shift(model.get_model_object("model_sampling"))
     final_step_size = final_step_size or SOLVERS[solver].final_step_size

@@ -35,6 +35,11 @@ def steps_for(model) -> int:
     return STEPS if adapter is None else adapter.steps
 
 
+def resolved(model, solver: str, steps: int) -> tuple[str, int]:
+    """Return the solver, and the number of steps: those that suit a MODEL for AUTO and 0."""
+    return solver_for(model) if solver == AUTO else solver, steps or steps_for(model)
+
+
 def is_unconditional(model) -> bool:
     """Return whether a MODEL's network takes no conditioning, neither classes nor text."""
     return not getattr(model.get_model_object("diffusion_model"), "takes_labels", True)

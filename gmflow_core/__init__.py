@@ -23,6 +23,7 @@ from .flow.path import (
     x0_to_velocity,
 )
 from .flow.policy import DXPolicy, DXVelocity, predict_x0
+from .flow.single_gaussian import single_gaussian
 from .gaussians.mixture import GaussianMixture, IsotropicGaussian, Mixture, TiltedMixture
 from .gaussians.spectral import hartley, sample_with_spectrum
 from .sampling.denoisers import class_denoiser, denoiser_of
@@ -82,6 +83,7 @@ __all__ = [
     "save_source",
     "second_order",
     "shift_time",
+    "single_gaussian",
     "spectral_nll",
     "transition_nll",
     "unshift_time",

@@ -8,6 +8,7 @@ from .comfyui.guard import guarded_node
 from .comfyui.model_folders import register_folders
 from .comfyui.moved_in import register_replacements
 from .comfyui.notices import register_route
+from .comfyui.stock_lists import add_to_stock_lists
 from .compare import GMFlowCompare, GMFlowSeedSpread
 from .conditioning import GMFlowClassLabels, GMFlowUnconditional
 from .eight_bit import GMFlowLoadDiffusionModel8bit, GMFlowSaveDiffusionModel8bit
@@ -16,6 +17,7 @@ from .inspector import GMFlowInspector
 from .loaders import GMFlowLoader
 from .mixture_source import GMFlowSourceLoader, GMFlowSourceNoise
 from .moved_in import GMFlowPiFlowSampler
+from .plain_models import GMFlowSpread
 from .samplers import (
     GMFlowODESampler,
     GMFlowPolicySampler,
@@ -36,6 +38,7 @@ NODES = [
         GMFlowPolicySampler,
         GMFlowSigmas,
         GMFlowPolicySigmas,
+        GMFlowSpread,
         GMFlowAdapter,
         GMFlowAdaptedModel,
         GMFlowAdapterInfo,
@@ -68,7 +71,8 @@ class GMFlowExtension(ComfyExtension):
 
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        """Register the model folders and the page's messages, and return the node classes."""
+        """Register model folders, the page's messages and stock names; return the node classes."""
         register_folders()  # here, as older versions never call on_load
         register_route()
+        add_to_stock_lists()
         return list(NODES)

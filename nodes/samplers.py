@@ -25,7 +25,7 @@ from .comfyui.schema import (
     weight_input,
 )
 from .comfyui.solver_choice import AUTO
-from .comfyui.time_shift import own_shift
+from .comfyui.time_shift import own_sigmas
 
 
 class GMFlowODESampler(io.ComfyNode):
@@ -156,8 +156,8 @@ class GMFlowPolicySigmas(io.ComfyNode):
     def execute(
         cls, model, steps: int, shift: float, final_step_size: float, denoise: float
     ) -> io.NodeOutput:
-        shift = shift or own_shift(model.get_model_object("model_sampling"))
-        return io.NodeOutput(gm_sigmas(steps, shift, denoise, final_step_size))
+        sampling = model.get_model_object("model_sampling")
+        return io.NodeOutput(own_sigmas(sampling, steps, shift, denoise, final_step_size))
 
 
 class GMFlowSigmas(io.ComfyNode):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import comfy.model_management
 import comfy.samplers
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from ...gmflow_core import DXPolicy, flow_sigmas
 from ...gmflow_core.flow.policy import Policy
+from ...gmflow_core.flow.scaled_paths import ScaledPath
 from ...gmflow_core.gaussians.draws import Generator
 from ...gmflow_core.sampling.solvers import SOLVERS, solve
 from .adapter_checks import check_steps
@@ -16,9 +19,10 @@ from .generators import image_generators
 from .guard import guarded
 from .guiders import guidance_of
 from .latent_shapes import PointShape
+from .paths import HIGHEST
+from .plain_model import spread_in_words
 from .solver_choice import no_effect, report_settings
 from .solver_model import SolverModel
-from .time_shift import HIGHEST
 
 OWN = 0  # value of a setting that stands for the model's, or the solver's, own value
 
@@ -46,12 +50,10 @@ def gm_sampler(
         """Sample from sigmas[0] to sigmas[-1]; the signature is that of k-diffusion's samplers."""
         if len(sigmas) < 2:
             return x
-        check_sigmas(sigmas)
-        sigmas = sigmas.clamp(max=1)
         extra_args = extra_args or {}
         wrapped = SolverModel(model, x.shape, extra_args, sigmas)
-        own_shift = wrapped.own_shift  # first, as it refuses models that are no flow
-        time_shift = shift or own_shift
+        sigmas = wrapped.path.sigma_of(check_sigmas(sigmas, wrapped.path)).clamp(max=1)
+        time_shift = shift or wrapped.own_shift
         if SOLVERS[solver].needs_mixture:
             wrapped.enter_modes(solver)
         if wrapped.adapter is not None:
@@ -59,8 +61,11 @@ def gm_sampler(
         if settings.get("spacing") == "sigma" and time_shift == 1:
             no_effect("spacing", "the time shift is 1: sigma and time are the same")
         if not quiet:
-            guidance = guidance_of(wrapped.guider)
-            report_settings(solver, len(sigmas) - 1, time_shift, settings, guidance)
+            about = [guidance_of(wrapped.guider)]
+            if wrapped.is_plain:
+                about.insert(0, spread_in_words(extra_args.get("model_options")))
+            known = ", ".join(filter(None, about))
+            report_settings(solver, len(sigmas) - 1, time_shift, settings, known)
         result = solve(
             solver,
             wrapped.denoise if SOLVERS[solver].takes_policies else mixtures_only(wrapped, solver),
@@ -79,21 +84,24 @@ def gm_sampler(
     return comfy.samplers.KSAMPLER(guarded(run))
 
 
-def check_sigmas(sigmas: Tensor) -> None:
-    """Check that sigmas fall in every step.
+def check_sigmas(sigmas: Tensor, path: ScaledPath) -> Tensor:
+    """Return sigmas, in a model's units, if they fall in every step.
 
     Raises:
-        ValueError: they do not, or leave [0, 1].
+        ValueError: they do not, or leave [0, 1] on any but the exploding path.
     """
-    if not 0 <= sigmas.min() <= sigmas.max() <= HIGHEST or (sigmas.diff() >= 0).any():
+    highest = math.inf if path.exploding else HIGHEST
+    if not 0 <= sigmas.min() <= sigmas.max() <= highest or not (sigmas.diff() < 0).all():
         falls = (sigmas.diff() < 0).tolist()
         where = "" if all(falls) else f"; step {falls.index(False) + 1} does not fall"
+        most = "" if path.exploding else "from at most 1 "
         raise ValueError(
-            "GM samplers need sigmas that fall in every step, from at most 1 to 0, and these "
+            f"GM samplers need sigmas that fall in every step, {most}to 0, and these "
             f"{len(sigmas) - 1} steps go from {sigmas[0]:.4g} to {sigmas[-1]:.4g}, lowest "
             f"{sigmas.min():.4g}{where}; use GM Sigmas or GM Policy Sigmas, or Basic Scheduler "
             "with fewer steps"
         )
+    return sigmas
 
 
 def mixtures_only(wrapped: SolverModel, solver: str):

@@ -7,13 +7,15 @@ import comfy.samplers
 from .gm_model import GMModel
 from .label_conditioning import unconditional
 from .latent_check import check_conditioning
+from .paths import path_of
 from .probabilistic_cfg import has_probabilistic_guidance, with_probabilistic_guidance
 from .solver_choice import is_unconditional, no_effect
-from .time_shift import check_flow
 
 
 def guided_interval(model, start_percent: float, end_percent: float) -> tuple[float, float]:
     """Return the sigmas (low, high) of a part of a MODEL's sampling, which goes from 0 to 1.
+
+    They are in the model's own units.
 
     Raises:
         ValueError: the part is empty.
@@ -31,11 +33,11 @@ def guided(model, orthogonal: float = 1.0, start_percent: float = 0.0, end_perce
     """Return a clone of the MODEL whose `cfg` is the weight of probabilistic guidance.
 
     Raises:
-        ValueError: the interval is empty, or the model is no flow model.
+        ValueError: the interval is empty, or the model's sampling is none that is known.
     """
-    check_flow(model.get_model_object("model_sampling"))
-    interval = guided_interval(model, start_percent, end_percent)
-    return with_probabilistic_guidance(model, orthogonal, interval)
+    path = path_of(model.get_model_object("model_sampling"))
+    low, high = map(path.sigma_of, guided_interval(model, start_percent, end_percent))
+    return with_probabilistic_guidance(model, orthogonal, (low, high))
 
 
 def guidance_of(guider) -> str:

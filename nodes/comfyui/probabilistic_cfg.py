@@ -8,23 +8,27 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...gmflow_core import DXPolicy
+from ...gmflow_core.flow.single_gaussian import single_gaussian
 from ...gmflow_core.sampling.guidance import Guidance, within
 from .advice import set_weight
 from .guard import guarded
 from .latent_check import check_conditioning
 from .latent_shapes import solver_shape
 from .notices import notice
-from .recording import RECORDER, recording
+from .paths import path_of
+from .plain_model import predicts_mixture, spread_of
+from .recording import RECORDER, hide_our_keys, recording
 from .solver_choice import is_unconditional, no_effect
 
 
 class ProbabilisticCFG:
     """A cfg function for ComfyUI that takes `cfg` as the weight w of probabilistic guidance.
 
-    Stock samplers get the guided mean; the recorder gets the guided mixture.
+    Stock samplers get the guided mean; the recorder gets the guided mixture. Where a model predicts
+    no mixture, the conditional mean with its spread is one Gaussian, which is guided.
 
     Args:
-        orthogonal, interval: see `Guidance`.
+        orthogonal, interval: see `Guidance`; the interval is in sigmas of the straight path.
     """
 
     def __init__(self, orthogonal: float, interval: tuple[float, float]):
@@ -48,10 +52,11 @@ class ProbabilisticCFG:
         """Return x minus the guided mean; ComfyUI's `sampler_cfg_function`.
 
         Raises:
-            ValueError: `cfg` is no weight, a conditioning is missing, or the model predicts no
-                Gaussian mixture.
+            ValueError: `cfg` is no weight, a conditioning is missing, or the adapter on the model
+                predicts no Gaussian mixture.
         """
-        model, latent, sigma = args["model"], args["input"], args["sigma"]
+        model, latent = args["model"], args["input"]
+        sigma = path_of(model.model_sampling).sigma_of(args["sigma"])
         guidance = self.guidance(args["cond_scale"])
         recorder = args["model_options"]["transformer_options"][RECORDER]
         recorder.asked = True
@@ -65,7 +70,11 @@ class ProbabilisticCFG:
             )
         shape = solver_shape(model, args["model_options"])
         x, uncond = shape.to_solver(latent), shape.to_solver(args["uncond_denoised"])
-        cond = recorder.x0_policy(args["input_cond"], x)
+        if predicts_mixture(model, args["model_options"]):
+            cond = recorder.x0_policy(args["input_cond"], x)
+        else:
+            spread = spread_of(args["model_options"])
+            cond = single_gaussian(args["cond_denoised"], sigma, spread)
         if cond is None:
             why = recorder.why_not_single(args["input_cond"], x)
             notice(
@@ -88,7 +97,8 @@ class ProbabilisticCFG:
         It is ComfyUI's `sampler_calc_cond_batch_function`.
         """
         positive, negative = args["conds"]
-        conds = [positive, negative if within(self.interval, args["sigma"]) else None]
+        sigma = path_of(args["model"].model_sampling).sigma_of(args["sigma"])
+        conds = [positive, negative if within(self.interval, sigma) else None]
         return comfy.samplers.calc_cond_batch(
             args["model"], conds, args["input"], args["sigma"], args["model_options"]
         )
@@ -114,6 +124,8 @@ def with_probabilistic_guidance(
             "node, or use it without probabilistic guidance"
         )
     model, function = model.clone(), ProbabilisticCFG(orthogonal, interval)
+    if not predicts_mixture(model.model, model.model_options):
+        hide_our_keys(model)
     model.set_model_sampler_cfg_function(function, disable_cfg1_optimization=True)
     model.set_model_sampler_calc_cond_batch_function(function.calc_cond_batch)
     model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, RECORDER, predict_noise_recorded)

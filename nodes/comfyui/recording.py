@@ -148,13 +148,10 @@ def add_recording(
         transformer_options=None,
         **kwargs,
     ) -> Tensor:
-        """Run the model and record its prediction; a wrapper for ComfyUI's APPLY_MODEL.
-
-        The network does not see our keys: TorchCompileModel expects the same keys in every call.
-        """
+        """Run the model and record its prediction; a wrapper for ComfyUI's APPLY_MODEL."""
         options = transformer_options or {}
         recorder = options.get(RECORDER)
-        inner = {key: value for key, value in options.items() if key not in OURS}
+        inner = _without_ours(options)
         _waiting.predictions = predictions = None if recorder is None else []
         try:
             result = executor(x, t, c_concat, c_crossattn, control, inner, **kwargs)
@@ -166,6 +163,24 @@ def add_recording(
 
     model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, RECORDER, guarded(apply_model_recorded))
     model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, RECORDER, watched)
+
+
+def hide_our_keys(model: comfy.model_patcher.ModelPatcher) -> None:
+    """Keep our keys in the transformer options from a network that offers no predictions."""
+
+    def apply_model_plain(
+        executor, x, t, c_concat=None, c_crossattn=None, control=None, options=None, **kwargs
+    ) -> Tensor:
+        """Run the model; a wrapper for ComfyUI's APPLY_MODEL."""
+        inner = _without_ours(options or {})
+        return executor(x, t, c_concat, c_crossattn, control, inner, **kwargs)
+
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, RECORDER, apply_model_plain)
+
+
+def _without_ours(transformer_options: dict) -> dict:
+    """Return transformer options without our keys: TorchCompileModel expects the same in all."""
+    return {key: value for key, value in transformer_options.items() if key not in OURS}
 
 
 def recording(model_options: dict | None) -> tuple[dict, MixtureRecorder]:

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from ...gmflow_core.sampling.solvers import SOLVERS
 from .gm_model import GMModel
-from .gm_sampler import gm_sampler, gm_sigmas
+from .gm_sampler import gm_sampler
 from .guiders import gm_guider, guided
 from .label_conditioning import NO_TEXT, SOURCE
 from .notices import notice
 from .probabilistic_cfg import has_probabilistic_guidance
 from .solver_choice import no_effect, report_unused, resolved
-from .time_shift import own_shift
+from .time_shift import own_shift, own_sigmas
 
 RATIOS = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # keys of an empty LATENT
 
@@ -56,9 +56,10 @@ def sample_latent(
     """
     solver, steps = resolved(model, solver, steps)
     report_unused(solver, settings)
-    shift = shift or own_shift(model.get_model_object("model_sampling"))
+    sampling = model.get_model_object("model_sampling")
+    shift = shift or own_shift(sampling)
     final_step_size = final_step_size or SOLVERS[solver].final_step_size
-    sigmas = gm_sigmas(steps, shift, denoise, final_step_size)
+    sigmas = own_sigmas(sampling, steps, shift, denoise, final_step_size)
     if not len(sigmas):
         no_effect("sampling", "denoise is 0: the latent stays as it is")
         return latent

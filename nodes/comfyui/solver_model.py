@@ -8,10 +8,15 @@ from torch import Tensor, nn
 
 from ...gmflow_core import GaussianMixture, ModeFrame
 from ...gmflow_core.flow.policy import Policy
+from ...gmflow_core.flow.scaled_paths import STRAIGHT
+from ...gmflow_core.flow.single_gaussian import single_gaussian
 from .adapter_info import Adapter, adapter_of
 from .label_conditioning import SOURCE
 from .latent_shapes import solver_shape
 from .notices import notice
+from .paths import path_of
+from .plain_model import predicts_mixture, spread_of
+from .probabilistic_cfg import has_probabilistic_guidance
 from .recording import recording
 from .sampling_run import run_of
 from .time_shift import own_shift
@@ -23,19 +28,29 @@ ROUNDING = 1e-4  # relative difference below which two means count as equal
 class SolverModel:
     """A denoiser for a solver of gmflow_core, in the shape that `solver_shape` gives.
 
+    The solver works on the straight path, whatever the model's own one is: its x and sigma are
+    converted on the way to the model (`path`). A model that predicts no mixture counts as one of a
+    single Gaussian.
+
     Args:
         model: first argument of the sampler function: ComfyUI's model, or a function that another
             node puts around it, for instance to change sigma.
         latent_shape: shape of the sampler function's x.
         extra_args: the sampler function's `extra_args`.
-        sigmas: of the sampler function.
+        sigmas: of the sampler function, in the model's units.
+
+    Raises:
+        ValueError: the model's sampling is none that GM samplers know.
     """
 
     def __init__(self, model, latent_shape: torch.Size, extra_args: dict, sigmas: Tensor):
         self.model, self.run = model, run_of(model, extra_args)
         self.guider, self.sigmas = self.run.guider, sigmas
         self.latent_shape, self.extra_args = latent_shape, extra_args
-        self.shape = solver_shape(self.guider.inner_model, extra_args.get("model_options"))
+        options, inner = extra_args.get("model_options"), self.guider.inner_model
+        self.shape = solver_shape(inner, options)
+        self.is_plain = not predicts_mixture(inner, options)
+        self.path = path_of(inner.model_sampling) if self.is_plain else STRAIGHT
         self.mask: Tensor | None = None  # noise mask of the present step
         self.frame: ModeFrame | None = None  # coordinates the solver works in, if other than x
 
@@ -56,11 +71,7 @@ class SolverModel:
 
     @property
     def own_shift(self) -> float:
-        """Time shift of the model.
-
-        Raises:
-            ValueError: its sampling is not that of a flow model.
-        """
+        """Time shift of the model, see `time_shift.own_shift`."""
         return own_shift(self.guider.inner_model.model_sampling)
 
     @property
@@ -106,14 +117,14 @@ class SolverModel:
         self.frame = conds[0][SOURCE].frame(self.latent_shape[0], device)
 
     def to_solver(self, latent: Tensor, sigma: Tensor | float) -> Tensor:
-        """Convert a latent at sigma to the solver's shape and coordinates."""
-        x = self.shape.to_solver(latent)
+        """Convert a latent at the solver's sigma to its shape and coordinates."""
+        x = self.shape.to_solver(self.path.enter(latent, sigma))
         return x if self.frame is None else self.frame.enter(x, sigma)
 
     def from_solver(self, x: Tensor, sigma: Tensor | float) -> Tensor:
-        """Convert x at sigma back to a latent: the inverse of `to_solver`."""
+        """Convert x at the solver's sigma back to a latent: the inverse of `to_solver`."""
         x = x if self.frame is None else self.frame.leave(x, sigma)
-        return self.shape.from_solver(x, self.latent_shape)
+        return self.path.leave(self.shape.from_solver(x, self.latent_shape), sigma)
 
     def denoise(self, x: Tensor, sigma: Tensor) -> Policy:
         """Return the guider's policy in x_0, in the solver's coordinates.
@@ -131,6 +142,7 @@ class SolverModel:
         - Other guiders, and nodes that change the guided prediction afterwards, return only a mean;
           the whole policy is shifted so that its mean matches. For a CFG Guider that is the
           classifier-free guidance of gmflow_core.
+        - A model that predicts no mixture has one Gaussian around the guided mean.
         - Without a single positive conditioning for the whole latent and all steps only the mean
           is known: the policy is a point mass, a mixture of one component with variance 0.
 
@@ -146,12 +158,17 @@ class SolverModel:
         return policy
 
     def _guided(self, x: Tensor, sigma: Tensor) -> Policy:
-        options, recorder = recording(self.extra_args.get("model_options"))
-        latent_sigma = sigma[:1].expand(self.latent_shape[0])
+        options, recorder = self.extra_args.get("model_options"), None
+        if not self.is_plain or has_probabilistic_guidance(self.guider.model_patcher):
+            options, recorder = recording(options)
+        own_sigma = sigma[:1].expand(self.latent_shape[0])
+        latent_sigma = self.path.time_of(own_sigma)
         self.mask = self.mask_at(latent_sigma)
-        latent = self.shape.from_solver(x, self.latent_shape)
+        latent = self.path.leave(self.shape.from_solver(x, self.latent_shape), own_sigma)
         denoised = self.call(latent, latent_sigma, options)
-        mean, policy = self.shape.to_solver(denoised), recorder.guided
+        mean, policy = self.shape.to_solver(denoised), recorder and recorder.guided
+        if policy is None and self.is_plain:
+            return single_gaussian(mean, sigma, spread_of(options))
         if policy is None:
             conds = getattr(self.guider, "conds", {}).get("positive")
             policy = recorder.x0_policy(conds, x)
@@ -200,8 +217,8 @@ class SolverModel:
     def constrain(self, x: Tensor, sigma: Tensor) -> Tensor:
         """Replace x outside of the step's noise mask by the original latent at that sigma."""
         sigma = sigma.reshape(-1)[:1].expand(self.latent_shape[0])
-        latent = self.from_solver(x, sigma)
+        latent, latent_sigma = self.from_solver(x, sigma), self.path.time_of(sigma)
         original = self.guider.inner_model.scale_latent_inpaint(
-            x=latent, sigma=sigma, noise=self.run.noise, latent_image=self.run.latent_image
+            x=latent, sigma=latent_sigma, noise=self.run.noise, latent_image=self.run.latent_image
         )
         return self.to_solver(latent * self.mask + original * (1 - self.mask), sigma)

@@ -1,4 +1,4 @@
-"""Time shift of flow models in ComfyUI: read it from a model, or put one on."""
+"""Time shift of models in ComfyUI: read it from a model, use it, or put one on."""
 
 from __future__ import annotations
 
@@ -8,21 +8,57 @@ import comfy.model_sampling
 import torch
 from torch import Tensor
 
-HIGHEST = 1 + 1e-4  # sigma of a flow: 1, and what rounding adds for some time shifts
+from ...gmflow_core.flow.path import flow_sigmas, unshift_time
+from .paths import HIGHEST, names_of, path_of
+
 LARGEST_HALF = 1 - 2**-24  # sigma half-way: larger ones are 1 in float32
 
 
 def own_shift(model_sampling) -> float:
-    """Return the time shift of a flow model's sampling, however the class parametrises it.
+    """Return the time shift of a model's sampling, however the class parametrises it.
 
-    It is the odds sigma / (1 - sigma) half-way, where an unshifted model has sigma = 1/2.
+    It is the odds sigma / (1 - sigma) half-way, where an unshifted flow has sigma = 1/2; sigma is
+    that of the straight path (see `path_of`).
 
     Raises:
-        ValueError: the sampling is not that of a flow model.
+        ValueError: the sampling is none that GM samplers know.
     """
-    check_flow(model_sampling)
-    half = min(float(model_sampling.percent_to_sigma(0.5)), LARGEST_HALF)
+    path = path_of(model_sampling)
+    half = min(path.sigma_of(float(model_sampling.percent_to_sigma(0.5))), LARGEST_HALF)
+    if not half > 0:
+        raise ValueError(
+            f"wrong sampling: sigma {half:.4g} half-way, which leaves no steps: "
+            f"{names_of(model_sampling)}; use a stock sampler, or remove the node that set it"
+        )
     return half / (1 - half)
+
+
+def own_sigmas(
+    model_sampling,
+    steps: int,
+    shift: float = 0.0,
+    denoise: float = 1.0,
+    final_step_size: float = 1.0,
+) -> Tensor:
+    """Return `steps` + 1 sigmas in a model's own units, evenly spaced before the time shift.
+
+    They go from the model's highest noise (for a flow 1) to 0, on the straight path.
+
+    Args:
+        shift: time shift; the model's own if 0.
+        denoise: share of the way that is sampled; there are no sigmas if it is 0.
+        final_step_size: see `flow_sigmas`.
+
+    Raises:
+        ValueError: as `own_shift` and `flow_sigmas`.
+    """
+    shift = shift or own_shift(model_sampling)
+    if denoise <= 0:
+        return torch.FloatTensor([])
+    path = path_of(model_sampling)
+    highest = path.sigma_of(float(model_sampling.sigma_max)) if path.exploding else 1.0
+    start = unshift_time(highest, shift) * denoise
+    return path.time_of(flow_sigmas(steps, shift, start=start, final_step_size=final_step_size))
 
 
 def check_flow(model_sampling) -> None:
@@ -34,13 +70,10 @@ def check_flow(model_sampling) -> None:
     highest, half = float(model_sampling.sigma_max), float(model_sampling.percent_to_sigma(0.5))
     if is_velocity(model_sampling) and 0 < half <= 1 and highest <= HIGHEST:
         return
-    kind = type(model_sampling)
-    kinds = [each.__name__ for each in (kind, *kind.__bases__)]
     raise ValueError(
         "wrong sampling, every picture would be noise: this model predicts a velocity of a flow, "
-        f"with sigmas up to 1, and its sampling is another ({', '.join(kinds)}; sigmas up to "
-        f"{highest:.4g}{_scale_of(model_sampling)}). GM samplers are for flow models: connect a "
-        "model from GM Load Model or GM Adapter, and remove nodes such as ModelSamplingDiscrete, "
+        f"with sigmas up to 1, and its sampling is another: {names_of(model_sampling)}"
+        f"{_scale_of(model_sampling)}; remove nodes such as ModelSamplingDiscrete, "
         "ModelSamplingContinuousEDM and ModelNoiseScale (those for SD3, AuraFlow and Flux are fine)"
     )
 
@@ -48,7 +81,7 @@ def check_flow(model_sampling) -> None:
 def _scale_of(model_sampling) -> str:
     """Describe the scale of a sampling's noise for a message, "" if it has none or 1."""
     scale = getattr(model_sampling, "noise_scale", 1.0)
-    return "" if scale == 1 else f"; noise of scale {scale:g}"
+    return "" if scale == 1 else f", noise of scale {scale:g}"
 
 
 def is_velocity(model_sampling) -> bool:

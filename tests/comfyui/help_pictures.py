@@ -88,6 +88,7 @@ EXAMPLES = {
         [(0, "noise"), (2, "latent_image")],
         {"choice": "from the list", "modes": "3, 7, 20, 41"},
     ),
+    "GMFlowSpread": Example("GMFlowSpread", "GMFlowSampler", [(0, "model")], {"spread": 0.7}),
     "GMFlowUnconditional": Example(
         "GMFlowUnconditional", "KSampler", [(0, "positive"), (0, "negative")], {"cfg": 1.0}
     ),

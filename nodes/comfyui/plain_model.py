@@ -1,0 +1,34 @@
+"""Models that predict no mixture: one Gaussian (K = 1) around their mean, of a set spread."""
+
+from __future__ import annotations
+
+from .adapter_info import adapter_of
+from .gm_model import GMModel
+from .solver_choice import no_effect
+
+SPREAD = "gmflow_spread"  # key in model_options
+USUAL_SPREAD = 0.5  # standard deviation of the velocity; docs/results.md has what it is worth
+
+
+def predicts_mixture(model, model_options: dict | None) -> bool:
+    """Return whether ComfyUI's model, with these options, predicts a mixture or another policy."""
+    return isinstance(model, GMModel) or adapter_of(model_options) is not None
+
+
+def spread_of(model_options: dict | None) -> float:
+    """Return the spread of the velocity that is set in the options of a model, or the usual one."""
+    return (model_options or {}).get(SPREAD, USUAL_SPREAD)
+
+
+def spread_in_words(model_options: dict | None) -> str:
+    """Describe what a model that predicts no mixture is sampled with, for a message."""
+    return f"one Gaussian (K = 1) of spread {spread_of(model_options):.3g}"
+
+
+def with_spread(model, spread: float):
+    """Return a clone of a MODEL with this spread of the velocity, or the usual one for 0."""
+    if predicts_mixture(model.model, model.model_options):
+        no_effect("spread", "this model predicts its own mixture")
+    model = model.clone()
+    model.model_options[SPREAD] = spread or USUAL_SPREAD
+    return model

@@ -1,0 +1,394 @@
+"""Sample models that predict no mixture inside ComfyUI's process, for `test_plain_models.py`.
+
+    COMFYUI/.venv/bin/python plain_inside.py COMFYUI WORK
+
+COMFYUI is its folder; WORK is for files. The data are Gaussian, N(MEAN, WIDTH^2), so that the
+network, its mixture (K = 1) and the end of every path are known in closed form. Prints what it
+found as JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from inside import REPOSITORY, far, half_mask, ours, says
+from torch import Tensor, nn
+
+MEAN, WIDTH = 0.3, 0.6  # of the data
+SHAPE = (2, 4, 6, 8)
+
+
+def main(comfyui: str, work: str) -> None:
+    """Run all cases and print their results, or tracebacks, as JSON by name."""
+    os.chdir(comfyui)
+    sys.path[:] = [comfyui, *(p for p in sys.path if p != str(Path(__file__).parent))]
+    sys.argv = [sys.argv[0], "--cpu", "--disable-api-nodes"]
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    import nodes
+
+    if not asyncio.run(nodes.load_custom_node(str(REPOSITORY))):
+        raise RuntimeError("the extension did not load")
+    found = {}
+    for name, case in CASES.items():
+        try:
+            with torch.inference_mode():
+                found[name] = case()
+        except Exception:
+            found[name] = traceback.format_exc()
+    print(json.dumps(found))
+
+
+class Exact(nn.Module):
+    """The exact network of Gaussian data: velocity, epsilon or v, for the time that it is fed.
+
+    Args:
+        kind: name of a ModelType.
+        sampling: ComfyUI's model sampling, to turn times into sigmas.
+    """
+
+    dtype = torch.float32
+
+    def __init__(self, kind: str, sampling: Any):
+        super().__init__()
+        self.kind, self.sampling, self.keys = kind, sampling, []
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(
+        self, x: Tensor, time: Tensor, context: Any = None, transformer_options: Any = None, **_
+    ) -> Tensor:
+        self.keys.append(sorted(transformer_options or {}))
+        far_mean = MEAN if context is None else context.mean((1, 2)).reshape(-1, 1, 1, 1)
+        if self.kind == "FLOW":
+            sigma = time.reshape(-1, 1, 1, 1) / self.sampling.multiplier
+            signal, noise = 1 - sigma, sigma
+        else:
+            sigma = self.sampling.sigma(time).reshape(-1, 1, 1, 1)
+            signal, noise = (1 + sigma**2) ** -0.5, sigma * (1 + sigma**2) ** -0.5
+        power = (signal * WIDTH) ** 2 + noise**2
+        off = (x - signal * far_mean) / power
+        x0 = far_mean + signal * WIDTH**2 * off
+        epsilon = noise * off
+        if self.kind == "FLOW":
+            return epsilon - x0
+        return epsilon if self.kind == "EPS" else signal * epsilon - noise * x0
+
+
+def exact_model(kind: str, shift: float = 1.0) -> Any:
+    """Return a MODEL of the exact network."""
+    import comfy.conds
+    import comfy.latent_formats
+    import comfy.model_base
+    import comfy.model_patcher
+    import comfy.supported_models_base
+
+    class Config(comfy.supported_models_base.BASE):
+        unet_config, unet_extra_config = {}, {}
+        sampling_settings = {"shift": shift} if kind == "FLOW" else {}
+        memory_usage_factor = 0.25
+        manual_cast_dtype = torch.float32
+        latent_format = comfy.latent_formats.SD15
+
+    class Model(comfy.model_base.BaseModel):
+        def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
+            return {"c_crossattn": comfy.conds.CONDRegular(kwargs["cross_attn"])}
+
+    config = Config(Config.unet_config)
+    network = Exact(kind, None)
+    model = Model(
+        config, getattr(comfy.model_base.ModelType, kind), unet_model=lambda **settings: network
+    )
+    object.__setattr__(network, "sampling", model.model_sampling)
+    cpu = torch.device("cpu")
+    return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
+
+
+def text(mean: float = MEAN) -> list:
+    """Return a conditioning that asks for data of this mean."""
+    return [[torch.full((1, 3, 4), mean), {}]]
+
+
+def stock(
+    model: Any,
+    name: str = "gm_ode",
+    scheduler: str = "gm",
+    steps: int = 1,
+    *,
+    cfg: float = 1.0,
+    denoise: float = 1.0,
+    latent: Tensor | None = None,
+    mask: Tensor | None = None,
+    negative: list | None = None,
+    seed: int = 5,
+    **settings: Any,
+) -> Tensor:
+    """Sample as KSampler and KSampler (Advanced) do."""
+    import comfy.sample
+
+    latent = torch.zeros(SHAPE) if latent is None else latent
+    return comfy.sample.sample(
+        model,
+        settings.pop("noise", comfy.sample.prepare_noise(latent, seed)),
+        steps,
+        cfg,
+        name,
+        scheduler,
+        text(),
+        negative or text(),
+        latent,
+        denoise=denoise,
+        noise_mask=mask,
+        seed=seed,
+        disable_pbar=True,
+        **settings,
+    )
+
+
+def sigma_max(model: Any) -> float:
+    return float(model.get_model_object("model_sampling").sigma_max)
+
+
+def exact_end(model: Any, kind: str, noise: Tensor, sigma: float) -> Tensor:
+    """Return where the exact flow ends that starts from pure noise at the highest sigma."""
+    signal = 1 - sigma if kind == "FLOW" else 1.0
+    scale = 1.0
+    if kind != "FLOW":  # ComfyUI's pure noise
+        scale = (1 + sigma**2) ** 0.5 / sigma
+    x = scale * sigma * noise
+    return MEAN + WIDTH * (x - signal * MEAN) / ((signal * WIDTH) ** 2 + sigma**2) ** 0.5
+
+
+def closed_form() -> dict[str, Any]:
+    """Take one step with the exact spread at its start; it ends where the exact flow does."""
+    import comfy.sample
+
+    found = {}
+    for kind in ("FLOW", "EPS", "V_PREDICTION"):
+        model = exact_model(kind)
+        sigma = sigma_max(model)
+        straight = ours("paths").path_of(model.get_model_object("model_sampling")).sigma_of(sigma)
+        spread = WIDTH / (((1 - straight) * WIDTH) ** 2 + straight**2) ** 0.5
+        model = ours("plain_model").with_spread(model, spread)
+        sampler = ours("gm_sampler").gm_sampler("gm-ode", substeps=1000)
+        noise = comfy.sample.prepare_noise(torch.zeros(SHAPE), 5)
+        guider = ours("guiders").gm_guider(model, text())
+        sigmas = ours("time_shift").own_sigmas(model.get_model_object("model_sampling"), 1)
+        result = guider.sample(
+            noise, torch.zeros(SHAPE), sampler, sigmas, disable_pbar=True, seed=5
+        )
+        result = model.model.process_latent_in(result)
+        expected = exact_end(model, kind, noise, sigma)
+        euler = ours("gm_sampler").gm_sampler("euler")
+        straight_on = guider.sample(
+            noise, torch.zeros(SHAPE), euler, sigmas, disable_pbar=True, seed=5
+        )
+        found[kind] = {
+            "gm-ode": far(result, expected),
+            "euler": far(model.model.process_latent_in(straight_on), expected),
+        }
+    return found
+
+
+def equal(first: Tensor, second: Tensor) -> bool:
+    return bool(torch.equal(first, second)) and bool(first.isfinite().all())
+
+
+def same_latents() -> dict[str, Any]:
+    """Sample by the stock names and by our own nodes: the latents are the same, bit for bit."""
+    import comfy.sample
+
+    import nodes
+
+    node = nodes.NODE_CLASS_MAPPINGS["GMFlowSampler"]
+    found = {}
+    for kind in ("FLOW", "EPS"):
+        model = exact_model(kind, shift=3.0)
+        latent = {"samples": torch.zeros(SHAPE)}
+        for name, solver in ours("stock_lists").SAMPLERS.items():
+            ours_ = node.execute(
+                model,
+                latent,
+                5,
+                3,
+                solver,
+                2,
+                0,
+                0.0,
+                1.0,
+                positive=text(),
+                final_step_size=1.0,
+            )[0]["samples"]
+            found[f"{kind} {name}"] = equal(stock(model, name, steps=3), ours_)
+        sampling = model.get_model_object("model_sampling")
+        custom = comfy.sample.sample_custom(
+            model,
+            comfy.sample.prepare_noise(latent["samples"], 5),
+            1.0,
+            ours("gm_sampler").gm_sampler("gm-ode"),
+            ours("time_shift").own_sigmas(sampling, 4),
+            text(),
+            text(),
+            latent["samples"],
+            disable_pbar=True,
+            seed=5,
+        )
+        found[f"{kind} custom"] = equal(stock(model, steps=4), custom)
+    return found
+
+
+def as_any_sampler() -> dict[str, Any]:
+    """Sample in two stages, in part, under a mask, and a batch as its members."""
+    import comfy.sample
+
+    found = {}
+    for kind in ("FLOW", "EPS"):
+        model = exact_model(kind)
+        whole = stock(model, "gm_policy", "simple", 4)
+        half = stock(model, "gm_policy", "simple", 4, last_step=2)
+        zero = torch.zeros(SHAPE)
+        rest = stock(
+            model,
+            "gm_policy",
+            "simple",
+            4,
+            latent=half,
+            noise=zero,
+            start_step=2,
+            disable_noise=True,
+        )
+        generator = torch.Generator().manual_seed(0)
+        latent = MEAN + WIDTH * torch.randn(SHAPE, generator=generator)
+        mask = half_mask(latent)
+        kept = stock(model, "gm_sde", "gm", 3, latent=latent, mask=mask)
+        part = stock(model, "gm_ode", "gm", 4, latent=latent, denoise=0.3)
+        full = stock(model, "gm_ode", "gm", 4, latent=latent)
+        noise = comfy.sample.prepare_noise(zero, 5)
+        alone = stock(model, "gm_ode", "gm", 3, latent=zero[:1], noise=noise[:1])
+        found[kind] = {
+            "two stages": far(rest, whole),
+            "outside the mask": far(kept * (1 - mask), latent * (1 - mask)),
+            "inside the mask": far(kept * mask, latent * mask),
+            "part": far(part, latent) / far(full, latent),
+            "alone": far(alone, stock(model, "gm_ode", "gm", 3)[:1]),
+        }
+    return found
+
+
+def guided() -> dict[str, Any]:
+    """Guide by a weight: the shift in standard deviations is the weight, on every path.
+
+    The network's own variance is used as the spread, so that the mean of x_0 at the first step is
+    shifted by w sqrt(V) in root mean square.
+    """
+
+    found = {}
+    for kind in ("FLOW", "EPS"):
+        model = exact_model(kind)
+        plain = ours("plain_model").with_spread(model, 0.5)
+        guided_model = ours("guiders").guided(plain, orthogonal=0.0)
+        result = {}
+        for weight in (0.0, 0.4):
+            watched = []
+            stock(
+                guided_model,
+                "euler",
+                "gm",
+                2,
+                cfg=weight,
+                negative=text(-1.0),
+                callback=lambda step, x0, x, total, to=watched: to.append(x0),
+            )
+            result[weight] = watched[0]
+        shift = (result[0.4] - result[0.0]).square().mean((1, 2, 3)).sqrt()
+        sigma = ours("paths").path_of(model.get_model_object("model_sampling"))
+        straight = sigma.sigma_of(sigma_max(model))
+        found[kind] = {
+            "shift": far(shift, torch.full_like(shift, 0.4 * 0.5 * straight)),
+            "towards": bool((result[0.4].mean() - result[0.0].mean()) > 0),
+            "gm-ode": far(
+                stock(guided_model, "gm_ode", "gm", 3, cfg=0.4, negative=text(-1.0)),
+                stock(guided_model, "gm_ode", "gm", 3, cfg=0.0, negative=text(-1.0)),
+            ),
+            "keys": [
+                key for keys in model.model.diffusion_model.keys for key in keys if "gmflow" in key
+            ],
+        }
+    return found
+
+
+def refused() -> dict[str, Any]:
+    """Samplings that follow neither path are refused by name, and schedules that fit no sampler."""
+    import comfy.model_sampling
+    import comfy.samplers
+
+    found = {}
+    for mixin in ("IMG_TO_IMG", "IMG_TO_IMG_FLOW", "V_PREDICTION_DDPM"):
+        parent = getattr(comfy.model_sampling, mixin, None)
+        if parent is None:
+            continue
+        model = exact_model("EPS")
+        base = comfy.model_sampling.ModelSamplingDiscrete
+        kind = type("Other", (base, parent), {})
+        model.add_object_patch("model_sampling", kind(model.model.model_config))
+        found[mixin] = says(lambda model=model: stock(model, "gm_ode", "simple", 2))
+    model = exact_model("FLOW")
+    found["rising"] = says(
+        lambda: stock(model, "gm_ode", "simple", 2, sigmas=torch.tensor([0.5, 0.7, 0.0]))
+    )
+    return found
+
+
+def lists() -> dict[str, Any]:
+    """Add the names twice, beside a reload as RES4LYF's, and take them out again."""
+    import importlib
+
+    import comfy.samplers
+
+    module = ours("stock_lists")
+    sampler_lists = (comfy.samplers.SAMPLER_NAMES, comfy.samplers.KSampler.SAMPLERS)
+    schedulers = comfy.samplers.SCHEDULER_NAMES
+    before = [list(each) for each in (*sampler_lists, schedulers)]
+    module.add_to_stock_lists()
+    once = before == [list(each) for each in (*sampler_lists, schedulers)]
+    importlib.reload(comfy.samplers.k_diffusion_sampling)
+    model = exact_model("FLOW")
+    works = bool(stock(model, steps=2).isfinite().all())
+    module.remove_from_stock_lists()
+    names = {*module.SAMPLERS, module.SCHEDULER}
+    left = names & {name for each in (*sampler_lists, schedulers) for name in each}
+    module.remove_from_stock_lists()
+    comfy.samplers.k_diffusion_sampling.sample_gm_ode = taken = lambda *arguments: None
+    module.add_to_stock_lists()
+    kept = comfy.samplers.k_diffusion_sampling.sample_gm_ode is taken
+    del comfy.samplers.k_diffusion_sampling.sample_gm_ode
+    module.add_to_stock_lists()
+    after = [list(each) for each in (*sampler_lists, schedulers)]
+    return {
+        "listed": names <= {*before[0], *before[2]},
+        "once": once,
+        "works": works,
+        "left": sorted(left),
+        "kept": kept,
+        "back": list(map(sorted, before)) == list(map(sorted, after)),
+    }
+
+
+CASES = {
+    "closed form": closed_form,
+    "same latents": same_latents,
+    "as any sampler": as_any_sampler,
+    "guided": guided,
+    "refused": refused,
+    "lists": lists,
+}
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,86 @@
+"""Ordinary flow models, and models of epsilon and v: one Gaussian, in the real ComfyUI."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .installation import COMFYUI, comfyui_python
+
+SCRIPT = Path(__file__).with_name("plain_inside.py")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Results of all cases, from one process."""
+    done = subprocess.run(
+        [comfyui_python(), str(SCRIPT), str(COMFYUI), str(tmp_path_factory.mktemp("plain"))],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def of(found: dict[str, Any], case: str) -> dict[str, Any]:
+    """Return the results of one case; fail with its traceback if it has none."""
+    assert isinstance(found[case], dict), found[case]
+    return found[case]
+
+
+def test_one_step_with_the_right_spread_ends_where_the_exact_flow_does(found: dict) -> None:
+    """The data are Gaussian; epsilon and v are sampled on the straight path as velocities are."""
+    for kind, about in of(found, "closed form").items():
+        assert about["gm-ode"] < 2e-3, kind
+        assert about["euler"] > 0.5, kind
+
+
+def test_stock_names_give_the_latents_of_our_own_nodes(found: dict) -> None:
+    same = of(found, "same latents")
+    assert len(same) == 8
+    assert all(same.values()), same
+
+
+def test_stock_names_behave_as_any_sampler(found: dict) -> None:
+    """Two stages come near to one; masks keep; denoise starts from the latent; batches agree."""
+    for kind, about in of(found, "as any sampler").items():
+        assert about["two stages"] < 0.03, kind
+        assert about["outside the mask"] < 1e-6, kind
+        assert about["inside the mask"] > 0.5, kind
+        assert about["part"] < 0.8, kind
+        assert about["alone"] < 1e-6, kind
+
+
+def test_guidance_shifts_the_mean_by_its_weight_in_standard_deviations(found: dict) -> None:
+    for kind, about in of(found, "guided").items():
+        assert about["shift"] < 1e-5, kind
+        assert about["towards"], kind
+        assert about["gm-ode"] > 0.05, kind
+        assert not about["keys"], kind
+
+
+def test_other_samplings_and_schedules_are_refused_by_name(found: dict) -> None:
+    messages = of(found, "refused")
+    rising = messages.pop("rising")
+    assert "step 1 does not fall" in rising
+    assert messages
+    for name, message in messages.items():
+        assert message.startswith("wrong sampling: "), name
+        assert name in message, name
+
+
+def test_names_are_listed_once_and_taken_out_again(found: dict) -> None:
+    """A name that another extension has taken stays with it."""
+    about = of(found, "lists")
+    assert about["listed"]
+    assert about["once"]
+    assert about["works"], "after a reload of k-diffusion's module"
+    assert about["left"] == []
+    assert about["kept"]
+    assert about["back"]

@@ -219,8 +219,8 @@ class GMFlowSeedSpread(io.ComfyNode):
     ) -> io.NodeOutput:
         if draws_points(model):
             raise ValueError(
-                "a latent of this model is many points at once, so that all seeds show the same "
-                "density; GM Seed Spread is for models of images: use GM Density"
+                "only models of images have a spread of seeds: a latent of this one is many points "
+                "at once, so that all seeds show the same density; use GM Density"
             )
         if sampler is not None and solver != AUTO:
             no_effect(f"solver {solver}", "a sampler is connected")

@@ -82,7 +82,7 @@ def _guidance_in(value: object, adapter: Adapter) -> float | None:
         number = math.nan
     if not math.isfinite(number):
         raise ValueError(
-            f"the guidance in the conditioning is {quoted(value)}, which is no finite number; set "
+            f"guidance {quoted(value)} is no finite number, and the conditioning holds it; set "
             f"FluxGuidance to {adapter.guidance:g}"
         )
     return number

@@ -10,7 +10,6 @@ import re
 from torch import Tensor
 
 from ...gmflow_core.files.errors import MOST_QUOTED, FileError, printable, quoted, reading
-from ...gmflow_core.files.hub_file import USUAL
 from ...gmflow_core.files.json_files import parse_json
 from ...gmflow_core.files.safetensors_files import check_finite, open_safetensors
 from ...gmflow_core.models.adapter_heads import GMHead, Head, is_head_key
@@ -159,9 +158,3 @@ def steps_of(policy: dict, name: str) -> int:
         "its folder"
     )
     return STEPS
-
-
-def title_of(name: str) -> str:
-    """Return a short name of an adapter: that of its folder where the file has the usual name."""
-    parts = name.replace("\\", "/").split("/")
-    return parts[-2] if parts[-1] == USUAL and len(parts) > 1 else parts[-1]

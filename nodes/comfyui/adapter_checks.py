@@ -82,8 +82,8 @@ def _guidance_in(value: object, adapter: Adapter) -> float | None:
         number = math.nan
     if not math.isfinite(number):
         raise ValueError(
-            f"the guidance in the conditioning is {quoted(value)}, no finite number; set FluxGuidance "
-            f"to {adapter.guidance:g}"
+            f"the guidance in the conditioning is {quoted(value)}, no finite number; set "
+            f"FluxGuidance to {adapter.guidance:g}"
         )
     return number
 

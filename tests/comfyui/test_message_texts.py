@@ -82,7 +82,7 @@ def test_messages_begin_with_what_matters() -> None:
         ("notice('when this workflow was run, it turned out that there was ' + 'no VAE')", False),
         ("notice(TEXT)\nTEXT = 'no VAE'", True),
         ("raise ValueError(f'unet_name: {error}')", True),
-        ("raise FileError(path, f'holds a list of {count} tensors, some not finite')", False),
+        ("raise FileError(path, f'holds the tensors {names} of which some are not finite')", False),
     ],
 )
 def test_late_findings_are_found(code: str, good: bool) -> None:

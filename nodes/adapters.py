@@ -45,9 +45,8 @@ class GMFlowAdapter(io.ComfyNode):
             aliases=WORDS,
             description="Makes a base model predict a Gaussian mixture, so that the GM Policy "
             f"Sampler needs 4 steps. Base models: {base_names()}. (The names of the LoRA layers in "
-            "FLUX.2's adapter are a guess; see docs/flux_and_qwen.md.) The model may come from any "
-            "loader (fp8, int8, GGUF), with LoRA loaders before or after; to stock samplers it is "
-            "an ordinary model.",
+            "FLUX.2's adapter are a guess.) The model may come from any loader (fp8, int8, GGUF), "
+            "with LoRA loaders before or after; to stock samplers it is an ordinary model.",
             inputs=[
                 io.Model.Input(
                     "model",

@@ -11,29 +11,22 @@ from .comfyui.gm_sampler import gm_sampler, gm_sigmas
 from .comfyui.sample_pictures import decoder_of, draws_points, enlarged
 from .comfyui.schema import (
     ADVANCED,
+    conditioning_inputs,
+    empty_latent_input,
     model_input,
-    negative_input,
     node_schema,
-    positive_input,
     seed_input,
     shift_input,
+    solver_input,
     steps_input,
     vae_input,
-    weight_input,
 )
 from .comfyui.seed_spread import MOST_SEEDS, figure_of, reference_of, sample_seeds, spread_sheet
 from .comfyui.shown import shown_sheet
 from .comfyui.solver_choice import AUTO, no_effect, resolved
 from .comfyui.time_shift import own_shift
 
-
-def latent_input() -> io.Input:
-    """Return the input for the latent that is sampled again and again."""
-    return io.Latent.Input(
-        "latent_image",
-        tooltip="An empty latent of the model's size, as for GM Sampler. A batch gives several "
-        "pictures each time.",
-    )
+EACH_TIME = " A batch gives several pictures each time."
 
 
 def size_input() -> io.Input:
@@ -62,7 +55,7 @@ class GMFlowCompare(io.ComfyNode):
             "(columns), and draws one sheet with the time that each took.",
             inputs=[
                 model_input(),
-                latent_input(),
+                empty_latent_input(EACH_TIME),
                 seed_input("seed", "Seed of the noise, the same for all."),
                 io.String.Input(
                     "samplers",
@@ -79,9 +72,7 @@ class GMFlowCompare(io.ComfyNode):
                 ),
                 size_input(),
                 shift_input(default=0.0, lowest=0.0, optional=True, **ADVANCED),
-                positive_input(),
-                negative_input(),
-                weight_input("guidance", default=0.0, optional=True),
+                *conditioning_inputs(),
                 vae_input(),
                 *cls._sampler_inputs(),
             ],
@@ -152,24 +143,19 @@ class GMFlowSeedSpread(io.ComfyNode):
             "for equal pictures, 1 for black and white).",
             inputs=[
                 model_input(),
-                latent_input(),
+                empty_latent_input(EACH_TIME),
                 seed_input("seed", "The first seed; the others follow it."),
                 io.Int.Input(
                     "seeds", default=8, min=2, max=MOST_SEEDS, tooltip="How many seeds are sampled."
                 ),
                 steps_input(default=0),
-                io.Combo.Input(
-                    "solver",
-                    options=[AUTO, *SOLVERS],
-                    default=AUTO,
-                    tooltip="As in GM Sampler: auto is gm-policy behind a GM adapter, and gm-ode "
-                    "for other models.",
+                solver_input(
+                    "As in GM Sampler: auto is gm-policy behind a GM adapter, and gm-ode for "
+                    "other models."
                 ),
                 size_input(),
                 shift_input(default=0.0, lowest=0.0, optional=True, **ADVANCED),
-                positive_input(),
-                negative_input(),
-                weight_input("guidance", default=0.0, optional=True),
+                *conditioning_inputs(),
                 vae_input(),
                 io.Sampler.Input(
                     "sampler",
@@ -219,8 +205,8 @@ class GMFlowSeedSpread(io.ComfyNode):
     ) -> io.NodeOutput:
         if draws_points(model):
             raise ValueError(
-                "a latent of this model is many points at once, so that all seeds show the same "
-                "density; GM Seed Spread is for models of images: use GM Density"
+                "only models of images have a spread of seeds: a latent of this one is many points "
+                "at once, so that all seeds show the same density; use GM Density"
             )
         if sampler is not None and solver != AUTO:
             no_effect(f"solver {solver}", "a sampler is connected")

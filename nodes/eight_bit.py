@@ -8,11 +8,10 @@ import os
 import folder_paths
 from comfy_api.latest import io
 
-from ..gmflow_core.files.errors import quoted
 from .comfyui.files import fingerprint
 from .comfyui.int8_files import load_8bit, new_path, save_8bit
 from .comfyui.int8_layers import COMPUTE
-from .comfyui.model_folders import DIFFUSION_MODELS
+from .comfyui.model_folders import DIFFUSION_MODELS, find_diffusion_model
 from .comfyui.notices import notice
 from .comfyui.schema import node_schema
 
@@ -60,24 +59,20 @@ class GMFlowLoadDiffusionModel8bit(io.ComfyNode):
 
         A linked name is not known yet.
         """
-        if unet_name is None or folder_paths.get_full_path(DIFFUSION_MODELS, unet_name):
-            return True
-        folders = folder_paths.get_folder_paths(DIFFUSION_MODELS)
-        name = quoted(unet_name)
-        return f"unet_name: there is no file {name} in {folders}; put it there and press R"
+        if unet_name is not None:
+            find_diffusion_model(unet_name)
+        return True
 
     @classmethod
     def fingerprint_inputs(cls, unet_name: str | None, compute: str = "16 bit") -> list:
         """Return what changes when the file is replaced."""
         if unet_name is None:
             return []
-        path = folder_paths.get_full_path_or_raise(DIFFUSION_MODELS, unet_name)
-        return [unet_name, compute, *fingerprint(path)]
+        return [unet_name, compute, *fingerprint(find_diffusion_model(unet_name))]
 
     @classmethod
     def execute(cls, unet_name: str, compute: str = "16 bit") -> io.NodeOutput:
-        path = folder_paths.get_full_path_or_raise(DIFFUSION_MODELS, unet_name)
-        return io.NodeOutput(load_8bit(path, compute))
+        return io.NodeOutput(load_8bit(find_diffusion_model(unet_name), compute))
 
 
 class GMFlowSaveDiffusionModel8bit(io.ComfyNode):

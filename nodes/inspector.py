@@ -10,14 +10,13 @@ from .comfyui.inspection import record_mixture
 from .comfyui.inspection_sheet import AT, UNCERTAIN, Inspection, describe, draw_inspection
 from .comfyui.sample_pictures import decoder_of, enlarged
 from .comfyui.schema import (
+    conditioning_inputs,
+    empty_latent_input,
     model_input,
-    negative_input,
     node_schema,
-    positive_input,
     seed_input,
     steps_input,
     vae_input,
-    weight_input,
 )
 from .comfyui.shown import shown_sheet
 from .comfyui.solver_choice import no_effect
@@ -40,10 +39,7 @@ class GMFlowInspector(io.ComfyNode):
             "chooses.",
             inputs=[
                 model_input(),
-                io.Latent.Input(
-                    "latent_image",
-                    tooltip="An empty latent of the model's size, as for GM Sampler.",
-                ),
+                empty_latent_input(),
                 seed_input("seed", "Seed of the noise; the same as in GM Sampler.", stays=True),
                 steps_input(default=0),
                 io.Int.Input(
@@ -55,9 +51,7 @@ class GMFlowInspector(io.ComfyNode):
                     "mixture is widest.",
                 ),
                 *cls._place_inputs(),
-                positive_input(),
-                negative_input(),
-                weight_input("guidance", default=0.0, optional=True),
+                *conditioning_inputs(),
                 vae_input(),
             ],
             outputs=[

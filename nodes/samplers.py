@@ -4,27 +4,24 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..gmflow_core.sampling.solvers import SOLVERS
 from .comfyui.gm_sampler import OWN, gm_sampler, gm_sigmas
 from .comfyui.sample_latent import sample_latent
 from .comfyui.schema import (
     ADVANCED,
+    conditioning_inputs,
     denoise_input,
     final_step_size_input,
     model_input,
-    negative_input,
     node_schema,
     order_input,
     policy_inputs,
-    positive_input,
     sampler_output,
     seed_input,
     shift_input,
     sigmas_output,
+    solver_input,
     steps_input,
-    weight_input,
 )
-from .comfyui.solver_choice import AUTO
 from .comfyui.time_shift import own_sigmas
 
 
@@ -217,14 +214,7 @@ class GMFlowSampler(io.ComfyNode):
                 *cls._solver_inputs(),
                 shift_input(default=0.0, lowest=0.0, **ADVANCED),
                 denoise_input(),
-                positive_input(),
-                negative_input(),
-                weight_input(
-                    "guidance",
-                    default=0.0,
-                    note=" GM Probabilistic Guidance before this node sets the rest.",
-                    optional=True,
-                ),
+                *conditioning_inputs(" GM Probabilistic Guidance before this node sets the rest."),
                 final_step_size_input(default=0.0, optional=True, **ADVANCED),
                 *policy_inputs("For gm-policy. ", optional=True, **ADVANCED),
             ],
@@ -234,11 +224,8 @@ class GMFlowSampler(io.ComfyNode):
     @classmethod
     def _solver_inputs(cls) -> list[io.Input]:
         return [
-            io.Combo.Input(
-                "solver",
-                options=[AUTO, *SOLVERS],
-                default=AUTO,
-                tooltip="auto is gm-policy behind GM Adapter, and gm-ode for other models. gm-ode "
+            solver_input(
+                "auto is gm-policy behind GM Adapter, and gm-ode for other models. gm-ode "
                 "is deterministic, gm-sde stochastic; gm-policy is for models with a GM adapter. "
                 "euler and dpmpp-2m (DPM-Solver++ of second order) follow only the mean, as stock "
                 "samplers do, for comparison.",

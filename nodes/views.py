@@ -75,8 +75,8 @@ class GMFlowDensity(io.ComfyNode):
         latent = samples["samples"]
         if latent.shape[1] != 2:
             raise ValueError(
-                f"GM Density draws latents with two channels, and this one has {latent.shape[1]} "
-                f"(shape {tuple(latent.shape)}); use VAE Decode or GM Pixels for image models"
+                f"this latent is not of points: it has {latent.shape[1]} channels, not two (shape "
+                f"{tuple(latent.shape)}); use VAE Decode or GM Pixels for image models"
             )
         groups = [latent] if merge_batch else latent.split(1)
         check_size("pictures", len(groups), (size, size, 3), "choose a smaller size")
@@ -136,8 +136,8 @@ class GMFlowPixels(io.ComfyNode):
         latent = samples["samples"]
         if latent.ndim != 4 or latent.shape[1] != 3:
             raise ValueError(
-                f"GM Pixels shows latents (B, 3, h, w), and this one is {tuple(latent.shape)}; use "
-                "VAE Decode for models of latents, GM Density for points"
+                f"this latent is not of pixels: its shape is {tuple(latent.shape)}, not (B, 3, h, "
+                "w); use VAE Decode for models of latents, GM Density for points"
             )
         shape = (latent.shape[2] * scale, latent.shape[3] * scale, 3)
         check_size("pictures", len(latent), shape, "choose a smaller scale")

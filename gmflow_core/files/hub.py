@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from urllib.parse import unquote
 from urllib.request import url2pathname
@@ -183,15 +186,44 @@ def snapshot(
         ValueError: huggingface_hub is not installed.
         OSError: the hub has no such model, or cannot be reached.
     """
+    with _reaching(source) as hub:
+        return Path(
+            hub.snapshot_download(name, revision=revision, allow_patterns=patterns, **options)
+        )
+
+
+def names_on_hub(name: str, revision: str | None, source: str) -> list[str]:
+    """Return the paths of all files of a model on the hub; nothing is downloaded.
+
+    Args:
+        name: "owner/name".
+        source: the name in messages.
+
+    Raises:
+        ValueError: huggingface_hub is not installed.
+        OSError: the hub has no such model, or cannot be reached.
+    """
+    with _reaching(source) as hub:
+        return hub.list_repo_files(name, revision=revision)
+
+
+@contextmanager
+def _reaching(source: str) -> Iterator[ModuleType]:
+    """Yield huggingface_hub; what its client raises becomes one error that names the source.
+
+    Raises:
+        ValueError: huggingface_hub is not installed.
+        OSError: the client has raised an error.
+    """
     try:
-        from huggingface_hub import snapshot_download
+        import huggingface_hub
     except ImportError as error:
         raise ValueError(
             f"{source} is no file or folder here; to load it from the Hugging Face hub, run "
             f"`pip install huggingface_hub`, or {BY_HAND}"
         ) from error
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, **options))
+        yield huggingface_hub
     except Exception as error:  # the hub's client raises many kinds, of several packages
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise OSError(

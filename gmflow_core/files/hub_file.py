@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 from .errors import FileError, quoted
-from .hub import HUB_ID, PAGES, snapshot, tidy_source
+from .hub import HUB_ID, PAGES, names_on_hub, snapshot, tidy_source
 
 ENDING = ".safetensors"
 USUAL = "diffusion_pytorch_model.safetensors"  # the name that diffusers gives to a file of weights
+MOST_SHOWN = 8  # names of files in an error
 IN_PAGE = re.compile(rf"/(?:{'|'.join(PAGES)})/(?:refs/[^/]+/[^/]+|[^/]+)/(.+)")
 PART = re.compile(r"[\w][\w.+-]*")  # of a path within a repository
 
@@ -39,7 +40,7 @@ class HubFile:
     @property
     def name(self) -> str:
         """Name of the file, or of its folder where the file has the usual name."""
-        return (self.path.removesuffix("/" + USUAL) or self.repository).rpartition("/")[2]
+        return title_of(self.path or self.repository)
 
     def cached(self) -> Path | None:
         """Return the file if it is in the hub's cache; never go online."""
@@ -59,8 +60,35 @@ class HubFile:
             ValueError: there is no such file, or several; or huggingface_hub is not installed.
             OSError: the hub has no such model, or cannot be reached.
         """
-        return self.cached() or self._file_in(
-            self._snapshot(**({"tqdm_class": _bar(report)} if report else {}))
+        cached = self.cached()
+        if cached is not None:
+            return cached
+        file = replace(self, path=self._only_of(self._names()))
+        return file._file_in(file._snapshot(**({"tqdm_class": _bar(report)} if report else {})))
+
+    def _names(self) -> list[str]:
+        """Return the paths on the hub of the files that may be meant."""
+        if self.path.endswith(ENDING):
+            return [self.path]
+        names = names_on_hub(self.repository, self.revision, str(self))
+        return [name for name in names if name.rpartition("/")[0] == self.path]
+
+    def _only_of(self, names: list[str]) -> str:
+        """Return the safetensors file among paths: the only one, or that of the usual name.
+
+        Raises:
+            FileError: there is none, or several.
+        """
+        found = sorted(name for name in names if name.endswith(ENDING))
+        usual = [name for name in found if name.rpartition("/")[2] == USUAL]
+        if len(found) == 1 or usual:
+            return (usual or found)[0]
+        shown = ", ".join(name.rpartition("/")[2] for name in found[:MOST_SHOWN]) or "none"
+        more = f" and {len(found) - MOST_SHOWN} more" if len(found) > MOST_SHOWN else ""
+        raise FileError(
+            str(self),
+            f"is not the place of one safetensors file on the hub: {shown}{more} found",
+            "give the file's address on the hub, or owner/name:folder",
         )
 
     def _snapshot(self, **options: Any) -> Path:
@@ -81,16 +109,14 @@ class HubFile:
         place = folder / self.path
         if place.is_file():
             return place
-        found = sorted(place.glob(f"*{ENDING}"))
-        usual = [path for path in found if path.name == USUAL]
-        if len(found) == 1 or usual:
-            return (usual or found)[0]
-        names = ", ".join(path.name for path in found) or "none"
-        raise FileError(
-            str(self),
-            f"is not the place of one safetensors file on the hub: {names} found",
-            "give the file's address on the hub, or owner/name:folder",
-        )
+        names = [path.relative_to(folder).as_posix() for path in place.glob(f"*{ENDING}")]
+        return folder / self._only_of(names)
+
+
+def title_of(path: str) -> str:
+    """Return the name of a file, or that of its folder where the file has the usual name."""
+    parts = path.replace("\\", "/").split("/")
+    return parts[-2] if parts[-1] == USUAL and len(parts) > 1 else parts[-1]
 
 
 def parse_hub_file(text: str) -> HubFile | None:

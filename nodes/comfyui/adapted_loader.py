@@ -11,7 +11,7 @@ import torch
 
 from ...gmflow_core.files.errors import quoted, reason
 from .listing import MOST_NAMES, shown
-from .model_folders import DIFFUSION_MODELS
+from .model_folders import DIFFUSION_MODELS, find_diffusion_model
 from .solver_choice import no_effect
 
 GGUF_FILES, GGUF_NODE = "unet_gguf", "UnetLoaderGGUF"  # of ComfyUI-GGUF
@@ -36,20 +36,13 @@ def _folders() -> list[str]:
 
 
 def base_path(name: str) -> str:
-    """Return the path of a diffusion model's file.
+    """Return the path of a diffusion model's file, which may be a GGUF file.
 
     Raises:
         ValueError: there is none of that name.
     """
-    for folder in _folders():
-        path = folder_paths.get_full_path(folder, name) if "\0" not in name else None
-        if path is not None:
-            return path
-    places = ", ".join(folder_paths.get_folder_paths(DIFFUSION_MODELS))
     advice = " (GGUF files need ComfyUI-GGUF)" if name.lower().endswith(".gguf") else ""
-    raise ValueError(
-        f"there is no diffusion model {quoted(name)} in {places}{advice}; put it there and press R"
-    )
+    return find_diffusion_model(name, _folders(), advice)
 
 
 def load_base(name: str, weight_dtype: str):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ...gmflow_core.files.errors import MOST_SAID, printable
+from ...gmflow_core.files.hub_file import title_of
 from ...gmflow_core.models.adapter_heads import GMHead, Head, build_head
 from .adapter_details import describe
 from .adapter_file import (
@@ -17,7 +18,6 @@ from .adapter_file import (
     read_adapter,
     split_tensors,
     steps_of,
-    title_of,
 )
 from .adapter_folder import AdapterFile
 from .adapter_head import with_head

@@ -82,7 +82,7 @@ def _guidance_in(value: object, adapter: Adapter) -> float | None:
         number = math.nan
     if not math.isfinite(number):
         raise ValueError(
-            f"the guidance in the conditioning is {quoted(value)}, which is no finite number; set "
+            f"the guidance in the conditioning is {quoted(value)}, no finite number; set "
             f"FluxGuidance to {adapter.guidance:g}"
         )
     return number

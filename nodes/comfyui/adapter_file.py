@@ -10,7 +10,6 @@ import re
 from torch import Tensor
 
 from ...gmflow_core.files.errors import MOST_QUOTED, FileError, printable, quoted, reading
-from ...gmflow_core.files.hub_file import USUAL
 from ...gmflow_core.files.json_files import parse_json
 from ...gmflow_core.files.safetensors_files import check_finite, open_safetensors
 from ...gmflow_core.models.adapter_heads import GMHead, Head, is_head_key
@@ -46,8 +45,8 @@ def read_adapter(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
             if not shape or "F" not in part.get_dtype():
                 raise FileError(
                     path,
-                    f"holds {quoted(key)} of type {part.get_dtype()} and shape {shape}, which is "
-                    "no array of floats",
+                    f"cannot be used: {quoted(key)} of type {part.get_dtype()} and shape {shape} "
+                    "is no array of floats",
                 )
         for key in file.keys():
             tensors[key] = file.get_tensor(key)
@@ -96,20 +95,20 @@ def policy_of(metadata: dict[str, str] | None, tensors: dict[str, Tensor], name:
         policy = None
     if not isinstance(policy, dict):
         raise ValueError(
-            f"{name}: policy_config in its metadata is {quoted(text)}, which is no JSON object; "
-            "the file is damaged"
+            f"{name} is damaged: policy_config in its metadata is {quoted(text)}, which is no JSON "
+            "object; download it again"
         )
     if text is None and "proj_out.weight" in tensors:
         raise ValueError(
-            f"{name} has the head of a DX policy (proj_out) but no policy_config in its metadata, "
-            "which gives the segment size and the shift; use the file as it was published"
+            f"{name} has no policy_config in its metadata, which a DX policy (the head is one, "
+            "proj_out) needs for its segment size and shift; use the file as it was published"
         )
     policy = {"type": "GMFlow", **policy}
     problem = _problem_of(policy)
     if problem:
         raise ValueError(
-            f"{name}: policy_config in its metadata is {printable(text, MOST_QUOTED)}, {problem}; "
-            "use the file as it was published"
+            f"{name} cannot be used: policy_config in its metadata is "
+            f"{printable(text, MOST_QUOTED)}, {problem}; use the file as it was published"
         )
     return policy
 
@@ -136,8 +135,9 @@ def check_size(policy: dict, head: Head, name: str) -> None:
     stated = policy.get("num_gaussians")
     if isinstance(head, GMHead) and stated not in (None, head.num_gaussians):
         raise ValueError(
-            f"{name}: policy_config in its metadata says num_gaussians = {quoted(stated)}, and its "
-            f"head has {head.num_gaussians}; use the file as it was published"
+            f"{name} cannot be used: policy_config in its metadata says num_gaussians = "
+            f"{quoted(stated)}, and its head has {head.num_gaussians}; use the file as it was "
+            "published"
         )
 
 
@@ -158,9 +158,3 @@ def steps_of(policy: dict, name: str) -> int:
         "its folder"
     )
     return STEPS
-
-
-def title_of(name: str) -> str:
-    """Return a short name of an adapter: that of its folder where the file has the usual name."""
-    parts = name.replace("\\", "/").split("/")
-    return parts[-2] if parts[-1] == USUAL and len(parts) > 1 else parts[-1]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...gmflow_core.models.adapter_heads import Head
 from .adapter_checks import check_settings
-from .adapter_info import ADAPTER, Adapter
+from .adapter_info import ADAPTER, Adapter, refuse_to_save
 from .guard import guarded
 from .recording import RECORDER, add_recording, offer
 from .time_shift import ShiftedFlow
@@ -46,11 +46,7 @@ def refusing_to_save(name: str) -> Callable:
     """Return a replacement of BaseModel.state_dict_for_saving, which ModelSave and others call."""
 
     def state_dict_for_saving(*args, **kwargs):
-        raise ValueError(
-            f"this model has the GM adapter {name} on it, and a file of its base with the "
-            "adapter's LoRA but without its head would be useless; connect the model from before "
-            "GM Adapter, and keep the adapter's own file"
-        )
+        refuse_to_save(name)
 
     return guarded(state_dict_for_saving)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NoReturn
 
 from .bases import Base
 
@@ -25,6 +26,19 @@ class Adapter:
     steps: int
     guidance: float | None
     details: str = ""
+
+
+def refuse_to_save(name: str) -> NoReturn:
+    """Refuse to save a model with the adapter `name` on it.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(
+        f"not saved: this model has the GM adapter {name} on it, and a file of its base with the "
+        "adapter's LoRA but without its head would be useless; connect the model from before GM "
+        "Adapter, and keep the adapter's own file"
+    )
 
 
 def adapter_of(model_options: dict | None) -> Adapter | None:

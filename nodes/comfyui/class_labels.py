@@ -62,7 +62,7 @@ def choose_labels(
         )
     if len(texts) > MOST_IMAGES:
         raise ValueError(
-            f"more_labels has {len(texts):,} lines, one for each label; the most is {MOST_IMAGES:,}"
+            f"too many labels, {len(texts):,}, one for each line; the most is {MOST_IMAGES:,}"
         )
     names, num_classes = network.label_names, network.network.config.num_classes
     try:

@@ -114,8 +114,8 @@ def compare(
     calls = sum(counts) * len(rows)
     if calls > MOST_CALLS:
         raise ValueError(
-            f"{len(rows)} samplers with {counts} steps are {calls:,} network calls, and the most "
-            f"is {MOST_CALLS:,}; choose fewer"
+            f"too many network calls, {calls:,}, for {len(rows)} samplers with {counts} steps; the "
+            f"most is {MOST_CALLS:,}: choose fewer"
         )
     model, counted = subject.model.clone(), [0]
 

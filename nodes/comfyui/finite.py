@@ -34,8 +34,8 @@ def check_inputs(guider, **tensors: Tensor | None) -> None:
     for name, tensor in found.items():
         if not is_finite(tensor):
             raise ValueError(
-                f"{name} holds {count(tensor)}, and with them every picture would be black: look "
-                f"for the node that makes them{_maker_of(name)}"
+                f"not finite: {name} holds {count(tensor)}, and with them every picture would be "
+                f"black; look for the node that makes them{_maker_of(name)}"
             )
 
 

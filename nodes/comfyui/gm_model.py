@@ -173,6 +173,6 @@ def image_latent(channels: int, data: dict[str, Any]) -> comfy.latent_formats.La
     if space == "sd-vae" and channels == 4:
         return comfy.latent_formats.SD15(data.get("scaling_factor", 0.18215))
     raise ValueError(
-        f"its samples are {quoted(space)} with {channels} channels; this version knows "
+        f"this version does not know its samples, {quoted(space)} with {channels} channels, only "
         "'pixels', 'rae', and 'sd-vae' with 4 channels; update GMFlow"
     )

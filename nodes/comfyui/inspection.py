@@ -73,8 +73,8 @@ class _Watch:
             return
         if isinstance(policy, DXPolicy):
             raise ValueError(
-                "the adapter on this model has a DX policy, which is no mixture: there is nothing "
-                "to inspect; use a GM adapter (gmflux, gmqwen)"
+                "nothing to inspect: the adapter on this model has a DX policy, which is no "
+                "mixture; use a GM adapter (gmflux, gmqwen)"
             )
         shape = tuple(policy.components().means.shape)
         check_size("mixtures", 1, shape, "choose a smaller latent or batch")

@@ -21,7 +21,7 @@ from ...gmflow_core.files.atomic import remove_leftovers
 from ...gmflow_core.files.errors import FileError, quoted, reason
 from ...gmflow_core.files.safetensors_files import write_safetensors
 from ...gmflow_core.quantization.int8 import bitsandbytes_product
-from .adapter_info import adapter_of
+from .adapter_info import adapter_of, refuse_to_save
 from .bases import find_base
 from .files import read_tensors
 from .int8_checks import check_complete, check_state_dict
@@ -108,8 +108,8 @@ def read_diffusion_model(path: str) -> tuple[StateDict, dict[str, str] | None]:
     name = os.path.basename(path)
     if name.lower().endswith(".gguf"):
         raise ValueError(
-            f"{name!r} is a GGUF file, which is quantised already; load it with ComfyUI-GGUF's "
-            "Unet Loader (GGUF)"
+            f"{name!r} is quantised already, as a GGUF file; load it with ComfyUI-GGUF's Unet "
+            "Loader (GGUF)"
         )
     state_dict, metadata = read_tensors(path, repr(name))
     prefix = comfy.model_detection.unet_prefix_from_state_dict(state_dict)
@@ -244,11 +244,7 @@ def saved_state(model: comfy.model_patcher.ModelPatcher) -> StateDict:
     """
     adapter = adapter_of(model.model_options)
     if adapter is not None:
-        raise ValueError(
-            f"this model has the GM adapter {adapter.name} on it, and a file of its base with the "
-            "adapter's LoRA but without its head would be useless; connect the model from before "
-            "GM Adapter"
-        )
+        refuse_to_save(adapter.name)
     model = model.clone()
     if _is_dynamic(model):
         comfy.model_management.load_models_gpu([model])

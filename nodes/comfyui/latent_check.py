@@ -73,11 +73,12 @@ def check_conditioning(
                 )
             if text is not None and (text.ndim != 3 or 0 in text.shape):
                 raise ValueError(
-                    f"the {kind} conditioning has the shape {tuple(text.shape)}, and must be "
-                    f"(batch, tokens, {width}) with a token or more; {CONNECT_TEXT}"
+                    f"the {kind} conditioning does not fit: it has the shape {tuple(text.shape)}, "
+                    f"and must be (batch, tokens, {width}) with a token or more; {CONNECT_TEXT}"
                 )
             if None not in (pooled, pooled_width) and pooled.shape[-1] != pooled_width:
                 raise ValueError(
-                    f"the pooled output of the {kind} conditioning has {pooled.shape[-1]} "
-                    f"features, and this model takes {pooled_width}; {CONNECT_TEXT}"
+                    f"the {kind} conditioning does not fit: its pooled output has "
+                    f"{pooled.shape[-1]} features, and this model takes {pooled_width}; "
+                    f"{CONNECT_TEXT}"
                 )

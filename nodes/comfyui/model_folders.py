@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import folder_paths
@@ -165,6 +165,28 @@ def _unlisted(name: str, folders: list[str], is_folder: bool) -> str | None:
         if is_file or (is_folder and path not in folders and _marks_of(path)):
             return path
     return None
+
+
+def find_diffusion_model(
+    name: str, folders: Sequence[str] = (DIFFUSION_MODELS,), advice: str = ""
+) -> str:
+    """Return the path of a diffusion model's file.
+
+    Args:
+        folders: ComfyUI's kinds of folders to look in.
+        advice: on what a file of that name needs, for the message.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    for folder in folders if "\0" not in name else ():
+        path = folder_paths.get_full_path(folder, name)
+        if path is not None:
+            return path
+    places = ", ".join(folder_paths.get_folder_paths(DIFFUSION_MODELS))
+    raise ValueError(
+        f"there is no diffusion model {quoted(name)} in {places}{advice}; put it there and press R"
+    )
 
 
 def lora_names() -> list[str]:

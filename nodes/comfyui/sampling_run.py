@@ -77,13 +77,13 @@ def check_steps_taken(sigmas: object) -> None:
     if not isinstance(sigmas, Tensor) or sigmas.ndim != 1 or sigmas.is_complex():
         found = f"{sigmas.dtype}, {tuple(sigmas.shape)}" if isinstance(sigmas, Tensor) else ""
         raise ValueError(
-            f"the sigmas are {found or type(sigmas).__name__}; they must be one list of numbers: "
-            "connect GM Sigmas, or a stock scheduler"
+            f"the sigmas are no list of numbers, but {found or type(sigmas).__name__}; connect GM "
+            "Sigmas, or a stock scheduler"
         )
     if len(sigmas) and sigmas[-1] == 1:
         raise ValueError(
-            f"the sigmas end at 1, pure noise ({len(sigmas) - 1} steps), so there would be no "
-            "picture. SplitSigmas at step 0 and FlipSigmas make such: split later, or leave it out"
+            f"no picture would come: the sigmas end at 1, pure noise ({len(sigmas) - 1} steps). "
+            "SplitSigmas at step 0 and FlipSigmas make such: split later, or leave it out"
         )
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ...gmflow_core.sampling.solvers import FINAL_STEP_SIZE
+from ...gmflow_core.sampling.solvers import FINAL_STEP_SIZE, SOLVERS
+from .solver_choice import AUTO
 
 # options of an input that the page shows under "advanced", where the version of ComfyUI can
 ADVANCED = {"advanced": True} if "advanced" in inspect.signature(io.Int.Input).parameters else {}
@@ -54,6 +55,33 @@ def negative_input() -> io.Input:
         tooltip="What guidance steers away from. If nothing is connected, models of classes steer "
         "away from no class.",
     )
+
+
+def conditioning_inputs(note: str = "") -> list[io.Input]:
+    """Return the optional inputs for both conditionings and the weight of guidance.
+
+    Args:
+        note: after the tooltip of the weight.
+    """
+    guidance = weight_input("guidance", default=0.0, note=note, optional=True)
+    return [positive_input(), negative_input(), guidance]
+
+
+def empty_latent_input(note: str = "") -> io.Input:
+    """Return the input for the latent of nodes that show what a model makes of noise.
+
+    Args:
+        note: after the tooltip.
+    """
+    return io.Latent.Input(
+        "latent_image",
+        tooltip=f"An empty latent of the model's size, as for GM Sampler.{note}",
+    )
+
+
+def solver_input(tooltip: str) -> io.Input:
+    """Return the input for the choice of a solver."""
+    return io.Combo.Input("solver", options=[AUTO, *SOLVERS], default=AUTO, tooltip=tooltip)
 
 
 def vae_input() -> io.Input:

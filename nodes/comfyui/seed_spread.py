@@ -73,9 +73,9 @@ def reference_of(images: Tensor, batch: int) -> Spread:
     count = len(images) // batch
     if len(images) % batch or not 2 <= count <= MOST_SEEDS:
         raise ValueError(
-            f"the reference has {len(images)} pictures; for a batch of {batch} it must have "
-            f"{2 * batch}, {3 * batch} or another multiple, up to {MOST_SEEDS} seeds, seed after "
-            "seed: connect the images of another GM Seed Spread"
+            f"the reference does not fit: it has {len(images)} pictures, and for a batch of "
+            f"{batch} it must have {2 * batch}, {3 * batch} or another multiple, up to "
+            f"{MOST_SEEDS} seeds, seed after seed; connect the images of another GM Seed Spread"
         )
     pictures = images[..., :3].float().cpu().unflatten(0, (count, batch))
     return Spread(list(range(count)), pictures)

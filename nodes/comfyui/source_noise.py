@@ -54,7 +54,7 @@ class LoadedSource:
         self.source.require_shape(latent.shape[1:])
         if not latent.any():
             raise ValueError(
-                "the modes of an image were asked for, and the latent is empty; connect VAE Encode "
+                "the latent is empty, and the modes of an image were asked for; connect VAE Encode "
                 f"to latent_image, or choose {BY_WEIGHT!r}"
             )
         images = image_latent(self.source.shape[0], self.data).process_in(latent.float().cpu())
@@ -164,8 +164,8 @@ def empty_latent(loaded: LoadedSource, batch: int, choice: str) -> dict:
     """
     if choice in (LIKELIEST, DRAWN):
         raise ValueError(
-            f"the modes of an image were asked for ({choice!r}); connect it to latent_image, "
-            "encoded"
+            f"no image is connected, and its modes were asked for ({choice!r}); connect VAE Encode "
+            f"to latent_image, or choose {BY_WEIGHT!r}"
         )
     check_size("latents", batch, loaded.source.shape, "choose a smaller batch_size")
     device = comfy.model_management.intermediate_device()

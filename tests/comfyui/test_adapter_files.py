@@ -98,7 +98,7 @@ def test_damaged_adapters_are_refused_with_the_key(
         ('{"type": "DX", "segment_size": 0.25}', "without shift"),
         ('{"type": "DX", "segment_size": "0.25", "shift": 3.2}', "segment_size '0.25'"),
         ('{"type": "GMFlow", "shift": 0}', r"whose shift is no number from 0\.01 to 100"),
-        (None, r"head of a DX policy \(proj_out\) but no policy_config"),
+        (None, "no policy_config in its metadata, which a DX policy"),
     ],
 )
 def test_bad_metadata_is_quoted(server: Comfy, policy: str | None, complaint: str) -> None:

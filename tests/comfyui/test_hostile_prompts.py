@@ -131,7 +131,7 @@ def test_values_of_other_types_name_their_input(
 @pytest.mark.parametrize("batches", [1, 4])
 def test_too_many_labels_are_refused_with_numbers(comfy: Comfy, batches: int) -> None:
     lines = "\n".join(["3"] * (100_000 // batches))
-    with pytest.raises(PromptError, match=r"\d\d,000 images|has 100,000 lines"):
+    with pytest.raises(PromptError, match=r"\d\d,000 images|too many labels, 100,000"):
         comfy.run(changed("labels", more_labels=lines, label="(only more_labels)", repeat=batches))
     assert goes_on(comfy)
 

@@ -158,6 +158,24 @@ def saved_workflow(**widgets: list) -> dict:
     return {**last, "nodes": nodes, "links": links, "groups": [], "config": {}, "version": 0.4}
 
 
+def test_widgets_of_the_gguf_loader_arrive_by_their_place(server: Comfy) -> None:
+    """A saved workflow has values without names, in the order of that node's widgets."""
+    (found,) = server.get("/node_replacements")["Load pi-Flow Model (GGUF)"]
+    saved = ["flux1-dev-Q8_0.gguf", "target", "float16", True, ADAPTERS["flux"], 0.8]
+    values = dict(zip(found["old_widget_ids"], saved, strict=True))
+    arrived = {
+        each["new_id"]: each["set_value"] if "set_value" in each else values[each["old_id"]]
+        for each in found["input_mapping"]
+    }
+    assert found["new_node_id"] == "GMFlowAdaptedModel"
+    assert arrived == {
+        "model_name": "flux1-dev-Q8_0.gguf",
+        "weight_dtype": "default",
+        "adapter_name": ADAPTERS["flux"],
+        "strength": 0.8,
+    }
+
+
 def run_to_its_end(server: Comfy, page: ComfyPage) -> None:
     """Press Run, and wait until the prompt has succeeded."""
     prompt_id = page.run()

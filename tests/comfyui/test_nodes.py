@@ -380,7 +380,7 @@ def test_density_view(comfy: Comfy) -> None:
     assert [len(images["show " + name]) for name in ("one", "each")] == [1, 2]
     assert images["show one"][0].size == (200, 200)
     prompt["one"]["inputs"]["samples"] = ["empty", 0]  # four channels
-    with pytest.raises(PromptError, match="two channels"):
+    with pytest.raises(PromptError, match="not of points: it has 4 channels"):
         comfy.run(prompt)
 
 

@@ -336,7 +336,7 @@ def test_refuses_with_a_reason(
 def test_refuses_a_file_that_is_not_there(comfy: Comfy, models: Path) -> None:
     result = comfy.run(graph(eight_bit("nowhere.safetensors")), expect_error=True)
     assert result.status == "rejected"
-    assert "there is no file 'nowhere.safetensors'" in result.errors["model"]
+    assert "there is no diffusion model 'nowhere.safetensors' in " in result.errors["model"]
     assert "models/diffusion_models" in result.errors["model"].replace(os.sep, "/")
 
 

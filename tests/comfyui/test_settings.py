@@ -71,6 +71,17 @@ def test_guidance_of_a_model_without_classes_is_said(comfy: Comfy) -> None:
     assert text.count("guidance 0.3") == 1  # and not among what it runs with
 
 
+@pytest.mark.usefixtures("pixels")
+def test_a_model_s_name_beside_a_path_is_said(comfy: Comfy) -> None:
+    prompt = graph(seed=2)
+    assert "model" not in comfy.run(prompt).texts
+    path = str(comfy.base / "models" / "gmflow" / "pixels.safetensors")
+    prompt["model"]["inputs"] = {"model_name": "checkerboard_k64.safetensors"}
+    prompt["model"]["inputs"]["hub_id_or_path"] = path
+    said = "no effect: model_name (checkerboard_k64.safetensors), as hub_id_or_path is used"
+    assert comfy.run(prompt).texts["model"] == said
+
+
 def test_a_part_of_an_empty_latent_is_said(comfy: Comfy) -> None:
     text = comfy.run(graph(denoise=0.5)).texts["sample"]
     assert "denoise 0.5 keeps a part of an empty latent" in text

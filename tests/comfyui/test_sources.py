@@ -135,6 +135,32 @@ def test_euler_follows_the_mean(server: Comfy) -> None:
     assert close(latent_of(server, graph(**BY_LIST)), expected)
 
 
+@pytest.mark.parametrize(
+    ("model", "positive", "solver"),
+    [("hidden", ["none", 0], "euler"), ("known", ["noise", 1], "gm-ode")],
+)
+def test_auto_is_euler_where_the_modes_are_not_known(
+    server: Comfy, model: str, positive: list, solver: str
+) -> None:
+    """Mixture solvers have no closed form there."""
+    prompt = graph(model)
+    settings = {"seed": 7, "steps": 0, "order": 2, "substeps": 0, "shift": 0.0, "denoise": 1.0}
+    wires = {"model": ["model", 0], "positive": positive, "latent_image": ["noise", 2]}
+    prompt["none"] = node("GMFlowUnconditional")
+    prompt["sample"] = node("GMFlowSampler", solver="auto", **wires, **settings)
+    assert f"{solver}: 4 steps, shift 1" in server.run(prompt).texts["sample"]
+    chosen = {**prompt, "sample": node("GMFlowSampler", solver=solver, **wires, **settings)}
+    assert latent_of(server, prompt).equal(latent_of(server, chosen))
+
+
+def test_modes_beside_another_choice_are_said(server: Comfy) -> None:
+    said = server.run(graph(modes="3")).texts["noise"]
+    assert (
+        said == "no effect: modes, as choice is 'by weight'; for this list choose 'from the list'"
+    )
+    assert "noise" not in server.run(graph(**BY_LIST, noise_seed=9)).texts
+
+
 @pytest.mark.parametrize("denoise", [1.0, 0.6])
 def test_gm_ode_works_in_the_coordinates_of_the_modes(server: Comfy, denoise: float) -> None:
     modes = [3, 0, 1]

@@ -66,6 +66,23 @@ def test_files_in_deeper_folders_are_not_downloaded(tmp_path):
         assert hub.fetched == ["one.safetensors"]
 
 
+def test_of_several_files_none_is_downloaded(tmp_path):
+    """Unless one of them has the usual name: then only that one is."""
+    place = tmp_path / "hub" / NAME / FOLDER
+    place.mkdir(parents=True)
+    for number in range(10):
+        (place / f"part{number}.safetensors").write_bytes(os.urandom(100))
+    with hub_server(tmp_path / "hub") as hub:
+        done = run(hub, tmp_path / "home", f"{NAME}:{FOLDER}")
+        assert "part0.safetensors, part1.safetensors, " in done.stderr
+        assert "part7.safetensors and 2 more found; give the file's address" in done.stderr
+        assert hub.fetched == []
+        (tmp_path / "hub" / NAME / FILE).write_bytes(os.urandom(100))
+        done = run(hub, tmp_path / "home", f"{NAME}:{FOLDER}")
+        assert done.returncode == 0, done.stderr
+        assert hub.fetched == [FILE]
+
+
 def test_a_file_is_downloaded_once_with_its_progress(tmp_path):
     place = tmp_path / "hub" / NAME / FILE
     place.parent.mkdir(parents=True)

@@ -22,7 +22,7 @@ from .flow.path import (
     velocity_to_x0,
     x0_to_velocity,
 )
-from .flow.policy import DXPolicy, DXVelocity, predict_x0
+from .flow.policy import ArcPolicy, ArcVelocity, DXPolicy, DXVelocity, predict_x0
 from .gaussians.mixture import GaussianMixture, IsotropicGaussian, Mixture, TiltedMixture
 from .gaussians.spectral import hartley, sample_with_spectrum
 from .sampling.denoisers import class_denoiser, denoiser_of
@@ -44,6 +44,8 @@ from .source.source import GaussianMixtureSource
 GuidedMixture = TiltedMixture  # what guidance returns
 
 __all__ = [
+    "ArcPolicy",
+    "ArcVelocity",
     "DXPolicy",
     "DXVelocity",
     "GaussianMixture",

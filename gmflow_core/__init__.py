@@ -8,6 +8,7 @@ velocity is u = eps - x_0. Networks predict a `GaussianMixture` of u. A denoiser
     x = sample_gm_ode(denoiser_of(network), noise, flow_sigmas(8))
 """
 
+from .files.adapter_metadata import AdapterFacts, read_adapter_facts, write_adapter
 from .files.checkpoint import load_checkpoint, read_metadata, save_checkpoint
 from .flow.losses import nll, spectral_nll, transition_nll
 from .flow.path import (
@@ -44,6 +45,7 @@ from .source.source import GaussianMixtureSource
 GuidedMixture = TiltedMixture  # what guidance returns
 
 __all__ = [
+    "AdapterFacts",
     "ArcPolicy",
     "ArcVelocity",
     "DXPolicy",
@@ -70,6 +72,7 @@ __all__ = [
     "posterior_mean",
     "predict_x0",
     "probabilistic_guidance",
+    "read_adapter_facts",
     "read_metadata",
     "reverse_transition",
     "rollout",
@@ -88,5 +91,6 @@ __all__ = [
     "transition_nll",
     "unshift_time",
     "velocity_to_x0",
+    "write_adapter",
     "x0_to_velocity",
 ]

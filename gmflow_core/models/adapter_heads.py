@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 
 import torch
@@ -220,6 +220,16 @@ HEAD_NAMES = (  # prefixes of the heads' tensors in an adapter
 )
 
 
+POLICIES = ("GMFlow", "DX", "ArcFlow")  # kinds that heads predict, as `policy_config` names them
+
+
+def policy_by_names(names: Collection[str]) -> str:
+    """Return the kind of policy that a head predicts, by the names of its tensors."""
+    if any(name.startswith("proj_out_loggamma.") for name in names):
+        return "ArcFlow"
+    return "DX" if "proj_out.weight" in names else "GMFlow"
+
+
 def is_head_key(name: str) -> bool:
     """Return whether a tensor of an adapter belongs to its head, not to its LoRA."""
     return name.startswith(HEAD_NAMES) and "lora" not in name
@@ -255,8 +265,8 @@ def build_head(
             head = DXHead(width, layout, _groups(found, "proj_out", layout.width), settings)
         else:
             raise ValueError(
-                f"the adapter's policy is {dict(policy)}; this version knows GMFlow, DX and "
-                "ArcFlow; update GMFlow"
+                f"the adapter's policy is {dict(policy)}; this version knows "
+                f"{', '.join(POLICIES)}; update GMFlow"
             )
     check_shapes(
         shapes_of(head.state_dict()),

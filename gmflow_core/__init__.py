@@ -8,6 +8,7 @@ velocity is u = eps - x_0. Networks predict a `GaussianMixture` of u. A denoiser
     x = sample_gm_ode(denoiser_of(network), noise, flow_sigmas(8))
 """
 
+from .files.adapter_metadata import AdapterFacts, read_adapter_facts, write_adapter
 from .files.checkpoint import load_checkpoint, read_metadata, save_checkpoint
 from .flow.losses import nll, spectral_nll, transition_nll
 from .flow.path import (
@@ -22,7 +23,7 @@ from .flow.path import (
     velocity_to_x0,
     x0_to_velocity,
 )
-from .flow.policy import DXPolicy, DXVelocity, predict_x0
+from .flow.policy import ArcPolicy, ArcVelocity, DXPolicy, DXVelocity, predict_x0
 from .flow.single_gaussian import single_gaussian
 from .gaussians.mixture import GaussianMixture, IsotropicGaussian, Mixture, TiltedMixture
 from .gaussians.spectral import hartley, sample_with_spectrum
@@ -45,6 +46,9 @@ from .source.source import GaussianMixtureSource
 GuidedMixture = TiltedMixture  # what guidance returns
 
 __all__ = [
+    "AdapterFacts",
+    "ArcPolicy",
+    "ArcVelocity",
     "DXPolicy",
     "DXVelocity",
     "GaussianMixture",
@@ -69,6 +73,7 @@ __all__ = [
     "posterior_mean",
     "predict_x0",
     "probabilistic_guidance",
+    "read_adapter_facts",
     "read_metadata",
     "reverse_transition",
     "rollout",
@@ -88,5 +93,6 @@ __all__ = [
     "transition_nll",
     "unshift_time",
     "velocity_to_x0",
+    "write_adapter",
     "x0_to_velocity",
 ]

@@ -1,4 +1,4 @@
-"""Command line of `gmflow`: demo, sample, inspect, convert."""
+"""Command line of `gmflow`: demo, sample, inspect, convert, adapter."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from .adapter_command import add_adapter_command
 from .files.atomic import atomic_write, check_target, remove_leftovers
 from .files.checkpoint import SHIPPED, load_checkpoint, read_metadata, save_checkpoint
 from .files.errors import MOST_SAID, FileError, is_out_of_memory, printable, quoted, reason
@@ -381,6 +382,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--dtype", choices=DTYPES, default="keep", help=about)
     p.add_argument("--force", action="store_true", help="overwrite OUT")
     p.set_defaults(run=convert)
+    add_adapter_command(commands)
     return parser
 
 

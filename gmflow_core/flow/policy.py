@@ -2,7 +2,7 @@
 
 Source: pi-Flow (Chen et al. 2025, arXiv 2510.14974). The GM policy is a Gaussian mixture and the
 posterior mean that it implies (`path.posterior_mean`). The DX policy predicts x_0 itself at some
-times of the coming segment.
+times of the coming segment. ArcFlow's policy is in `arc_policy`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..gaussians.mixture import Mixture
+from .arc_policy import ArcPolicy, ArcVelocity
 from .path import Sigma, expand_sigma, unshift_time, velocity_to_x0
 
 MIN_SEGMENT = 1e-4  # lower bound in divisions by a segment's size
@@ -89,6 +90,8 @@ class DXPolicy:
     sigma: Tensor
     settings: DXVelocity
 
+    kind = "DX"
+
     def mean(self) -> Tensor:
         """Return x_0 at the time of the call, (B, C, *S)."""
         return self.x0[:, -1 if self.settings.mode == "grid" else 0]
@@ -99,6 +102,10 @@ class DXPolicy:
         if self.settings.mode == "grid":
             return replace(self, x0=self.x0 + by)
         return replace(self, x0=torch.cat([self.x0[:, :1] + by, self.x0[:, 1:]], 1))
+
+    def with_temperature(self, temperature: float) -> DXPolicy:
+        """Return the policy as it is: it has no temperature."""
+        return self
 
     def at(self, sigma: Sigma) -> Tensor:
         """Return x_0, (B, C, *S), at `sigma`; a grid is clamped to its ends outside the segment.
@@ -117,11 +124,16 @@ class DXPolicy:
         return sum(self.x0[:, i] * (1 - (place - i).abs()).clamp(min=0) for i in range(count))
 
 
-Policy = Mixture | DXPolicy
+Policy = Mixture | DXPolicy | ArcPolicy
+PolicyVelocity = Mixture | DXVelocity | ArcVelocity  # what networks predict
+NO_MIXTURES = (DXPolicy, ArcPolicy)  # policies without Gaussians, each with its `kind`
 
 
-def predict_x0(velocity: Mixture | DXVelocity, x: Tensor, sigma: Sigma) -> Policy:
+def predict_x0(velocity: PolicyVelocity, x: Tensor, sigma: Sigma) -> Policy:
     """Convert a network's output at (x, sigma), x (B, C, *S), to the policy in x_0."""
+    if isinstance(velocity, ArcVelocity):
+        rates = velocity.rates.to(torch.promote_types(velocity.rates.dtype, torch.float32))
+        return ArcPolicy(x, expand_sigma(sigma, x), velocity.amplitudes(), rates)
     if isinstance(velocity, DXVelocity):
         sigma = expand_sigma(sigma, x)
         x0 = x.unsqueeze(1) - sigma.unsqueeze(1) * velocity.velocities.float()

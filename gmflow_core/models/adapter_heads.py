@@ -1,22 +1,22 @@
 """Heads of adapters: they replace a flow transformer's last layers, so that it predicts a policy.
 
-Names and shapes are those of the published adapters (pi-Flow, Chen et al. 2025, arXiv 2510.14974),
-whose weights are a LoRA and one of these heads. A head sees only the transformer's tokens and its
-conditioning embedding.
+Names and shapes are those of the published adapters (pi-Flow, Chen et al. 2025, arXiv 2510.14974;
+ArcFlow, Yang et al. 2026, arXiv 2602.09014), whose weights are a LoRA and one of these heads. A
+head sees only the transformer's tokens and its conditioning embedding.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..flow.policy import DXVelocity
+from ..flow.policy import ArcVelocity, DXVelocity
 from ..gaussians.mixture import GaussianMixture
 from .state_dict import check_shapes, shapes_of
 
@@ -99,6 +99,15 @@ class Head(nn.Module):
         scale, shift = _linear(self.norm_out["linear"], F.silu(embedding)).unsqueeze(1).chunk(2, -1)
         return F.layer_norm(tokens, (self.width,), eps=EPS) * (1 + scale) + shift
 
+    def projected(self, layer: nn.Linear, modulated: Tensor, count: int) -> Tensor:
+        """Project tokens (B, N, D) to `count` groups of values of each pixel.
+
+        Returns:
+            (B, count, C, N, patch^2), C what the layer has.
+        """
+        split = (*modulated.shape[:2], count, -1, self.layout.patch**2)
+        return _linear(layer, modulated).reshape(split).permute(0, 2, 3, 1, 4)
+
 
 class GMHead(Head):
     """Head that predicts the mixture of velocities of every pixel.
@@ -132,17 +141,13 @@ class GMHead(Head):
             embedding: (B, D), of time and other conditions.
         """
         modulated = self.modulated(tokens, embedding)
-        batch, count, _ = modulated.shape
-        split = (batch, count, self.num_gaussians, -1, self.layout.patch**2)
-        means = _linear(self.proj_out_means, modulated).reshape(split)
-        logits = _linear(self.proj_out_logweights, modulated).reshape(split)
-        log_weights = logits.float().log_softmax(2)
+        means = self.projected(self.proj_out_means, modulated, self.num_gaussians)
+        logits = self.projected(self.proj_out_logweights, modulated, self.num_gaussians)
         log_std = embedding
         for layer in self.proj_out_logstds:
             log_std = F.silu(log_std) if isinstance(layer, nn.SiLU) else _linear(layer, log_std)
-        places = (0, 2, 3, 1, 4)  # (B, N, K, C, p^2) -> (B, K, C, N, p^2)
         return GaussianMixture(
-            means.permute(places), log_weights.permute(places), log_std.reshape(batch, 1, 1, 1, 1)
+            means, logits.float().log_softmax(1), log_std.reshape(-1, 1, 1, 1, 1)
         )
 
     def to_image(self, mixture: GaussianMixture, size: tuple[int, ...]) -> GaussianMixture:
@@ -153,8 +158,36 @@ class GMHead(Head):
         return GaussianMixture(means, log_weights, log_std)
 
 
+class ArcHead(Head):
+    """Head that predicts velocities that grow or decay exponentially (ArcFlow's policy).
+
+    Args:
+        num_components: K; the first is constant and has no rate.
+    """
+
+    def __init__(self, width: int, layout: HeadLayout, num_components: int):
+        super().__init__(width, layout)
+        self.num_components = num_components
+        self.proj_out_means = nn.Linear(width, num_components * layout.width)
+        self.proj_out_logweights = nn.Linear(width, num_components * layout.patch**2)
+        self.proj_out_loggamma = nn.Linear(width, (num_components - 1) * layout.patch**2)
+
+    def forward(self, tokens: Tensor, embedding: Tensor) -> ArcVelocity:
+        """Predict velocities with the space dimensions (N, patch^2); arguments as of `GMHead`."""
+        modulated, count = self.modulated(tokens, embedding), self.num_components
+        velocities = self.projected(self.proj_out_means, modulated, count)
+        logits = self.projected(self.proj_out_logweights, modulated, count)
+        rates = self.projected(self.proj_out_loggamma, modulated, count - 1)
+        return ArcVelocity(velocities, logits.float().log_softmax(1), rates)
+
+    def to_image(self, velocity: ArcVelocity, size: tuple[int, ...]) -> ArcVelocity:
+        """Convert what `forward` returned to images (B, K, C, *size)."""
+        parts = velocity.velocities, velocity.log_weights, velocity.rates
+        return ArcVelocity(*(self.layout.to_image(part, size) for part in parts))
+
+
 class DXHead(Head):
-    """Head that predicts velocities at N times (pi-Flow's DX policy).
+    """Head that predicts velocities at N times, or as N coefficients (pi-Flow's DX policy).
 
     Args:
         num_times: N.
@@ -168,10 +201,9 @@ class DXHead(Head):
 
     def forward(self, tokens: Tensor, embedding: Tensor) -> DXVelocity:
         """Predict velocities with the space dimensions (N, patch^2); arguments as of `GMHead`."""
-        velocities = _linear(self.proj_out, self.modulated(tokens, embedding))
-        split = (*velocities.shape[:2], self.num_times, -1, self.layout.patch**2)
-        velocities = velocities.reshape(split)
-        return DXVelocity(velocities.permute(0, 2, 3, 1, 4), **self.settings)
+        modulated = self.modulated(tokens, embedding)
+        velocities = self.projected(self.proj_out, modulated, self.num_times)
+        return DXVelocity(velocities, **self.settings)
 
     def to_image(self, velocity: DXVelocity, size: tuple[int, ...]) -> DXVelocity:
         """Convert what `forward` returned to images (B, N, C, *size)."""
@@ -184,7 +216,18 @@ HEAD_NAMES = (  # prefixes of the heads' tensors in an adapter
     "proj_out_means.",
     "proj_out_logweights.",
     "proj_out_logstds.",
+    "proj_out_loggamma.",
 )
+
+
+POLICIES = ("GMFlow", "DX", "ArcFlow")  # kinds that heads predict, as `policy_config` names them
+
+
+def policy_by_names(names: Collection[str]) -> str:
+    """Return the kind of policy that a head predicts, by the names of its tensors."""
+    if any(name.startswith("proj_out_loggamma.") for name in names):
+        return "ArcFlow"
+    return "DX" if "proj_out.weight" in names else "GMFlow"
 
 
 def is_head_key(name: str) -> bool:
@@ -199,8 +242,8 @@ def build_head(
 
     Args:
         tensors: of the adapter; those that belong to no head are ignored.
-        policy: the policy in the adapter's metadata: `type` "GMFlow", or "DX" with the settings of
-            `DXVelocity`.
+        policy: the policy in the adapter's metadata: `type` "GMFlow", "ArcFlow", or "DX" with the
+            settings of `DXVelocity`.
         layout, width: of the base model.
 
     Raises:
@@ -214,13 +257,16 @@ def build_head(
         if kind == "GMFlow":
             count = _groups(found, "proj_out_logweights", layout.patch**2)
             head = GMHead(width, layout, count, _log_std_widths(found))
+        elif kind == "ArcFlow":
+            count = _groups(found, "proj_out_logweights", layout.patch**2)
+            head = ArcHead(width, layout, max(2, count))
         elif kind == "DX":
             _check_dx(settings)
             head = DXHead(width, layout, _groups(found, "proj_out", layout.width), settings)
         else:
             raise ValueError(
-                f"the adapter's policy is {dict(policy)}; this version knows GMFlow and DX; "
-                "update GMFlow"
+                f"the adapter's policy is {dict(policy)}; this version knows "
+                f"{', '.join(POLICIES)}; update GMFlow"
             )
     check_shapes(
         shapes_of(head.state_dict()),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..fast.choice import chosen_method, machine_rollout
 from ..flow.path import Sigma, expand_sigma, positive, posterior_means, sigmas_between
-from ..flow.policy import DXPolicy, Policy
+from ..flow.policy import NO_MIXTURES, ArcPolicy, DXPolicy, Policy
 
 Constrain = Callable[[Tensor, Tensor], Tensor]
 Check = Callable[[], None]
@@ -34,10 +34,10 @@ def rollout(
 
     Takes Euler steps with the posterior mean that the mixture predicted at the start implies on
     the way (GM-ODE of GMFlow, ICML 2025; the GM policy of pi-Flow, arXiv 2510.14974), or with the
-    x_0 of a DX policy.
+    x_0 of a DX policy. ArcFlow's policy takes one exact step instead, whatever `substeps` is.
 
     Args:
-        x0: mixture of x_0 given (x, sigma), or a DX policy predicted there.
+        x0: mixture of x_0 given (x, sigma), or another policy predicted there.
         x: (B, C, *S) at sigma.
         sigma, sigma_end: numbers, one per sample, or broadcastable to (B, 1, *S).
         substeps: number of Euler steps, at least 1; with 1 only the mixture's mean matters.
@@ -61,7 +61,9 @@ def rollout(
     method = chosen_method(method)
     if isinstance(sigma, Tensor) or isinstance(sigma_end, Tensor):
         sigma, sigma_end = expand_sigma(sigma, x), expand_sigma(sigma_end, x)
-    if constrain is None and not isinstance(x0, DXPolicy):
+    if isinstance(x0, ArcPolicy):
+        return _settled(x0.advance(x, sigma, sigma_end), sigma_end, constrain, check)
+    if constrain is None and not isinstance(x0, NO_MIXTURES):
         arguments = x0, x, sigma, sigma_end, substeps, shift
         result = machine_rollout(*arguments, check, method, follow)
         if result is not None:
@@ -84,15 +86,23 @@ def follow(
         if step > 0:
             mean = mean_at(x, now)
         x = mean + following / positive(now) * (x - mean)
-        if constrain is not None:
-            x = constrain(x, expand_sigma(following, x))
-        if check is not None:
-            check()
+        x = _settled(x, following, constrain, check)
+    return x
+
+
+def _settled(x: Tensor, sigma: Sigma, constrain: Constrain | None, check: Check | None) -> Tensor:
+    """Return x at sigma as the constraint wants it, after the check."""
+    if constrain is not None:
+        x = constrain(x, expand_sigma(sigma, x))
+    if check is not None:
+        check()
     return x
 
 
 def means_along(x0: Policy, x: Tensor, sigma: Sigma) -> Callable[[Tensor, Sigma], Tensor]:
     """Return E[x_0 | x, sigma] as a function, for a policy that was predicted at (x, sigma)."""
+    if isinstance(x0, ArcPolicy):
+        return lambda x, sigma: x - expand_sigma(sigma, x) * x0.velocity(sigma)
     if isinstance(x0, DXPolicy):
         return lambda x, sigma: x0.at(sigma)
     return posterior_means(x0, x, sigma)

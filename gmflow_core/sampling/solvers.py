@@ -19,9 +19,9 @@ from torch import Tensor
 
 from ..fast.choice import axis_map
 from ..flow.path import reverse_transition, unshift_time
-from ..flow.policy import DXPolicy, Policy
+from ..flow.policy import Policy
 from ..gaussians.draws import Generator, standard_normal
-from ..gaussians.mixture import IsotropicGaussian, Mixture
+from ..gaussians.mixture import GaussianMixture, IsotropicGaussian, Mixture
 from ..gaussians.spectral import sample_with_spectrum
 from .denoisers import Denoiser
 from .guidance import image_gaussian
@@ -185,7 +185,11 @@ def sample_euler(
     """
     hooks = Hooks(**hooks)
     every = {"callback": hooks.callback, "constrain": hooks.constrain, "check": hooks.check}
-    return sample_gm_ode(denoiser, x, sigmas, order=1, substeps=1, **every)
+
+    def mean(x: Tensor, sigma: Tensor) -> Mixture:
+        return GaussianMixture.point_mass(denoiser(x, sigma).mean())
+
+    return sample_gm_ode(mean, x, sigmas, order=1, substeps=1, **every)
 
 
 def sample_gm_policy(
@@ -205,15 +209,16 @@ def sample_gm_policy(
     Between two network calls x follows the policy that the first one predicted.
 
     Args:
-        denoiser: as for `sample_gm_ode`, or one that returns DX policies.
+        denoiser: as for `sample_gm_ode`, or one that returns policies of other kinds.
         substeps: Euler substeps for the whole of [0, 1] in unshifted time; each step takes its
-            share, and at least 1.
+            share, and at least 1. ArcFlow's policy needs none.
         shift: time shift of the sigmas; a step's substeps are of equal size in unshifted time.
         temperature: of the mixture, in (0, 1], at every step but one that ends at 0; below 1 it
-            sharpens. None: pi-Flow's min(1, 0.1 (steps - 1)), with the steps of this call. DX
+            sharpens. None: pi-Flow's min(1, 0.1 (steps - 1)), with the steps of this call. Other
             policies have none.
         stochasticity: h >= 0. 0 is deterministic; above it each step goes to a lower sigma and
-            adds noise back; 1 is as stochastic as the SDE of DDPM.
+            adds noise back; 1 is as stochastic as the SDE of DDPM; math.inf goes to x_0 and adds
+            fresh noise only.
         noise: a generator (a CPU one gives the same numbers on every device), or one per sample.
         Other arguments, return value and errors as `sample_gm_ode`.
 
@@ -234,7 +239,7 @@ def sample_gm_policy(
     for index, (sigma, sigma_next) in enumerate(intervals):
         policy = denoiser(x, _batch_sigma(x, sigma))
         hooks.report(index, x, policy.mean)
-        if temperature < 1 and sigma_next > 0 and not isinstance(policy, DXPolicy):
+        if temperature < 1 and sigma_next > 0:
             policy = policy.with_temperature(temperature)
         kept = _kept_noise(sigma, sigma_next, stochasticity)
         signal = (1 - sigma_next) + sigma_next * kept
@@ -412,7 +417,8 @@ def _kept_noise(sigma: float, sigma_next: float, stochasticity: float) -> float:
     """
     if stochasticity == 0:
         return 1.0
-    return (sigma_next * (1 - sigma) / (sigma * (1 - sigma_next))) ** (stochasticity**2)
+    ratio = sigma_next * (1 - sigma) / (sigma * (1 - sigma_next))
+    return ratio ** (stochasticity * stochasticity)  # which may be infinite
 
 
 def _batch_sigma(x: Tensor, sigma: float) -> Tensor:

@@ -76,7 +76,9 @@ def with_adapter(
     adapter = Adapter(title_of(name), base, steps, guidance_of(base, model), details)
     if not is_trial:
         _report(base, head, steps, len(lora) // 2, strength)
-    sampling = ShiftedFlow.with_shift(policy.get("shift", SHIFT), base.multiplier)
+    sampling = ShiftedFlow.with_shift(
+        policy.get("shift", SHIFT), base.multiplier, adapter.final_step_size
+    )
     return with_head(model, head, adapter, sampling)
 
 

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from ...gmflow_core import unshift_time
 from ...gmflow_core.files.errors import quoted
-from ...gmflow_core.sampling.solvers import FINAL_STEP_SIZE
 from .adapter_info import Adapter, adapter_of
 from .advice import set_cfg, set_guidance, set_steps
 from .guard import guarded
@@ -91,7 +90,7 @@ def _guidance_in(value: object, adapter: Adapter) -> float | None:
 def check_steps(adapter: Adapter, sigmas: Tensor, shift: float) -> None:
     """Warn if a step is longer, in unshifted time, than those the adapter was made for."""
     times = unshift_time(sigmas.double().cpu(), shift)
-    longest, usual = float(-times.diff().min()), 1 / (adapter.steps - 1 + FINAL_STEP_SIZE)
+    longest, usual = float(-times.diff().min()), 1 / (adapter.steps - 1 + adapter.final_step_size)
     steps = len(sigmas) - 1
     if longest > 1.01 * usual:
         enough = steps >= adapter.steps

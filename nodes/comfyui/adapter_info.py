@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NoReturn
 
+from ...gmflow_core.sampling.solvers import FINAL_STEP_SIZE
 from .bases import Base
 
 ADAPTER = "gmflow_adapter"  # key in transformer_options
@@ -19,6 +20,9 @@ class Adapter:
         steps: the fewest steps it was made for.
         guidance: the distilled guidance it expects; None if the base model takes none.
         details: what its file holds, for people to read.
+        final_step_size: size of the last step, relative to the others, that it was made for.
+        temperature: of its mixture at all steps but the last; None for the usual one of the number
+            of steps.
     """
 
     name: str
@@ -26,6 +30,8 @@ class Adapter:
     steps: int
     guidance: float | None
     details: str = ""
+    final_step_size: float = FINAL_STEP_SIZE
+    temperature: float | None = None
 
 
 def refuse_to_save(name: str) -> NoReturn:

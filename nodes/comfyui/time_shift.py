@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...gmflow_core.flow.path import flow_sigmas, unshift_time
+from ...gmflow_core.sampling.solvers import FINAL_STEP_SIZE
 from .paths import HIGHEST, names_of, path_of
 
 LARGEST_HALF = 1 - 2**-24  # sigma half-way: larger ones are 1 in float32
@@ -104,17 +105,26 @@ class ShiftedFlow(comfy.model_sampling.ModelSamplingFlux, comfy.model_sampling.C
     """
 
     multiplier = 1.0
+    final_step_size = FINAL_STEP_SIZE
 
     @classmethod
-    def with_shift(cls, time_shift: float, multiplier: float = 1.0) -> ShiftedFlow:
+    def with_shift(
+        cls,
+        time_shift: float,
+        multiplier: float = 1.0,
+        final_step_size: float = FINAL_STEP_SIZE,
+    ) -> ShiftedFlow:
         """Return the sampling of a time shift.
 
         Args:
             time_shift: see `gmflow_core.shift_time`.
             multiplier: factor from sigma to the unit of time that the network takes.
+            final_step_size: size of the last step relative to the others, which schedules that
+                know it take from here.
         """
         sampling = cls()
         sampling.set_parameters(math.log(time_shift), multiplier=multiplier)
+        sampling.final_step_size = final_step_size
         return sampling
 
     def __init__(self, model_config: object = None):

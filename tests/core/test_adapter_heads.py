@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gmflow_core.models.adapter_heads import DXHead, GMHead, HeadLayout, build_head
+from gmflow_core.models.adapter_heads import ArcHead, DXHead, GMHead, HeadLayout, build_head
 from tests.helpers import is_near, normal
 
 WIDTH, CHANNELS, COMPONENTS, TIMES = 12, 3, 4, 5
@@ -19,6 +19,9 @@ def head_tensors(policy="GMFlow"):
     if policy == "GMFlow":
         rows.update(proj_out_means=COMPONENTS * CHANNELS * 4, proj_out_logweights=COMPONENTS * 4)
         rows.update({"proj_out_logstds.1": 7, "proj_out_logstds.3": 1})
+    elif policy == "ArcFlow":
+        rows.update(proj_out_means=COMPONENTS * CHANNELS * 4, proj_out_logweights=COMPONENTS * 4)
+        rows["proj_out_loggamma"] = (COMPONENTS - 1) * 4
     else:
         rows["proj_out"] = TIMES * CHANNELS * 4
     tensors = {}
@@ -97,6 +100,10 @@ def test_a_dx_head_predicts_a_velocity_for_every_time():
     )
     assert (image.segment_size, image.shift, image.mode) == (0.25, 3.2, "grid")
     assert is_near(LAYOUT.to_tokens(prediction.mean()), values[..., -CHANNELS * 4 :], 1e-5)
+    polynomial = {"type": "DX", "mode": "polynomial", "shift": 3.2}  # without a segment
+    prediction = build_head(t, polynomial, LAYOUT, WIDTH)(tokens, embedding)
+    assert (prediction.mode, prediction.segment_size) == ("polynomial", 1.0)
+    assert is_near(LAYOUT.to_tokens(prediction.mean()), values[..., : CHANNELS * 4], 1e-5)
 
 
 def test_folded_latents_hold_the_pixels_in_the_order_of_the_tokens():
@@ -146,3 +153,12 @@ def test_heads_for_another_base_or_policy_are_refused():
         build_head(head_tensors("DX"), {}, LAYOUT, WIDTH)  # a DX adapter without metadata
     assert isinstance(build_head(head_tensors("DX"), DX, LAYOUT, WIDTH), DXHead)
     assert isinstance(build_head(head_tensors(), {}, LAYOUT, WIDTH), GMHead)
+    arc, policy = head_tensors("ArcFlow"), {"type": "ArcFlow"}
+    assert isinstance(build_head(arc, policy, LAYOUT, WIDTH), ArcHead)
+    with pytest.raises(ValueError, match=r"proj_out_loggamma.bias': expected none"):
+        build_head(arc, {}, LAYOUT, WIDTH)  # as a GM head
+    short = {**arc, "proj_out_loggamma.weight": arc["proj_out_loggamma.weight"][:4]}
+    with pytest.raises(ValueError, match=r"loggamma.weight': expected \(12, 12\), found \(4, 12\)"):
+        build_head(short, policy, LAYOUT, WIDTH)
+    with pytest.raises(ValueError, match="ArcFlow head"):
+        build_head(head_tensors(), policy, LAYOUT, WIDTH)

@@ -26,7 +26,9 @@ LAYERS = {
     "sampling": ("gaussians", "flow", "fast", "source"),
     "toys": ("gaussians", "flow", "sampling", "pictures"),
     "terminal": ("files",),
+    "adapter_command": ("files",),
     "cli": (
+        "adapter_command",
         "gaussians",
         "flow",
         "source",

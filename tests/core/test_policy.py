@@ -145,6 +145,22 @@ def test_with_exact_policies_every_stochasticity_gives_the_data(stochasticity, s
     assert (result.T.cov() - data.covariance()[0]).abs().max() < 10 * error
 
 
+@pytest.mark.parametrize("stochasticity", [math.inf, 1e200, 100.0])
+def test_without_bound_every_step_has_fresh_noise_only(stochasticity):
+    """Each step goes to x_0 and back up; 100, the most in the nodes, is as good as infinity."""
+    denoise, x, sigmas = exact_denoiser(mixture_data(2)), normal(9, 2, dtype=F64), flow_sigmas(3)
+    settings = {"stochasticity": stochasticity, "noise": torch.Generator().manual_seed(3)}
+    result = sample_gm_policy(denoise, x, sigmas, substeps=24, temperature=1.0, **settings)
+    noise = torch.Generator().manual_seed(3)
+    for substeps, (sigma, sigma_next) in zip((24, 16, 8), itertools.pairwise(sigmas), strict=True):
+        x0 = rollout(denoise(x, sigma.expand(9)), x, float(sigma), 0.0, substeps)
+        x = x0
+        if sigma_next > 0:
+            drawn = torch.randn(9, 2, generator=noise)
+            x = (1 - sigma_next.double()) * x0 + sigma_next.double() * drawn
+    assert is_near(result, x, 1e-6)
+
+
 def test_without_temperature_and_shift_it_is_gm_ode_of_first_order():
     data, x = mixture_data(2), normal(9, 2, dtype=F64)
     policy = sample_gm_policy(exact_denoiser(data), x, flow_sigmas(4), substeps=32, temperature=1.0)

@@ -26,7 +26,7 @@ from .flow.policy import DXPolicy, DXVelocity, predict_x0
 from .flow.single_gaussian import single_gaussian
 from .gaussians.mixture import GaussianMixture, IsotropicGaussian, Mixture, TiltedMixture
 from .gaussians.spectral import hartley, sample_with_spectrum
-from .sampling.denoisers import class_denoiser, denoiser_of
+from .sampling.denoisers import class_denoiser, denoiser_of, reversed_time
 from .sampling.guidance import Guidance, classifier_free_guidance, probabilistic_guidance
 from .sampling.images import sample_images
 from .sampling.rollout import rollout
@@ -38,6 +38,7 @@ from .sampling.solvers import (
     sample_gm_policy,
     sample_gm_sde,
 )
+from .sampling.trajectory import Trajectory
 from .source.files import load_source, save_source
 from .source.mode_frame import ModeFrame
 from .source.source import GaussianMixtureSource
@@ -55,6 +56,7 @@ __all__ = [
     "Mixture",
     "ModeFrame",
     "TiltedMixture",
+    "Trajectory",
     "class_denoiser",
     "classifier_free_guidance",
     "denoiser_of",
@@ -71,6 +73,7 @@ __all__ = [
     "probabilistic_guidance",
     "read_metadata",
     "reverse_transition",
+    "reversed_time",
     "rollout",
     "sample_dpmpp_2m",
     "sample_euler",

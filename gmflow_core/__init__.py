@@ -27,7 +27,7 @@ from .flow.policy import ArcPolicy, ArcVelocity, DXPolicy, DXVelocity, predict_x
 from .flow.single_gaussian import single_gaussian
 from .gaussians.mixture import GaussianMixture, IsotropicGaussian, Mixture, TiltedMixture
 from .gaussians.spectral import hartley, sample_with_spectrum
-from .sampling.denoisers import class_denoiser, denoiser_of
+from .sampling.denoisers import class_denoiser, denoiser_of, reversed_time
 from .sampling.guidance import Guidance, classifier_free_guidance, probabilistic_guidance
 from .sampling.images import sample_images
 from .sampling.rollout import rollout
@@ -39,6 +39,7 @@ from .sampling.solvers import (
     sample_gm_policy,
     sample_gm_sde,
 )
+from .sampling.trajectory import Trajectory
 from .source.files import load_source, save_source
 from .source.mode_frame import ModeFrame
 from .source.source import GaussianMixtureSource
@@ -59,6 +60,7 @@ __all__ = [
     "Mixture",
     "ModeFrame",
     "TiltedMixture",
+    "Trajectory",
     "class_denoiser",
     "classifier_free_guidance",
     "denoiser_of",
@@ -76,6 +78,7 @@ __all__ = [
     "read_adapter_facts",
     "read_metadata",
     "reverse_transition",
+    "reversed_time",
     "rollout",
     "sample_dpmpp_2m",
     "sample_euler",

@@ -9,15 +9,57 @@ from torch import Tensor, nn
 
 from ..fast.choice import form_of
 from ..flow.path import velocity_to_x0
+from ..flow.single_gaussian import Spread, single_gaussian
 from ..gaussians.mixture import Mixture
 from .guidance import Guidance, classifier_free_guidance
 
 Denoiser = Callable[[Tensor, Tensor], Mixture]
 
 
-def denoiser_of(network: Callable[[Tensor, Tensor], Mixture]) -> Denoiser:
-    """Return the denoiser of a network that predicts mixtures of velocities."""
-    return lambda x, sigma: velocity_to_x0(network(x, sigma), x, sigma)
+def denoiser_of(
+    network: Callable[[Tensor, Tensor], Mixture | Tensor], spread: Spread | None = None
+) -> Denoiser:
+    """Return the denoiser of a network that predicts velocities u at (x, sigma).
+
+    Args:
+        network: called as network(x, sigma), with x (B, C, *S) and sigma (B,); returns a mixture of
+            velocities, or the mean velocity (B, C, *S) of an ordinary flow model.
+        spread: standard deviation of an ordinary flow model's velocity, as in `single_gaussian`;
+            None for a network that predicts mixtures.
+
+    Raises:
+        ValueError: from the denoiser, if the network predicts a velocity and there is no `spread`,
+            or a mixture and there is one.
+    """
+
+    def denoise(x: Tensor, sigma: Tensor) -> Mixture:
+        velocity = network(x, sigma)
+        if isinstance(velocity, Tensor) == (spread is None):
+            predicted, advice = ("a velocity", "give") if spread is None else ("a mixture", "omit")
+            raise ValueError(
+                f"the network predicts {predicted} ({type(velocity).__name__}), and spread is "
+                f"{spread}; {advice} the spread, which is that of an ordinary flow model's velocity"
+            )
+        x0 = velocity_to_x0(velocity, x, sigma)
+        return x0 if spread is None else single_gaussian(x0, sigma, spread)
+
+    return denoise
+
+
+def reversed_time(network: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a velocity network for `denoiser_of` from one whose time runs from noise to data.
+
+    Such a network takes t = 1 - sigma, 0 for noise and 1 for data, and predicts
+    dx/dt = x_0 - eps = -u, as the models of facebookresearch/flow_matching do on their path of
+    conditional optimal transport.
+
+    Args:
+        network: called as network(x, t, ...), with t (B,); returns dx/dt, (B, C, *S).
+
+    Returns:
+        A function of (x, sigma, ...) that returns u; further arguments go to the network.
+    """
+    return lambda x, sigma, *args, **named: -network(x, 1 - sigma, *args, **named)
 
 
 def class_denoiser(

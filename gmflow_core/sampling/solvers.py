@@ -2,7 +2,8 @@
 
 A denoiser is any callable (x, sigma) -> mixture of x_0, with x (B, C, *S) and sigma (B,). The
 sigmas are a descending sequence in [0, 1], such as `flow_sigmas` gives; there is one network call
-for each but the last. All solvers take the `Hooks` as keyword arguments.
+for each but the last. All solvers take the `Hooks` as keyword arguments, and `return_trajectory`,
+which makes the result (x, trajectory), see `with_trajectory`.
 """
 
 from __future__ import annotations
@@ -25,42 +26,12 @@ from ..gaussians.mixture import GaussianMixture, IsotropicGaussian, Mixture
 from ..gaussians.spectral import sample_with_spectrum
 from .denoisers import Denoiser
 from .guidance import image_gaussian
-from .rollout import Check, Constrain, rollout
+from .hooks import Callback, Hooks
+from .rollout import Check, Constrain
 from .second_order import Step, second_order
+from .trajectory import Every, Trajectory, with_trajectory
 
-Callback = Callable[[int, Tensor, Tensor], None]
 Spectrum = Callable[[IsotropicGaussian], Tensor]
-
-
-@dataclass(frozen=True)
-class Hooks:
-    """Functions that a solver calls while it runs.
-
-    Args:
-        callback: called as callback(step, x, x0_mean) after each network call.
-        constrain: called as constrain(x, sigma) after every substep; returns the x to go on with.
-            For inpainting masks.
-        check: called at least once per step; an exception from it ends the sampling. For the
-            user's interruption.
-    """
-
-    callback: Callback | None = None
-    constrain: Constrain | None = None
-    check: Check | None = None
-
-    def report(self, step: int, x: Tensor, mean: Callable[[], Tensor]) -> None:
-        """Call the callback after a network call."""
-        if self.callback is not None:
-            self.callback(step, x, mean())
-
-    def settle(self, x: Tensor, sigma: float) -> Tensor:
-        """Return x at sigma as the constraint wants it."""
-        return x if self.constrain is None else self.constrain(x, x.new_full((), sigma))
-
-    def rollout(self, policy: Policy, x: Tensor, *arguments: Any, **settings: Any) -> Tensor:
-        """Return `rollout` under constraint and check."""
-        hooks = {"constrain": self.constrain, "check": self.check}
-        return rollout(policy, x, *arguments, **settings, **hooks)
 
 
 class Draws(NamedTuple):
@@ -91,6 +62,7 @@ class SpectralDraws(NamedTuple):
     transition_noise: Tensor | None
 
 
+@with_trajectory
 def sample_gm_ode(
     denoiser: Denoiser,
     x: Tensor,
@@ -132,6 +104,7 @@ def sample_gm_ode(
     return x
 
 
+@with_trajectory
 def sample_gm_sde(
     denoiser: Denoiser,
     x: Tensor,
@@ -176,6 +149,7 @@ def sample_gm_sde(
     return x
 
 
+@with_trajectory
 def sample_euler(
     denoiser: Denoiser, x: Tensor, sigmas: Tensor | Sequence[float], **hooks: Any
 ) -> Tensor:
@@ -192,6 +166,7 @@ def sample_euler(
     return sample_gm_ode(mean, x, sigmas, order=1, substeps=1, **every)
 
 
+@with_trajectory
 def sample_gm_policy(
     denoiser: Callable[[Tensor, Tensor], Policy],
     x: Tensor,
@@ -258,6 +233,7 @@ def usual_temperature(steps: int) -> float:
     return min(1.0, 0.1 * (steps - 1)) if steps > 1 else 1.0
 
 
+@with_trajectory
 def sample_dpmpp_2m(
     denoiser: Denoiser, x: Tensor, sigmas: Tensor | Sequence[float], **hooks: Any
 ) -> Tensor:
@@ -345,14 +321,17 @@ def solve(
     callback: Callback | None = None,
     constrain: Constrain | None = None,
     check: Check | None = None,
+    return_trajectory: bool | Every = False,
     **settings: Any,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Trajectory]:
     """Run the solver of that name with those of the settings that it takes.
 
     Args:
         solver: a name in SOLVERS.
         settings: settings of any solver: `order`, `substeps` (the solver's usual number if None),
             `shift`, `spacing`, `temperature`, `stochasticity`, `spectrum`, `noise`.
+        return_trajectory: True or "step", or "substep", to return (x, trajectory), see
+            `with_trajectory`.
         Other arguments of the solvers.
 
     Raises:
@@ -369,6 +348,7 @@ def solve(
         settings["substeps"] = chosen.substeps
     taken = {name: value for name, value in settings.items() if name in chosen.settings}
     hooks = {"callback": callback, "constrain": constrain, "check": check}
+    taken["return_trajectory"] = return_trajectory
     return chosen.sample(denoiser, x, sigmas, **taken, **hooks)
 
 

@@ -7,7 +7,8 @@ from comfy_api.latest import io
 from ..gmflow_core.sampling.solvers import SOLVERS
 from .comfyui.cells import Subject
 from .comfyui.comparison import compare, comparison_sheet, comparison_table, rows_of, step_counts
-from .comfyui.gm_sampler import gm_sampler, gm_sigmas
+from .comfyui.gm_sampler import gm_sampler
+from .comfyui.plain_model import sampling_of
 from .comfyui.sample_pictures import decoder_of, draws_points, enlarged
 from .comfyui.schema import (
     ADVANCED,
@@ -24,7 +25,7 @@ from .comfyui.schema import (
 from .comfyui.seed_spread import MOST_SEEDS, figure_of, reference_of, sample_seeds, spread_sheet
 from .comfyui.shown import shown_sheet
 from .comfyui.solver_choice import AUTO, no_effect, resolved
-from .comfyui.time_shift import own_shift
+from .comfyui.time_shift import own_shift, own_sigmas
 
 EACH_TIME = " A batch gives several pictures each time."
 
@@ -116,7 +117,7 @@ class GMFlowCompare(io.ComfyNode):
         vae=None,
         **further,
     ) -> io.NodeOutput:
-        shift = shift or own_shift(model.get_model_object("model_sampling"))
+        shift = shift or own_shift(sampling_of(model))
         named = [(name, each) for name, each in further.items() if each is not None]
         rows, counts = rows_of(samplers, named, shift), step_counts(steps)
         decode, how = decoder_of(model, vae)
@@ -211,10 +212,10 @@ class GMFlowSeedSpread(io.ComfyNode):
         if sampler is not None and solver != AUTO:
             no_effect(f"solver {solver}", "a sampler is connected")
         decode, how = decoder_of(model, vae)
-        shift = shift or own_shift(model.get_model_object("model_sampling"))
+        shift = shift or own_shift(sampling_of(model))
         solver, steps = resolved(model, solver, steps)
         size_of_last = 1.0 if sampler is not None else SOLVERS[solver].final_step_size
-        sigmas = gm_sigmas(steps, shift, final_step_size=size_of_last)
+        sigmas = own_sigmas(sampling_of(model), steps, shift, final_step_size=size_of_last)
         subject = Subject(model, latent_image, positive, negative, guidance)
         run = gm_sampler(solver, shift) if sampler is None else sampler
         spread = sample_seeds(subject, run, sigmas, seed, seeds, decode)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from .comfyui.gm_sampler import OWN, gm_sampler, gm_sigmas
+from .comfyui.plain_model import sampling_of
 from .comfyui.sample_latent import sample_latent
 from .comfyui.schema import (
     ADVANCED,
@@ -153,8 +154,8 @@ class GMFlowPolicySigmas(io.ComfyNode):
     def execute(
         cls, model, steps: int, shift: float, final_step_size: float, denoise: float
     ) -> io.NodeOutput:
-        sampling = model.get_model_object("model_sampling")
-        return io.NodeOutput(own_sigmas(sampling, steps, shift, denoise, final_step_size))
+        sigmas = own_sigmas(sampling_of(model), steps, shift, denoise, final_step_size)
+        return io.NodeOutput(sigmas)
 
 
 class GMFlowSigmas(io.ComfyNode):
@@ -173,13 +174,21 @@ class GMFlowSigmas(io.ComfyNode):
                 steps_input(default=8),
                 shift_input(default=1.0, lowest=0.01),
                 denoise_input(),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="Only for models of epsilon or v (SD 1.5, SDXL), which count noise in "
+                    "units of their own; flow models need none.",
+                ),
             ],
             outputs=[sigmas_output()],
         )
 
     @classmethod
-    def execute(cls, steps: int, shift: float, denoise: float) -> io.NodeOutput:
-        return io.NodeOutput(gm_sigmas(steps, shift, denoise))
+    def execute(cls, steps: int, shift: float, denoise: float, model=None) -> io.NodeOutput:
+        if model is None:
+            return io.NodeOutput(gm_sigmas(steps, shift, denoise))
+        return io.NodeOutput(own_sigmas(sampling_of(model), steps, shift, denoise))
 
 
 class GMFlowSampler(io.ComfyNode):

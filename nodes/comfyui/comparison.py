@@ -16,10 +16,12 @@ from ...gmflow_core.files.errors import quoted
 from ...gmflow_core.pictures import contact_sheet, reduced, to_picture
 from ...gmflow_core.sampling.solvers import SOLVERS
 from .cells import Progress, Subject
-from .gm_sampler import gm_sampler, gm_sigmas
+from .gm_sampler import gm_sampler
+from .plain_model import sampling_of
 from .previews import batch_grid
 from .sample_pictures import Decode
 from .sizes import check_size
+from .time_shift import own_sigmas
 
 KEY = "gmflow_calls"  # of the wrapper that counts network calls
 MOST_SAMPLERS, MOST_STEP_COUNTS, MOST_CALLS = 16, 12, 10_000
@@ -31,7 +33,7 @@ class Row:
     """One sampler of a comparison.
 
     Args:
-        final_step_size: of its time grid, see `gm_sigmas`.
+        final_step_size: of its time grid, see `own_sigmas`.
         ours: a solver of this extension.
     """
 
@@ -117,7 +119,7 @@ def compare(
             f"too many network calls, {calls:,}, for {len(rows)} samplers with {counts} steps; the "
             f"most is {MOST_CALLS:,}: choose fewer"
         )
-    model, counted = subject.model.clone(), [0]
+    model, counted, sampling = subject.model.clone(), [0], sampling_of(subject.model)
 
     def counting(executor, *args, **kwargs):
         counted[0] += 1
@@ -128,12 +130,12 @@ def compare(
     warm = [row for row in rows if row.ours] or rows[:1]
     progress = Progress(calls + fewest * len(warm))
     for row in warm:
-        sigmas = gm_sigmas(fewest, shift, final_step_size=row.final_step_size)
+        sigmas = own_sigmas(sampling, fewest, shift, final_step_size=row.final_step_size)
         subject.sample(row.sampler, sigmas, seed, progress)
     cells = []
     for row in rows:
         for steps in counts:
-            sigmas = gm_sigmas(steps, shift, final_step_size=row.final_step_size)
+            sigmas = own_sigmas(sampling, steps, shift, final_step_size=row.final_step_size)
             counted[0], start = 0, time.perf_counter()
             samples = subject.sample(row.sampler, sigmas, seed, progress)
             seconds = time.perf_counter() - start

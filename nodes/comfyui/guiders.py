@@ -8,6 +8,7 @@ from .gm_model import GMModel
 from .label_conditioning import unconditional
 from .latent_check import check_conditioning
 from .paths import path_of
+from .plain_model import sampling_of
 from .probabilistic_cfg import has_probabilistic_guidance, with_probabilistic_guidance
 from .solver_choice import is_unconditional, no_effect
 
@@ -35,7 +36,7 @@ def guided(model, orthogonal: float = 1.0, start_percent: float = 0.0, end_perce
     Raises:
         ValueError: the interval is empty, or the model's sampling is none that is known.
     """
-    path = path_of(model.get_model_object("model_sampling"))
+    path = path_of(sampling_of(model))
     low, high = map(path.sigma_of, guided_interval(model, start_percent, end_percent))
     return with_probabilistic_guidance(model, orthogonal, (low, high))
 

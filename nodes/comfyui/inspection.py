@@ -13,12 +13,13 @@ from ...gmflow_core import DXPolicy, GaussianMixture
 from ...gmflow_core.flow.policy import Policy
 from ...gmflow_core.sampling.solvers import SOLVERS
 from .cells import Progress, Subject
-from .gm_sampler import gm_sampler, gm_sigmas
+from .gm_sampler import gm_sampler
 from .latent_shapes import PointShape, SolverShape, solver_shape
+from .plain_model import sampling_of
 from .sizes import check_size
 from .solver_choice import solver_for, steps_for
 from .solver_model import WATCH
-from .time_shift import own_shift
+from .time_shift import own_sigmas
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,9 +122,9 @@ def _record(subject: Subject, seed: int, steps: int, step: int) -> Recorded:
     # a function, as older versions of ComfyUI copy any other object with a MODEL's options
     model.model_options[WATCH] = lambda policy, x, sigma: watch(policy, x, sigma)
     subject = replace(subject, model=model)
-    shift = own_shift(model.get_model_object("model_sampling"))
-    sigmas = gm_sigmas(steps, shift, final_step_size=SOLVERS[solver].final_step_size)
-    result = subject.sample(gm_sampler(solver, shift), sigmas, seed, Progress(steps))
+    size_of_last = SOLVERS[solver].final_step_size
+    sigmas = own_sigmas(sampling_of(model), steps, final_step_size=size_of_last)
+    result = subject.sample(gm_sampler(solver), sigmas, seed, Progress(steps))
     if watch.seen is None:
         raise ValueError(f"the sampler ended after {watch.calls} network calls, before step {step}")
     mixture, x, sigma = watch.seen

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import comfy.model_sampling
+
 from .adapter_info import adapter_of
 from .gm_model import GMModel
 from .solver_choice import no_effect
+from .time_shift import check_flow
 
 SPREAD = "gmflow_spread"  # key in model_options
 USUAL_SPREAD = 0.5  # standard deviation of the velocity; docs/results.md has what it is worth
@@ -13,6 +16,18 @@ USUAL_SPREAD = 0.5  # standard deviation of the velocity; docs/results.md has wh
 def predicts_mixture(model, model_options: dict | None) -> bool:
     """Return whether ComfyUI's model, with these options, predicts a mixture or another policy."""
     return isinstance(model, GMModel) or adapter_of(model_options) is not None
+
+
+def sampling_of(model) -> comfy.model_sampling.ModelSamplingDiscrete:
+    """Return a MODEL's sampling, of whatever class it is.
+
+    Raises:
+        ValueError: the model predicts velocities of a flow, and its sampling is another.
+    """
+    sampling = model.get_model_object("model_sampling")
+    if predicts_mixture(model.model, model.model_options):
+        check_flow(sampling)
+    return sampling
 
 
 def spread_of(model_options: dict | None) -> float:

@@ -19,6 +19,7 @@ from .gm_sampler import gm_sampler
 from .guiders import gm_guider, guided
 from .label_conditioning import NO_TEXT, SOURCE
 from .notices import notice
+from .plain_model import sampling_of
 from .probabilistic_cfg import has_probabilistic_guidance
 from .solver_choice import no_effect, report_unused, resolved
 from .time_shift import own_shift, own_sigmas
@@ -56,7 +57,7 @@ def sample_latent(
     """
     solver, steps = resolved(model, solver, steps)
     report_unused(solver, settings)
-    sampling = model.get_model_object("model_sampling")
+    sampling = sampling_of(model)
     shift = shift or own_shift(sampling)
     final_step_size = final_step_size or SOLVERS[solver].final_step_size
     sigmas = own_sigmas(sampling, steps, shift, denoise, final_step_size)

@@ -117,7 +117,7 @@ def test_extension_loads(comfy: Comfy) -> None:
         for name, node in comfy.object_info().items()
         if node["category"].startswith("GMFlow")
     }
-    assert len(nodes) == 25
+    assert len(nodes) == 26
     for name, node in nodes.items():
         assert node["description"], name
         for group in ("required", "optional"):

@@ -224,13 +224,18 @@ class Mixture:
         own = self.components()
         batch, _, channels, *space = own.means.shape
         if component is None:
-            uniform = draw_like(torch.rand, (batch, *space), generator, own.means)
-            edges = own.weights.squeeze(2).cumsum(1)[:, :-1]  # (B, K - 1, *S)
-            component = (uniform.unsqueeze(1) >= edges).sum(1)
+            component = own.component_at(
+                draw_like(torch.rand, (batch, *space), generator, own.means)
+            )
         if noise is None:
             noise = standard_normal((batch, channels, *space), generator, like=own.means)
         index = component[:, None, None].expand(-1, 1, channels, *space)
         return own.means.gather(1, index).squeeze(1) + own.log_std.squeeze(1).exp() * noise
+
+    def component_at(self, uniform: Tensor) -> Tensor:
+        """Return the index (B, *S) of the component at a number (B, *S) in [0, 1), by weight."""
+        edges = self.components().weights.squeeze(2).cumsum(1)[:, :-1]  # (B, K - 1, *S)
+        return (uniform.unsqueeze(1) >= edges).sum(1)
 
     # Knothe-Rosenblatt transport
 

@@ -11,15 +11,16 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from ..fast.choice import chosen_method, machine_rollout
+from ..flow.blended import BlendedPolicy, Followed
 from ..flow.path import Sigma, expand_sigma, positive, posterior_means, sigmas_between
-from ..flow.policy import NO_MIXTURES, ArcPolicy, DXPolicy, Policy
+from ..flow.policy import NO_MIXTURES, ArcPolicy, DXPolicy
 
 Constrain = Callable[[Tensor, Tensor], Tensor]
 Check = Callable[[], None]
 
 
 def rollout(
-    x0: Policy,
+    x0: Followed,
     x: Tensor,
     sigma: Sigma,
     sigma_end: Sigma,
@@ -37,7 +38,7 @@ def rollout(
     x_0 of a DX policy. ArcFlow's policy takes one exact step instead, whatever `substeps` is.
 
     Args:
-        x0: mixture of x_0 given (x, sigma), or another policy predicted there.
+        x0: mixture of x_0 given (x, sigma), or another policy or a blend predicted there.
         x: (B, C, *S) at sigma.
         sigma, sigma_end: numbers, one per sample, or broadcastable to (B, 1, *S).
         substeps: number of Euler steps, at least 1; with 1 only the mixture's mean matters.
@@ -63,7 +64,7 @@ def rollout(
         sigma, sigma_end = expand_sigma(sigma, x), expand_sigma(sigma_end, x)
     if isinstance(x0, ArcPolicy):
         return _settled(x0.advance(x, sigma, sigma_end), sigma_end, constrain, check)
-    if constrain is None and not isinstance(x0, NO_MIXTURES):
+    if constrain is None and not isinstance(x0, (*NO_MIXTURES, BlendedPolicy)):
         arguments = x0, x, sigma, sigma_end, substeps, shift
         result = machine_rollout(*arguments, check, method, follow)
         if result is not None:
@@ -73,7 +74,7 @@ def rollout(
 
 
 def follow(
-    x0: Policy,
+    x0: Followed,
     x: Tensor,
     sigmas: Sequence[Sigma],
     constrain: Constrain | None = None,
@@ -99,10 +100,19 @@ def _settled(x: Tensor, sigma: Sigma, constrain: Constrain | None, check: Check 
     return x
 
 
-def means_along(x0: Policy, x: Tensor, sigma: Sigma) -> Callable[[Tensor, Sigma], Tensor]:
+def means_along(x0: Followed, x: Tensor, sigma: Sigma) -> Callable[[Tensor, Sigma], Tensor]:
     """Return E[x_0 | x, sigma] as a function, for a policy that was predicted at (x, sigma)."""
     if isinstance(x0, ArcPolicy):
         return lambda x, sigma: x - expand_sigma(sigma, x) * x0.velocity(sigma)
     if isinstance(x0, DXPolicy):
         return lambda x, sigma: x0.at(sigma)
+    if isinstance(x0, BlendedPolicy):
+        start = expand_sigma(sigma, x)
+        along = [means_along(each.policy, each.of(x), each.of(start)) for each in x0.parts]
+        return lambda x, sigma: x0.average(
+            [
+                mean_at(each.of(x), each.of(expand_sigma(sigma, x)))
+                for each, mean_at in zip(x0.parts, along, strict=True)
+            ]
+        )
     return posterior_means(x0, x, sigma)

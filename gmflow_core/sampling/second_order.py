@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ..flow.blended import BlendedPolicy
 from ..flow.path import posterior_mean
 from ..gaussians.mixture import Mixture, TiltedMixture
 from .guidance import GaussianShift, image_mean, shift_of, with_shift
@@ -15,16 +16,38 @@ class Step(NamedTuple):
     """A sampling step, for the correction of the next one.
 
     Args:
-        mixture: first-order (guided, uncorrected) mixture of x_0 at (x, sigma).
+        mixture: first-order (guided, uncorrected) mixture of x_0 at (x, sigma), or a blend.
         x: (B, C, *S).
         sigma: start of the step.
         size: sigma minus the next sigma.
     """
 
-    mixture: Mixture
+    mixture: Mixture | BlendedPolicy
     x: Tensor
     sigma: float
     size: float
+
+
+def corrected(
+    mixture: Mixture | BlendedPolicy, previous: Step, x: Tensor, sigma: float, size: float
+) -> TiltedMixture | BlendedPolicy:
+    """Correct a step's mixture as `second_order`, or each mixture of a blend in its place.
+
+    A blend of other parts than that of the step before stays as it is.
+    """
+    if not isinstance(mixture, BlendedPolicy):
+        if isinstance(previous.mixture, BlendedPolicy):
+            return mixture
+        return second_order(mixture, previous, x, sigma, size)
+    if not mixture.is_alike(previous.mixture):
+        return mixture
+    before = iter(previous.mixture.parts)
+
+    def correct(policy: Mixture, now: Tensor, then: Tensor) -> TiltedMixture:
+        step = Step(next(before).policy, then, previous.sigma, previous.size)
+        return second_order(policy, step, now, sigma, size)
+
+    return mixture.map(correct, x, previous.x)
 
 
 def second_order(

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..fast.choice import axis_map
+from ..flow.blended import BlendedPolicy
 from ..flow.path import reverse_transition, unshift_time
 from ..flow.policy import Policy
 from ..gaussians.draws import Generator, standard_normal
@@ -28,7 +29,7 @@ from .denoisers import Denoiser
 from .guidance import image_gaussian
 from .hooks import Callback, Hooks
 from .rollout import Check, Constrain
-from .second_order import Step, second_order
+from .second_order import Step, corrected
 from .trajectory import Every, Trajectory, with_trajectory
 
 Spectrum = Callable[[IsotropicGaussian], Tensor]
@@ -368,7 +369,7 @@ def _predict(
         return mixture, None
     step = Step(mixture, x, sigma, sigma - sigma_next)
     if previous is not None:
-        mixture = second_order(mixture, previous, x, sigma, step.size)
+        mixture = corrected(mixture, previous, x, sigma, step.size)
     return mixture, step
 
 
@@ -379,8 +380,11 @@ def _draw_x0(
     noise: Generator | None,
     draws: Draws | SpectralDraws | None,
 ) -> Tensor:
-    """Draw x_0, (B, C, *S), with a spectrum or pixel by pixel; recorded draws replace `noise`."""
-    if spectrum is None:
+    """Draw x_0, (B, C, *S), with a spectrum or pixel by pixel; recorded draws replace `noise`.
+
+    A blend is always drawn pixel by pixel.
+    """
+    if spectrum is None or isinstance(mixture, BlendedPolicy):
         if draws is None:
             return mixture.sample(noise)
         return mixture.sample(component=draws.component, noise=draws.component_noise)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..gaussians.draws import Generator, draw_like, standard_normal
+from ..gaussians.mixture import Mixture
 from .policy import Policy
 
 MIN_WEIGHT = 1e-37  # in divisions by the sum of weights: where nothing counts, x_0 is 0
@@ -116,3 +117,18 @@ def _draw(part: Part, uniform: Tensor, noise: Tensor) -> Tensor:
 
 
 Followed = Policy | BlendedPolicy  # what a rollout follows
+
+
+def is_mixture(policy: Followed) -> bool:
+    """Return whether a policy is a Gaussian mixture, or a blend of such."""
+    if isinstance(policy, BlendedPolicy):
+        return all(is_mixture(part.policy) for part in policy.parts)
+    return isinstance(policy, Mixture)
+
+
+def kind_of(policy: Followed) -> str:
+    """Return what a policy is, with its article, for a message: "a DX policy"."""
+    if isinstance(policy, BlendedPolicy):
+        return "a blend of several prompts"
+    kind = getattr(policy, "kind", "mixture")
+    return f"{'an' if kind[0] in 'AEIOU' else 'a'} {kind} policy"

@@ -9,8 +9,8 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from ...gmflow_core import DXPolicy, flow_sigmas
-from ...gmflow_core.flow.policy import Policy
+from ...gmflow_core import flow_sigmas
+from ...gmflow_core.flow.blended import Followed, is_mixture, kind_of
 from ...gmflow_core.flow.scaled_paths import ScaledPath
 from ...gmflow_core.gaussians.draws import Generator
 from ...gmflow_core.sampling.solvers import SOLVERS, solve
@@ -108,15 +108,15 @@ def mixtures_only(wrapped: SolverModel, solver: str):
     """Return the model's denoiser, for solvers that need a Gaussian mixture.
 
     Raises, when it is called:
-        ValueError: the adapter on the model has a DX policy.
+        ValueError: the adapter on the model has another policy.
     """
 
-    def denoise(x: Tensor, sigma: Tensor) -> Policy:
+    def denoise(x: Tensor, sigma: Tensor) -> Followed:
         policy = wrapped.denoise(x, sigma)
-        if isinstance(policy, DXPolicy):
+        if not is_mixture(policy):
             raise ValueError(
-                f"{solver} needs a Gaussian mixture, and the adapter {wrapped.adapter.name} has a "
-                "DX policy; use gm-policy (GM Policy Sampler), or a GM adapter"
+                f"{solver} needs a Gaussian mixture, and the adapter {wrapped.adapter.name} has "
+                f"{kind_of(policy)}; use gm-policy (GM Policy Sampler), or a GM adapter"
             )
         return policy
 

@@ -9,8 +9,8 @@ import comfy.latent_formats
 import torch
 from torch import Tensor
 
-from ...gmflow_core import DXPolicy, GaussianMixture
-from ...gmflow_core.flow.policy import Policy
+from ...gmflow_core import GaussianMixture, Mixture
+from ...gmflow_core.flow.blended import Followed, kind_of
 from ...gmflow_core.sampling.solvers import SOLVERS
 from .cells import Progress, Subject
 from .gm_sampler import gm_sampler
@@ -66,16 +66,16 @@ class _Watch:
 
     def __init__(self, step: int):
         self.step, self.calls = step, 0
-        self.seen: tuple[Policy, Tensor, Tensor] | None = None
+        self.seen: tuple[Followed, Tensor, Tensor] | None = None
 
-    def __call__(self, policy: Policy, x: Tensor, sigma: Tensor) -> None:
+    def __call__(self, policy: Followed, x: Tensor, sigma: Tensor) -> None:
         self.calls += 1
         if self.calls != self.step:
             return
-        if isinstance(policy, DXPolicy):
+        if not isinstance(policy, Mixture):
             raise ValueError(
-                "nothing to inspect: the adapter on this model has a DX policy, which is no "
-                "mixture; use a GM adapter (gmflux, gmqwen)"
+                f"nothing to inspect: the prediction is {kind_of(policy)}, which is no single "
+                "mixture; use one prompt, and a GM adapter (gmflux, gmqwen)"
             )
         shape = tuple(policy.components().means.shape)
         check_size("mixtures", 1, shape, "choose a smaller latent or batch")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import comfy.model_base
 import torch
 from torch import Tensor
 
+from ...gmflow_core.flow.blended import Window
 from ...gmflow_core.models.adapter_heads import HeadLayout
 from .adapter_info import adapter_of
 
@@ -25,6 +27,8 @@ def to_latent(points: Tensor, shape: torch.Size) -> Tensor:
 class SolverShape:
     """Shape that a solver works in: that of the latents, (B, C, *S)."""
 
+    folded = 1  # pixels of the solver's shape from side to side of a latent's
+
     def to_solver(self, latent: Tensor) -> Tensor:
         """Convert a latent to the solver's shape."""
         return latent
@@ -32,6 +36,21 @@ class SolverShape:
     def from_solver(self, x: Tensor, latent_shape: torch.Size) -> Tensor:
         """Convert back to a latent of this shape: the inverse of `to_solver`."""
         return x
+
+    def window(self, area: Sequence[int] | None, dimensions: int) -> Window | None:
+        """Return the slices of an area of a latent; None if the solver's shape has no such part.
+
+        Args:
+            area: sizes and then offsets, as ComfyUI has them; None is the whole latent.
+            dimensions: of the latent, after the channels.
+        """
+        if area is None:
+            return (slice(None),) * dimensions
+        sizes, offsets = area[: len(area) // 2], area[len(area) // 2 :]
+        return tuple(
+            slice(self.folded * offset, self.folded * (offset + size))
+            for size, offset in zip(sizes, offsets, strict=True)
+        )
 
 
 class PointShape(SolverShape):
@@ -45,12 +64,21 @@ class PointShape(SolverShape):
         """Convert back to a latent of this shape: the inverse of `to_solver`."""
         return to_latent(x, latent_shape)
 
+    def window(self, area: Sequence[int] | None, dimensions: int) -> Window | None:
+        """Return the window of all points; None for an area, as points lie in no order."""
+        return () if area is None else None
+
 
 @dataclass(frozen=True)
 class FoldedShape(SolverShape):
     """Shape for latents whose channels hold p x p pixels of the mixture."""
 
     layout: HeadLayout
+
+    @property
+    def folded(self) -> int:
+        """Pixels of the solver's shape from side to side of a latent's."""
+        return self.layout.folded
 
     def to_solver(self, latent: Tensor) -> Tensor:
         """Convert (B, C p^2, h, w) to (B, C, p h, p w)."""

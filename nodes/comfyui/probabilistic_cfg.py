@@ -7,7 +7,7 @@ import comfy.samplers
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ...gmflow_core import DXPolicy
+from ...gmflow_core.flow.blended import BlendedPolicy, is_mixture, kind_of
 from ...gmflow_core.flow.single_gaussian import single_gaussian
 from ...gmflow_core.sampling.guidance import Guidance, within
 from .advice import set_weight
@@ -18,6 +18,7 @@ from .notices import notice
 from .paths import path_of
 from .plain_model import predicts_mixture, spread_of
 from .recording import RECORDER, hide_our_keys, recording
+from .regions import MeanOnly, policy_of
 from .solver_choice import is_unconditional, no_effect
 
 
@@ -69,25 +70,22 @@ class ProbabilisticCFG:
                 "Guider or KSampler"
             )
         shape = solver_shape(model, args["model_options"])
-        x, uncond = shape.to_solver(latent), shape.to_solver(args["uncond_denoised"])
+        uncond = shape.to_solver(args["uncond_denoised"])
         if predicts_mixture(model, args["model_options"]):
-            cond = recorder.x0_policy(args["input_cond"], x)
+            cond = policy_of(recorder, args["input_cond"], latent, shape)
         else:
             spread = spread_of(args["model_options"])
             cond = single_gaussian(args["cond_denoised"], sigma, spread)
-        if cond is None:
-            why = recorder.why_not_single(args["input_cond"], x)
-            notice(
-                f"nothing is guided: found {why}, so there is no single mixture to guide; give "
-                "one prompt for the whole image and all steps"
-            )
+        if isinstance(cond, MeanOnly):
+            notice(f"nothing is guided: found {cond.why}, so there is no mixture to guide")
             return args["cond"]
-        if isinstance(cond, DXPolicy):
+        if not is_mixture(cond):
             raise ValueError(
-                "no mixture: this adapter has a DX policy, and probabilistic guidance needs a "
+                f"no mixture: this adapter has {kind_of(cond)}, and probabilistic guidance needs a "
                 "Gaussian mixture; use classifier-free guidance, or a GM adapter"
             )
-        recorder.guided = guidance(cond, uncond)
+        blended = isinstance(cond, BlendedPolicy)
+        recorder.guided = cond.map(guidance, uncond) if blended else guidance(cond, uncond)
         return latent - shape.from_solver(recorder.guided.mean(), latent.shape)
 
     @guarded

@@ -17,17 +17,14 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ...gmflow_core import DXVelocity, GaussianMixture, predict_x0
-from ...gmflow_core.flow.policy import Policy
+from ...gmflow_core.flow.blended import Followed
+from ...gmflow_core.flow.policy import PolicyVelocity
 from .adapter_info import ADAPTER
 from .guard import guarded
 from .sampling_run import watched
 
 RECORDER = "gmflow_mixture_recorder"  # key in transformer_options, and of our wrappers
 OURS = (RECORDER, ADAPTER)  # our keys in transformer_options
-# keys that limit a conditioning to a part of the latent, or of the steps
-PARTS = ("area", "mask")
-TIMES = ("timestep_start", "timestep_end")
 NO_MIXTURE = (
     "no mixture: GM samplers and guidance need a model that predicts a Gaussian mixture at every "
     "step, and this one did not; load one with 'GM Load Model', or put 'GM Adapter' on a base "
@@ -39,14 +36,14 @@ class MixtureRecorder:
     """Velocities predicted in one call of a guider, by the conditioning they belong to."""
 
     def __init__(self):
-        self.predictions: dict[object, GaussianMixture | DXVelocity] = {}
+        self.predictions: dict[object, PolicyVelocity] = {}
         self.sigmas: dict[object, Tensor] = {}  # (B,) that the network was given
-        self.guided: GaussianMixture | None = None  # of x_0, set by probabilistic guidance
+        self.guided: Followed | None = None  # of x_0, set by probabilistic guidance
         self.asked = False  # whether the guider left cfg to probabilistic guidance
 
     def record(
         self,
-        prediction: GaussianMixture | DXVelocity,
+        prediction: PolicyVelocity,
         sigma: Tensor,
         transformer_options: dict,
     ) -> None:
@@ -63,48 +60,6 @@ class MixtureRecorder:
         for uuid, (chunk, sigma_chunk) in zip(uuids, chunks, strict=True):
             if uuid not in self.predictions:
                 self.predictions[uuid], self.sigmas[uuid] = chunk, sigma_chunk
-
-    def x0_policy(self, conds: list[dict] | None, x: Tensor) -> Policy | None:
-        """Return the policy in x_0 for a guider's positive conditioning.
-
-        x_0 = x - sigma u has the sigma that the network was given, as in ComfyUI's own prediction:
-        a node around the sampler may have changed the solver's sigma on its way.
-
-        Args:
-            x: in the solver's shape, (B, ...).
-
-        Returns:
-            None if there is no single prediction for the whole latent; `why_not_single` tells why.
-
-        Raises:
-            ValueError: the model predicts no mixture.
-        """
-        timed = any(cond.get(key) is not None for cond in conds or [] for key in TIMES)
-        if not self.predictions and not timed:
-            raise ValueError(NO_MIXTURE)
-        if self.why_not_single(conds, x):
-            return None
-        uuid = conds[0]["uuid"]
-        if uuid not in self.predictions:
-            raise ValueError(NO_MIXTURE)
-        sigma = self.sigmas[uuid].to(x.device)
-        sigma = sigma.repeat_interleave(len(x) // len(sigma))  # each latent may be many points
-        return predict_x0(self.predictions[uuid].to(x.device), x, sigma)
-
-    def why_not_single(self, conds: list[dict] | None, x: Tensor) -> str:
-        """Return why the conditioning has no single prediction for the whole latent.
-
-        It is "" if one prediction covers the whole latent at every step.
-        """
-        limits = [key for cond in conds or [] for key in PARTS + TIMES if cond.get(key) is not None]
-        if len(conds or []) != 1:
-            return f"{len(conds or [])} positive conditionings"
-        if limits:
-            return f"a positive conditioning with {', '.join(limits)}"
-        prediction = self.predictions.get(conds[0]["uuid"])
-        if prediction is not None and not prediction.fits(x):
-            return "predictions for parts of the latent (context windows, tiles)"
-        return ""
 
 
 # Thread-local rather than an argument, as networks compiled by torch.compile are not traced again
@@ -123,14 +78,14 @@ def offer(prediction: object) -> None:
         _waiting.predictions.append(prediction)
 
 
-def unchanged(prediction: Any, latent_shape: torch.Size) -> GaussianMixture | DXVelocity:
+def unchanged(prediction: Any, latent_shape: torch.Size) -> PolicyVelocity:
     """Return a prediction that is in the solver's shape already."""
     return prediction
 
 
 def add_recording(
     model: comfy.model_patcher.ModelPatcher,
-    finish: Callable[[Any, torch.Size], GaussianMixture | DXVelocity] = unchanged,
+    finish: Callable[[Any, torch.Size], PolicyVelocity] = unchanged,
 ) -> None:
     """Let recorders get what the model's network offers.
 

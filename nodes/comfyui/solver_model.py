@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ...gmflow_core import GaussianMixture, ModeFrame
-from ...gmflow_core.flow.policy import Policy
+from ...gmflow_core.flow.blended import Followed
 from ...gmflow_core.flow.scaled_paths import STRAIGHT
 from ...gmflow_core.flow.single_gaussian import single_gaussian
 from .adapter_info import Adapter, adapter_of
@@ -18,6 +18,7 @@ from .paths import path_of
 from .plain_model import predicts_mixture, spread_of
 from .probabilistic_cfg import has_probabilistic_guidance
 from .recording import recording
+from .regions import MeanOnly, policy_of
 from .sampling_run import run_of
 from .time_shift import own_shift
 
@@ -126,7 +127,7 @@ class SolverModel:
         x = x if self.frame is None else self.frame.leave(x, sigma)
         return self.path.leave(self.shape.from_solver(x, self.latent_shape), sigma)
 
-    def denoise(self, x: Tensor, sigma: Tensor) -> Policy:
+    def denoise(self, x: Tensor, sigma: Tensor) -> Followed:
         """Return the guider's policy in x_0, in the solver's coordinates.
 
         Raises:
@@ -135,7 +136,7 @@ class SolverModel:
         denoiser = self.guided if self.frame is None else self.frame.denoiser(self.guided)
         return denoiser(x, sigma)
 
-    def guided(self, x: Tensor, sigma: Tensor) -> Policy:
+    def guided(self, x: Tensor, sigma: Tensor) -> Followed:
         """Return the guider's policy in x_0, in the latents' coordinates and the solver's shape.
 
         - With probabilistic guidance it is the guided mixture.
@@ -143,8 +144,8 @@ class SolverModel:
           the whole policy is shifted so that its mean matches. For a CFG Guider that is the
           classifier-free guidance of gmflow_core.
         - A model that predicts no mixture has one Gaussian around the guided mean.
-        - Without a single positive conditioning for the whole latent and all steps only the mean
-          is known: the policy is a point mass, a mixture of one component with variance 0.
+        - Several positive conditionings, areas, masks and ranges of steps give a blend of policies.
+        - Where only the mean is known, as for context windows, the policy is a point mass.
 
         A function at WATCH in the model options is called with the policy, x and sigma.
 
@@ -157,7 +158,7 @@ class SolverModel:
             watch(policy, x, sigma)
         return policy
 
-    def _guided(self, x: Tensor, sigma: Tensor) -> Policy:
+    def _guided(self, x: Tensor, sigma: Tensor) -> Followed:
         options, recorder = self.extra_args.get("model_options"), None
         if not self.is_plain or has_probabilistic_guidance(self.guider.model_patcher):
             options, recorder = recording(options)
@@ -171,12 +172,11 @@ class SolverModel:
             return single_gaussian(mean, sigma, spread_of(options))
         if policy is None:
             conds = getattr(self.guider, "conds", {}).get("positive")
-            policy = recorder.x0_policy(conds, x)
-            if policy is None:
+            policy = policy_of(recorder, conds, latent, self.shape)
+            if isinstance(policy, MeanOnly):
                 notice(
                     f"no mixture, but its mean is followed, as stock samplers do: found "
-                    f"{recorder.why_not_single(conds, x)}; give one prompt for the whole image and "
-                    "all steps to make use of the mixture"
+                    f"{policy.why}; leave that out to make use of the mixture"
                 )
                 return GaussianMixture.point_mass(mean)
         shift = mean - policy.mean()

@@ -85,26 +85,55 @@ def test_probabilistic_guidance(server: Comfy, base: str) -> None:
     assert near(latent_of(server, patched), latent)
 
 
-@pytest.mark.parametrize("base", ["flux", "flux2"])
-def test_parts_of_a_prompt_fall_back_to_the_mean(server: Comfy, base: str) -> None:
-    prompt = graph(base, width=128)
-    half = {"width": 0.5, "height": 1.0, "y": 0.0, "strength": 1.0}
-    prompt["left"] = node(
-        "ConditioningSetAreaPercentage", conditioning=["positive", 0], x=0.0, **half
-    )
-    prompt["right"] = node(
-        "ConditioningSetAreaPercentage", conditioning=["negative", 0], x=0.5, **half
-    )
+def halves(prompt: dict, left: str, right: str, areas: bool = False) -> dict:
+    """Return a prompt with one conditioning for the left half and one for the right."""
+    prompt = {**prompt, "sample": {**prompt["sample"], "inputs": {**prompt["sample"]["inputs"]}}}
+    for name, of, x in (("left", left, 0.0), ("right", right, 0.5)):
+        if areas:
+            half = {"width": 0.5, "height": 1.0, "y": 0.0, "x": x, "strength": 1.0}
+            prompt[name] = node("ConditioningSetAreaPercentage", conditioning=[of, 0], **half)
+            continue
+        prompt[f"{name} mask"] = node("SolidMask", value=1.0, width=64, height=64)
+        prompt[f"no {name}"] = node("SolidMask", value=0.0, width=128, height=64)
+        prompt[f"{name} half"] = node(
+            "MaskComposite",
+            destination=[f"no {name}", 0],
+            source=[f"{name} mask", 0],
+            x=int(128 * x),
+            y=0,
+            operation="add",
+        )
+        prompt[name] = node(
+            "ConditioningSetMask",
+            conditioning=[of, 0],
+            mask=[f"{name} half", 0],
+            strength=1.0,
+            set_cond_area="default",
+        )
     prompt["both"] = node(
         "ConditioningCombine", conditioning_1=["left", 0], conditioning_2=["right", 0]
     )
     prompt["sample"]["inputs"]["positive"] = ["both", 0]
-    before = len(server.log())
-    assert "2 positive conditionings" in server.run(prompt).texts["sample"]
-    assert server.log()[before:].count("found 2 positive conditionings") == 1  # for 4 steps
-    euler = {**prompt["sample"]["inputs"], "solver": "euler", "final_step_size": 0.5}
-    mean = latent_of(server, {**prompt, "sample": node("GMFlowSampler", **euler)})
-    assert near(latent_of(server, prompt), mean)
+    return prompt
+
+
+@pytest.mark.parametrize("base", ["flux", "flux2"])
+def test_prompts_of_regions_blend_their_policies(server: Comfy, base: str) -> None:
+    """Halves of one prompt are the whole; other halves are neither prompt, nor follow the mean."""
+    whole = graph(base, width=128, height=64)
+    alone = latent_of(server, whole)
+    assert near(latent_of(server, halves(whole, "positive", "positive")), alone, 1e-3)
+    mixed = halves(whole, "positive", "negative")
+    result = server.run(mixed)
+    assert "no mixture" not in result.texts["sample"]
+    mixed_latent = latent_of(server, mixed)
+    assert not near(mixed_latent, alone, 0.02)
+    euler = {**mixed["sample"]["inputs"], "solver": "euler", "final_step_size": 0.5}
+    mean = latent_of(server, {**mixed, "sample": node("GMFlowSampler", **euler)})
+    assert not near(mixed_latent, mean, 0.02)
+    in_areas = halves(whole, "positive", "negative", areas=True)
+    assert "no mixture" not in server.run(in_areas).texts["sample"]
+    assert latent_of(server, in_areas).isfinite().all()
 
 
 def test_predictions_for_windows_fall_back_to_the_mean(server: Comfy) -> None:

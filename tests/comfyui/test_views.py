@@ -314,7 +314,7 @@ def test_the_mixture_of_an_adapted_model_is_shown(adapted: Comfy, with_vae: bool
     assert result.outputs["sample"]["gmflow_maps"][0]["area"] == [0, 12, 0, 8]
     prompt["model"]["inputs"]["adapter_name"] = "dxflux_n10_piid_4step.safetensors"
     refused = adapted.run(prompt, expect_error=True).errors["sample"]
-    assert "DX policy, which is no mixture" in refused
+    assert "DX policy, which is no single mixture" in refused
 
 
 def test_a_saved_model_tells_where_it_is(adapted: Comfy) -> None:

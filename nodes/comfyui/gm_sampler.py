@@ -65,7 +65,7 @@ def gm_sampler(
             if wrapped.is_plain:
                 about.insert(0, spread_in_words(extra_args.get("model_options")))
             known = ", ".join(filter(None, about))
-            report_settings(solver, len(sigmas) - 1, time_shift, settings, known)
+            report_settings(solver, sigmas, time_shift, settings, known)
         result = solve(
             solver,
             wrapped.denoise if SOLVERS[solver].takes_policies else mixtures_only(wrapped, solver),

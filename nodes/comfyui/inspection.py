@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import comfy.latent_formats
@@ -16,6 +17,7 @@ from .cells import Progress, Subject
 from .gm_sampler import gm_sampler
 from .latent_shapes import PointShape, SolverShape, solver_shape
 from .plain_model import sampling_of
+from .sample_latent import fitting_samples
 from .sizes import check_size
 from .solver_choice import solver_for, steps_for
 from .solver_model import WATCH
@@ -61,8 +63,12 @@ class Recorded:
         return tuple(self.x.shape[-2:]) if not self.of_points else (len(self.x),)
 
 
+class _SeenError(Exception):
+    """Ends a sampling at the step that is looked at: nothing after it is shown."""
+
+
 class _Watch:
-    """Keeps what a solver model predicts in its call number `step`, from 1."""
+    """Keeps what a solver model predicts in its call number `step`, from 1, and ends the run."""
 
     def __init__(self, step: int):
         self.step, self.calls = step, 0
@@ -81,6 +87,7 @@ class _Watch:
         check_size("mixtures", 1, shape, "choose a smaller latent or batch")
         cpu = torch.device("cpu")
         self.seen = policy.to(cpu), x.float().cpu(), sigma.float().cpu()
+        raise _SeenError
 
 
 # Module state, as node classes have no instances: the last recording, so that another place in the
@@ -89,7 +96,7 @@ _last: tuple[weakref.ref, tuple, Recorded] | None = None
 
 
 def record_mixture(subject: Subject, seed: int, steps: int, step: int) -> Recorded:
-    """Sample with the solver that suits the model, and return its mixture at one step.
+    """Sample with the solver that suits the model up to a step, and return its mixture there.
 
     The same inputs as in the last call give the same result, without sampling.
 
@@ -124,7 +131,10 @@ def _record(subject: Subject, seed: int, steps: int, step: int) -> Recorded:
     subject = replace(subject, model=model)
     size_of_last = SOLVERS[solver].final_step_size
     sigmas = own_sigmas(sampling_of(model), steps, final_step_size=size_of_last)
-    result = subject.sample(gm_sampler(solver), sigmas, seed, Progress(steps))
+    progress = Progress(step)
+    with suppress(_SeenError):
+        subject.sample(gm_sampler(solver), sigmas, seed, progress)
+    progress()
     if watch.seen is None:
         raise ValueError(f"the sampler ended after {watch.calls} network calls, before step {step}")
     mixture, x, sigma = watch.seen
@@ -135,7 +145,7 @@ def _record(subject: Subject, seed: int, steps: int, step: int) -> Recorded:
         solver=solver,
         step=step,
         steps=steps,
-        latent_shape=result.shape,
+        latent_shape=fitting_samples(model, subject.latent).shape,
         shape=solver_shape(model.model, model.model_options),
         latent_format=model.get_model_object("latent_format"),
     )

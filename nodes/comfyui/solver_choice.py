@@ -5,12 +5,16 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from torch import Tensor
+
+from ...gmflow_core.flow.path import unshift_time
 from ...gmflow_core.sampling.solvers import SOLVERS, usual_temperature
 from .adapter_info import adapter_of
 from .notices import notice
 
 AUTO = "auto"  # choice of the solver that suits the model
 STEPS = 4  # network calls for a model without an adapter
+ROUNDING = 1e-3  # of sizes of steps
 # values that settings have if the user leaves them alone
 UNSET = {"order": 2, "substeps": None, "temperature": None, "stochasticity": 0.0}
 
@@ -45,6 +49,24 @@ def is_unconditional(model) -> bool:
     return not getattr(model.get_model_object("diffusion_model"), "takes_labels", True)
 
 
+def _unusual_times(sigmas: Tensor, shift: float, final_step_size: float) -> list[str]:
+    """Return what a time grid down to 0 has that is not usual: where it starts, its last step.
+
+    Args:
+        final_step_size: the usual size of the last step relative to the others.
+    """
+    times, found = unshift_time(sigmas.double().cpu(), shift), []
+    if times[-1] > 0:
+        return found  # of several samplers, not the last
+    if times[0] < 1 - ROUNDING:
+        found.append(f"denoise {times[0]:.3g}")
+    *others, last = (-times.diff() / -times.diff()[0]).tolist()
+    are_equal = others and all(abs(size - 1) < ROUNDING for size in others)
+    if are_equal and abs(last - final_step_size) > ROUNDING:
+        found.append(f"final step size {last:.2g}")
+    return found
+
+
 def no_effect(what: str, why: str) -> None:
     """Show on the node that runs that a setting has no effect, and why."""
     notice(f"no effect: {what}, as {why}", logging.INFO)
@@ -59,17 +81,19 @@ def report_unused(solver: str, settings: dict[str, Any]) -> None:
 
 
 def report_settings(
-    solver: str, steps: int, shift: float, settings: dict[str, Any], guidance: str = ""
+    solver: str, sigmas: Tensor, shift: float, settings: dict[str, Any], guidance: str = ""
 ) -> None:
     """Show on the node, in one line, what a solver runs with.
 
     Args:
+        sigmas: those of all steps, and the last one's end.
         shift: time shift of the sigmas.
         settings: further arguments of `solve`; those that the solver does not take are left out.
         guidance: the guider's guidance, in words; "" if there is none.
     """
-    known = SOLVERS[solver]
+    known, steps = SOLVERS[solver], len(sigmas) - 1
     about = [f"{steps} step{'s' if steps > 1 else ''}", f"shift {shift:.3g}"]
+    about += _unusual_times(sigmas, shift, known.final_step_size)
     if "order" in known.settings:
         about.append(f"order {settings.get('order', 2)}")
     if "temperature" in known.settings:

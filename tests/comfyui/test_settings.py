@@ -60,6 +60,26 @@ def test_settings_without_effect_are_said(comfy: Comfy, settings: dict, said: st
     assert "no effect" not in comfy.run(graph(seed=1)).texts["sample"]
 
 
+@pytest.mark.usefixtures("pixels")
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"denoise": 0.6}, "gm-ode: 4 steps, shift 1, denoise 0.6, order 2"),
+        ({"shift": 2.5, "final_step_size": 0.7}, "shift 2.5, final step size 0.7, order 2"),
+        ({"steps": 1, "final_step_size": 0.7}, "gm-ode: 1 step, shift 1, order 2"),  # the only step
+        ({"solver": "gm-policy", "denoise": 0.3}, "shift 1, denoise 0.3, temperature 0.3"),
+        (
+            {"solver": "gm-policy", "shift": 3.2, "final_step_size": 1.0},
+            "shift 3.2, final step size 1, temperature 0.3",
+        ),
+    ],
+)
+def test_unusual_times_are_among_what_a_solver_runs_with(
+    comfy: Comfy, settings: dict, said: str
+) -> None:
+    assert said in comfy.run(graph(**settings)).texts["sample"]
+
+
 def test_guidance_of_a_model_without_classes_is_said(comfy: Comfy) -> None:
     prompt = graph(model="checkerboard_k64.safetensors", guidance=0.3)
     latent = node("EmptyLatentImage", width=64, height=64, batch_size=1)
@@ -74,7 +94,7 @@ def test_guidance_of_a_model_without_classes_is_said(comfy: Comfy) -> None:
 @pytest.mark.usefixtures("pixels")
 def test_a_model_s_name_beside_a_path_is_said(comfy: Comfy) -> None:
     prompt = graph(seed=2)
-    assert "model" not in comfy.run(prompt).texts
+    assert not comfy.run(prompt).texts.get("model", "").strip()
     path = str(comfy.base / "models" / "gmflow" / "pixels.safetensors")
     prompt["model"]["inputs"] = {"model_name": "checkerboard_k64.safetensors"}
     prompt["model"]["inputs"]["hub_id_or_path"] = path

@@ -116,8 +116,9 @@ def test_gm_samplers_send_the_same_kind_of_preview(comfy: Comfy) -> None:
 
 
 def test_the_inspector_shows_what_the_network_predicts(comfy: Comfy) -> None:
-    """At the first step the network sees ComfyUI's noise for the seed."""
+    """At the first step the network sees ComfyUI's noise for the seed, and is called once."""
     result = comfy.run(digits("GMFlowInspector", **inspector(step=1)))
+    assert [(p.value, p.max) for p in result.progress if p.node == "sample"] == [(1, 1)]
     (text,) = result.outputs["sample"]["text"]
     network, _ = load_checkpoint(DIGITS)
     noise = torch.randn(1, 3, 8, 8, generator=torch.manual_seed(3))

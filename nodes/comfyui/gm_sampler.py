@@ -9,12 +9,13 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from ...gmflow_core import DXPolicy, flow_sigmas
-from ...gmflow_core.flow.policy import Policy
+from ...gmflow_core import flow_sigmas
+from ...gmflow_core.flow.policy import NO_MIXTURES, Policy
 from ...gmflow_core.flow.scaled_paths import ScaledPath
 from ...gmflow_core.gaussians.draws import Generator
 from ...gmflow_core.sampling.solvers import SOLVERS, solve
 from .adapter_checks import check_steps
+from .adapter_info import with_own_temperature
 from .generators import image_generators
 from .guard import guarded
 from .guiders import guidance_of
@@ -58,14 +59,15 @@ def gm_sampler(
             wrapped.enter_modes(solver)
         if wrapped.adapter is not None:
             check_steps(wrapped.adapter, sigmas, time_shift)
-        if settings.get("spacing") == "sigma" and time_shift == 1:
+        own = with_own_temperature(wrapped.adapter, settings)
+        if own.get("spacing") == "sigma" and time_shift == 1:
             no_effect("spacing", "the time shift is 1: sigma and time are the same")
         if not quiet:
             about = [guidance_of(wrapped.guider)]
             if wrapped.is_plain:
                 about.insert(0, spread_in_words(extra_args.get("model_options")))
             known = ", ".join(filter(None, about))
-            report_settings(solver, len(sigmas) - 1, time_shift, settings, known)
+            report_settings(solver, len(sigmas) - 1, time_shift, own, known)
         result = solve(
             solver,
             wrapped.denoise if SOLVERS[solver].takes_policies else mixtures_only(wrapped, solver),
@@ -77,7 +79,7 @@ def gm_sampler(
             callback=progress(wrapped, sigmas, callback),
             constrain=wrapped.constrain if wrapped.masked else None,
             check=comfy.model_management.throw_exception_if_processing_interrupted,
-            **settings,
+            **own,
         )
         return wrapped.from_solver(result, sigmas[-1])
 
@@ -108,15 +110,15 @@ def mixtures_only(wrapped: SolverModel, solver: str):
     """Return the model's denoiser, for solvers that need a Gaussian mixture.
 
     Raises, when it is called:
-        ValueError: the adapter on the model has a DX policy.
+        ValueError: the adapter on the model has a policy of another kind.
     """
 
     def denoise(x: Tensor, sigma: Tensor) -> Policy:
         policy = wrapped.denoise(x, sigma)
-        if isinstance(policy, DXPolicy):
+        if isinstance(policy, NO_MIXTURES):
             raise ValueError(
-                f"{solver} needs a Gaussian mixture, and the adapter {wrapped.adapter.name} has a "
-                "DX policy; use gm-policy (GM Policy Sampler), or a GM adapter"
+                f"{solver} needs a Gaussian mixture, and the adapter {wrapped.adapter.name} has "
+                f"{policy.kind}; use gm-policy (GM Policy Sampler), or a GM adapter"
             )
         return policy
 

@@ -9,9 +9,9 @@ import comfy.latent_formats
 import torch
 from torch import Tensor
 
-from ...gmflow_core import DXPolicy, GaussianMixture
-from ...gmflow_core.flow.policy import Policy
-from ...gmflow_core.sampling.solvers import SOLVERS
+from ...gmflow_core import GaussianMixture
+from ...gmflow_core.flow.policy import NO_MIXTURES, Policy
+from .adapter_info import final_step_size_for
 from .cells import Progress, Subject
 from .gm_sampler import gm_sampler
 from .latent_shapes import PointShape, SolverShape, solver_shape
@@ -72,9 +72,9 @@ class _Watch:
         self.calls += 1
         if self.calls != self.step:
             return
-        if isinstance(policy, DXPolicy):
+        if isinstance(policy, NO_MIXTURES):
             raise ValueError(
-                "nothing to inspect: the adapter on this model has a DX policy, which is no "
+                f"nothing to inspect: the adapter on this model has {policy.kind}, which is no "
                 "mixture; use a GM adapter (gmflux, gmqwen)"
             )
         shape = tuple(policy.components().means.shape)
@@ -122,7 +122,7 @@ def _record(subject: Subject, seed: int, steps: int, step: int) -> Recorded:
     # a function, as older versions of ComfyUI copy any other object with a MODEL's options
     model.model_options[WATCH] = lambda policy, x, sigma: watch(policy, x, sigma)
     subject = replace(subject, model=model)
-    size_of_last = SOLVERS[solver].final_step_size
+    size_of_last = final_step_size_for(subject.model, solver)
     sigmas = own_sigmas(sampling_of(model), steps, final_step_size=size_of_last)
     result = subject.sample(gm_sampler(solver), sigmas, seed, Progress(steps))
     if watch.seen is None:

@@ -7,7 +7,7 @@ import comfy.samplers
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ...gmflow_core import DXPolicy
+from ...gmflow_core.flow.policy import NO_MIXTURES
 from ...gmflow_core.flow.single_gaussian import single_gaussian
 from ...gmflow_core.sampling.guidance import Guidance, within
 from .advice import set_weight
@@ -82,9 +82,9 @@ class ProbabilisticCFG:
                 "one prompt for the whole image and all steps"
             )
             return args["cond"]
-        if isinstance(cond, DXPolicy):
+        if isinstance(cond, NO_MIXTURES):
             raise ValueError(
-                "no mixture: this adapter has a DX policy, and probabilistic guidance needs a "
+                f"no mixture: this adapter has {cond.kind}, and probabilistic guidance needs a "
                 "Gaussian mixture; use classifier-free guidance, or a GM adapter"
             )
         recorder.guided = guidance(cond, uncond)

@@ -15,8 +15,8 @@ from .comfyui.schema import ADVANCED, node_schema
 
 OF_MODEL = "(on the connected model)"  # choice of no file
 WORDS = (
-    "pi-flow, piflow, few step, 4 steps, turbo, lightning, distilled, flux, qwen, lora, adapter, "
-    "load lora, fp8"
+    "pi-flow, piflow, arcflow, few step, 4 steps, 2 steps, turbo, lightning, distilled, flux, "
+    "qwen, lora, adapter, load lora, fp8"
 )
 
 
@@ -28,8 +28,8 @@ def adapter_input() -> io.Input:
         tooltip="A GM adapter: first those found in models/loras (by what is in the file, whatever "
         "it is called), then published ones, which are downloaded once, when the node first runs "
         "(1 to 2 GB, into the Hugging Face hub's cache), unless they are in models/loras, then all "
-        "other LoRAs. The number of steps in the name of the file or its folder tells how many the "
-        "adapter was made for.",
+        "other LoRAs. The steps and the schedule that it was made for are read from the file; if "
+        "it does not say them, the number of steps is the one in its name or its folder's.",
     )
 
 
@@ -43,10 +43,11 @@ class GMFlowAdapter(io.ComfyNode):
             display_name="GM Adapter",
             category="GMFlow/loaders",
             aliases=WORDS,
-            description="Makes a base model predict a Gaussian mixture, so that the GM Policy "
-            f"Sampler needs 4 steps. Base models: {base_names()}. (The names of the LoRA layers in "
-            "FLUX.2's adapter are a guess.) The model may come from any loader (fp8, int8, GGUF), "
-            "with LoRA loaders before or after; to stock samplers it is an ordinary model.",
+            description="Makes a base model predict a policy, such as a Gaussian mixture, for the "
+            "time until the next network call, so that the GM Policy Sampler needs 4 steps "
+            f"(pi-Flow) or 2 (ArcFlow). Base models: {base_names()}. The model may come from any "
+            "loader (fp8, int8, GGUF), with LoRA loaders before or after; to stock samplers it is "
+            "an ordinary model.",
             inputs=[
                 io.Model.Input(
                     "model",
@@ -186,8 +187,8 @@ class GMFlowAdapterInfo(io.ComfyNode):
             display_name="GM Adapter Info",
             category="GMFlow/loaders",
             aliases="adapter, info, inspect, metadata, lora, pi-flow, piflow, rank, few step",
-            description="Shows an adapter's file, base model, policy, K, steps, shift and "
-            "guidance, the layers that its LoRA changes, and whether it fits a model. Only the "
+            description="Shows an adapter's file, base model, policy, K, steps, shift, last step "
+            "and guidance, the layers that its LoRA changes, and whether it fits a model. Only the "
             "file's header is read.",
             inputs=[
                 io.Combo.Input(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..gmflow_core.sampling.solvers import SOLVERS
+from .comfyui.adapter_info import final_step_size_for
 from .comfyui.cells import Subject
 from .comfyui.comparison import compare, comparison_sheet, comparison_table, rows_of, step_counts
 from .comfyui.gm_sampler import gm_sampler
@@ -119,7 +119,7 @@ class GMFlowCompare(io.ComfyNode):
     ) -> io.NodeOutput:
         shift = shift or own_shift(sampling_of(model))
         named = [(name, each) for name, each in further.items() if each is not None]
-        rows, counts = rows_of(samplers, named, shift), step_counts(steps)
+        rows, counts = rows_of(samplers, named, model, shift), step_counts(steps)
         decode, how = decoder_of(model, vae)
         subject = Subject(model, latent_image, positive, negative, guidance)
         cells = compare(subject, rows, counts, shift, seed, decode)
@@ -214,7 +214,7 @@ class GMFlowSeedSpread(io.ComfyNode):
         decode, how = decoder_of(model, vae)
         shift = shift or own_shift(sampling_of(model))
         solver, steps = resolved(model, solver, steps)
-        size_of_last = 1.0 if sampler is not None else SOLVERS[solver].final_step_size
+        size_of_last = 1.0 if sampler is not None else final_step_size_for(model, solver)
         sigmas = own_sigmas(sampling_of(model), steps, shift, final_step_size=size_of_last)
         subject = Subject(model, latent_image, positive, negative, guidance)
         run = gm_sampler(solver, shift) if sampler is None else sampler

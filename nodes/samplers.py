@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..gmflow_core.sampling.solvers import FINAL_STEP_SIZE
+from .comfyui.adapter_info import final_step_size_for
 from .comfyui.gm_sampler import OWN, gm_sampler, gm_sigmas
 from .comfyui.plain_model import sampling_of
 from .comfyui.sample_latent import sample_latent
@@ -22,6 +24,7 @@ from .comfyui.schema import (
     sigmas_output,
     solver_input,
     steps_input,
+    stochasticity_of,
 )
 from .comfyui.time_shift import own_sigmas
 
@@ -122,7 +125,8 @@ class GMFlowPolicySampler(io.ComfyNode):
 
     @classmethod
     def execute(cls, substeps: int, temperature: float, stochasticity: float) -> io.NodeOutput:
-        settings = {"temperature": temperature or None, "stochasticity": stochasticity}
+        settings = {"temperature": temperature or None}
+        settings["stochasticity"] = stochasticity_of(stochasticity)
         return io.NodeOutput(gm_sampler("gm-policy", substeps=substeps, **settings))
 
 
@@ -136,15 +140,15 @@ class GMFlowPolicySigmas(io.ComfyNode):
             display_name="GM Policy Sigmas",
             category="GMFlow/sampling",
             aliases="scheduler, schedule, sigmas, pi-flow, piflow, 4 steps, few step, flux, qwen",
-            description="The time grid that GM adapters are made for: equal steps and a shorter "
-            "last one, with the model's own time shift.",
+            description="The time grid that a GM adapter is made for: equal steps, a last one of "
+            "its own size (half as long for pi-Flow's), and the model's own time shift.",
             inputs=[
                 io.Model.Input(
                     "model", tooltip="The model to sample: it sets the time shift if shift is 0."
                 ),
                 steps_input(default=4),
                 shift_input(default=0.0, lowest=0.0),
-                final_step_size_input(),
+                final_step_size_input(f"; {FINAL_STEP_SIZE:g} without an adapter"),
                 denoise_input(),
             ],
             outputs=[sigmas_output()],
@@ -154,6 +158,7 @@ class GMFlowPolicySigmas(io.ComfyNode):
     def execute(
         cls, model, steps: int, shift: float, final_step_size: float, denoise: float
     ) -> io.NodeOutput:
+        final_step_size = final_step_size or final_step_size_for(model, "gm-policy")
         sigmas = own_sigmas(sampling_of(model), steps, shift, denoise, final_step_size)
         return io.NodeOutput(sigmas)
 
@@ -224,7 +229,9 @@ class GMFlowSampler(io.ComfyNode):
                 shift_input(default=0.0, lowest=0.0, **ADVANCED),
                 denoise_input(),
                 *conditioning_inputs(" GM Probabilistic Guidance before this node sets the rest."),
-                final_step_size_input(default=0.0, optional=True, **ADVANCED),
+                final_step_size_input(
+                    "; with other solvers than gm-policy it is 1", optional=True, **ADVANCED
+                ),
                 *policy_inputs("For gm-policy. ", optional=True, **ADVANCED),
             ],
             outputs=[io.Latent.Output(tooltip="The samples.")],
@@ -265,9 +272,11 @@ class GMFlowSampler(io.ComfyNode):
         shift,
         denoise,
         temperature=0.0,
+        stochasticity=0.0,
         **optional,
     ) -> io.NodeOutput:
         settings = {"substeps": substeps or None, "temperature": temperature or None, **optional}
+        settings["stochasticity"] = stochasticity_of(stochasticity)
         times = {"shift": shift, "denoise": denoise}
         return io.NodeOutput(
             sample_latent(

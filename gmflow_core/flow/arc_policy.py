@@ -73,7 +73,7 @@ class ArcPolicy:
     amplitudes: Tensor
     rates: Tensor
 
-    kind = "ArcFlow"
+    kind = "an ArcFlow policy"
 
     def mean(self) -> Tensor:
         """Return x_0 at the time of the call, (B, C, *S)."""

@@ -130,5 +130,4 @@ def kind_of(policy: Followed) -> str:
     """Return what a policy is, with its article, for a message: "a DX policy"."""
     if isinstance(policy, BlendedPolicy):
         return "a blend of several prompts"
-    kind = getattr(policy, "kind", "mixture")
-    return f"{'an' if kind[0] in 'AEIOU' else 'a'} {kind} policy"
+    return getattr(policy, "kind", "a mixture")

@@ -90,7 +90,7 @@ class DXPolicy:
     sigma: Tensor
     settings: DXVelocity
 
-    kind = "DX"
+    kind = "a DX policy"
 
     def mean(self) -> Tensor:
         """Return x_0 at the time of the call, (B, C, *S)."""
@@ -126,7 +126,7 @@ class DXPolicy:
 
 Policy = Mixture | DXPolicy | ArcPolicy
 PolicyVelocity = Mixture | DXVelocity | ArcVelocity  # what networks predict
-NO_MIXTURES = (DXPolicy, ArcPolicy)  # policies without Gaussians, each with its `kind`
+NO_MIXTURES = (DXPolicy, ArcPolicy)  # policies without Gaussians; their `kind` is for messages
 
 
 def predict_x0(velocity: PolicyVelocity, x: Tensor, sigma: Sigma) -> Policy:

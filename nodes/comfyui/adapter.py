@@ -7,23 +7,23 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from ...gmflow_core.files.adapter_metadata import AdapterFacts
 from ...gmflow_core.files.errors import MOST_SAID, printable
 from ...gmflow_core.files.hub_file import title_of
-from ...gmflow_core.models.adapter_heads import GMHead, Head, build_head
+from ...gmflow_core.models.adapter_heads import ArcHead, DXHead, Head, build_head
 from .adapter_details import describe
 from .adapter_file import (
-    SHIFT,
     check_size,
+    made_for,
     policy_of,
     read_adapter,
     split_tensors,
-    steps_of,
 )
 from .adapter_folder import AdapterFile
 from .adapter_head import with_head
 from .adapter_info import Adapter, adapter_of
 from .adapter_lora import with_lora
-from .bases import Base, base_of
+from .bases import Base, base_of, find_base_named
 from .notices import notice
 from .solver_choice import no_effect
 from .time_shift import ShiftedFlow
@@ -42,10 +42,11 @@ def with_adapter(
     Args:
         tensors: the adapter's file in the published layout: LoRA pairs under the names of
             diffusers, and a head.
-        metadata: metadata of the file; `policy_config` describes the predicted policy as JSON.
+        metadata: metadata of the file; `policy_config` describes the predicted policy as JSON, and
+            `gmflow.*` what the adapter was made for.
         strength: strength of the LoRA; the head always counts in full.
-        name: name of the file, for messages; the number of steps in it ("..._8step") is the number
-            that the adapter was made for.
+        name: name of the file, for messages; where the metadata give no number of steps, the one
+            in it ("..._8step") counts.
         is_trial: True to see only whether the adapter fits, and show nothing on the node.
 
     Raises:
@@ -61,6 +62,8 @@ def with_adapter(
     base = base_of(model)
     head_tensors, lora = split_tensors(tensors)
     policy = policy_of(metadata, head_tensors, name)
+    facts = made_for(metadata, policy, name)
+    check_base(facts, base, name)
     width = getattr(model.model.diffusion_model, base.width)
     try:
         head = build_head(head_tensors, policy, base.layout, width)
@@ -70,15 +73,19 @@ def with_adapter(
         ) from error
     check_size(policy, head, name)
     model = with_lora(model, base, lora, strength, name)
-    steps = steps_of(policy, name)
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    details = "\n".join(describe(shapes, policy, steps, base))
-    adapter = Adapter(title_of(name), base, steps, guidance_of(base, model), details)
-    if not is_trial:
-        _report(base, head, steps, len(lora) // 2, strength)
-    sampling = ShiftedFlow.with_shift(
-        policy.get("shift", SHIFT), base.multiplier, adapter.final_step_size
+    adapter = Adapter(
+        title_of(name),
+        base,
+        facts.steps,
+        guidance_of(base, model, facts),
+        "\n".join(describe(shapes, policy, facts, base)),
+        facts.final_step_size,
+        facts.temperature,
     )
+    if not is_trial:
+        _report(base, head, facts.steps, len(lora) // 2, strength)
+    sampling = ShiftedFlow.with_shift(facts.shift, base.multiplier, facts.final_step_size)
     return with_head(model, head, adapter, sampling)
 
 
@@ -95,8 +102,27 @@ def _report(base: Base, head: Head, steps: int, pairs: int, strength: float) -> 
         )
 
 
-def guidance_of(base: Base, model) -> float | None:
-    """Return the distilled guidance that an adapter expects of this model, None if it has none."""
+def check_base(facts: AdapterFacts, base: Base, name: str) -> None:
+    """Check that an adapter is for a base model, if its file says for which.
+
+    A name that this version does not know counts as no name, as files may come from elsewhere.
+
+    Raises:
+        ValueError: it is for another one.
+    """
+    stated = find_base_named(facts.base)
+    if stated not in (None, base):
+        raise ValueError(
+            f"another base: {name} is for {stated.name} (gmflow.base in its metadata), and this "
+            f"model is {base.name}; choose an adapter for {base.name}"
+        )
+
+
+def guidance_of(base: Base, model, facts: AdapterFacts) -> float | None:
+    """Return the distilled guidance that an adapter expects of this model, None if it has none.
+
+    It is the one that the file states, or else that of the published adapters for the base.
+    """
     if base.guidance is None:
         return None
     if not model.model.model_config.unet_config.get("guidance_embed", True):
@@ -106,14 +132,17 @@ def guidance_of(base: Base, model) -> float | None:
             "with one (dev); load that one"
         )
         return None
-    return base.guidance
+    return base.guidance if facts.guidance is None else facts.guidance
 
 
 def _kind_of(head: Head) -> str:
     """Return the kind of policy that a head predicts, for a message."""
-    if isinstance(head, GMHead):
-        return f"GM policy, K = {head.num_gaussians}"
-    return f"DX policy, {head.num_times} times"
+    if isinstance(head, ArcHead):
+        return f"ArcFlow policy, K = {head.num_components}"
+    if isinstance(head, DXHead):
+        what = "coefficients" if head.settings.get("mode") == "polynomial" else "times"
+        return f"DX policy, {head.num_times} {what}"
+    return f"GM policy, K = {head.num_gaussians}"
 
 
 def load_adapted(model, file: AdapterFile, strength: float, in_list: str = ""):

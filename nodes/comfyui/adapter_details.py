@@ -9,13 +9,14 @@ from collections.abc import Mapping
 
 import torch
 
+from ...gmflow_core.files.adapter_metadata import AdapterFacts, facts_in
 from ...gmflow_core.files.errors import MOST_SAID, printable, reading
 from ...gmflow_core.files.safetensors_files import open_safetensors
 from ...gmflow_core.models.adapter_heads import is_head_key
-from .adapter_file import PREFIX, SHIFT, check_names, policy_of, steps_of
+from .adapter_file import PREFIX, check_names, made_for, policy_of
 from .adapter_folder import DOWNLOAD, AdapterFile
 from .adapter_info import Adapter
-from .bases import BASES, Base, base_names
+from .bases import BASES, Base, base_names, find_base_named
 
 Shapes = Mapping[str, tuple[int, ...]]
 DOWN = ".lora_A.weight"  # of the matrix (rank, in) of a LoRA pair
@@ -35,32 +36,42 @@ def read_shapes(path: str) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
         return {key: tuple(file.get_slice(key).get_shape()) for key in keys}, file.metadata() or {}
 
 
-def describe(shapes: Shapes, policy: dict, steps: int, base: Base | None) -> list[str]:
+def describe(shapes: Shapes, policy: dict, facts: AdapterFacts, base: Base | None) -> list[str]:
     """Return lines about an adapter.
 
     Args:
         shapes: of the tensors in its file.
         policy: see `policy_of`.
+        facts: see `made_for`.
         base: the base model it is for, if that is known.
     """
     shapes = {key.removeprefix(PREFIX): shape for key, shape in shapes.items()}
     lines = [f"policy: {_policy_in_words(shapes, policy, base)}"]
-    lines.append(f"steps: {steps} or more")
-    lines.append(f"shift: {policy.get('shift', SHIFT):g}")
+    last = facts.final_step_size
+    lines.append(f"steps: {facts.steps} or more")
+    lines.append(f"last step: {'as long as' if last == 1 else f'{last:g} of'} the others")
+    lines.append(f"shift: {facts.shift:g}")
+    if facts.temperature is not None:
+        lines.append(f"temperature: {facts.temperature:g}")
     if base is not None:
-        guidance = "none is built in" if base.guidance is None else f"{base.guidance:g} only"
-        lines.append(f"guidance: {guidance}")
+        guidance = base.guidance if facts.guidance is None else facts.guidance
+        built_in = base.guidance is not None
+        lines.append(f"guidance: {f'{guidance:g} only' if built_in else 'none is built in'}")
     return [*lines, *_lora_in_words(shapes)]
 
 
 def _policy_in_words(shapes: Shapes, policy: dict, base: Base | None) -> str:
     """Return the kind of policy, and its size."""
+    without = "(no mixture: for gm-policy and stock samplers)"
     if policy["type"] == "DX":
         rows = shapes.get("proj_out.weight", (0,))[0]
-        count = f", {rows // base.layout.width} times" if base else ""
-        return f"DX{count} (no mixture: for gm-policy and stock samplers)"
+        what = "coefficients" if policy.get("mode") == "polynomial" else "times"
+        count = f", {rows // base.layout.width} {what}" if base else ""
+        return f"DX{count} {without}"
     patch = (base or BASES[0]).layout.patch
     rows = shapes.get("proj_out_logweights.weight", (0,))[0]
+    if policy["type"] == "ArcFlow":
+        return f"ArcFlow, K = {rows // patch**2} velocities for each latent pixel {without}"
     return f"GM, a mixture of K = {rows // patch**2} Gaussians for each latent pixel"
 
 
@@ -79,7 +90,10 @@ def _lora_in_words(shapes: Shapes) -> list[str]:
 
 
 def likely_base(shapes: Shapes) -> Base | None:
-    """Return the base model that an adapter is for, by the names of its layers."""
+    """Return the base model that an adapter is for, by the names of its layers.
+
+    They may be those of several bases; then it is None.
+    """
     modules = [key.removeprefix(PREFIX).removesuffix(DOWN) for key in shapes if DOWN in key]
     fitting = [base for base in BASES if any(re.search(base.mark, name) for name in modules)]
     return fitting[0] if len(fitting) == 1 else None
@@ -107,16 +121,20 @@ def describe_file(file: AdapterFile, fits) -> str:
     shapes, metadata = read_shapes(place)
     head = {key.removeprefix(PREFIX): shape for key, shape in shapes.items()}
     head = {key: shape for key, shape in head.items() if is_head_key(key)}
-    policy, base = policy_of(metadata, head, file.name), likely_base(shapes)
+    policy = policy_of(metadata, head, file.name)
+    facts = made_for(metadata, policy, file.name)
+    base = find_base_named(facts.base) or likely_base(shapes)
     found = base.name if base else f"unknown by its layers' names; one of {base_names()}"
     lines = [
         f"file: {printable(place)} ({os.path.getsize(place) / 1e9:.2f} GB)",
-        f"base model: {found}",
+        f"base model: {facts.base or found}",
     ]
     if fits is not None:
         empty = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
         lines.append(f"connected model: {fits(empty, metadata, file.name)}")
-    return "\n".join([*lines, *describe(shapes, policy, steps_of(policy, file.name), base)])
+    lines += describe(shapes, policy, facts, base)
+    known = ", ".join(facts_in(metadata, file.name).stated())
+    return "\n".join([*lines, f"stated in the file: {known or 'its policy only'}"])
 
 
 def describe_adapted(adapter: Adapter) -> str:

@@ -1,28 +1,39 @@
-"""Read a GM adapter's file: a LoRA, a head, and the policy that the head predicts.
+"""Read a GM adapter's file: a LoRA, a head, the policy that the head predicts, what it is made for.
 
-The layout is that of the published adapters of pi-Flow (Chen et al. 2025, arXiv 2510.14974).
+The layout is that of the published adapters of pi-Flow (Chen et al. 2025, arXiv 2510.14974) and
+ArcFlow (Yang et al. 2026, arXiv 2602.09014).
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from torch import Tensor
 
+from ...gmflow_core.files.adapter_metadata import AdapterFacts, facts_in
 from ...gmflow_core.files.errors import MOST_QUOTED, FileError, printable, quoted, reading
 from ...gmflow_core.files.json_files import parse_json
 from ...gmflow_core.files.safetensors_files import check_finite, open_safetensors
-from ...gmflow_core.models.adapter_heads import GMHead, Head, is_head_key
+from ...gmflow_core.models.adapter_heads import (
+    POLICIES,
+    GMHead,
+    Head,
+    is_head_key,
+    policy_by_names,
+)
 from ...gmflow_core.models.settings import is_number
 from ...gmflow_core.sampling.solvers import FINAL_STEP_SIZE
 from .notices import notice
 
 ENDINGS = (".safetensors", ".sft")
-POLICIES = ("GMFlow", "DX")  # that heads predict
-KNOWN = " and ".join(POLICIES)
+KNOWN = f"{', '.join(POLICIES[:-1])} and {POLICIES[-1]}"
 PREFIX = "transformer."  # of names in some files
 SHIFT = 3.2  # time shift of the published adapters; those with a DX policy state it in metadata
-STEPS = 4  # steps of an adapter whose name gives no number
+# What adapters of a policy are made for where neither the file nor its name says it. The last step
+# is relative to the others.
+STEPS = {"GMFlow": 4, "DX": 4, "ArcFlow": 2}
+FINAL_STEP_SIZES = {"GMFlow": FINAL_STEP_SIZE, "DX": FINAL_STEP_SIZE, "ArcFlow": 1.0}
 
 
 def read_adapter(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -83,7 +94,7 @@ def named(keys: list[str], most: int = 8) -> str:
 
 
 def policy_of(metadata: dict[str, str] | None, tensors: dict[str, Tensor], name: str) -> dict:
-    """Return the policy that an adapter's metadata describe; the GM policy if they are silent.
+    """Return the policy that an adapter's metadata describe, or else its head's names tell.
 
     Raises:
         ValueError: the metadata cannot be read, or lack what a DX policy needs.
@@ -103,7 +114,7 @@ def policy_of(metadata: dict[str, str] | None, tensors: dict[str, Tensor], name:
             f"{name} has no policy_config in its metadata, which a DX policy (the head is one, "
             "proj_out) needs for its segment size and shift; use the file as it was published"
         )
-    policy = {"type": "GMFlow", **policy}
+    policy = {"type": policy_by_names(tensors), **policy}
     problem = _problem_of(policy)
     if problem:
         raise ValueError(
@@ -117,7 +128,9 @@ def _problem_of(policy: dict) -> str:
     """Return what is wrong with a policy, "" if nothing is."""
     if policy["type"] not in POLICIES:
         return f"of a type that this version does not know: this version knows {KNOWN}"
-    needed = ("segment_size", "shift") if policy["type"] == "DX" else ()
+    needed = ()
+    if policy["type"] == "DX":  # polynomials have no segment
+        needed = ("shift",) if policy.get("mode") == "polynomial" else ("segment_size", "shift")
     missing = [key for key in needed if key not in policy]
     if missing:
         return f"without {missing[0]}"
@@ -141,20 +154,40 @@ def check_size(policy: dict, head: Head, name: str) -> None:
         )
 
 
-def steps_of(policy: dict, name: str) -> int:
-    """Return the number of steps that an adapter was made for.
+def made_for(metadata: dict[str, str] | None, policy: dict, name: str) -> AdapterFacts:
+    """Return what an adapter was made for: steps, shift, last step and policy are always known.
 
-    A DX policy's segment size gives it; else the name of the file or its folder does, such as
-    "..._8step". Without a number in the name it is STEPS, and a notice says so.
+    The metadata `gmflow.*` count first. Then a DX policy's segment size gives the steps, or else
+    the name of the file or its folder does, such as "..._8step". Without a number in the name they
+    are those of STEPS, and a notice says so.
+
+    Raises:
+        ValueError: the metadata are out of range, or contradict the policy; the message quotes
+            them.
     """
-    if policy["type"] == "DX":
-        return max(1, round(1 / policy["segment_size"] + 1 - FINAL_STEP_SIZE))
+    stated, kind = facts_in(metadata, name), policy["type"]
+    if stated.policy not in (None, kind):
+        raise ValueError(
+            f"{name}: wrong metadata, gmflow.policy = {stated.policy}, as its policy_config or its "
+            f"head are of {kind}; use the file as it was published"
+        )
+    final = stated.final_step_size or FINAL_STEP_SIZES[kind]
+    steps = stated.steps or _steps_of(policy, name, final)
+    shift = stated.shift or policy.get("shift", SHIFT)
+    return replace(stated, steps=steps, shift=shift, final_step_size=final, policy=kind)
+
+
+def _steps_of(policy: dict, name: str, final_step_size: float) -> int:
+    """Return the number of steps that an adapter was made for, if its metadata do not say it."""
+    if is_number(policy.get("segment_size"), 0.001, 1):
+        return max(1, round(1 / policy["segment_size"] + 1 - final_step_size))
     found = re.findall(r"(?<!\d)([1-9]\d?)[ _-]?steps?(?![a-z0-9])", name.lower())
     if found:
         return int(found[-1])  # the file's, rather than that of a folder around it
+    usual = STEPS[policy["type"]]
     notice(
-        f"{STEPS} steps are assumed: the name {name} does not say how many steps the adapter was "
+        f"{usual} steps are assumed: the name {name} does not say how many steps the adapter was "
         "made for; keep the adapter's name (such as gmflux_k8_piid_8step) as that of the file or "
-        "its folder"
+        "its folder, or write the number into the file: gmflow adapter FILE --steps 8"
     )
-    return STEPS
+    return usual

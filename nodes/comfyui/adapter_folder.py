@@ -28,6 +28,8 @@ PUBLISHED = {
     "gmflux2_k8_piid_4step": "Lakonik/pi-FLUX.2",
     "dxflux_n10_piid_4step": "Lakonik/pi-FLUX.1",
     "dxqwen_n10_piid_4step": "Lakonik/pi-Qwen-Image",
+    "arcflow-flux-2steps": "ymyy307/ArcFlow",
+    "arcflow-qwen-2steps": "ymyy307/ArcFlow",
 }
 DOWNLOAD = " (download)"  # after the name of a published one
 MOST_SECONDS = 2.0  # for new files' headers in one listing; the others are read in the next one

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from ...gmflow_core.sampling.solvers import FINAL_STEP_SIZE
+from ...gmflow_core.sampling.solvers import FINAL_STEP_SIZE, SOLVERS
 from .bases import Base
 
 ADAPTER = "gmflow_adapter"  # key in transformer_options
@@ -50,3 +50,21 @@ def refuse_to_save(name: str) -> NoReturn:
 def adapter_of(model_options: dict | None) -> Adapter | None:
     """Return the adapter on a model with these options, None if there is none."""
     return (model_options or {}).get("transformer_options", {}).get(ADAPTER)
+
+
+def final_step_size_for(model, solver: str) -> float:
+    """Return the usual size of the last step of a solver: its own, or the adapter's.
+
+    The steps of a MODEL with an adapter are the adapter's for solvers that follow its policy.
+    """
+    adapter, known = adapter_of(model.model_options), SOLVERS[solver]
+    if adapter is None or known.final_step_size != FINAL_STEP_SIZE:
+        return known.final_step_size
+    return adapter.final_step_size
+
+
+def with_own_temperature(adapter: Adapter | None, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings of a solver, with the temperature of the adapter where none is set."""
+    if adapter is None or adapter.temperature is None or settings.get("temperature") is not None:
+        return settings
+    return {**settings, "temperature": adapter.temperature}

@@ -71,6 +71,11 @@ BASES = (
         renamed={
             "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
             "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
+            "time_guidance_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
+            "time_guidance_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
+            "double_stream_modulation_img.linear": "double_stream_modulation_img.lin",
+            "double_stream_modulation_txt.linear": "double_stream_modulation_txt.lin",
+            "single_stream_modulation.linear": "single_stream_modulation.lin",
         },
     ),
 )
@@ -79,6 +84,11 @@ BASES = (
 def base_names() -> str:
     """Return the names of all bases, for messages."""
     return ", ".join(base.name for base in BASES)
+
+
+def find_base_named(name: str | None) -> Base | None:
+    """Return the entry of BASES of a name, in any case of letters; None if there is none."""
+    return next((base for base in BASES if base.name.lower() == (name or "").lower()), None)
 
 
 def find_base(model) -> Base | None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from ...gmflow_core.files.errors import quoted
 from ...gmflow_core.pictures import contact_sheet, reduced, to_picture
 from ...gmflow_core.sampling.solvers import SOLVERS
+from .adapter_info import final_step_size_for
 from .cells import Progress, Subject
 from .gm_sampler import gm_sampler
 from .plain_model import sampling_of
@@ -54,12 +55,13 @@ class Cell:
     seconds: float
 
 
-def rows_of(names: str, samplers: Sequence[tuple[str, object]], shift: float) -> list[Row]:
+def rows_of(names: str, samplers: Sequence[tuple[str, object]], model, shift: float) -> list[Row]:
     """Return the samplers of a comparison.
 
     Args:
         names: of this extension's solvers and of ComfyUI's samplers, on lines or between commas.
         samplers: further ones, with their names.
+        model: the MODEL that is sampled.
         shift: time shift of the sigmas.
 
     Raises:
@@ -68,7 +70,7 @@ def rows_of(names: str, samplers: Sequence[tuple[str, object]], shift: float) ->
     rows = []
     for name in filter(None, re.split(r"[,;\s]+", names)):
         if name in SOLVERS:
-            sampler, size = gm_sampler(name, shift, quiet=True), SOLVERS[name].final_step_size
+            sampler, size = gm_sampler(name, shift, quiet=True), final_step_size_for(model, name)
             rows.append(Row(name, sampler, size, ours=True))
         elif name in comfy.samplers.SAMPLER_NAMES:
             rows.append(Row(name, comfy.samplers.sampler_object(name)))

@@ -15,6 +15,7 @@ from ...gmflow_core.flow.scaled_paths import ScaledPath
 from ...gmflow_core.gaussians.draws import Generator
 from ...gmflow_core.sampling.solvers import SOLVERS, solve
 from .adapter_checks import check_steps
+from .adapter_info import with_own_temperature
 from .generators import image_generators
 from .guard import guarded
 from .guiders import guidance_of
@@ -58,14 +59,15 @@ def gm_sampler(
             wrapped.enter_modes(solver)
         if wrapped.adapter is not None:
             check_steps(wrapped.adapter, sigmas, time_shift)
-        if settings.get("spacing") == "sigma" and time_shift == 1:
+        own = with_own_temperature(wrapped.adapter, settings)
+        if own.get("spacing") == "sigma" and time_shift == 1:
             no_effect("spacing", "the time shift is 1: sigma and time are the same")
         if not quiet:
             about = [guidance_of(wrapped.guider)]
             if wrapped.is_plain:
                 about.insert(0, spread_in_words(extra_args.get("model_options")))
             known = ", ".join(filter(None, about))
-            report_settings(solver, sigmas, time_shift, settings, known)
+            report_settings(solver, sigmas, time_shift, own, known)
         result = solve(
             solver,
             wrapped.denoise if SOLVERS[solver].takes_policies else mixtures_only(wrapped, solver),
@@ -77,7 +79,7 @@ def gm_sampler(
             callback=progress(wrapped, sigmas, callback),
             constrain=wrapped.constrain if wrapped.masked else None,
             check=comfy.model_management.throw_exception_if_processing_interrupted,
-            **settings,
+            **own,
         )
         return wrapped.from_solver(result, sigmas[-1])
 

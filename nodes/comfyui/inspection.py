@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...gmflow_core import GaussianMixture, Mixture
 from ...gmflow_core.flow.blended import Followed, kind_of
-from ...gmflow_core.sampling.solvers import SOLVERS
+from .adapter_info import final_step_size_for
 from .cells import Progress, Subject
 from .gm_sampler import gm_sampler
 from .latent_shapes import PointShape, SolverShape, solver_shape
@@ -129,7 +129,7 @@ def _record(subject: Subject, seed: int, steps: int, step: int) -> Recorded:
     # a function, as older versions of ComfyUI copy any other object with a MODEL's options
     model.model_options[WATCH] = lambda policy, x, sigma: watch(policy, x, sigma)
     subject = replace(subject, model=model)
-    size_of_last = SOLVERS[solver].final_step_size
+    size_of_last = final_step_size_for(subject.model, solver)
     sigmas = own_sigmas(sampling_of(model), steps, final_step_size=size_of_last)
     progress = Progress(step)
     with suppress(_SeenError):

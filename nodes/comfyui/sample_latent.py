@@ -13,7 +13,7 @@ import comfy.utils
 import latent_preview
 from torch import Tensor
 
-from ...gmflow_core.sampling.solvers import SOLVERS
+from .adapter_info import final_step_size_for
 from .gm_model import GMModel
 from .gm_sampler import gm_sampler
 from .guiders import gm_guider, guided
@@ -49,7 +49,8 @@ def sample_latent(
         solver: a name in SOLVERS; AUTO for the one that suits the model.
         shift: time shift of the sigmas; the model's own if 0.
         guidance: weight of probabilistic guidance.
-        final_step_size: size of the last step relative to the others; the solver's own if 0.
+        final_step_size: size of the last step relative to the others; if 0, the one that suits the
+            model and the solver.
         settings: further arguments of `solve`.
 
     Raises:
@@ -59,7 +60,7 @@ def sample_latent(
     report_unused(solver, settings)
     sampling = sampling_of(model)
     shift = shift or own_shift(sampling)
-    final_step_size = final_step_size or SOLVERS[solver].final_step_size
+    final_step_size = final_step_size or final_step_size_for(model, solver)
     sigmas = own_sigmas(sampling, steps, shift, denoise, final_step_size)
     if not len(sigmas):
         no_effect("sampling", "denoise is 0: the latent stays as it is")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from typing import Any
 
 from comfy_api.latest import io
@@ -13,6 +14,7 @@ from .solver_choice import AUTO
 
 # options of an input that the page shows under "advanced", where the version of ComfyUI can
 ADVANCED = {"advanced": True} if "advanced" in inspect.signature(io.Int.Input).parameters else {}
+MOST_STOCHASTIC = 100.0  # value of a widget that stands for infinity
 WEIGHT = (
     "The weight w of probabilistic guidance: how many standard deviations of the prediction it "
     "shifts the samples away from the negative conditioning. 0 is off; 0.05 to 0.2 suit the "
@@ -141,7 +143,8 @@ def order_input(**options) -> io.Input:
 def shift_input(default: float, lowest: float, **options) -> io.Input:
     """Return the input for the time shift; `lowest` 0 makes 0 stand for the model's own."""
     own = (
-        " 0 uses the model's own shift: 1 for the models of this extension, 3.2 with a GM adapter."
+        " 0 uses the model's own shift: 1 for the models of this extension; with a GM adapter 3.2, "
+        "or what its file says."
     )
     return io.Float.Input(
         "shift",
@@ -168,17 +171,17 @@ def denoise_input() -> io.Input:
     )
 
 
-def final_step_size_input(default: float = FINAL_STEP_SIZE, **options) -> io.Input:
-    """Return the input for the size of the last step; 0 as default means the solver's own."""
-    own = "" if default else " 0 uses the solver's own: 0.5 for gm-policy, 1 for the others."
+def final_step_size_input(own: str, **options) -> io.Input:
+    """Return the input for the size of the last step; `own` says what 0 stands for."""
     return io.Float.Input(
         "final_step_size",
-        default=default,
-        min=0.01 if default else 0.0,
+        default=0.0,
+        min=0.0,
         max=1.0,
         step=0.01,
-        tooltip="Size of the last step relative to the others. Models with a GM adapter are made "
-        f"for 0.5.{own}",
+        tooltip="Size of the last step relative to the others. 0 uses the adapter's own: "
+        f"{FINAL_STEP_SIZE:g} for those of pi-Flow, 1 for those of ArcFlow, or what the file says"
+        f"{own}.",
         **options,
     )
 
@@ -193,21 +196,29 @@ def policy_inputs(note: str = "", **options) -> list[io.Input]:
             max=1.0,
             step=0.01,
             tooltip=f"{note}Below 1 it sharpens the mixture at all steps but the last. 0 is "
-            "automatic: 0.1 * (steps - 1), at most 1 (0.3 for 4 steps). If the sigmas are split "
-            "over several samplers, set it by hand, as each sampler counts only its own steps.",
+            "automatic: what the adapter's file says, or else 0.1 * (steps - 1), at most 1 (0.3 "
+            "for 4 steps). If the sigmas are split over several samplers, set it by hand, as each "
+            "sampler counts only its own steps. DX and ArcFlow policies have none.",
             **options,
         ),
         io.Float.Input(
             "stochasticity",
             default=0.0,
             min=0.0,
-            max=10.0,
+            max=MOST_STOCHASTIC,
             step=0.01,
             tooltip=f"{note}0 is deterministic. Above 0 every step goes further down in noise and "
-            "adds fresh noise back; 1 is as stochastic as the SDE of DDPM.",
+            f"adds fresh noise back; 1 is as stochastic as the SDE of DDPM; {MOST_STOCHASTIC:g} "
+            "stands for infinity: every step goes down to an image and starts again from fresh "
+            "noise.",
             **options,
         ),
     ]
+
+
+def stochasticity_of(value: float) -> float:
+    """Return the stochasticity that a widget's value means: the highest one is infinity."""
+    return math.inf if value >= MOST_STOCHASTIC else value
 
 
 def weight_input(name: str, default: float, note: str = "", **options) -> io.Input:

@@ -11,7 +11,12 @@ import torch
 from .bases import CHANNELS, Shapes, linear, random_weights, write
 
 MLP_RATIO = {"flux": 4, "qwen": 4, "flux2": 3}
-DX_POLICY = {"type": "DX", "segment_size": 1 / 3.5, "shift": 3.2}
+POLICIES = {  # as their files' policy_config gives them
+    "GM": {"type": "GMFlow"},
+    "DX": {"type": "DX", "segment_size": 1 / 3.5, "shift": 3.2},
+    "polynomial": {"mode": "polynomial", "shift": 3.2, "type": "DX"},  # of dxqwen_p10
+    "ArcFlow": {"type": "ArcFlow"},
+}
 
 
 def write_adapter(
@@ -35,9 +40,9 @@ def write_adapter(
 
     Args:
         base: "flux", "qwen" or "flux2".
-        K: number of components of a GM adapter.
-        policy: "GM" or "DX".
-        grid: number of grid points of a DX adapter.
+        K: number of components of a GM or ArcFlow adapter.
+        policy: one of POLICIES.
+        grid: number of grid points of a DX adapter, or of a polynomial's coefficients.
         strength: size of the LoRA's change of a layer, relative to a random base's layer.
         metadata: metadata of the file; its policy_config if None.
     """
@@ -46,7 +51,8 @@ def write_adapter(
     for name, weight in weights.items():
         if ".lora_B." in name:
             weight *= strength
-    head, count = ("proj_out_means", K) if policy == "GM" else ("proj_out", grid)
+    mixed = policy in ("GM", "ArcFlow")
+    head, count = ("proj_out_means", K) if mixed else ("proj_out", grid)
     for name in (f"{head}.weight", f"{head}.bias"):  # components scatter around a common one
         each = weights[name].view(count, CHANNELS[base], -1)
         each.copy_(each[:1] + 0.5 * each)
@@ -54,11 +60,7 @@ def write_adapter(
         weights["proj_out_logstds.3.weight"] *= 0.5
         weights["proj_out_logstds.3.bias"] -= 1.5
     if metadata is None:
-        metadata = {
-            "policy_config": json.dumps(
-                {"type": "GMFlow"} if policy == "GM" else DX_POLICY, separators=(",", ":")
-            )
-        }
+        metadata = {"policy_config": json.dumps(POLICIES[policy], separators=(",", ":"))}
     return write(path, {name: weight.to(dtype) for name, weight in weights.items()}, metadata)
 
 
@@ -80,18 +82,21 @@ def adapter_shapes(
     """
     if base not in CHANNELS:
         raise ValueError(f"base is {base!r}, not one of {', '.join(CHANNELS)}")
-    if policy not in ("GM", "DX"):
-        raise ValueError(f"policy is {policy!r}, not GM or DX")
+    if policy not in POLICIES:
+        raise ValueError(f"policy is {policy!r}, not one of {', '.join(POLICIES)}")
     shapes: Shapes = {}
     for name, (inputs, outputs) in lora_layers(base, hidden, depth, single).items():
         shapes[f"{name}.lora_A.weight"] = (rank, inputs)
         shapes[f"{name}.lora_B.weight"] = (outputs, rank)
     linear(shapes, "norm_out.linear", hidden, 2 * hidden, bias=base != "flux2")
-    if policy == "DX":
+    if policy in ("DX", "polynomial"):
         linear(shapes, "proj_out", hidden, grid * CHANNELS[base])
         return shapes
     linear(shapes, "proj_out_means", hidden, count * CHANNELS[base])
     linear(shapes, "proj_out_logweights", hidden, count * 4)
+    if policy == "ArcFlow":
+        linear(shapes, "proj_out_loggamma", hidden, (count - 1) * 4)
+        return shapes
     linear(shapes, "proj_out_logstds.1", hidden, logstd_inner)
     linear(shapes, "proj_out_logstds.3", logstd_inner, 1)
     return shapes

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from .adapters import adapter_shapes, write_adapter, write_lora
+from .adapters import POLICIES, adapter_shapes, write_adapter, write_lora
 from .bases import (
     flux2_shapes,
     flux_shapes,
@@ -161,12 +161,12 @@ def test_base_has_the_published_size(shapes: dict[str, tuple[int, ...]], paramet
 
 
 @pytest.mark.parametrize("base", ["flux", "qwen", "flux2"])
-@pytest.mark.parametrize("policy", ["GM", "DX"])
+@pytest.mark.parametrize("policy", POLICIES)
 def test_adapter_file(tmp_path: Path, base: str, policy: str) -> None:
     path = write_adapter(tmp_path / "a.safetensors", base, policy=policy)
     with safe_open(path, "pt") as file:
         config = json.loads(file.metadata()["policy_config"])
-    assert config["type"] == ("GMFlow" if policy == "GM" else "DX")
+    assert config == POLICIES[policy]
     weights = load_file(path)
     assert {name: tuple(weight.shape) for name, weight in weights.items()} == adapter_shapes(
         base, 256, 2, 2, 4, logstd_inner=32, policy=policy

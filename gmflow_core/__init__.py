@@ -33,6 +33,7 @@ from .gaussians.spectral import hartley, sample_with_spectrum, spectral_log_prob
 from .sampling.denoisers import class_denoiser, denoiser_of, reversed_time
 from .sampling.guidance import Guidance, classifier_free_guidance, probabilistic_guidance
 from .sampling.images import sample_images
+from .sampling.likelihood import log_likelihood
 from .sampling.rollout import rollout
 from .sampling.second_order import second_order
 from .sampling.solvers import (
@@ -78,6 +79,7 @@ __all__ = [
     "kl_divergence",
     "load_checkpoint",
     "load_source",
+    "log_likelihood",
     "log_overlap",
     "mixture_product",
     "nll",

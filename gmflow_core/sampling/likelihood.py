@@ -15,7 +15,7 @@ from ..gaussians.draws import Generator, standard_normal
 from ..gaussians.tensors import at_least_float
 from .denoisers import Denoiser
 
-LEAST_SIGMA = 1e-3  # where float32 still has 4 digits of (x - E[x_0]) / sigma
+LEAST_SIGMA = 1e-4  # where float32 still has 3 digits of (x - E[x_0]) / sigma
 
 
 def log_likelihood(
@@ -39,7 +39,7 @@ def log_likelihood(
             counts.
         x0: (B, C, *S).
         sigmas: descending from 1, such as `flow_sigmas` gives. x_0 counts as x at the last one. At
-            0 the flow is evaluated at 0.001 instead (1e-6 in float64).
+            0 the flow is evaluated at 0.0001 instead (1e-6 in float64).
         probes: number of random directions that estimate the divergence, one backward pass each
             (Hutchinson 1989, Grathwohl et al. 2019); the estimate of log p has no bias. None
             computes the exact one with C times *S passes, for few dimensions.

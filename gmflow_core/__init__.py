@@ -25,11 +25,15 @@ from .flow.path import (
 )
 from .flow.policy import ArcPolicy, ArcVelocity, DXPolicy, DXVelocity, predict_x0
 from .flow.single_gaussian import single_gaussian
+from .gaussians.distributions import from_distribution, to_distribution
+from .gaussians.divergence import entropy, entropy_bounds, kl_bounds, kl_divergence
 from .gaussians.mixture import GaussianMixture, IsotropicGaussian, Mixture, TiltedMixture
-from .gaussians.spectral import hartley, sample_with_spectrum
+from .gaussians.products import log_overlap, mixture_product, reduce_components
+from .gaussians.spectral import hartley, sample_with_spectrum, spectral_log_prob
 from .sampling.denoisers import class_denoiser, denoiser_of, reversed_time
 from .sampling.guidance import Guidance, classifier_free_guidance, probabilistic_guidance
 from .sampling.images import sample_images
+from .sampling.likelihood import log_likelihood
 from .sampling.rollout import rollout
 from .sampling.second_order import second_order
 from .sampling.solvers import (
@@ -65,11 +69,19 @@ __all__ = [
     "classifier_free_guidance",
     "denoiser_of",
     "diffuse",
+    "entropy",
+    "entropy_bounds",
     "flow_sigmas",
     "forward_transition",
+    "from_distribution",
     "hartley",
+    "kl_bounds",
+    "kl_divergence",
     "load_checkpoint",
     "load_source",
+    "log_likelihood",
+    "log_overlap",
+    "mixture_product",
     "nll",
     "posterior",
     "posterior_mean",
@@ -77,6 +89,7 @@ __all__ = [
     "probabilistic_guidance",
     "read_adapter_facts",
     "read_metadata",
+    "reduce_components",
     "reverse_transition",
     "reversed_time",
     "rollout",
@@ -92,7 +105,9 @@ __all__ = [
     "second_order",
     "shift_time",
     "single_gaussian",
+    "spectral_log_prob",
     "spectral_nll",
+    "to_distribution",
     "transition_nll",
     "unshift_time",
     "velocity_to_x0",

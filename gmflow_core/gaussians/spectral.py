@@ -43,3 +43,25 @@ def sample_with_spectrum(
         (B, C, *S).
     """
     return mixture.from_normal(hartley(noise * (0.5 * log_power).exp()), axes, axis_map)
+
+
+def spectral_log_prob(
+    mixture: Mixture, x: Tensor, log_power: Tensor, axes: Tensor | None = None
+) -> Tensor:
+    """Return the joint log-density in nats of x under the draws of `sample_with_spectrum`.
+
+    The map to white frequencies is invertible: `to_normal` per pixel, whose Jacobian turns N(0, I)
+    into the mixture's density, then an orthogonal transform and a scale per frequency. So the
+    density is the product of the pixels' own, times that of the frequencies under the spectrum over
+    that under a white one.
+
+    Args:
+        x: (B, C, *S).
+        log_power, axes: as for the draws.
+
+    Returns:
+        (B,), with the 2 pi term.
+    """
+    power = hartley(mixture.to_normal(x, axes)).square()
+    gain = 0.5 * (power * (1 - (-log_power).exp()) - log_power)  # (B, C, *S)
+    return mixture.log_prob(x).flatten(1).sum(1) + gain.flatten(1).sum(1)

@@ -14,7 +14,9 @@ from ..source.mode_frame import ModeFrame
 from ..source.source import GaussianMixtureSource
 from .denoisers import autoguided, class_denoiser
 from .guidance import Guidance
-from .solvers import MEAN_SOLVERS, Callback, solve
+from .hooks import Callback
+from .solvers import MEAN_SOLVERS, solve
+from .trajectory import Trajectory
 
 
 @torch.inference_mode()
@@ -35,7 +37,7 @@ def sample_images(
     guide_scale: float = 1.5,
     callback: Callback | None = None,
     **settings: Any,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Trajectory]:
     """Sample an image model in its own space: latents, or pixels in [-1, 1].
 
     Args:
@@ -50,10 +52,10 @@ def sample_images(
         modes: (B,) modes of the source, one per image; drawn by their weights if None.
         guide, guide_scale: weaker network for `autoguided`; it shares labels and modes.
         callback: see `Hooks`.
-        settings: further settings for `solve`, such as `order` and `substeps`.
+        settings: further settings for `solve`, such as `order`, `substeps` and `return_trajectory`.
 
     Returns:
-        (B, C, h, w), on the network's device.
+        (B, C, h, w), on the network's device; with a trajectory, if one is asked for.
 
     Raises:
         ValueError: a setting is out of range, or the solver needs modes that the network knows
@@ -84,8 +86,12 @@ def sample_images(
     denoiser = denoisers[0] if guide is None else autoguided(*denoisers, guide_scale)
     spectrum = network.spectrum_net if source is None else None
     settings = {"shift": shift, "spectrum": spectrum, "noise": generators, **settings}
-    x = solve(solver, denoiser, x, sigmas, **settings, callback=callback)
-    return x if frame is None else frame.leave(x, float(sigmas[-1]))
+    result = solve(solver, denoiser, x, sigmas, **settings, callback=callback)
+    if frame is None:
+        return result
+    if isinstance(result, Tensor):
+        return frame.leave(result, float(sigmas[-1]))
+    return frame.leave(result[0], float(sigmas[-1])), _trajectory_of_images(result[1], frame)
 
 
 def _count_images(
@@ -154,3 +160,10 @@ def _leaving_frame(callback: Callback, frame: ModeFrame, sigmas: Tensor) -> Call
         callback(step, frame.leave(x, times[step]), x0 * frame.std)
 
     return report
+
+
+def _trajectory_of_images(trajectory: Trajectory, frame: ModeFrame) -> Trajectory:
+    """Convert a trajectory in the frame's coordinates to the images' own."""
+    pairs = zip(trajectory.x, trajectory.sigmas.tolist(), strict=True)
+    states = torch.stack([frame.leave(x, sigma) for x, sigma in pairs])
+    return Trajectory(trajectory.sigmas, states, trajectory.x0 * frame.std)

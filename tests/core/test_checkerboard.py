@@ -5,6 +5,7 @@ import torch
 
 from gmflow_core.toys.checkerboard import (
     board_density,
+    board_posterior_mean,
     draw_checkerboard,
     histogram,
     on_board,
@@ -73,3 +74,22 @@ def test_samples_outside_count_as_wrong():
         torch.cat([inside, torch.full((50_000, 2), float("nan"))])
     ) == pytest.approx(lost)
     assert histogram(torch.tensor([[4.0, 0.0], [-4.0, -4.0], [-4.01, 0.0]])).sum() == 1
+
+
+@pytest.mark.parametrize(("sigma", "error"), [(1.0, 1e-3), (0.9, 1e-4), (0.3, 1e-4), (0.1, 1e-3)])
+def test_the_exact_posterior_mean_is_that_of_a_fine_grid(sigma, error):
+    line = (torch.arange(1600, dtype=torch.float64) + 0.5) / 200 - 4
+    grid = torch.cartesian_prod(line, line)
+    grid, x = grid[on_board(grid)], uniform_box(8).double()
+    surprise = ((x.unsqueeze(1) - (1 - sigma) * grid) / sigma).square().sum(-1)
+    expected = (-0.5 * surprise).softmax(1) @ grid
+    found = board_posterior_mean(x, torch.full((8,), sigma))
+    assert (found - expected).abs().max() < error
+
+
+def test_the_exact_posterior_mean_far_away_is_the_nearest_corner():
+    x, sigma = torch.tensor([[30.0, 30.0], [-2.0, 9.0]]), torch.full((2,), 1e-3)
+    expected = torch.tensor([[4.0, 4.0], [-2.0, 4.0]])
+    found = board_posterior_mean(x, sigma)
+    assert found.dtype == torch.float32
+    assert (found - expected).abs().max() < 3e-3

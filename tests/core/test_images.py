@@ -198,6 +198,21 @@ def test_previews_are_those_of_the_samples():
     assert (seen[-1][1] - x).abs().max() < 1  # in the data's own units
 
 
+def test_a_trajectory_is_in_the_datas_own_units():
+    seen, settings = [], {"source": SOURCE, "modes": [0, 2], "steps": 3}
+    x, trajectory = sample_images(
+        ExactNetwork(),
+        None,
+        **settings,
+        callback=lambda step, x, x0: seen.append((x, x0)),
+        return_trajectory=True,
+    )
+    states, means = (torch.stack(each) for each in zip(*seen, strict=True))
+    assert torch.equal(trajectory.x[:-1], states)
+    assert torch.equal(trajectory.x0, means)
+    assert torch.equal(trajectory.x[-1], x)
+
+
 @pytest.mark.parametrize("solver", ["gm-ode", "gm-policy", "euler"])
 def test_samples_may_end_half_way_to_the_data(solver):
     """At sigma a mode's samples are around (1 - sigma) times its data and sigma times its noise."""

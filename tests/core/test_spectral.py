@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from gmflow_core import GaussianMixture, IsotropicGaussian, spectral_nll, velocity_to_x0
-from gmflow_core.gaussians.spectral import hartley, sample_with_spectrum
+from gmflow_core.gaussians.density import LOG_2PI
+from gmflow_core.gaussians.spectral import hartley, sample_with_spectrum, spectral_log_prob
 from gmflow_core.models.spectrum import SpectrumMLP
 from tests.helpers import F64, golden, golden_mixture, is_near, normal, random_mixture
 
@@ -152,3 +153,72 @@ def test_gaussians_and_mixtures_of_velocities_become_x0_alike():
     expected = velocity_to_x0(velocity, x, sigma).moment_match()
     assert is_near(gaussian.mean, expected.mean, 1e-12)
     assert is_near(gaussian.var, expected.var, 1e-12)
+
+
+# Density of the draws
+
+
+def unit_spectrum(*shape):
+    """Return an even log-spectrum (1, C, *S), of mean power 1 per axis."""
+    power = normal(1, *shape, dtype=F64).exp()
+    dims = tuple(range(2, power.ndim))
+    power = power + power.flip(dims).roll([1] * len(dims), dims)
+    return (power / power.mean(dims, keepdim=True)).log()
+
+
+@pytest.mark.parametrize("space", [(5,), (3, 4), (2, 1, 3)])
+def test_the_density_of_one_gaussian_is_that_of_its_dense_covariance(space):
+    """std^2 H diag(power) H for each channel, where H is the Hartley matrix."""
+    mixture = random_mixture(components=1, channels=2, space=space, dtype=F64)
+    log_power, x = unit_spectrum(2, *space), normal(2, 2, *space, dtype=F64)
+    axes = mixture.principal_axes()
+    found = spectral_log_prob(mixture, x, log_power, axes)
+    size = x[0, 0].numel()
+    transform = hartley(torch.eye(size, dtype=F64).reshape(size, 1, *space)).reshape(size, size)
+    for b in range(2):
+        field = ((x - mixture.mean())[b].movedim(0, -1) @ axes[b].reshape(2, 2)).movedim(-1, 0)
+        var, expected = mixture.var[b].item(), 0.0
+        for axis in range(2):
+            covariance = var * transform @ log_power[0, axis].exp().flatten().diag() @ transform
+            peer = torch.distributions.MultivariateNormal(torch.zeros(size).double(), covariance)
+            expected = expected + peer.log_prob(field[axis].flatten())
+        assert is_near(found[b], expected, 1e-9)
+
+
+def test_the_density_is_that_of_the_draws_as_a_function_of_their_noise():
+    """log N(noise) - log |det d x / d noise|, for a mixture whose channels depend on each other."""
+    mixture = random_mixture(batch=1, components=3, channels=2, space=(2, 2), dtype=F64)
+    log_power, noise = unit_spectrum(2, 2, 2), normal(1, 2, 2, 2, seed=5, dtype=F64)
+    axes = mixture.principal_axes()
+
+    def draw(noise):
+        return sample_with_spectrum(mixture, log_power, noise.reshape(1, 2, 2, 2), axes).flatten()
+
+    jacobian = torch.autograd.functional.jacobian(draw, noise.flatten())
+    normal_density = -0.5 * (noise.square().sum() + 8 * LOG_2PI)
+    expected = normal_density - torch.linalg.slogdet(jacobian)[1]
+    found = spectral_log_prob(mixture, draw(noise).reshape(1, 2, 2, 2), log_power, axes)
+    assert is_near(found, expected[None], 1e-7)
+
+
+@pytest.mark.parametrize("tilt", [0.0, 0.5])
+def test_draws_have_the_mean_log_likelihood_of_minus_the_entropy(tilt):
+    """A Gaussian's entropy is D / 2 log 2 pi e + D log std + half the sum of the log-spectrum."""
+    count, one = 4000, random_mixture(batch=1, components=1, channels=2, space=(3, 4))
+    parts = (one.means, one.log_weights, one.log_std)
+    many = GaussianMixture(*(t.expand(count, *t.shape[1:]) for t in parts))
+    log_power = unit_spectrum(2, 3, 4).float()
+    x = sample_with_spectrum(many, log_power, normal(count, 2, 3, 4))
+    entropy = 24 * (one.log_std.item() + 0.5 * (1 + LOG_2PI)) + 0.5 * log_power.sum().item()
+    surprise = -spectral_log_prob(many, x, (1 - tilt) * log_power)
+    assert surprise.std().item() / count**0.5 < 0.07  # sqrt(D / 2) for the true spectrum, per draw
+    if tilt == 0:
+        assert abs(surprise.mean().item() - entropy) < 4.5 * 12**0.5 / count**0.5
+    else:  # any other spectrum's cross entropy is larger
+        assert surprise.mean().item() > entropy + 0.2
+
+
+def test_with_a_white_spectrum_pixels_are_independent():
+    mixture, x = random_mixture(dtype=F64), normal(2, 3, 2, 3, dtype=F64)
+    expected = mixture.log_prob(x).sum((1, 2))
+    assert is_near(spectral_log_prob(mixture, x, torch.zeros(1, 3, 2, 3)), expected, 1e-12)

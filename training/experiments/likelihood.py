@@ -1,0 +1,122 @@
+"""Score points with a checkerboard model's log-likelihood, and compare it with the exact density.
+
+The command is `training.likelihood`.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from gmflow_core.files.atomic import atomic_write
+from gmflow_core.files.checkpoint import load_checkpoint
+from gmflow_core.flow.path import flow_sigmas, x0_to_velocity
+from gmflow_core.sampling.denoisers import Denoiser, denoiser_of
+from gmflow_core.sampling.likelihood import log_likelihood
+from gmflow_core.toys.checkerboard import EXTENT, board_posterior_mean, draw_checkerboard
+from training.common.settings import require, require_ranges
+
+MODULE = "training.likelihood"
+SHIPPED = Path("gmflow_core/shipped/checkerboard_k64.safetensors")
+SHIFT = 0.2  # of the sigmas: small steps near the data, whose density has edges
+EXACT = -math.log(2 * EXTENT**2)  # log-density on the filled half of [-EXTENT, EXTENT]^2
+COLUMNS = (
+    *("denoiser", "points", "divergence", "steps", "count"),
+    *("mean", "standard_error", "rms_error"),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Log-likelihood of a checkerboard model. The defaults shown are those of the chosen preset."""
+
+    preset: Literal["full", "quick"] = "full"
+    """Source of the other defaults."""
+    checkpoint: Path = SHIPPED
+    """Model of 2-D points that learned the checkerboard."""
+    out: Path = Path("outputs/likelihood")
+    """Folder for the figures."""
+    points: int = 500
+    """Points of each kind."""
+    steps: tuple[int, ...] = (16, 64, 256)
+    """Numbers of integration steps of the flow."""
+    seed: int = 0
+    """Seed of the points and of the random direction."""
+
+    def __post_init__(self):
+        require(self.points >= 2, "points", self.points, "at least 2")
+        require(len(self.steps) > 0, "steps", self.steps, "one number or more")
+        require(min(self.steps) >= 1, "steps", self.steps, "at least 1 each")
+        require_ranges(self)
+
+
+PRESETS = {"full": Config(), "quick": Config(preset="quick", points=20, steps=(2, 4))}
+
+
+def write(config: Config) -> list[dict[str, Any]]:
+    """Score the points, and write the table to OUT/likelihood.csv.
+
+    Returns:
+        Its lines.
+
+    Raises:
+        ValueError: the checkpoint is not one of a model of 2-D points.
+    """
+    network, _ = load_checkpoint(config.checkpoint)
+    if getattr(network, "channels", None) != 2:
+        kind = type(network).__name__
+        raise ValueError(f"{config.checkpoint} holds a {kind}, not a model of 2-D points")
+    network.requires_grad_(False)
+    denoisers = {"exact": denoiser_of(exact_velocity, 0.0), "model": denoiser_of(network)}
+    lines = []
+    for line in measure(denoisers, config):
+        case = "{denoiser}, {points}, divergence {divergence}, {steps} steps"
+        print(f"{case.format(**line)}: {line['mean']:.3f}", flush=True)
+        lines.append(line)
+    path = config.out / "likelihood.csv"
+    with (
+        atomic_write(path) as temporary,
+        open(temporary, "w", newline="", encoding="utf-8") as file,
+    ):
+        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        table.writeheader()
+        table.writerows(lines)
+    print(f"figures: {path}")
+    return lines
+
+
+def exact_velocity(x: Tensor, sigma: Tensor) -> Tensor:
+    """Return the mean velocity of a perfect model at points (N, 2)."""
+    return x0_to_velocity(board_posterior_mean(x, sigma), x, sigma)
+
+
+def measure(denoisers: dict[str, Denoiser], config: Config) -> Iterator[dict[str, Any]]:
+    """Yield the lines of the table."""
+    data = draw_checkerboard(config.points, torch.Generator().manual_seed(config.seed)).double()
+    empty = data * torch.tensor([-1, 1])  # the mirrored board fills the other squares
+    for name, denoiser in denoisers.items():
+        runs = [(data, "data", "exact", steps) for steps in config.steps]
+        runs.append((data, "data", "one direction", max(config.steps)))
+        if name == "model":  # the exact density is 0
+            runs.append((empty, "empty squares", "exact", max(config.steps)))
+        for points, kind, divergence, steps in runs:
+            noise = torch.Generator().manual_seed(config.seed)
+            probes = None if divergence == "exact" else 1
+            sigmas = flow_sigmas(steps, SHIFT)
+            found = log_likelihood(denoiser, points, sigmas, probes=probes, generator=noise)
+            case = {"denoiser": name, "points": kind, "divergence": divergence, "steps": steps}
+            yield case | {"count": len(points)} | figures(found, kind == "data")
+
+
+def figures(found: Tensor, of_data: bool) -> dict[str, float | str]:
+    """Return mean, standard error and, for points of the data, root mean square error in nats."""
+    rms = (found - EXACT).square().mean().sqrt().item() if of_data else ""
+    error = found.std().item() / math.sqrt(len(found))
+    return {"mean": found.mean().item(), "standard_error": error, "rms_error": rms}

@@ -6,12 +6,10 @@ from typing import Any
 
 from .page import ComfyPage
 
-SETTLED = 700  # ms until the page has drawn a loaded graph, and Nodes 2.0 has measured its nodes
 LOAD = """async (data) => {
   const own = window.app.extensionManager.workflow.activeWorkflow;
   await window.app.loadGraphData(data, true, false, own);
 }"""
-SWITCH = "(on) => window.app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)"
 # The page draws only what is in sight, so that the whole workflow has to be.
 FIT = """() => {
   const {ds, canvas} = window.app.canvas, nodes = window.app.canvas.graph.nodes;
@@ -22,11 +20,28 @@ FIT = """() => {
   ds.offset[1] = 80;
   window.app.canvas.setDirty(true, true);
 }"""
+# Until no node has moved or grown for some frames; Nodes 2.0 measures its nodes after it drew them.
+SETTLE = """async () => {
+  const FRAMES = 8, MOST = 600;
+  const {nodes} = window.app.canvas.graph;
+  let before = '', same = 0;
+  for (let frame = 0; frame < MOST && same < FRAMES; frame++) {
+    await new Promise(requestAnimationFrame);
+    const drawn = [...document.querySelectorAll('.lg-node')].map((each) => {
+      const {x, y, width, height} = each.getBoundingClientRect();
+      return [x, y, width, height].map(Math.round);
+    });
+    const whole = !window.LiteGraph.vueNodesMode || drawn.length === nodes.length;
+    const now = JSON.stringify([drawn, nodes.map(({pos, size}) => [...pos, ...size])]);
+    same = whole && now === before ? same + 1 : 0;
+    before = now;
+  }
+}"""
 # Boxes include the title bars, and what a run adds to a sampler: its message and its preview (as
 # measured, in the design where they need more). A link may touch the nodes that it joins, in a
 # narrow rim.
 FAULTS = """() => {
-  const RIM = 14, TITLE = 30, STEP = 2;
+  const RIM = 14, TITLE = 30, STEP = 2, COARSE = 24, WIDTH = 3;
   const ADDED = {GMFlowSampler: 270, KSampler: 240, SamplerCustomAdvanced: 275};
   const canvas = window.app.canvas, graph = window.app.rootGraph ?? canvas.graph;
   canvas.draw(true, true);
@@ -60,23 +75,31 @@ FAULTS = """() => {
     }
   }
   const context = document.createElement('canvas').getContext('2d');
-  context.lineWidth = 3;
+  context.lineCap = 'round';
+  const onBorder = (path, width, step, {left, top, right, bottom}, rim) => {
+    context.lineWidth = width;
+    const crossed = (x, y) => context.isPointInStroke(path, x, y);
+    const [x0, y0, x1, y1] = [left + rim, top + rim, right - rim, bottom - rim];
+    for (let x = x0; x < x1 + step; x += step) {
+      if (crossed(Math.min(x, x1), y0) || crossed(Math.min(x, x1), y1)) return true;
+    }
+    for (let y = y0; y < y1 + step; y += step) {
+      if (crossed(x0, Math.min(y, y1)) || crossed(x1, Math.min(y, y1))) return true;
+    }
+    return false;
+  };
   for (const segment of canvas.renderedPaths) {
     if (!segment.path) continue;
     const ids = segment.linkIds ? [...segment.linkIds] : [segment.id];
     const links = ids.map((id) => graph.links.get(id)).filter(Boolean);
-    for (const {node, left, top, right, bottom} of boxes) {
+    for (const box of boxes) {
+      const {node} = box;
       const own = links.some((link) => [link.origin_id, link.target_id].map(String)
         .includes(String(node.id)));
       const rim = own ? RIM : 0;
-      const crossed = (x, y) => context.isPointInStroke(segment.path, x, y);
-      let behind = false;
-      for (let x = left + rim; x <= right - rim && !behind; x += STEP) {
-        behind = crossed(x, top + rim) || crossed(x, bottom - rim);
-      }
-      for (let y = top + rim; y <= bottom - rim && !behind; y += STEP) {
-        behind = crossed(left + rim, y) || crossed(right - rim, y);
-      }
+      // a broad stroke at few points first: where it is far from all, so is the link
+      const behind = onBorder(segment.path, WIDTH + COARSE, COARSE, box, rim)
+        && onBorder(segment.path, WIDTH, STEP, box, rim);
       if (behind) {
         const names = links.map((link) => `${graph.getNodeById(link.origin_id).title} > `
           + graph.getNodeById(link.target_id).title);
@@ -89,17 +112,9 @@ FAULTS = """() => {
 }"""
 
 
-def use_nodes_2(page: ComfyPage, on: bool) -> None:
-    """Switch the page to Nodes 2.0, or back to the classic design."""
-    page.page.evaluate(SWITCH, on)
-    page.page.wait_for_timeout(SETTLED)
-
-
 def load(page: ComfyPage, workflow: dict[str, Any]) -> None:
     """Open a workflow in the page's active tab."""
     page.page.evaluate(LOAD, workflow)
-    page.page.evaluate(FIT)
-    page.page.wait_for_timeout(SETTLED)
 
 
 def layout_faults(page: ComfyPage) -> dict[str, Any]:
@@ -109,4 +124,6 @@ def layout_faults(page: ComfyPage) -> dict[str, Any]:
         faults: a sentence for each; links: the drawn links and reroutes; drawn: the nodes that
         Nodes 2.0 has drawn, 0 in the classic design.
     """
+    page.page.evaluate(FIT)
+    page.page.evaluate(SETTLE)
     return page.page.evaluate(FAULTS)

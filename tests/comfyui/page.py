@@ -6,8 +6,9 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from PIL import Image
 from .client import Comfy, PromptError, Result, prompt_errors
 
 try:
-    from playwright.sync_api import Page, Route, sync_playwright
+    from playwright.sync_api import BrowserContext, Page, Route, sync_playwright
 except ImportError:
     sync_playwright = None
 
@@ -30,7 +31,11 @@ OPTIONS = [
     "--disable-gpu",
     "--disable-quic",
     "--disable-sync",
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",  # nothing but this machine
 ]
+SIZE = {"width": 1280, "height": 800}
+# changed while the page is open, and at their defaults in `ComfyPage.clear`
+DESIGN, PALETTE = "Comfy.VueNodes.Enabled", "Comfy.ColorPalette"
 SETTINGS = {
     "Comfy.TutorialCompleted": True,  # no templates at the first visit
     "Comfy.Notification.ShowVersionUpdates": False,
@@ -41,6 +46,34 @@ SETTINGS = {
 # true as soon as the default workflow is loaded
 READY = "window.app?.vueAppReady && window.app.canvas?.graph?.nodes.length > 0"
 # the first selector fits pages since 2026, the second fits older ones
+CHOOSE = """async (chosen) => {
+  const { setting } = window.app.extensionManager;
+  for (const [name, value] of Object.entries(chosen)) {
+    if (setting.get(name) !== value) await setting.set(name, value);
+  }
+}"""
+CLEAR = """async () => {
+  const { command, workflow } = window.app.extensionManager;
+  await command.execute('Comfy.NewBlankWorkflow');
+  for (const each of [...workflow.openWorkflows]) {
+    if (each.path !== workflow.activeWorkflow.path) await workflow.closeWorkflow(each);
+  }
+}"""
+BROWSE = "() => window.app.extensionManager.command.execute('Comfy.BrowseTemplates')"
+# types of the nodes in the graph, but for those in subgraphs
+KINDS = "window.app.canvas.graph.nodes.map((node) => node.type).sort()"
+BRIGHTNESS = """
+const context = document.createElement('canvas').getContext('2d');
+const brightness = (colour) => {
+  context.clearRect(0, 0, 1, 1);
+  context.fillStyle = colour;
+  context.fillRect(0, 0, 1, 1);
+  const linear = [...context.getImageData(0, 0, 1, 1).data].slice(0, 3)
+    .map((each) => (each / 255) ** 2.2);
+  return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2];
+};
+const named = (name) => brightness(getComputedStyle(document.body).getPropertyValue(name));
+"""
 RUN_BUTTON = 'button[data-testid="queue-button"], [data-testid="queue-button"] button'
 SEARCH_FIELD = 'input[role="combobox"][aria-controls="results-list"]'
 SEARCH_RESULTS = '[data-testid="result-item"]'
@@ -69,11 +102,30 @@ class ComfyPage:
 
     def load(self) -> None:
         """Load the page, or load it anew, with the default workflow."""
-        if self.page.url.startswith(self.comfy.url):  # it keeps what was open
-            self.page.evaluate("() => { localStorage.clear(); sessionStorage.clear() }")
+        self.page.goto(f"{self.comfy.url}/system_stats")  # the page itself would open what was open
+        self.page.evaluate("() => { localStorage.clear(); sessionStorage.clear() }")
         self.page.goto(self.comfy.url, wait_until="domcontentloaded")
         self.page.wait_for_function(READY, timeout=60_000)
         self.page.locator(RUN_BUTTON).first.wait_for(timeout=30_000)
+
+    def clear(self) -> None:
+        """Leave an empty graph, in the default size, design and colours, and nothing else open."""
+        self.page.set_viewport_size(SIZE)
+        for _ in range(2):  # a menu in a dialog, and the dialog
+            self.page.keyboard.press("Escape")
+        self.show(nodes_2=False, light=False)
+        self.page.evaluate(CLEAR)
+
+    def show(self, *, nodes_2: bool, light: bool) -> None:
+        """Choose the node design and the colours."""
+        chosen = {DESIGN: nodes_2, PALETTE: "light" if light else "dark"}
+        self.page.evaluate(CHOOSE, chosen)
+
+    def is_light(self) -> bool:
+        """Return whether menus and nodes are brighter than their text."""
+        return self.page.evaluate(
+            f"() => {{ {BRIGHTNESS} return named('--comfy-menu-bg') > named('--fg-color') }}"
+        )
 
     def drop_workflow(self, path: Path, timeout: float = 30) -> None:
         """Drag a workflow file from the desktop onto the graph and wait until it is loaded."""
@@ -95,6 +147,16 @@ class ComfyPage:
             except TimeoutError:
                 if time.monotonic() > deadline:
                     raise
+
+    def open_template(self, path: Path, timeout: float = 30) -> None:
+        """Choose a template in the page's own list of them, and wait until it is loaded."""
+        self.page.evaluate(BROWSE)
+        dialog = self.page.locator("[role=dialog]")
+        dialog.locator("input").first.fill(path.stem[:28])  # it finds nothing for more than 32
+        dialog.get_by_text(path.stem, exact=False).first.click()
+        nodes = json.loads(path.read_text("utf-8"))["nodes"]
+        kinds = json.dumps(sorted(node["type"] for node in nodes), separators=(",", ":"))
+        self._wait(f"() => JSON.stringify({KINDS}) === {json.dumps(kinds)}", timeout, path.stem)
 
     def node_types(self) -> list[str]:
         """Return the types of the nodes in the graph and its subgraphs."""
@@ -190,36 +252,48 @@ class ComfyPage:
 
 
 @contextmanager
-def open_page(comfy: Comfy) -> Iterator[ComfyPage]:
-    """Open the page of a server in a new browser; skip the test without Playwright or a browser."""
-    browser_path = os.environ.get("CHROMIUM") or next(
-        filter(None, map(shutil.which, BROWSERS)), None
-    )
+def open_browser() -> Iterator[BrowserContext]:
+    """Start Chromium; skip the test without Playwright or a browser.
+
+    Only this machine can be reached from it, and transitions take no time.
+    """
     if sync_playwright is None:
         pytest.skip("no Playwright: pip install playwright")
-    if browser_path is None:
-        with sync_playwright() as playwright:
-            browser_path = playwright.chromium.executable_path
-        if not Path(browser_path).is_file():
+    with sync_playwright() as playwright:
+        path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
+        path = path or playwright.chromium.executable_path
+        if not Path(path).is_file():
             pytest.skip(
                 "no Chromium: install it, run `playwright install chromium`, "
                 "or set CHROMIUM to its executable"
             )
-    comfy.post("/settings", SETTINGS)
-
-    def only_local(route: Route) -> None:
-        if route.request.url.startswith(comfy.url):
-            route.continue_()
-        else:
-            route.abort()
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=browser_path, args=OPTIONS)
+        browser = playwright.chromium.launch(executable_path=path, args=OPTIONS)
         try:
-            page = browser.new_page(viewport={"width": 1280, "height": 800})
-            page.route("**/*", only_local)
-            opened = ComfyPage(comfy, page)
-            opened.load()
-            yield opened
+            yield browser.new_context(viewport=SIZE, reduced_motion="reduce")
         finally:
             browser.close()
+
+
+@contextmanager
+def open_page(
+    comfy: Comfy, browser: BrowserContext | None = None, answers: Mapping[str, Any] | None = None
+) -> Iterator[ComfyPage]:
+    """Open the page of a server in a tab of a browser, or in a new browser.
+
+    Args:
+        answers: JSON that the page gets from addresses of some patterns, in place of the server's.
+    """
+    if browser is None:
+        with open_browser() as browser, open_page(comfy, browser, answers) as page:
+            yield page
+        return
+    comfy.post("/settings", SETTINGS)
+    tab = browser.new_page()
+    for pattern, data in (answers or {}).items():
+        tab.route(pattern, partial(Route.fulfill, json=data))
+    try:
+        page = ComfyPage(comfy, tab)
+        page.load()
+        yield page
+    finally:
+        tab.close()

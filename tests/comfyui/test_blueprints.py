@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,11 @@ except ImportError:
 
 from .client import Comfy
 from .installation import REPOSITORY
-from .page import SEARCH_RESULTS, ComfyPage, open_page
+from .page import SEARCH_RESULTS, ComfyPage
 from .stand_in_files import write_stand_ins
 
 BLUEPRINTS = sorted((REPOSITORY / "subgraphs").glob("*.json"))
-PLACED_ONES = [path for path in BLUEPRINTS if "Coloured" in path.stem or "any loader" in path.stem]
 SMALL = {"width": 256, "height": 256}
-EMPTY = "() => { window.app.canvas.graph.clear() }"
 PLACED = "() => window.app.canvas.graph.nodes.filter((node) => node.isSubgraphNode?.()).length"
 # Links the sockets {name: source} of the node that was placed, and shows its picture. A source is a
 # kind of node, its widgets, and the sources of its own sockets.
@@ -88,15 +85,13 @@ def prompt_of(path: Path) -> dict[str, Any]:
     return prompt
 
 
-@pytest.fixture(scope="module")
-def page(comfy: Comfy) -> Iterator[ComfyPage]:
+@pytest.fixture(scope="module", autouse=True)
+def files(comfy: Comfy) -> None:
     for path in BLUEPRINTS:
         write_stand_ins(comfy.base, prompt_of(path))
     loaders = {kind: {"class_type": kind, "inputs": values} for kind, values in FLUX.items()}
     write_stand_ins(comfy.base, loaders)
     comfy.object_info()
-    with open_page(comfy) as page:
-        yield page
 
 
 def search_for(page: ComfyPage, name: str, timeout: float = 60) -> None:
@@ -130,11 +125,9 @@ def test_blueprint_is_listed(comfy: Comfy, path: Path) -> None:
     assert all(each["properties"].get("cnr_id") for each in graph["nodes"])
 
 
-@pytest.mark.parametrize("path", PLACED_ONES, ids=lambda path: path.stem)
+@each_path
 def test_blueprint_is_found_placed_and_run(comfy: Comfy, page: ComfyPage, path: Path) -> None:
     """Search for its name, take the first result, link it, run it in small."""
-    page.load()
-    page.page.evaluate(EMPTY)
     search_for(page, path.stem)
     page.page.locator(SEARCH_RESULTS).first.click()
     page.page.mouse.click(300, 300)  # the node hangs on the pointer until a click

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from .client import Comfy, PromptError
-from .page import open_page
+from .page import ComfyPage
 
 PICTURE = {
     "1": {
@@ -142,21 +142,20 @@ def test_interrupt(comfy: Comfy) -> None:
     assert comfy.run(PICTURE).status == "success"
 
 
-def test_page_runs_a_dropped_workflow(comfy: Comfy, tmp_path: Path) -> None:
+def test_page_runs_a_dropped_workflow(page: ComfyPage, tmp_path: Path) -> None:
     good, bad = tmp_path / "good.json", tmp_path / "bad.json"
     good.write_text(json.dumps(workflow()))
     bad.write_text(json.dumps(workflow("NoSuchNode")))
-    with open_page(comfy) as page:
-        page.drop_workflow(good)
-        assert page.node_types() == ["EmptyImage", "PreviewImage"]
-        assert page.missing_nodes() == []
-        page.run()
-        (image,) = page.wait_for_images()
-        page.screenshot(tmp_path / "page.png")
-        assert image.size == (256, 192)
-        assert image.getpixel((0, 0))[:3] == (0x20, 0x60, 0xFF)
+    page.drop_workflow(good)
+    assert page.node_types() == ["EmptyImage", "PreviewImage"]
+    assert page.missing_nodes() == []
+    page.run()
+    (image,) = page.wait_for_images()
+    page.screenshot(tmp_path / "page.png")
+    assert image.size == (256, 192)
+    assert image.getpixel((0, 0))[:3] == (0x20, 0x60, 0xFF)
 
-        page.drop_workflow(bad)
-        assert page.missing_nodes() == ["NoSuchNode"]
-        page.wait_for_notice("NoSuchNode")
-        page.screenshot(tmp_path / "missing.png")
+    page.drop_workflow(bad)
+    assert page.missing_nodes() == ["NoSuchNode"]
+    page.wait_for_notice("NoSuchNode")
+    page.screenshot(tmp_path / "missing.png")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from .adapter_prompts import ADAPTERS, FILES, graph, near, serve
 from .client import Comfy
 from .graphs import latent_of, node
-from .page import ComfyPage, open_page
+from .page import ComfyPage
 
 LOADER, SAMPLING, SAMPLER = "Load pi-Flow Model", "ModelSamplingPiFlow", "pi-Flow Sampler"
 SOURCES = ["shifted", 0], ["positive", 0], ["latent", 0]  # of the sampler's inputs
@@ -202,7 +202,9 @@ def check_info(server: Comfy, page: ComfyPage) -> None:
     assert values == ["(on the connected model)"]
 
 
-def test_the_page_offers_the_replacement_and_runs_it(server: Comfy, tmp_path: Path) -> None:
+def test_the_page_offers_the_replacement_and_runs_it(
+    server: Comfy, page: ComfyPage, tmp_path: Path
+) -> None:
     """Drop a workflow, press Replace All, run: the same latent as without the page."""
     latents = server.base / "output" / "latents"
     sampler = [SETTINGS["seed"], "fixed", *list(SETTINGS.values())[1:]]
@@ -217,14 +219,13 @@ def test_the_page_offers_the_replacement_and_runs_it(server: Comfy, tmp_path: Pa
     )
     path = tmp_path / "piflow.json"
     path.write_text(json.dumps(workflow))
-    with open_page(server) as page:
-        page.drop_workflow(path)
-        assert page.missing_nodes() == sorted([LOADER, SAMPLING, SAMPLER])
-        page.page.get_by_role("button", name="View details").click()
-        page.page.get_by_role("button", name="Replace All").click()
-        page.wait_for_notice("Replaced 3 node type(s)")
-        assert page.missing_nodes() == []
-        run_to_its_end(server, page)
-        check_info(server, page)
+    page.drop_workflow(path)
+    assert page.missing_nodes() == sorted([LOADER, SAMPLING, SAMPLER])
+    page.page.get_by_role("button", name="View details").click()
+    page.page.get_by_role("button", name="Replace All").click()
+    page.wait_for_notice("Replaced 3 node type(s)")
+    assert page.missing_nodes() == []
+    run_to_its_end(server, page)
+    check_info(server, page)
     new = min(latents.glob("page_*.latent"))  # that of the first run
     assert near(load_file(new)["latent_tensor"], latent_of(server, piflow_prompt("flux", 3.2)))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from .client import Comfy
-from .page import ComfyPage, open_page
+from .page import ComfyPage
 from .stand_in_files import WORKFLOWS
 
 WORKFLOW = next(  # one that has both nodes
@@ -33,19 +32,18 @@ def labels_with(page: ComfyPage, model: str) -> tuple[str, list[str]]:
     return tuple(page.page.evaluate(LABELS))
 
 
-def test_only_the_connected_model_s_classes_are_listed(comfy: Comfy) -> None:
+def test_only_the_connected_model_s_classes_are_listed(page: ComfyPage) -> None:
     digits, last = [str(digit) for digit in range(10)], "(only more_labels)"
-    with open_page(comfy) as page:
-        every = page.page.evaluate(
-            "async () => (await window.app.api.getNodeDefs()).GMFlowClassLabels.input.required"
-            ".label[1].options"
-        )
-        page.drop_workflow(WORKFLOW)
-        assert page.page.evaluate(LABELS) == ["0", [*digits, last]]
-        label, names = labels_with(page, "digits_modes_k8.safetensors")
-        assert (label, names[0], names[-1]) == ("mode 0", "mode 0", last)
-        assert not set(digits) & set(names)
-        assert labels_with(page, "checkerboard_k64.safetensors")[1] == every  # it has none
-        assert labels_with(page, "digits_k8.safetensors") == ("0", [*digits, last])
-        page.page.evaluate(DISCONNECT)
-        page.page.wait_for_function(f"() => ({LABELS})()[1].length === {len(every)}")
+    every = page.page.evaluate(
+        "async () => (await window.app.api.getNodeDefs()).GMFlowClassLabels.input.required"
+        ".label[1].options"
+    )
+    page.drop_workflow(WORKFLOW)
+    assert page.page.evaluate(LABELS) == ["0", [*digits, last]]
+    label, names = labels_with(page, "digits_modes_k8.safetensors")
+    assert (label, names[0], names[-1]) == ("mode 0", "mode 0", last)
+    assert not set(digits) & set(names)
+    assert labels_with(page, "checkerboard_k64.safetensors")[1] == every  # it has none
+    assert labels_with(page, "digits_k8.safetensors") == ("0", [*digits, last])
+    page.page.evaluate(DISCONNECT)
+    page.page.wait_for_function(f"() => ({LABELS})()[1].length === {len(every)}")

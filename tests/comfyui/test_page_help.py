@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
 import pytest
 
 from .client import Comfy
 from .locale_files import names
 from .page import ComfyPage, open_page
+
+if TYPE_CHECKING:
+    from playwright.sync_api import BrowserContext
 
 INFO_BUTTON = '[data-testid="info-button"]'  # above a selected node
 ADD = """
@@ -43,19 +49,30 @@ def read_help(page: ComfyPage, kind: str) -> None:
     button.click(timeout=30_000)
 
 
-@pytest.mark.parametrize("language", ["en", "zh"])
-def test_help_opens_in_the_language_of_the_page(comfy: Comfy, language: str) -> None:
-    """Title, an input's name and the pictures appear."""
-    comfy.post("/settings", {"Comfy.Locale": language})
+@pytest.fixture(params=["en", "zh"])
+def page_in(
+    request: pytest.FixtureRequest, comfy: Comfy, browser: BrowserContext
+) -> Iterator[tuple[ComfyPage, str]]:
+    """The page in a language, and that language."""
+    if request.param == "en":
+        yield request.getfixturevalue("page"), "en"
+        return
+    comfy.post("/settings", {"Comfy.Locale": request.param})
     try:
-        with open_page(comfy) as page:
-            for kind in ("GMFlowSampler", "GMFlowGuider"):
-                about = names(language)[kind]
-                read_help(page, kind)
-                heading = page.page.get_by_role("heading", name=about["display_name"], level=1)
-                heading.first.wait_for(timeout=30_000)
-                bold = page.page.locator("strong", has_text=about["inputs"]["negative"]["name"])
-                bold.first.wait_for(timeout=30_000)
-                page.page.wait_for_function(PICTURES, timeout=30_000)
+        with open_page(comfy, browser) as page:
+            yield page, request.param
     finally:
         comfy.post("/settings", {"Comfy.Locale": "en"})
+
+
+def test_help_opens_in_the_language_of_the_page(page_in: tuple[ComfyPage, str]) -> None:
+    """Title, an input's name and the pictures appear."""
+    page, language = page_in
+    for kind in ("GMFlowSampler", "GMFlowGuider"):
+        about = names(language)[kind]
+        read_help(page, kind)
+        heading = page.page.get_by_role("heading", name=about["display_name"], level=1)
+        heading.first.wait_for(timeout=30_000)
+        bold = page.page.locator("strong", has_text=about["inputs"]["negative"]["name"])
+        bold.first.wait_for(timeout=30_000)
+        page.page.wait_for_function(PICTURES, timeout=30_000)

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from .client import Comfy
-from .page import ComfyPage, open_page
+from .page import ComfyPage
 from .test_page_messages import numbered
 from .test_views import digits, inspector
 
@@ -50,26 +49,22 @@ def chosen(page: ComfyPage) -> list[Any]:
 
 
 @pytest.mark.parametrize("newer", [False, True], ids=["classic", "Nodes 2.0"])
-def test_a_click_chooses_the_pixel_under_it(comfy: Comfy, newer: bool) -> None:
+def test_a_click_chooses_the_pixel_under_it(page: ComfyPage, newer: bool) -> None:
     """The frame is at x 2, y 5: a click 4 pixels right of and above it means x 6, y 1."""
-    comfy.post("/settings", {"Comfy.VueNodes.Enabled": newer})
-    try:
-        with open_page(comfy) as page:
-            page.page.set_viewport_size({"width": 1700, "height": 2400})
-            page.page.evaluate(OPEN, numbered(digits("GMFlowInspector", **inspector())))
-            page.run(timeout=60)
-            page.wait_for_images(timeout=240)
-            page.page.wait_for_timeout(1000)
-            x, y, scale = middle_of_mark(page)
-            assert scale > 0.9  # messages leave the room to the picture
-            there = x + 4 * SIDE * scale, y - 4 * SIDE * scale
-            assert chosen(page) == ["x, y", 2, 5]
-            page.page.mouse.click(*there)
-            assert chosen(page) == ["x, y", 6, 1]
-            page.page.mouse.move(x, y)  # a drag moves the node, or the view, and chooses nothing
-            page.page.mouse.down()
-            page.page.mouse.move(x + 20, y + 20, steps=4)
-            page.page.mouse.up()
-            assert chosen(page) == ["x, y", 6, 1]
-    finally:
-        comfy.post("/settings", {"Comfy.VueNodes.Enabled": False})
+    page.show(nodes_2=newer, light=False)
+    page.page.set_viewport_size({"width": 1700, "height": 2400})
+    page.page.evaluate(OPEN, numbered(digits("GMFlowInspector", **inspector())))
+    page.run(timeout=60)
+    page.wait_for_images(timeout=240)
+    page.page.wait_for_timeout(1000)
+    x, y, scale = middle_of_mark(page)
+    assert scale > 0.9  # messages leave the room to the picture
+    there = x + 4 * SIDE * scale, y - 4 * SIDE * scale
+    assert chosen(page) == ["x, y", 2, 5]
+    page.page.mouse.click(*there)
+    assert chosen(page) == ["x, y", 6, 1]
+    page.page.mouse.move(x, y)  # a drag moves the node, or the view, and chooses nothing
+    page.page.mouse.down()
+    page.page.mouse.move(x + 20, y + 20, steps=4)
+    page.page.mouse.up()
+    assert chosen(page) == ["x, y", 6, 1]

@@ -12,7 +12,7 @@ import pytest
 from .adapter_prompts import serve
 from .client import Comfy
 from .graphs import node
-from .page import READY, ComfyPage, open_page
+from .page import BRIGHTNESS, READY, ComfyPage
 from .test_messages import guided
 
 ROOT = "(window.app.rootGraph ?? window.app.graph)"
@@ -40,6 +40,17 @@ SIGNS = f"""() => {ROOT}.nodes.flatMap((node) => {{
     const hidden = element.firstChild.scrollHeight - element.clientHeight;
     return [[node.type, element.innerText, hidden, node.widgets.map((each) => each.name)]];
 }})"""
+# of text to the ground it stands on, of each message, as WCAG has it
+CONTRASTS = f"""() => {{
+    {BRIGHTNESS}
+    const lines = [...document.querySelectorAll('[data-testid="gmflow_messages"] > div > div')];
+    return lines.filter((each) => each.checkVisibility()).map((each) => {{
+        const {{ color, backgroundColor }} = getComputedStyle(each);
+        const [dark, bright] = [color, backgroundColor].map(brightness).sort((a, b) => a - b);
+        return (bright + 0.05) / (dark + 0.05);
+    }});
+}}"""
+READABLE = 4.5  # the least contrast
 
 
 def numbered(prompt: dict[str, dict]) -> dict[str, dict]:
@@ -87,34 +98,33 @@ def server(comfy: Comfy) -> Iterator[Comfy]:
     yield from serve(comfy)
 
 
-@pytest.mark.parametrize("newer", [False, True], ids=["classic", "Nodes 2.0"])
-def test_messages_are_whole_and_stay(server: Comfy, newer: bool) -> None:
+@pytest.mark.parametrize("newer", [False, True], ids=["classic, dark", "Nodes 2.0, light"])
+def test_messages_are_whole_and_stay(server: Comfy, page: ComfyPage, newer: bool) -> None:
     """On a stock node: three messages, a second run from the cache, a reload, a run without."""
-    server.post("/settings", {"Comfy.VueNodes.Enabled": newer})
-    try:
-        with open_page(server) as page:
-            page.page.set_viewport_size({"width": 1600, "height": 1000})
-            page.page.evaluate(OPEN, numbered(guided(7.0, seed=21 + newer)))
-            before = saved(page)
-            run(page)
-            for _ in range(2):  # the second time, nothing is run again
-                said = wait_for(page, "guidance 7 does not fit")
-                text, hidden, widgets = said["SamplerCustomAdvanced"]
-                assert "set guidance of FluxGuidance to 3.5" in text
-                assert "gm-policy: 4 steps" in text
-                assert hidden <= 1  # a rounding
-                assert "$$node-text-preview" not in widgets  # not shown twice
-                assert saved(page) == before
-                run(page)
-            page.page.wait_for_timeout(1500)  # the page stores its workflow
-            page.page.reload(wait_until="domcontentloaded")
-            page.page.wait_for_function(READY, timeout=60_000)
-            wait_for(page, "guidance 7 does not fit")
-            page.page.evaluate(CORRECT)
-            run(page)
-            page.page.wait_for_function(
-                f"() => !({SIGNS})().some(([type, said]) => said.includes('guidance'))",
-                timeout=60_000,
-            )
-    finally:
-        server.post("/settings", {"Comfy.VueNodes.Enabled": False})
+    page.show(nodes_2=newer, light=newer)
+    page.page.set_viewport_size({"width": 1600, "height": 1000})
+    page.page.evaluate(OPEN, numbered(guided(7.0, seed=21 + newer)))
+    before = saved(page)
+    run(page)
+    for _ in range(2):  # the second time, nothing is run again
+        said = wait_for(page, "guidance 7 does not fit")
+        text, hidden, widgets = said["SamplerCustomAdvanced"]
+        assert "set guidance of FluxGuidance to 3.5" in text
+        assert "gm-policy: 4 steps" in text
+        assert hidden <= 1  # a rounding
+        contrasts = page.page.evaluate(CONTRASTS)
+        assert contrasts
+        assert min(contrasts) > READABLE
+        assert "$$node-text-preview" not in widgets  # not shown twice
+        assert saved(page) == before
+        run(page)
+    page.page.wait_for_timeout(1500)  # the page stores its workflow
+    page.page.reload(wait_until="domcontentloaded")
+    page.page.wait_for_function(READY, timeout=60_000)
+    wait_for(page, "guidance 7 does not fit")
+    page.page.evaluate(CORRECT)
+    run(page)
+    page.page.wait_for_function(
+        f"() => !({SIGNS})().some(([type, said]) => said.includes('guidance'))",
+        timeout=60_000,
+    )

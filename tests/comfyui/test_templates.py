@@ -6,15 +6,18 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from PIL import Image
 
 from .client import Comfy
-from .layout import layout_faults, load, use_nodes_2
+from .layout import layout_faults, load
 from .page import ComfyPage, open_page
-from .stand_in_files import LOADERS, WORKFLOWS, workflow_named, write_workflow_files
+from .stand_in_files import LOADERS, WORKFLOWS, workflow_named, workflow_prompt
+
+if TYPE_CHECKING:
+    from playwright.sync_api import BrowserContext
 
 PATHS = sorted(WORKFLOWS.glob("*.json"))
 STEMS = [path.stem for path in PATHS]
@@ -24,20 +27,12 @@ SHIPPED = ("GMFlowLoader", "GMFlowSourceLoader")  # loaders of what comes along 
 SCROLLS = """() => [...document.querySelectorAll('.lg-node[data-node-id]')].filter((node) =>
   [...node.querySelectorAll('.comfy-markdown-content, .ProseMirror')].some((text) =>
     text.checkVisibility() && text.scrollHeight > text.parentElement.clientHeight + 8)).length"""
+PROMPT = "async () => (await window.app.graphToPrompt()).output"
 each_path = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 
 
 def opened(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-@pytest.fixture(scope="module")
-def page(comfy: Comfy) -> Iterator[ComfyPage]:
-    for path in PATHS:
-        write_workflow_files(comfy.base, path.stem)  # or the page would ask for them
-    comfy.object_info()
-    with open_page(comfy) as page:
-        yield page
 
 
 def test_names_sort_as_they_are_numbered() -> None:
@@ -86,21 +81,42 @@ def test_notes_read_well_in_both_designs(path: Path) -> None:
     assert note["pos"] == min((node["pos"] for node in opened(path)["nodes"]), key=sum)
 
 
-@pytest.mark.parametrize("nodes_2", [False, True], ids=["classic", "nodes 2.0"])
-def test_layout(page: ComfyPage, nodes_2: bool) -> None:
-    """No node over another, no link behind a node, groups around whole nodes, whole notes."""
-    use_nodes_2(page, nodes_2)
-    try:
-        for path in PATHS:
-            workflow = opened(path)
-            load(page, workflow)
-            found = layout_faults(page)
-            assert found["faults"] == [], path.stem
-            assert found["links"] >= len(workflow["links"])
-            assert found["drawn"] == (len(workflow["nodes"]) if nodes_2 else 0)
-            assert not (nodes_2 and page.page.evaluate(SCROLLS)), path.stem
-    finally:
-        use_nodes_2(page, False)
+@pytest.fixture(scope="module")
+def own_page(comfy: Comfy, browser: BrowserContext, workflow_files: None) -> Iterator[ComfyPage]:
+    """A page that lists no templates of ComfyUI, with which the dialog takes twice as long."""
+    with open_page(comfy, browser, {"**/templates/index*.json": []}) as page:
+        yield page
+
+
+@pytest.mark.parametrize(
+    ("nodes_2", "light"), [(False, False), (True, True)], ids=["classic, dark", "Nodes 2.0, light"]
+)
+def test_templates_open_from_the_dialog(
+    comfy: Comfy, own_page: ComfyPage, nodes_2: bool, light: bool
+) -> None:
+    """Each opens without a missing node or a complaint, as workflows/api has it, and lies well.
+
+    That is: no node over another, no link behind a node, groups around whole nodes, whole notes.
+    """
+    page = own_page
+    page.clear()
+    page.show(nodes_2=nodes_2, light=light)
+    assert page.is_light() == light
+    for path in PATHS:
+        if "GGUF" in path.stem and "UnetLoaderGGUF" not in comfy.object_info():
+            continue
+        page.open_template(path)
+        assert page.missing_nodes() == [], path.stem
+        assert page.notices() == [], path.stem
+        prompt = page.page.evaluate(PROMPT)
+        for node, about in workflow_prompt(path.stem).items():
+            assert prompt[node]["class_type"] == about["class_type"], path.stem
+            assert prompt[node]["inputs"] == about["inputs"], path.stem
+        workflow, found = opened(path), layout_faults(page)
+        assert found["faults"] == [], path.stem
+        assert found["links"] >= len(workflow["links"])
+        assert found["drawn"] == (len(workflow["nodes"]) if nodes_2 else 0)
+        assert not (nodes_2 and page.page.evaluate(SCROLLS)), path.stem
 
 
 def test_layout_faults_are_found(page: ComfyPage) -> None:

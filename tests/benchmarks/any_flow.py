@@ -1,0 +1,349 @@
+"""Compare samplers and guidance on models of which only the mean velocity is known.
+
+    python -m tests.benchmarks.any_flow                        # all parts, an hour on one core
+    python -m tests.benchmarks.any_flow --only digits spread   # or checkerboard, guidance
+
+The shipped models are sampled in a real ComfyUI (found as by the tests) as ordinary flow models,
+by every stock sampler and by gm_ode with one Gaussian (K = 1), all from the same noise at equal
+network calls; and once more with their own mixture. Figures go to docs/results/any_flow_*.csv.
+Stock samplers are screened first, on fewer samples; the best ones are then measured on as many as
+the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gmflow_core.files.checkpoint import load_checkpoint
+from gmflow_core.flow.path import flow_sigmas
+from gmflow_core.flow.single_gaussian import single_gaussian
+from gmflow_core.gaussians.mixture import GaussianMixture, Mixture
+from gmflow_core.sampling.solvers import sample_gm_ode
+from gmflow_core.toys.checkerboard import draw_checkerboard, total_variation
+from tests.comfyui.installation import COMFYUI, comfyui_python
+from training.data.shards import LatentDataset
+from training.evaluation.classifier import ClassifierFeatures, train_classifier
+from training.evaluation.metrics import Reference, measure, score, statistics
+from training.evaluation.saturation import saturation_distance
+
+from . import any_flow_inside
+from .any_flow_inside import MARK
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+RESULTS = REPOSITORY / "docs" / "results"
+SHIPPED = REPOSITORY / "gmflow_core" / "shipped"
+PARTS = ("digits", "checkerboard", "guidance", "spread")
+STOCK_SCHEDULERS = ("simple", "normal", "beta", "sgm_uniform")
+# stock samplers that are others under another name, or need what these models have not
+LEFT_OUT = ("_gpu", "_cfg_pp", "gm_", "ar_video", "lcm", "dpm_fast", "dpm_adaptive", "ddim")
+SPREADS = (0.3, 0.5, 0.7, 1.0)
+SCREENED, COUNT, POINTS = 200, 1000, 448 * 448  # samples
+BEST = 6  # stock settings that are measured on all samples, by number of calls
+SIGMAS = (0.02, 0.05, 0.1, 0.15, 0.25, 0.35, 0.5, 0.65, 0.75, 0.85, 0.9, 0.95, 0.98, 1.0)
+
+Row = dict[str, Any]
+
+
+def sampled(work: Path, model: str, inputs: Path, settings: list[Row]) -> list[tuple[Tensor, Row]]:
+    """Sample settings inside ComfyUI; return the samples of each, and its steps and calls."""
+    if not (COMFYUI / "main.py").is_file():
+        raise SystemExit(f"no ComfyUI in {COMFYUI}; set COMFYUI_PATH")
+    with tempfile.TemporaryDirectory(dir=work) as out:
+        job = Path(out) / "job.json"
+        about = {"model": str(SHIPPED / model), "inputs": str(inputs.resolve()), "out": out}
+        job.write_text(json.dumps({**about, "settings": settings}))
+        inside = str(Path(any_flow_inside.__file__).resolve())
+        environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        done = subprocess.run(
+            [comfyui_python(), inside, str(job.resolve())],
+            cwd=COMFYUI,
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        answers = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
+        if not answers:
+            raise SystemExit("ComfyUI gave no answer; its messages are above")
+        facts = json.loads(answers[-1].removeprefix(MARK))
+        files = [Path(out) / f"{number}.safetensors" for number in range(len(settings))]
+        return [(load_file(f)["samples"], fact) for f, fact in zip(files, facts, strict=True)]
+
+
+def stock_names() -> list[str]:
+    """Return the samplers of ComfyUI that are compared."""
+    code = (
+        "import sys; sys.argv = ['', '--cpu']; import comfy.options;"
+        "comfy.options.enable_args_parsing(); import comfy.samplers;"
+        "print(' '.join(comfy.samplers.KSampler.SAMPLERS))"
+    )
+    done = subprocess.run(
+        [comfyui_python(), "-c", code], cwd=COMFYUI, capture_output=True, text=True, check=True
+    )
+    names = done.stdout.splitlines()[-1].split()
+    return [name for name in names if not any(part in name for part in LEFT_OUT)]
+
+
+class Digits:
+    """The digits: noise and labels of the samples, and what the samples are compared with."""
+
+    def __init__(self, work: Path):
+        self.work, self.inputs = work, work / "digits_inputs.safetensors"
+        train, test = self.prepared("train"), self.prepared("test")
+        features = work / "digits_features.safetensors"
+        if not features.is_file():
+            classes = tuple(train.classes)
+            train_classifier(*_images(train), classes, test=_images(test)).save(features)
+        self.extractor = ClassifierFeatures.load(features)
+        measures = measure(*_of(_images(train), self.extractor))
+        self.reference = Reference(statistics(measures.features), measures, COUNT)
+        generator = torch.Generator().manual_seed(0)
+        self.labels = torch.randint(10, (COUNT,), generator=generator)
+        self.noise = torch.randn(COUNT, 3, 8, 8, generator=generator)
+        save_file({"noise": self.noise, "labels": self.labels}, self.inputs)
+        self.test = _images(test)
+
+    def prepared(self, split: str) -> LatentDataset:
+        """Return the digits of a split, drawn and prepared on the first call."""
+        pictures, folder = self.work / "digits", self.work / f"digits_{split}"
+        if not folder.is_dir():
+            _command("training.digits", "--out", pictures)
+            data = ("--data", pictures / split, "--out", folder)
+            _command("training.prepare", *data, "--size", "8", "--pixels", "--no-flip")
+        return LatentDataset(folder, in_memory=True)
+
+    def score(self, samples: Tensor) -> Row:
+        """Return the figures of samples (n, 3, 8, 8) in [-1, 1], the first of the labels."""
+        images = ((samples.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        found = measure(images, self.extractor, self.labels[: len(images)])
+        figures = score(
+            found, self.reference, classes=tuple(map(str, range(10))), known=saturation_distance
+        )
+        return {**figures, "out_of_range": (samples.abs() > 1).double().mean().item()}
+
+    def compare(self, settings: list[Row]) -> list[Row]:
+        """Sample settings in ComfyUI and score each."""
+        found = sampled(self.work, "digits_k8.safetensors", self.inputs, settings)
+        return [
+            {**setting, **facts, **self.score(samples)}
+            for setting, (samples, facts) in zip(settings, found, strict=True)
+        ]
+
+
+def _images(data: LatentDataset) -> tuple[Tensor, Tensor]:
+    """Return prepared pixels as uint8 (N, 3, 8, 8), and their labels (N,)."""
+    pairs = [data[i] for i in range(len(data))]
+    pixels = torch.stack([pair[0] for pair in pairs])
+    labels = torch.tensor([int(pair[1]) for pair in pairs])
+    return ((pixels + 1) * 127.5).round().to(torch.uint8), labels
+
+
+def _of(pair: tuple[Tensor, Tensor], extractor: ClassifierFeatures) -> tuple:
+    return pair[0], extractor, pair[1]
+
+
+def _command(module: str, *arguments: object) -> None:
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    subprocess.run(command, cwd=REPOSITORY, check=True)
+
+
+def digits(work: Path) -> None:
+    """Compare samplers on the digits by Fréchet distance: docs/results/any_flow_digits.csv."""
+    data = Digits(work)
+    best = screened(lambda settings: data.compare(settings), SCREENED, "frechet_distance")
+    settings = [
+        *({**row, "count": COUNT} for row in best),
+        *ours(COUNT),
+        *({**row, "calls": 8} for row in _at_calls(best, 4, COUNT)),
+    ]
+    rows = data.compare(settings)
+    floor = data.score((data.test[0][:COUNT].float() / 127.5) - 1)["frechet_distance"]
+    write(work, "digits", [{"sampler": "held-out images", "frechet_distance": floor}, *rows])
+
+
+def ours(count: int, calls: tuple[int, ...] = (2, 3, 4, 8)) -> list[Row]:
+    """Return the settings of gm_ode: one Gaussian of several spreads, and the model's mixture."""
+    one = [{"sampler": "gm_ode", "spread": spread} for spread in SPREADS]
+    rows = [*one, {"sampler": "gm_ode", "mixture": True}, {"sampler": "gm_sde", "mixture": True}]
+    return [{**row, "calls": each, "count": count} for each in calls for row in rows]
+
+
+def screened(compare: Callable[[list[Row]], list[Row]], count: int, figure: str) -> list[Row]:
+    """Return the best settings of stock samplers for 2, 3 and 4 calls, by a few samples."""
+    best = []
+    for calls in (2, 3, 4):
+        settings = [
+            {"sampler": sampler, "scheduler": scheduler, "calls": calls, "count": count}
+            for sampler in stock_names()
+            for scheduler in STOCK_SCHEDULERS
+        ]
+        found = sorted(compare(settings), key=lambda row: row[figure])
+        best += [
+            {key: row[key] for key in ("sampler", "scheduler")} | {"calls": calls}
+            for row in found[:BEST]
+        ]
+    return best
+
+
+def _at_calls(rows: list[Row], calls: int, count: int) -> list[Row]:
+    return [{**row, "count": count} for row in rows if row["calls"] == calls]
+
+
+def checkerboard(work: Path) -> None:
+    """Compare samplers on the checkerboard by total variation: any_flow_checkerboard.csv."""
+    inputs, side = work / "board_inputs.safetensors", round(POINTS**0.5)
+    noise = torch.randn(1, 2, side, side, generator=torch.Generator().manual_seed(0))
+    save_file({"noise": noise}, inputs)
+
+    def compare(settings: list[Row]) -> list[Row]:
+        found = sampled(work, "checkerboard_k64.safetensors", inputs, settings)
+        return [
+            {**row, **facts, "total_variation": total_variation(x.movedim(1, -1).reshape(-1, 2))}
+            for row, (x, facts) in zip(settings, found, strict=True)
+        ]
+
+    best = screened(compare, 1, "total_variation")
+    rows = compare([*best, *ours(1), *({**row, "calls": 8} for row in _at_calls(best, 4, 1))])
+    exact = total_variation(draw_checkerboard(POINTS, torch.Generator().manual_seed(0)))
+    write(work, "checkerboard", [{"sampler": "exact samples", "total_variation": exact}, *rows])
+
+
+def guidance(work: Path) -> None:
+    """Compare guidance on the digits in 8 calls of DPM-Solver++ 2M: any_flow_guidance.csv."""
+    common = {"sampler": "dpmpp_2m", "scheduler": "simple", "calls": 8, "count": COUNT}
+    weights, scales = (0.1, 0.2, 0.3, 0.5, 0.7, 0.9), (1.5, 2.0, 3.0, 4.0)
+    rows = [{**common, "cfg": 1.0}, *({**common, "cfg": scale} for scale in scales)]
+    for remedy in ("APG", "RescaleCFG", "CFGNorm", "CFGZeroStar"):
+        rows += [{**common, "cfg": scale, "remedy": remedy} for scale in scales[1:]]
+    one = {**common, "remedy": "probabilistic"}
+    rows += [{**one, "cfg": weight} for weight in weights]
+    rows += [{**one, "cfg": weight, "mixture": True} for weight in weights[:4]]
+    write(work, "guidance", Digits(work).compare(rows))
+
+
+@torch.inference_mode()
+def spread(work: Path) -> None:
+    """Compare ways to know the spread, with the digits' mean: docs/results/any_flow_spread.csv.
+
+    A constant; one measured at every sigma on held-out digits; the power that successive means
+    gain (the posterior mean is a martingale, so E|m|^2 grows by the variance that goes away); the
+    variance that the network has learned for every pixel; and the network's whole mixture.
+    """
+    data = Digits(work)
+    network, _ = load_checkpoint(SHIPPED / "digits_k8.safetensors")
+    network = network.float()
+    measured = measured_spread(network, *data.test)
+    ways: dict[str, Callable[[], Way]] = {
+        **{f"constant {value:g}": partial(constant, value) for value in SPREADS},
+        "measured": lambda: lambda mixture, mean, sigma: measured(sigma),
+        "power of the means": power_of_means,
+        "learned variance": lambda: lambda mixture, mean, sigma: mixture.moment_match().var.sqrt(),
+    }
+    rows = [
+        {"way": "measured, at sigma", "sigma": sigma, "spread": measured(sigma)} for sigma in SIGMAS
+    ]
+    for name, make in ways.items():
+        for calls in (2, 3, 4, 8):
+            denoise = one_gaussian(network, data.labels, make())
+            x = sample_gm_ode(denoise, data.noise, flow_sigmas(calls), substeps=8)
+            rows.append({"way": name, "calls": calls, "count": COUNT, **data.score(x)})
+    write(work, "spread", rows)
+
+
+Way = Callable[[Mixture, Tensor, float], Any]  # (velocity's mixture, mean of x_0, sigma) -> spread
+
+
+def constant(value: float) -> Way:
+    """Return the way that always gives one spread."""
+    return lambda mixture, mean, sigma: value
+
+
+def power_of_means() -> Way:
+    """Return the way that watches the means: spread^2 (sigma_0^2 - sigma^2) = gain in E|m|^2."""
+    first: list[tuple[float, float]] = []
+
+    def way(mixture: Mixture, mean: Tensor, sigma: float) -> float:
+        power = mean.square().mean().item()
+        if not first:
+            first.append((sigma, power))
+            return 0.5
+        gain = (power - first[0][1]) / (first[0][0] ** 2 - sigma**2)
+        return min(max(gain, 0.01), 2.25) ** 0.5
+
+    return way
+
+
+def one_gaussian(network: Any, labels: Tensor, way: Way) -> Callable[[Tensor, Tensor], Mixture]:
+    """Return a denoiser of one Gaussian around the network's mean, of the spread that `way` tells.
+
+    The images of a call are one batch to the network, 250 at a time.
+    """
+
+    def denoise(x: Tensor, sigma: Tensor) -> GaussianMixture:
+        parts = zip(x.split(250), sigma.split(250), labels.split(250), strict=True)
+        mixtures = [network(*part) for part in parts]
+        mixture = GaussianMixture(
+            *(torch.cat([getattr(m, name) for m in mixtures]) for name in FIELDS)
+        )
+        level = sigma[0].item()
+        mean = x - level * mixture.mean()
+        return single_gaussian(mean, sigma, way(mixture, mean, level))
+
+    return denoise
+
+
+FIELDS = ("means", "log_weights", "log_std")
+
+
+def measured_spread(network: Any, images: Tensor, labels: Tensor) -> Callable[[float], float]:
+    """Return the root mean square error of the network's velocity on images, by sigma."""
+    x0, generator = images[:500].float() / 127.5 - 1, torch.Generator().manual_seed(1)
+    noise, errors = torch.randn(x0.shape, generator=generator), []
+    for sigma in SIGMAS:
+        velocity = network(
+            (1 - sigma) * x0 + sigma * noise, torch.full((500,), sigma), labels[:500]
+        ).mean()
+        errors.append((velocity - (noise - x0)).square().mean().sqrt().item())
+    return lambda sigma: float(np.interp(sigma, SIGMAS, errors))
+
+
+def write(work: Path, part: str, rows: list[Row]) -> None:
+    """Write the rows of a part to docs/results, and print them."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    path = RESULTS / f"any_flow_{part}.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"{path}: {len(rows)} rows")
+
+
+def main() -> None:
+    """Run the parts that are asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--work", type=Path, default=Path("outputs/any_flow"), help="for data")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    for part in options.only:
+        {"digits": digits, "checkerboard": checkerboard, "guidance": guidance, "spread": spread}[
+            part
+        ](options.work)
+
+
+if __name__ == "__main__":
+    main()

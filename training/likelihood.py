@@ -1,6 +1,6 @@
 """Compare the log-likelihood of a checkerboard model with the exact density, in 2-D:
 
-    python -m training.likelihood                  # the shipped model, one CPU thread, MINUTES
+    python -m training.likelihood                  # the shipped model, one CPU thread, 4 minutes
     python -m training.likelihood --preset quick   # seconds; the figures mean little
     python -m training.likelihood --checkpoint outputs/checkerboard/weights.safetensors
 

@@ -87,11 +87,7 @@ def sample_images(
     spectrum = network.spectrum_net if source is None else None
     settings = {"shift": shift, "spectrum": spectrum, "noise": generators, **settings}
     result = solve(solver, denoiser, x, sigmas, **settings, callback=callback)
-    if frame is None:
-        return result
-    if isinstance(result, Tensor):
-        return frame.leave(result, float(sigmas[-1]))
-    return frame.leave(result[0], float(sigmas[-1])), _trajectory_of_images(result[1], frame)
+    return result if frame is None else _leave(frame, result, float(sigmas[-1]))
 
 
 def _count_images(
@@ -162,8 +158,14 @@ def _leaving_frame(callback: Callback, frame: ModeFrame, sigmas: Tensor) -> Call
     return report
 
 
-def _trajectory_of_images(trajectory: Trajectory, frame: ModeFrame) -> Trajectory:
-    """Convert a trajectory in the frame's coordinates to the images' own."""
+def _leave(
+    frame: ModeFrame, result: Tensor | tuple[Tensor, Trajectory], sigma: float
+) -> Tensor | tuple[Tensor, Trajectory]:
+    """Convert a solver's result at sigma from the frame's coordinates to the images' own."""
+    if isinstance(result, Tensor):
+        return frame.leave(result, sigma)
+    x, trajectory = result
     pairs = zip(trajectory.x, trajectory.sigmas.tolist(), strict=True)
-    states = torch.stack([frame.leave(x, sigma) for x, sigma in pairs])
-    return Trajectory(trajectory.sigmas, states, trajectory.x0 * frame.std)
+    states = torch.stack([frame.leave(*pair) for pair in pairs])
+    moved = Trajectory(trajectory.sigmas, states, trajectory.x0 * frame.std)
+    return frame.leave(x, sigma), moved

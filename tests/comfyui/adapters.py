@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from .bases import CHANNELS, Shapes, linear, random_weights, write
+from .bases import CHANNELS, HIDDEN, Shapes, linear, random_weights, write
 
 MLP_RATIO = {"flux": 4, "qwen": 4, "flux2": 3}
 POLICIES = {  # as their files' policy_config gives them
@@ -23,7 +23,7 @@ def write_adapter(
     path: Path,
     base: str = "flux",
     *,
-    hidden: int = 256,
+    hidden: int | None = None,
     depth: int = 2,
     single: int = 2,
     rank: int = 4,
@@ -40,12 +40,14 @@ def write_adapter(
 
     Args:
         base: "flux", "qwen" or "flux2".
+        hidden: width of the base; that of its writer in `bases.py` if None.
         K: number of components of a GM or ArcFlow adapter.
         policy: one of POLICIES.
         grid: number of grid points of a DX adapter, or of a polynomial's coefficients.
         strength: size of the LoRA's change of a layer, relative to a random base's layer.
         metadata: metadata of the file; its policy_config if None.
     """
+    hidden = hidden or HIDDEN[base]
     shapes = adapter_shapes(base, hidden, depth, single, rank, K, logstd_inner, policy, grid)
     weights = random_weights(shapes, seed, torch.float32)
     for name, weight in weights.items():
@@ -153,7 +155,7 @@ def write_lora(
     path: Path,
     base: str = "flux",
     *,
-    hidden: int = 256,
+    hidden: int | None = None,
     depth: int = 2,
     rank: int = 4,
     seed: int = 2,
@@ -164,6 +166,7 @@ def write_lora(
 
     Names are kohya's for FLUX and diffusers' for Qwen-Image.
     """
+    hidden = hidden or HIDDEN[base]
     if base == "qwen":
         names = [
             f"transformer.transformer_blocks.{i}.attn.{part}"

@@ -18,6 +18,8 @@ HEAD_DIM = 128
 CONTEXT = {"flux": 4096, "qwen": 3584, "flux2": 15360}  # width of the text encoder's output
 CONTEXT_KLEIN = 7680  # FLUX.2 klein 4B
 CHANNELS = {"flux": 64, "qwen": 64, "flux2": 128}  # of a token: the latent's channels x 2 x 2
+# FLUX.2 gets one head, as ComfyUI lengthens every text of its to 512 tokens
+HIDDEN = {"flux": 256, "qwen": 256, "flux2": 128}
 QUERY_KEY_NORMS = (
     ".scale",
     "norm_q.weight",
@@ -40,7 +42,7 @@ Shapes = dict[str, tuple[int, ...]]
 def write_flux(
     path: Path,
     *,
-    hidden: int = 256,
+    hidden: int = HIDDEN["flux"],
     depth: int = 2,
     single: int = 2,
     seed: int = 0,
@@ -54,7 +56,7 @@ def write_flux(
 def write_qwen_image(
     path: Path,
     *,
-    hidden: int = 256,
+    hidden: int = HIDDEN["qwen"],
     depth: int = 2,
     seed: int = 0,
     dtype: torch.dtype = torch.bfloat16,
@@ -66,7 +68,7 @@ def write_qwen_image(
 def write_flux2(
     path: Path,
     *,
-    hidden: int = 256,
+    hidden: int = HIDDEN["flux2"],
     depth: int = 2,
     single: int = 2,
     seed: int = 0,

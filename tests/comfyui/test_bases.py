@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from .adapters import POLICIES, adapter_shapes, write_adapter, write_lora
 from .bases import (
+    HIDDEN,
     flux2_shapes,
     flux_shapes,
     qwen_image_shapes,
@@ -169,7 +170,7 @@ def test_adapter_file(tmp_path: Path, base: str, policy: str) -> None:
     assert config == POLICIES[policy]
     weights = load_file(path)
     assert {name: tuple(weight.shape) for name, weight in weights.items()} == adapter_shapes(
-        base, 256, 2, 2, 4, logstd_inner=32, policy=policy
+        base, HIDDEN[base], 2, 2, 4, logstd_inner=32, policy=policy
     )
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
     assert all(weight.isfinite().all() and weight.any() for weight in weights.values())

@@ -29,7 +29,9 @@ def main(comfyui: str, work: str) -> None:
     """Run all cases and print their results, or tracebacks, as JSON by name."""
     os.chdir(comfyui)
     sys.path[:] = [comfyui, *(p for p in sys.path if p != str(Path(__file__).parent))]
-    sys.argv = [sys.argv[0], "--cpu", "--disable-api-nodes"]
+    # with its attention for the CPU, TorchCompileModel compiles anew in every step
+    options = ("--cpu", "--disable-api-nodes", "--use-pytorch-cross-attention")
+    sys.argv = [sys.argv[0], *options]
     import comfy.options
 
     comfy.options.enable_args_parsing()

@@ -2,12 +2,14 @@
 
 Without file names pytest shares the tests out among workers, one for each core. `-n 0` turns that
 off, `-n 2` turns it on for single files. Each worker starts a ComfyUI server of its own; the tests
-of a file in tests/comfyui stay on one worker, as they share models and pages.
+of a file in tests/comfyui stay on one worker, as they share models, and those of ComfyUI's page on
+one worker, as they share the page. What takes longest begins first, so that all end together.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: one thread for each worker
@@ -20,6 +22,34 @@ from xdist.scheduler import LoadScopeScheduling
 from tests.comfyui.installation import comfyui_version
 
 MOST_WORKERS = 4  # each takes some 1.5 GB with the processes that it starts
+PAGE = "the page"
+OF_THE_PAGE = re.compile(
+    r"tests/comfyui/test_(blueprints|first_hour|harness|moved_in|page\w*|templates)\.py"
+)
+SECONDS = {  # of a core, measured: of a file of tests/comfyui, or of a single test elsewhere
+    PAGE: 200,
+    "test_compiled_draws_equal_the_definition": 60,
+    "test_hostile_files_are_refused_in_words_or_read_right": 37,
+    "test_adapters": 35,
+    "test_around_samplers": 32,
+    "test_adapter_images": 30,
+    "test_nodes": 25,
+    "test_adapter_choice": 22,
+    "test_hostile_inputs_of_nodes_are_refused_in_words_or_read_right": 20,
+    "test_nothing_is_lost": 16,
+    "test_two_processes_have_the_losses_of_one": 13,
+    "test_adapter_guidance": 13,
+    "test_int8_layers": 13,
+    "test_hostile_prompts": 13,
+    "test_import": 12,
+    "test_dynamic_memory": 12,
+    "test_what_a_folder_lacks_is_named": 12,
+    "test_float16_shards_of_rae_latents_load_and_train": 11,
+    "test_other_batches_and_processes_give_the_same_images": 11,
+    "test_compiled_guided_steps_equal_the_definition": 10,
+    "test_a_file_is_downloaded_once_with_its_progress": 9,
+}
+OTHERS = 5, 0  # seconds of any other file of tests/comfyui, and of any other test
 OUTCOMES = ("passed", "failed", "error", "skipped")
 
 if not torch.cuda.is_available():
@@ -35,16 +65,38 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return min(cores, MOST_WORKERS) if cores > 1 else 0
 
 
-class FilesOfServers(LoadScopeScheduling):
-    """A schedule of single tests, but for those of a file in tests/comfyui, which stay together."""
+def scope_of(nodeid: str) -> str:
+    """Return what stays on one worker with a test: the page's tests, its file, or itself alone."""
+    if OF_THE_PAGE.match(nodeid):
+        return PAGE
+    return nodeid.split("::")[0] if nodeid.startswith("tests/comfyui/") else nodeid
+
+
+def seconds_of(scope: str) -> float:
+    """Return about how long the tests of a scope take."""
+    name = scope.split("::")[-1].split("[")[0].removesuffix(".py").split("/")[-1]
+    return SECONDS.get(name, OTHERS[not scope.startswith("tests/comfyui/")])
+
+
+class LongestFirst(LoadScopeScheduling):
+    """A schedule of single tests, but for those that share a server's files or its page."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return nodeid.split("::")[0] if nodeid.startswith("tests/comfyui/") else nodeid
+        return scope_of(nodeid)
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FilesOfServers | None:
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LongestFirst | None:
     """Return the schedule; None for pytest-xdist's own if `--dist` asks for another one."""
-    return FilesOfServers(config, log) if config.getvalue("dist") == "load" else None
+    if config.getvalue("dist") != "load":
+        return None
+    config.option.loadscopereorder = False  # the order is that of the workers' collections
+    return LongestFirst(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """On a worker, put the tests that take longest first."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: -seconds_of(scope_of(item.nodeid)))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

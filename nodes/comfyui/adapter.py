@@ -82,6 +82,7 @@ def with_adapter(
         "\n".join(describe(shapes, policy, facts, base)),
         facts.final_step_size,
         facts.temperature,
+        policy["type"],
     )
     if not is_trial:
         _report(base, head, facts.steps, len(lora) // 2, strength)

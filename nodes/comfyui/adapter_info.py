@@ -9,6 +9,8 @@ from ...gmflow_core.sampling.solvers import FINAL_STEP_SIZE, SOLVERS
 from .bases import Base
 
 ADAPTER = "gmflow_adapter"  # key in transformer_options
+# settings of the policy sampler that a policy does not use
+UNUSED = {"GMFlow": (), "DX": ("temperature",), "ArcFlow": ("temperature", "substeps")}
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Adapter:
         final_step_size: size of the last step, relative to the others, that it was made for.
         temperature: of its mixture at all steps but the last; None for the usual one of the number
             of steps.
+        policy: kind of policy that its head predicts.
     """
 
     name: str
@@ -32,6 +35,7 @@ class Adapter:
     details: str = ""
     final_step_size: float = FINAL_STEP_SIZE
     temperature: float | None = None
+    policy: str = "GMFlow"
 
 
 def refuse_to_save(name: str) -> NoReturn:
@@ -57,9 +61,14 @@ def final_step_size_for(model, solver: str) -> float:
 
     The steps of a MODEL with an adapter are the adapter's for solvers that follow its policy.
     """
-    adapter, known = adapter_of(model.model_options), SOLVERS[solver]
-    if adapter is None or known.final_step_size != FINAL_STEP_SIZE:
-        return known.final_step_size
+    return usual_final_step_size(adapter_of(model.model_options), solver)
+
+
+def usual_final_step_size(adapter: Adapter | None, solver: str) -> float:
+    """Return what `final_step_size_for` returns for a MODEL with this adapter, or none."""
+    usual = SOLVERS[solver].final_step_size
+    if adapter is None or usual != FINAL_STEP_SIZE:
+        return usual
     return adapter.final_step_size
 
 

@@ -67,7 +67,7 @@ def gm_sampler(
             if wrapped.is_plain:
                 about.insert(0, spread_in_words(extra_args.get("model_options")))
             known = ", ".join(filter(None, about))
-            report_settings(solver, sigmas, time_shift, own, known)
+            report_settings(solver, sigmas, time_shift, own, known, wrapped.adapter)
         result = solve(
             solver,
             wrapped.denoise if SOLVERS[solver].takes_policies else mixtures_only(wrapped, solver),

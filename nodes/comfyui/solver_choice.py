@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...gmflow_core.flow.path import unshift_time
 from ...gmflow_core.sampling.solvers import SOLVERS, usual_temperature
-from .adapter_info import adapter_of
+from .adapter_info import UNUSED, Adapter, adapter_of, usual_final_step_size
 from .notices import notice
 
 AUTO = "auto"  # choice of the solver that suits the model
@@ -72,16 +72,25 @@ def no_effect(what: str, why: str) -> None:
     notice(f"no effect: {what}, as {why}", logging.INFO)
 
 
-def report_unused(solver: str, settings: dict[str, Any]) -> None:
-    """Show on the node which of the settings a solver does not use."""
-    changed = (name for name, usual in UNSET.items() if settings.get(name, usual) != usual)
+def report_unused(solver: str, settings: dict[str, Any], adapter: Adapter | None = None) -> None:
+    """Show on the node which of the settings a solver, or the adapter's policy, does not use."""
+    changed = [name for name, usual in UNSET.items() if settings.get(name, usual) != usual]
     unused = [name for name in changed if name not in SOLVERS[solver].settings]
     if unused:
         no_effect(" and ".join(unused), f"{solver} does not use {'them' if unused[1:] else 'it'}")
+    if adapter is not None and solver == "gm-policy":
+        idle = [name for name in changed if name in UNUSED[adapter.policy]]
+        if idle:
+            no_effect(" and ".join(idle), f"{adapter.name} has a policy of type {adapter.policy}")
 
 
 def report_settings(
-    solver: str, sigmas: Tensor, shift: float, settings: dict[str, Any], guidance: str = ""
+    solver: str,
+    sigmas: Tensor,
+    shift: float,
+    settings: dict[str, Any],
+    guidance: str = "",
+    adapter: Adapter | None = None,
 ) -> None:
     """Show on the node, in one line, what a solver runs with.
 
@@ -90,18 +99,20 @@ def report_settings(
         shift: time shift of the sigmas.
         settings: further arguments of `solve`; those that the solver does not take are left out.
         guidance: the guider's guidance, in words; "" if there is none.
+        adapter: the adapter on the model, whose policy may not use some of them.
     """
     known, steps = SOLVERS[solver], len(sigmas) - 1
+    unused = UNUSED[adapter.policy] if adapter and solver == "gm-policy" else ()
     about = [f"{steps} step{'s' if steps > 1 else ''}", f"shift {shift:.3g}"]
-    about += _unusual_times(sigmas, shift, known.final_step_size)
+    about += _unusual_times(sigmas, shift, usual_final_step_size(adapter, solver))
     if "order" in known.settings:
         about.append(f"order {settings.get('order', 2)}")
-    if "temperature" in known.settings:
+    if "temperature" in known.settings and "temperature" not in unused:
         temperature = settings.get("temperature")
         about.append(
             f"temperature {usual_temperature(steps) if temperature is None else temperature:.3g}"
         )
-    if known.substeps:
+    if known.substeps and "substeps" not in unused:
         substeps = settings.get("substeps") or known.substeps
         about.append(f"{substeps} substep{'s' if substeps > 1 else ''}")
     if "stochasticity" in known.settings and settings.get("stochasticity"):

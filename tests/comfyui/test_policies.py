@@ -44,8 +44,8 @@ def with_file(server: Comfy, name: str, prompt: dict) -> dict:
 
 
 def left_alone(base: str = "flux", **sampler) -> dict:
-    """Return a prompt with GM Sampler as it comes: auto, 0 steps."""
-    return graph(base, steps=0, solver="auto", **sampler)
+    """Return a prompt with GM Sampler as it comes: auto, 0 steps, 0 substeps."""
+    return graph(base, steps=0, solver="auto", substeps=0, **sampler)
 
 
 def told(server: Comfy, name: str, **inputs) -> list[str]:
@@ -64,16 +64,17 @@ def test_the_sampler_takes_the_adapters_own_schedule(
 ) -> None:
     prompt = with_file(server, name.format(base), left_alone(base))
     result = server.run(prompt)
-    assert result.texts["sample"].startswith(f"gm-policy: {steps} steps, shift 3.2, ")
-    assert "\n" not in result.texts["sample"]  # no warning
+    substeps = "" if steps == 2 else ", 128 substeps"
+    assert result.texts["sample"] == f"gm-policy: {steps} steps, shift 3.2{substeps}"  # no warning
     kind = "ArcFlow policy, K = 16" if steps == 2 else "DX policy, 10 coefficients"
     assert f"{kind}, {steps} steps or more" in result.texts["model"]
     latent = latent_of(server, prompt)
     assert latent.isfinite().all()
     assert latent.std() > 0.5
-    own = custom(prompt, steps=steps, final_step_size=0.0)
+    sampler = node("GMFlowPolicySampler", substeps=128, temperature=0.0, stochasticity=0.0)
+    own = custom(prompt, sampler, steps=steps, final_step_size=0.0)
     assert torch.equal(latent, latent_of(server, own))
-    given = custom(prompt, steps=steps, final_step_size=last)
+    given = custom(prompt, sampler, steps=steps, final_step_size=last)
     assert torch.equal(latent, latent_of(server, given))
     mean = latent_of(server, custom(prompt, PLAIN, steps=steps, final_step_size=last))
     assert not near(latent, mean, 0.02)
@@ -130,6 +131,9 @@ def test_solvers_of_mixtures_refuse_arcflow(server: Comfy) -> None:
     prompt = with_file(server, "arcflow-flux-2steps.sft", graph(solver="gm-ode"))
     with pytest.raises(PromptError, match=r"arcflow-flux-2steps.* has an ArcFlow policy; use gm-p"):
         server.run(prompt)
+    prompt["sample"]["inputs"].update(solver="gm-policy", steps=2, temperature=0.5)
+    said = server.run(prompt).texts["sample"]
+    assert "no effect: substeps and temperature, as arcflow-flux-2steps" in said
 
 
 def test_infinite_stochasticity_starts_every_step_from_fresh_noise(server: Comfy) -> None:
@@ -153,7 +157,7 @@ def test_what_the_file_says_comes_before_its_name(server: Comfy) -> None:
     assert "made with a guidance of 2.5" in said  # the conditioning has 3.5
     assert "too long" not in said
     by_hand = {"steps": 3, "shift": 2.0, "final_step_size": 0.7, "temperature": 0.6}
-    expected = latent_of(server, graph(**by_hand))  # the published file with these settings
+    expected = latent_of(server, graph(substeps=0, **by_hand))  # the published file
     assert torch.equal(latent_of(server, prompt), expected)
     lines = told(server, name, model=["base", 0])
     for line in (

@@ -32,6 +32,7 @@ from torch import Tensor
 from gmflow_core.files.checkpoint import load_checkpoint
 from gmflow_core.flow.path import flow_sigmas
 from gmflow_core.flow.single_gaussian import single_gaussian
+from gmflow_core.gaussians.draws import standard_normal
 from gmflow_core.gaussians.mixture import GaussianMixture, Mixture
 from gmflow_core.sampling.solvers import sample_gm_ode
 from gmflow_core.toys.checkerboard import draw_checkerboard, total_variation
@@ -39,6 +40,7 @@ from tests.comfyui.installation import COMFYUI, comfyui_python
 from training.data.shards import LatentDataset
 from training.evaluation.classifier import ClassifierFeatures, train_classifier
 from training.evaluation.metrics import Reference, measure, score, statistics
+from training.evaluation.models import image_labels, image_seeds
 from training.evaluation.saturation import saturation_distance
 
 from . import any_flow_inside
@@ -111,9 +113,10 @@ class Digits:
         self.extractor = ClassifierFeatures.load(features)
         measures = measure(*_of(_images(train), self.extractor))
         self.reference = Reference(statistics(measures.features), measures, COUNT)
-        generator = torch.Generator().manual_seed(0)
-        self.labels = torch.randint(10, (COUNT,), generator=generator)
-        self.noise = torch.randn(COUNT, 3, 8, 8, generator=generator)
+        seeds = image_seeds(0, range(COUNT))  # as training.evaluate draws them
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.labels = image_labels(seeds, 10)
+        self.noise = standard_normal((COUNT, 3, 8, 8), generators, like=torch.zeros(1))
         save_file({"noise": self.noise, "labels": self.labels}, self.inputs)
         self.test = _images(test)
 
@@ -145,8 +148,9 @@ class Digits:
 
 
 def _images(data: LatentDataset) -> tuple[Tensor, Tensor]:
-    """Return prepared pixels as uint8 (N, 3, 8, 8), and their labels (N,)."""
-    pairs = [data[i] for i in range(len(data))]
+    """Return prepared pixels as uint8 (N, 3, 8, 8), and their labels (N,), in a random order."""
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
+    pairs = [data[i] for i in order]
     pixels = torch.stack([pair[0] for pair in pairs])
     labels = torch.tensor([int(pair[1]) for pair in pairs])
     return ((pixels + 1) * 127.5).round().to(torch.uint8), labels

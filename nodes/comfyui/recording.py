@@ -25,11 +25,6 @@ from .sampling_run import watched
 
 RECORDER = "gmflow_mixture_recorder"  # key in transformer_options, and of our wrappers
 OURS = (RECORDER, ADAPTER)  # our keys in transformer_options
-NO_MIXTURE = (
-    "no mixture: GM samplers and guidance need a model that predicts a Gaussian mixture at every "
-    "step, and this one did not; load one with 'GM Load Model', or put 'GM Adapter' on a base "
-    "model (and remove nodes that skip network calls, such as LazyCache), or use a stock sampler"
-)
 
 
 class MixtureRecorder:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...gmflow_core import predict_x0
 from ...gmflow_core.flow.blended import BlendedPolicy, Followed, Part
 from .latent_shapes import SolverShape
-from .recording import NO_MIXTURE, MixtureRecorder
+from .recording import MixtureRecorder
 
 LIMITS = ("area", "mask")  # keys that limit a conditioning to a part of the latent
 TIMES = ("timestep_start", "timestep_end")  # and to a part of the steps
@@ -46,7 +46,10 @@ def policy_of(
     if not active:
         if any(_has(cond, TIMES) for cond in conds):
             return MeanOnly("no positive conditioning for this step")
-        raise ValueError(NO_MIXTURE)
+        raise ValueError(
+            "no mixture: this model predicts one at every step, and did not now, as nodes that "
+            "skip network calls (LazyCache) make it; remove them, or use a stock sampler"
+        )
     if any(cond.get("default") for cond in conds):
         return MeanOnly("a default conditioning, for what others leave")
     parts = [_part_of(recorder, cond, latent, shape) for cond in active]

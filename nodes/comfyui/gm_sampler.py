@@ -67,7 +67,8 @@ def gm_sampler(
             if wrapped.is_plain:
                 about.insert(0, spread_in_words(extra_args.get("model_options")))
             known = ", ".join(filter(None, about))
-            report_settings(solver, sigmas, time_shift, own, known, wrapped.adapter)
+            highest = wrapped.highest
+            report_settings(solver, sigmas, time_shift, own, known, wrapped.adapter, highest)
         result = solve(
             solver,
             wrapped.denoise if SOLVERS[solver].takes_policies else mixtures_only(wrapped, solver),

@@ -49,17 +49,21 @@ def is_unconditional(model) -> bool:
     return not getattr(model.get_model_object("diffusion_model"), "takes_labels", True)
 
 
-def _unusual_times(sigmas: Tensor, shift: float, final_step_size: float) -> list[str]:
+def _unusual_times(
+    sigmas: Tensor, shift: float, final_step_size: float, highest: float
+) -> list[str]:
     """Return what a time grid down to 0 has that is not usual: where it starts, its last step.
 
     Args:
+        highest: sigma of pure noise.
         final_step_size: the usual size of the last step relative to the others.
     """
     times, found = unshift_time(sigmas.double().cpu(), shift), []
     if times[-1] > 0:
         return found  # of several samplers, not the last
-    if times[0] < 1 - ROUNDING:
-        found.append(f"denoise {times[0]:.3g}")
+    denoise = float(times[0]) / unshift_time(highest, shift)
+    if denoise < 1 - ROUNDING:
+        found.append(f"denoise {denoise:.3g}")
     *others, last = (-times.diff() / -times.diff()[0]).tolist()
     are_equal = others and all(abs(size - 1) < ROUNDING for size in others)
     if are_equal and abs(last - final_step_size) > ROUNDING:
@@ -91,6 +95,7 @@ def report_settings(
     settings: dict[str, Any],
     guidance: str = "",
     adapter: Adapter | None = None,
+    highest: float = 1.0,
 ) -> None:
     """Show on the node, in one line, what a solver runs with.
 
@@ -100,11 +105,12 @@ def report_settings(
         settings: further arguments of `solve`; those that the solver does not take are left out.
         guidance: the guider's guidance, in words; "" if there is none.
         adapter: the adapter on the model, whose policy may not use some of them.
+        highest: sigma of the model's pure noise, below 1 for models of epsilon or v.
     """
     known, steps = SOLVERS[solver], len(sigmas) - 1
     unused = UNUSED[adapter.policy] if adapter and solver == "gm-policy" else ()
     about = [f"{steps} step{'s' if steps > 1 else ''}", f"shift {shift:.3g}"]
-    about += _unusual_times(sigmas, shift, usual_final_step_size(adapter, solver))
+    about += _unusual_times(sigmas, shift, usual_final_step_size(adapter, solver), highest)
     if "order" in known.settings:
         about.append(f"order {settings.get('order', 2)}")
     if "temperature" in known.settings and "temperature" not in unused:

@@ -76,6 +76,13 @@ class SolverModel:
         return own_shift(self.guider.inner_model.model_sampling)
 
     @property
+    def highest(self) -> float:
+        """Sigma of pure noise on the straight path."""
+        if not self.path.exploding:
+            return 1.0
+        return self.path.sigma_of(float(self.guider.inner_model.model_sampling.sigma_max))
+
+    @property
     def noise(self) -> Tensor | None:
         """Initial noise (B, C, *S), None if a node around the sampler hides it."""
         return self.run.noise

@@ -16,6 +16,7 @@ from ...gmflow_core.gaussians.draws import Generator
 from ...gmflow_core.sampling.solvers import SOLVERS, solve
 from .adapter_checks import check_steps
 from .adapter_info import with_own_temperature
+from .finite import check_inputs, report_result
 from .generators import image_generators
 from .guard import guarded
 from .guiders import guidance_of
@@ -53,6 +54,8 @@ def gm_sampler(
             return x
         extra_args = extra_args or {}
         wrapped = SolverModel(model, x.shape, extra_args, sigmas)
+        if wrapped.is_plain:  # others are watched, see `sampling_run.watched`
+            check_inputs(wrapped.guider, latent_image=x, mask=extra_args.get("denoise_mask"))
         sigmas = wrapped.path.sigma_of(check_sigmas(sigmas, wrapped.path)).clamp(max=1)
         time_shift = shift or wrapped.own_shift
         if SOLVERS[solver].needs_mixture:
@@ -82,7 +85,10 @@ def gm_sampler(
             check=comfy.model_management.throw_exception_if_processing_interrupted,
             **own,
         )
-        return wrapped.from_solver(result, sigmas[-1])
+        result = wrapped.from_solver(result, sigmas[-1])
+        if wrapped.is_plain:
+            report_result(result, wrapped.guider)
+        return result
 
     return comfy.samplers.KSAMPLER(guarded(run))
 

@@ -201,7 +201,8 @@ def describe(inspection: Inspection, place: Place) -> str:
     count = mixture.num_components
     lines = [
         f"step {recorded.step} of {recorded.steps} ({recorded.solver}), sigma {recorded.sigma:.4f}",
-        f"{count} components of standard deviation {mixture.log_std.exp().mean():.4f} on average",
+        f"{count} component{'s' if count > 1 else ''} of standard deviation "
+        f"{mixture.log_std.exp().mean():.4f} on average",
         _range("entropy of the weights (nats)", mixture.weight_entropy())
         + f"; the most is log {count} = {math.log(count):.3f}",
         _range("effective components", mixture.effective_components()),

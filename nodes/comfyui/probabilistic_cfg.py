@@ -172,6 +172,14 @@ def predict_noise_recorded(
             f"its own ({_name_of(function)}: RescaleCFG and the like), and would use the weight as "
             "a cfg scale; remove one of the two"
         )
+    kinds = ("sampler_pre_cfg_function", "sampler_post_cfg_function")
+    for other in (other for kind in kinds for other in options.get(kind, ())):
+        if _reads_scale(other):
+            raise ValueError(
+                "two kinds of guidance on one model: another node has put its own on it "
+                f"({_name_of(other)}: APG, CFGZeroStar and the like), which would use the weight "
+                "of 'GM Probabilistic Guidance' as a cfg scale; remove one of the two"
+            )
     result = executor(x, timestep, options, seed)
     if not recorder.asked:
         raise ValueError(
@@ -180,6 +188,12 @@ def predict_noise_recorded(
             "remove GM Probabilistic Guidance"
         )
     return result
+
+
+def _reads_scale(function: object) -> bool:
+    """Return whether a node's function around cfg reads the scale, by the key that it asks for."""
+    code = getattr(getattr(function, "__func__", function), "__code__", None)
+    return "cond_scale" in getattr(code, "co_consts", ())
 
 
 def _name_of(function: object) -> str:

@@ -2,8 +2,8 @@
 
 Text encoders come in one size, so the stock loaders get a small one that turns the text into random
 conditioning: the same text gives the same tensors. Where a version of ComfyUI takes a size from a
-table (Qwen-Image and its VAE, the VAE of FLUX.2, FLUX.1 before 0.9), this extension takes it from
-the file. Nodes and their inputs stay ComfyUI's own.
+table (Qwen-Image and its VAE, Z-Image, the VAE of FLUX.2, FLUX.1 before 0.9), this extension takes
+it from the file. Nodes and their inputs stay ComfyUI's own.
 """
 
 from __future__ import annotations
@@ -31,8 +31,22 @@ KINDS = {
     "FLUX": (("l", "t5xxl"), 4096, 768),
     "QWEN_IMAGE": (("qwen25_7b",), 3584, None),
     "FLUX2": (("mistral3_24b",), 15360, None),
+    "SD3": (("l", "g", "t5xxl"), 4096, 2048),
+    "LUMINA2": (("qwen3_4b",), 2560, None),
+    "WAN": (("umt5xxl",), 4096, None),
+    "STABLE_DIFFUSION": (("l",), 768, 768),
 }
 HEAD_DIM = 128
+Z_IMAGE = {  # what a table has for the real width
+    "n_kv_heads": None,
+    "axes_dims": [32, 48, 48],
+    "axes_lens": [1536, 512, 512],
+    "rope_theta": 256.0,
+    "ffn_dim_multiplier": 8 / 3,
+    "z_image_modulation": True,
+    "time_scale": 1000.0,
+    "pad_tokens_multiple": 32,
+}
 # a weight whose first size is the width; the classes that take the width, and as which argument
 VAE_WIDTHS = [
     ("decoder.head.0.gamma", [(comfy.ldm.wan.vae, "WanVAE")], "dim"),
@@ -131,6 +145,8 @@ def sized(detect: Callable[..., dict | None]) -> Callable[..., dict | None]:
     ) -> dict | None:
         config = detect(state_dict, key_prefix, *args, **options)
         kind = (config or {}).get("image_model")
+        if kind == "lumina2" and "n_heads" not in config:
+            config.update(Z_IMAGE, n_heads=config["dim"] // HEAD_DIM)
         if kind in ("flux", "qwen_image"):
             width = state_dict[f"{key_prefix}txt_in.weight"].shape[0]
             if kind == "qwen_image" and width != 24 * HEAD_DIM:

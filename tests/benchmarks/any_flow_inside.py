@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -88,7 +89,7 @@ def run(
 
     Args:
         calls: network calls; the most steps that take no more are chosen.
-        count: samples, the first of those in the inputs.
+        count: samples, the first of those in the inputs; or points of the one latent.
         cfg: guidance scale, or weight of probabilistic guidance.
         spread: of GM Spread; the usual one if 0.
         remedy: key of REMEDIES, or "probabilistic".
@@ -102,8 +103,8 @@ def run(
         model = extension("nodes.comfyui.guiders").guided(model)
     elif remedy:
         model = remedied(model, remedy)
-    parts = {name: tensor[:count] for name, tensor in inputs.items()}
-    if len(parts["noise"]) > 1:
+    if len(inputs["noise"]) > 1:
+        parts = {name: tensor[:count] for name, tensor in inputs.items()}
         first = {name: tensor[:1] for name, tensor in parts.items()}
         steps, taken = fitting_steps(model, first, sampler, scheduler, calls, cfg)
         pieces = [
@@ -111,6 +112,8 @@ def run(
             for start in range(0, count, BATCH)
         ]
     else:  # one latent of many points
+        side = math.isqrt(count)
+        parts = {"noise": inputs["noise"][..., :side, :side]}
         small = {"noise": parts["noise"][..., :2, :2]}
         steps, taken = fitting_steps(model, small, sampler, scheduler, calls, cfg)
         pieces = [parts]

@@ -19,6 +19,7 @@ from .path import Sigma, expand_sigma, unshift_time, velocity_to_x0
 
 MIN_SEGMENT = 1e-4  # lower bound in divisions by a segment's size
 DX_MODES = ("grid", "polynomial")
+FINAL_STEP_SIZE = 0.5  # last step relative to the others, in the time grids of pi-Flow's adapters
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,6 +18,7 @@ from ..gaussians.mixture import GaussianMixture
 from ..gaussians.tensors import at_least_float
 from .path import Sigma, expand_sigma, positive
 
+USUAL_SPREAD = 0.5  # standard deviation of the velocity; docs/results.md has what it is worth
 MIN_LOG_STD = -30.0  # of x_0, for a spread of 0, as `GaussianMixture.point_mass` has it
 
 Spread = float | Tensor | Callable[[Sigma], float | Tensor]

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..fast.choice import axis_map
 from ..flow.blended import BlendedPolicy
 from ..flow.path import reverse_transition, unshift_time
-from ..flow.policy import Policy
+from ..flow.policy import FINAL_STEP_SIZE, Policy
 from ..gaussians.draws import Generator, standard_normal
 from ..gaussians.mixture import GaussianMixture, IsotropicGaussian, Mixture
 from ..gaussians.spectral import sample_with_spectrum
@@ -292,7 +292,6 @@ class Solver:
         return frozenset(each.name for each in parameters if each.kind is each.KEYWORD_ONLY)
 
 
-FINAL_STEP_SIZE = 0.5  # last step relative to the others, in the time grids of pi-Flow's adapters
 _POLICY = {
     "takes_policies": True,
     "substeps": 128,

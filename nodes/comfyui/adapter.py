@@ -7,18 +7,13 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from ...gmflow_core.files.adapter_file import check_size, policy_of, split_tensors
 from ...gmflow_core.files.adapter_metadata import AdapterFacts
 from ...gmflow_core.files.errors import MOST_SAID, printable
 from ...gmflow_core.files.hub_file import title_of
 from ...gmflow_core.models.adapter_heads import ArcHead, DXHead, Head, build_head
 from .adapter_details import describe
-from .adapter_file import (
-    check_size,
-    made_for,
-    policy_of,
-    read_adapter,
-    split_tensors,
-)
+from .adapter_file import made_for, read_adapter
 from .adapter_folder import AdapterFile
 from .adapter_head import with_head
 from .adapter_info import Adapter, adapter_of

@@ -9,11 +9,12 @@ from collections.abc import Mapping
 
 import torch
 
+from ...gmflow_core.files.adapter_file import policy_of
 from ...gmflow_core.files.adapter_metadata import AdapterFacts, facts_in
 from ...gmflow_core.files.errors import MOST_SAID, printable, reading
 from ...gmflow_core.files.safetensors_files import open_safetensors
 from ...gmflow_core.models.adapter_heads import is_head_key
-from .adapter_file import PREFIX, check_names, made_for, policy_of
+from .adapter_file import PREFIX, check_names, made_for
 from .adapter_folder import DOWNLOAD, AdapterFile
 from .adapter_info import Adapter
 from .bases import BASES, Base, base_names, find_base_named

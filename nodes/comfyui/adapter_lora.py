@@ -8,8 +8,8 @@ import comfy.lora
 import comfy.sd
 from torch import Tensor
 
+from ...gmflow_core.files.adapter_file import lora_pairs
 from ...gmflow_core.models.state_dict import check_shapes
-from .adapter_file import named
 from .bases import BASES, Base
 from .notices import notice
 
@@ -45,37 +45,6 @@ def with_lora(model, base: Base, lora: dict[str, Tensor], strength: float, name:
     advice = _advice(pairs, base)
     check_shapes(expected, products, f"this {base.name} model", source=name, advice=advice)
     return comfy.sd.load_lora_for_models(model, None, renamed, strength, 0)[0]
-
-
-def lora_pairs(lora: dict[str, Tensor], name: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the matrices A (rank, in) and B (out, rank) of every module.
-
-    Raises:
-        ValueError: a key is no half of a whole pair, or the halves do not fit each other.
-    """
-    modules: dict[str, dict[str, str]] = {}
-    for key in lora:
-        module, _, side = key.rpartition(".lora_")
-        modules.setdefault(module, {})[side] = key
-    halves = {"A.weight", "B.weight"}
-    odd = [key for sides in modules.values() if set(sides) != halves for key in sides.values()]
-    if odd:
-        raise ValueError(
-            f"{name}: {len(odd)} keys are neither a head nor a whole pair <module>.lora_A.weight "
-            f"and .lora_B.weight: {named(sorted(odd))}; the file is damaged, or in another "
-            "layout than the published adapters"
-        )
-    pairs = {
-        module: (lora[sides["A.weight"]], lora[sides["B.weight"]])
-        for module, sides in modules.items()
-    }
-    for module, (down, up) in pairs.items():
-        if not up.ndim == down.ndim == 2 or up.shape[1] != down.shape[0]:
-            raise ValueError(
-                f"{name}: the pair of {named([module])} is no product of matrices: lora_B is "
-                f"{tuple(up.shape)}, lora_A {tuple(down.shape)}; the file is damaged"
-            )
-    return pairs
 
 
 def _advice(modules: dict, base: Base) -> str:

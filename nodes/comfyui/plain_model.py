@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import comfy.model_sampling
 
+from ...gmflow_core.flow.single_gaussian import USUAL_SPREAD
 from .adapter_info import adapter_of
 from .gm_model import GMModel
 from .solver_choice import no_effect
 from .time_shift import check_flow
 
 SPREAD = "gmflow_spread"  # key in model_options
-USUAL_SPREAD = 0.5  # standard deviation of the velocity; docs/results.md has what it is worth
 
 
 def predicts_mixture(model, model_options: dict | None) -> bool:

@@ -18,7 +18,7 @@ LAYERS = {
     "flow": ("gaussians",),
     "fast": ("gaussians", "flow"),
     "models": ("gaussians", "flow"),
-    "files": ("models",),
+    "files": ("flow", "models"),
     "source": ("gaussians", "flow", "files"),
     "quantization": (),
     "pictures": (),

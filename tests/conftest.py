@@ -41,6 +41,7 @@ SECONDS = {  # of a core, measured: of a file of tests/comfyui, or of a single t
     "test_adapter_guidance": 13,
     "test_int8_layers": 13,
     "test_hostile_prompts": 13,
+    "test_diffusers_pipelines": 12,
     "test_import": 12,
     "test_dynamic_memory": 12,
     "test_what_a_folder_lacks_is_named": 12,
@@ -49,6 +50,7 @@ SECONDS = {  # of a core, measured: of a file of tests/comfyui, or of a single t
     "test_compiled_guided_steps_equal_the_definition": 10,
     "test_a_file_is_downloaded_once_with_its_progress": 9,
 }
+WHOLE_FILES = ("tests/comfyui/", "tests/core/test_diffusers_pipelines.py")  # stay on one worker
 OTHERS = 5, 0  # seconds of any other file of tests/comfyui, and of any other test
 OUTCOMES = ("passed", "failed", "error", "skipped")
 
@@ -69,7 +71,7 @@ def scope_of(nodeid: str) -> str:
     """Return what stays on one worker with a test: the page's tests, its file, or itself alone."""
     if OF_THE_PAGE.match(nodeid):
         return PAGE
-    return nodeid.split("::")[0] if nodeid.startswith("tests/comfyui/") else nodeid
+    return nodeid.split("::")[0] if nodeid.startswith(WHOLE_FILES) else nodeid
 
 
 def seconds_of(scope: str) -> float:
@@ -79,7 +81,7 @@ def seconds_of(scope: str) -> float:
 
 
 class LongestFirst(LoadScopeScheduling):
-    """A schedule of single tests, but for those that share a server's files or its page."""
+    """A schedule of single tests, but for those that share a server, its page or slow imports."""
 
     def _split_scope(self, nodeid: str) -> str:
         return scope_of(nodeid)

@@ -75,6 +75,10 @@ class HeadLayout:
         """Convert (B, C, N, patch^2) to the base model's output tokens (B, N, C patch^2)."""
         return values.transpose(1, 2).flatten(2)
 
+    def from_tokens(self, tokens: Tensor) -> Tensor:
+        """Invert `to_tokens`."""
+        return tokens.unflatten(2, (self.channels, self.patch**2)).transpose(1, 2)
+
 
 class Head(nn.Module):
     """Base class of the heads: the adaptive layer norm before the projections.

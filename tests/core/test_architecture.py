@@ -24,6 +24,7 @@ LAYERS = {
     "pictures": (),
     "charts": ("pictures",),
     "sampling": ("gaussians", "flow", "fast", "source"),
+    "diffusers": ("gaussians", "flow", "models", "files", "sampling"),
     "toys": ("gaussians", "flow", "sampling", "pictures"),
     "terminal": ("files",),
     "adapter_command": ("files",),

@@ -35,8 +35,12 @@ def node_schema(aliases: str, **about: Any) -> io.Schema:
 
 
 def model_input() -> io.Input:
-    """Return the input for a MODEL that predicts a mixture."""
-    return io.Model.Input("model", tooltip="A model from GM Load Model or GM Adapter.")
+    """Return the input for a MODEL, whether it predicts a mixture or not."""
+    return io.Model.Input(
+        "model",
+        tooltip="A model from GM Load Model or GM Adapter, which predicts a mixture; or any other "
+        "model of images or videos, which counts as one Gaussian (GM Spread).",
+    )
 
 
 def positive_input() -> io.Input:

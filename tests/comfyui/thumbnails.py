@@ -51,6 +51,7 @@ DIAGRAMS = {
     "18": ("Qwen-Image", "fp8, stock loader", "24 GB card", STEPS),
     "19": ("ImageNet", "1000 classes, GM-DiT", "4 GB card", 32),
     "20": ("FLUX.1 dev", "mixture inspector", "16 GB card", STEPS),
+    "21": ("Any model", "no adapter; here Qwen-Image", "24 GB card", 8),
 }
 
 

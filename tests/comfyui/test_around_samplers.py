@@ -22,8 +22,9 @@ SCRIPT = Path(__file__).with_name("around_samplers.py")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Results of all cases, from one process."""
     folder = tmp_path_factory.mktemp("around")
-    write_flux(folder / "flux.safetensors", dtype=torch.float32)
-    write_adapter(folder / "adapter.safetensors", dtype=torch.float32)
+    small = {"depth": 1, "single": 1, "dtype": torch.float32}
+    write_flux(folder / "flux.safetensors", **small)
+    write_adapter(folder / "adapter.safetensors", **small)
     done = subprocess.run(
         [comfyui_python(), str(SCRIPT), str(COMFYUI), str(folder)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},

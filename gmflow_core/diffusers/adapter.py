@@ -242,6 +242,8 @@ def _scheduler_for(pipeline: Any, facts: AdapterFacts, settings: dict) -> GMFlow
         "use_exponential_sigmas": False,
         "use_beta_sigmas": False,
         "solver": "gm-policy",
+        "substeps": None,  # those of another solver would mean something else
+        "stochasticity": 0.0,
         "final_step_size": facts.final_step_size,
         "temperature": facts.temperature,
         **settings,

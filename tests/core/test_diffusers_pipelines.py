@@ -368,10 +368,12 @@ def test_the_scheduler_may_be_replaced_behind_an_adapter(tmp_path):
 
 def test_facts_in_the_file_come_first(tmp_path):
     flux = tiny("flux")
+    flux.pipeline.scheduler = GMFlowScheduler(substeps=3)
     facts = {"steps": 6, "shift": 2.0, "final_step_size": 0.25, "guidance": 2.5, "temperature": 0.9}
     adapter = load_gm_adapter(flux.pipeline, adapter_file(tmp_path, "flux", **facts))
     scheduler = flux.pipeline.scheduler
     assert (adapter.steps, adapter.guidance, scheduler.config.temperature) == (6, 2.5, 0.9)
+    assert (scheduler.config.solver, scheduler.config.substeps) == ("gm-policy", None)
     scheduler.set_timesteps(6)
     torch.testing.assert_close(scheduler.sigmas, flow_sigmas(6, 2.0, final_step_size=0.25))
     adapter.unload()

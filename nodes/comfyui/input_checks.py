@@ -165,6 +165,11 @@ def _check_latent(kind: io.Input, value: Any) -> dict:
     if not isinstance(value, dict) or "samples" not in value:
         raise _WrongError(f"{_seen(value)}; connect a LATENT, with 'samples' in it")
     samples = value["samples"]
+    if getattr(samples, "is_nested", False):
+        raise _WrongError(
+            "a LATENT of several parts, such as a video with its sound; sample it with KSampler or "
+            "SamplerCustomAdvanced, whose lists hold gm_ode, gm_sde and gm_policy"
+        )
     if not _is_array(samples):
         raise _WrongError(
             f"a LATENT whose samples are {_seen(samples)}; they must be floats of 16 bits or more"

@@ -82,7 +82,14 @@ class Exact(nn.Module):
         return epsilon if self.kind == "EPS" else signal * epsilon - noise * x0
 
 
-def exact_model(kind: str, shift: float = 1.0) -> Any:
+class ExactOfParts(Exact):
+    """The exact network for latents of several parts, as models of video with sound take them."""
+
+    def forward(self, x: list[Tensor], time: Tensor, *context: Any, **options: Any) -> list[Tensor]:
+        return [super(ExactOfParts, self).forward(part, time, *context, **options) for part in x]
+
+
+def exact_model(kind: str, shift: float = 1.0, exact: type[Exact] = Exact) -> Any:
     """Return a MODEL of the exact network."""
     import comfy.conds
     import comfy.latent_formats
@@ -99,10 +106,13 @@ def exact_model(kind: str, shift: float = 1.0) -> Any:
 
     class Model(comfy.model_base.BaseModel):
         def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
-            return {"c_crossattn": comfy.conds.CONDRegular(kwargs["cross_attn"])}
+            found = {"c_crossattn": comfy.conds.CONDRegular(kwargs["cross_attn"])}
+            if exact is ExactOfParts:
+                found["latent_shapes"] = comfy.conds.CONDConstant(kwargs["latent_shapes"])
+            return found
 
     config = Config(Config.unet_config)
-    network = Exact(kind, None)
+    network = exact(kind, None)
     model = Model(
         config, getattr(comfy.model_base.ModelType, kind), unet_model=lambda **settings: network
     )
@@ -324,6 +334,35 @@ def guided() -> dict[str, Any]:
     return found
 
 
+def several_parts() -> dict[str, Any]:
+    """Sample a latent of two parts; each comes out as if it were alone.
+
+    By gm_policy, as the second order of gm_ode compares all pixels of a sample.
+    """
+    try:
+        from comfy.nested_tensor import NestedTensor
+    except ImportError:
+        return {}  # older versions of ComfyUI lack them
+
+    import nodes
+
+    shapes, generator = (SHAPE, (2, 4, 3, 5)), torch.Generator().manual_seed(0)
+    noise = [torch.randn(shape, generator=generator) for shape in shapes]
+    zeros = [torch.zeros(shape) for shape in shapes]
+    model, together = exact_model("FLOW"), exact_model("FLOW", exact=ExactOfParts)
+    result = stock(together, "gm_policy", latent=NestedTensor(zeros), noise=NestedTensor(noise))
+    given = {"model": together, "latent_image": {"samples": NestedTensor(zeros)}, "seed": 5}
+    given |= {"steps": 3, "solver": "gm-ode", "order": 2, "substeps": 0, "shift": 0.0}
+    node = nodes.NODE_CLASS_MAPPINGS["GMFlowSampler"]
+    return {
+        "far": [
+            far(part, stock(model, "gm_policy", latent=zero, noise=own))
+            for part, zero, own in zip(result.unbind(), zeros, noise, strict=True)
+        ],
+        "node": says(lambda: node.execute(**given, denoise=1.0, positive=text())),
+    }
+
+
 def refused() -> dict[str, Any]:
     """Samplings that follow neither path are refused by name, and schedules that fit no sampler."""
     import comfy.model_sampling
@@ -386,6 +425,7 @@ CASES = {
     "same latents": same_latents,
     "as any sampler": as_any_sampler,
     "guided": guided,
+    "several parts": several_parts,
     "refused": refused,
     "lists": lists,
 }

@@ -65,6 +65,15 @@ def test_guidance_shifts_the_mean_by_its_weight_in_standard_deviations(found: di
         assert not about["keys"], kind
 
 
+def test_a_latent_of_several_parts(found: dict) -> None:
+    """As of a video with its sound, which ComfyUI's own samplers pack into one."""
+    about = of(found, "several parts")
+    if not about:
+        pytest.skip("this ComfyUI knows no latents of several parts")
+    assert max(about["far"]) < 1e-6
+    assert "a LATENT of several parts" in about["node"]
+
+
 def test_other_samplings_and_schedules_are_refused_by_name(found: dict) -> None:
     messages = of(found, "refused")
     rising = messages.pop("rising")

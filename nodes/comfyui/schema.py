@@ -48,8 +48,8 @@ def positive_input() -> io.Input:
     return io.Conditioning.Input(
         "positive",
         optional=True,
-        tooltip="What to generate: from GM Class Labels, or a prompt for models with a GM adapter; "
-        "leave it open for models that take no conditioning.",
+        tooltip="What to generate: from GM Class Labels, or a prompt for models of text; leave it "
+        "open for models that take no conditioning.",
     )
 
 

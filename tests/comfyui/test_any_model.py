@@ -36,6 +36,9 @@ from .plain_bases import (
 SCRIPT = Path(__file__).with_name("any_model_inside.py")
 SAMPLERS = {"gm_ode": "gm-ode", "gm_sde": "gm-sde", "gm_policy": "gm-policy"}
 STEPS = 2
+DETECTION = COMFYUI / "comfy" / "model_detection.py"
+# ComfyUI 0.3.64 knows Lumina 2, but not the layout of Z-Image
+UNKNOWN = {"lumina"} if DETECTION.exists() and "z_image" not in DETECTION.read_text() else set()
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +47,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("any_model")
     for kind in KINDS:
         write_plain_base(folder, kind)
-    about = {kind: asdict(each) for kind, each in KINDS.items()}
+    about = {kind: asdict(each) for kind, each in KINDS.items() if kind not in UNKNOWN}
     (folder / "kinds.json").write_text(json.dumps(about))
     return folder
 
@@ -97,7 +100,7 @@ def test_layout_has_the_size_of_the_real_model(shapes: Shapes, parameters: int) 
 
 def test_stock_names_on_every_kind_give_the_latents_of_our_own_nodes(found: dict) -> None:
     names = of(found, "names")
-    assert set(names) == set(KINDS)
+    assert set(names) == set(KINDS) - UNKNOWN
     for kind, about in names.items():
         assert about.pop("custom"), kind
         assert about.pop("shape"), kind
@@ -196,6 +199,8 @@ def prompt_of(kind: str, steps: int = STEPS) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_prompt_gives_the_same_latents_by_ksampler_and_gm_sampler(server: Comfy, kind: str) -> None:
+    if kind in UNKNOWN:
+        pytest.skip("this ComfyUI does not know the layout of Z-Image")
     folder, before = server.base / "output" / "any", len(server.log())
     result = server.run(prompt_of(kind))
     assert "K = 1" in result.texts["gm_ode"]

@@ -235,6 +235,7 @@ def guidance(work: Path) -> None:
     rows = [{**common, "cfg": 1.0}, *({**common, "cfg": scale} for scale in scales)]
     for remedy in ("APG", "RescaleCFG", "CFGNorm", "CFGZeroStar"):
         rows += [{**common, "cfg": scale, "remedy": remedy} for scale in scales[:2]]
+    rows += [{**common, "cfg": scale, "remedy": "APG, eta 0"} for scale in (1.2, 1.5, 2.0)]
     one = {**common, "remedy": "probabilistic"}
     rows += [{**one, "cfg": weight} for weight in weights]
     rows += [{**one, "cfg": weight, "mixture": True} for weight in (0.1, 0.2, 0.3)]

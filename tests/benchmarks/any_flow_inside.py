@@ -172,8 +172,10 @@ def remedied(model: Any, remedy: str) -> Any:
     """Return the model with one of ComfyUI's own remedies for classifier-free guidance."""
     from comfy_extras import nodes_apg, nodes_cfg, nodes_model_advanced
 
-    if remedy == "APG":
+    if remedy == "APG":  # as the node stands
         return nodes_apg.APG.execute(model, 1.0, 5.0, 0.0)[0]
+    if remedy == "APG, eta 0":  # without the part along the prediction, as its paper advises
+        return nodes_apg.APG.execute(model, 0.0, 5.0, 0.0)[0]
     if remedy == "RescaleCFG":
         return nodes_model_advanced.RescaleCFG().patch(model, 0.7)[0]
     if remedy == "CFGNorm":

@@ -177,13 +177,13 @@ class GMFlowSigmas(io.ComfyNode):
             "trained and measured with it.",
             inputs=[
                 steps_input(default=8),
-                shift_input(default=1.0, lowest=0.01),
+                shift_input(default=1.0, lowest=0.0),
                 denoise_input(),
                 io.Model.Input(
                     "model",
                     optional=True,
-                    tooltip="Only for models of epsilon or v (SD 1.5, SDXL), which count noise in "
-                    "units of their own; flow models need none.",
+                    tooltip="Needed for shift 0, and for models that predict epsilon or v (SD 1.5, "
+                    "SDXL), which count noise in units of their own.",
                 ),
             ],
             outputs=[sigmas_output()],
@@ -192,6 +192,11 @@ class GMFlowSigmas(io.ComfyNode):
     @classmethod
     def execute(cls, steps: int, shift: float, denoise: float, model=None) -> io.NodeOutput:
         if model is None:
+            if not shift:
+                raise ValueError(
+                    "no shift: 0 stands for the model's own; connect the model to GM Sigmas, or "
+                    "set shift to 1 or more"
+                )
             return io.NodeOutput(gm_sigmas(steps, shift, denoise))
         return io.NodeOutput(own_sigmas(sampling_of(model), steps, shift, denoise))
 

@@ -30,11 +30,13 @@ class Part:
         policy: of x_0, (B, C, *s).
         weight: 0 or more, broadcastable to (B, C, *s).
         window: where the part lies: a slice of length s for each dimension after the channels.
+        prompt: what tells its prompt from others, the same at every step.
     """
 
     policy: Policy
     weight: Tensor
     window: Window
+    prompt: object = None
 
     def of(self, x: Tensor) -> Tensor:
         """Return the part of x, (B, C, *S), that lies in the window; of a number per sample, all.
@@ -104,10 +106,11 @@ class BlendedPolicy:
         return self.average([_draw(part, uniform, noise) for part in self.parts])
 
     def is_alike(self, other: object) -> bool:
-        """Return whether another one has its parts in the same places."""
-        return isinstance(other, BlendedPolicy) and [part.window for part in self.parts] == [
-            part.window for part in other.parts
-        ]
+        """Return whether another one has the parts of the same prompts in the same places."""
+        return isinstance(other, BlendedPolicy) and self._places() == other._places()
+
+    def _places(self) -> list[tuple[object, Window]]:
+        return [(part.prompt, part.window) for part in self.parts]
 
 
 def _draw(part: Part, uniform: Tensor, noise: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from ...gmflow_core import unshift_time
@@ -34,6 +35,7 @@ def check_settings(executor, noise: Tensor, latent_image: Tensor, *args, **kwarg
     if adapter.guidance is not None:
         _check_guidance(guider, adapter)
     places = tuple(f"diffusion_model.{name}." for name in adapter.base.layers)
+    _check_time(guider, adapter)
     lost = sorted(key for key in guider.model_patcher.patches if key.startswith(places))
     if lost:
         notice(
@@ -41,6 +43,18 @@ def check_settings(executor, noise: Tensor, latent_image: Tensor, *args, **kwarg
             f"{adapter.name} replaces. The rest of the LoRA works; nothing needs to be done"
         )
     return executor(noise, latent_image, *args, **kwargs)
+
+
+def _check_time(guider, adapter: Adapter) -> None:
+    """Warn if the network is fed times in another unit than its base model's."""
+    fed = float(guider.inner_model.model_sampling.timestep(torch.tensor(0.5)))
+    expected = 0.5 * adapter.base.multiplier
+    if not math.isclose(fed, expected, rel_tol=1e-3):
+        notice(
+            f"times in a wrong unit, expect poor images: at sigma 0.5 {adapter.base.name} is fed "
+            f"{fed:g} instead of {expected:g}, as ModelSamplingSD3 does it; use ModelSamplingFlux "
+            "or ModelSamplingAuraFlow for another shift"
+        )
 
 
 def _check_guidance(guider, adapter: Adapter) -> None:

@@ -21,6 +21,7 @@ from .generators import image_generators
 from .guard import guarded
 from .guiders import guidance_of
 from .latent_shapes import PointShape
+from .notices import notice
 from .paths import HIGHEST
 from .plain_model import spread_in_words
 from .solver_choice import no_effect, report_settings
@@ -63,6 +64,9 @@ def gm_sampler(
         if wrapped.adapter is not None:
             check_steps(wrapped.adapter, sigmas, time_shift)
         own = with_own_temperature(wrapped.adapter, settings)
+        if wrapped.is_plain:
+            report_start(wrapped, sigmas)
+            own = {**own, "temperature": own.get("temperature") or 1.0}  # the spread as it is set
         if own.get("spacing") == "sigma" and time_shift == 1:
             no_effect("spacing", "the time shift is 1: sigma and time are the same")
         if not quiet:
@@ -111,6 +115,16 @@ def check_sigmas(sigmas: Tensor, path: ScaledPath) -> Tensor:
             "with fewer steps"
         )
     return sigmas
+
+
+def report_start(wrapped: SolverModel, sigmas: Tensor) -> None:
+    """Show on the node if sigmas of a flow, which start at 1, are those of another path."""
+    start, highest = float(wrapped.path.time_of(sigmas[0])), float(wrapped.sigma_max)
+    if wrapped.path.exploding and start == 1 and highest > 2:
+        notice(
+            f"too little noise: these sigmas start at 1 of {highest:.3g}, as those of a flow do; "
+            "connect the model to GM Sigmas, or use Basic Scheduler with the scheduler gm"
+        )
 
 
 def mixtures_only(wrapped: SolverModel, solver: str):

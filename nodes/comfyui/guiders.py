@@ -42,11 +42,16 @@ def guided(model, orthogonal: float = 1.0, start_percent: float = 0.0, end_perce
 
 
 def guidance_of(guider) -> str:
-    """Return the guidance that a guider applies, in words; "" if it applies none."""
+    """Return the guidance that a guider applies, in words; "" if it applies none.
+
+    Raises:
+        ValueError: its cfg is no weight of probabilistic guidance, which the model wants.
+    """
     cfg = getattr(guider, "cfg", None)
     if not isinstance(cfg, int | float):
         return ""
     if has_probabilistic_guidance(guider.model_patcher):
+        guider.model_patcher.model_options["sampler_cfg_function"].guidance(cfg)  # checks it
         steers = cfg and not is_unconditional(guider.model_patcher)
         return f"guidance {cfg:.3g}" if steers else ""
     return "" if cfg == 1 else f"cfg {cfg:.3g}"

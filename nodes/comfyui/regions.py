@@ -22,9 +22,11 @@ class MeanOnly:
 
     Args:
         why: what was found instead, in words.
+        advice: what to do about it.
     """
 
     why: str
+    advice: str = "leave that out to make use of the mixture"
 
 
 def policy_of(
@@ -45,7 +47,9 @@ def policy_of(
     active = [cond for cond in conds if cond["uuid"] in recorder.predictions]
     if not active:
         if any(_has(cond, TIMES) for cond in conds):
-            return MeanOnly("no positive conditioning for this step")
+            return MeanOnly(
+                "no positive prompt at this step", "close the gap in the prompts' timestep ranges"
+            )
         raise ValueError(
             "no mixture: this model predicts one at every step, and did not now, as nodes that "
             "skip network calls (LazyCache) make it; remove them, or use a stock sampler"
@@ -84,4 +88,4 @@ def _part_of(
     sigma = sigma.to(x.device)
     sigma = sigma.repeat_interleave(len(x) // len(sigma))  # each latent may be many points
     weight = shape.to_solver(about.mult)[:, :1]
-    return Part(predict_x0(prediction, x, sigma), weight, window)
+    return Part(predict_x0(prediction, x, sigma), weight, window, uuid)

@@ -14,7 +14,7 @@ from .notices import notice
 
 AUTO = "auto"  # choice of the solver that suits the model
 STEPS = 4  # network calls for a model without an adapter
-ROUNDING = 1e-3  # of sizes of steps
+ROUNDING = 0.02  # of sizes of steps: schedules of tables are uneven by about 1 %
 # values that settings have if the user leaves them alone
 UNSET = {"order": 2, "substeps": None, "temperature": None, "stochasticity": 0.0}
 

@@ -78,9 +78,12 @@ class SolverModel:
     @property
     def highest(self) -> float:
         """Sigma of pure noise on the straight path."""
-        if not self.path.exploding:
-            return 1.0
-        return self.path.sigma_of(float(self.guider.inner_model.model_sampling.sigma_max))
+        return float(self.path.sigma_of(self.sigma_max)) if self.path.exploding else 1.0
+
+    @property
+    def sigma_max(self) -> float:
+        """The model's highest sigma, in its own units."""
+        return float(self.guider.inner_model.model_sampling.sigma_max)
 
     @property
     def noise(self) -> Tensor | None:
@@ -182,8 +185,8 @@ class SolverModel:
             policy = policy_of(recorder, conds, latent, self.shape)
             if isinstance(policy, MeanOnly):
                 notice(
-                    f"no mixture, but its mean is followed, as stock samplers do: found "
-                    f"{policy.why}; leave that out to make use of the mixture"
+                    f"no mixture, found {policy.why}: its mean is followed, as stock samplers do; "
+                    f"{policy.advice}"
                 )
                 return GaussianMixture.point_mass(mean)
         shift = mean - policy.mean()

@@ -35,7 +35,12 @@ from gmflow_core.flow.single_gaussian import single_gaussian
 from gmflow_core.gaussians.draws import standard_normal
 from gmflow_core.gaussians.mixture import GaussianMixture, Mixture
 from gmflow_core.sampling.solvers import sample_gm_ode
-from gmflow_core.toys.checkerboard import draw_checkerboard, total_variation
+from gmflow_core.toys.checkerboard import (
+    LEAST_SIGNAL,
+    board_posterior_mean,
+    draw_checkerboard,
+    total_variation,
+)
 from tests.comfyui.installation import COMFYUI, comfyui_python
 from training.data.shards import LatentDataset
 from training.evaluation.classifier import ClassifierFeatures, train_classifier
@@ -49,11 +54,11 @@ from .any_flow_inside import MARK
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS = REPOSITORY / "docs" / "results"
 SHIPPED = REPOSITORY / "gmflow_core" / "shipped"
-PARTS = ("digits", "checkerboard", "guidance", "spread")
 STOCK_SCHEDULERS = ("simple", "normal", "beta", "sgm_uniform")
 # stock samplers that are others under another name, or need what these models have not
 LEFT_OUT = ("_gpu", "_cfg_pp", "gm_", "ar_video", "lcm", "dpm_fast", "dpm_adaptive", "ddim")
 SPREADS = (0.3, 0.5, 0.7, 1.0)
+BOARD_SPREADS = (0.5, 1.0, 2.0, 3.0)  # the board's own standard deviation is 2.3
 SCREENED, COUNT = 200, 1000  # digits
 SCREENED_POINTS, POINTS = 128 * 128, 448 * 448
 BEST = 6  # stock settings that are measured on all samples, by number of calls
@@ -181,9 +186,14 @@ def digits(work: Path) -> None:
 
 
 def ours(count: int, calls: tuple[int, ...] = (2, 3, 4, 8)) -> list[Row]:
-    """Return the settings of gm_ode: one Gaussian of several spreads, and the model's mixture."""
-    one = [{"sampler": "gm_ode", "spread": spread} for spread in SPREADS]
-    rows = [*one, {"sampler": "gm_ode", "mixture": True}, {"sampler": "gm_sde", "mixture": True}]
+    """Return the settings of ours: one Gaussian of several spreads, and the model's mixture."""
+    rows = [
+        *({"sampler": "gm_ode", "spread": spread} for spread in SPREADS),
+        {"sampler": "gm_sde", "spread": 0.5},
+        {"sampler": "gm_policy", "spread": 0.5},
+        {"sampler": "gm_ode", "mixture": True},
+        {"sampler": "gm_sde", "mixture": True},
+    ]
     return [{**row, "calls": each, "count": count} for each in calls for row in rows]
 
 
@@ -256,9 +266,9 @@ def spread(work: Path) -> None:
     measured = measured_spread(network, *data.test)
     ways: dict[str, Callable[[], Way]] = {
         **{f"constant {value:g}": partial(constant, value) for value in SPREADS},
-        "measured": lambda: lambda mixture, mean, sigma: measured(sigma),
+        "measured": lambda: lambda mixture, x, mean, sigma: measured(sigma),
         "power of the means": power_of_means,
-        "learned variance": lambda: lambda mixture, mean, sigma: mixture.moment_match().var.sqrt(),
+        "learned variance": lambda: learned,
     }
     rows = [
         {"way": "measured, at sigma", "sigma": sigma, "spread": measured(sigma)} for sigma in SIGMAS
@@ -271,19 +281,25 @@ def spread(work: Path) -> None:
     write(work, "spread", rows)
 
 
-Way = Callable[[Mixture, Tensor, float], Any]  # (velocity's mixture, mean of x_0, sigma) -> spread
+# (mixture of the velocity, x, mean of x_0, sigma) -> spread
+Way = Callable[[Any, Tensor, Tensor, float], Any]
+
+
+def learned(mixture: Mixture, x: Tensor, mean: Tensor, sigma: float) -> Tensor:
+    """Return the spread that the network has learned, for each pixel."""
+    return mixture.moment_match().var.sqrt()
 
 
 def constant(value: float) -> Way:
     """Return the way that always gives one spread."""
-    return lambda mixture, mean, sigma: value
+    return lambda mixture, x, mean, sigma: value
 
 
 def power_of_means() -> Way:
     """Return the way that watches the means: spread^2 (sigma_0^2 - sigma^2) = gain in E|m|^2."""
     first: list[tuple[float, float]] = []
 
-    def way(mixture: Mixture, mean: Tensor, sigma: float) -> float:
+    def way(mixture: Any, x: Tensor, mean: Tensor, sigma: float) -> float:
         power = mean.square().mean().item()
         if not first:
             first.append((sigma, power))
@@ -308,7 +324,7 @@ def one_gaussian(network: Any, labels: Tensor, way: Way) -> Callable[[Tensor, Te
         )
         level = sigma[0].item()
         mean = x - level * mixture.mean()
-        return single_gaussian(mean, sigma, way(mixture, mean, level))
+        return single_gaussian(mean, sigma, way(mixture, x, mean, level))
 
     return denoise
 
@@ -328,6 +344,62 @@ def measured_spread(network: Any, images: Tensor, labels: Tensor) -> Callable[[f
     return lambda sigma: float(np.interp(sigma, SIGMAS, errors))
 
 
+def board_spread(work: Path) -> None:
+    """Compare ways to know the spread on the checkerboard: any_flow_board_spread.csv.
+
+    The mean is the exact posterior's. Its variance is sigma^2 / (1 - sigma) times the derivative of
+    that mean (Tweedie's second-order formula): for each point, or averaged at every sigma.
+    """
+    data = draw_checkerboard(20_000, torch.Generator().manual_seed(0)).double()
+    generator = torch.Generator().manual_seed(1)
+    start = torch.randn(POINTS // 4, 2, generator=generator, dtype=torch.float64)
+    mean_of = {}  # spread of the exact posterior, averaged, by sigma
+
+    def averaged(mixture: Any, x: Tensor, mean: Tensor, sigma: float) -> float:
+        if sigma not in mean_of:
+            noise = torch.randn(data.shape, generator=generator, dtype=torch.float64)
+            noisy = (1 - sigma) * data + sigma * noise
+            mean_of[sigma] = board_std(noisy, sigma).square().mean().sqrt().item() / sigma
+        return mean_of[sigma]
+
+    ways: dict[str, Callable[[], Way]] = {
+        **{f"constant {value:g}": partial(constant, value) for value in BOARD_SPREADS},
+        "exact, averaged": lambda: averaged,
+        "power of the means": power_of_means,
+        "exact, per point": lambda: lambda mixture, x, mean, sigma: board_std(x, sigma) / sigma,
+    }
+    rows = []
+    for name, make in ways.items():
+        for calls in (2, 3, 4, 8):
+            x = sample_gm_ode(exact_board(make()), start, flow_sigmas(calls), substeps=8)
+            rows.append(
+                {"way": name, "calls": calls, "total_variation": total_variation(x.float())}
+            )
+    write(work, "board_spread", rows)
+
+
+def exact_board(way: Way) -> Callable[[Tensor, Tensor], Mixture]:
+    """Return a denoiser of one Gaussian around the board's exact posterior mean."""
+
+    def denoise(x: Tensor, sigma: Tensor) -> GaussianMixture:
+        level, mean = sigma[0].item(), board_posterior_mean(x, sigma)
+        return single_gaussian(mean, level, way(None, x, mean, level))
+
+    return denoise
+
+
+def board_std(x: Tensor, sigma: float) -> Tensor:
+    """Return the exact standard deviation (N,) of x_0 given points x (N, 2), averaged over axes."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        mean = board_posterior_mean(x, torch.full((len(x),), sigma, dtype=torch.float64))
+        slopes = [
+            torch.autograd.grad(mean[:, i].sum(), x, retain_graph=True)[0][:, i] for i in (0, 1)
+        ]
+    signal = max(1 - sigma, LEAST_SIGNAL)
+    return (sigma**2 / signal * sum(slopes) / 2).clamp(min=0).sqrt()
+
+
 def write(work: Path, part: str, rows: list[Row]) -> None:
     """Write the rows of a part to docs/results, and print them."""
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -342,15 +414,21 @@ def write(work: Path, part: str, rows: list[Row]) -> None:
 def main() -> None:
     """Run the parts that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--only", nargs="+", choices=PART, default=list(PART))
     parser.add_argument("--work", type=Path, default=Path("outputs/any_flow"), help="for data")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     for part in options.only:
-        {"digits": digits, "checkerboard": checkerboard, "guidance": guidance, "spread": spread}[
-            part
-        ](options.work)
+        PART[part](options.work)
 
+
+PART = {
+    "digits": digits,
+    "checkerboard": checkerboard,
+    "guidance": guidance,
+    "spread": spread,
+    "board_spread": board_spread,
+}
 
 if __name__ == "__main__":
     main()

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from inside import REPOSITORY, board, far, flux, half_mask, ours, sample, says
+from regions_inside import regions
 from torch import Tensor
 
 SHRINK = 0.9  # factor by which the wrapper changes sigma
@@ -421,6 +422,7 @@ CASES = {
     "compiled": compiled,
     "not a flow": not_a_flow,
     "not finite": not_finite,
+    "regions": regions,
     "saved": saved,
 }
 

@@ -123,6 +123,11 @@ def test_prompts_of_regions_blend_their_policies(server: Comfy, base: str) -> No
     whole = graph(base, width=128, height=64)
     alone = latent_of(server, whole)
     assert near(latent_of(server, halves(whole, "positive", "positive")), alone, 1e-3)
+    guided = graph(base, width=128, height=64, guidance=0.3)
+    guided["sample"]["inputs"]["negative"] = ["negative", 0]
+    same = latent_of(server, halves(guided, "positive", "positive"))
+    assert near(same, latent_of(server, guided), 1e-3)
+    assert not near(same, alone, 0.02)
     mixed = halves(whole, "positive", "negative")
     result = server.run(mixed)
     assert "no mixture" not in result.texts["sample"]

@@ -129,3 +129,13 @@ def test_what_links_bring_is_refused_by_the_name_of_its_input(found: dict[str, A
         assert f"the input '{at}' is " in error, (name, error)
         assert says.get(first, "samples" if rest == "bit" else "") in error, (name, error)
         assert "not finite" in error or rest != "nan", (name, error)
+
+
+def test_blended_policies_have_the_mean_that_comfyui_averages(found: dict[str, Any]) -> None:
+    """In each of 4 steps; a default conditioning, for what others leave, is not blended."""
+    result = of(found, "regions")
+    for name in ("masks", "areas"):
+        steps, shift = result[name]
+        assert steps == 4, name
+        assert shift < 1e-4, name
+    assert result["default"][0] == 0

@@ -74,6 +74,14 @@ def test_a_latent_of_several_parts(found: dict) -> None:
     assert "a LATENT of several parts" in about["node"]
 
 
+def test_the_usual_spread_and_no_temperature(found: dict) -> None:
+    about = of(found, "usual spread")
+    assert about["zero"]
+    assert about["same as none"]
+    assert about["other"] > 0.02
+    assert about["no temperature"] < 1e-6
+
+
 def test_other_samplings_and_schedules_are_refused_by_name(found: dict) -> None:
     messages = of(found, "refused")
     rising = messages.pop("rising")

@@ -137,9 +137,9 @@ def test_solvers_of_mixtures_refuse_arcflow(server: Comfy) -> None:
 
 
 def test_infinite_stochasticity_starts_every_step_from_fresh_noise(server: Comfy) -> None:
-    """100 stands for infinity: the last step alone, from its own noise, gives the same picture."""
+    """100 stands for infinity, which 10 is as good as in float32, and which 1 is not."""
     most, high = (latent_of(server, graph(stochasticity=value)) for value in (100.0, 10.0))
-    assert near(most, high)  # 10 is as good as that in float32
+    assert near(most, high)
     assert not near(most, latent_of(server, graph(stochasticity=1.0)), 0.02)
     errors = server.run(graph(stochasticity=101.0), expect_error=True).errors
     assert "stochasticity" in str(errors)

@@ -102,3 +102,21 @@ def test_moves_and_temperature_reach_every_part():
     assert is_near(parts.moved(by).mean(), parts.mean() + by, 1e-6)
     cold = one(x, None).with_temperature(0.1).mean()
     assert is_near(parts.with_temperature(0.1).mean(), cold, 1e-6)
+
+
+def test_a_prompt_is_corrected_by_its_own_step_before_alone():
+    """Where other prompts stand in its place, and after or before a single one, nothing is."""
+    one, x = denoiser(0), normal(*SHAPE, seed=9)
+    sigmas, calls = flow_sigmas(3), iter(range(3))
+
+    def changing(x, sigma):
+        return BlendedPolicy((Part(one(x, sigma), torch.ones(1), WHOLE, next(calls)),), x.shape)
+
+    first_order = sample_gm_ode(one, x, sigmas, order=1)
+    assert is_near(sample_gm_ode(changing, x, sigmas), first_order, 1e-5)
+    turns = iter((True, False, True))
+
+    def now_and_then(x, sigma):
+        return blend(x, (one(x, sigma), torch.ones(1), WHOLE)) if next(turns) else one(x, sigma)
+
+    assert is_near(sample_gm_ode(now_and_then, x, sigmas), first_order, 1e-5)

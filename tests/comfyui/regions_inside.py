@@ -1,0 +1,50 @@
+"""Blend prompts of regions inside ComfyUI's process, for `around_samplers.py`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from inside import flux, ours, sample
+from torch import Tensor
+
+
+def regions(work: Path) -> dict[str, Any]:
+    """Blend the policies of two prompts: their mean is ComfyUI's own average, and needs no shift.
+
+    The prompts have soft masks, then areas that overlap; a default conditioning leaves only a mean.
+    """
+    model, latent, ((text, about),) = flux(work)
+    blended = sys.modules[ours("regions").BlendedPolicy.__module__].BlendedPolicy
+    shifts, moved = [], blended.moved
+
+    def watched(policy, by: Tensor):
+        shifts.append((by.abs().max() / policy.mean().abs().max()).item())
+        return moved(policy, by)
+
+    blended.moved = watched
+    ramp = torch.linspace(0, 1, latent.shape[-1]).expand(1, *latent.shape[2:]).clone()
+    top, bottom = (5, latent.shape[-1], 0, 0), (5, latent.shape[-1], 3, 0)
+    both = {
+        "masks": ({"mask": ramp}, {"mask": 1 - ramp, "mask_strength": 0.5}),
+        "areas": ({"area": top, "strength": 0.7}, {"area": bottom}),
+    }
+    found = {}
+    try:
+        for name, limits in both.items():
+            shifts.clear()
+            positive = [
+                [sign * text, {**about, **limit}]
+                for sign, limit in zip((1, -1), limits, strict=True)
+            ]
+            sample(model, latent, positive, ours("gm_sampler").gm_sampler("gm-policy"))
+            found[name] = [len(shifts), max(shifts)]
+        shifts.clear()
+        positive = [[text, {**about, "mask": ramp}], [-text, {**about, "default": True}]]
+        sample(model, latent, positive, ours("gm_sampler").gm_sampler("gm-policy"))
+        found["default"] = [len(shifts), 0.0]
+    finally:
+        blended.moved = moved
+    return found

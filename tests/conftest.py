@@ -1,6 +1,6 @@
 """Set up the processes that run tests: threads, workers, the Triton interpreter, a word on ComfyUI.
 
-Without file names pytest shares the tests out among workers, one for each core. `-n 0` turns that
+Without file names pytest shares the tests out among workers, one more than cores. `-n 0` turns that
 off, `-n 2` turns it on for single files. Each worker starts a ComfyUI server of its own; the tests
 of a file in tests/comfyui stay on one worker, as they share models, and those of ComfyUI's page on
 one worker, as they share the page. What takes longest begins first, so that all end together.
@@ -9,7 +9,6 @@ one worker, as they share the page. What takes longest begins first, so that all
 from __future__ import annotations
 
 import os
-import re
 from typing import Any
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: one thread for each worker
@@ -19,13 +18,10 @@ import pytest
 import torch
 from xdist.scheduler import LoadScopeScheduling
 
-from tests.comfyui.installation import comfyui_version
+from tests.comfyui.installation import OF_THE_PAGE, comfyui_version
 
 MOST_WORKERS = 4  # each takes some 1.5 GB with the processes that it starts
 PAGE = "the page"
-OF_THE_PAGE = re.compile(
-    r"tests/comfyui/test_(blueprints|first_hour|harness|moved_in|page\w*|templates)\.py"
-)
 SECONDS = {  # of a core, measured: of a file of tests/comfyui, or of a single test elsewhere
     PAGE: 200,
     "test_compiled_draws_equal_the_definition": 60,
@@ -60,11 +56,14 @@ if not torch.cuda.is_available():
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Return the number of workers for `-n auto`: 0 if files are named or there is one core."""
+    """Return the number of workers for `-n auto`: 0 if files are named or there is one core.
+
+    It is one more than the cores, as a worker often waits for its server or its page.
+    """
     if config.args_source is pytest.Config.ArgsSource.ARGS:
         return 0
     cores = os.cpu_count() or 1
-    return min(cores, MOST_WORKERS) if cores > 1 else 0
+    return min(cores + 1, MOST_WORKERS) if cores > 1 else 0
 
 
 def scope_of(nodeid: str) -> str:

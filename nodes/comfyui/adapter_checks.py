@@ -47,7 +47,8 @@ def check_settings(executor, noise: Tensor, latent_image: Tensor, *args, **kwarg
 
 def _check_time(guider, adapter: Adapter) -> None:
     """Warn if the network is fed times in another unit than its base model's."""
-    fed = float(guider.inner_model.model_sampling.timestep(torch.tensor(0.5)))
+    sampling = guider.model_patcher.get_model_object("model_sampling")
+    fed = float(sampling.timestep(torch.tensor(0.5)))
     expected = 0.5 * adapter.base.multiplier
     if not math.isclose(fed, expected, rel_tol=1e-3):
         notice(

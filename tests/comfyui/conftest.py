@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from .client import Comfy
-from .installation import COMFYUI, HOW_TO, is_installed
+from .installation import COMFYUI, HOW_TO, OF_THE_PAGE, is_installed
 from .page import ComfyPage, open_browser, open_page
 from .server import running
 from .stand_in_files import WORKFLOWS, write_workflow_files
 
 if TYPE_CHECKING:
     from playwright.sync_api import BrowserContext
+
+OPENED = pytest.StashKey[ExitStack]()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -34,10 +38,31 @@ def comfy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Comfy]:
 
 
 @pytest.fixture(scope="session")
-def browser() -> Iterator[BrowserContext]:
+def opened(request: pytest.FixtureRequest) -> Iterator[ExitStack]:
+    """What the tests of the page have opened; closed after the last of them."""
+    with ExitStack() as stack:
+        request.config.stash[OPENED] = stack
+        yield stack
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Close the browser when no test of the page follows.
+
+    It cannot be closed later: a process that is forked meanwhile, such as a loader of data, keeps
+    its pipes open, and the browser waits for their end.
+    """
+    following = "" if nextitem is None else nextitem.nodeid
+    together = "PYTEST_XDIST_WORKER" in os.environ  # a worker has the page's tests in one go
+    near = OF_THE_PAGE.match(following) if together else following.startswith("tests/comfyui/")
+    if not near and OPENED in item.config.stash:
+        item.config.stash[OPENED].close()
+
+
+@pytest.fixture(scope="session")
+def browser(opened: ExitStack) -> BrowserContext:
     """A browser for all pages of this process."""
-    with open_browser() as browser:
-        yield browser
+    return opened.enter_context(open_browser())
 
 
 @pytest.fixture(scope="session")
@@ -49,10 +74,11 @@ def workflow_files(comfy: Comfy) -> None:
 
 
 @pytest.fixture(scope="session")
-def only_page(comfy: Comfy, browser: BrowserContext, workflow_files: None) -> Iterator[ComfyPage]:
+def only_page(
+    comfy: Comfy, browser: BrowserContext, opened: ExitStack, workflow_files: None
+) -> ComfyPage:
     """The page, which takes longer to load than most tests to use it."""
-    with open_page(comfy, browser) as page:
-        yield page
+    return opened.enter_context(open_page(comfy, browser))
 
 
 @pytest.fixture

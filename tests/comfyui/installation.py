@@ -18,6 +18,9 @@ HOW_TO = (
     "clone https://github.com/comfyanonymous/ComfyUI to ~/comfy/ComfyUI or set COMFYUI_PATH, "
     "make a .venv there and install torch, torchvision, torchaudio and its requirements.txt"
 )
+OF_THE_PAGE = re.compile(  # files of tests that open the page
+    r"tests/comfyui/test_(blueprints|first_hour|harness|moved_in|page\w*|templates)\.py"
+)
 GGUF = Path(os.environ.get("COMFYUI_GGUF_PATH") or "~/comfy/ComfyUI-GGUF").expanduser().absolute()
 GGUF_HOW_TO = (
     "clone https://github.com/city96/ComfyUI-GGUF to ~/comfy/ComfyUI-GGUF or set "

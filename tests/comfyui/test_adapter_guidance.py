@@ -236,3 +236,10 @@ def test_the_conditioning_of_another_model_is_named(server: Comfy, base: str) ->
     for each in (prompt, stock(prompt)):
         result = server.run(each, expect_error=True)
         assert "it has 1 features, and this model takes" in result.errors["sample"]
+
+
+def test_times_in_another_unit_are_said(server: Comfy) -> None:
+    """ModelSamplingSD3 counts time in thousandths, which FLUX.1 does not."""
+    for kind, said in (("ModelSamplingSD3", True), ("ModelSamplingAuraFlow", False)):
+        prompt = inserted(graph("flux"), "shift", node(kind, shift=3.2), "sample")
+        assert ("times in a wrong unit" in server.run(prompt).texts["sample"]) is said, kind

@@ -51,7 +51,8 @@ def guidance_of(guider) -> str:
     if not isinstance(cfg, int | float):
         return ""
     if has_probabilistic_guidance(guider.model_patcher):
-        guider.model_patcher.model_options["sampler_cfg_function"].guidance(cfg)  # checks it
+        if cfg > 1:  # 1 is what guiders with other scales leave there
+            guider.model_patcher.model_options["sampler_cfg_function"].guidance(cfg)  # refuses it
         steers = cfg and not is_unconditional(guider.model_patcher)
         return f"guidance {cfg:.3g}" if steers else ""
     return "" if cfg == 1 else f"cfg {cfg:.3g}"

@@ -119,7 +119,7 @@ def check_sigmas(sigmas: Tensor, path: ScaledPath) -> Tensor:
 
 def report_start(wrapped: SolverModel, sigmas: Tensor) -> None:
     """Show on the node if sigmas of a flow, which start at 1, are those of another path."""
-    start, highest = float(wrapped.path.time_of(sigmas[0])), float(wrapped.sigma_max)
+    start, highest = float(wrapped.path.time_of(sigmas[0])), wrapped.sigma_max
     if wrapped.path.exploding and start == 1 and highest > 2:
         notice(
             f"too little noise: these sigmas start at 1 of {highest:.3g}, as those of a flow do; "

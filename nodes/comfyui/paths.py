@@ -52,6 +52,4 @@ def _highest(model_sampling) -> float:
 
 
 def _is(found: Tensor, expected: Tensor) -> bool:
-    return found.shape == expected.shape and torch.allclose(
-        found.float(), expected.expand_as(found)
-    )
+    return found.shape == expected.shape and torch.allclose(found.float(), expected)

@@ -57,7 +57,7 @@ class ProbabilisticCFG:
                 predicts no Gaussian mixture.
         """
         model, latent = args["model"], args["input"]
-        sigma = path_of(model.model_sampling).sigma_of(args["sigma"])
+        sigma = straight_sigma(args)
         guidance = self.guidance(args["cond_scale"])
         recorder = args["model_options"]["transformer_options"][RECORDER]
         recorder.asked = True
@@ -95,11 +95,15 @@ class ProbabilisticCFG:
         It is ComfyUI's `sampler_calc_cond_batch_function`.
         """
         positive, negative = args["conds"]
-        sigma = path_of(args["model"].model_sampling).sigma_of(args["sigma"])
-        conds = [positive, negative if within(self.interval, sigma) else None]
+        conds = [positive, negative if within(self.interval, straight_sigma(args)) else None]
         return comfy.samplers.calc_cond_batch(
             args["model"], conds, args["input"], args["sigma"], args["model_options"]
         )
+
+
+def straight_sigma(args: dict) -> Tensor:
+    """Return the sigma (B,) on the straight path, from what ComfyUI hands to its functions."""
+    return path_of(args["model"].model_sampling).sigma_of(args["sigma"])
 
 
 def with_probabilistic_guidance(

@@ -82,7 +82,7 @@ class SolverModel:
 
     @property
     def sigma_max(self) -> float:
-        """The model's highest sigma, in its own units."""
+        """Highest sigma of the model, in its own units."""
         return float(self.guider.inner_model.model_sampling.sigma_max)
 
     @property

@@ -8,19 +8,16 @@ what it found as JSON.
 
 from __future__ import annotations
 
-import asyncio
 import importlib
 import importlib.util
 import json
-import os
 import sys
-import traceback
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from inside import REPOSITORY, far, half_mask, says
+from inside import far, half_mask, run_cases, says
 from torch import Tensor
 
 SOLVERS = {"gm_ode": "gm-ode", "gm_sde": "gm-sde", "gm_policy": "gm-policy"}
@@ -29,32 +26,10 @@ SEED, STEPS = 5, 2
 
 
 def main(comfyui: str, work: str) -> None:
-    """Run all cases and print their results, or tracebacks, as JSON by name."""
-    os.chdir(comfyui)
-    sys.path[:] = [comfyui, *(p for p in sys.path if p != str(Path(__file__).parent))]
-    sys.argv = [sys.argv[0], "--cpu", "--disable-api-nodes"]
-    import comfy.options
-
-    comfy.options.enable_args_parsing()
-    import nodes
-
-    spec = importlib.util.spec_from_file_location(
-        "text_stand_in", Path(__file__).parent / "text_stand_in" / "__init__.py"
-    )
-    # the stand-in makes ComfyUI accept the sizes of tiny models
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
-    if not asyncio.run(nodes.load_custom_node(str(REPOSITORY))):
-        raise RuntimeError("the extension did not load")
+    """Run all cases and print their results as JSON by name."""
     KINDS.update(json.loads((Path(work) / "kinds.json").read_text()))
-    FOLDER.append(Path(work) / "diffusion_models")
-    found = {}
-    for name, case in CASES.items():
-        try:
-            with torch.inference_mode():
-                found[name] = case()
-        except Exception:
-            found[name] = traceback.format_exc()
-    print(json.dumps(found))
+    FOLDER.append(Path(work).absolute() / "diffusion_models")
+    run_cases(comfyui, CASES)
 
 
 KINDS: dict[str, dict[str, Any]] = {}  # as plain_bases.KINDS

@@ -8,18 +8,14 @@ Prints what it found as JSON. `test_around_samplers.py` starts it.
 
 from __future__ import annotations
 
-import asyncio
-import json
-import os
 import sys
-import traceback
 import uuid
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from inside import REPOSITORY, board, far, flux, half_mask, ours, sample, says
+from inside import board, far, flux, half_mask, ours, run_cases, sample, says
 from regions_inside import regions
 from torch import Tensor
 
@@ -27,34 +23,10 @@ SHRINK = 0.9  # factor by which the wrapper changes sigma
 
 
 def main(comfyui: str, work: str) -> None:
-    """Run all cases and print their results, or tracebacks, as JSON by name."""
-    os.chdir(comfyui)
-    sys.path[:] = [comfyui, *(p for p in sys.path if p != str(Path(__file__).parent))]
+    """Run all cases and print their results as JSON by name."""
+    cases = {name: partial(case, Path(work)) for name, case in CASES.items()}
     # with its attention for the CPU, TorchCompileModel compiles anew in every step
-    options = ("--cpu", "--disable-api-nodes", "--use-pytorch-cross-attention")
-    sys.argv = [sys.argv[0], *options]
-    import comfy.options
-
-    comfy.options.enable_args_parsing()
-    import importlib.util
-
-    import nodes
-
-    spec = importlib.util.spec_from_file_location(
-        "text_stand_in", Path(__file__).parent / "text_stand_in" / "__init__.py"
-    )
-    # the stand-in makes ComfyUI accept the sizes of tiny models
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
-    if not asyncio.run(nodes.load_custom_node(str(REPOSITORY))):
-        raise RuntimeError("the extension did not load")
-    found = {}
-    for name, case in CASES.items():
-        try:
-            with torch.inference_mode():
-                found[name] = case(Path(work))
-        except Exception:
-            found[name] = traceback.format_exc()
-    print(json.dumps(found))
+    run_cases(comfyui, cases, "--use-pytorch-cross-attention")
 
 
 def lying(inner: Any, attributes: tuple[str, ...] = ("inner_model", "sigmas")) -> Any:

@@ -1,8 +1,13 @@
-"""Models, latents and samplers inside ComfyUI's process, for `around_samplers.py`."""
+"""Scripts inside ComfyUI's process: their frame, and models, latents and samplers for them."""
 
 from __future__ import annotations
 
+import asyncio
+import importlib.util
+import json
+import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +16,39 @@ import torch
 from torch import Tensor
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+FOLDER = Path(__file__).parent
+
+
+def run_cases(comfyui: str, cases: dict[str, Callable[[], Any]], *options: str) -> None:
+    """Load the extension, run all cases, and print their results, or tracebacks, as JSON by name.
+
+    Args:
+        comfyui: its folder.
+        options: further ones of its command line.
+    """
+    os.chdir(comfyui)
+    sys.path[:] = [comfyui, *(p for p in sys.path if p != str(FOLDER))]
+    sys.argv = [sys.argv[0], "--cpu", "--disable-api-nodes", *options]
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    import nodes
+
+    spec = importlib.util.spec_from_file_location(
+        "text_stand_in", FOLDER / "text_stand_in" / "__init__.py"
+    )
+    # the stand-in makes ComfyUI accept the sizes of tiny models
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    if not asyncio.run(nodes.load_custom_node(str(REPOSITORY))):
+        raise RuntimeError("the extension did not load")
+    found = {}
+    for name, case in cases.items():
+        try:
+            with torch.inference_mode():
+                found[name] = case()
+        except Exception:
+            found[name] = traceback.format_exc()
+    print(json.dumps(found))
 
 
 def ours(name: str) -> Any:

@@ -9,42 +9,20 @@ found as JSON.
 
 from __future__ import annotations
 
-import asyncio
-import json
-import os
 import sys
-import traceback
-from pathlib import Path
 from typing import Any
 
 import torch
 from exact_model import MEAN, WIDTH, ExactOfParts, exact_model
-from inside import REPOSITORY, far, half_mask, ours, says
+from inside import far, half_mask, ours, run_cases, says
 from torch import Tensor
 
 SHAPE = (2, 4, 6, 8)
 
 
 def main(comfyui: str, work: str) -> None:
-    """Run all cases and print their results, or tracebacks, as JSON by name."""
-    os.chdir(comfyui)
-    sys.path[:] = [comfyui, *(p for p in sys.path if p != str(Path(__file__).parent))]
-    sys.argv = [sys.argv[0], "--cpu", "--disable-api-nodes"]
-    import comfy.options
-
-    comfy.options.enable_args_parsing()
-    import nodes
-
-    if not asyncio.run(nodes.load_custom_node(str(REPOSITORY))):
-        raise RuntimeError("the extension did not load")
-    found = {}
-    for name, case in CASES.items():
-        try:
-            with torch.inference_mode():
-                found[name] = case()
-        except Exception:
-            found[name] = traceback.format_exc()
-    print(json.dumps(found))
+    """Run all cases and print their results as JSON by name."""
+    run_cases(comfyui, CASES)
 
 
 def text(mean: float = MEAN) -> list:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from safetensors.torch import load_file
 from .bases import Shapes
 from .client import Comfy
 from .graphs import NOT_FITTING, node
-from .installation import COMFYUI, comfyui_python
+from .installation import COMFYUI
 from .plain_bases import (
     KINDS,
     lumina_shapes,
@@ -32,6 +30,7 @@ from .plain_bases import (
     write_plain_base,
     write_texts,
 )
+from .scripts import of, results_of
 
 SCRIPT = Path(__file__).with_name("any_model_inside.py")
 SAMPLERS = {"gm_ode": "gm-ode", "gm_sde": "gm-sde", "gm_policy": "gm-policy"}
@@ -55,15 +54,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def found(models: Path) -> dict[str, Any]:
     """Results of all cases, from one process."""
-    done = subprocess.run(
-        [comfyui_python(), str(SCRIPT), str(COMFYUI), str(models)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert not NOT_FITTING.search(done.stderr), "each weight must have its layer"
-    return json.loads(done.stdout.splitlines()[-1])
+    return results_of(SCRIPT, models, NOT_FITTING)  # each weight must have its layer
 
 
 @pytest.fixture(scope="module")
@@ -76,12 +67,6 @@ def server(comfy: Comfy, models: Path) -> Comfy:
     write_texts(comfy.base / "models")
     comfy.object_info()
     return comfy
-
-
-def of(found: dict[str, Any], case: str) -> dict[str, Any]:
-    """Return the results of one case; fail with its traceback if it has none."""
-    assert isinstance(found[case], dict), found[case]
-    return found[case]
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +10,7 @@ import torch
 
 from .adapters import write_adapter
 from .bases import write_flux
-from .installation import COMFYUI, comfyui_python
+from .scripts import of, results_of
 
 SCRIPT = Path(__file__).with_name("around_samplers.py")
 
@@ -25,20 +22,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     small = {"depth": 1, "single": 1, "dtype": torch.float32}
     write_flux(folder / "flux.safetensors", **small)
     write_adapter(folder / "adapter.safetensors", **small)
-    done = subprocess.run(
-        [comfyui_python(), str(SCRIPT), str(COMFYUI), str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def of(found: dict[str, Any], case: str) -> dict[str, Any]:
-    """Return the results of one case; fail with its traceback if it has none."""
-    assert isinstance(found[case], dict), found[case]
-    return found[case]
+    return results_of(SCRIPT, folder)
 
 
 def test_a_sampler_that_another_node_wraps(found: dict[str, Any]) -> None:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from .installation import COMFYUI, comfyui_python
+from .scripts import of, results_of
 
 SCRIPT = Path(__file__).with_name("plain_inside.py")
 
@@ -18,20 +15,7 @@ SCRIPT = Path(__file__).with_name("plain_inside.py")
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Results of all cases, from one process."""
-    done = subprocess.run(
-        [comfyui_python(), str(SCRIPT), str(COMFYUI), str(tmp_path_factory.mktemp("plain"))],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def of(found: dict[str, Any], case: str) -> dict[str, Any]:
-    """Return the results of one case; fail with its traceback if it has none."""
-    assert isinstance(found[case], dict), found[case]
-    return found[case]
+    return results_of(SCRIPT, tmp_path_factory.mktemp("plain"))
 
 
 def test_one_step_with_the_right_spread_ends_where_the_exact_flow_does(found: dict) -> None:

@@ -2,7 +2,7 @@
 
 Methods of a rollout:
 
-- plain: the definition in `gmflow_core.sampling.rollout`, one substep after the other over the
+- plain: the definition in `gmflow_core.flow.following`, one substep after the other over the
   whole tensor. It has gradients, and constraints between substeps.
 - tiled: tiles of pixels whose whole rollout stays in the cache, in plain torch (`tiled.py`; on a
   GPU `tiled_few_kernels.py`).

@@ -1,22 +1,18 @@
 """The rollout: between two network calls every pixel follows the ODE of its own mixture.
 
-This file holds the definition. Faster forms that give the same numbers are in `gmflow_core.fast`.
+The definition is `gmflow_core.flow.following`. Faster forms that give the same numbers are in
+`gmflow_core.fast`; this file takes one of them.
 """
 
 from __future__ import annotations
-
-import itertools
-from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
 from ..fast.choice import chosen_method, machine_rollout
 from ..flow.blended import BlendedPolicy, Followed
-from ..flow.path import Sigma, expand_sigma, positive, posterior_means, sigmas_between
-from ..flow.policy import NO_MIXTURES, ArcPolicy, DXPolicy
-
-Constrain = Callable[[Tensor, Tensor], Tensor]
-Check = Callable[[], None]
+from ..flow.following import Check, Constrain, follow, settled
+from ..flow.path import Sigma, expand_sigma, sigmas_between
+from ..flow.policy import NO_MIXTURES, ArcPolicy
 
 
 def rollout(
@@ -63,7 +59,7 @@ def rollout(
     if isinstance(sigma, Tensor) or isinstance(sigma_end, Tensor):
         sigma, sigma_end = expand_sigma(sigma, x), expand_sigma(sigma_end, x)
     if isinstance(x0, ArcPolicy):
-        return _settled(x0.advance(x, sigma, sigma_end), sigma_end, constrain, check)
+        return settled(x0.advance(x, sigma, sigma_end), sigma_end, constrain, check)
     if constrain is None and not isinstance(x0, (*NO_MIXTURES, BlendedPolicy)):
         arguments = x0, x, sigma, sigma_end, substeps, shift
         result = machine_rollout(*arguments, check, method, follow)
@@ -71,48 +67,3 @@ def rollout(
             return result
     sigmas = sigmas_between(sigma, sigma_end, substeps, shift)
     return follow(x0, x, sigmas, constrain, check)
-
-
-def follow(
-    x0: Followed,
-    x: Tensor,
-    sigmas: Sequence[Sigma],
-    constrain: Constrain | None = None,
-    check: Check | None = None,
-) -> Tensor:
-    """Take an Euler step from each of `sigmas` to the next; arguments as in `rollout`."""
-    mean = x0.mean()  # the posterior at the start is the mixture itself
-    mean_at = means_along(x0, x, sigmas[0]) if len(sigmas) > 2 else None
-    for step, (now, following) in enumerate(itertools.pairwise(sigmas)):
-        if step > 0:
-            mean = mean_at(x, now)
-        x = mean + following / positive(now) * (x - mean)
-        x = _settled(x, following, constrain, check)
-    return x
-
-
-def _settled(x: Tensor, sigma: Sigma, constrain: Constrain | None, check: Check | None) -> Tensor:
-    """Return x at sigma as the constraint wants it, after the check."""
-    if constrain is not None:
-        x = constrain(x, expand_sigma(sigma, x))
-    if check is not None:
-        check()
-    return x
-
-
-def means_along(x0: Followed, x: Tensor, sigma: Sigma) -> Callable[[Tensor, Sigma], Tensor]:
-    """Return E[x_0 | x, sigma] as a function, for a policy that was predicted at (x, sigma)."""
-    if isinstance(x0, ArcPolicy):
-        return lambda x, sigma: x - expand_sigma(sigma, x) * x0.velocity(sigma)
-    if isinstance(x0, DXPolicy):
-        return lambda x, sigma: x0.at(sigma)
-    if isinstance(x0, BlendedPolicy):
-        start = expand_sigma(sigma, x)
-        along = [means_along(each.policy, each.of(x), each.of(start)) for each in x0.parts]
-        return lambda x, sigma: x0.average(
-            [
-                mean_at(each.of(x), each.of(expand_sigma(sigma, x)))
-                for each, mean_at in zip(x0.parts, along, strict=True)
-            ]
-        )
-    return posterior_means(x0, x, sigma)

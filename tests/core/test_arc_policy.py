@@ -17,8 +17,8 @@ from gmflow_core import (
     sample_euler,
     sample_gm_policy,
 )
+from gmflow_core.flow.following import follow
 from gmflow_core.models.adapter_heads import ArcHead, HeadLayout, build_head
-from gmflow_core.sampling.rollout import follow
 from tests.helpers import F64, golden, is_near, normal
 
 SHIFT = 3.2  # of the recorded runs

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..flow.policy import DXVelocity
 from ..gaussians.mixture import GaussianMixture
 from .image_network import ImageConfig, ImageNetwork, log_std_head, spectrum_network
 from .position_features import grid_angles, grid_features
@@ -61,6 +62,8 @@ class DiTDHConfig(ImageConfig):
     log_std_layers: int = 2
     constant_log_std: float | None = 0.0
     spectrum_layers: tuple[int, ...] | None = None
+    dx_segment: float | None = None
+    dx_shift: float = 1.0
 
     def __post_init__(self):
         self.check(*(f"{part}_{size}" for part in PARTS for size in ("layers", "width", "heads")))
@@ -111,7 +114,8 @@ class DiTDH(ImageNetwork, nn.Module):
             [Block(trunk, config.trunk_heads) for _ in range(config.trunk_layers)]
             + [Block(head, config.head_heads) for _ in range(config.head_layers)]
         )
-        values = config.num_components * (config.channels + (config.num_components > 1))
+        weights = config.num_components > 1 and config.dx_segment is None
+        values = config.num_components * (config.channels + weights)
         self.final_layer = nn.ModuleDict(
             {
                 "norm_final": nn.RMSNorm(head, eps=EPS),
@@ -148,7 +152,7 @@ class DiTDH(ImageNetwork, nn.Module):
         else:
             nn.init.xavier_uniform_(self.final_layer["linear"].weight)
         nn.init.zeros_(self.final_layer["linear"].bias)
-        if self.config.constant_log_std is None:
+        if self.gm_out:
             nn.init.zeros_(self.gm_out["logstd_layers"][-1].weight)
             nn.init.zeros_(self.gm_out["logstd_layers"][-1].bias)
         if self.spectrum_net is not None:
@@ -159,8 +163,10 @@ class DiTDH(ImageNetwork, nn.Module):
         """Blocks of trunk and head, under the name that GMDiT gives them, for trainers."""
         return self.blocks
 
-    def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> GaussianMixture:
-        """Predict the mixture of velocities.
+    def forward(
+        self, x: Tensor, sigma: Tensor, labels: Tensor | None = None
+    ) -> GaussianMixture | DXVelocity:
+        """Predict the mixture of velocities, or a DX policy (see `ImageConfig.dx_segment`).
 
         Args:
             x: (B, C, h, w) noisy latents.
@@ -169,7 +175,8 @@ class DiTDH(ImageNetwork, nn.Module):
                 class; ignored by an unconditional network.
 
         Returns:
-            means (B, K, C, h, w), log_weights (B, K, 1, h, w), log_std (B, 1, 1, 1, 1); float32.
+            means (B, K, C, h, w), log_weights (B, K, 1, h, w), log_std (B, 1, 1, 1, 1); or
+            velocities (B, K, C, h, w) of a policy; float32.
 
         Raises:
             ValueError: x has other channels than the network, or a size that it cannot serve;

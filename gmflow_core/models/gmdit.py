@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..flow.policy import DXVelocity
 from ..gaussians.mixture import GaussianMixture
 from .image_network import ImageConfig, ImageNetwork, log_std_head, spectrum_network
 from .position_features import grid_features, time_features
@@ -40,6 +41,8 @@ class GMDiTConfig(ImageConfig):
     log_std_layers: int = 2
     constant_log_std: float | None = None
     spectrum_layers: tuple[int, ...] | None = None
+    dx_segment: float | None = None
+    dx_shift: float = 1.0
 
     def __post_init__(self):
         self.check("num_classes", "num_layers", "num_heads")
@@ -87,9 +90,8 @@ class GMDiT(ImageNetwork, nn.Module):
         )
         self.norm_out = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.proj_out_1 = nn.Linear(width, 2 * width)
-        self.proj_out_2 = nn.Linear(
-            width, patch * patch * config.num_components * (config.channels + 1)
-        )
+        values = config.num_components * (config.channels + (config.dx_segment is None))
+        self.proj_out_2 = nn.Linear(width, patch * patch * values)
         self.gm_out = log_std_head(config, width)
         self.spectrum_net = spectrum_network(config)
         self.reset_parameters()
@@ -107,13 +109,13 @@ class GMDiT(ImageNetwork, nn.Module):
         for block in self.transformer_blocks:
             nn.init.zeros_(block.norm1["linear"].weight)
         nn.init.zeros_(self.proj_out_1.weight)
-        if self.config.constant_log_std is None:
+        if self.gm_out:
             nn.init.zeros_(self.gm_out["logstd_layers"][-1].weight)
         if self.spectrum_net is not None:
             self.spectrum_net.reset_parameters()
 
-    def forward(self, x: Tensor, sigma: Tensor, labels: Tensor) -> GaussianMixture:
-        """Predict the mixture of velocities.
+    def forward(self, x: Tensor, sigma: Tensor, labels: Tensor) -> GaussianMixture | DXVelocity:
+        """Predict the mixture of velocities, or a DX policy (see `ImageConfig.dx_segment`).
 
         Args:
             x: (B, C, h, w) noisy latents.
@@ -121,7 +123,8 @@ class GMDiT(ImageNetwork, nn.Module):
             labels: (B,) integers in [0, num_classes]; `num_classes` for no label.
 
         Returns:
-            means (B, K, C, h, w), log_weights (B, K, 1, h, w), log_std (B, 1, 1, 1, 1); float32.
+            means (B, K, C, h, w), log_weights (B, K, 1, h, w), log_std (B, 1, 1, 1, 1); or
+            velocities (B, K, C, h, w) of a policy; float32.
 
         Raises:
             ValueError: x has other channels than the network, or a size that it cannot serve.

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..flow.policy import DXVelocity
 from ..gaussians.mixture import GaussianMixture
-from .settings import LARGEST_SAMPLE, MOST_CLASSES, check_settings
+from .settings import LARGEST_SAMPLE, MOST_CLASSES, check_dx, check_settings
 from .spectrum import SpectrumMLP
 
 
@@ -28,6 +29,9 @@ class ImageConfig:
         constant_log_std: fixes the mixture's log-std; None predicts it.
         spectrum_layers: hidden widths of the spectrum network that GM-SDE uses; None: the network
             has none.
+        dx_segment: length of the segment of a `DXVelocity` that the network predicts instead of a
+            mixture, at `num_components` times; None for a mixture.
+        dx_shift: time shift of that policy.
     """
 
     num_components: int
@@ -39,6 +43,8 @@ class ImageConfig:
     log_std_layers: int
     constant_log_std: float | None
     spectrum_layers: tuple[int, ...] | None
+    dx_segment: float | None
+    dx_shift: float
 
     def check(self, *more: str) -> None:
         """Check the shared settings, and that those named in `more` are at least 1.
@@ -66,6 +72,7 @@ class ImageConfig:
             raise ValueError(
                 f"spectrum_layers is {list(self.spectrum_layers)}; widths must be at least 1"
             )
+        check_dx(self)
 
 
 class ImageNetwork:
@@ -113,8 +120,12 @@ class ImageNetwork:
                 tokens = block(tokens, *condition)
         return tokens
 
-    def mixture(self, tokens: Tensor, shape: torch.Size, condition: Tensor) -> GaussianMixture:
+    def mixture(
+        self, tokens: Tensor, shape: torch.Size, condition: Tensor
+    ) -> GaussianMixture | DXVelocity:
         """Convert output tokens to the mixture of velocities of every latent pixel.
+
+        A network of a DX policy has velocities at K times instead of K means, and no weights.
 
         Args:
             tokens: (B, N, p * p * V), a patch each, row by row; the V values of a pixel are K
@@ -123,7 +134,8 @@ class ImageNetwork:
             condition: (B, D), for `log_std`.
 
         Returns:
-            means (B, K, C, h, w), log_weights (B, K, 1, h, w), log_std (B, 1, 1, 1, 1); float32.
+            means (B, K, C, h, w), log_weights (B, K, 1, h, w), log_std (B, 1, 1, 1, 1); or
+            velocities (B, K, C, h, w) of the policy; float32.
         """
         config, patch = self.config, self.config.patch_size
         rows, columns = shape[2] // patch, shape[3] // patch
@@ -132,6 +144,9 @@ class ImageNetwork:
         output = output.reshape(len(tokens), -1, *shape[2:])  # (B, V, h, w)
         count = config.num_components * config.channels
         means, logits = output[:, :count], output[:, count:]
+        if config.dx_segment is not None:
+            velocities = means.unflatten(1, (config.num_components, config.channels))
+            return DXVelocity(velocities, config.dx_segment, config.dx_shift)
         if not logits.shape[1]:
             logits = output.new_zeros(len(output), 1, *shape[2:])
         return GaussianMixture(
@@ -155,10 +170,10 @@ class ImageNetwork:
 def log_std_head(config: ImageConfig, width: int) -> nn.ModuleDict:
     """Build the layers that predict the log-std from a condition of `width` features.
 
-    The dict is empty if the log-std is constant.
+    The dict is empty if the log-std is constant, or if there is none.
     """
     head = nn.ModuleDict()
-    if config.constant_log_std is None:
+    if config.constant_log_std is None and config.dx_segment is None:
         widths = [width] + [config.log_std_dim] * (config.log_std_layers - 1) + [1]
         layers = [(nn.SiLU(), nn.Linear(a, b)) for a, b in itertools.pairwise(widths)]
         head["logstd_layers"] = nn.Sequential(*[module for layer in layers for module in layer])

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..flow.policy import DXVelocity
 from ..gaussians.mixture import GaussianMixture
 from .position_features import time_features
-from .settings import MOST_CLASSES, check_settings
+from .settings import MOST_CLASSES, check_dx, check_settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,9 @@ class GMFlowMLPConfig:
         constant_log_std: fixes the mixture's log-std; None predicts it.
         num_classes: number of labels, such as the modes of a source; 0: the network is
             unconditional.
+        dx_segment: length of the segment of a `DXVelocity` that the network predicts instead of a
+            mixture, at `num_components` times; None for a mixture.
+        dx_shift: time shift of that policy.
 
     Raises:
         ValueError: a value is out of range.
@@ -39,9 +43,12 @@ class GMFlowMLPConfig:
     max_period: float = 50.0
     constant_log_std: float | None = None
     num_classes: int = 0
+    dx_segment: float | None = None
+    dx_shift: float = 1.0
 
     def __post_init__(self):
         check_settings(self)
+        check_dx(self)
         for name in ("num_components", "embed_dim", "hidden_dim", "num_layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -76,8 +83,10 @@ class GMFlowMLP(nn.Module):
         layers = [(nn.Linear(a, b), nn.SiLU()) for a, b in itertools.pairwise(widths)]
         self.net = nn.Sequential(*[module for layer in layers for module in layer])
         self.out_means = nn.Linear(config.hidden_dim, 2 * config.num_components)
-        self.out_logweights = nn.Linear(config.hidden_dim, config.num_components)
-        if config.constant_log_std is None:
+        mixture = config.dx_segment is None
+        if mixture:
+            self.out_logweights = nn.Linear(config.hidden_dim, config.num_components)
+        if mixture and config.constant_log_std is None:
             self.out_logstds = nn.Linear(config.hidden_dim, 1)
         if config.num_classes:
             self.embed_labels = nn.Embedding(config.num_classes, config.embed_dim)
@@ -89,12 +98,16 @@ class GMFlowMLP(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
                 nn.init.zeros_(module.bias)
+        if self.config.dx_segment is not None:
+            return
         nn.init.zeros_(self.out_logweights.weight)
         if self.config.constant_log_std is None:
             nn.init.zeros_(self.out_logstds.weight)
 
-    def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> GaussianMixture:
-        """Predict the mixture of velocities.
+    def forward(
+        self, x: Tensor, sigma: Tensor, labels: Tensor | None = None
+    ) -> GaussianMixture | DXVelocity:
+        """Predict the mixture of velocities, or a DX policy (see `GMFlowMLPConfig.dx_segment`).
 
         Args:
             x: (B, 2, *S) noisy points; every position of *S is a point of its own.
@@ -102,7 +115,8 @@ class GMFlowMLP(nn.Module):
             labels: (B,) integers below `num_classes`; None for an unconditional network.
 
         Returns:
-            means (B, K, 2, *S), log_weights (B, K, 1, *S), log_std (B, 1, 1, *S); float32.
+            means (B, K, 2, *S), log_weights (B, K, 1, *S), log_std (B, 1, 1, *S); or velocities
+            (B, K, 2, *S) of a policy; float32.
 
         Raises:
             ValueError: x does not have two channels; labels are missing, or not expected.
@@ -126,6 +140,8 @@ class GMFlowMLP(nn.Module):
         features = torch.cat([time, self.position_features(points)], -1)
         hidden = self.net(features.to(self.out_means.weight.dtype))  # (B, *S, H)
         means = self.out_means(hidden).float().unflatten(-1, (-1, 2)).movedim((-2, -1), (1, 2))
+        if self.config.dx_segment is not None:
+            return DXVelocity(means, self.config.dx_segment, self.config.dx_shift)
         log_weights = self.out_logweights(hidden).float().log_softmax(-1)
         log_weights = log_weights.movedim(-1, 1).unsqueeze(2)
         if self.config.constant_log_std is None:

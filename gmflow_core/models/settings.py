@@ -7,6 +7,10 @@ import types
 import typing
 from typing import Any
 
+import torch
+
+from ..flow.policy import DXVelocity
+
 MOST = 2**31 - 1  # the largest whole number that any setting can mean
 MOST_LAYERS = 1024  # of each kind
 MOST_CLASSES = 10**6
@@ -48,6 +52,23 @@ def check_settings(config: Any) -> None:
         count = len(layers) if isinstance(layers, tuple) else layers
         if (count or 0) > MOST_LAYERS:
             raise ValueError(f"{field.name} has {count} layers; the most is {MOST_LAYERS}")
+
+
+def check_dx(config: Any) -> None:
+    """Check the settings of a network that predicts a DX policy instead of a mixture.
+
+    Raises:
+        ValueError: one is out of range, or is of a mixture.
+    """
+    if config.dx_segment is None:
+        return
+    DXVelocity(torch.empty(0), config.dx_segment, config.dx_shift)  # checks both
+    for name in ("constant_log_std", "spectrum_layers"):
+        if getattr(config, name, None) is not None:
+            raise ValueError(
+                f"{name} is {getattr(config, name)}, and dx_segment {config.dx_segment}; a DX "
+                "policy has none"
+            )
 
 
 def _kinds(hint: Any) -> tuple:

@@ -1,4 +1,4 @@
-"""Denoisers: callables (x, sigma) -> mixture of x_0, made from networks."""
+"""Denoisers: callables (x, sigma) -> mixture or other policy of x_0, made from networks."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from torch import Tensor, nn
 
 from ..fast.choice import form_of
 from ..flow.path import velocity_to_x0
+from ..flow.policy import Policy, PolicyVelocity, predict_x0
 from ..flow.single_gaussian import Spread, single_gaussian
-from ..gaussians.mixture import Mixture
 from .guidance import Guidance, classifier_free_guidance
 
-Denoiser = Callable[[Tensor, Tensor], Mixture]
+Denoiser = Callable[[Tensor, Tensor], Policy]
 
 
 def denoiser_of(
-    network: Callable[[Tensor, Tensor], Mixture | Tensor], spread: Spread | None = None
+    network: Callable[[Tensor, Tensor], PolicyVelocity | Tensor], spread: Spread | None = None
 ) -> Denoiser:
     """Return the denoiser of a network that predicts velocities u at (x, sigma).
 
     Args:
         network: called as network(x, sigma), with x (B, C, *S) and sigma (B,); returns a mixture of
-            velocities, or the mean velocity (B, C, *S) of an ordinary flow model.
+            velocities, another policy's velocities, or the mean velocity (B, C, *S) of an ordinary
+            flow model.
         spread: standard deviation of an ordinary flow model's velocity, as in `single_gaussian`;
             None for a network that predicts mixtures.
 
@@ -32,7 +33,7 @@ def denoiser_of(
             or a mixture and there is one.
     """
 
-    def denoise(x: Tensor, sigma: Tensor) -> Mixture:
+    def denoise(x: Tensor, sigma: Tensor) -> Policy:
         velocity = network(x, sigma)
         if isinstance(velocity, Tensor) == (spread is None):
             predicted, advice = ("a velocity", "give") if spread is None else ("a mixture", "omit")
@@ -40,8 +41,9 @@ def denoiser_of(
                 f"the network predicts {predicted} ({type(velocity).__name__}), and spread is "
                 f"{spread}; {advice} the spread, which is that of an ordinary flow model's velocity"
             )
-        x0 = velocity_to_x0(velocity, x, sigma)
-        return x0 if spread is None else single_gaussian(x0, sigma, spread)
+        if spread is None:
+            return predict_x0(velocity, x, sigma)
+        return single_gaussian(velocity_to_x0(velocity, x, sigma), sigma, spread)
 
     return denoise
 
@@ -90,12 +92,14 @@ def class_denoiser(
             "guidance needs a model with a label for no class, and this one has none; "
             "use autoguidance instead"
         )
+    if guidance is not None and not guidance.idle and config.dx_segment is not None:
+        raise ValueError("guidance needs a mixture, and this model predicts a DX policy; omit it")
     guide = None if guidance is None else form_of(guidance.of_velocities)
     both = torch.cat([labels, torch.full_like(labels, null)])
 
-    def denoise(x: Tensor, sigma: Tensor) -> Mixture:
+    def denoise(x: Tensor, sigma: Tensor) -> Policy:
         if guidance is None or not guidance.acts_at(sigma):
-            return velocity_to_x0(network(x, sigma, labels.to(x.device)), x, sigma)
+            return predict_x0(network(x, sigma, labels.to(x.device)), x, sigma)
         batch = torch.cat([x, x]), torch.cat([sigma, sigma]), both.to(x.device)
         cond, uncond = network(*batch).chunk(2)
         return guide(cond, uncond, x, sigma)

@@ -31,6 +31,8 @@ def sample_points(
     substeps: int | None = None,
     shift: float = 1.0,
     seed: int = 0,
+    sigmas: Tensor | None = None,
+    temperature: float | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Draw samples (count, 2) of a 2-D model and return them on the CPU.
@@ -38,9 +40,10 @@ def sample_points(
     Args:
         network: a `GMFlowMLP`.
         count: number of samples.
-        solver, order, substeps, shift: see `gmflow_core.sampling.solvers.solve`.
+        solver, order, substeps, shift, temperature: see `gmflow_core.sampling.solvers.solve`.
         steps: network calls per sample.
         seed: of the initial noise and of GM-SDE's; the numbers do not depend on the device.
+        sigmas: times to use instead of those of `steps` and `shift`.
         progress: called as progress(done, total) with numbers of network calls.
 
     Raises:
@@ -52,7 +55,8 @@ def sample_points(
         raise ValueError(f"count is {count}; it must be at least 1")
     device = next(network.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    sigmas, calls, done = flow_sigmas(steps, shift), math.ceil(count / CHUNK) * steps, 0
+    sigmas = flow_sigmas(steps, shift) if sigmas is None else sigmas
+    calls, done = math.ceil(count / CHUNK) * (len(sigmas) - 1), 0
 
     def callback(step: int, x: Tensor, x0: Tensor) -> None:
         nonlocal done
@@ -72,6 +76,7 @@ def sample_points(
                 order=order,
                 substeps=substeps,
                 shift=shift,
+                temperature=temperature,
                 noise=generator,
                 callback=callback,
             )

@@ -1,0 +1,353 @@
+"""Train a student of few network calls by imitation distillation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gmflow_core.files.atomic import atomic_write
+from gmflow_core.files.checkpoint import load_checkpoint, read_metadata, save_checkpoint
+from gmflow_core.flow.imitation import MIN_TIME, ImitationSettings, segment_at, segments
+from gmflow_core.flow.path import diffuse, shift_time
+from gmflow_core.gaussians.quantile import normal_cdf
+from gmflow_core.models.mlp import GMFlowMLP
+from gmflow_core.models.student import new_student
+from gmflow_core.pictures import image_grid, to_image
+from gmflow_core.source.files import load_source
+from gmflow_core.source.mode_frame import ModeFrame
+from training.common.processes import loader_workers
+from training.data.batches import Order, batch_loader, draw_noise, pieces_of
+from training.data.shards import LatentDataset, to_pixels
+from training.encoders.load import load_vae
+from training.evaluation.models import fingerprint
+from training.loop.curves import Curves
+from training.loop.distill_presets import DistillConfig
+from training.loop.imitation_objective import (
+    Imitation,
+    numbers_of,
+    takes_labels,
+    teacher_velocity,
+)
+from training.loop.optimizer import eight_bit_problem, new_adamw
+from training.loop.student_samples import StudentSamples
+from training.loop.trainer import Trainer
+
+FEW_STEPS = "few_steps"  # entry of a student's data record
+PICTURE_COLUMNS = 10
+
+
+class DistillTrainer(Trainer):
+    """A run that distils a teacher into a student of `config.steps` calls.
+
+    Raises:
+        FileNotFoundError: the teacher, the data or the source is missing.
+        ValueError: they do not fit each other or the settings, or as `Trainer`.
+    """
+
+    module = "training.distill"
+    free_to_change = Trainer.free_to_change | {
+        "teacher",
+        "data",
+        "source",
+        "accumulate",
+        "gradient_checkpointing",
+        "workers",
+        "vae",
+        "features",
+        "reference",
+    }
+    config: DistillConfig
+
+    def __init__(self, config: DistillConfig):
+        self.config = config
+        self.record = read_metadata(config.teacher)
+        self.mark = fingerprint(config.teacher, self.record["config"])
+        self.teacher, _ = load_checkpoint(config.teacher)
+        self.about = self.record["data"]
+        self.dataset = None if config.data is None else LatentDataset(config.data)
+        self.source = None if config.source is None else load_source(config.source)
+        self.settings_of_loss = ImitationSettings(
+            config.states, config.window, config.substeps, config.dropout, config.time_shift
+        )
+        self.check_teacher()
+        super().__init__(config)
+        acc = self.accelerator
+        pieces = acc.num_processes * config.accumulate
+        if config.batch_size % pieces:
+            raise ValueError(
+                f"--batch-size {config.batch_size} cannot be divided among {acc.num_processes} "
+                f"processes with {config.accumulate} pieces each; make it a multiple of {pieces}"
+            )
+        share = config.batch_size // acc.num_processes
+        self.rows = range(acc.process_index * share, (acc.process_index + 1) * share)
+        self.teacher = self.teacher.to(acc.device)
+        if self.source is not None:
+            self.source = self.source.to(acc.device)
+        self.batches: Iterator | None = None
+        self.samples = StudentSamples(config, self.teacher, self.num_labels, self.source)
+        self.figures: dict[str, float] = {}  # of the last picture
+        self.vae: Any = None
+        if config.vae is not None and acc.is_main_process:
+            self.vae = load_vae(config.vae, acc.device)
+
+    def check_teacher(self) -> None:
+        """Check that the teacher can be imitated with these settings.
+
+        Raises:
+            ValueError: it cannot; the message says what to change.
+        """
+        config, name = self.config, self.config.teacher
+        few = self.about.get(FEW_STEPS)
+        if few is not None:
+            raise ValueError(
+                f"{name} is a student of {few.get('steps')} calls itself, and knows only its own "
+                "segments; give --teacher the model that it was distilled from"
+            )
+        source = self.about.get("source")
+        if (source is None) != (self.source is None):
+            need = "leave out --source" if source is None else "give --source that mixture source"
+            what = "N(0, I) noise" if source is None else "the noise of a mixture source"
+            raise ValueError(f"{name} was trained from {what}; {need}")
+        if source is not None:
+            self.source.require_record(source, name)
+            if source["conditioning"] != "mode":
+                raise ValueError(
+                    f"{name} does not know the modes of its source, so that a mixture at its "
+                    "output has no closed form; distil a model trained with --mode-conditional"
+                )
+            self.source.frame([0])  # raises unless the modes are spherical
+        if isinstance(self.teacher, GMFlowMLP) and self.teacher.config.num_classes:
+            raise ValueError(f"{name} is a network of labelled points; give one without labels")
+        guided = config.teacher_guidance()
+        if guided is not None and not guided.idle and not self.has_null_class:
+            raise ValueError(f"{name} has no label for no class, which --guidance needs; omit it")
+        if self.dataset is not None and self.dataset.shape != self.shape:
+            raise ValueError(
+                f"{config.data} holds samples of shape {self.dataset.shape}, and {name} makes "
+                f"some of {self.shape}; give --data what it was trained on, or leave it out"
+            )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of a sample: (C, h, w), or (2,) for points."""
+        size = getattr(self.teacher.config, "latent_size", None)
+        return (self.teacher.channels, *([] if size is None else [size, size]))
+
+    @property
+    def has_null_class(self) -> bool:
+        """True if the teacher has a label for no class."""
+        config = self.teacher.config
+        if isinstance(self.teacher, GMFlowMLP) or self.about.get("source") is not None:
+            return False
+        return config.num_classes > 0 and getattr(config, "null_class", True)
+
+    @property
+    def num_labels(self) -> int:
+        """Number of labels to draw from: classes or modes; 0 if there are none."""
+        return 0 if self.about.get("unlabelled") else self.teacher.config.num_classes
+
+    # Parts of the trainer
+
+    def new_model(self) -> nn.Module:
+        """Create the student from the teacher."""
+        config = self.config
+        longest = max(size for _, size in segments(config.steps, config.final_step_size))
+        dx = (longest, config.time_shift) if config.policy == "dx" else None
+        student = new_student(self.teacher, config.num_components, dx)
+        student.gradient_checkpointing = config.gradient_checkpointing
+        return student.requires_grad_(True).train()
+
+    def objective(self) -> nn.Module:
+        """Return the loss of a segment, which holds the student."""
+        return Imitation(self.model, self.settings_of_loss, self.autocast)
+
+    def blocks(self) -> Iterable[nn.Module]:
+        """Return the transformer blocks; points' networks have none."""
+        return getattr(self.model, "transformer_blocks", ())
+
+    def new_optimizer(self) -> torch.optim.Optimizer:
+        """Create AdamW, with 8-bit state if the user asks for it or it runs here."""
+        config, name = self.config, self.config.optimizer
+        if name == "auto":
+            problem = config.shard or eight_bit_problem(self.accelerator.device)
+            name = "adamw" if problem else "adamw8bit"
+        self.optimizer_name = name
+        decay, eight_bit = config.weight_decay, name == "adamw8bit"
+        return new_adamw(self.model, lr=config.lr, weight_decay=decay, eight_bit=eight_bit)
+
+    @property
+    def clip(self) -> float:
+        """Largest norm of the gradient; infinite in the warm-up."""
+        return self.config.clip if self.step >= self.config.warmup else torch.inf
+
+    def settings(self) -> dict[str, Any]:
+        """Return the configuration, with the teacher's fingerprint."""
+        return {**super().settings(), "optimizer": self.optimizer_name, "fingerprint": self.mark}
+
+    def data_name(self) -> str:
+        """Return who the teacher is, for a message."""
+        return f" (now {self.config.teacher})"
+
+    def decay(self, step: int) -> float:
+        """Return the decay of the power-function profile with gamma = 7 (Karras et al. 2024)."""
+        return (1 - 1 / step) ** 8
+
+    # An iteration
+
+    @property
+    def teacher_ratio(self) -> float:
+        """Share of each segment that follows the teacher's own path, at this iteration."""
+        decay = self.config.decay_iterations
+        return max(0.0, 1 - self.step / decay) if decay else 0.0
+
+    def backward(self) -> dict[str, Tensor]:
+        """Compute the gradients of an iteration piece by piece; return the mean loss."""
+        config, acc, total = self.config, self.accelerator, 0.0
+        parts = (
+            [None] if self.dataset is not None else segments(config.steps, config.final_step_size)
+        )
+        for piece, rows in enumerate(pieces_of(self.rows, config.accumulate)):
+            x, labels, frame, uniform = self.draw(rows, len(parts))
+            teacher = teacher_velocity(
+                self.teacher, labels, frame, config.teacher_guidance(), self.autocast
+            )
+            for number, part in enumerate(parts):
+                x, start, size, weight = self.begin(x, part, uniform)
+                last = piece + 1 == config.accumulate and number + 1 == len(parts)
+                with self.gradient_of_piece(last=last):
+                    drawn, uniform = uniform[:, : self.numbers], uniform[:, self.numbers :]
+                    arguments = labels, frame, teacher, drawn, self.teacher_ratio
+                    end = number + 1 < len(parts)
+                    found = self.prepared(x, start, size, *arguments, end)
+                    loss = found["loss"] * (weight / config.accumulate)
+                    acc.backward(loss)
+                x, total = found["x"], total + loss.detach()
+        return {"loss": total}
+
+    @property
+    def numbers(self) -> int:
+        """Uniform numbers of a segment, for each sample."""
+        return numbers_of(self.settings_of_loss, self.config.num_components)
+
+    def draw(
+        self, rows: range, count: int
+    ) -> tuple[Tensor, Tensor | None, ModeFrame | None, Tensor]:
+        """Draw what an iteration needs for these rows of the batch.
+
+        Args:
+            count: segments.
+
+        Returns:
+            Noise, or with --data real samples, (B, C, *S); labels (B,), None for a network without
+            any; the modes' frame; uniform numbers (B, n) for the segments.
+        """
+        config, device = self.config, self.accelerator.device
+        noise = draw_noise(config.seed, self.step, rows, self.shape, device)
+        more = 3 + count * self.numbers
+        uniform = normal_cdf(draw_noise(config.seed + 1, self.step, rows, (more,), device))
+        uniform = uniform.clamp(max=1 - 2**-24)
+        which, drop, uniform = uniform[:, 0], uniform[:, 1], uniform[:, 2:]
+        frame = None
+        if self.source is not None:
+            labels = self.source.draw_modes(len(rows), uniform=which)
+            return noise, labels, self.source.frame(labels), uniform
+        if not takes_labels(self.teacher):
+            labels = None
+        elif self.dataset is not None:
+            noise, labels = self.real_samples(noise, rows, uniform)
+        else:
+            labels = (which * self.num_labels).long()
+        if labels is not None and self.has_null_class:
+            share = 0.0 if config.guidance is not None else config.class_dropout
+            none = (drop < share) | (self.num_labels == 0)
+            labels = torch.where(none, self.teacher.config.num_classes, labels)
+        return noise, labels, frame, uniform
+
+    def real_samples(self, noise: Tensor, rows: range, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """Return real samples, noisy as at the starts that `begin` draws, and their labels."""
+        config, acc = self.config, self.accelerator
+        if self.batches is None:
+            order = Order(
+                len(self.dataset),
+                config.batch_size,
+                self.rows,
+                config.accumulate,
+                config.seed,
+                self.step,
+            )
+            workers = loader_workers(config.workers, acc.state)
+            loader = batch_loader(self.dataset, order, workers, acc.device.type == "cuda")
+            self.batches = iter(loader)
+        x0, labels = (t.to(acc.device, non_blocking=True) for t in next(self.batches))
+        start, _ = segment_at(uniform[:, -1], config.steps, config.final_step_size)
+        return diffuse(x0, shift_time(start, config.time_shift), noise), labels
+
+    def begin(
+        self, x: Tensor, part: tuple[float, float] | None, uniform: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, float]:
+        """Return x, start and length (B,) of the next segment, and the weight of its loss.
+
+        Args:
+            part: the segment; None, with real samples, for one that each sample draws.
+        """
+        config = self.config
+        if part is None:
+            start, size = segment_at(uniform[:, -1], config.steps, config.final_step_size)
+            return x, start, size, 1.0
+        start, size = (x.new_full((len(x),), value) for value in part)
+        return x, start.clamp(min=MIN_TIME), size, part[1]
+
+    # What comes out
+
+    def add_picture(self, curves: Curves | None, last: bool) -> None:
+        """Draw a picture of samples if one is due, and log the student's figures with it."""
+        self.figures = {}
+        super().add_picture(curves, last)
+        if curves and self.figures:
+            curves.numbers(self.figures, self.step)
+
+    def draw_picture(self, model: nn.Module) -> Tensor:
+        """Draw samples at fixed seeds, and save them in OUT/samples too."""
+        samples, self.figures = self.samples.report(model)
+        picture = samples if self.samples.of_points else self.grid(samples)
+        with atomic_write(self.config.out / "samples" / f"{self.step:07d}.png") as temporary:
+            to_image(picture).save(temporary, format="png")
+        return picture
+
+    def grid(self, x: Tensor) -> Tensor:
+        """Decode samples (B, C, h, w), and arrange them as one picture."""
+        if self.about.get("space") == "pixels":
+            images = to_pixels(x).cpu() / 255
+        elif self.vae is None:  # latents: the first three channels
+            x = x[:, :3].float().cpu()
+            images = (0.5 + 0.25 * x / x.std()).clamp(0, 1)
+        else:
+            images = torch.cat([self.vae.decode(part).cpu() for part in x.split(4)])
+            images = (images * 0.5 + 0.5).clamp(0, 1)
+        return image_grid(images, columns=PICTURE_COLUMNS, scale=max(1, 64 // images.shape[-1]))
+
+    def data(self) -> dict[str, Any]:
+        """Return the teacher's record of its samples, with what the student is made for."""
+        config = self.config
+        few = {
+            "steps": config.steps,
+            "shift": config.time_shift,
+            "final_step_size": config.final_step_size,
+            "temperature": 1.0,
+            "policy": "GMFlow" if config.policy == "gm" else "DX",
+            "teacher": self.mark,
+        }
+        if config.guidance is not None:
+            few["guidance"] = f"{config.guidance_kind} {config.guidance:g}"
+        return {**self.about, FEW_STEPS: few}
+
+    def export(self) -> None:
+        """Write the weights to share, in bfloat16."""
+        path, model = self.config.out / "weights.safetensors", self.sampling_model()
+        facts = {**self.facts(), "figures": self.figures}
+        if self.accelerator.is_main_process:
+            save_checkpoint(model, path, facts=facts, data=self.data(), dtype=torch.bfloat16)
+            print(f"the student to share, of {self.config.steps} calls: {path}")

@@ -12,7 +12,6 @@ mixing of its section 4. Time t in [0, 1] is the unshifted one, 1 for noise; sig
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..gaussians.mixture import GaussianMixture
 from .following import follow_means, means_along
-from .path import expand_sigma, positive, shift_time, sigmas_between
+from .path import expand_sigma, positive, shift_time
 from .policy import DXPolicy, Policy, PolicyVelocity, predict_x0
 
 MIN_STEP = 1e-4  # of sigma, in divisions by the length of a step
@@ -154,17 +153,24 @@ class PolicyFlow:
     def follow(self, x: Tensor, start: Tensor, end: Tensor) -> Tensor:
         """Return x at `end` after Euler steps from `start`, both (B,), at least one.
 
-        All samples take as many steps as the one with the longest way, so that the others' are
-        shorter. On a long way with gradients each step is computed again in the backward pass.
+        Each sample takes as many steps as its own way needs, and then waits for the others. On a
+        long way with gradients each step is computed again in the backward pass.
         """
-        count = max(1, math.ceil(float((start - end).max()) * self.settings.substeps - ROUNDING))
-        shift = self.settings.shift
-        sigmas = [expand_sigma(shift_time(time, shift), x) for time in (start, end)]
-        sigmas = sigmas_between(*sigmas, count, shift)
-        if count <= KEPT_SUBSTEPS or not torch.is_grad_enabled():
-            return follow_means(self.mean_at, x, sigmas)
-        for pair in itertools.pairwise(sigmas):
-            x = checkpoint(follow_means, self.mean_at, x, pair, use_reentrant=False)
+        way, shift = start - end, self.settings.shift
+        counts = (way * self.settings.substeps - ROUNDING).ceil().clamp(min=1)
+        most = int(counts.max())
+        again = most > KEPT_SUBSTEPS and torch.is_grad_enabled()
+        sigma = expand_sigma(shift_time(start, shift), x)
+        for step in range(1, most + 1):
+            time = torch.where(counts > step, start - way * (step / counts), end)
+            following = expand_sigma(shift_time(time, shift), x)
+            arguments = self.mean_at, x, (sigma, following)
+            if again:
+                moved = checkpoint(follow_means, *arguments, use_reentrant=False)
+            else:
+                moved = follow_means(*arguments)
+            x = torch.where(expand_sigma(counts, x) >= step, moved, x)
+            sigma = following
         return x
 
     def mean_velocity(self, x: Tensor, start: Tensor, end: Tensor) -> Tensor:

@@ -59,7 +59,10 @@ def save_checkpoint(
             Stable Diffusion's);
             `source`: set if the model was trained with a `GaussianMixtureSource`: the source's
             `num_modes` and `shape`, the `coupling`, and `conditioning`, "mode" if the labels are
-            the source's modes, else "hidden".
+            the source's modes, else "hidden";
+            `few_steps`: set if the model was distilled: the number of `steps`, the time `shift`,
+            `final_step_size`, `temperature`, `policy` ("GMFlow" or "DX"), the teacher's
+            fingerprint (`teacher`), and, if there was any, its `guidance` in words.
     """
     metadata = {
         "format": FORMAT,

@@ -11,6 +11,8 @@ from .json_files import EDITED
 
 LONGEST_NAME = 500  # characters of a class's name
 CONDITIONINGS = ("mode", "hidden")
+MOST_STEPS = 1000
+STUDENTS = ("GMFlow", "DX")  # policies of distilled models
 
 
 def checked_data(data: dict[str, Any], path: str | Path) -> dict[str, Any]:
@@ -35,7 +37,35 @@ def checked_data(data: dict[str, Any], path: str | Path) -> dict[str, Any]:
         raise _wrong("scaling_factor", factor, "a positive number", path)
     if data.get("source") is not None:
         _check_source(data["source"], path)
+    if data.get("few_steps") is not None:
+        _check_few_steps(data["few_steps"], path)
     return data
+
+
+def _check_few_steps(few_steps: Any, path: str | Path) -> None:
+    """Check the record of what a distilled model was made for.
+
+    Raises:
+        FileError: it lacks an entry, or has a wrong one.
+    """
+    if not isinstance(few_steps, dict):
+        raise _wrong("few_steps", few_steps, "an object", path)
+    steps, policy = few_steps.get("steps"), few_steps.get("policy")
+    if not is_count(steps, most=MOST_STEPS):
+        raise _wrong("few_steps' steps", steps, f"a number from 1 to {MOST_STEPS}", path)
+    if policy not in STUDENTS:
+        raise _wrong("few_steps' policy", policy, f"one of {', '.join(STUDENTS)}", path)
+    for name, low, high in (
+        ("shift", 1e-3, 1e3),
+        ("final_step_size", 1e-3, 1),
+        ("temperature", 0, 1),
+    ):
+        if not is_number(few_steps.get(name), low, high):
+            found = few_steps.get(name)
+            raise _wrong(f"few_steps' {name}", found, f"a number from {low:g} to {high:g}", path)
+    guidance = few_steps.get("guidance", "")
+    if not isinstance(guidance, str) or printable(guidance, LONGEST_NAME) != guidance:
+        raise _wrong("few_steps' guidance", guidance, "a short text", path)
 
 
 def _check_source(source: Any, path: str | Path) -> None:

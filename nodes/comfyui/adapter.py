@@ -70,14 +70,14 @@ def with_adapter(
     model = with_lora(model, base, lora, strength, name)
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     adapter = Adapter(
-        title_of(name),
-        base,
-        facts.steps,
-        guidance_of(base, model, facts),
-        "\n".join(describe(shapes, policy, facts, base)),
-        facts.final_step_size,
-        facts.temperature,
-        policy["type"],
+        name=title_of(name),
+        base=base,
+        steps=facts.steps,
+        guidance=guidance_of(base, model, facts),
+        details="\n".join(describe(shapes, policy, facts, base)),
+        final_step_size=facts.final_step_size,
+        temperature=facts.temperature,
+        policy=policy["type"],
     )
     if not is_trial:
         _report(base, head, facts.steps, len(lora) // 2, strength)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...gmflow_core import unshift_time
 from ...gmflow_core.files.errors import quoted
-from .adapter_info import Adapter, adapter_of
+from .adapter_info import Adapter, FewSteps, Student, adapter_of
 from .advice import set_cfg, set_guidance, set_steps
 from .guard import guarded
 from .latent_check import check_conditioning, check_latent
@@ -82,6 +82,20 @@ def _check_guidance(guider, adapter: Adapter) -> None:
         )
 
 
+def report_guidance(guider, made_for: FewSteps) -> None:
+    """Warn if guidance is applied to a model that was distilled with its teacher's guidance."""
+    if not isinstance(made_for, Student) or not made_for.guidance:
+        return
+    cfg, off = getattr(guider, "cfg", 1.0), 1.0
+    if has_probabilistic_guidance(guider.model_patcher):
+        off = 0.0
+    if cfg != off:
+        notice(
+            f"{'cfg' if off else 'guidance'} {cfg:g} comes on top: this model has its teacher's "
+            f"guidance built in ({made_for.guidance}) and never saw an empty label; {set_cfg(off)}"
+        )
+
+
 def _guidance_in(value: object, adapter: Adapter) -> float | None:
     """Return the distilled guidance of a conditioning.
 
@@ -102,16 +116,17 @@ def _guidance_in(value: object, adapter: Adapter) -> float | None:
     return number
 
 
-def check_steps(adapter: Adapter, sigmas: Tensor, shift: float) -> None:
-    """Warn if a step is longer, in unshifted time, than those the adapter was made for."""
+def check_steps(made_for: FewSteps, sigmas: Tensor, shift: float) -> None:
+    """Warn if a step is longer, in unshifted time, than those a model was made for."""
     times = unshift_time(sigmas.double().cpu(), shift)
-    longest, usual = float(-times.diff().min()), 1 / (adapter.steps - 1 + adapter.final_step_size)
+    longest, usual = float(-times.diff().min()), 1 / (made_for.steps - 1 + made_for.final_step_size)
     steps = len(sigmas) - 1
     if longest > 1.01 * usual:
-        enough = steps >= adapter.steps
+        enough = steps >= made_for.steps
         what = "a step is too long" if enough else f"too few steps ({steps})"
+        least = f"{made_for.name} was made for {made_for.steps} steps or more"
         notice(
-            f"{what}, expect artefacts: {adapter.name} was made for {adapter.steps} steps or more, "
+            f"{what}, expect artefacts: {least}, "
             f"each at most {usual:.3f} of the way, and the longest of these {steps} goes "
-            f"{longest:.3f}; {set_steps(adapter.steps, enough)}"
+            f"{longest:.3f}; {set_steps(made_for.steps, enough)}"
         )

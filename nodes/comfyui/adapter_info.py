@@ -1,4 +1,7 @@
-"""Facts about a model's GM adapter, kept in the model's transformer options."""
+"""Facts about models of few steps: those of GM adapters, and of networks that were distilled.
+
+An adapter's are kept in the model's transformer options, a network's in the network itself.
+"""
 
 from __future__ import annotations
 
@@ -13,29 +16,57 @@ ADAPTER = "gmflow_adapter"  # key in transformer_options
 UNUSED = {"GMFlow": (), "DX": ("temperature",), "ArcFlow": ("temperature", "substeps")}
 
 
-@dataclass(frozen=True)
-class Adapter:
+@dataclass(frozen=True, kw_only=True)
+class FewSteps:
+    """What a model of few steps was made for.
+
+    Args:
+        name: for messages.
+        steps: the fewest steps.
+        final_step_size: size of the last step, relative to the others.
+        temperature: of its mixture at all steps but the last; None for the usual one of the number
+            of steps.
+        policy: kind of policy that it predicts.
+    """
+
+    name: str
+    steps: int
+    final_step_size: float = FINAL_STEP_SIZE
+    temperature: float | None = None
+    policy: str = "GMFlow"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Student(FewSteps):
+    """A network that was distilled, as samplers see it.
+
+    Args:
+        guidance: that of its teacher, in words, which it has built in; "" if there was none.
+    """
+
+    guidance: str = ""
+
+    @classmethod
+    def of_record(cls, record: dict[str, Any]) -> Student:
+        """Return the student of a checkpoint's record, see `gmflow_core.save_checkpoint`."""
+        names = ("steps", "final_step_size", "temperature", "policy", "guidance")
+        facts = {name: record[name] for name in names if name in record}
+        return cls(name="this model", **facts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter(FewSteps):
     """A GM adapter as samplers see it.
 
     Args:
         base: the entry of the base model it is for.
-        steps: the fewest steps it was made for.
         guidance: the distilled guidance it expects; None if the base model takes none.
         details: what its file holds, for people to read.
-        final_step_size: size of the last step, relative to the others, that it was made for.
-        temperature: of its mixture at all steps but the last; None for the usual one of the number
-            of steps.
-        policy: kind of policy that its head predicts.
     """
 
-    name: str
     base: Base
-    steps: int
     guidance: float | None
     details: str = ""
-    final_step_size: float = FINAL_STEP_SIZE
-    temperature: float | None = None
-    policy: str = "GMFlow"
 
 
 def refuse_to_save(name: str) -> NoReturn:
@@ -56,24 +87,40 @@ def adapter_of(model_options: dict | None) -> Adapter | None:
     return (model_options or {}).get("transformer_options", {}).get(ADAPTER)
 
 
-def final_step_size_for(model, solver: str) -> float:
-    """Return the usual size of the last step of a solver: its own, or the adapter's.
+def few_steps_of(model_options: dict | None, network: object) -> FewSteps | None:
+    """Return what a model of few steps was made for; None for other models.
 
-    The steps of a MODEL with an adapter are the adapter's for solvers that follow its policy.
+    Args:
+        model_options: of the model, where its adapter is.
+        network: its `diffusion_model`, which may have been distilled.
     """
-    return usual_final_step_size(adapter_of(model.model_options), solver)
+    return adapter_of(model_options) or getattr(network, "student", None)
 
 
-def usual_final_step_size(adapter: Adapter | None, solver: str) -> float:
-    """Return what `final_step_size_for` returns for a MODEL with this adapter, or none."""
+def few_steps_for(model) -> FewSteps | None:
+    """Return what a MODEL of few steps was made for; None for other models."""
+    return few_steps_of(model.model_options, model.get_model_object("diffusion_model"))
+
+
+def final_step_size_for(model, solver: str) -> float:
+    """Return the usual size of the last step of a solver: its own, or the model's.
+
+    The steps of a MODEL of few steps are its own for solvers that follow its policy.
+    """
+    return usual_final_step_size(few_steps_for(model), solver)
+
+
+def usual_final_step_size(few_steps: FewSteps | None, solver: str) -> float:
+    """Return what `final_step_size_for` returns for a MODEL of few steps, or another one."""
     usual = SOLVERS[solver].final_step_size
-    if adapter is None or usual != FINAL_STEP_SIZE:
+    if few_steps is None or usual != FINAL_STEP_SIZE:
         return usual
-    return adapter.final_step_size
+    return few_steps.final_step_size
 
 
-def with_own_temperature(adapter: Adapter | None, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return settings of a solver, with the temperature of the adapter where none is set."""
-    if adapter is None or adapter.temperature is None or settings.get("temperature") is not None:
+def with_own_temperature(few_steps: FewSteps | None, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings of a solver, with the model's own temperature where none is set."""
+    own = None if few_steps is None else few_steps.temperature
+    if own is None or settings.get("temperature") is not None:
         return settings
-    return {**settings, "temperature": adapter.temperature}
+    return {**settings, "temperature": own}

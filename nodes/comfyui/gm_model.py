@@ -141,9 +141,12 @@ def gm_model(
     else:
         latent_format, wrapped = image_latent(network.channels, data), ImageNetwork(network, data)
     flow = comfy.model_base.ModelType.FLOW
-    model = GMModel(
-        GMModelConfig(latent_format), model_type=flow, unet_model=lambda **settings: wrapped
-    )
+    config = GMModelConfig(latent_format)
+    few_steps = data.get("few_steps") or {}
+    config.sampling_settings = {"shift": few_steps.get("shift", 1.0), "multiplier": 1.0}
+    model = GMModel(config, model_type=flow, unet_model=lambda **settings: wrapped)
+    # the schedule `gm` reads it there
+    model.model_sampling.final_step_size = few_steps.get("final_step_size", 1.0)
     patcher = comfy.model_patcher.ModelPatcher(
         model,
         load_device=comfy.model_management.get_torch_device(),

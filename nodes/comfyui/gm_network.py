@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import comfy.conds
 import torch
 from torch import Tensor, nn
 
-from ...gmflow_core import GaussianMixture
+from ...gmflow_core import DXVelocity, GaussianMixture
 from ...gmflow_core.files.errors import quoted
+from ...gmflow_core.flow.policy import PolicyVelocity
+from .adapter_info import Student
 from .label_conditioning import LABELS, NO_CLASS, SOURCE, problem_of
 from .latent_shapes import to_latent, to_points
 from .recording import is_awaited, offer
@@ -33,6 +36,8 @@ class GMNetwork(nn.Module):
         self.network = network
         self.label_names: list[str] = data.get("labels") or []  # by number; empty if unknown
         self.source: dict[str, Any] | None = data.get("source")
+        few_steps = data.get("few_steps")
+        self.student = None if few_steps is None else Student.of_record(few_steps)
         self.dtype = next(network.parameters()).dtype
         # nodes such as RenormCFG read these of every network
         self.in_channels = self.out_channels = 2 if self.of_points else network.channels
@@ -59,8 +64,8 @@ class GMNetwork(nn.Module):
 
     def predict(
         self, x: Tensor, sigma: Tensor, conds: dict, keep: bool
-    ) -> tuple[Tensor, GaussianMixture | None]:
-        """Return the mean velocity, and, if `keep`, the mixture in the solver's shape."""
+    ) -> tuple[Tensor, PolicyVelocity | None]:
+        """Return the mean velocity, and, if `keep`, the whole prediction in the solver's shape."""
         raise NotImplementedError
 
     def check_conds(self, noise: Tensor, **conds) -> dict[str, comfy.conds.CONDRegular]:
@@ -75,24 +80,30 @@ class GMNetwork(nn.Module):
 class PointNetwork(GMNetwork):
     """A network of 2-D points: a latent (B, 2, H, W) is B * H * W points.
 
-    The mixture is (B * H * W, K, 2).
+    A mixture is (B * H * W, K, 2).
     """
 
     of_points = True
 
     def predict(
         self, x: Tensor, sigma: Tensor, conds: dict, keep: bool
-    ) -> tuple[Tensor, GaussianMixture | None]:
+    ) -> tuple[Tensor, PolicyVelocity | None]:
         sigma = sigma.repeat_interleave(x[0, 0].numel())
-        means, mixtures = [], []
+        means, found = [], []
         for piece, s in zip(to_points(x).split(CHUNK), sigma.split(CHUNK), strict=True):
-            mixture = self.network(piece, s)
-            means.append(mixture.mean())
+            velocity = self.network(piece, s)
+            means.append(velocity.mean())
             if keep:
-                log_std = mixture.log_std.expand(len(piece), 1, 1)
-                mixtures.append((mixture.means, mixture.log_weights, log_std))
-        mean = to_latent(torch.cat(means), x.shape)
-        return mean, GaussianMixture(*map(torch.cat, zip(*mixtures, strict=True))) if keep else None
+                found.append(velocity)
+        return to_latent(torch.cat(means), x.shape), joined(found) if keep else None
+
+
+def joined(velocities: list[PolicyVelocity]) -> PolicyVelocity:
+    """Return the velocities of pieces of a batch of points, (n, ...) each, as one."""
+    if isinstance(velocities[0], DXVelocity):
+        return replace(velocities[0], velocities=torch.cat([v.velocities for v in velocities]))
+    parts = ((v.means, v.log_weights, v.log_std.expand(len(v.means), 1, 1)) for v in velocities)
+    return GaussianMixture(*map(torch.cat, zip(*parts, strict=True)))
 
 
 class ImageNetwork(GMNetwork):
@@ -100,7 +111,7 @@ class ImageNetwork(GMNetwork):
 
     def predict(
         self, x: Tensor, sigma: Tensor, conds: dict, keep: bool
-    ) -> tuple[Tensor, GaussianMixture | None]:
+    ) -> tuple[Tensor, PolicyVelocity | None]:
         mixture = self.network(x, sigma, conds.get("labels"))
         return mixture.mean(), mixture
 

@@ -14,7 +14,7 @@ from ...gmflow_core.flow.blended import Followed, is_mixture, kind_of
 from ...gmflow_core.flow.scaled_paths import ScaledPath
 from ...gmflow_core.gaussians.draws import Generator
 from ...gmflow_core.sampling.solvers import SOLVERS, solve
-from .adapter_checks import check_steps
+from .adapter_checks import check_steps, report_guidance
 from .adapter_info import with_own_temperature
 from .finite import check_inputs, report_result
 from .generators import image_generators
@@ -61,9 +61,10 @@ def gm_sampler(
         time_shift = shift or wrapped.own_shift
         if SOLVERS[solver].needs_mixture:
             wrapped.enter_modes(solver)
-        if wrapped.adapter is not None:
-            check_steps(wrapped.adapter, sigmas, time_shift)
-        own = with_own_temperature(wrapped.adapter, settings)
+        if wrapped.few_steps is not None:
+            check_steps(wrapped.few_steps, sigmas, time_shift)
+            report_guidance(wrapped.guider, wrapped.few_steps)
+        own = with_own_temperature(wrapped.few_steps, settings)
         if wrapped.is_plain:
             report_start(wrapped, sigmas)
             own = {**own, "temperature": own.get("temperature") or 1.0}  # the spread as it is set
@@ -75,7 +76,7 @@ def gm_sampler(
                 about.insert(0, spread_in_words(extra_args.get("model_options")))
             known = ", ".join(filter(None, about))
             highest = wrapped.highest
-            report_settings(solver, sigmas, time_shift, own, known, wrapped.adapter, highest)
+            report_settings(solver, sigmas, time_shift, own, known, wrapped.few_steps, highest)
         result = solve(
             solver,
             wrapped.denoise if SOLVERS[solver].takes_policies else mixtures_only(wrapped, solver),
@@ -131,14 +132,14 @@ def mixtures_only(wrapped: SolverModel, solver: str):
     """Return the model's denoiser, for solvers that need a Gaussian mixture.
 
     Raises, when it is called:
-        ValueError: the adapter on the model has another policy.
+        ValueError: the model has another policy.
     """
 
     def denoise(x: Tensor, sigma: Tensor) -> Followed:
         policy = wrapped.denoise(x, sigma)
         if not is_mixture(policy):
             raise ValueError(
-                f"{solver} needs a Gaussian mixture, and the adapter {wrapped.adapter.name} has "
+                f"{solver} needs a Gaussian mixture, and {wrapped.few_steps.name} has "
                 f"{kind_of(policy)}; use gm-policy (GM Policy Sampler), or a GM adapter"
             )
         return policy

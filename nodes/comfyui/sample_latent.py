@@ -13,7 +13,7 @@ import comfy.utils
 import latent_preview
 from torch import Tensor
 
-from .adapter_info import adapter_of, final_step_size_for
+from .adapter_info import few_steps_for, final_step_size_for
 from .gm_model import GMModel
 from .gm_sampler import gm_sampler
 from .guiders import gm_guider, guided
@@ -57,7 +57,7 @@ def sample_latent(
         ValueError: a conditioning is missing, or the settings do not fit the model.
     """
     solver, steps = resolved(model, solver, steps)
-    report_unused(solver, settings, adapter_of(model.model_options))
+    report_unused(solver, settings, few_steps_for(model))
     sampling = sampling_of(model)
     shift = shift or own_shift(sampling)
     final_step_size = final_step_size or final_step_size_for(model, solver)

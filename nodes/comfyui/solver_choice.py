@@ -9,11 +9,11 @@ from torch import Tensor
 
 from ...gmflow_core.flow.path import unshift_time
 from ...gmflow_core.sampling.solvers import SOLVERS, usual_temperature
-from .adapter_info import UNUSED, Adapter, adapter_of, usual_final_step_size
+from .adapter_info import UNUSED, FewSteps, few_steps_for, usual_final_step_size
 from .notices import notice
 
 AUTO = "auto"  # choice of the solver that suits the model
-STEPS = 4  # network calls for a model without an adapter
+STEPS = 4  # network calls for a model that was made for no number of steps
 ROUNDING = 0.02  # of sizes of steps: schedules of tables are uneven by about 1 %
 # values that settings have if the user leaves them alone
 UNSET = {"order": 2, "substeps": None, "temperature": None, "stochasticity": 0.0}
@@ -22,10 +22,11 @@ UNSET = {"order": 2, "substeps": None, "temperature": None, "stochasticity": 0.0
 def solver_for(model) -> str:
     """Return the solver that suits a MODEL.
 
-    It is gm-policy behind an adapter, euler for a model with a mixture source that does not know
-    its modes (mixture solvers have no closed form for it), and gm-ode for every other model.
+    It is gm-policy for a model of few steps (behind an adapter, or distilled), euler for a model
+    with a mixture source that does not know its modes (mixture solvers have no closed form for
+    it), and gm-ode for every other model.
     """
-    if adapter_of(model.model_options) is not None:
+    if few_steps_for(model) is not None:
         return "gm-policy"
     record = getattr(model.get_model_object("diffusion_model"), "source", None)
     if record is not None and record["conditioning"] != "mode":
@@ -34,9 +35,9 @@ def solver_for(model) -> str:
 
 
 def steps_for(model) -> int:
-    """Return the number of steps that suits a MODEL: that of its adapter, else STEPS."""
-    adapter = adapter_of(model.model_options)
-    return STEPS if adapter is None else adapter.steps
+    """Return the number of steps that suits a MODEL: what it was made for, else STEPS."""
+    few_steps = few_steps_for(model)
+    return STEPS if few_steps is None else few_steps.steps
 
 
 def resolved(model, solver: str, steps: int) -> tuple[str, int]:
@@ -76,16 +77,17 @@ def no_effect(what: str, why: str) -> None:
     notice(f"no effect: {what}, as {why}", logging.INFO)
 
 
-def report_unused(solver: str, settings: dict[str, Any], adapter: Adapter | None = None) -> None:
-    """Show on the node which of the settings a solver, or the adapter's policy, does not use."""
+def report_unused(solver: str, settings: dict[str, Any], few_steps: FewSteps | None = None) -> None:
+    """Show on the node which of the settings a solver, or the model's policy, does not use."""
     changed = [name for name, usual in UNSET.items() if settings.get(name, usual) != usual]
     unused = [name for name in changed if name not in SOLVERS[solver].settings]
     if unused:
         no_effect(" and ".join(unused), f"{solver} does not use {'them' if unused[1:] else 'it'}")
-    if adapter is not None and solver == "gm-policy":
-        idle = [name for name in changed if name in UNUSED[adapter.policy]]
+    if few_steps is not None and solver == "gm-policy":
+        idle = [name for name in changed if name in UNUSED[few_steps.policy]]
         if idle:
-            no_effect(" and ".join(idle), f"{adapter.name} has a policy of type {adapter.policy}")
+            why = f"{few_steps.name} has a policy of type {few_steps.policy}"
+            no_effect(" and ".join(idle), why)
 
 
 def report_settings(
@@ -94,7 +96,7 @@ def report_settings(
     shift: float,
     settings: dict[str, Any],
     guidance: str = "",
-    adapter: Adapter | None = None,
+    few_steps: FewSteps | None = None,
     highest: float = 1.0,
 ) -> None:
     """Show on the node, in one line, what a solver runs with.
@@ -104,13 +106,13 @@ def report_settings(
         shift: time shift of the sigmas.
         settings: further arguments of `solve`; those that the solver does not take are left out.
         guidance: the guider's guidance, in words; "" if there is none.
-        adapter: the adapter on the model, whose policy may not use some of them.
+        few_steps: of the model, whose policy may not use some of them.
         highest: sigma of the model's pure noise, below 1 for models of epsilon or v.
     """
     known, steps = SOLVERS[solver], len(sigmas) - 1
-    unused = UNUSED[adapter.policy] if adapter and solver == "gm-policy" else ()
+    unused = UNUSED[few_steps.policy] if few_steps and solver == "gm-policy" else ()
     about = [f"{steps} step{'s' if steps > 1 else ''}", f"shift {shift:.3g}"]
-    about += _unusual_times(sigmas, shift, usual_final_step_size(adapter, solver), highest)
+    about += _unusual_times(sigmas, shift, usual_final_step_size(few_steps, solver), highest)
     if "order" in known.settings:
         about.append(f"order {settings.get('order', 2)}")
     if "temperature" in known.settings and "temperature" not in unused:

@@ -10,7 +10,7 @@ from ...gmflow_core import GaussianMixture, ModeFrame
 from ...gmflow_core.flow.blended import Followed
 from ...gmflow_core.flow.scaled_paths import STRAIGHT
 from ...gmflow_core.flow.single_gaussian import single_gaussian
-from .adapter_info import Adapter, adapter_of
+from .adapter_info import FewSteps, few_steps_of
 from .label_conditioning import SOURCE
 from .latent_shapes import solver_shape
 from .notices import notice
@@ -66,9 +66,10 @@ class SolverModel:
         return getattr(self.guider.inner_model.diffusion_model, "spectrum", None)
 
     @property
-    def adapter(self) -> Adapter | None:
-        """GM adapter on the model."""
-        return adapter_of(self.extra_args.get("model_options"))
+    def few_steps(self) -> FewSteps | None:
+        """What the model was made for, if it is one of few steps."""
+        network = self.guider.inner_model.diffusion_model
+        return few_steps_of(self.extra_args.get("model_options"), network)
 
     @property
     def own_shift(self) -> float:

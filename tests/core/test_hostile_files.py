@@ -175,6 +175,15 @@ def test_networks_refuse_settings_that_no_network_has(changes):
         GMDiT(GMDiTConfig(**changes))
 
 
+FEW_STEPS = {
+    "steps": 1,
+    "shift": 1.0,
+    "final_step_size": 1.0,
+    "temperature": 1.0,
+    "policy": "GMFlow",
+}
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -189,6 +198,13 @@ def test_networks_refuse_settings_that_no_network_has(changes):
         {"source": {"conditioning": "mode", "num_modes": "8", "shape": [1]}},
         {"source": {"conditioning": "mode", "num_modes": 8, "shape": 1}},
         {"source": {"conditioning": [], "num_modes": 8, "shape": [1]}},
+        {"few_steps": 4},
+        {"few_steps": {**FEW_STEPS, "steps": 0}},
+        {"few_steps": {**FEW_STEPS, "shift": "3"}},
+        {"few_steps": {**FEW_STEPS, "final_step_size": 1.5}},
+        {"few_steps": {**FEW_STEPS, "temperature": None}},
+        {"few_steps": {**FEW_STEPS, "policy": "none"}},
+        {"few_steps": {**FEW_STEPS, "guidance": "a\x1b[0m"}},
     ],
 )
 def test_records_of_the_samples_are_checked(saved, data):

@@ -91,7 +91,7 @@ def report_guidance(guider, made_for: FewSteps) -> None:
         off = 0.0
     if cfg != off:
         notice(
-            f"{'cfg' if off else 'guidance'} {cfg:g} comes on top: this model has its teacher's "
+            f"{'cfg' if off else 'guidance'} {cfg:g} does not fit: this model has its teacher's "
             f"guidance built in ({made_for.guidance}) and never saw an empty label; {set_cfg(off)}"
         )
 

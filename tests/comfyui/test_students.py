@@ -69,7 +69,7 @@ def test_the_stock_sampler_and_schedule_give_the_same(comfy: Comfy, students, ki
 
 def test_guidance_on_top_and_too_few_steps_are_said(comfy: Comfy, students) -> None:
     said = comfy.run(prompt("gm", guidance=0.3, negative=["labels", 1])).texts["sample"]
-    assert "guidance 0.3 comes on top" in said
+    assert "guidance 0.3 does not fit" in said
     assert "(probabilistic 0.2)" in said
     assert "too few steps (1)" in comfy.run(prompt("gm", steps=1)).texts["sample"]
     with pytest.raises(PromptError, match="this model has a DX policy"):

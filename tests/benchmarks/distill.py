@@ -1,0 +1,177 @@
+"""Measure students of imitation distillation at equal budget, and what they are compared with.
+
+    python -m tests.benchmarks.distill                    # all, many hours on one core
+    python -m tests.benchmarks.distill --only k --seeds 0 # or guided, budget, board; goes on later
+
+Each student is trained by training.distill with the shipped model as its teacher, in a folder of
+its own below --work, so that a second start goes on where the first one stopped; figures go to
+docs/results/distill_digits.csv and distill_board.csv after every student. The budget is counted in
+calls of the student with 64 samples (points: 4,096), whatever its steps. The teacher's own rows
+need no ComfyUI; stock samplers at equal calls are in any_flow_digits.csv, from the same noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from pathlib import Path
+from shlex import split
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gmflow_core import Guidance, class_denoiser, flow_sigmas, load_checkpoint
+from gmflow_core.files.checkpoint import SHIPPED
+from gmflow_core.sampling.solvers import solve
+from gmflow_core.toys.checkerboard import draw_checkerboard, total_variation
+from gmflow_core.toys.points import sample_points
+from training.distill import main as train
+
+from .any_flow import COUNT, RESULTS, Digits
+
+BUDGET = 400  # calls of the student
+SUBSTEPS = 32
+POINTS = 200_000
+GUIDANCES = {"": "", "probabilistic": "--guidance 0.2", "cfg": "--guidance 2 --guidance-kind cfg"}
+Row = dict[str, Any]
+
+
+def settings(part: str) -> list[Row]:
+    """Return the students of a part, without their seeds."""
+    if part == "k":  # kinds and sizes of policies
+        policies = [("gm", 8), ("dx", 8), ("gm", 1), ("gm", 4), ("gm", 2)]
+        return [
+            {"steps": steps, "policy": policy, "k": k, "budget": BUDGET}
+            for steps in (1, 2, 4)
+            for policy, k in policies
+        ]
+    if part == "guided":
+        return [
+            {"steps": steps, "policy": "gm", "k": 8, "budget": BUDGET, "guidance": kind}
+            for steps in (1, 2, 4)
+            for kind in ("probabilistic", "cfg")
+        ]
+    budgets = (100, 1600, 6000)
+    return [
+        {"steps": steps, "policy": "gm", "k": 8, "budget": budget}
+        for budget in budgets
+        for steps in (1, 2)
+    ]
+
+
+def trained(work: Path, row: Row, seed: int, teacher: str, batch: int) -> nn.Module:
+    """Train the student of a row, unless it is there, and return it."""
+    words = [teacher, *(f"{name}{value}" for name, value in row.items()), f"seed{seed}"]
+    out = work / "_".join(words)
+    if not (out / "weights.safetensors").is_file():
+        iterations = max(1, row["budget"] // row["steps"])
+        more = f"--steps {row['steps']} --policy {row['policy']} -k {row['k']} --seed {seed}"
+        more += f" --batch-size {batch} --iterations {iterations} --device cpu"
+        more += f" --substeps {SUBSTEPS} --picture-every {iterations} --checkpoint-every 100 "
+        more += GUIDANCES[row.get("guidance", "")]
+        places = ["--teacher", str(SHIPPED / f"{teacher}.safetensors"), "--out", str(out)]
+        train([*places, *split(more)])
+    return load_checkpoint(out / "weights.safetensors")[0]
+
+
+@torch.inference_mode()
+def sampled(network: nn.Module, data: Digits, guidance: Guidance | None = None, **how) -> Tensor:
+    """Sample the digits' noise; `how` as in `solve`, and `sigmas`."""
+    sigmas, parts = (
+        how.pop("sigmas"),
+        zip(data.noise.split(250), data.labels.split(250), strict=True),
+    )
+    return torch.cat(
+        [
+            solve(denoiser=class_denoiser(network, labels, guidance), x=x, sigmas=sigmas, **how)
+            for x, labels in parts
+        ]
+    )
+
+
+def teacher_rows(data: Digits) -> list[Row]:
+    """Return the rows of held-out images and of the teacher itself."""
+    network, _ = load_checkpoint(SHIPPED / "digits_k8.safetensors")
+    floor = data.score((data.test[0][:COUNT].float() / 127.5) - 1)
+    rows = [{"model": "held-out images", **floor}]
+    guided = {"": None, "probabilistic": Guidance(0.2), "cfg": Guidance(2.0, "cfg")}
+    for kind, guidance in guided.items():
+        for solver, calls in (("euler", 32), ("gm-ode", 1), ("gm-ode", 2), ("gm-ode", 4)):
+            x = sampled(network, data, guidance, solver=solver, sigmas=flow_sigmas(calls))
+            about = {"model": "teacher", "solver": solver, "steps": calls, "guidance": kind}
+            rows.append({**about, **data.score(x)})
+    return rows
+
+
+def student_row(network: nn.Module, data: Digits, row: Row, seed: int) -> Row:
+    """Return the figures of a student."""
+    how = {"solver": "gm-policy", "temperature": 1.0, "substeps": SUBSTEPS}
+    x = sampled(network, data, sigmas=flow_sigmas(row["steps"]), **how)
+    return {"model": "student", **row, "seed": seed, **data.score(x)}
+
+
+def digits(work: Path, parts: list[str], seeds: list[int]) -> None:
+    """Measure students of the digits: docs/results/distill_digits.csv."""
+    data = Digits(work)
+    rows = teacher_rows(data)
+    for seed in seeds:
+        for part in parts:
+            for row in settings(part):
+                network = trained(work / "students", row, seed, "digits_k8", 64)
+                rows.append(student_row(network, data, row, seed))
+                write(rows, RESULTS / "distill_digits.csv")
+
+
+@torch.inference_mode()
+def board(work: Path, seeds: list[int]) -> None:
+    """Measure students of the checkerboard by total variation: docs/results/distill_board.csv."""
+    teacher, _ = load_checkpoint(SHIPPED / "checkerboard_k64.safetensors")
+    exact = draw_checkerboard(POINTS, torch.Generator().manual_seed(0))
+    rows: list[Row] = [{"model": "exact samples", "total_variation": total_variation(exact)}]
+    for solver, calls in (("gm-sde", 1), ("gm-ode", 1), ("euler", 32), ("gm-ode", 32)):
+        points = sample_points(teacher, POINTS, solver=solver, steps=calls)
+        about = {"model": "teacher", "solver": solver, "steps": calls}
+        rows.append({**about, "total_variation": total_variation(points)})
+    for seed in seeds:
+        for policy, k in (("gm", 64), ("dx", 10), ("gm", 8)):
+            row = {"steps": 1, "policy": policy, "k": k, "budget": 2 * BUDGET}
+            with torch.inference_mode(False), torch.enable_grad():
+                network = trained(work / "students", row, seed, "checkerboard_k64", 4096)
+            how = {"solver": "gm-policy", "substeps": SUBSTEPS, "temperature": 1.0}
+            points = sample_points(network, POINTS, steps=1, **how)
+            found = {"total_variation": total_variation(points)}
+            rows.append({"model": "student", **row, "seed": seed, **found})
+            write(rows, RESULTS / "distill_board.csv")
+
+
+def write(rows: list[Row], path: Path) -> None:
+    """Write rows to a csv file, a column for each name."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    print(path)
+
+
+def main() -> None:
+    """Run the parts that are asked for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parts = ("k", "guided", "budget", "board")
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--work", type=Path, default=Path("outputs/distill"))
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    if "board" in arguments.only:
+        board(arguments.work, arguments.seeds)
+    of_digits = [part for part in arguments.only if part != "board"]
+    if of_digits:
+        digits(arguments.work, of_digits, arguments.seeds)
+
+
+if __name__ == "__main__":
+    main()

@@ -66,6 +66,39 @@ def test_the_usual_spread_and_no_temperature(found: dict) -> None:
     assert about["no temperature"] < 1e-6
 
 
+def test_where_no_prompt_counts_nothing_is_left_and_nothing_guided(found: dict) -> None:
+    """ComfyUI predicts 0 there, as for a conditioning mask of zeros: no sign of a picture."""
+    for kind, about in of(found, "uncovered").items():
+        for name in ("masked", "never", "nothing to sample"):
+            assert max(about[name]) < 1e-5, (kind, name)
+        assert about["right"] < 1e-5, kind
+        assert about["left"] > 0.2, kind
+        for name in ("negative masked", "negative never", "by euler"):
+            assert about[name] < 1e-5, (kind, name)
+        assert min(about["negative late"]) > 1e-3, kind
+        guided, free = about["negative left"]
+        assert guided > 0.05, kind
+        assert free < 1e-5, kind
+
+
+def test_what_is_said_of_spreads_and_schedules_is_true(found: dict) -> None:
+    about = of(found, "told")
+    ran = {name: [text for text in said if "steps, shift" in text] for name, said in about.items()}
+    unused = {name for name, said in about.items() if any("no effect" in text for text in said)}
+    assert unused == {"euler", "our euler", "off"}
+    assert about["euler"] == [
+        "no effect: GM Spread, as this sampler follows the mean alone; choose gm_ode, gm_sde or "
+        "gm_policy, or a weight of GM Probabilistic Guidance"
+    ]
+    assert ran["gm_ode"] == [
+        "gm-ode: 2 steps, shift 1, order 2, 8 substeps, one Gaussian (K = 1) of spread 0.8"
+    ]
+    assert "spread" not in ran["our euler"][0]
+    assert "shift 1, the last 0.668 of the way" in ran["ddim"][0]
+    assert "shift 1, last step 4 times as long as the others" in ran["cut"][0]
+    assert "shift 1, the last 0.6 of the way, order" in ran["second stage"][0]
+
+
 def test_other_samplings_and_schedules_are_refused_by_name(found: dict) -> None:
     messages = of(found, "refused")
     rising = messages.pop("rising")

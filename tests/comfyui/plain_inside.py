@@ -244,6 +244,29 @@ def guided() -> dict[str, Any]:
     return found
 
 
+def interval() -> dict[str, Any]:
+    """Guide in a part of the sampling, away from a higher mean: what is seen, and what is asked."""
+    found = {}
+    for kind in ("FLOW", "EPS"):
+        model, sizes, found[kind] = exact_model(kind), [], {}
+        model.model.diffusion_model.register_forward_pre_hook(
+            lambda _, given, to=sizes: to.append(len(given[0]))
+        )
+        for name, part in {"all": (0.0, 1.0), "first": (0.0, 0.5), "last": (0.5, 1.0)}.items():
+            sizes.clear()
+            means: list[float] = []
+            stock(
+                ours("guiders").guided(model, 0.0, *part),
+                "euler",
+                steps=4,
+                cfg=0.4,
+                negative=text(2.0),
+                callback=lambda step, x0, *_, to=means: to.append(x0.mean().item()),
+            )
+            found[kind][name] = {"means": means, "batches": [size // SHAPE[0] for size in sizes]}
+    return found
+
+
 def several_parts() -> dict[str, Any]:
     """Sample a latent of two parts; each comes out as if it were alone.
 
@@ -386,6 +409,12 @@ def refused() -> dict[str, Any]:
         model.add_object_patch("model_sampling", kind(model.model.model_config))
         found[mixin] = says(lambda model=model: stock(model, "gm_ode", "simple", 2))
     model = exact_model("FLOW")
+    flow = (comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST)
+    picture = {"calculate_denoised": lambda self, sigma, model_output, model_input: model_output}
+    sampling = type("PredictsThePicture", flow, picture)(model.model.model_config)
+    model.add_object_patch("model_sampling", sampling)
+    found["PredictsThePicture"] = says(lambda: stock(model, "gm_ode", "simple", 2))
+    model = exact_model("FLOW")
     found["rising"] = says(
         lambda: stock(model, "gm_ode", "simple", 2, sigmas=torch.tensor([0.5, 0.7, 0.0]))
     )
@@ -432,6 +461,7 @@ CASES = {
     "same latents": same_latents,
     "as any sampler": as_any_sampler,
     "guided": guided,
+    "interval": interval,
     "usual spread": usual_spread,
     "several parts": several_parts,
     "uncovered": uncovered,

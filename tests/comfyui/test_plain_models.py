@@ -49,6 +49,20 @@ def test_guidance_shifts_the_mean_by_its_weight_in_standard_deviations(found: di
         assert not about["keys"], kind
 
 
+def test_guidance_in_a_part_of_the_sampling(found: dict) -> None:
+    """The network is asked for the negative in that part only, on any path."""
+    for kind, about in of(found, "interval").items():
+        batches = {name: each["batches"] for name, each in about.items()}
+        assert batches["all"] == [2, 2, 2, 2], kind
+        assert sorted(batches["first"], reverse=True) == batches["first"], kind
+        assert sorted(batches["last"]) == batches["last"], kind
+        assert batches["first"][::3] == [2, 1], kind
+        assert batches["last"][::3] == [1, 2], kind
+        first, *others = (each["means"][0] for each in about.values())
+        assert others[0] == first, kind
+        assert first < others[1] - 0.05, kind
+
+
 def test_a_latent_of_several_parts(found: dict) -> None:
     """As of a video with its sound, which ComfyUI's own samplers pack into one."""
     about = of(found, "several parts")

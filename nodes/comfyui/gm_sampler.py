@@ -23,7 +23,7 @@ from .guiders import guidance_of
 from .latent_shapes import PointShape
 from .notices import notice
 from .paths import HIGHEST
-from .plain_model import spread_in_words
+from .plain_model import note_use, spread_in_words
 from .solver_choice import no_effect, report_settings
 from .solver_model import SolverModel
 
@@ -61,6 +61,7 @@ def gm_sampler(
         time_shift = shift or wrapped.own_shift
         if SOLVERS[solver].needs_mixture:
             wrapped.enter_modes(solver)
+            note_use(extra_args.get("model_options"))
         if wrapped.few_steps is not None:
             check_steps(wrapped.few_steps, sigmas, time_shift)
             report_guidance(wrapped.guider, wrapped.few_steps)
@@ -72,7 +73,7 @@ def gm_sampler(
             no_effect("spacing", "the time shift is 1: sigma and time are the same")
         if not quiet:
             about = [guidance_of(wrapped.guider)]
-            if wrapped.is_plain:
+            if wrapped.is_plain and SOLVERS[solver].needs_mixture:
                 about.insert(0, spread_in_words(extra_args.get("model_options")))
             known = ", ".join(filter(None, about))
             highest = wrapped.highest

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import comfy.model_sampling
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
 
-from ...gmflow_core.flow.single_gaussian import USUAL_SPREAD
+from ...gmflow_core import GaussianMixture
+from ...gmflow_core.flow.single_gaussian import USUAL_SPREAD, single_gaussian
 from .adapter_info import adapter_of
 from .gm_model import GMModel
+from .guard import guarded
+from .latent_shapes import SolverShape
+from .notices import clear
+from .regions import covered
 from .solver_choice import no_effect
 from .time_shift import check_flow
 
-SPREAD = "gmflow_spread"  # key in model_options
+SPREAD = "gmflow_spread"  # key in model_options, and of our wrapper
+USE = "gmflow_spread_use"  # key in the model_options of one sampling
 
 
 def predicts_mixture(model, model_options: dict | None) -> bool:
@@ -35,6 +43,31 @@ def spread_of(model_options: dict | None) -> float:
     return (model_options or {}).get(SPREAD, USUAL_SPREAD)
 
 
+def gaussian_of(
+    mean: Tensor,
+    sigma: Tensor,
+    model_options: dict | None,
+    conds: list[dict] | None,
+    latent: Tensor,
+    latent_sigma: Tensor,
+    shape: SolverShape,
+) -> GaussianMixture:
+    """Return the one Gaussian of x_0 around a model's mean, both in the solver's shape.
+
+    Where no positive conditioning counts, the mean is ComfyUI's 0 and no prediction: it is
+    followed as it is, with no spread.
+
+    Args:
+        sigma: (B,), on the straight path.
+        conds: the guider's positive conditionings.
+        latent, latent_sigma: what the model was given, in its own units.
+    """
+    spread, counts = spread_of(model_options), covered(conds, latent, latent_sigma)
+    if counts is not None:
+        spread = spread * shape.to_solver(counts.to(mean.dtype))
+    return single_gaussian(mean, sigma, spread)
+
+
 def spread_in_words(model_options: dict | None) -> str:
     """Describe what a model that predicts no mixture is sampled with, for a message."""
     return f"one Gaussian (K = 1) of spread {spread_of(model_options):.3g}"
@@ -46,4 +79,38 @@ def with_spread(model, spread: float):
         no_effect("spread", "this model predicts its own mixture")
     model = model.clone()
     model.model_options[SPREAD] = spread or USUAL_SPREAD
+    model.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, SPREAD)
+    model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, SPREAD, report_unused_spread)
     return model
+
+
+class SpreadUse:
+    """Whether a sampling has made use of the spread."""
+
+    made = False
+
+
+def note_use(model_options: dict | None) -> None:
+    """Note that a sampling with these options makes use of the spread."""
+    use = (model_options or {}).get(USE)
+    if use is not None:
+        use.made = True
+
+
+@guarded
+def report_unused_spread(executor, *args, **kwargs) -> Tensor:
+    """Show on the node that a set spread had no effect; a wrapper for ComfyUI's OUTER_SAMPLE.
+
+    It is known at the end only, as a node around a sampler may hide which one it is.
+    """
+    clear()
+    guider, use = executor.class_obj, SpreadUse()
+    guider.model_options[USE] = use
+    result = executor(*args, **kwargs)
+    if not use.made and not predicts_mixture(guider.model_patcher.model, guider.model_options):
+        no_effect(
+            "GM Spread",
+            "this sampler follows the mean alone; choose gm_ode, gm_sde or gm_policy, or a weight "
+            "of GM Probabilistic Guidance",
+        )
+    return result

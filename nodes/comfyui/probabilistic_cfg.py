@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import comfy.model_patcher
 import comfy.samplers
+import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...gmflow_core.flow.blended import BlendedPolicy, is_mixture, kind_of
-from ...gmflow_core.flow.single_gaussian import single_gaussian
 from ...gmflow_core.sampling.guidance import Guidance, within
 from .advice import set_weight
 from .guard import guarded
@@ -16,9 +16,9 @@ from .latent_check import check_conditioning
 from .latent_shapes import solver_shape
 from .notices import notice
 from .paths import path_of
-from .plain_model import predicts_mixture, spread_of
+from .plain_model import gaussian_of, note_use, predicts_mixture
 from .recording import RECORDER, hide_our_keys, recording
-from .regions import MeanOnly, policy_of
+from .regions import MeanOnly, covered, policy_of
 from .solver_choice import is_unconditional, no_effect
 
 
@@ -69,13 +69,20 @@ class ProbabilisticCFG:
                 "one, and a guider that passes both on as ComfyUI's own do; use GM Guider, CFG "
                 "Guider or KSampler"
             )
-        shape = solver_shape(model, args["model_options"])
-        uncond = shape.to_solver(args["uncond_denoised"])
+        steers = covered(args["input_uncond"], latent, args["sigma"])
+        if steers is not None and not steers.any():
+            return args["cond"]  # no negative at this step
+        shape, away = solver_shape(model, args["model_options"]), args["uncond_denoised"]
+        if steers is not None:
+            away = torch.where(steers, away, args["cond_denoised"])
+        uncond = shape.to_solver(away)
         if predicts_mixture(model, args["model_options"]):
             cond = policy_of(recorder, args["input_cond"], latent, shape)
         else:
-            spread = spread_of(args["model_options"])
-            cond = single_gaussian(args["cond_denoised"], sigma, spread)
+            note_use(args["model_options"])
+            mean, conds = shape.to_solver(args["cond_denoised"]), args["input_cond"]
+            given = latent, args["sigma"], shape
+            cond = gaussian_of(mean, sigma, args["model_options"], conds, *given)
         if isinstance(cond, MeanOnly):
             notice(f"nothing is guided: found {cond.why}, so there is no mixture to guide")
             return args["cond"]
@@ -121,9 +128,8 @@ def with_probabilistic_guidance(
     other = model.model_options.get("sampler_cfg_function")
     if other is not None and not has_probabilistic_guidance(model):
         raise ValueError(
-            "two cfg functions on one model: an earlier node has put one of its own on it "
-            f"({_name_of(other)}: RescaleCFG and the like), and there can be only one; remove that "
-            "node, or use it without probabilistic guidance"
+            f"{_name_of(other)} does not go with GM Probabilistic Guidance: each changes what cfg "
+            "does, in its own way; remove or bypass one of the two nodes"
         )
     model, function = model.clone(), ProbabilisticCFG(orthogonal, interval)
     if not predicts_mixture(model.model, model.model_options):
@@ -172,17 +178,17 @@ def predict_noise_recorded(
     function = options.get("sampler_cfg_function")
     if not isinstance(function, ProbabilisticCFG):
         raise ValueError(
-            "two cfg functions on one model: a node after 'GM Probabilistic Guidance' has replaced "
-            f"its own ({_name_of(function)}: RescaleCFG and the like), and would use the weight as "
-            "a cfg scale; remove one of the two"
+            f"{_name_of(function)} does not go with GM Probabilistic Guidance: it takes the cfg, "
+            "which is a weight below 1 here, for an ordinary one; remove or bypass one of the two "
+            "nodes"
         )
     kinds = ("sampler_pre_cfg_function", "sampler_post_cfg_function")
     for other in (other for kind in kinds for other in options.get(kind, ())):
         if _reads_scale(other):
             raise ValueError(
-                "two kinds of guidance on one model: another node has put its own on it "
-                f"({_name_of(other)}: APG, CFGZeroStar and the like), which would use the weight "
-                "of 'GM Probabilistic Guidance' as a cfg scale; remove one of the two"
+                f"{_name_of(other)} does not go with GM Probabilistic Guidance: it takes the cfg, "
+                "which is a weight below 1 here, for an ordinary one; remove or bypass one of the "
+                "two nodes"
             )
     result = executor(x, timestep, options, seed)
     if not recorder.asked:
@@ -201,5 +207,5 @@ def _reads_scale(function: object) -> bool:
 
 
 def _name_of(function: object) -> str:
-    """Return where a function comes from, for a message."""
-    return getattr(function, "__qualname__", type(function).__qualname__).split(".<locals>")[0]
+    """Return the node that a function comes from, for a message."""
+    return getattr(function, "__qualname__", type(function).__qualname__).partition(".")[0]

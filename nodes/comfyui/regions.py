@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import comfy.samplers
+import torch
 from torch import Tensor
 
 from ...gmflow_core import predict_x0
@@ -13,6 +14,7 @@ from .latent_shapes import SolverShape
 from .recording import MixtureRecorder
 
 LIMITS = ("area", "mask")  # keys that limit a conditioning to a part of the latent
+STRENGTHS = ("strength", "mask_strength")  # and that may make it count for nothing
 TIMES = ("timestep_start", "timestep_end")  # and to a part of the steps
 
 
@@ -62,6 +64,32 @@ def policy_of(
     if len(parts) == 1 and not _has(active[0], LIMITS):
         return parts[0].policy
     return BlendedPolicy(tuple(parts), shape.to_solver(latent).shape)
+
+
+def covered(conds: list[dict] | None, latent: Tensor, sigma: Tensor) -> Tensor | None:
+    """Return where any of a guider's conditionings of one kind counts; None if they do all over.
+
+    Elsewhere, as outside of all masks or timestep ranges, ComfyUI's prediction is 0.
+
+    Args:
+        latent: (B, C, *S), that the model is given.
+        sigma: (B,), in the model's own units.
+
+    Returns:
+        (B, 1, *S) of bool, or None.
+    """
+    keys = (*LIMITS, *TIMES, *STRENGTHS)
+    if conds is None or any(cond.get("default") for cond in conds):
+        return None
+    if conds and not all(_has(cond, keys) for cond in conds):
+        return None
+    weight = torch.zeros_like(latent[:, :1])
+    for cond in conds:
+        about = comfy.samplers.get_area_and_mult(cond, latent, sigma)
+        if about is not None:
+            window = SolverShape().window(about.area, latent.ndim - 2)
+            weight[(slice(None), slice(None), *window)] += about.mult[:, :1].abs()
+    return weight > 0
 
 
 def _has(cond: dict, keys: tuple[str, ...]) -> bool:

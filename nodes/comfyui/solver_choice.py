@@ -62,12 +62,14 @@ def _unusual_times(
     times, found = unshift_time(sigmas.double().cpu(), shift), []
     if times[-1] > 0:
         return found  # of several samplers, not the last
-    denoise = float(times[0]) / unshift_time(highest, shift)
-    if denoise < 1 - ROUNDING:
-        found.append(f"denoise {denoise:.3g}")
+    share = float(times[0]) / unshift_time(highest, shift)
+    if share < 1 - ROUNDING:
+        found.append(f"the last {share:.3g} of the way")
     *others, last = (-times.diff() / -times.diff()[0]).tolist()
     are_equal = others and all(abs(size - 1) < ROUNDING for size in others)
-    if are_equal and abs(last - final_step_size) > ROUNDING:
+    if are_equal and last > 1 + ROUNDING:  # no schedule's, but of a stage that goes on to 0
+        found.append(f"last step {last:.2g} times as long as the others")
+    elif are_equal and abs(last - final_step_size) > ROUNDING:
         found.append(f"final step size {last:.2g}")
     return found
 

@@ -9,13 +9,12 @@ from torch import Tensor, nn
 from ...gmflow_core import GaussianMixture, ModeFrame
 from ...gmflow_core.flow.blended import Followed
 from ...gmflow_core.flow.scaled_paths import STRAIGHT
-from ...gmflow_core.flow.single_gaussian import single_gaussian
 from .adapter_info import FewSteps, few_steps_of
 from .label_conditioning import SOURCE
 from .latent_shapes import solver_shape
 from .notices import notice
 from .paths import path_of
-from .plain_model import predicts_mixture, spread_of
+from .plain_model import gaussian_of, predicts_mixture
 from .probabilistic_cfg import has_probabilistic_guidance
 from .recording import recording
 from .regions import MeanOnly, policy_of
@@ -179,10 +178,10 @@ class SolverModel:
         latent = self.path.leave(self.shape.from_solver(x, self.latent_shape), own_sigma)
         denoised = self.call(latent, latent_sigma, options)
         mean, policy = self.shape.to_solver(denoised), recorder and recorder.guided
+        conds = getattr(self.guider, "conds", {}).get("positive")
         if policy is None and self.is_plain:
-            return single_gaussian(mean, sigma, spread_of(options))
+            return gaussian_of(mean, sigma, options, conds, latent, latent_sigma, self.shape)
         if policy is None:
-            conds = getattr(self.guider, "conds", {}).get("positive")
             policy = policy_of(recorder, conds, latent, self.shape)
             if isinstance(policy, MeanOnly):
                 notice(

@@ -2,6 +2,7 @@
 
     python -m tests.benchmarks.any_flow                        # all parts, an hour on one core
     python -m tests.benchmarks.any_flow --only digits spread   # or checkerboard, guidance
+    python -m tests.benchmarks.any_flow --only digits --more   # of ours, what the csv has not
 
 The shipped models are sampled in a real ComfyUI (found as by the tests) as ordinary flow models,
 by every stock sampler and by gm_ode with one Gaussian (K = 1), all from the same noise at equal
@@ -171,9 +172,18 @@ def _command(module: str, *arguments: object) -> None:
     subprocess.run(command, cwd=REPOSITORY, check=True)
 
 
-def digits(work: Path) -> None:
-    """Compare samplers on the digits by Fréchet distance: docs/results/any_flow_digits.csv."""
+def digits(work: Path, more: bool = False) -> None:
+    """Compare samplers on the digits by Fréchet distance: docs/results/any_flow_digits.csv.
+
+    With `more`, sample only those of our settings that the file has not, and add them to it.
+    """
     data = Digits(work)
+    if more:
+        with (RESULTS / "any_flow_digits.csv").open(newline="") as file:
+            before = list(csv.DictReader(file))
+        known = [old.items() for old in before]
+        lacking = [row for row in ours(COUNT) if not any(_texts(row) <= old for old in known)]
+        return write(work, "digits", [*before, *data.compare(lacking)])
     best = screened(lambda settings: data.compare(settings), SCREENED, "frechet_distance")
     settings = [
         *({**row, "count": COUNT} for row in best),
@@ -185,16 +195,18 @@ def digits(work: Path) -> None:
     write(work, "digits", [{"sampler": "held-out images", "frechet_distance": floor}, *rows])
 
 
-def ours(count: int, calls: tuple[int, ...] = (2, 3, 4, 8)) -> list[Row]:
+def _texts(row: Row) -> set[tuple[str, str]]:
+    return {(name, str(value)) for name, value in row.items()}
+
+
+def ours(count: int, spreads: tuple[float, ...] = SPREADS, one: float = 0.5) -> list[Row]:
     """Return the settings of ours: one Gaussian of several spreads, and the model's mixture."""
     rows = [
-        *({"sampler": "gm_ode", "spread": spread} for spread in SPREADS),
-        {"sampler": "gm_sde", "spread": 0.5},
-        {"sampler": "gm_policy", "spread": 0.5},
-        {"sampler": "gm_ode", "mixture": True},
-        {"sampler": "gm_sde", "mixture": True},
+        *({"sampler": "gm_ode", "spread": spread} for spread in spreads),
+        *({"sampler": sampler, "spread": one} for sampler in ("gm_sde", "gm_policy")),
+        *({"sampler": sampler, "mixture": True} for sampler in ("gm_ode", "gm_sde")),
     ]
-    return [{**row, "calls": each, "count": count} for each in calls for row in rows]
+    return [{**row, "calls": each, "count": count} for each in (2, 3, 4, 8) for row in rows]
 
 
 def screened(compare: Callable[[list[Row]], list[Row]], count: int, figure: str) -> list[Row]:
@@ -218,9 +230,9 @@ def _at_calls(rows: list[Row], calls: int, count: int) -> list[Row]:
     return [{**row, "count": count} for row in rows if row["calls"] == calls]
 
 
-def checkerboard(work: Path) -> None:
+def checkerboard(work: Path, points: int = POINTS) -> None:
     """Compare samplers on the checkerboard by total variation: any_flow_checkerboard.csv."""
-    inputs, side = work / "board_inputs.safetensors", round(POINTS**0.5)
+    inputs, side = work / "board_inputs.safetensors", round(points**0.5)
     noise = torch.randn(1, 2, side, side, generator=torch.Generator().manual_seed(0))
     save_file({"noise": noise}, inputs)
 
@@ -232,9 +244,10 @@ def checkerboard(work: Path) -> None:
         ]
 
     best = screened(compare, SCREENED_POINTS, "total_variation")
-    at_8 = ({**row, "calls": 8} for row in _at_calls(best, 4, POINTS))
-    rows = compare([*({**row, "count": POINTS} for row in best), *ours(POINTS), *at_8])
-    exact = total_variation(draw_checkerboard(POINTS, torch.Generator().manual_seed(0)))
+    at_8 = ({**row, "calls": 8} for row in _at_calls(best, 4, points))
+    single = ours(points, BOARD_SPREADS, one=2.0)
+    rows = compare([*({**row, "count": points} for row in best), *single, *at_8])
+    exact = total_variation(draw_checkerboard(points, torch.Generator().manual_seed(0)))
     write(work, "checkerboard", [{"sampler": "exact samples", "total_variation": exact}, *rows])
 
 
@@ -416,10 +429,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=PART, default=list(PART))
     parser.add_argument("--work", type=Path, default=Path("outputs/any_flow"), help="for data")
+    parser.add_argument("--points", type=int, default=POINTS, help="a square, of checkerboard")
+    parser.add_argument("--more", action="store_true", help="add to the file of digits")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
+    of_part = {"checkerboard": {"points": options.points}, "digits": {"more": options.more}}
     for part in options.only:
-        PART[part](options.work)
+        PART[part](options.work, **of_part.get(part, {}))
 
 
 PART = {

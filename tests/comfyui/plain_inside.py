@@ -30,6 +30,11 @@ def text(mean: float = MEAN) -> list:
     return [[torch.full((1, 3, 4), mean), {}]]
 
 
+def limited(conditioning: list, **limits: Any) -> list:
+    """Return a conditioning with a mask or a range of the sampling."""
+    return [[tokens, {**about, **limits}] for tokens, about in conditioning]
+
+
 def stock(
     model: Any,
     name: str = "gm_ode",
@@ -40,6 +45,7 @@ def stock(
     denoise: float = 1.0,
     latent: Tensor | None = None,
     mask: Tensor | None = None,
+    positive: list | None = None,
     negative: list | None = None,
     seed: int = 5,
     **settings: Any,
@@ -55,7 +61,7 @@ def stock(
         cfg,
         name,
         scheduler,
-        text(),
+        positive or text(),
         negative or text(),
         latent,
         denoise=denoise,
@@ -238,6 +244,29 @@ def guided() -> dict[str, Any]:
     return found
 
 
+def interval() -> dict[str, Any]:
+    """Guide in a part of the sampling, away from a higher mean: what is seen, and what is asked."""
+    found = {}
+    for kind in ("FLOW", "EPS"):
+        model, sizes, found[kind] = exact_model(kind), [], {}
+        model.model.diffusion_model.register_forward_pre_hook(
+            lambda _, given, to=sizes: to.append(len(given[0]))
+        )
+        for name, part in {"all": (0.0, 1.0), "first": (0.0, 0.5), "last": (0.5, 1.0)}.items():
+            sizes.clear()
+            means: list[float] = []
+            stock(
+                ours("guiders").guided(model, 0.0, *part),
+                "euler",
+                steps=4,
+                cfg=0.4,
+                negative=text(2.0),
+                callback=lambda step, x0, *_, to=means: to.append(x0.mean().item()),
+            )
+            found[kind][name] = {"means": means, "batches": [size // SHAPE[0] for size in sizes]}
+    return found
+
+
 def several_parts() -> dict[str, Any]:
     """Sample a latent of two parts; each comes out as if it were alone.
 
@@ -292,6 +321,78 @@ def _with(model: Any, sampler: Any, steps: int) -> Tensor:
     return comfy.sample.sample_custom(*wires, disable_pbar=True, seed=5)
 
 
+def uncovered() -> dict[str, Any]:
+    """Sample where no prompt counts, and guide where no negative does, by masks and ranges."""
+    found, names = {}, ("euler", *ours("stock_lists").SAMPLERS)
+    nothing, left = torch.zeros(1, *SHAPE[2:]), torch.zeros(1, *SHAPE[2:])
+    left[..., : SHAPE[-1] // 2] = 1
+    late, never = {"start_percent": 0.5}, {"start_percent": 1.0}
+    for kind in ("FLOW", "EPS"):
+        model = exact_model(kind)
+        steered = ours("guiders").guided(model, orthogonal=0.0)
+
+        def guided(where: dict[str, Any], name: str = "gm_ode", cfg=0.4, model=steered) -> Tensor:
+            return stock(model, name, steps=3, cfg=cfg, negative=limited(text(-1.0), **where))
+
+        def alone(where: dict[str, Any], name: str, model=model) -> Tensor:
+            return stock(model, name, steps=3, positive=limited(text(), **where))
+
+        plain, full, euler = guided({}, cfg=0.0), guided({}), guided({}, "euler", 0.0)
+        latent, zero = torch.ones(SHAPE), torch.zeros(SHAPE[0], 1, *SHAPE[2:])
+        half = guided({"mask": left}, "euler")
+        found[kind] = {
+            "masked": [alone({"mask": nothing}, name).abs().max().item() for name in names],
+            "never": [alone(never, name).abs().max().item() for name in names],
+            "right": alone({"mask": left}, "gm_ode")[..., SHAPE[-1] // 2 :].abs().max().item(),
+            "left": alone({"mask": left}, "gm_ode")[..., : SHAPE[-1] // 2].abs().mean().item(),
+            "nothing to sample": [
+                far(stock(model, name, latent=latent, mask=zero), latent) for name in names
+            ],
+            "negative masked": far(guided({"mask": nothing}), plain),
+            "negative never": far(guided(never), plain),
+            "negative late": [far(guided(late), each) for each in (plain, full)],
+            "negative left": [far(half[..., part], euler[..., part]) for part in HALVES],
+            "by euler": far(guided({"mask": nothing}, "euler"), euler),
+        }
+    return found
+
+
+HALVES = slice(0, SHAPE[-1] // 2), slice(SHAPE[-1] // 2, None)
+
+
+def told() -> dict[str, list[str]]:
+    """Collect what is said of a spread, of one that nothing uses, and of odd schedules."""
+    heard: list[str] = []
+    modules = [ours(name) for name in ("solver_choice", "gm_sampler")]
+    kept = [module.notice for module in modules]
+    wide = ours("plain_model").with_spread(exact_model("FLOW"), 1.0)
+    wide = ours("plain_model").with_spread(wide, 0.8)
+    steered = ours("guiders").guided(wide)
+    euler = ours("gm_sampler").gm_sampler("euler")
+    calls = {
+        "gm_ode": lambda: stock(wide, steps=2),
+        "euler": lambda: stock(wide, "euler", steps=2),
+        "our euler": lambda: _with(wide, euler, 2),
+        "guided": lambda: stock(steered, "euler", steps=2, cfg=0.4, negative=text(-1.0)),
+        "off": lambda: stock(steered, "euler", steps=2, cfg=0.0, negative=text(-1.0)),
+        "ddim": lambda: stock(wide, "gm_ode", "ddim_uniform", 3),
+        "cut": lambda: stock(wide, "gm_ode", "simple", 5, last_step=2, force_full_denoise=True),
+        "second stage": lambda: stock(wide, "gm_ode", "simple", 5, start_step=2),
+    }
+    found = {}
+    try:
+        for module in modules:
+            module.notice = lambda message, level=0: heard.append(message)
+        for name, call in calls.items():
+            heard.clear()
+            call()
+            found[name] = list(heard)
+    finally:
+        for module, each in zip(modules, kept, strict=True):
+            module.notice = each
+    return found
+
+
 def refused() -> dict[str, Any]:
     """Samplings that follow neither path are refused by name, and schedules that fit no sampler."""
     import comfy.model_sampling
@@ -307,6 +408,12 @@ def refused() -> dict[str, Any]:
         kind = type("Other", (base, parent), {})
         model.add_object_patch("model_sampling", kind(model.model.model_config))
         found[mixin] = says(lambda model=model: stock(model, "gm_ode", "simple", 2))
+    model = exact_model("FLOW")
+    flow = (comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST)
+    picture = {"calculate_denoised": lambda self, sigma, model_output, model_input: model_output}
+    sampling = type("PredictsThePicture", flow, picture)(model.model.model_config)
+    model.add_object_patch("model_sampling", sampling)
+    found["PredictsThePicture"] = says(lambda: stock(model, "gm_ode", "simple", 2))
     model = exact_model("FLOW")
     found["rising"] = says(
         lambda: stock(model, "gm_ode", "simple", 2, sigmas=torch.tensor([0.5, 0.7, 0.0]))
@@ -354,8 +461,11 @@ CASES = {
     "same latents": same_latents,
     "as any sampler": as_any_sampler,
     "guided": guided,
+    "interval": interval,
     "usual spread": usual_spread,
     "several parts": several_parts,
+    "uncovered": uncovered,
+    "told": told,
     "refused": refused,
     "lists": lists,
 }

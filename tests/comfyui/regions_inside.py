@@ -45,6 +45,13 @@ def regions(work: Path) -> dict[str, Any]:
         positive = [[text, {**about, "mask": ramp}], [-text, {**about, "default": True}]]
         sample(model, latent, positive, ours("gm_sampler").gm_sampler("gm-policy"))
         found["default"] = [len(shifts), 0.0]
+        steered = ours("probabilistic_cfg").with_probabilistic_guidance(model)
+        sampler, negative = ours("gm_sampler").gm_sampler("gm-policy"), [[0.5 * text, about]]
+        guided, off = (
+            sample(steered, latent, positive, sampler, cfg=weight, negative=negative)
+            for weight in (0.3, 0.0)
+        )
+        found["default guided"] = [0, (guided - off).abs().max().item()]
     finally:
         blended.moved = moved
     return found

@@ -113,8 +113,8 @@ def test_loras_controlnets_and_compiled_models_take_effect(found: dict) -> None:
 
 def test_guidance_with_a_negative_on_any_flow_model(found: dict) -> None:
     """By each node, with any spread, on videos too; what would misread its weight is refused."""
-    says = {"RescaleCFG": "two cfg functions", "APG": "two kinds of guidance"}
-    says |= {"CFGZeroStar": "two kinds of guidance", "cfg 4": "is the weight w"}
+    says = {name: f"{name} does not go with" for name in ("RescaleCFG", "APG", "CFGZeroStar")}
+    says |= {"cfg 4": "is the weight w"}
     says |= {"PerpNegGuider": "another guider", "no negative": "no negative conditioning"}
     for kind, about in of(found, "guided").items():
         assert about["off"] < 1e-5, kind

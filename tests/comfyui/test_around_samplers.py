@@ -123,3 +123,4 @@ def test_blended_policies_have_the_mean_that_comfyui_averages(found: dict[str, A
         assert steps == 4, name
         assert shift < 1e-4, name
     assert result["default"][0] == 0
+    assert result["default guided"][1] == 0

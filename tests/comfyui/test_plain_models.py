@@ -49,6 +49,20 @@ def test_guidance_shifts_the_mean_by_its_weight_in_standard_deviations(found: di
         assert not about["keys"], kind
 
 
+def test_guidance_in_a_part_of_the_sampling(found: dict) -> None:
+    """The network is asked for the negative in that part only, on any path."""
+    for kind, about in of(found, "interval").items():
+        batches = {name: each["batches"] for name, each in about.items()}
+        assert batches["all"] == [2, 2, 2, 2], kind
+        assert sorted(batches["first"], reverse=True) == batches["first"], kind
+        assert sorted(batches["last"]) == batches["last"], kind
+        assert batches["first"][::3] == [2, 1], kind
+        assert batches["last"][::3] == [1, 2], kind
+        first, *others = (each["means"][0] for each in about.values())
+        assert others[0] == first, kind
+        assert first < others[1] - 0.05, kind
+
+
 def test_a_latent_of_several_parts(found: dict) -> None:
     """As of a video with its sound, which ComfyUI's own samplers pack into one."""
     about = of(found, "several parts")
@@ -64,6 +78,39 @@ def test_the_usual_spread_and_no_temperature(found: dict) -> None:
     assert about["same as none"]
     assert about["other"] > 0.02
     assert about["no temperature"] < 1e-6
+
+
+def test_where_no_prompt_counts_nothing_is_left_and_nothing_guided(found: dict) -> None:
+    """ComfyUI predicts 0 there, as for a conditioning mask of zeros: no sign of a picture."""
+    for kind, about in of(found, "uncovered").items():
+        for name in ("masked", "never", "nothing to sample"):
+            assert max(about[name]) < 1e-5, (kind, name)
+        assert about["right"] < 1e-5, kind
+        assert about["left"] > 0.2, kind
+        for name in ("negative masked", "negative never", "by euler"):
+            assert about[name] < 1e-5, (kind, name)
+        assert min(about["negative late"]) > 1e-3, kind
+        guided, free = about["negative left"]
+        assert guided > 0.05, kind
+        assert free < 1e-5, kind
+
+
+def test_what_is_said_of_spreads_and_schedules_is_true(found: dict) -> None:
+    about = of(found, "told")
+    ran = {name: [text for text in said if "steps, shift" in text] for name, said in about.items()}
+    unused = {name for name, said in about.items() if any("no effect" in text for text in said)}
+    assert unused == {"euler", "our euler", "off"}
+    assert about["euler"] == [
+        "no effect: GM Spread, as this sampler follows the mean alone; choose gm_ode, gm_sde or "
+        "gm_policy, or a weight of GM Probabilistic Guidance"
+    ]
+    assert ran["gm_ode"] == [
+        "gm-ode: 2 steps, shift 1, order 2, 8 substeps, one Gaussian (K = 1) of spread 0.8"
+    ]
+    assert "spread" not in ran["our euler"][0]
+    assert "shift 1, the last 0.668 of the way" in ran["ddim"][0]
+    assert "shift 1, last step 4 times as long as the others" in ran["cut"][0]
+    assert "shift 1, the last 0.6 of the way, order" in ran["second stage"][0]
 
 
 def test_other_samplings_and_schedules_are_refused_by_name(found: dict) -> None:

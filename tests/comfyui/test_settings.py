@@ -64,10 +64,10 @@ def test_settings_without_effect_are_said(comfy: Comfy, settings: dict, said: st
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"denoise": 0.6}, "gm-ode: 4 steps, shift 1, denoise 0.6, order 2"),
+        ({"denoise": 0.6}, "gm-ode: 4 steps, shift 1, the last 0.6 of the way, order 2"),
         ({"shift": 2.5, "final_step_size": 0.7}, "shift 2.5, final step size 0.7, order 2"),
         ({"steps": 1, "final_step_size": 0.7}, "gm-ode: 1 step, shift 1, order 2"),  # the only step
-        ({"solver": "gm-policy", "denoise": 0.3}, "shift 1, denoise 0.3, temperature 0.3"),
+        ({"solver": "gm-policy", "denoise": 0.3}, "shift 1, the last 0.3 of the way, temperature"),
         (
             {"solver": "gm-policy", "shift": 3.2, "final_step_size": 1.0},
             "shift 3.2, final step size 1, temperature 0.3",

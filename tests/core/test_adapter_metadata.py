@@ -127,6 +127,7 @@ def test_the_command_refuses_what_does_not_fit(tmp_path):
         ("shift", "-3", "a number from"),
         ("final_step_size", "0", "above 0 and at most 1"),
         ("guidance", "", "a number from 0 to 100"),
+        ("guidance", "100.5", "a number from 0 to 100"),
         ("temperature", "1.5", "above 0 and at most 1"),
         ("base", "\ud800\x1b[31m", "1 to 100 printable characters"),
         ("policy", "GM", "one of GMFlow, DX, ArcFlow"),

@@ -32,20 +32,15 @@ CLASSES = {
     "qwen": ("QwenImageTransformer2DModel", "QwenImagePipeline"),
     "flux2": ("Flux2Transformer2DModel", "Flux2Pipeline"),
 }
+ROPE = {"axes_dims_rope": (4, 6, 6), "joint_attention_dim": TEXT}
 SETTINGS = {
-    "flux": {
-        "num_single_layers": 2,
-        "pooled_projection_dim": 8,
-        "guidance_embeds": True,
-        "axes_dims_rope": (4, 6, 6),
-    },
-    "qwen": {"axes_dims_rope": (4, 6, 6)},
+    "flux": {"num_single_layers": 2, "pooled_projection_dim": 8, "guidance_embeds": True},
+    "qwen": {},
     "flux2": {"num_single_layers": 2, "axes_dims_rope": (4, 4, 4, 4)},
 }
+USUAL = {"shift": 3.0, "use_dynamic_shifting": True}
 SCHEDULES = {  # of the published pipelines, as far as they matter
-    "flux": {"shift": 3.0, "use_dynamic_shifting": True},
     "qwen": {"use_dynamic_shifting": True, "shift_terminal": 0.02, "max_shift": 0.9},
-    "flux2": {"shift": 3.0, "use_dynamic_shifting": True},
 }
 
 
@@ -62,18 +57,12 @@ def imported():
 
 @dataclass
 class Tiny:
-    """A tiny random pipeline, and what it is called with.
-
-    Args:
-        text: arguments of the pipeline about the text.
-        noise: initial tokens, (B, N, C p^2).
-        given: arguments of the transformer but its tokens and sigma.
-    """
+    """A tiny random pipeline, and what it is called with."""
 
     pipeline: object
-    text: dict
-    noise: torch.Tensor
-    given: dict
+    text: dict  # arguments of the pipeline about the text
+    noise: torch.Tensor  # initial tokens, (B, N, C p^2)
+    given: dict  # arguments of the transformer but its tokens and sigma
     layout: HeadLayout
 
     def __call__(self, steps=4, **settings):
@@ -105,11 +94,11 @@ def tiny(base, seed=0):
     """Return a `Tiny` of FLUX.1, Qwen-Image or FLUX.2."""
     torch.manual_seed(seed)
     names = CLASSES[base]
-    settings = {**BLOCKS, **SETTINGS[base], "joint_attention_dim": TEXT}
+    settings = {**BLOCKS, **ROPE, **SETTINGS[base]}
     transformer = getattr(diffusers, names[0])(**settings).eval().requires_grad_(False)
     for parameter in transformer.parameters():
         parameter.normal_(0, 0.15)
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**SCHEDULES[base])
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**SCHEDULES.get(base, USUAL))
     parts = ["vae", "text_encoder", "tokenizer"]
     parts += ["text_encoder_2", "tokenizer_2"] if base == "flux" else []
     pipeline = getattr(diffusers, names[1])(
@@ -158,6 +147,7 @@ def test_one_euler_substep_is_the_stock_scheduler():
     ("settings", "extra"),
     [
         ({"solver": "gm-ode", "spread": 0.8}, {}),
+        ({"solver": "gm-ode", "time_shift_type": "linear"}, {}),
         ({"solver": "gm-ode", "solver_order": 1, "substeps": 3, "final_step_size": 0.5}, {}),
         ({"solver": "gm-sde", "seed": 5}, {"noise": 5}),
         ({"solver": "gm-policy", "stochasticity": 0.5, "seed": 6}, {"noise": 6}),
@@ -173,7 +163,8 @@ def test_an_ordinary_model_is_sampled_as_by_the_solvers(settings, extra):
     assert torch.equal(flux(), found)  # each run starts anew, its noise too
 
     mu = 0.5 + (1.15 - 0.5) * (TOKENS - 256) / (4096 - 256)  # of FLUX, by the number of tokens
-    by_hand = {"order": settings.pop("solver_order", 2), "shift": math.exp(mu)} | settings
+    shift = mu if settings.pop("time_shift_type", "") == "linear" else math.exp(mu)
+    by_hand = {"order": settings.pop("solver_order", 2), "shift": shift} | settings
     by_hand |= {key: torch.Generator().manual_seed(seed) for key, seed in extra.items()}
     by_hand.pop("seed", None)
     spread = by_hand.pop("spread", 0.5)
@@ -181,6 +172,16 @@ def test_an_ordinary_model_is_sampled_as_by_the_solvers(settings, extra):
     sigmas = flow_sigmas(4, by_hand["shift"], final_step_size=last)
     denoiser = denoiser_of(flux.velocity, spread=spread)
     close(found, solve(denoiser=denoiser, x=flux.noise, sigmas=sigmas, **by_hand))
+
+
+def test_a_stage_counts_its_own_steps_for_its_temperature():
+    scheduler, x = GMFlowScheduler(solver="gm-policy"), normal(BATCH, 4, 3)
+    scheduler.set_timesteps(8)
+    scheduler.set_begin_index(4)  # as pipelines of image to image do
+    expected = solve("gm-policy", denoiser_of(lambda x, _: x, spread=0.5), x, flow_sigmas(8)[4:])
+    for time in scheduler.timesteps[4:]:
+        x = scheduler.step(x, time, x).prev_sample
+    close(x, expected)
 
 
 def test_settings_outlive_a_saved_pipeline(tmp_path):

@@ -1,4 +1,4 @@
-"""A MODEL of Gaussian data whose network is exact, for `plain_inside.py`."""
+"""A MODEL of Gaussian data whose network is exact, and how to sample it; for `plain_inside.py`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 MEAN, WIDTH = 0.3, 0.6  # of the data
+SHAPE = (2, 4, 6, 8)  # of a latent
 
 
 class Exact(nn.Module):
@@ -82,3 +83,50 @@ def exact_model(kind: str, shift: float = 1.0, exact: type[Exact] = Exact) -> An
     object.__setattr__(network, "sampling", model.model_sampling)
     cpu = torch.device("cpu")
     return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
+
+
+def text(mean: float = MEAN) -> list:
+    """Return a conditioning that asks for data of this mean."""
+    return [[torch.full((1, 3, 4), mean), {}]]
+
+
+def limited(conditioning: list, **limits: Any) -> list:
+    """Return a conditioning with a mask or a range of the sampling."""
+    return [[tokens, {**about, **limits}] for tokens, about in conditioning]
+
+
+def stock(
+    model: Any,
+    name: str = "gm_ode",
+    scheduler: str = "gm",
+    steps: int = 1,
+    *,
+    cfg: float = 1.0,
+    denoise: float = 1.0,
+    latent: Tensor | None = None,
+    mask: Tensor | None = None,
+    positive: list | None = None,
+    negative: list | None = None,
+    seed: int = 5,
+    **settings: Any,
+) -> Tensor:
+    """Sample as KSampler and KSampler (Advanced) do."""
+    import comfy.sample
+
+    latent = torch.zeros(SHAPE) if latent is None else latent
+    return comfy.sample.sample(
+        model,
+        settings.pop("noise", comfy.sample.prepare_noise(latent, seed)),
+        steps,
+        cfg,
+        name,
+        scheduler,
+        positive or text(),
+        negative or text(),
+        latent,
+        denoise=denoise,
+        noise_mask=mask,
+        seed=seed,
+        disable_pbar=True,
+        **settings,
+    )

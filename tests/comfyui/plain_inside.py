@@ -13,63 +13,14 @@ import sys
 from typing import Any
 
 import torch
-from exact_model import MEAN, WIDTH, ExactOfParts, exact_model
+from exact_model import MEAN, SHAPE, WIDTH, ExactOfParts, exact_model, limited, stock, text
 from inside import far, half_mask, ours, run_cases, says
 from torch import Tensor
-
-SHAPE = (2, 4, 6, 8)
 
 
 def main(comfyui: str, work: str) -> None:
     """Run all cases and print their results as JSON by name."""
     run_cases(comfyui, CASES)
-
-
-def text(mean: float = MEAN) -> list:
-    """Return a conditioning that asks for data of this mean."""
-    return [[torch.full((1, 3, 4), mean), {}]]
-
-
-def limited(conditioning: list, **limits: Any) -> list:
-    """Return a conditioning with a mask or a range of the sampling."""
-    return [[tokens, {**about, **limits}] for tokens, about in conditioning]
-
-
-def stock(
-    model: Any,
-    name: str = "gm_ode",
-    scheduler: str = "gm",
-    steps: int = 1,
-    *,
-    cfg: float = 1.0,
-    denoise: float = 1.0,
-    latent: Tensor | None = None,
-    mask: Tensor | None = None,
-    positive: list | None = None,
-    negative: list | None = None,
-    seed: int = 5,
-    **settings: Any,
-) -> Tensor:
-    """Sample as KSampler and KSampler (Advanced) do."""
-    import comfy.sample
-
-    latent = torch.zeros(SHAPE) if latent is None else latent
-    return comfy.sample.sample(
-        model,
-        settings.pop("noise", comfy.sample.prepare_noise(latent, seed)),
-        steps,
-        cfg,
-        name,
-        scheduler,
-        positive or text(),
-        negative or text(),
-        latent,
-        denoise=denoise,
-        noise_mask=mask,
-        seed=seed,
-        disable_pbar=True,
-        **settings,
-    )
 
 
 def sigma_max(model: Any) -> float:

@@ -34,6 +34,7 @@ BUDGET = 400  # calls of the student
 SUBSTEPS = 32
 POINTS = 200_000
 GUIDANCES = {"": "", "probabilistic": "--guidance 0.2", "cfg": "--guidance 2 --guidance-kind cfg"}
+KIND = ("steps", "policy", "k", "budget", "guidance")  # what students differ in, beside seeds
 Row = dict[str, Any]
 
 
@@ -120,7 +121,8 @@ def digits(work: Path, parts: list[str], seeds: list[int]) -> None:
             for row in settings(part):
                 network = trained(work / "students", row, seed, "digits_k8", 64)
                 rows.append(student_row(network, data, row, seed))
-                write(rows, RESULTS / "distill_digits.csv")
+                means = means_of(rows, "frechet_distance")
+                write([*rows, *means], RESULTS / "distill_digits.csv")
 
 
 @torch.inference_mode()
@@ -142,7 +144,28 @@ def board(work: Path, seeds: list[int]) -> None:
             points = sample_points(network, POINTS, steps=1, **how)
             found = {"total_variation": total_variation(points)}
             rows.append({"model": "student", **row, "seed": seed, **found})
-            write(rows, RESULTS / "distill_board.csv")
+            write([*rows, *means_of(rows, "total_variation")], RESULTS / "distill_board.csv")
+
+
+def means_of(rows: list[Row], figure: str) -> list[Row]:
+    """Return a row for each kind of student: the mean of a figure over seeds, lowest, highest."""
+    kinds: dict[tuple, list[float]] = {}
+    for row in rows:
+        if row["model"] == "student":
+            kind = tuple((key, row[key]) for key in KIND if key in row)
+            kinds.setdefault(kind, []).append(row[figure])
+    return [
+        {
+            "model": "student",
+            **dict(kind),
+            "seed": "mean",
+            "seeds": len(found),
+            figure: sum(found) / len(found),
+            "low": min(found),
+            "high": max(found),
+        }
+        for kind, found in kinds.items()
+    ]
 
 
 def write(rows: list[Row], path: Path) -> None:

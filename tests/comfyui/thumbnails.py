@@ -28,7 +28,7 @@ STEPS = 4
 
 # the number of a workflow without downloads -> its output nodes, each with a caption
 RESULTS = {
-    "01": {"5": "GM Sampler, 4 steps"},
+    "01": {"5": "one step"},
     "02": {"5": "GM Sampler", "9": "KSampler, 4 steps"},
     "03": {"5": "cfg 4", "16": "probabilistic"},
     "04": {"13": "the noise", "9": "4 steps later"},

@@ -127,7 +127,8 @@ def advanced_inputs() -> list[io.Input]:
             "targets",
             options=list(TARGETS),
             default=MLP,
-            tooltip="The layers that the LoRA changes.",
+            tooltip="The layers that the LoRA changes. published: the MLPs and the time embedding, "
+            "as in the published adapters; attention too: those and the attention.",
             **more,
         ),
         io.Combo.Input(

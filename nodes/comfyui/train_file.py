@@ -130,10 +130,14 @@ def further_metadata(
 
 
 def fingerprint_of(model) -> str:
-    """Return a fingerprint of a MODEL: names, shapes and a few numbers of its weights and LoRAs."""
+    """Return a fingerprint of a MODEL: names, shapes and a few numbers of its weights and LoRAs.
+
+    Weights count as they were before ComfyUI merged the LoRAs of whatever clone is loaded.
+    """
     digest = hashlib.sha256()
     for name, value in sorted(model.model.diffusion_model.state_dict().items()):
-        _take(digest, [name, value])
+        former = model.backup.get(f"diffusion_model.{name}")
+        _take(digest, [name, value if former is None else former.weight])
     for name, patches in sorted(model.patches.items()):
         _take(digest, [name, *patches])
     return digest.hexdigest()[:32]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .bases import Base
 
 PREFIXES = ("transformer.", "diffusion_model.")  # of LoRA names in ComfyUI's map
-MLP, ATTENTION = "MLPs and time (as published)", "attention too"
+MLP, ATTENTION = "published", "attention too"
 TARGETS = (MLP, ATTENTION)
 
 

@@ -14,8 +14,9 @@ OPTIMIZERS = (ADAMW, ADAMW_8BIT)
 BETAS = (0.9, 0.95)
 MOST_NORM = 2.0  # of the gradient
 EMA_POWER = 8  # Karras' gamma of 7, and 1
-WATCHED = 20  # losses that are averaged
+WATCHED = 20  # latest losses that are averaged
 GROWTH = 10.0  # of that average over its lowest, from which on a run counts as diverging
+SETTLED = 2.0  # the same, below which its state is worth going back to
 
 
 def make_optimizer(
@@ -86,16 +87,17 @@ class LossWatch:
         if not math.isfinite(loss):
             return f"the loss is {loss}"
         self.losses.append(loss)
-        if len(self.losses) < WATCHED:
-            return ""
-        average = statistics.fmean(self.losses[-WATCHED:])
-        self.lowest = min(self.lowest, average)
-        if average > GROWTH * self.lowest:
-            return f"the loss has grown from {self.lowest:.3g} to {average:.3g}"
+        self.lowest = min(self.lowest, self.recent)
+        if self.recent > GROWTH * self.lowest:
+            return f"the loss has grown from {self.lowest:.3g} to {self.recent:.3g}"
         return ""
+
+    @property
+    def recent(self) -> float:
+        """Average of the latest losses."""
+        return statistics.fmean(self.losses[-WATCHED:])
 
     @property
     def is_settled(self) -> bool:
         """Whether the latest losses are near the lowest, so that the state is one to keep."""
-        recent = statistics.fmean(self.losses[-WATCHED:] or [0.0])
-        return len(self.losses) < WATCHED or recent < 2 * self.lowest
+        return self.recent < SETTLED * self.lowest

@@ -56,7 +56,7 @@ class Calls:
         self.student_options = {k: v for k, v in options.items() if k not in GUIDING}
         self.teacher_options, self.prompt = options, prompt_key(0)
         if run.guidance == PROBABILISTIC:
-            guided = {"sampler_cfg_function": ProbabilisticCFG(1.0, (0.0, math.inf))}
+            guided = {"sampler_cfg_function": ProbabilisticCFG(1.0, (0.0, 1.0))}
             self.teacher_options = {**options, **guided, "disable_cfg1_optimization": True}
 
     def student(self, x: Tensor, sigma: Tensor) -> PolicyVelocity:

@@ -4,8 +4,8 @@
 
 Counted are the base's weights; the LoRA and the head, in 32 bit, with their gradients and the
 optimizer's state; the inputs of all blocks, which gradient checkpointing keeps, for one picture;
-what the largest block computes, once more in the backward pass; and the largest layer's weights in 16
-bit, where they are quantised. Not counted: the mixture's own arithmetic and fragmentation, for
+what the largest block computes, once more in the backward pass; and the largest layer's weights in
+16 bit, where they are quantised. Not counted: the mixture's own arithmetic and fragmentation, for
 which OTHER is a guess, as is what CUDA and a display take.
 """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .files.adapter_metadata import AdapterFacts, read_adapter_facts, set_adapter_facts
+from .files.adapter_metadata import EXPECTED, AdapterFacts, read_adapter_facts, set_adapter_facts
 from .files.atomic import check_target, remove_leftovers
 from .files.errors import printable
 
@@ -26,25 +26,28 @@ def add_adapter_command(commands: argparse._SubParsersAction) -> None:
     p.add_argument("file", type=Path, help="a GM adapter, .safetensors")
     for name, (kind, value, text) in OPTIONS.items():
         p.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=value, help=text)
+    text = f"what the file is to state no longer: {', '.join(EXPECTED)}"
+    names = {"nargs": "+", "default": [], "choices": list(EXPECTED), "metavar": "NAME"}
+    p.add_argument("--remove", **names, help=text)
     text = "file to write (default: FILE itself, whose tensors stay as they are)"
     p.add_argument("--out", type=Path, dest="target", metavar="FILE", help=text)
     p.set_defaults(run=adapter)
 
 
 def adapter(args: argparse.Namespace) -> None:
-    """Show the facts in an adapter's metadata, after writing those that were given.
+    """Show the facts in an adapter's metadata, after writing and removing those that were named.
 
     Raises:
-        ValueError: one is out of range, or the file is no adapter.
+        ValueError: one is out of range, or both written and removed; or the file is no adapter.
         OSError: the file cannot be written.
     """
     facts = AdapterFacts(**{name: getattr(args, name) for name in OPTIONS})
     path = args.file
-    if facts.stated():
+    if facts.stated() or args.remove:
         path = args.target or path
         check_target(path)
         remove_leftovers(path.parent)
-        set_adapter_facts(args.file, facts, path)
+        set_adapter_facts(args.file, facts, path, args.remove)
     elif args.target is not None:
         raise ValueError(f"--out {args.target} has nothing to write; give --steps or the like")
     print("\n".join([printable(str(path.resolve())), *read_adapter_facts(path).lines()]))

@@ -121,7 +121,7 @@ def facts_in(metadata: Mapping[str, str] | None, name: str | Path) -> AdapterFac
 def _advice(field: str) -> str:
     """Return what to do about a fact that is out of range."""
     if field == "policy":
-        return "use the file as it was published"
+        return "remove it with `gmflow adapter FILE --remove policy`"
     return f"set it with `gmflow adapter FILE --{field.replace('_', '-')} ...`"
 
 
@@ -242,7 +242,12 @@ def _layer(name: str) -> str:
     return name.removesuffix(PAIR[0]).removesuffix(PAIR[1])
 
 
-def set_adapter_facts(path: str | Path, facts: AdapterFacts, out: str | Path | None = None) -> None:
+def set_adapter_facts(
+    path: str | Path,
+    facts: AdapterFacts,
+    out: str | Path | None = None,
+    remove: Iterable[str] = (),
+) -> None:
     """Write an adapter's file with these facts in its metadata; its tensors stay as they are.
 
     The bytes after the header, and all other metadata, are copied.
@@ -250,13 +255,19 @@ def set_adapter_facts(path: str | Path, facts: AdapterFacts, out: str | Path | N
     Args:
         facts: those that are None leave what the file says.
         out: the file to write; `path` itself if None.
+        remove: names of facts, as of `AdapterFacts`, that the file is to state no longer.
 
     Raises:
+        ValueError: a fact is to be both written and removed.
         FileNotFoundError, FileError: as `read_adapter_facts`.
         WriteError: it cannot be written.
     """
     path = Path(path)
     out = path if out is None else Path(out)
+    remove = set(remove)
+    both = sorted(remove & facts.stated().keys())
+    if both:
+        raise ValueError(f"{', '.join(both)} cannot be both written and removed; leave one out")
     if out.is_symlink():
         raise WriteError(
             printable(f"{out} is a link, as in the Hugging Face hub's cache: give --out FILE")
@@ -267,6 +278,8 @@ def set_adapter_facts(path: str | Path, facts: AdapterFacts, out: str | Path | N
         size = int.from_bytes(source.read(8), "little")
         header = json_object(source.read(size).decode(), path, "header")
         metadata = {**header.get("__metadata__", {}), **facts.metadata()}
+        for name in remove:
+            metadata.pop(f"{MARK}{name}", None)
         raw = json.dumps({"__metadata__": metadata, **_without(header)}, separators=(",", ":"))
         raw += " " * (-len(raw) % 8)  # ASCII; the tensors begin at a multiple of 8
         need = path.stat().st_size + len(raw) - size

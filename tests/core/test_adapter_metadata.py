@@ -1,6 +1,7 @@
 """Facts that travel with an adapter: written, read, refused, and added to a published file."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -91,6 +92,8 @@ def test_the_command_shows_and_sets_them(tmp_path, capsys):
     assert read_adapter_facts(out) == FACTS
     main(["adapter", str(out), "--steps", "8"])
     assert "steps: 8" in capsys.readouterr().out
+    main(["adapter", str(out), "--shift", "2", "--remove", "temperature", "steps"])
+    assert read_adapter_facts(out) == replace(FACTS, steps=None, shift=2.0, temperature=None)
     assert data_of(out) == data_of(path)
 
 
@@ -105,6 +108,7 @@ def test_the_command_refuses_what_does_not_fit(tmp_path):
         ([path, "--final-step-size", "2"], r"final_step_size is 2\.0"),
         ([path, "--base", ""], "base is ''"),
         ([path, "--out", tmp_path / "b.safetensors"], "nothing to write"),
+        ([path, "--steps", "4", "--remove", "steps"], "both written and removed"),
         ([link, "--steps", "4"], "is a link"),
         ([lora, "--steps", "4"], r"is no GM adapter: none of its 1 tensors \(blocks\.0"),
         ([tmp_path / "none.safetensors"], "there is no file"),
@@ -145,6 +149,8 @@ def test_a_policy_that_contradicts_the_file_is_refused(tmp_path):
     published(path, {"policy_config": '{"type": "GMFlow"}', "gmflow.policy": "DX"})
     with pytest.raises(ValueError, match=r"says gmflow\.policy = DX .* are of 'GMFlow'"):
         read_adapter_facts(path)
+    set_adapter_facts(path, AdapterFacts(), remove=["policy"])
+    assert read_adapter_facts(path).policy == "GMFlow"
     published(path, {"policy_config": '{"type": "Flow3"}'})
     with pytest.raises(ValueError, match="type 'Flow3', none of GMFlow, DX, ArcFlow"):
         read_adapter_facts(path)

@@ -33,7 +33,7 @@ from .any_flow import COUNT, RESULTS, Digits
 BUDGET = 400  # calls of the student
 SUBSTEPS = 32
 POINTS = 200_000
-GUIDANCES = {"": "", "probabilistic": "--guidance 0.2", "cfg": "--guidance 2 --guidance-kind cfg"}
+GUIDANCES = {"none": "", "probabilistic": "--guidance 0.2", "cfg": "--guidance 2 --guidance-kind cfg"}
 KIND = ("steps", "policy", "k", "budget", "guidance")  # what students differ in, beside seeds
 Row = dict[str, Any]
 
@@ -43,7 +43,7 @@ def settings(part: str) -> list[Row]:
     if part == "k":  # kinds and sizes of policies
         policies = [("gm", 8), ("dx", 8), ("gm", 1), ("gm", 4), ("gm", 2)]
         return [
-            {"steps": steps, "policy": policy, "k": k, "budget": BUDGET}
+            {"steps": steps, "policy": policy, "k": k, "budget": BUDGET, "guidance": "none"}
             for steps in (1, 2, 4)
             for policy, k in policies
         ]
@@ -55,7 +55,7 @@ def settings(part: str) -> list[Row]:
         ]
     budgets = (100, 1600, 6000)
     return [
-        {"steps": steps, "policy": "gm", "k": 8, "budget": budget}
+        {"steps": steps, "policy": "gm", "k": 8, "budget": budget, "guidance": "none"}
         for budget in budgets
         for steps in (1, 2)
     ]
@@ -70,7 +70,7 @@ def trained(work: Path, row: Row, seed: int, teacher: str, batch: int) -> nn.Mod
         more = f"--steps {row['steps']} --policy {row['policy']} -k {row['k']} --seed {seed}"
         more += f" --batch-size {batch} --iterations {iterations} --device cpu"
         more += f" --substeps {SUBSTEPS} --picture-every {iterations} --checkpoint-every 100 "
-        more += GUIDANCES[row.get("guidance", "")]
+        more += GUIDANCES[row.get("guidance", "none")]
         places = ["--teacher", str(SHIPPED / f"{teacher}.safetensors"), "--out", str(out)]
         train([*places, *split(more)])
     return load_checkpoint(out / "weights.safetensors")[0]
@@ -96,7 +96,7 @@ def teacher_rows(data: Digits) -> list[Row]:
     network, _ = load_checkpoint(SHIPPED / "digits_k8.safetensors")
     floor = data.score((data.test[0][:COUNT].float() / 127.5) - 1)
     rows = [{"model": "held-out images", **floor}]
-    guided = {"": None, "probabilistic": Guidance(0.2), "cfg": Guidance(2.0, "cfg")}
+    guided = {"none": None, "probabilistic": Guidance(0.2), "cfg": Guidance(2.0, "cfg")}
     for kind, guidance in guided.items():
         for solver, calls in (("euler", 32), ("gm-ode", 1), ("gm-ode", 2), ("gm-ode", 4)):
             x = sampled(network, data, guidance, solver=solver, sigmas=flow_sigmas(calls))

@@ -5,9 +5,9 @@
 
 Each student is trained by training.distill with the shipped model as its teacher, in a folder of
 its own below --work, so that a second start goes on where the first one stopped; figures go to
-docs/results/distill_digits.csv and distill_board.csv after every student. The budget is counted in
-calls of the student with 64 samples (points: 4,096), whatever its steps. The teacher's own rows
-need no ComfyUI; stock samplers at equal calls are in any_flow_digits.csv, from the same noise.
+docs/results/distill_digits.csv and distill_board.csv after every student. An iteration has 64
+samples (points: 4,096). The teacher's own rows need no ComfyUI; stock samplers at equal calls are
+in any_flow_digits.csv, from the same noise.
 """
 
 from __future__ import annotations
@@ -30,35 +30,33 @@ from training.distill import main as train
 
 from .any_flow import COUNT, RESULTS, Digits
 
-BUDGET = 400  # calls of the student
+ITERATIONS = 200
 SUBSTEPS = 32
 POINTS = 200_000
-GUIDANCES = {"none": "", "probabilistic": "--guidance 0.2", "cfg": "--guidance 2 --guidance-kind cfg"}
-KIND = ("steps", "policy", "k", "budget", "guidance")  # what students differ in, beside seeds
+GUIDANCES = {
+    "none": "",
+    "probabilistic": "--guidance 0.2",
+    "cfg": "--guidance 2 --guidance-kind cfg",
+}
+KIND = ("steps", "policy", "k", "iterations", "guidance")  # what students differ in, beside seeds
 Row = dict[str, Any]
 
 
 def settings(part: str) -> list[Row]:
     """Return the students of a part, without their seeds."""
+
+    def student(steps: int, policy: str = "gm", k: int = 8, guidance: str = "none", **more) -> Row:
+        kind = {"steps": steps, "policy": policy, "k": k, "guidance": guidance}
+        return {**kind, "iterations": ITERATIONS, **more}
+
     if part == "k":  # kinds and sizes of policies
-        policies = [("gm", 8), ("dx", 8), ("gm", 1), ("gm", 4), ("gm", 2)]
-        return [
-            {"steps": steps, "policy": policy, "k": k, "budget": BUDGET, "guidance": "none"}
-            for steps in (1, 2, 4)
-            for policy, k in policies
-        ]
+        policies = (("gm", 8), ("dx", 8), ("gm", 1), ("gm", 4), ("gm", 2))
+        few = [student(steps, *policy) for steps in (1, 2) for policy in policies]
+        return [*few, *(student(4, *policy) for policy in policies[:2])]
     if part == "guided":
-        return [
-            {"steps": steps, "policy": "gm", "k": 8, "budget": BUDGET, "guidance": kind}
-            for steps in (1, 2, 4)
-            for kind in ("probabilistic", "cfg")
-        ]
-    budgets = (100, 1600, 6000)
-    return [
-        {"steps": steps, "policy": "gm", "k": 8, "budget": budget, "guidance": "none"}
-        for budget in budgets
-        for steps in (1, 2)
-    ]
+        kinds = ("probabilistic", "cfg")
+        return [student(steps, guidance=kind) for steps in (1, 2, 4) for kind in kinds]
+    return [student(steps, iterations=count) for count in (50, 1000, 6000) for steps in (1, 2)]
 
 
 def trained(work: Path, row: Row, seed: int, teacher: str, batch: int) -> nn.Module:
@@ -66,8 +64,8 @@ def trained(work: Path, row: Row, seed: int, teacher: str, batch: int) -> nn.Mod
     words = [teacher, *(f"{name}{value}" for name, value in row.items()), f"seed{seed}"]
     out = work / "_".join(words)
     if not (out / "weights.safetensors").is_file():
-        iterations = max(1, row["budget"] // row["steps"])
-        more = f"--steps {row['steps']} --policy {row['policy']} -k {row['k']} --seed {seed}"
+        iterations = row["iterations"]
+        more = f"--warmup 20 --steps {row['steps']} --policy {row['policy']} -k {row['k']} --seed {seed}"
         more += f" --batch-size {batch} --iterations {iterations} --device cpu"
         more += f" --substeps {SUBSTEPS} --picture-every {iterations} --checkpoint-every 100 "
         more += GUIDANCES[row.get("guidance", "none")]
@@ -137,7 +135,7 @@ def board(work: Path, seeds: list[int]) -> None:
         rows.append({**about, "total_variation": total_variation(points)})
     for seed in seeds:
         for policy, k in (("gm", 64), ("dx", 10), ("gm", 8)):
-            row = {"steps": 1, "policy": policy, "k": k, "budget": 2 * BUDGET}
+            row = {"steps": 1, "policy": policy, "k": k, "iterations": 4 * ITERATIONS}
             with torch.inference_mode(False), torch.enable_grad():
                 network = trained(work / "students", row, seed, "checkerboard_k64", 4096)
             how = {"solver": "gm-policy", "substeps": SUBSTEPS, "temperature": 1.0}

@@ -65,8 +65,8 @@ def trained(work: Path, row: Row, seed: int, teacher: str, batch: int) -> nn.Mod
     out = work / "_".join(words)
     if not (out / "weights.safetensors").is_file():
         iterations = row["iterations"]
-        more = f"--warmup 20 --steps {row['steps']} --policy {row['policy']} -k {row['k']} --seed {seed}"
-        more += f" --batch-size {batch} --iterations {iterations} --device cpu"
+        more = f"--steps {row['steps']} --policy {row['policy']} -k {row['k']} --seed {seed}"
+        more += f" --warmup 20 --batch-size {batch} --iterations {iterations} --device cpu"
         more += f" --substeps {SUBSTEPS} --picture-every {iterations} --checkpoint-every 100 "
         more += GUIDANCES[row.get("guidance", "none")]
         places = ["--teacher", str(SHIPPED / f"{teacher}.safetensors"), "--out", str(out)]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 from pathlib import Path
 from shlex import split
 from typing import Any
@@ -112,8 +113,10 @@ def student_row(network: nn.Module, data: Digits, row: Row, seed: int) -> Row:
 
 def digits(work: Path, parts: list[str], seeds: list[int]) -> None:
     """Measure students of the digits: docs/results/distill_digits.csv."""
-    data = Digits(work)
-    rows = teacher_rows(data)
+    data, known = Digits(work), work / "teacher_rows.json"
+    if not known.is_file():  # they take minutes
+        known.write_text(json.dumps(teacher_rows(data)))
+    rows = json.loads(known.read_text())
     for seed in seeds:
         for part in parts:
             for row in settings(part):

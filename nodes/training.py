@@ -122,6 +122,11 @@ def run_inputs() -> list[io.Input]:
 def advanced_inputs() -> list[io.Input]:
     """Return the inputs that are seldom changed."""
     more = {"optional": True, **ADVANCED}
+    return [*start_inputs(more), *loss_inputs(more), *machine_inputs(more)]
+
+
+def start_inputs(more: dict) -> list[io.Input]:
+    """Return the inputs for what is trained; `more` are options of each."""
     return [
         io.Combo.Input(
             "targets",
@@ -139,6 +144,12 @@ def advanced_inputs() -> list[io.Input]:
             "shorter. K, rank and targets are then its own.",
             **more,
         ),
+    ]
+
+
+def loss_inputs(more: dict) -> list[io.Input]:
+    """Return the inputs for the loss; `more` are options of each."""
+    return [
         io.Int.Input(
             "states",
             default=2,
@@ -182,6 +193,12 @@ def advanced_inputs() -> list[io.Input]:
             "student's; the published FLUX.1 adapters have 2000, those of Qwen-Image 0.",
             **more,
         ),
+    ]
+
+
+def machine_inputs(more: dict) -> list[io.Input]:
+    """Return the inputs for the optimizer and the files; `more` are options of each."""
+    return [
         io.Int.Input("warmup", default=20, min=0, max=10_000, tooltip=WARMUP, **more),
         io.Combo.Input(
             "optimizer", options=list(OPTIMIZERS), default=OPTIMIZERS[0], tooltip=EIGHT, **more

@@ -81,7 +81,7 @@ def _restore(training: Training, tensors: dict[str, Tensor], record: dict, path:
     parts: dict[str, dict[str, Tensor]] = {"value": {}, "average": {}, "optimizer": {}}
     for key, value in tensors.items():
         part, _, name = key.partition(".")
-        parts[part][name] = value
+        parts[part][name] = value.clone()  # they may have been read in inference mode
     wanted = {name: value.shape for name, value in training.parameters.items()}
     if {name: value.shape for name, value in parts["value"].items()} != wanted:
         others = sorted(set(parts["value"]) ^ set(wanted))[:3]

@@ -112,7 +112,7 @@ def own_choices(node: type[io.ComfyNode]) -> set[str]:
 @functools.cache
 def _takes_lists(node: type[io.ComfyNode]) -> bool:
     """Return whether ComfyUI hands a node every input as a list."""
-    return bool(node.define_schema().is_input_list)
+    return bool(getattr(node.define_schema(), "is_input_list", False))
 
 
 @functools.cache

@@ -249,7 +249,14 @@ def beginning(
         for each, (down, up) in lora_pairs(lora, name).items()
     }
     no_effect("K, rank and targets", f"they are those of {name}")
-    return head, places_of(model, base, pairs.__contains__), pairs, kind
+    places = places_of(model, base, pairs.__contains__)
+    lost = sorted(pairs.keys() - places.keys())
+    if lost:
+        raise ValueError(
+            f"warm_start {name} changes {quoted(lost[:3])}, no linear layers of {base.name}, which "
+            "cannot be trained here; begin with another adapter"
+        )
+    return head, places, pairs, kind
 
 
 def _sample(

@@ -29,6 +29,7 @@ from .train_student import HeadKind, Student
 
 LEAST_SIGMA = 1e-4  # of a call of the teacher
 NEGATIVE = "negative"
+SCALE = 2.0**12  # of the loss in the backward pass: small gradients would be 0 in fp16
 GUIDING = (  # keys in model_options of functions that change the prediction of a guider
     "sampler_cfg_function",
     "sampler_calc_cond_batch_function",
@@ -220,7 +221,7 @@ class Training(comfy.samplers.Sampler):
             teacher_ratio=ratio,
         )
         for loss in losses:
-            loss.backward()
+            (SCALE * loss).backward()
             total += float(loss.detach())
             comfy.model_management.throw_exception_if_processing_interrupted()
         return total
@@ -228,6 +229,9 @@ class Training(comfy.samplers.Sampler):
     def _step(self) -> None:
         """Step the optimizer and the average; gradients that are not finite are skipped."""
         run = self.run
+        for value in self.parameters.values():
+            if value.grad is not None:
+                value.grad.div_(SCALE)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), MOST_NORM)
         if bool(norm.isfinite()):
             for group in self.optimizer.param_groups:

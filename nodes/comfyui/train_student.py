@@ -25,6 +25,8 @@ from .train_lora import LearningLayer, Pair, Place, Switch
 from .train_network import CheckpointedBlock, blocks_of, own_forward
 
 ROWS = 1024  # of the identity that a layer is read with at a time
+MORE_ACTIVATIONS = 3  # times those of inference, with checkpoints: a guess
+BYTES_TRAINED = 16  # of a trained number: itself, its gradient, and AdamW's two averages
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -94,6 +96,17 @@ class Student:
         # its shift matters to no one here, only the unit of the times that the network is fed
         self.model.add_object_patch("model_sampling", ShiftedFlow.with_shift(1.0, base.multiplier))
         add_recording(self.model, self._finish)
+        self._ask_for_memory()
+
+    def _ask_for_memory(self) -> None:
+        """Let ComfyUI keep more of a card free than its own estimate, which is for inference."""
+        own = self.model.memory_required
+        count = sum(p.numel() for pair in self.pairs.values() for p in pair.parameters())
+
+        def memory_required(*args: Any, **kwargs: Any) -> float:
+            return MORE_ACTIVATIONS * own(*args, **kwargs) + BYTES_TRAINED * count
+
+        self.model.memory_required = memory_required
 
     def _patch(self, layer: str, forward) -> None:
         self.model.add_object_patch(f"diffusion_model.{layer}.forward", forward)

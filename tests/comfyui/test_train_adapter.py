@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 
 from .adapters import lora_layers
-from .bases import write_flux
+from .bases import write_flux, write_gguf
+from .installation import GGUF, GGUF_HOW_TO
 from .plain_bases import write_plain_base
 from .scripts import of, results_of
+from .stand_in_files import write_text_encoder
 from .train_bases import TEACHERS, write_teacher
 
 KINDS = tuple(TEACHERS)
@@ -32,6 +34,10 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         write_teacher(work, kind)
     write_plain_base(work, "wan").rename(work / "none.safetensors")
     write_flux(work / "schnell.safetensors", depth=1, single=1, guidance=False)
+    write_text_encoder(work / "text.safetensors")
+    if GGUF.is_dir():
+        write_gguf(work / "flux.safetensors", work / "flux.gguf")
+        (work / "gguf.txt").write_text(str(GGUF))
     about = {kind: dataclasses.asdict(teacher) for kind, teacher in TEACHERS.items()}
     (work / "teachers.json").write_text(json.dumps(about))
     return results_of(Path(__file__).with_name("train_inside.py"), work)
@@ -116,12 +122,31 @@ def test_a_run_can_begin_with_an_adapter(found) -> None:
     assert of(found, "runs")["warm"]["finite"]
 
 
-@pytest.mark.parametrize("kind", ["fp8", "int8"])
+def test_the_node_takes_lists_and_a_file_of_prompts(found) -> None:
+    about = of(found, "node")
+    assert about["name"] == "folder/by_node.safetensors"
+    assert about["metadata"]["gmflow.steps"] == "2"
+    assert about["metadata"]["gmflow.teacher_guidance"] == "cfg 3"
+    assert "'steps' is 9" in about["wrong"]
+    assert len(about["sizes"]) == 2
+    assert all(width >= 3 * height for width, height in about["sizes"])  # four side by side
+
+
+def test_prompts_may_hold_reference_pictures(found) -> None:
+    about = of(found, "edit")
+    assert about["far"] < 0.1
+    assert about["effect"] > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8", "gguf"])
 def test_quantised_bases_train(found, kind: str) -> None:
+    if kind == "gguf" and not GGUF.is_dir():
+        pytest.skip(f"no ComfyUI-GGUF: {GGUF_HOW_TO}")
     about = of(found, "quantised")[kind]
     assert about["names"] > 10
     assert about["tensors"] > 10
     assert about["far"] < 0.2
+    assert about["error"] < 0.01
 
 
 MESSAGES = {

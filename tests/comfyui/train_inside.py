@@ -1,9 +1,9 @@
 """Train adapters on tiny models inside ComfyUI's process, for `test_train_adapter.py`.
 
-    COMFYUI/.venv/bin/python train_inside.py COMFYUI WORK
+    COMFYUI/.venv/bin/python train_inside.py COMFYUI WORK [CASE ...]
 
 COMFYUI is its folder; WORK holds the bases, and `teachers.json` about them. Prints what it found as
-JSON.
+JSON; of all cases if none is named.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ RUN = {  # settings that differ from the node's
 ITERATIONS = {"flux": 16, "flux2": 3}  # the latter has 512 tokens of text
 
 
-def main(comfyui: str, work: str) -> None:
-    """Run all cases and print their results as JSON by name."""
+def main(comfyui: str, work: str, *names: str) -> None:
+    """Run cases and print their results as JSON by name."""
     WORK.append(Path(work).absolute())
     TEACHERS.update(json.loads((WORK[0] / "teachers.json").read_text()))
     cases = {kind: (lambda kind=kind: trained(kind)) for kind in TEACHERS}
-    run_cases(comfyui, {**cases, **CASES})
+    cases |= CASES
+    run_cases(comfyui, {name: case for name, case in cases.items() if name in (names or cases)})
 
 
 @cache
@@ -78,9 +79,11 @@ def train(kind: str, name: str, model: Any = None, **changed: Any) -> tuple[Any,
     """Train, and return the MODEL, and the tensors and the metadata of the file."""
     import comfy.utils
 
-    model, texts = model or base_of(kind), changed.pop("prompts", prompts(kind))
+    own, texts = base_of(kind), changed.pop("prompts", prompts(kind))
     given = texts, changed.pop("negative", None), changed.pop("latent", latent(kind, 4))
-    result, file = ours("train_adapter").train_adapter(model, *given, settings(**changed), name)
+    result, file = ours("train_adapter").train_adapter(
+        model or own, *given, settings(**changed), name
+    )
     path = str(WORK[0] / "loras" / file)
     return result, *comfy.utils.load_torch_file(path, return_metadata=True)
 
@@ -334,6 +337,34 @@ def kinds_of_runs() -> dict[str, Any]:
     return found
 
 
+def edit() -> dict[str, Any]:
+    """Train with a reference picture in the prompt, whose tokens are behind the image's."""
+    texts, run = prompts("qwen"), {"iterations": 4, "latent": latent("qwen", 1)}
+    generator = torch.Generator().manual_seed(7)
+    texts[0][0][1]["reference_latents"] = [torch.randn(1, 16, 1, 4, 6, generator=generator)]
+    model, *_ = train("qwen", "edit", prompts=texts, **run)
+    sigmas = torch.tensor([1.0, 0.0])
+    both = base_of("qwen"), model
+    found = [
+        sample(each, latent("qwen"), texts[0], sampler("euler"), sigmas=sigmas) for each in both
+    ]
+    other = sample(model, latent("qwen"), prompts("qwen")[0], sampler("euler"), sigmas=sigmas)
+    return {"far": far(found[1], found[0]), "effect": far(other, found[1])}
+
+
+def load_gguf() -> Any:
+    """Load FLUX.1's GGUF file by ComfyUI-GGUF's loader."""
+    import asyncio
+
+    import folder_paths
+
+    import nodes
+
+    asyncio.run(nodes.load_custom_node((WORK[0] / "gguf.txt").read_text()))
+    folder_paths.add_model_folder_path("diffusion_models", str(WORK[0]))
+    return nodes.NODE_CLASS_MAPPINGS["UnetLoaderGGUF"]().load_unet("flux.gguf")[0]
+
+
 def quantised() -> dict[str, Any]:
     """Look at gradients through quantised weights, which the LoRA leaves as they are."""
     import comfy.sd
@@ -342,16 +373,57 @@ def quantised() -> dict[str, Any]:
     fp8 = {"dtype": torch.float8_e4m3fn}
     models = {"fp8": comfy.sd.load_diffusion_model(path, model_options=fp8)}
     models["int8"] = ours("int8_files").load_8bit(path, "16 bit")
+    if (WORK[0] / "flux.gguf").is_file():
+        models["gguf"] = load_gguf()
     for name, model in models.items():
         about = Probe("flux", True, model)
         result, tensors, _ = train("flux", f"flux_{name}", model, iterations=2)
-        kind = str(model.get_model_object("diffusion_model.double_blocks.0.img_mlp.0").weight.dtype)
-        found[name] = {"names": len(about["gradient"]), "error": about["error"], "type": kind}
+        found[name] = {"names": len(about["gradient"]), "error": about["error"]}
         found[name] |= {"far": distances("flux", result)["student"], "tensors": len(tensors)}
     return found
 
 
+def node() -> dict[str, Any]:
+    """Run the node itself: lists of inputs, a file of prompts, and pictures beside the bar."""
+    import comfy.sd
+    import comfy.utils
+    import folder_paths
+    from comfy.cli_args import LatentPreviewMethod, args
+
+    import nodes
+
+    (WORK[0] / "prompts.txt").write_text("a red fox\n\n  a blue bird \n", encoding="utf-8")
+    folder_paths.set_input_directory(str(WORK[0]))
+    clip = comfy.sd.load_clip([str(WORK[0] / "text.safetensors")], clip_type=comfy.sd.CLIPType.SD3)
+    pictures: list[Any] = []
+    comfy.utils.set_progress_bar_global_hook(lambda value, most, image, **_: pictures.append(image))
+    args.preview_method = LatentPreviewMethod.Latent2RGB
+    train_node = nodes.NODE_CLASS_MAPPINGS["GMFlowTrainAdapter"]
+    lists = {
+        "model": [base_of("sd3")],
+        "latent_image": [{"samples": torch.zeros(1, 16, 8, 8)}],
+        "positive": prompts("sd3", 2),
+        "clip": [clip],
+        "prompts_file": ["prompts.txt"],
+        "teacher_guidance": ["cfg"],  # away from an empty text
+        "warm_start": ["(new)"],
+        "gradient_checkpointing": [False],
+        "save_name": ["folder/by_node"],
+    }
+    numbers = {"steps": 2, "K": 2, "teacher_scale": 3.0, "iterations": 2, "preview_every": 1}
+    try:
+        result = train_node.execute(**lists, **{name: [n] for name, n in numbers.items()})
+    finally:
+        args.preview_method = LatentPreviewMethod.NoPreviews
+        comfy.utils.set_progress_bar_global_hook(None)
+    metadata = load(result[1])[2]
+    wrong = says(lambda: train_node.execute(**{**lists, "steps": [9]}))
+    sizes = [list(picture[1].size) for picture in pictures if picture]
+    return {"name": result[1], "wrong": wrong, "sizes": sizes, "metadata": metadata}
+
+
 CASES = {
+    "node": node,
     "gradients": gradients,
     "start": start,
     "interrupted": interrupted,
@@ -359,6 +431,7 @@ CASES = {
     "refused": refused,
     "runs": kinds_of_runs,
     "quantised": quantised,
+    "edit": edit,
 }
 
 if __name__ == "__main__":

@@ -19,11 +19,11 @@ from .files.errors import MOST_SAID, FileError, is_out_of_memory, printable, quo
 from .files.labels import find_label
 from .files.safetensors_files import is_finite, write_safetensors
 from .models.image_network import ImageNetwork
-from .models.precision import PRECISIONS, chosen_precision, set_precision
+from .models.precision import chosen_precision, set_precision
 from .pictures import image_grid, to_image
+from .sample_arguments import add_sample_arguments, fill_left_out
 from .sampling.guidance import Guidance
 from .sampling.images import sample_images
-from .sampling.solvers import MEAN_SOLVERS, SOLVERS
 from .source.files import load_source
 from .terminal import at_terminal
 from .toys.checkerboard import draw_checkerboard
@@ -66,6 +66,7 @@ def sample(args: argparse.Namespace) -> None:
             f"--out {args.out} must end in .png (a picture) or .safetensors (the numbers)"
         )
     data = read_metadata(args.checkpoint)["data"]
+    fill_left_out(args, data)
     network, _ = load_checkpoint(args.checkpoint, device=args.device)
     images = isinstance(network, ImageNetwork)
     if images or args.precision != "auto":  # small networks of points gain nothing
@@ -130,6 +131,8 @@ def sample_density(
         substeps=args.substeps,
         shift=args.shift,
         seed=args.seed,
+        sigmas=args.sigmas,
+        temperature=args.temperature,
         progress=progress,
     )
     return {"points": points}, density_picture(points, outline=args.outline)
@@ -189,6 +192,8 @@ def sample_class_images(
         order=args.order,
         substeps=args.substeps,
         shift=args.shift,
+        sigmas=args.sigmas,
+        temperature=args.temperature,
         guidance=Guidance(args.guidance) if args.guidance else None,
         seeds=range(args.seed, args.seed + len(labels)),
         callback=lambda step, x, x0: progress(step + 1, args.steps),
@@ -366,7 +371,7 @@ def _parser() -> argparse.ArgumentParser:
 
     about = "sample a checkpoint: points, or images of classes"
     p = commands.add_parser("sample", parents=[common], help=about)
-    _add_sample_arguments(p)
+    add_sample_arguments(p)
     p.set_defaults(run=sample)
 
     about = "config, parameters, data and training facts of a checkpoint"
@@ -384,66 +389,3 @@ def _parser() -> argparse.ArgumentParser:
     p.set_defaults(run=convert)
     add_adapter_command(commands)
     return parser
-
-
-def _add_sample_arguments(p: argparse.ArgumentParser) -> None:
-    """Add the arguments of `gmflow sample`."""
-    p.add_argument("checkpoint", type=Path)
-    p.add_argument(
-        "--solver",
-        choices=SOLVERS,
-        default="gm-ode",
-        help=f"default gm-ode; {' and '.join(MEAN_SOLVERS)} follow only the mean",
-    )
-    p.add_argument("--steps", type=int, default=8, help="network calls (default 8)")
-    about = "order of GM-ODE and GM-SDE (default 2)"
-    p.add_argument("--order", type=int, choices=(1, 2), default=2, help=about)
-    p.add_argument(
-        "--substeps",
-        type=int,
-        help="GM-ODE's substeps per network call (default 8; 32 for 1 step), GM policy's in all "
-        "(default 128)",
-    )
-    p.add_argument(
-        "--shift",
-        type=float,
-        default=1.0,
-        help="time shift, above 1 for more steps at high noise (default 1)",
-    )
-    p.add_argument(
-        "--count",
-        type=int,
-        help="number of points (default 100000), or images of each label (default 8)",
-    )
-    p.add_argument(
-        "--labels",
-        nargs="+",
-        metavar="LABEL",
-        help="classes, by name or number (default: the first ten)",
-    )
-    p.add_argument("--unlabelled", action="store_true", help="images of no class, --count of them")
-    p.add_argument(
-        "--source", help="mixture source that the model was trained with: a file, folder or hub id"
-    )
-    p.add_argument(
-        "--guidance",
-        type=float,
-        default=0.0,
-        help="weight of probabilistic guidance, in [0, 1) (default 0)",
-    )
-    p.add_argument(
-        "--precision",
-        choices=PRECISIONS,
-        default="auto",
-        help="of the network's products: bf16 (and TF32) or fp32 (default auto: bf16 for images on "
-        "a GPU, else fp32)",
-    )
-    p.add_argument(
-        "--outline", action="store_true", help="draw the checkerboard's squares over the picture"
-    )
-    p.add_argument(
-        "--out",
-        type=Path,
-        default=Path("samples.png"),
-        help=".png or .safetensors (default samples.png)",
-    )

@@ -26,6 +26,7 @@ from .samplers import (
     GMFlowSDESampler,
     GMFlowSigmas,
 )
+from .training import GMFlowTrainAdapter
 from .views import GMFlowDensity, GMFlowPixels
 
 NODES = [
@@ -42,6 +43,7 @@ NODES = [
         GMFlowAdapter,
         GMFlowAdaptedModel,
         GMFlowAdapterInfo,
+        GMFlowTrainAdapter,
         GMFlowPiFlowSampler,
         GMFlowLoadDiffusionModel8bit,
         GMFlowSaveDiffusionModel8bit,

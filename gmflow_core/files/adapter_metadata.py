@@ -201,6 +201,7 @@ def write_adapter(
     path: str | Path,
     policy: Mapping[str, object],
     facts: AdapterFacts = AdapterFacts(),
+    further: Mapping[str, str] | None = None,
 ) -> None:
     """Write an adapter in the published layout, with the facts about it, atomically.
 
@@ -210,6 +211,7 @@ def write_adapter(
             (out, rank) of a LoRA, the layers in the names of diffusers.
         policy: `type`, one of POLICIES, and the settings of a DX policy.
         facts: its policy is that of `policy`, and may be left out.
+        further: metadata beside those, by their keys, such as `modelspec.title`.
 
     Raises:
         ValueError: a name belongs to neither, half of a pair is missing, or the policy is not that
@@ -229,7 +231,8 @@ def write_adapter(
         raise ValueError(
             f"an adapter is a head and pairs of lora_A.weight and lora_B.weight: {named}"
         )
-    metadata = {POLICY_CONFIG: json.dumps(dict(policy)), **replace(facts, policy=kind).metadata()}
+    stated = replace(facts, policy=kind).metadata()
+    metadata = {**(further or {}), POLICY_CONFIG: json.dumps(dict(policy)), **stated}
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_safetensors(plain, path, metadata)
 

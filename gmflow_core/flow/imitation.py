@@ -151,27 +151,40 @@ class PolicyFlow:
         return (x - self.mean_at(x, sigma)) / positive(sigma)
 
     def follow(self, x: Tensor, start: Tensor, end: Tensor) -> Tensor:
-        """Return x at `end` after Euler steps from `start`, both (B,), at least one.
+        """Return x at `end` after Euler steps from `start`, both (B,); see `visit`."""
+        return self.visit(x, torch.stack([start, end], 1))[0]
 
-        Each sample takes as many steps as its own way needs, and then waits for the others. On a
-        long way with gradients each step is computed again in the backward pass.
+    def visit(self, x: Tensor, times: Tensor) -> list[Tensor]:
+        """Follow the policy from x at the first of `times`; return x at each of the others.
+
+        Each sample takes as many steps as its own ways need, at least one from each time to the
+        next, and then waits for the others. Of many steps with gradients each one is computed
+        again in the backward pass.
+
+        Args:
+            x: (B, C, *S).
+            times: (B, n + 1), falling or equal.
         """
-        way, shift = start - end, self.settings.shift
-        counts = (way * self.settings.substeps - ROUNDING).ceil().clamp(min=1)
-        most = int(counts.max())
+        ways, shift = -times.diff(dim=1), self.settings.shift
+        counts = (ways * self.settings.substeps - ROUNDING).ceil().clamp(min=1)
+        ends = counts.cumsum(1)  # (B, n): number of the step that reaches each time
+        most = int(ends[:, -1].max())
         again = most > KEPT_SUBSTEPS and torch.is_grad_enabled()
-        sigma = expand_sigma(shift_time(start, shift), x)
+        sigma, found = expand_sigma(shift_time(times[:, 0], shift), x), [x] * ways.shape[1]
         for step in range(1, most + 1):
-            time = torch.where(counts > step, start - way * (step / counts), end)
+            way = (ends < step).sum(1, keepdim=True).clamp(max=ways.shape[1] - 1)  # (B, 1)
+            left = (ends.gather(1, way) - step).clamp(min=0) / counts.gather(1, way)
+            time = (times.gather(1, way + 1) + ways.gather(1, way) * left)[:, 0]
             following = expand_sigma(shift_time(time, shift), x)
             arguments = self.mean_at, x, (sigma, following)
             if again:
                 moved = checkpoint(follow_means, *arguments, use_reentrant=False)
             else:
                 moved = follow_means(*arguments)
-            x = torch.where(expand_sigma(counts, x) >= step, moved, x)
-            sigma = following
-        return x
+            x, sigma = torch.where(expand_sigma(ends[:, -1], x) >= step, moved, x), following
+            reached = zip(ends.unbind(1), found, strict=True)
+            found = [torch.where(expand_sigma(end, x) == step, x, each) for end, each in reached]
+        return found
 
     def mean_velocity(self, x: Tensor, start: Tensor, end: Tensor) -> Tensor:
         """Return the mean velocity (B, C, *S) on the way from x at `start` to `end`, both (B,).
@@ -231,23 +244,22 @@ def imitate_segment(
     sigma = shift_time(start, shift)
     policy = predict_x0(velocity, x, sigma)
     learning = PolicyFlow(policy, x, sigma, settings)
-    window = size / (size * settings.substeps).round().clamp(min=1) * settings.window
-    window = torch.minimum(window, size)
-    free = (size - window).unsqueeze(1)  # (B, 1): what the states are spread over
-    own = (uniform(states) * (1 - teacher_ratio) * free).sort(1).values
-    own = own.diff(dim=1, prepend=torch.zeros_like(free))
-    cuts = uniform(states - 1).sort(1).values
-    ends = torch.zeros_like(free), torch.ones_like(free)
-    taught = cuts.diff(dim=1, prepend=ends[0], append=ends[1]) * teacher_ratio * free
+    own, taught, window = _gaps(size, settings, uniform, teacher_ratio)
     with torch.no_grad():
         dropped = drop_components(detached(policy), settings.dropout, uniform)
         followed = PolicyFlow(dropped, x, sigma, settings)
+    places = None
+    if not teacher_ratio:  # all places lie on one way of the policy
+        times = [start.unsqueeze(1), (start.unsqueeze(1) - own.cumsum(1)).clamp(min=0)]
+        with torch.no_grad():
+            last = [(start - size).unsqueeze(1)] if reach_end else []
+            places = followed.visit(x, torch.cat([*times, *last], 1))
     time, losses = start, []
     for state in range(states):
         place = (time - own[:, state]).clamp(min=0)
         following = (place - taught[:, state]).clamp(min=0)
         with torch.no_grad():
-            x = followed.follow(x, time, place)
+            x = followed.follow(x, time, place) if places is None else places[state]
             sigma = shift_time(place, shift)
             target = teacher(x, sigma)
         average = learning.mean_velocity(x, place, following - window)
@@ -257,8 +269,27 @@ def imitate_segment(
         time = following
     if reach_end:
         with torch.no_grad():
-            x = followed.follow(x, time, start - size)
+            x = followed.follow(x, time, start - size) if places is None else places[-1]
     return torch.stack(losses).mean(0), x
+
+
+def _gaps(
+    size: Tensor, settings: ImitationSettings, uniform: Uniform, teacher_ratio: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw the lengths of the ways to each state, by the policy and by the teacher, (B, n) each.
+
+    The third result is the window's length, (B,). See `imitate_segment`.
+    """
+    states = settings.states
+    window = size / (size * settings.substeps).round().clamp(min=1) * settings.window
+    window = torch.minimum(window, size)
+    free = (size - window).unsqueeze(1)  # (B, 1): what the states are spread over
+    own = (uniform(states) * (1 - teacher_ratio) * free).sort(1).values
+    own = own.diff(dim=1, prepend=torch.zeros_like(free))
+    cuts = uniform(states - 1).sort(1).values
+    ends = torch.zeros_like(free), torch.ones_like(free)
+    taught = cuts.diff(dim=1, prepend=ends[0], append=ends[1]) * teacher_ratio * free
+    return own, taught, window
 
 
 def imitate(

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from ..flow.policy import ArcVelocity, DXVelocity
 from ..gaussians.mixture import GaussianMixture
+from .position_features import time_features
 from .state_dict import check_shapes, shapes_of
 
 EPS = 1e-6  # epsilon of the last layer norm
+TIME_FEATURES = 64  # of sigma, for heads that see no embedding
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,20 @@ class HeadLayout:
             1, or `patch` for bases such as FLUX.2, whose latents are (C patch^2, h, w), a token
             for each pixel.
         modulation_bias: the base model's last adaptive norm has a bias.
+        linear_only: the head takes the place of the base model's last linear layer alone, and sees
+            tokens that are normalised and modulated already; its standard deviation then depends
+            on sigma alone.
+        channels_last: the base model's tokens have the order (p, p, c).
+        negative: the base model's network returns the negative of its last layer's output.
     """
 
     channels: int
     patch: int = 2
     folded: int = 1
     modulation_bias: bool = True
+    linear_only: bool = False
+    channels_last: bool = False
+    negative: bool = False
 
     @property
     def width(self) -> int:
@@ -59,25 +69,44 @@ class HeadLayout:
         """Invert `unfold`."""
         return F.pixel_unshuffle(image, self.folded)
 
-    def to_image(self, tokens: Tensor, size: tuple[int, ...]) -> Tensor:
+    def count_tokens(self, size: tuple[int, ...]) -> int:
+        """Return the number of tokens of an image (*size)."""
+        *frames, height, width = size
+        rows, columns = math.ceil(height / self.patch), math.ceil(width / self.patch)
+        return math.prod(frames) * rows * columns
+
+    def to_image(self, tokens: Tensor, size: tuple[int, ...], first: int = 0) -> Tensor:
         """Arrange the values of tokens as images, (..., N, patch^2) -> (..., *size).
 
-        Drops pixels beyond an odd size, and tokens after the image's own (of reference images).
+        Drops pixels beyond an odd size, and tokens before and after the image's own (of text and
+        of reference images).
+
+        Args:
+            first: index of the image's first token.
         """
         *frames, height, width = size
         rows, columns = math.ceil(height / self.patch), math.ceil(width / self.patch)
-        lead, count = (*tokens.shape[:-2], *frames), math.prod(frames) * rows * columns
-        image = tokens[..., :count, :].reshape(*lead, rows, columns, self.patch, self.patch)
+        lead, end = (*tokens.shape[:-2], *frames), first + self.count_tokens(size)
+        image = tokens[..., first:end, :].reshape(*lead, rows, columns, self.patch, self.patch)
         image = image.transpose(-3, -2).reshape(*lead, rows * self.patch, columns * self.patch)
         return image[..., :height, :width]
 
     def to_tokens(self, values: Tensor) -> Tensor:
-        """Convert (B, C, N, patch^2) to the base model's output tokens (B, N, C patch^2)."""
-        return values.transpose(1, 2).flatten(2)
+        """Convert velocities (B, C, N, patch^2) to the base's output tokens (B, N, C patch^2)."""
+        values = values.permute(0, 2, 3, 1) if self.channels_last else values.transpose(1, 2)
+        return -values.flatten(2) if self.negative else values.flatten(2)
 
     def from_tokens(self, tokens: Tensor) -> Tensor:
         """Invert `to_tokens`."""
+        tokens = -tokens if self.negative else tokens
+        if self.channels_last:
+            return tokens.unflatten(2, (self.patch**2, self.channels)).permute(0, 3, 1, 2)
         return tokens.unflatten(2, (self.channels, self.patch**2)).transpose(1, 2)
+
+
+def sigma_features(sigma: Tensor) -> Tensor:
+    """Return features (B, TIME_FEATURES) of sigma (B,), for heads that see no embedding."""
+    return time_features(sigma, TIME_FEATURES)
 
 
 class Head(nn.Module):
@@ -88,18 +117,21 @@ class Head(nn.Module):
 
     Args:
         width: D of the transformer.
-        layout: of its tokens.
+        layout: of its tokens. With `linear_only` the base model's own norm comes before the head.
     """
 
     def __init__(self, width: int, layout: HeadLayout):
         super().__init__()
         self.width, self.layout = width, layout
-        self.norm_out = nn.ModuleDict(
-            {"linear": nn.Linear(width, 2 * width, bias=layout.modulation_bias)}
-        )
+        if not layout.linear_only:
+            self.norm_out = nn.ModuleDict(
+                {"linear": nn.Linear(width, 2 * width, bias=layout.modulation_bias)}
+            )
 
     def modulated(self, tokens: Tensor, embedding: Tensor) -> Tensor:
         """Normalise the tokens (B, N, D), then scale and shift them by the embedding (B, D)."""
+        if self.layout.linear_only:
+            return tokens
         scale, shift = _linear(self.norm_out["linear"], F.silu(embedding)).unsqueeze(1).chunk(2, -1)
         return F.layer_norm(tokens, (self.width,), eps=EPS) * (1 + scale) + shift
 
@@ -133,7 +165,7 @@ class GMHead(Head):
         self.num_gaussians = num_gaussians
         self.proj_out_means = nn.Linear(width, num_gaussians * layout.width)
         self.proj_out_logweights = nn.Linear(width, num_gaussians * layout.patch**2)
-        sizes = (width, *log_std_widths, 1)
+        sizes = (TIME_FEATURES if layout.linear_only else width, *log_std_widths, 1)
         layers = [(nn.SiLU(), nn.Linear(a, b)) for a, b in itertools.pairwise(sizes)]
         self.proj_out_logstds = nn.Sequential(*(module for pair in layers for module in pair))
 
@@ -142,7 +174,8 @@ class GMHead(Head):
 
         Args:
             tokens: (B, N, D).
-            embedding: (B, D), of time and other conditions.
+            embedding: (B, D), of time and other conditions; `sigma_features` (B, TIME_FEATURES)
+                if the layout has `linear_only`.
         """
         modulated = self.modulated(tokens, embedding)
         means = self.projected(self.proj_out_means, modulated, self.num_gaussians)
@@ -154,10 +187,16 @@ class GMHead(Head):
             means, logits.float().log_softmax(1), log_std.reshape(-1, 1, 1, 1, 1)
         )
 
-    def to_image(self, mixture: GaussianMixture, size: tuple[int, ...]) -> GaussianMixture:
-        """Convert what `forward` returned to a mixture of images (B, K, C, *size)."""
-        means = self.layout.to_image(mixture.means, size)
-        log_weights = self.layout.to_image(mixture.log_weights, size)
+    def to_image(
+        self, mixture: GaussianMixture, size: tuple[int, ...], first: int = 0
+    ) -> GaussianMixture:
+        """Convert what `forward` returned to a mixture of images (B, K, C, *size).
+
+        Args:
+            first: index of the image's first token.
+        """
+        means = self.layout.to_image(mixture.means, size, first)
+        log_weights = self.layout.to_image(mixture.log_weights, size, first)
         log_std = mixture.log_std.reshape(-1, 1, 1, *[1] * len(size))
         return GaussianMixture(means, log_weights, log_std)
 
@@ -184,10 +223,10 @@ class ArcHead(Head):
         rates = self.projected(self.proj_out_loggamma, modulated, count - 1)
         return ArcVelocity(velocities, logits.float().log_softmax(1), rates)
 
-    def to_image(self, velocity: ArcVelocity, size: tuple[int, ...]) -> ArcVelocity:
-        """Convert what `forward` returned to images (B, K, C, *size)."""
+    def to_image(self, velocity: ArcVelocity, size: tuple[int, ...], first: int = 0) -> ArcVelocity:
+        """Convert what `forward` returned to images (B, K, C, *size); see `GMHead.to_image`."""
         parts = velocity.velocities, velocity.log_weights, velocity.rates
-        return ArcVelocity(*(self.layout.to_image(part, size) for part in parts))
+        return ArcVelocity(*(self.layout.to_image(part, size, first) for part in parts))
 
 
 class DXHead(Head):
@@ -209,9 +248,9 @@ class DXHead(Head):
         velocities = self.projected(self.proj_out, modulated, self.num_times)
         return DXVelocity(velocities, **self.settings)
 
-    def to_image(self, velocity: DXVelocity, size: tuple[int, ...]) -> DXVelocity:
-        """Convert what `forward` returned to images (B, N, C, *size)."""
-        return DXVelocity(self.layout.to_image(velocity.velocities, size), **self.settings)
+    def to_image(self, velocity: DXVelocity, size: tuple[int, ...], first: int = 0) -> DXVelocity:
+        """Convert what `forward` returned to images (B, N, C, *size); see `GMHead.to_image`."""
+        return DXVelocity(self.layout.to_image(velocity.velocities, size, first), **self.settings)
 
 
 HEAD_NAMES = (  # prefixes of the heads' tensors in an adapter

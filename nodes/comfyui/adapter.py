@@ -59,7 +59,7 @@ def with_adapter(
     policy = policy_of(metadata, head_tensors, name)
     facts = made_for(metadata, policy, name)
     check_base(facts, base, name)
-    width = getattr(model.model.diffusion_model, base.width)
+    width = base.width_of(model.model.diffusion_model)
     try:
         head = build_head(head_tensors, policy, base.layout, width)
     except ValueError as error:

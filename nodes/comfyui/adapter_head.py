@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import comfy.model_patcher
 from comfy.patcher_extension import WrappersMP
-from torch import Tensor
+from torch import Tensor, nn
 
-from ...gmflow_core.models.adapter_heads import Head
+from ...gmflow_core.flow.policy import PolicyVelocity
+from ...gmflow_core.gaussians.mixture import GaussianMixture
+from ...gmflow_core.models.adapter_heads import Head, sigma_features
 from .adapter_checks import check_settings
 from .adapter_info import ADAPTER, Adapter, refuse_to_save
+from .bases import Base
 from .guard import guarded
-from .recording import RECORDER, add_recording, offer
+from .recording import RECORDER, Call, add_recording, offer, sigma_of_call
 from .time_shift import ShiftedFlow
 from .unloading import keep_loadable
 
@@ -29,14 +33,22 @@ class HeadForward:
     def __init__(self, head: Head):
         self.head = head
 
-    def __call__(self, tokens: Tensor, embedding: Tensor, modulation_dims: object = None) -> Tensor:
+    def __call__(
+        self, tokens: Tensor, embedding: Tensor | None = None, modulation_dims: object = None
+    ) -> Tensor:
         """Return mean velocity tokens (B, N, C p^2), in float32.
 
         Args:
             tokens: (B, N, D), those of reference pictures behind the image's.
             embedding: (B, D), or (B, M, D) if the tokens of reference pictures have an embedding
-                of their own; the first is the image's. The base model drops the other tokens.
+                of their own; the first is the image's. The base model drops the other tokens. The
+                last linear layer alone gets none: its head is told sigma.
         """
+        if embedding is None:
+            sigma = sigma_of_call()
+            if sigma is None:  # nothing but the mean is wanted, which does not depend on it
+                sigma = tokens.new_zeros(1)
+            embedding = sigma_features(sigma).to(tokens)
         prediction = self.head(tokens, embedding if embedding.ndim == 2 else embedding[:, 0])
         offer(prediction)
         return self.head.layout.to_tokens(prediction.mean())
@@ -56,6 +68,23 @@ def pass_on(tokens: Tensor) -> Tensor:
     return tokens
 
 
+def finishing(head: Head, base: Base, network: nn.Module) -> Callable[[Any, Call], PolicyVelocity]:
+    """Return a function that converts what a head has offered to the solver's shape."""
+
+    def finish(prediction: Any, call: Call) -> PolicyVelocity:
+        size, tokens = base.layout.image_size(call.shape), tokens_of(prediction)
+        own = base.layout.count_tokens(size)
+        return head.to_image(prediction, size, base.first_token(tokens, own, call.text, network))
+
+    return finish
+
+
+def tokens_of(prediction: Any) -> int:
+    """Return the number of tokens N of what a head has offered."""
+    means = prediction.means if isinstance(prediction, GaussianMixture) else prediction.velocities
+    return means.shape[-2]
+
+
 def with_head(
     model: comfy.model_patcher.ModelPatcher, head: Head, adapter: Adapter, sampling: ShiftedFlow
 ) -> comfy.model_patcher.ModelPatcher:
@@ -64,10 +93,7 @@ def with_head(
     for name in layers:
         forward = HeadForward(head) if name == layers[0] else pass_on
         model.add_object_patch(f"diffusion_model.{name}.forward", forward)
-    layout = adapter.base.layout
-    add_recording(
-        model, lambda prediction, shape: head.to_image(prediction, layout.image_size(shape))
-    )
+    add_recording(model, finishing(head, adapter.base, model.model.diffusion_model))
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, RECORDER, check_settings)
     model.model_options["transformer_options"][ADAPTER] = adapter
     model.add_object_patch("model_sampling", sampling)

@@ -10,7 +10,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ...gmflow_core.files.errors import make_printable, printable
-from .input_checks import check_inputs
+from .input_checks import check_inputs, check_lists
 from .notices import clear
 
 DOORS = ("execute", "fingerprint_inputs", "validate_inputs")  # methods that ComfyUI calls
@@ -81,7 +81,8 @@ def _door(node: type[io.ComfyNode], function: Callable, complete: bool) -> Calla
         inputs = {**dict(zip(names, args, strict=False)), **inputs}
         known = {*named, *_inputs_of(node)}  # ComfyUI hands on links to any other name too
         inputs = {name: value for name, value in inputs.items() if name in known}
-        return function(cls, **check_inputs(_inputs_of(node), inputs, chosen, complete))
+        check = check_lists if _takes_lists(node) else check_inputs
+        return function(cls, **check(_inputs_of(node), inputs, chosen, complete))
 
     return call
 
@@ -106,6 +107,12 @@ def own_choices(node: type[io.ComfyNode]) -> set[str]:
     """Return the inputs that the node validates itself, such as the names of files."""
     function = vars(node).get("validate_inputs")
     return set(inspect.signature(function.__func__).parameters) if function else set()
+
+
+@functools.cache
+def _takes_lists(node: type[io.ComfyNode]) -> bool:
+    """Return whether ComfyUI hands a node every input as a list."""
+    return bool(getattr(node.define_schema(), "is_input_list", False))
 
 
 @functools.cache

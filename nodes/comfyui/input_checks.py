@@ -56,6 +56,20 @@ def check_inputs(
     return checked
 
 
+def check_lists(
+    schema: dict[str, io.Input], values: dict[str, Any], chosen: set[str], complete: bool = True
+) -> dict[str, Any]:
+    """Return the inputs of a node that takes all of them as lists; see `check_inputs`."""
+    checked = {}
+    for name, value in values.items():
+        found = value if isinstance(value, list) else [value]
+        each = [check_inputs(schema, {name: one}, chosen, complete) for one in found]
+        kept = [one[name] for one in each if name in one]
+        if kept:
+            checked[name] = kept
+    return checked
+
+
 def _is_nothing(kind: io.Input, value: Any) -> bool:
     """Return whether a value is that of an input that nothing is connected to."""
     empty = kind.io_type == "CONDITIONING" and isinstance(value, (list, tuple)) and not value

@@ -33,6 +33,15 @@ def notice(message: str, level: int = logging.WARNING) -> None:
     _show(node, messages)
 
 
+def progress(message: str, former: str = "") -> str:
+    """Show a message on the node that runs in the place of a former one, and return it."""
+    message, (node, messages) = printable(message), _of_running_node()
+    messages.pop(former, None)
+    messages[message] = "info"
+    _show(node, messages)
+    return message
+
+
 def clear() -> None:
     """Remove from the node that runs what it said in an earlier prompt."""
     node, messages = _of_running_node()

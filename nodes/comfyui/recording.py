@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_patcher
@@ -25,6 +26,21 @@ from .sampling_run import watched
 
 RECORDER = "gmflow_mixture_recorder"  # key in transformer_options, and of our wrappers
 OURS = (RECORDER, ADAPTER)  # our keys in transformer_options
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a network, in which a recorder waits.
+
+    Args:
+        shape: of the latents, (B, C, *S).
+        sigma: (B,).
+        text: tokens of the conditioning; 0 without one.
+    """
+
+    shape: torch.Size
+    sigma: Tensor
+    text: int = 0
 
 
 class MixtureRecorder:
@@ -58,7 +74,8 @@ class MixtureRecorder:
 
 
 # Thread-local rather than an argument, as networks compiled by torch.compile are not traced again
-# when transformer options change. `predictions` is a list while a recorder waits in this thread.
+# when transformer options change. `predictions` is a list while a recorder waits in this thread,
+# and `call` what it waits in.
 _waiting = threading.local()
 
 
@@ -73,19 +90,24 @@ def offer(prediction: object) -> None:
         _waiting.predictions.append(prediction)
 
 
-def unchanged(prediction: Any, latent_shape: torch.Size) -> PolicyVelocity:
+def sigma_of_call() -> Tensor | None:
+    """Return sigma (B,) of the call in which a recorder waits in this thread; None if none does."""
+    return _waiting.call.sigma if is_awaited() else None
+
+
+def unchanged(prediction: Any, call: Call) -> PolicyVelocity:
     """Return a prediction that is in the solver's shape already."""
     return prediction
 
 
 def add_recording(
     model: comfy.model_patcher.ModelPatcher,
-    finish: Callable[[Any, torch.Size], PolicyVelocity] = unchanged,
+    finish: Callable[[Any, Call], PolicyVelocity] = unchanged,
 ) -> None:
     """Let recorders get what the model's network offers.
 
     Args:
-        finish: converts a prediction, given the latents' shape, to the solver's shape.
+        finish: converts a prediction to the solver's shape.
     """
 
     def apply_model_recorded(
@@ -103,12 +125,14 @@ def add_recording(
         recorder = options.get(RECORDER)
         inner = _without_ours(options)
         _waiting.predictions = predictions = None if recorder is None else []
+        text = c_crossattn.shape[1] if getattr(c_crossattn, "ndim", 0) > 1 else 0
+        _waiting.call = call = Call(x.shape, t, text)
         try:
             result = executor(x, t, c_concat, c_crossattn, control, inner, **kwargs)
         finally:
             _waiting.predictions = None
         if predictions:
-            recorder.record(finish(predictions[0], x.shape), t, options)
+            recorder.record(finish(predictions[0], call), t, options)
         return result
 
     model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, RECORDER, guarded(apply_model_recorded))

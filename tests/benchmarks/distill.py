@@ -5,15 +5,16 @@
 
 Each student is trained by training.distill with the shipped model as its teacher, in a folder of
 its own below --work, so that a second start goes on where the first one stopped; figures go to
-docs/results/distill_digits.csv and distill_board.csv after every student. The budget is counted in
-calls of the student with 64 samples (points: 4,096), whatever its steps. The teacher's own rows
-need no ComfyUI; stock samplers at equal calls are in any_flow_digits.csv, from the same noise.
+docs/results/distill_digits.csv and distill_board.csv after every student. An iteration has 64
+samples (points: 4,096). The teacher's own rows need no ComfyUI; stock samplers at equal calls are
+in any_flow_digits.csv, from the same noise.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
 from pathlib import Path
 from shlex import split
 from typing import Any
@@ -30,34 +31,33 @@ from training.distill import main as train
 
 from .any_flow import COUNT, RESULTS, Digits
 
-BUDGET = 400  # calls of the student
+ITERATIONS = 200
 SUBSTEPS = 32
 POINTS = 200_000
-GUIDANCES = {"": "", "probabilistic": "--guidance 0.2", "cfg": "--guidance 2 --guidance-kind cfg"}
+GUIDANCES = {
+    "none": "",
+    "probabilistic": "--guidance 0.2",
+    "cfg": "--guidance 2 --guidance-kind cfg",
+}
+KIND = ("steps", "policy", "k", "iterations", "guidance")  # what students differ in, beside seeds
 Row = dict[str, Any]
 
 
 def settings(part: str) -> list[Row]:
     """Return the students of a part, without their seeds."""
+
+    def student(steps: int, policy: str = "gm", k: int = 8, guidance: str = "none", **more) -> Row:
+        kind = {"steps": steps, "policy": policy, "k": k, "guidance": guidance}
+        return {**kind, "iterations": ITERATIONS, **more}
+
     if part == "k":  # kinds and sizes of policies
-        policies = [("gm", 8), ("dx", 8), ("gm", 1), ("gm", 4), ("gm", 2)]
-        return [
-            {"steps": steps, "policy": policy, "k": k, "budget": BUDGET}
-            for steps in (1, 2, 4)
-            for policy, k in policies
-        ]
+        policies = (("gm", 8), ("dx", 8), ("gm", 1), ("gm", 4), ("gm", 2))
+        few = [student(steps, *policy) for steps in (1, 2) for policy in policies]
+        return [*few, *(student(4, *policy) for policy in policies[:2])]
     if part == "guided":
-        return [
-            {"steps": steps, "policy": "gm", "k": 8, "budget": BUDGET, "guidance": kind}
-            for steps in (1, 2, 4)
-            for kind in ("probabilistic", "cfg")
-        ]
-    budgets = (100, 1600, 6000)
-    return [
-        {"steps": steps, "policy": "gm", "k": 8, "budget": budget}
-        for budget in budgets
-        for steps in (1, 2)
-    ]
+        kinds = ("probabilistic", "cfg")
+        return [student(steps, guidance=kind) for steps in (1, 2, 4) for kind in kinds]
+    return [student(steps, iterations=count) for count in (50, 1000, 6000) for steps in (1, 2)]
 
 
 def trained(work: Path, row: Row, seed: int, teacher: str, batch: int) -> nn.Module:
@@ -65,11 +65,11 @@ def trained(work: Path, row: Row, seed: int, teacher: str, batch: int) -> nn.Mod
     words = [teacher, *(f"{name}{value}" for name, value in row.items()), f"seed{seed}"]
     out = work / "_".join(words)
     if not (out / "weights.safetensors").is_file():
-        iterations = max(1, row["budget"] // row["steps"])
+        iterations = row["iterations"]
         more = f"--steps {row['steps']} --policy {row['policy']} -k {row['k']} --seed {seed}"
-        more += f" --batch-size {batch} --iterations {iterations} --device cpu"
+        more += f" --warmup 20 --batch-size {batch} --iterations {iterations} --device cpu"
         more += f" --substeps {SUBSTEPS} --picture-every {iterations} --checkpoint-every 100 "
-        more += GUIDANCES[row.get("guidance", "")]
+        more += GUIDANCES[row.get("guidance", "none")]
         places = ["--teacher", str(SHIPPED / f"{teacher}.safetensors"), "--out", str(out)]
         train([*places, *split(more)])
     return load_checkpoint(out / "weights.safetensors")[0]
@@ -95,7 +95,7 @@ def teacher_rows(data: Digits) -> list[Row]:
     network, _ = load_checkpoint(SHIPPED / "digits_k8.safetensors")
     floor = data.score((data.test[0][:COUNT].float() / 127.5) - 1)
     rows = [{"model": "held-out images", **floor}]
-    guided = {"": None, "probabilistic": Guidance(0.2), "cfg": Guidance(2.0, "cfg")}
+    guided = {"none": None, "probabilistic": Guidance(0.2), "cfg": Guidance(2.0, "cfg")}
     for kind, guidance in guided.items():
         for solver, calls in (("euler", 32), ("gm-ode", 1), ("gm-ode", 2), ("gm-ode", 4)):
             x = sampled(network, data, guidance, solver=solver, sigmas=flow_sigmas(calls))
@@ -113,14 +113,17 @@ def student_row(network: nn.Module, data: Digits, row: Row, seed: int) -> Row:
 
 def digits(work: Path, parts: list[str], seeds: list[int]) -> None:
     """Measure students of the digits: docs/results/distill_digits.csv."""
-    data = Digits(work)
-    rows = teacher_rows(data)
+    data, known = Digits(work), work / "teacher_rows.json"
+    if not known.is_file():  # they take minutes
+        known.write_text(json.dumps(teacher_rows(data)))
+    rows = json.loads(known.read_text())
     for seed in seeds:
         for part in parts:
             for row in settings(part):
                 network = trained(work / "students", row, seed, "digits_k8", 64)
                 rows.append(student_row(network, data, row, seed))
-                write(rows, RESULTS / "distill_digits.csv")
+                means = means_of(rows, "frechet_distance")
+                write([*rows, *means], RESULTS / "distill_digits.csv")
 
 
 @torch.inference_mode()
@@ -135,14 +138,35 @@ def board(work: Path, seeds: list[int]) -> None:
         rows.append({**about, "total_variation": total_variation(points)})
     for seed in seeds:
         for policy, k in (("gm", 64), ("dx", 10), ("gm", 8)):
-            row = {"steps": 1, "policy": policy, "k": k, "budget": 2 * BUDGET}
+            row = {"steps": 1, "policy": policy, "k": k, "iterations": 4 * ITERATIONS}
             with torch.inference_mode(False), torch.enable_grad():
                 network = trained(work / "students", row, seed, "checkerboard_k64", 4096)
             how = {"solver": "gm-policy", "substeps": SUBSTEPS, "temperature": 1.0}
             points = sample_points(network, POINTS, steps=1, **how)
             found = {"total_variation": total_variation(points)}
             rows.append({"model": "student", **row, "seed": seed, **found})
-            write(rows, RESULTS / "distill_board.csv")
+            write([*rows, *means_of(rows, "total_variation")], RESULTS / "distill_board.csv")
+
+
+def means_of(rows: list[Row], figure: str) -> list[Row]:
+    """Return a row for each kind of student: the mean of a figure over seeds, lowest, highest."""
+    kinds: dict[tuple, list[float]] = {}
+    for row in rows:
+        if row["model"] == "student":
+            kind = tuple((key, row[key]) for key in KIND if key in row)
+            kinds.setdefault(kind, []).append(row[figure])
+    return [
+        {
+            "model": "student",
+            **dict(kind),
+            "seed": "mean",
+            "seeds": len(found),
+            figure: sum(found) / len(found),
+            "low": min(found),
+            "high": max(found),
+        }
+        for kind, found in kinds.items()
+    ]
 
 
 def write(rows: list[Row], path: Path) -> None:

@@ -89,6 +89,7 @@ EXAMPLES = {
         {"choice": "from the list", "modes": "3, 7, 20, 41"},
     ),
     "GMFlowSpread": Example("GMFlowSpread", "GMFlowSampler", [(0, "model")], {"spread": 0.7}),
+    "GMFlowTrainAdapter": Example("GMFlowTrainAdapter", "GMFlowSampler", [(0, "model")]),
     "GMFlowUnconditional": Example(
         "GMFlowUnconditional", "KSampler", [(0, "positive"), (0, "negative")], {"cfg": 1.0}
     ),
@@ -96,16 +97,16 @@ EXAMPLES = {
 
 DRAW = """
 ({left, right, links, settings, subject}) => {
-    const {app, LiteGraph} = window;
+    const {app, LiteGraph} = window, START = 200, TALLEST = 520;
     app.graph.clear();
     const nodes = [left, right].map((type) => LiteGraph.createNode(type));
-    let y = 200;
+    let y = START;
     for (const node of nodes) {
         node.id = window.helpNodes = (window.helpNodes ?? 1000) + 1;  // values are kept by id
         app.graph.add(node);
         const whole = node.type === subject;
         if (!whole) node.collapse();
-        node.pos = [whole ? 200 : 260, y];
+        node.pos = [whole ? START : START + 60, y];
         y += (whole ? node.size[1] : 0) + 80;
         for (const widget of node.widgets ?? [])
             if (widget.name in settings) widget.value = settings[widget.name];
@@ -113,8 +114,9 @@ DRAW = """
     for (const [output, input] of links)
         nodes[0].connect(output, nodes[1], nodes[1].findInputSlot(input));
     app.canvas.deselectAll();
-    app.canvas.ds.scale = 1;
-    app.canvas.ds.offset = [-50, -50];
+    const scale = Math.min(1, TALLEST / (y - START));  // what is out of sight is not drawn
+    app.canvas.ds.scale = scale;
+    app.canvas.ds.offset = [150 / scale - START, 150 / scale - START];
     app.canvas.setDirty(true, true);
     return null;
 }
@@ -123,11 +125,12 @@ BOX = """
 () => {
     const [a, b] = window.app.graph.nodes.map((node) => node.getBounding());
     const canvas = document.querySelector('#graph-canvas').getBoundingClientRect();
-    const [dx, dy] = window.app.canvas.ds.offset;
+    const {scale, offset: [dx, dy]} = window.app.canvas.ds;
     const left = Math.min(a[0], b[0]), top = Math.min(a[1], b[1]);
     const right = Math.max(a[0] + a[2], b[0] + b[2]), bottom = Math.max(a[1] + a[3], b[1] + b[3]);
-    return {x: canvas.left + left + dx - 16, y: canvas.top + top + dy - 32,  // below a badge
-            width: right - left + 32, height: bottom - top + 48};
+    return {x: canvas.left + scale * (left + dx) - 16,
+            y: canvas.top + scale * (top + dy) - 32,  // below a badge
+            width: scale * (right - left) + 32, height: scale * (bottom - top) + 48};
 }
 """
 

@@ -117,7 +117,7 @@ def test_extension_loads(comfy: Comfy) -> None:
         for name, node in comfy.object_info().items()
         if node["category"].startswith("GMFlow")
     }
-    assert len(nodes) == 26
+    assert len(nodes) == 27
     for name, node in nodes.items():
         assert node["description"], name
         for group in ("required", "optional"):
@@ -159,6 +159,8 @@ def test_workflows_run_headless(comfy: Comfy, path: Path) -> None:
             about["inputs"] |= {"width": 256, "height": 256}
         elif about["class_type"] == "GMFlowSeedSpread":
             about["inputs"]["seeds"] = 2
+        elif about["class_type"] == "GMFlowTrainAdapter":
+            about["inputs"] |= {"iterations": 2, "preview_every": 1, "rank": 4}
         elif about["class_type"] in ("ImageScale", "SolidMask", "MaskComposite"):
             sizes = {"width", "height", "x", "y"} & set(about["inputs"])
             about["inputs"] |= {name: about["inputs"][name] // 4 for name in sizes}

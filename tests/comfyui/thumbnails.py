@@ -28,7 +28,7 @@ STEPS = 4
 
 # the number of a workflow without downloads -> its output nodes, each with a caption
 RESULTS = {
-    "01": {"5": "GM Sampler, 4 steps"},
+    "01": {"5": "one step"},
     "02": {"5": "GM Sampler", "9": "KSampler, 4 steps"},
     "03": {"5": "cfg 4", "16": "probabilistic"},
     "04": {"13": "the noise", "9": "4 steps later"},
@@ -52,6 +52,7 @@ DIAGRAMS = {
     "19": ("ImageNet", "1000 classes, GM-DiT", "4 GB card", 32),
     "20": ("FLUX.1 dev", "mixture inspector", "16 GB card", STEPS),
     "21": ("Any model", "no adapter; here Qwen-Image", "24 GB card", 8),
+    "22": ("Your model", "trained here, from prompts", "24 GB card", STEPS),
 }
 
 

@@ -28,8 +28,10 @@ LAYERS = {
     "toys": ("gaussians", "flow", "sampling", "pictures"),
     "terminal": ("files",),
     "adapter_command": ("files",),
+    "sample_arguments": ("flow", "models", "sampling"),
     "cli": (
         "adapter_command",
+        "sample_arguments",
         "gaussians",
         "flow",
         "source",

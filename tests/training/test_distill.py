@@ -191,6 +191,17 @@ def test_resumes_to_the_same_losses(tmp_path):
         new_trainer(teacher, tmp_path / "out", 20, "--steps", "2")
 
 
+def test_a_run_that_diverges_ends_with_its_last_good_state(tmp_path):
+    more = ["--log-every", "10", "--checkpoint-every", "10", "--warmup", "0"]
+    teacher = teacher_file(tmp_path)
+    DistillTrainer(parse([*arguments(teacher, tmp_path / "out", 10), *more])).run()
+    trainer = DistillTrainer(parse([*arguments(teacher, tmp_path / "out", 60), *more]))
+    trainer.lowest = 1e-3  # as if it had come down to that
+    with pytest.raises(FloatingPointError, match=r"grown from 0\.001 .* holds the last good state"):
+        trainer.run()
+    assert read_metadata(trainer.path)["training"]["step"] == 10
+
+
 TWO_PROCESSES = """
 import json, sys
 from training.distill import parse

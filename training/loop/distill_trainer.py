@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -37,6 +38,7 @@ from training.loop.trainer import Trainer
 
 FEW_STEPS = "few_steps"  # entry of a student's data record
 PICTURE_COLUMNS = 10
+GROWTH = 10.0  # of the mean loss over its lowest, from which on a run counts as diverging
 
 
 class DistillTrainer(Trainer):
@@ -89,6 +91,7 @@ class DistillTrainer(Trainer):
         self.batches: Iterator | None = None
         self.samples = StudentSamples(config, self.teacher, self.num_labels, self.source)
         self.figures: dict[str, float] = {}  # of the last picture
+        self.lowest = math.inf  # mean loss of a log, since this start
         self.vae: Any = None
         if config.vae is not None and acc.is_main_process:
             self.vae = load_vae(config.vae, acc.device)
@@ -301,6 +304,25 @@ class DistillTrainer(Trainer):
         return x, start.clamp(min=MIN_TIME), size, part[1]
 
     # What comes out
+
+    def log(self, curves: Curves | None, means: dict[str, float]) -> None:
+        """Add a point to the curves, and end a run that diverges before its state is saved.
+
+        Raises:
+            FloatingPointError: the mean loss is GROWTH times its lowest.
+        """
+        super().log(curves, means)
+        loss, self.lowest = means["loss"], min(self.lowest, means["loss"])
+        if loss > GROWTH * self.lowest:
+            saved = (
+                f"{self.path} holds the last good state"
+                if self.path.exists()
+                else ("nothing is saved yet")
+            )
+            raise FloatingPointError(
+                f"the loss has grown from {self.lowest:.3g} to {loss:.3g} before iteration "
+                f"{self.step}; {saved}: lower --lr, in another --out"
+            )
 
     def add_picture(self, curves: Curves | None, last: bool) -> None:
         """Draw a picture of samples if one is due, and log the student's figures with it."""

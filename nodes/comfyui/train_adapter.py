@@ -1,0 +1,299 @@
+"""Train a few-step GM adapter for a MODEL, by imitation of the MODEL itself."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import comfy.sample
+import comfy.samplers
+import folder_paths
+import torch
+from torch import Tensor
+
+from ...gmflow_core.files.adapter_file import lora_pairs, policy_of, split_tensors
+from ...gmflow_core.files.adapter_metadata import AdapterFacts
+from ...gmflow_core.files.errors import quoted
+from ...gmflow_core.models.adapter_heads import Head, build_head
+from .adapter import with_adapter
+from .adapter_file import read_adapter
+from .adapter_folder import find_adapter
+from .adapter_info import adapter_of
+from .bases import Base, base_names, find_base
+from .gm_model import GMModel
+from .latent_check import check_latent
+from .model_folders import LORAS
+from .notices import notice, progress
+from .plain_model import spread_in_words
+from .probabilistic_cfg import has_probabilistic_guidance
+from .solver_choice import no_effect
+from .time_shift import check_flow
+from .train_file import (
+    adapter_path,
+    facts_of,
+    fingerprint_of,
+    further_metadata,
+    hash_of,
+    write_trained,
+)
+from .train_lora import Pair, new_pairs, places_of, targets
+from .train_network import learning
+from .train_preview import preview
+from .train_prompts import Conditioning, check_whole, distilled_guidance
+from .train_run import NEGATIVE, Training, prompt_key
+from .train_settings import CFG, DX, NONE, POLICIES, PROBABILISTIC, TrainSettings
+from .train_state import restorer, state_path, write_state
+from .train_student import HeadKind, Student
+
+WHOLE_16_BIT = (torch.bfloat16, torch.float16)
+
+
+def train_adapter(
+    model,
+    prompts: list[Conditioning],
+    negative: Conditioning | None,
+    latent: Tensor,
+    run: TrainSettings,
+    save_name: str,
+) -> tuple[Any, str]:
+    """Train an adapter, write its file, and return the MODEL with it, and the file's name.
+
+    Args:
+        model: the teacher, a MODEL.
+        prompts: a conditioning of one pair each.
+        negative: for the teacher's guidance; None if it has none.
+        latent: (B, C, *S), whose shape alone matters: B pictures an iteration.
+
+    Raises:
+        ValueError: something does not fit; the message says what, before anything long is done.
+        WriteError: a file cannot be written.
+    """
+    base = check_model(model)
+    path = adapter_path(save_name)
+    latent = comfy.sample.fix_empty_latent_channels(model, latent)
+    check_size(model, base, latent)
+    check_guidance(model, run, negative)
+    guidance = distilled_guidance(base, model, prompts)
+    about = {
+        **run.fixed(),
+        "base": base.name,
+        "size": list(latent.shape),
+        "teacher": fingerprint_of(model),
+        "prompts": hash_of([*prompts, *([negative] if negative else [])]),
+    }
+    restore = restorer(state_path(path), about)
+    if restore is None and path.exists():
+        raise ValueError(
+            f"save_name {quoted(save_name)}: {path} exists already, and was not made by an "
+            "unfinished run of this node; choose another name"
+        )
+    facts = facts_of(run, base, guidance)
+    with torch.inference_mode(False):
+        training = make_training(model, base, run, facts, path, about, latent.shape, len(prompts))
+        training.restore = restore
+        _sample(training, prompts, negative, latent.shape)
+    report_end(training, path)
+    tensors, metadata = read_adapter(str(path))
+    return with_adapter(model, tensors, metadata, name=path.name), _listed_name(path)
+
+
+def check_model(model) -> Base:
+    """Return the entry of BASES for a MODEL that can be a teacher.
+
+    Raises:
+        ValueError: it cannot be one.
+    """
+    present = adapter_of(model.model_options)
+    if present is not None:
+        raise ValueError(
+            f"this model has a GM adapter on it ({present.name}), and is few-step already; connect "
+            "the model from before it (and name the adapter in warm_start to begin with it)"
+        )
+    if isinstance(model.model, GMModel):
+        raise ValueError(
+            "this model predicts a mixture by itself and needs no adapter; make a student of it "
+            "with python -m training.distill"
+        )
+    base = find_base(model)
+    if base is None or base.trained is None:
+        raise ValueError(
+            f"no adapter can be trained for this model, a {type(model.model).__name__}: it is none "
+            f"of {base_names()}. A further base is an entry in nodes/comfyui/bases.py: the name of "
+            "its last linear layer, the order of the values in a token, where the image's tokens "
+            "begin, and the sign of the output"
+        )
+    config = model.model.model_config.unet_config
+    if base.name == "FLUX.1" and not config.get("guidance_embed", True):
+        raise ValueError(
+            "this FLUX.1 model has no guidance embedding: it is schnell, or made from it, which is "
+            "a few-step model already and no teacher; use FLUX.1 dev"
+        )
+    if has_probabilistic_guidance(model):
+        raise ValueError(
+            "the model comes through GM Probabilistic Guidance, which would guide the student too; "
+            f"connect the model from before it, and set teacher_guidance to {PROBABILISTIC}"
+        )
+    check_flow(model.get_model_object("model_sampling"))
+    return base
+
+
+def check_size(model, base: Base, latent: Tensor) -> None:
+    """Check that the base takes latents of a shape.
+
+    Raises:
+        ValueError: it does not.
+    """
+    check_latent(model, latent)
+    height, width = (side * base.layout.folded for side in latent.shape[-2:])
+    patch = base.layout.patch
+    if height % patch or width % patch or (latent.ndim == 5 and latent.shape[2] != 1):
+        raise ValueError(
+            f"the latent does not fit: it has the shape {tuple(latent.shape)}, and {base.name} is "
+            f"trained on single pictures whose latents have sides that are multiples of {patch}; "
+            "connect an empty latent such as 512 x 512"
+        )
+
+
+def check_guidance(model, run: TrainSettings, negative: Conditioning | None) -> None:
+    """Check the guidance of the teacher.
+
+    Raises:
+        ValueError: its scale is out of range, or the negative conditioning is missing.
+    """
+    if run.guidance == NONE:
+        if negative is not None:
+            no_effect("negative", f"teacher_guidance is {NONE}")
+        return
+    if negative is None:
+        raise ValueError(
+            f"teacher_guidance {run.guidance} needs a negative conditioning: connect negative, or "
+            "connect clip, whose empty text then counts"
+        )
+    check_whole(negative, NEGATIVE)
+    if run.guidance == PROBABILISTIC:
+        if not 0 <= run.scale < 1:
+            raise ValueError(
+                f"teacher_scale is {run.scale:g}; as the weight of probabilistic guidance it has "
+                "to be at least 0 and below 1, such as 0.1"
+            )
+        notice(f"the teacher counts as {spread_in_words(model.model_options)}", logging.INFO)
+
+
+def make_training(
+    model,
+    base: Base,
+    run: TrainSettings,
+    facts: AdapterFacts,
+    path: Path,
+    about: dict[str, Any],
+    shape: torch.Size,
+    prompts: int,
+) -> Training:
+    """Return a training that writes its files to `path`, and beside it."""
+    with learning():
+        head, places, pairs, kind = beginning(model, base, run)
+        student = Student(model, base, places, pairs, run.checkpointing)
+    dtype = model.model_dtype()
+    dtype = dtype if dtype in WHOLE_16_BIT or dtype == torch.float32 else torch.bfloat16
+    pixels = 8 * shape[-1] * base.layout.folded, 8 * shape[-2] * base.layout.folded
+    size = "x".join(map(str, pixels))
+    shown: list[str] = [""]
+
+    def save(training: Training) -> None:
+        if not training.iteration:
+            return
+        more = further_metadata(run, base, path.stem, about, training.iteration, size)
+        write_trained(training.result(), path, run, facts, dtype, more)
+        if not training.stopped:
+            write_state(training, about, state_path(path))
+
+    def report(training: Training, loss: float) -> None:
+        recent = training.losses[-20:]
+        text = f"{training.iteration} of {run.iterations} iterations, loss"
+        shown[0] = progress(f"{text} {sum(recent) / len(recent):.4g}", shown[0])
+
+    def picture(training: Training, calls) -> Any:
+        return preview(training, calls, base.layout.unfold(torch.empty(1, *shape[1:])).shape)
+
+    return Training(student, run, kind, prompts, save, report, picture, head)
+
+
+def beginning(
+    model, base: Base, run: TrainSettings
+) -> tuple[Head | None, dict, dict[str, Pair], HeadKind]:
+    """Return the head to begin with (None for a new one), LoRA places and pairs, and the policy.
+
+    Raises:
+        ValueError: the adapter to begin with does not fit.
+    """
+    kind = HeadKind(run.policy_config(), run.count)
+    if not run.warm_start:
+        places = places_of(model, base, targets(base, run.targets))
+        generator = torch.Generator().manual_seed((run.seed + 1) % 2**63)
+        return None, places, new_pairs(places, run.rank, generator), kind
+    name = run.warm_start
+    tensors, metadata = read_adapter(find_adapter(name).path())
+    with_adapter(model, tensors, metadata, 1.0, name, is_trial=True)  # says what does not fit
+    found, lora = split_tensors(tensors)
+    policy = policy_of(metadata, found, name)
+    if policy["type"] != POLICIES[run.policy]:
+        raise ValueError(
+            f"warm_start {name} has a {policy['type']} policy, and this run trains "
+            f"{POLICIES[run.policy]}; set policy to "
+            f"{DX if policy['type'] == 'DX' else 'gm'}, or begin with another adapter"
+        )
+    head = build_head(found, kind.policy, base.layout, base.width_of(model.model.diffusion_model))
+    pairs = {
+        each: Pair(down.float().clone(), up.float().clone())
+        for each, (down, up) in lora_pairs(lora, name).items()
+    }
+    no_effect("K, rank and targets", f"they are those of {name}")
+    places = places_of(model, base, pairs.__contains__)
+    lost = sorted(pairs.keys() - places.keys())
+    if lost:
+        raise ValueError(
+            f"warm_start {name} changes {quoted(lost[:3])}, no linear layers of {base.name}, which "
+            "cannot be trained here; begin with another adapter"
+        )
+    return head, places, pairs, kind
+
+
+def _sample(
+    training: Training,
+    prompts: list[Conditioning],
+    negative: Conditioning | None,
+    shape: torch.Size,
+) -> None:
+    """Run a training through ComfyUI's guider, which loads the model and converts the prompts."""
+    guider = comfy.samplers.CFGGuider(training.student.model)
+    conds = {prompt_key(index): cond for index, cond in enumerate(prompts)}
+    if negative is not None and training.run.guidance in (CFG, PROBABILISTIC):
+        conds[NEGATIVE] = negative
+    guider.inner_set_conds(conds)
+    noise, sigmas = torch.zeros(shape), torch.tensor([1.0, 0.0])
+    guider.sample(noise, torch.zeros(shape), training, sigmas, seed=training.run.seed)
+
+
+def report_end(training: Training, path: Path) -> None:
+    """Show on the node what was trained.
+
+    Raises:
+        ValueError: nothing was, as the loss was no number from the start.
+    """
+    if training.stopped and not path.exists():
+        raise ValueError(
+            f"nothing was trained: {training.stopped} at iteration {training.iteration + 1}; lower "
+            "learning_rate, or look at the model and the prompts with a stock sampler"
+        )
+    if training.stopped:
+        notice(
+            f"stopped at iteration {training.iteration}: {training.stopped}. The file holds the "
+            "last good state; lower learning_rate, and go on under another name with warm_start"
+        )
+    notice(f"{training.iteration} iterations: {path}", logging.INFO)
+
+
+def _listed_name(path: Path) -> str:
+    """Return the name of a file as ComfyUI lists it, relative to the folder of LoRAs."""
+    return str(path.relative_to(folder_paths.get_folder_paths(LORAS)[0]))

@@ -1,0 +1,107 @@
+"""The prompts of a training: conditionings, or the lines of a text file."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import folder_paths
+
+from ...gmflow_core.files.errors import quoted, reason
+from .bases import Base
+
+MOST_BYTES, MOST_PROMPTS = 64 * 2**20, 100_000
+SINGLE = ("area", "mask", "start_percent", "end_percent", "control", "hooks", "timestep_start")
+Conditioning = list  # of pairs of a tensor and a dict
+
+
+def read_prompts(name: str) -> list[str]:
+    """Return the prompts in a text file of ComfyUI's input folder, one a line; no empty ones.
+
+    Raises:
+        ValueError: there is no such file, or no prompt in it.
+    """
+    folder = os.path.abspath(folder_paths.get_input_directory())
+    path = os.path.normpath(os.path.join(folder, name.strip()))
+    if os.path.commonpath([folder, path]) != folder or not os.path.isfile(path):
+        raise ValueError(
+            f"prompts_file is {quoted(name)}, and there is no such file in {folder}; put a text "
+            "file with one prompt a line there, and write its name"
+        )
+    try:
+        if os.path.getsize(path) > MOST_BYTES:
+            raise ValueError(f"prompts_file {quoted(name)} has more than {MOST_BYTES:,} bytes")
+        with open(path, encoding="utf-8-sig") as file:
+            prompts = [line.strip() for line in file if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"prompts_file {quoted(name)} cannot be read ({reason(error)}); save it as UTF-8"
+        ) from error
+    if not 1 <= len(prompts) <= MOST_PROMPTS:
+        raise ValueError(
+            f"prompts_file {quoted(name)} holds {len(prompts):,} prompts, and has to hold from 1 "
+            f"to {MOST_PROMPTS:,}, one a line"
+        )
+    return prompts
+
+
+def encode(clip: Any, text: str) -> Conditioning:
+    """Return the conditioning of a text, as CLIP Text Encode makes it."""
+    return clip.encode_from_tokens_scheduled(clip.tokenize(text))
+
+
+def prompts_of(positive: list[Conditioning], clip: Any, prompts_file: str) -> list[Conditioning]:
+    """Return a conditioning of one pair for each prompt.
+
+    Raises:
+        ValueError: there is none, or one is for a part of the picture or of the sampling.
+    """
+    found = [[pair] for cond in positive for pair in cond]
+    if prompts_file.strip():
+        if clip is None:
+            raise ValueError("prompts_file needs text encoders: connect clip")
+        found += [cond[:1] for cond in (encode(clip, text) for text in read_prompts(prompts_file))]
+    if not found:
+        raise ValueError(
+            "no prompts: connect positive (one CONDITIONING, or a list of them), or connect clip "
+            "and name a prompts_file"
+        )
+    for cond in found:
+        check_whole(cond, "positive")
+    return found
+
+
+def check_whole(cond: Conditioning, name: str) -> None:
+    """Check that a conditioning is for the whole picture and the whole sampling.
+
+    Raises:
+        ValueError: it is not.
+    """
+    about = cond[0][1]
+    parts = [key for key in SINGLE if about.get(key) not in (None, 0.0)]
+    parts = [key for key in parts if not (key == "end_percent" and about[key] == 1.0)]
+    if parts:
+        raise ValueError(
+            f"a {name} conditioning has {', '.join(parts)}, which is for a part of the picture or "
+            "of the sampling; give plain prompts"
+        )
+
+
+def distilled_guidance(base: Base, model, conds: list[Conditioning]) -> float | None:
+    """Return the distilled guidance of the prompts, None if the base takes none.
+
+    Raises:
+        ValueError: the prompts have several, or one is no number from 0 to 100.
+    """
+    config = model.model.model_config.unet_config
+    if base.guidance is None or not config.get("guidance_embed", True):
+        return None
+    values = {cond[0][1].get("guidance", base.default_guidance) for cond in conds}
+    sound = [isinstance(v, (int, float)) and math.isfinite(v) and 0 <= v <= 100 for v in values]
+    if len(values) != 1 or not all(sound):
+        raise ValueError(
+            f"the prompts have the guidances {quoted(sorted(map(str, values)))}, and an adapter is "
+            "made for one, a number from 0 to 100; connect all prompts through one FluxGuidance"
+        )
+    return float(values.pop())

@@ -1,0 +1,438 @@
+"""Train adapters on tiny models inside ComfyUI's process, for `test_train_adapter.py`.
+
+    COMFYUI/.venv/bin/python train_inside.py COMFYUI WORK [CASE ...]
+
+COMFYUI is its folder; WORK holds the bases, and `teachers.json` about them. Prints what it found as
+JSON; of all cases if none is named.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from inside import far, ours, run_cases, sample, says
+from torch import Tensor
+
+WORK: list[Path] = []
+TEACHERS: dict[str, dict[str, Any]] = {}  # as train_bases.TEACHERS
+RUN = {  # settings that differ from the node's
+    "iterations": 8,
+    "learning_rate": 5e-4,
+    "rank": 8,
+    "warmup": 2,
+    "states": 1,
+    "preview_every": 0,
+    "checkpoint_every": 0,
+}
+ITERATIONS = {"flux": 16, "flux2": 3}  # the latter has 512 tokens of text
+
+
+def main(comfyui: str, work: str, *names: str) -> None:
+    """Run cases and print their results as JSON by name."""
+    WORK.append(Path(work).absolute())
+    TEACHERS.update(json.loads((WORK[0] / "teachers.json").read_text()))
+    cases = {kind: (lambda kind=kind: trained(kind)) for kind in TEACHERS}
+    cases |= CASES
+    run_cases(comfyui, {name: case for name, case in cases.items() if name in (names or cases)})
+
+
+@cache
+def base_of(kind: str) -> Any:
+    """Load a MODEL by ComfyUI's own loader."""
+    import comfy.sd
+    import folder_paths
+
+    folder_paths.folder_names_and_paths["loras"] = ([str(WORK[0] / "loras")], {".safetensors"})
+    return comfy.sd.load_diffusion_model(str(WORK[0] / f"{kind}.safetensors"))
+
+
+def prompts(kind: str, count: int = 1) -> list[list]:
+    """Draw conditionings of the model's widths."""
+    generator, about = torch.Generator().manual_seed(0), TEACHERS[kind]
+    found = []
+    for _ in range(count):
+        more = {}
+        text = torch.randn(1, 4, about["text"], generator=generator)
+        if about["pooled"]:
+            more["pooled_output"] = torch.randn(1, about["pooled"], generator=generator)
+        if about["guidance"]:
+            more["guidance"] = about["guidance"]
+        found.append([[text, more]])
+    return found
+
+
+def settings(**changed: Any) -> Any:
+    """Return the settings of a short run."""
+    return ours("train_settings").TrainSettings(**{**RUN, **changed})
+
+
+def latent(kind: str, batch: int = 4) -> Tensor:
+    return torch.zeros(batch, *TEACHERS[kind]["latent"])
+
+
+def train(kind: str, name: str, model: Any = None, **changed: Any) -> tuple[Any, dict, dict]:
+    """Train, and return the MODEL, and the tensors and the metadata of the file."""
+    import comfy.utils
+
+    own, texts = base_of(kind), changed.pop("prompts", prompts(kind))
+    given = texts, changed.pop("negative", None), changed.pop("latent", latent(kind, 4))
+    result, file = ours("train_adapter").train_adapter(
+        model or own, *given, settings(**changed), name
+    )
+    path = str(WORK[0] / "loras" / file)
+    return result, *comfy.utils.load_torch_file(path, return_metadata=True)
+
+
+def sampler(name: str = "gm-policy") -> Any:
+    """Return a SAMPLER: Euler's, or one of ours."""
+    import comfy.samplers
+
+    if name == "euler":
+        return comfy.samplers.sampler_object(name)
+    return ours("gm_sampler").gm_sampler(name, quiet=True)
+
+
+def distances(kind: str, model: Any) -> dict[str, float]:
+    """Compare 4 calls with the teacher's 32: the student's, and Euler's of the teacher."""
+    sigmas, text, empty = ours("gm_sampler").gm_sigmas, prompts(kind)[0], latent(kind, 4)
+    few = sigmas(4, 3.2, final_step_size=0.5)
+    far_end = sample(base_of(kind), empty, text, sampler("euler"), sigmas=sigmas(32, 3.2))
+    euler = sample(base_of(kind), empty, text, sampler("euler"), sigmas=few)
+    student = sample(model, empty, text, sampler(), sigmas=few)
+    return {"euler": far(euler, far_end), "student": far(student, far_end)}
+
+
+def trained(kind: str) -> dict[str, Any]:
+    """Train on a kind of base: what the file holds, and how near the student comes."""
+    seen: dict[str, Any] = {}
+    preview = ours("train_adapter").preview
+
+    def probe(training: Any, calls: Any, shape: Any) -> None:
+        """Keep where the student itself goes from the noise of `sample`."""
+        import comfy.sample
+
+        noise = comfy.sample.prepare_noise(latent(kind, 1), 5)
+        seen["noise"] = noise
+        x = ours("train_preview").follow(calls, calls.layout.unfold(noise))
+        seen["end"] = calls.layout.fold(x)
+        seen["shape"] = list(shape)
+
+    ours("train_adapter").preview = probe
+    try:
+        count = ITERATIONS.get(kind, RUN["iterations"])
+        run = {"iterations": count, "preview_every": count, "ema": False}
+        model, tensors, metadata = train(kind, f"{kind}_4step", **run)
+    finally:
+        ours("train_adapter").preview = preview
+    sigmas = ours("gm_sampler").gm_sigmas(4, 3.2, final_step_size=0.5)
+    result = sample(model, latent(kind, 1), prompts(kind)[0], sampler(), sigmas=sigmas)
+    scaled = base_of(kind).model.process_latent_out(seen["end"])
+    lora = sorted({k.rpartition(".lora_")[0] for k in tensors if ".lora_" in k})
+    about = {"file": far(result, scaled), "lora": lora, "metadata": metadata}
+    about["head"] = sorted(k for k in tensors if ".lora_" not in k)
+    return {**about, **distances(kind, model)}
+
+
+class Probe:
+    """A Training that looks at the gradients of the student's prediction, and trains nothing."""
+
+    def __new__(cls, kind: str, checkpointing: bool, model: Any = None) -> Any:
+        adapter, run = ours("train_adapter"), settings(rank=4, checkpointing=checkpointing)
+        model = model or base_of(kind)
+        base = ours("bases").base_of(model)
+        with ours("train_network").learning():
+            head, places, pairs, policy = adapter.beginning(model, base, run)
+            student = ours("train_student").Student(model, base, places, pairs, checkpointing)
+        training = ours("train_run").Training(
+            student, run, policy, 1, lambda *_: None, lambda *_: None, lambda *_: None, head
+        )
+        found: dict[str, Any] = {}
+        training._loop = lambda calls, shape, device: found.update(look(training, calls, shape))
+        with torch.inference_mode(False):
+            adapter._sample(training, prompts(kind), None, latent(kind, 1).shape)
+        return found
+
+
+def look(training: Any, calls: Any, shape: torch.Size) -> dict[str, Any]:
+    """Compare a gradient with finite differences along a random direction."""
+    generator = torch.Generator().manual_seed(3)
+
+    def normal(like: Any) -> Tensor:
+        return torch.randn(like if isinstance(like, tuple) else like.shape, generator=generator)
+
+    parameters = training.parameters
+    with torch.no_grad():
+        for _name, value in parameters.items():
+            if not value.any():
+                value.copy_(0.05 * normal(value))
+    x, sigma, weights = normal(tuple(shape)), torch.tensor([0.7]), []
+
+    def score() -> Tensor:
+        found = calls.student(x, sigma)
+        parts = found.means, found.log_weights, found.log_std
+        if not weights:
+            weights.extend(normal(part) for part in parts)
+        return sum((a * b).sum() for a, b in zip(weights, parts, strict=True)) / 100
+
+    with torch.no_grad():
+        calls.teacher(x, sigma)  # the switch goes back to the student
+    score().backward()
+    gradient = {k: v.grad for k, v in parameters.items() if v.grad is not None}
+    direction = {k: normal(v) for k, v in gradient.items()}
+    step = 1e-3
+
+    def moved(by: float) -> float:
+        with torch.no_grad():
+            for name, value in direction.items():
+                parameters[name].add_(by * value)
+            return float(score())
+
+    rise = (moved(step) - moved(-2 * step)) / (2 * step)
+    expected = float(sum((gradient[k] * direction[k]).sum() for k in gradient))
+    size = float(sum(g.square().sum() for g in gradient.values()) ** 0.5)
+    return {"error": abs(rise - expected) / size, "gradient": gradient}
+
+
+def gradients() -> dict[str, Any]:
+    """Look at the gradients of every kind, with and without checkpoints."""
+    found = {}
+    for kind in TEACHERS:
+        plain, again = Probe(kind, False), Probe(kind, True)
+        pairs = ((plain["gradient"][k], again["gradient"][k]) for k in plain["gradient"])
+        found[kind] = {
+            "error": plain["error"],
+            "same": max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs),
+            "names": len(plain["gradient"]),
+        }
+    return found
+
+
+def start() -> dict[str, Any]:
+    """Compare a student that has learned nothing with its teacher, in one call."""
+    found = {}
+    for kind in TEACHERS:
+        run = {"iterations": 1, "learning_rate": 1e-7, "latent": latent(kind, 1)}
+        model, *_ = train(kind, f"{kind}_start", **run)
+        sigmas, text, empty = torch.tensor([1.0, 0.0]), prompts(kind)[0], latent(kind)
+        teacher = sample(base_of(kind), empty, text, sampler("euler"), sigmas=sigmas)
+        found[kind] = far(sample(model, empty, text, sampler("euler"), sigmas=sigmas), teacher)
+    return found
+
+
+def interrupted() -> dict[str, Any]:
+    """Interrupt a run, let it go on, and compare with one that was not interrupted."""
+    import comfy.model_management
+
+    progress, about = ours("train_adapter").progress, {}
+    run = {"iterations": 6, "ema": True, "kind": "sd3"}
+
+    def stop_after_three(message: str, former: str) -> str:
+        if message.startswith("3 of"):
+            comfy.model_management.interrupt_current_processing(True)
+        return message
+
+    ours("train_adapter").progress = stop_after_three
+    try:
+        train(name="stopped", **run)
+    except comfy.model_management.InterruptProcessingException:
+        about["raised"] = True
+    finally:
+        ours("train_adapter").progress = progress
+    _, half, metadata = load("stopped.safetensors")
+    about["steps"] = metadata["ss_steps"]
+    about["other"] = says(lambda: train(name="stopped", **run, learning_rate=1e-3, states=2))
+    _, resumed, _ = train(name="stopped", **run)
+    _, whole, _ = train(name="whole", **run)
+    about["same"] = all(torch.equal(resumed[k], whole[k]) for k in whole)
+    about["moved"] = any(not torch.equal(half[k], whole[k]) for k in half)
+    about["exists"] = says(
+        lambda: (WORK[0] / "loras" / "whole.training").unlink() or train(name="whole", **run)
+    )
+    return about
+
+
+def diverging() -> dict[str, Any]:
+    """Train with a learning rate that is far too high: the file holds the last good state."""
+    said: list[str] = []
+    notice = ours("train_adapter").notice
+    ours("train_adapter").notice = lambda message, level=0: said.append(message)
+    try:
+        run = {"iterations": 30, "learning_rate": 10.0, "checkpoint_every": 1, "steps": 1}
+        _, tensors, metadata = train("sd3", "diverging", **run)
+    finally:
+        ours("train_adapter").notice = notice
+    finite = all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+    largest = max(float(tensor.abs().max()) for tensor in tensors.values())
+    return {"said": said, "finite": finite, "largest": largest, "steps": metadata["ss_steps"]}
+
+
+def load(name: str) -> tuple[None, dict, dict]:
+    """Read a file of models/loras."""
+    import comfy.utils
+
+    return None, *comfy.utils.load_torch_file(str(WORK[0] / "loras" / name), return_metadata=True)
+
+
+def refused() -> dict[str, str]:
+    """Ask for what cannot be done: each is refused before any work."""
+    import comfy.sd
+
+    def refuse(kind: str = "sd3", **changed: Any) -> str:
+        return says(lambda: train(kind, changed.pop("name", "refused"), **changed))
+
+    adapted = train("sd3", "adapted", iterations=1)[0]
+    plain = comfy.sd.load_diffusion_model(str(WORK[0] / "none.safetensors"))
+    schnell = comfy.sd.load_diffusion_model(str(WORK[0] / "schnell.safetensors"))
+    texts = ours("train_prompts")
+    two = prompts("flux", 2)
+    two[1][0][1]["guidance"] = 1.0
+    part = prompts("sd3")
+    part[0][0][1]["area"] = (4, 4, 0, 0)
+    nan = prompts("sd3")
+    nan[0][0][0].fill_(torch.nan)
+    return {
+        "adapter": refuse(model=adapted),
+        "base": refuse(model=plain),
+        "schnell": refuse("flux", model=schnell),
+        "size": refuse(latent=torch.zeros(1, 16, 7, 8)),
+        "name": refuse(name="../outside"),
+        "guidances": refuse("flux", prompts=two),
+        "negative": refuse(guidance="cfg"),
+        "weight": refuse(guidance="probabilistic", scale=1.5, negative=prompts("sd3")[0]),
+        "nan": refuse(prompts=nan),
+        "no prompts": says(lambda: texts.prompts_of([], None, "")),
+        "no file": says(lambda: texts.prompts_of([], object(), "missing.txt")),
+        "empty file": says(lambda: texts.read_prompts("empty.txt")),
+        "outside": says(lambda: texts.read_prompts("../secret.txt")),
+        "part": says(lambda: texts.prompts_of(part, None, "")),
+        "files": ", ".join(sorted(p.name for p in (WORK[0] / "loras").glob("refused*"))),
+    }
+
+
+def kinds_of_runs() -> dict[str, Any]:
+    """Train with the settings that the other cases leave as they are."""
+    negative = prompts("sd3", 2)[1]
+    found = {}
+    for name, changed in {
+        "dx": {"policy": "dx", "count": 5},
+        "one step": {"steps": 1, "count": 1},
+        "cfg": {"guidance": "cfg", "scale": 3.0, "negative": negative},
+        "probabilistic": {"guidance": "probabilistic", "scale": 0.2, "negative": negative},
+        "attention": {"targets": ours("train_lora").ATTENTION},
+        "decay": {"decay": 2, "dropout": 0.2, "states": 2},
+        "warm": {"warm_start": "sd3_4step.safetensors"},
+    }.items():
+        _, tensors, metadata = train("sd3", f"run_{name}", iterations=2, **changed)
+        found[name] = {
+            "finite": all(bool(t.isfinite().all()) for t in tensors.values()),
+            "policy": json.loads(metadata["policy_config"]),
+            "steps": metadata["gmflow.steps"],
+            "tensors": len(tensors),
+        }
+    return found
+
+
+def edit() -> dict[str, Any]:
+    """Train with a reference picture in the prompt, whose tokens are behind the image's."""
+    texts, run = prompts("qwen"), {"iterations": 4, "latent": latent("qwen", 1)}
+    generator = torch.Generator().manual_seed(7)
+    texts[0][0][1]["reference_latents"] = [torch.randn(1, 16, 1, 4, 6, generator=generator)]
+    model, *_ = train("qwen", "edit", prompts=texts, **run)
+    sigmas = torch.tensor([1.0, 0.0])
+    both = base_of("qwen"), model
+    found = [
+        sample(each, latent("qwen"), texts[0], sampler("euler"), sigmas=sigmas) for each in both
+    ]
+    other = sample(model, latent("qwen"), prompts("qwen")[0], sampler("euler"), sigmas=sigmas)
+    return {"far": far(found[1], found[0]), "effect": far(other, found[1])}
+
+
+def load_gguf() -> Any:
+    """Load FLUX.1's GGUF file by ComfyUI-GGUF's loader."""
+    import asyncio
+
+    import folder_paths
+
+    import nodes
+
+    asyncio.run(nodes.load_custom_node((WORK[0] / "gguf.txt").read_text()))
+    folder_paths.add_model_folder_path("diffusion_models", str(WORK[0]))
+    return nodes.NODE_CLASS_MAPPINGS["UnetLoaderGGUF"]().load_unet("flux.gguf")[0]
+
+
+def quantised() -> dict[str, Any]:
+    """Look at gradients through quantised weights, which the LoRA leaves as they are."""
+    import comfy.sd
+
+    path, found = str(WORK[0] / "flux.safetensors"), {}
+    fp8 = {"dtype": torch.float8_e4m3fn}
+    models = {"fp8": comfy.sd.load_diffusion_model(path, model_options=fp8)}
+    models["int8"] = ours("int8_files").load_8bit(path, "16 bit")
+    if (WORK[0] / "flux.gguf").is_file():
+        models["gguf"] = load_gguf()
+    for name, model in models.items():
+        about = Probe("flux", True, model)
+        result, tensors, _ = train("flux", f"flux_{name}", model, iterations=2)
+        found[name] = {"names": len(about["gradient"]), "error": about["error"]}
+        found[name] |= {"far": distances("flux", result)["student"], "tensors": len(tensors)}
+    return found
+
+
+def node() -> dict[str, Any]:
+    """Run the node itself: lists of inputs, a file of prompts, and pictures beside the bar."""
+    import comfy.sd
+    import comfy.utils
+    import folder_paths
+    from comfy.cli_args import LatentPreviewMethod, args
+
+    import nodes
+
+    (WORK[0] / "prompts.txt").write_text("a red fox\n\n  a blue bird \n", encoding="utf-8")
+    folder_paths.set_input_directory(str(WORK[0]))
+    clip = comfy.sd.load_clip([str(WORK[0] / "text.safetensors")], clip_type=comfy.sd.CLIPType.SD3)
+    pictures: list[Any] = []
+    comfy.utils.set_progress_bar_global_hook(lambda value, most, image, **_: pictures.append(image))
+    args.preview_method = LatentPreviewMethod.Latent2RGB
+    train_node = nodes.NODE_CLASS_MAPPINGS["GMFlowTrainAdapter"]
+    lists = {
+        "model": [base_of("sd3")],
+        "latent_image": [{"samples": torch.zeros(1, 16, 8, 8)}],
+        "positive": prompts("sd3", 2),
+        "clip": [clip],
+        "prompts_file": ["prompts.txt"],
+        "teacher_guidance": ["cfg"],  # away from an empty text
+        "warm_start": ["(new)"],
+        "gradient_checkpointing": [False],
+        "save_name": ["folder/by_node"],
+    }
+    numbers = {"steps": 2, "K": 2, "teacher_scale": 3.0, "iterations": 2, "preview_every": 1}
+    try:
+        result = train_node.execute(**lists, **{name: [n] for name, n in numbers.items()})
+    finally:
+        args.preview_method = LatentPreviewMethod.NoPreviews
+        comfy.utils.set_progress_bar_global_hook(None)
+    metadata = load(result[1])[2]
+    wrong = says(lambda: train_node.execute(**{**lists, "steps": [9]}))
+    sizes = [list(picture[1].size) for picture in pictures if picture]
+    return {"name": result[1], "wrong": wrong, "sizes": sizes, "metadata": metadata}
+
+
+CASES = {
+    "node": node,
+    "gradients": gradients,
+    "start": start,
+    "interrupted": interrupted,
+    "diverging": diverging,
+    "refused": refused,
+    "runs": kinds_of_runs,
+    "quantised": quantised,
+    "edit": edit,
+}
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -3,7 +3,8 @@
 Without file names pytest shares the tests out among workers, one more than cores. `-n 0` turns that
 off, `-n 2` turns it on for single files. Each worker starts a ComfyUI server of its own; the tests
 of a file in tests/comfyui stay on one worker, as they share models, and those of ComfyUI's page on
-one worker, as they share the page. What takes longest begins first, so that all end together.
+one worker, as they share the page, and those that run scripts in ComfyUI's process, which they
+share. What takes longest begins first, so that all end together.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ import pytest
 import torch
 from xdist.scheduler import LoadScopeScheduling
 
-from tests.comfyui.installation import OF_THE_PAGE, comfyui_version
+from tests.comfyui.installation import OF_ONE_PROCESS, OF_THE_PAGE, comfyui_version
 
 MOST_WORKERS = 4  # each takes some 1.5 GB with the processes that it starts
-PAGE = "the page"
+PAGE, INSIDE = "the page", "inside ComfyUI"
 SECONDS = {  # of a core, measured: of a file of tests/comfyui, or of a single test elsewhere
     PAGE: 200,
+    INSIDE: 90,
     "test_compiled_draws_equal_the_definition": 60,
     "test_hostile_files_are_refused_in_words_or_read_right": 37,
     "test_adapters": 35,
-    "test_around_samplers": 32,
     "test_adapter_images": 30,
     "test_nodes": 25,
     "test_adapter_choice": 22,
@@ -35,11 +36,9 @@ SECONDS = {  # of a core, measured: of a file of tests/comfyui, or of a single t
     "test_nothing_is_lost": 16,
     "test_two_processes_have_the_losses_of_one": 13,
     "test_adapter_guidance": 13,
-    "test_int8_layers": 13,
     "test_hostile_prompts": 13,
     "test_diffusers_pipelines": 12,
     "test_import": 12,
-    "test_dynamic_memory": 12,
     "test_what_a_folder_lacks_is_named": 12,
     "test_float16_shards_of_rae_latents_load_and_train": 11,
     "test_other_batches_and_processes_give_the_same_images": 11,
@@ -68,8 +67,9 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 def scope_of(nodeid: str) -> str:
     """Return what stays on one worker with a test: the page's tests, its file, or itself alone."""
-    if OF_THE_PAGE.match(nodeid):
-        return PAGE
+    for files, scope in ((OF_THE_PAGE, PAGE), (OF_ONE_PROCESS, INSIDE)):
+        if files.match(nodeid):
+            return scope
     return nodeid.split("::")[0] if nodeid.startswith(WHOLE_FILES) else nodeid
 
 

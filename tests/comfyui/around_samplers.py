@@ -25,7 +25,6 @@ SHRINK = 0.9  # factor by which the wrapper changes sigma
 def main(comfyui: str, work: str) -> None:
     """Run all cases and print their results as JSON by name."""
     cases = {name: partial(case, Path(work)) for name, case in CASES.items()}
-    # with its attention for the CPU, TorchCompileModel compiles anew in every step
     run_cases(comfyui, cases, "--use-pytorch-cross-attention")
 
 

@@ -9,37 +9,26 @@ its reservation of GPU memory is replaced by stubs. Prints the time grids it saw
 
 from __future__ import annotations
 
-import asyncio
 import json
-import os
 import sys
 import types
 from pathlib import Path
 
+import torch
+from inside import ours, start
 
-def main(comfyui: Path, work: Path) -> None:
-    repository = Path(__file__).resolve().parents[2]
-    os.chdir(comfyui)
-    sys.path[:] = [str(comfyui), *(p for p in sys.path if p != str(Path(__file__).parent))]
-    sys.argv = [sys.argv[0], "--cpu"]
-    import comfy.options
 
-    comfy.options.enable_args_parsing()
+def main(comfyui: str, work: str) -> None:
+    start(comfyui)
     import comfy.model_patcher
     import comfy.sd
     import comfy.utils
-    import torch
 
-    import nodes
-
-    patcher_module = comfy.model_patcher
+    patcher_module, work = comfy.model_patcher, Path(work)
     if not hasattr(patcher_module, "ModelPatcherDynamic"):
         print(json.dumps({"missing": True}))
         return
-    if not asyncio.run(nodes.load_custom_node(str(repository))):
-        raise RuntimeError("the extension did not load")
-    module = nodes.NODE_CLASS_MAPPINGS["GMFlowAdapter"].__module__
-    with_adapter = sys.modules[module.replace(".adapters", ".comfyui.adapter")].with_adapter
+    with_adapter = ours("adapter").with_adapter
 
     class HostBuffer:
         size = 0
@@ -86,4 +75,4 @@ def main(comfyui: Path, work: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    main(*sys.argv[1:])

@@ -8,45 +8,28 @@ gets a latent for each case. `test_piflow.py` starts it.
 
 from __future__ import annotations
 
-import asyncio
-import importlib.util
 import json
-import os
 import sys
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+import torch
+from inside import ours, start
 
 
 def main(comfyui: Path, work: Path, cases: Path, out: Path) -> None:
-    os.chdir(comfyui)
-    sys.path[:] = [str(comfyui), *(p for p in sys.path if p != str(Path(__file__).parent))]
-    sys.argv = [sys.argv[0], "--cpu"]
-    import comfy.options
-
-    comfy.options.enable_args_parsing()
-    import comfy.sample
+    start(str(comfyui))
     import folder_paths
-    import torch
     from safetensors.torch import save_file
 
     import nodes
 
-    stand_in = importlib.util.spec_from_file_location(
-        "text_stand_in", Path(__file__).parent / "text_stand_in" / "__init__.py"
-    )
-    # the stand-in makes ComfyUI accept the sizes of tiny models
-    stand_in.loader.exec_module(importlib.util.module_from_spec(stand_in))
     folder_paths.add_model_folder_path("diffusion_models", str(work))
     folder_paths.add_model_folder_path("loras", str(work))
-    if not asyncio.run(nodes.load_custom_node(str(REPOSITORY))):
-        raise RuntimeError("the extension did not load")
     adapter, sampler = (
         nodes.NODE_CLASS_MAPPINGS[name] for name in ("GMFlowAdapter", "GMFlowSampler")
     )
     # ComfyUI-piFlow draws the noise of stochastic steps for the whole batch from one generator
-    gm_sampler = sys.modules[sampler.__module__.replace(".samplers", ".comfyui.gm_sampler")]
-    gm_sampler.image_generators = lambda seed, noise: torch.Generator().manual_seed(seed)
+    ours("gm_sampler").image_generators = lambda seed, noise: torch.Generator().manual_seed(seed)
 
     results, models = {}, {}
     for name, case in json.loads(cases.read_text()).items():
@@ -56,13 +39,13 @@ def main(comfyui: Path, work: Path, cases: Path, out: Path) -> None:
         adapted = adapter.execute(
             models[base], f"{base}_{case['adapter']}.safetensors", case["adapter_strength"]
         )[0]
-        cond, pooled = inputs_of(base, torch)
+        cond, pooled = inputs_of(base)
         about = (
             {"pooled_output": pooled, "guidance": 3.5}
             if base == "flux"
             else {"pooled_output": None}
         )
-        latent, mask = latent_of(case, torch)
+        latent, mask = latent_of(case)
         given = {"samples": latent} if mask is None else {"samples": latent, "noise_mask": mask}
         with torch.inference_mode():
             result = sampler.execute(
@@ -86,7 +69,7 @@ def main(comfyui: Path, work: Path, cases: Path, out: Path) -> None:
     save_file(results, out)
 
 
-def inputs_of(base: str, torch) -> tuple:
+def inputs_of(base: str) -> tuple:
     """Draw conditioning (1, n, width) and pooled output (1, 768), as for ComfyUI-piFlow's runs.
 
     FLUX.1's come first from the generator, then Qwen-Image's.
@@ -102,7 +85,7 @@ def inputs_of(base: str, torch) -> tuple:
     raise ValueError(base)
 
 
-def latent_of(case: dict, torch) -> tuple:
+def latent_of(case: dict) -> tuple:
     """Return a case's input latent, and its noise mask or None."""
     height, width = case["size"]
     shape = (

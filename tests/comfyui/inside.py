@@ -19,15 +19,17 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 FOLDER = Path(__file__).parent
 
 
-def run_cases(comfyui: str, cases: dict[str, Callable[[], Any]], *options: str) -> None:
-    """Load the extension, run all cases, and print their results, or tracebacks, as JSON by name.
+def start(comfyui: str, *options: str) -> None:
+    """Make this the process of a ComfyUI with the extension; a fork of one is that already.
 
     Args:
         comfyui: its folder.
         options: further ones of its command line.
     """
     os.chdir(comfyui)
-    sys.path[:] = [comfyui, *(p for p in sys.path if p != str(FOLDER))]
+    sys.path[:] = [comfyui, *(p for p in sys.path if p not in (comfyui, str(FOLDER)))]
+    if "nodes" in sys.modules:
+        return
     sys.argv = [sys.argv[0], "--cpu", "--disable-api-nodes", *options]
     import comfy.options
 
@@ -41,6 +43,11 @@ def run_cases(comfyui: str, cases: dict[str, Callable[[], Any]], *options: str) 
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
     if not asyncio.run(nodes.load_custom_node(str(REPOSITORY))):
         raise RuntimeError("the extension did not load")
+
+
+def run_cases(comfyui: str, cases: dict[str, Callable[[], Any]], *options: str) -> None:
+    """Run cases in ComfyUI, and print their results, or tracebacks, as JSON by name."""
+    start(comfyui, *options)
     found = {}
     for name, case in cases.items():
         try:

@@ -9,28 +9,16 @@ it found as JSON. `test_int8_layers.py` starts it.
 from __future__ import annotations
 
 import json
-import os
-import runpy
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
-
-TESTS = Path(__file__).resolve().parents[1]
+from inside import ours, start
 
 
 def main(comfyui: str, path: str, lora_path: str, names: str) -> None:
-    os.chdir(comfyui)
-    sys.path[:] = [comfyui, *(p for p in sys.path if p != str(Path(__file__).parent))]
-    sys.argv = [sys.argv[0], "--cpu", "--disable-api-nodes"]
-    import comfy.options
-
-    comfy.options.enable_args_parsing()
-    benchmark = runpy.run_path(str(TESTS / "benchmarks" / "eight_bit_inside.py"))
-    quantized = benchmark["extension"]("nodes.comfyui.int8_files")
-    # the stand-in makes ComfyUI accept the sizes of tiny models
-    runpy.run_path(str(TESTS / "comfyui" / "text_stand_in" / "__init__.py"))
+    start(comfyui)
+    quantized = ours("int8_files")
     with torch.inference_mode():
         print(json.dumps(everything(quantized, path, lora_path, json.loads(names))))
 

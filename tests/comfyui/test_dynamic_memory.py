@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,7 +9,7 @@ import torch
 
 from .adapters import write_adapter
 from .bases import write_flux
-from .installation import COMFYUI, comfyui_python
+from .scripts import results_of
 
 
 def test_base_and_adapter_do_not_touch_each_other(tmp_path: Path) -> None:
@@ -22,17 +19,7 @@ def test_base_and_adapter_do_not_touch_each_other(tmp_path: Path) -> None:
     """
     write_flux(tmp_path / "flux.safetensors", dtype=torch.float32)
     write_adapter(tmp_path / "adapter.safetensors")
-    command = [
-        comfyui_python(),
-        str(Path(__file__).with_name("dynamic_memory.py")),
-        str(COMFYUI),
-        str(tmp_path),
-    ]
-    done = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = results_of(Path(__file__).with_name("dynamic_memory.py"), tmp_path)
     if "missing" in found:
         pytest.skip("this ComfyUI has no dynamic memory manager")
     assert len(found["half_way"]) == 6

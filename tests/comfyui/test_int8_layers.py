@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import pytest
 
 from .adapters import write_lora
 from .bases import write_flux
-from .installation import COMFYUI, comfyui_python
+from .scripts import run_inside
 
 SCRIPT = Path(__file__).with_name("int8_inside.py")
 BECOMES_INT8 = [
@@ -37,21 +35,14 @@ STAYS_IN_16_BIT = [
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Run one process for all tests, as its start takes most of the time."""
+    """Run one process for all tests."""
     folder = tmp_path_factory.mktemp("int8")
     paths = (
         write_flux(folder / "flux.safetensors"),
         write_lora(folder / "lora.safetensors", strength=0.1),
     )
-    command = [comfyui_python(), str(SCRIPT), str(COMFYUI), *map(str, paths)]
-    done = subprocess.run(
-        [*command, json.dumps(BECOMES_INT8 + STAYS_IN_16_BIT)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    printed, _ = run_inside(SCRIPT, *paths, json.dumps(BECOMES_INT8 + STAYS_IN_16_BIT))
+    return json.loads(printed.splitlines()[-1])
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["as here", "own layout"])

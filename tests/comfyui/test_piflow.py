@@ -17,8 +17,6 @@ adds that noise outside of the mask too, where we keep the first noise, as stock
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -29,7 +27,7 @@ from torch import Tensor
 
 from .adapters import write_adapter
 from .bases import write_flux, write_qwen_image
-from .installation import COMFYUI, comfyui_python
+from .scripts import run_inside
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "piflow.safetensors"
 with safe_open(GOLDEN, "pt") as file:
@@ -49,14 +47,7 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
             )
     (work / "cases.json").write_text(json.dumps(CASES))
     script = Path(__file__).parent / "in_process.py"
-    paths = map(str, (COMFYUI, work, work / "cases.json", work / "out.safetensors"))
-    done = subprocess.run(
-        [comfyui_python(), str(script), *paths],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_inside(script, work, work / "cases.json", work / "out.safetensors")
     return load_file(work / "out.safetensors")
 
 

@@ -243,8 +243,8 @@ def beginning(
     policy = policy_of(metadata, found, name)
     if policy["type"] != POLICIES[run.policy]:
         raise ValueError(
-            f"another policy in warm_start: that of {name} is {policy['type']}, and this run trains "
-            f"{POLICIES[run.policy]}; set policy to "
+            f"another policy in warm_start: that of {name} is {policy['type']}, and this run "
+            f"trains {POLICIES[run.policy]}; set policy to "
             f"{DX if policy['type'] == 'DX' else 'gm'}, or begin with another adapter"
         )
     head = build_head(found, kind.policy, base.layout, base.width_of(model.model.diffusion_model))
@@ -292,8 +292,9 @@ def report_end(training: Training, path: Path) -> None:
         )
     if training.stopped:
         notice(
-            f"not finished, stopped at iteration {training.iteration}: {training.stopped}. The file holds the "
-            "last good state; lower learning_rate, and go on under another name with warm_start"
+            f"not finished, stopped at iteration {training.iteration}: {training.stopped}. The "
+            "file holds the last good state; lower learning_rate, and go on under another name "
+            "with warm_start"
         )
     notice(f"saved after {training.iteration} iterations: {path}", logging.INFO)
 

@@ -107,7 +107,7 @@ def check_model(model) -> Base:
     present = adapter_of(model.model_options)
     if present is not None:
         raise ValueError(
-            f"this model has a GM adapter on it ({present.name}), and is few-step already; connect "
+            f"few-step already: this model has a GM adapter on it ({present.name}); connect "
             "the model from before it (and name the adapter in warm_start to begin with it)"
         )
     if isinstance(model.model, GMModel):
@@ -131,7 +131,7 @@ def check_model(model) -> Base:
         )
     if has_probabilistic_guidance(model):
         raise ValueError(
-            "the model comes through GM Probabilistic Guidance, which would guide the student too; "
+            "the student would be guided too: the model comes through GM Probabilistic Guidance; "
             f"connect the model from before it, and set teacher_guidance to {PROBABILISTIC}"
         )
     check_flow(model.get_model_object("model_sampling"))
@@ -174,10 +174,14 @@ def check_guidance(model, run: TrainSettings, negative: Conditioning | None) -> 
     if run.guidance == PROBABILISTIC:
         if not 0 <= run.scale < 1:
             raise ValueError(
-                f"teacher_scale is {run.scale:g}; as the weight of probabilistic guidance it has "
-                "to be at least 0 and below 1, such as 0.1"
+                f"wrong teacher_scale, {run.scale:g}: as the weight of probabilistic guidance it "
+                "has to be at least 0 and below 1, such as 0.1"
             )
-        notice(f"the teacher counts as {spread_in_words(model.model_options)}", logging.INFO)
+        notice(
+            f"without a mixture of its own, the teacher counts as "
+            f"{spread_in_words(model.model_options)}",
+            logging.INFO,
+        )
 
 
 def make_training(
@@ -239,8 +243,8 @@ def beginning(
     policy = policy_of(metadata, found, name)
     if policy["type"] != POLICIES[run.policy]:
         raise ValueError(
-            f"warm_start {name} has a {policy['type']} policy, and this run trains "
-            f"{POLICIES[run.policy]}; set policy to "
+            f"another policy in warm_start: that of {name} is {policy['type']}, and this run "
+            f"trains {POLICIES[run.policy]}; set policy to "
             f"{DX if policy['type'] == 'DX' else 'gm'}, or begin with another adapter"
         )
     head = build_head(found, kind.policy, base.layout, base.width_of(model.model.diffusion_model))
@@ -288,10 +292,11 @@ def report_end(training: Training, path: Path) -> None:
         )
     if training.stopped:
         notice(
-            f"stopped at iteration {training.iteration}: {training.stopped}. The file holds the "
-            "last good state; lower learning_rate, and go on under another name with warm_start"
+            f"not finished, stopped at iteration {training.iteration}: {training.stopped}. The "
+            "file holds the last good state; lower learning_rate, and go on under another name "
+            "with warm_start"
         )
-    notice(f"{training.iteration} iterations: {path}", logging.INFO)
+    notice(f"saved after {training.iteration} iterations: {path}", logging.INFO)
 
 
 def _listed_name(path: Path) -> str:

@@ -38,8 +38,8 @@ def adapter_path(name: str) -> Path:
     is_sound = tidy.isprintable() and 0 < len(stem) <= LONGEST and not os.path.isabs(tidy)
     if not is_sound or any(part.strip(" .") == "" or ":" in part for part in parts):
         raise ValueError(
-            f"save_name is {quoted(name)}; it has to be a name such as my_adapter_4step or "
-            "folder/my_adapter_4step, below models/loras"
+            f"no name for a file: save_name is {quoted(name)}; it has to be a name such as "
+            "my_adapter_4step or folder/my_adapter_4step, below models/loras"
         )
     return Path(folder_paths.get_folder_paths(LORAS)[0], f"{stem}{ENDINGS[0]}")
 

@@ -109,8 +109,8 @@ class CheckpointedBlock:
         result = checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
         if versions != [each._version for each in inputs]:
             raise RuntimeError(
-                "a block of this model changes its own input, and cannot be computed again in the "
-                "backward pass; switch gradient_checkpointing off"
+                "no checkpoints: a block of this model changes its own input, and cannot be "
+                "computed again in the backward pass; switch gradient_checkpointing off"
             )
         return result
 

@@ -31,7 +31,9 @@ def read_prompts(name: str) -> list[str]:
         )
     try:
         if os.path.getsize(path) > MOST_BYTES:
-            raise ValueError(f"prompts_file {quoted(name)} has more than {MOST_BYTES:,} bytes")
+            raise ValueError(
+                f"too long: prompts_file {quoted(name)} has more than {MOST_BYTES:,} bytes"
+            )
         with open(path, encoding="utf-8-sig") as file:
             prompts = [line.strip() for line in file if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -40,8 +42,8 @@ def read_prompts(name: str) -> list[str]:
         ) from error
     if not 1 <= len(prompts) <= MOST_PROMPTS:
         raise ValueError(
-            f"prompts_file {quoted(name)} holds {len(prompts):,} prompts, and has to hold from 1 "
-            f"to {MOST_PROMPTS:,}, one a line"
+            f"too few or too many prompts: prompts_file {quoted(name)} holds {len(prompts):,} "
+            f"prompts, and has to hold from 1 to {MOST_PROMPTS:,}, one a line"
         )
     return prompts
 
@@ -83,8 +85,8 @@ def check_whole(cond: Conditioning, name: str) -> None:
     parts = [key for key in parts if not (key == "end_percent" and about[key] == 1.0)]
     if parts:
         raise ValueError(
-            f"a {name} conditioning has {', '.join(parts)}, which is for a part of the picture or "
-            "of the sampling; give plain prompts"
+            f"no plain prompt: a {name} conditioning has {', '.join(parts)}, which is for a part "
+            "of the picture or of the sampling; give plain prompts"
         )
 
 
@@ -101,7 +103,8 @@ def distilled_guidance(base: Base, model, conds: list[Conditioning]) -> float | 
     sound = [isinstance(v, (int, float)) and math.isfinite(v) and 0 <= v <= 100 for v in values]
     if len(values) != 1 or not all(sound):
         raise ValueError(
-            f"the prompts have the guidances {quoted(sorted(map(str, values)))}, and an adapter is "
-            "made for one, a number from 0 to 100; connect all prompts through one FluxGuidance"
+            f"not one guidance: the prompts have {quoted(sorted(map(str, values)))}, and an "
+            "adapter is made for one, a number from 0 to 100; connect all prompts through one "
+            "FluxGuidance"
         )
     return float(values.pop())

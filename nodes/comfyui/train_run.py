@@ -166,8 +166,7 @@ class Training(comfy.samplers.Sampler):
         """Make the head, the optimizer and the average, or take those of an earlier run."""
         run = self.run
         generator = torch.Generator().manual_seed(run.seed % 2**63)
-        self.student.start(self.kind, generator, self.head)
-        self.student.to(device)
+        self.student.start(self.kind, generator, device, self.head)
         self.parameters = self.student.parameters()
         self.optimizer = make_optimizer(run.optimizer, self.parameters, run.learning_rate)
         self.average = PowerAverage(self.parameters) if run.ema else None

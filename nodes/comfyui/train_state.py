@@ -66,7 +66,7 @@ def restorer(path: Path, about: dict[str, Any]) -> Callable[[Training], None] | 
     others = differing(record.get("about", {}), json.loads(json.dumps(about)))
     if others:
         raise ValueError(
-            f"an earlier run of the same name had other settings, and cannot go on with these: "
+            f"cannot go on: an earlier run of the same name had other settings: "
             f"{', '.join(others)}; set them back, or {advice}"
         )
     return lambda training: _restore(training, tensors, record, path)
@@ -87,7 +87,7 @@ def _restore(training: Training, tensors: dict[str, Tensor], record: dict, path:
         others = sorted(set(parts["value"]) ^ set(wanted))[:3]
         raise FileError(
             path,
-            f"is the state of other layers ({quoted(others)})",
+            f"cannot be used, as it is the state of other layers ({quoted(others)})",
             "delete it to begin anew, or choose another save_name",
         )
     with torch.no_grad():

@@ -114,23 +114,27 @@ class Student:
     def _finish(self, prediction: Any, call: Call) -> PolicyVelocity:
         return finishing(self.head, self.base, self.network)(prediction, call)
 
-    def start(self, kind: HeadKind, generator: torch.Generator, head: Head | None = None) -> None:
-        """Make a new head from the base's last layers, which have to be loaded.
+    def start(
+        self,
+        kind: HeadKind,
+        generator: torch.Generator,
+        device: torch.device,
+        head: Head | None = None,
+    ) -> None:
+        """Make a new head from the base's last layers, which have to be loaded; move all there.
 
         Args:
+            device: what the network computes on.
             head: to begin with instead.
         """
         if head is None:
-            last = last_layers(self.network, self.base)
+            last = last_layers(self.network, self.base, device)
             layout = self.base.layout
             if kind.policy["type"] == "DX":
                 head = new_dx_head(last, layout, kind.count, kind.settings)
             else:
                 head = new_gm_head(last, layout, kind.count, generator)
         self.head = head.float().requires_grad_(True)
-
-    def to(self, device: torch.device) -> None:
-        """Move what is trained to a device."""
         for module in (self.head, *self.pairs.values()):
             module.to(device)
 
@@ -143,13 +147,13 @@ class Student:
         return found
 
 
-def last_layers(network: nn.Module, base: Base) -> LastLayers:
+def last_layers(network: nn.Module, base: Base, device: torch.device) -> LastLayers:
     """Return the weights of a loaded network's last layers, LoRAs on them included."""
     trained, width = base.trained, base.width_of(network)
-    weight, bias = read_linear(attrgetter(trained.linear)(network), width)
+    weight, bias = read_linear(attrgetter(trained.linear)(network), width, device)
     if not trained.modulation:
         return LastLayers(weight, bias)
-    modulation, shift = read_linear(attrgetter(trained.modulation)(network), width)
+    modulation, shift = read_linear(attrgetter(trained.modulation)(network), width, device)
     if trained.shift_first:
         modulation = modulation.roll(width, 0)
         shift = None if shift is None else shift.roll(width, 0)
@@ -157,20 +161,21 @@ def last_layers(network: nn.Module, base: Base) -> LastLayers:
 
 
 @torch.no_grad()
-def read_linear(layer: nn.Module, width: int) -> tuple[Tensor, Tensor | None]:
+def read_linear(layer: nn.Module, width: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Return weight (outputs, width) and bias of a linear layer, on the CPU, in float32.
 
-    Where the weight is no plain one, such as a quantised one, or has LoRAs that are added in each
-    call, it is read from what the layer returns.
+    Where the weight is no plain one (quantised, not here yet, or with LoRAs that are added in each
+    call), it is read from what the layer returns.
     """
     weight, bias = layer.weight, layer.bias
     plain = type(weight) in (Tensor, nn.Parameter) and weight.dtype in FLOATS
+    plain = plain and weight.device.type != "meta"
     functions = (getattr(layer, name, None) for name in ("weight_function", "bias_function"))
     if plain and tuple(weight.shape) == (layer.out_features, width) and not any(functions):
         return copied(weight), None if bias is None else copied(bias)
-    zero = layer(torch.zeros(1, width, device=weight.device)).float()
+    zero = layer(torch.zeros(1, width, device=device)).float()
     rows = [
-        layer(torch.eye(width, device=weight.device)[i : i + ROWS]).float() - zero
+        layer(torch.eye(width, device=device)[i : i + ROWS]).float() - zero
         for i in range(0, width, ROWS)
     ]
     return torch.cat(rows).T.contiguous().cpu(), None if bias is None else zero[0].cpu()

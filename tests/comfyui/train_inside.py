@@ -281,6 +281,7 @@ def load(name: str) -> tuple[None, dict, dict]:
 def refused() -> dict[str, str]:
     """Ask for what cannot be done: each is refused before any work."""
     import comfy.sd
+    import folder_paths
 
     def refuse(kind: str = "sd3", **changed: Any) -> str:
         return says(lambda: train(kind, changed.pop("name", "refused"), **changed))
@@ -289,6 +290,8 @@ def refused() -> dict[str, str]:
     plain = comfy.sd.load_diffusion_model(str(WORK[0] / "none.safetensors"))
     schnell = comfy.sd.load_diffusion_model(str(WORK[0] / "schnell.safetensors"))
     texts = ours("train_prompts")
+    folder_paths.set_input_directory(str(WORK[0]))
+    (WORK[0] / "empty.txt").write_text("\n \n")
     two = prompts("flux", 2)
     two[1][0][1]["guidance"] = 1.0
     part = prompts("sd3")

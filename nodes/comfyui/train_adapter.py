@@ -38,7 +38,7 @@ from .train_file import (
     write_trained,
 )
 from .train_lora import Pair, new_pairs, places_of, targets
-from .train_network import learning
+from .train_network import check_version, learning
 from .train_preview import preview
 from .train_prompts import Conditioning, check_whole, distilled_guidance
 from .train_run import NEGATIVE, Training, prompt_key
@@ -69,6 +69,7 @@ def train_adapter(
         ValueError: something does not fit; the message says what, before anything long is done.
         WriteError: a file cannot be written.
     """
+    check_version()
     base = check_model(model)
     path = adapter_path(save_name)
     latent = comfy.sample.fix_empty_latent_channels(model, latent)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+import comfy.ldm.flux.math
 import comfy.model_management
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,20 @@ OUT_OF_PLACE = {  # what torch is told of `a += b` and the like, and what that b
     Tensor.mul_: Tensor.mul,
     Tensor.div_: Tensor.div,
 }
+
+
+def check_version() -> None:
+    """Check that this version of ComfyUI has gradients.
+
+    Raises:
+        ValueError: its kernels have none, and cannot be switched off.
+    """
+    kernel = getattr(comfy.ldm.flux.math.apply_rope, "__module__", "")
+    if kernel.startswith("comfy_kitchen") and not hasattr(comfy.model_management, "in_training"):
+        raise ValueError(
+            "cannot train in this version of ComfyUI: its kernel for positions has no gradients, "
+            "and cannot be switched off; update ComfyUI (0.24 and 0.33 are known to work)"
+        )
 
 
 @contextmanager

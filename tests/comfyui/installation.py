@@ -45,6 +45,12 @@ def comfyui_version() -> str | None:
     return found and found[1]
 
 
+def has_gradients() -> bool:
+    """Return whether this ComfyUI can train: its kernels have gradients or can be switched off."""
+    math, manager = (COMFYUI / "comfy" / n for n in ("ldm/flux/math.py", "model_management.py"))
+    return "ck.apply_rope" not in math.read_text() or "in_training" in manager.read_text()
+
+
 def comfyui_python() -> str:
     """Return the path of the Python that runs ComfyUI."""
     places = [COMFYUI / ".venv" / "bin" / "python", COMFYUI / ".venv" / "Scripts" / "python.exe"]

@@ -25,7 +25,7 @@ from gmflow_core.toys.density_picture import density_picture
 
 from .client import Comfy, PromptError
 from .graphs import NOT_FITTING, latent_of
-from .installation import GGUF_HOW_TO
+from .installation import GGUF_HOW_TO, has_gradients
 from .stand_in_files import WORKFLOWS, workflow_named, workflow_prompt, write_workflow_files
 
 API = sorted((WORKFLOWS / "api").glob("*.json"))
@@ -160,6 +160,8 @@ def test_workflows_run_headless(comfy: Comfy, path: Path) -> None:
         elif about["class_type"] == "GMFlowSeedSpread":
             about["inputs"]["seeds"] = 2
         elif about["class_type"] == "GMFlowTrainAdapter":
+            if not has_gradients():
+                pytest.skip("this ComfyUI has no gradients, and the node says so")
             about["inputs"] |= {"iterations": 2, "preview_every": 1, "rank": 4}
         elif about["class_type"] in ("ImageScale", "SolidMask", "MaskComposite"):
             sizes = {"width", "height", "x", "y"} & set(about["inputs"])

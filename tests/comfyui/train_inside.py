@@ -420,9 +420,12 @@ def node() -> dict[str, Any]:
         args.preview_method = LatentPreviewMethod.NoPreviews
         comfy.utils.set_progress_bar_global_hook(None)
     metadata = load(result[1])[2]
+    info_node = nodes.NODE_CLASS_MAPPINGS["GMFlowAdapterInfo"]
+    info = info_node.execute(adapter_name=result[1], model=base_of("sd3"))[0]
     wrong = says(lambda: train_node.execute(**{**lists, "steps": [9]}))
     sizes = [list(picture[1].size) for picture in pictures if picture]
-    return {"name": result[1], "wrong": wrong, "sizes": sizes, "metadata": metadata}
+    about = {"name": result[1], "wrong": wrong, "sizes": sizes, "metadata": metadata}
+    return {**about, "info": info}
 
 
 CASES = {

@@ -35,7 +35,7 @@ NAMES = {
     "krea2": "Krea 2",
     "sd3": "Stable Diffusion 3",
 }
-COLUMNS = ("base", "calls", "iterations", "euler", "student", "factor", "seconds")
+COLUMNS = ("base", "calls", "iterations", "euler", "student", "factor")
 
 
 def main() -> None:
@@ -57,7 +57,6 @@ def main() -> None:
             "iterations": about["iterations"],
             **rounded,
             "factor": f"{factor:.2f}",
-            "seconds": f"{about['seconds']:.2f}",
         }
         print(rows[NAMES[kind]], flush=True)
         with open(RESULTS, "w", newline="") as file:

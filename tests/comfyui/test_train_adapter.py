@@ -26,7 +26,7 @@ CLASSES = {"lumina": "class ZImage(", "krea2": "class Krea2(", "flux2": "class F
 KNOWN = MODELS.read_text("utf-8") if MODELS.is_file() else ""
 KINDS = tuple(kind for kind in TEACHERS if CLASSES.get(kind, "") in KNOWN)  # of this version
 FACTOR = {"flux2": 1.03}  # which gets 3 iterations; FLUX.1 gets 16, the others 8
-LEAST_FACTOR = 1.1  # of Euler's distance over the student's
+LEAST_FACTOR = 1.05  # of Euler's distance over the student's; 1.10 (Krea 2) to 1.73 were seen
 
 
 @pytest.fixture(scope="module")

@@ -99,7 +99,8 @@ def sampler(name: str = "gm-policy") -> Any:
 
 def distances(kind: str, model: Any) -> dict[str, float]:
     """Compare 4 calls with the teacher's 32: the student's, and Euler's of the teacher."""
-    sigmas, text, empty = ours("gm_sampler").gm_sigmas, prompts(kind)[0], latent(kind, 4)
+    sigmas, text = ours("gm_sampler").gm_sigmas, prompts(kind)[0]
+    empty = latent(kind, 1 if kind == "flux2" else 4)
     few = sigmas(4, 3.2, final_step_size=0.5)
     far_end = sample(base_of(kind), empty, text, sampler("euler"), sigmas=sigmas(32, 3.2))
     euler = sample(base_of(kind), empty, text, sampler("euler"), sigmas=few)

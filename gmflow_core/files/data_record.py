@@ -13,6 +13,7 @@ LONGEST_NAME = 500  # characters of a class's name
 CONDITIONINGS = ("mode", "hidden")
 MOST_STEPS = 1000
 STUDENTS = ("GMFlow", "DX")  # policies of distilled models
+STUDENT_RANGES = {"shift": (1e-3, 1e3), "final_step_size": (1e-3, 1), "temperature": (0, 1)}
 
 
 def checked_data(data: dict[str, Any], path: str | Path) -> dict[str, Any]:
@@ -55,11 +56,7 @@ def _check_few_steps(few_steps: Any, path: str | Path) -> None:
         raise _wrong("few_steps' steps", steps, f"a number from 1 to {MOST_STEPS}", path)
     if policy not in STUDENTS:
         raise _wrong("few_steps' policy", policy, f"one of {', '.join(STUDENTS)}", path)
-    for name, low, high in (
-        ("shift", 1e-3, 1e3),
-        ("final_step_size", 1e-3, 1),
-        ("temperature", 0, 1),
-    ):
+    for name, (low, high) in STUDENT_RANGES.items():
         if not is_number(few_steps.get(name), low, high):
             found = few_steps.get(name)
             raise _wrong(f"few_steps' {name}", found, f"a number from {low:g} to {high:g}", path)

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..fast.choice import axis_map
 from ..flow.blended import BlendedPolicy
 from ..flow.path import reverse_transition, unshift_time
-from ..flow.policy import FINAL_STEP_SIZE, Policy
+from ..flow.policy import FINAL_STEP_SIZE, NO_MIXTURES, Policy
 from ..gaussians.draws import Generator, standard_normal
 from ..gaussians.mixture import GaussianMixture, IsotropicGaussian, Mixture
 from ..gaussians.spectral import sample_with_spectrum
@@ -360,10 +360,19 @@ def _predict(
     order: int,
     previous: Step | None,
 ) -> tuple[Mixture, Step | None]:
-    """Call the network once; return the mixture, corrected if `order` is 2, and this step."""
+    """Call the network once; return the mixture, corrected if `order` is 2, and this step.
+
+    Raises:
+        ValueError: `order` is neither, or the network predicts no mixture.
+    """
     if order not in (1, 2):
         raise ValueError(f"order is {order}; it can be 1 or 2")
     mixture = denoiser(x, _batch_sigma(x, sigma))
+    if isinstance(mixture, NO_MIXTURES):
+        able = ", ".join(name for name, each in SOLVERS.items() if each.takes_policies)
+        raise ValueError(
+            f"this solver needs a mixture, and the model predicts {mixture.kind}; use {able}"
+        )
     if order == 1:
         return mixture, None
     step = Step(mixture, x, sigma, sigma - sigma_next)

@@ -76,6 +76,37 @@ def test_a_policy_without_spread_is_one_euler_step(space):
     assert is_near(flow.mean_velocity(x, sigma, end), u, 1e-9)
 
 
+def test_a_policy_takes_as_many_steps_as_its_way_is_long():
+    """A way of k substeps takes k of them for all starts, whatever float32 makes of its length."""
+    x, one = normal(1, 3), torch.ones(1)
+    flow = PolicyFlow(GaussianMixture.point_mass(x), x, one, ImitationSettings(substeps=32))
+    mean_at, calls = flow.mean_at, []
+    flow.mean_at = lambda *place: calls.append(place) or mean_at(*place)
+    for start in torch.linspace(0.5, 1, 20):
+        for length, expected in [(0.0, 1), (0.4, 1), (1, 1), (1.2, 2), (3, 3), (15, 15)]:
+            calls.clear()
+            flow.follow(x, start * one, (start - length / 32) * one)
+            assert len(calls) == expected, (start, length)
+
+
+def test_a_window_is_at_most_the_segment():
+    velocity, x, seen = random_mixture(), normal(2, 3, 2, 3), []
+
+    def teacher(x, sigma):
+        seen.append(sigma)
+        return teacher_of_figures(x, sigma)
+
+    start, size = torch.tensor([1.0, 0.5]), torch.tensor([0.5, 0.5])
+    losses = [
+        imitate_segment(
+            velocity, x, start, size, teacher, ImitationSettings(1, window, 32), constant(0.7)
+        )[0]
+        for window in (16, 100)
+    ]
+    assert is_near(losses[1], losses[0], 1e-6)
+    assert all(torch.equal(sigma, start) for sigma in seen)
+
+
 @pytest.mark.parametrize("kind", ["gm", "dx"])
 def test_the_loss_is_0_at_the_source_if_the_teacher_is_the_students_mean(kind):
     velocity = random_mixture() if kind == "gm" else DXVelocity(normal(2, 5, 3, 2, 3), 0.5, 1.5)
@@ -175,6 +206,7 @@ def test_segments_are_those_of_the_sampler(steps, last):
     assert sum(size for _, size in found) == pytest.approx(1)
     within = torch.linspace(0.001, 1, 50)
     start, size = segment_at(within, steps, last)
+    assert (start - size).min() == pytest.approx(0, abs=1e-6)
     assert ((start - size - 1e-6 <= within) & (within <= start + 1e-6)).all()
     assert {round(value, 5) for value in start.tolist()} == {round(s, 5) for s, _ in found}
 

@@ -17,6 +17,7 @@ from gmflow_core import (
     shift_time,
     unshift_time,
 )
+from gmflow_core.sampling.solvers import SOLVERS, solve
 from tests.core.test_solvers import exact_denoiser, mixture_data
 from tests.helpers import F64, golden, golden_mixture, is_near, normal, random_mixture
 
@@ -192,6 +193,19 @@ def test_a_split_run_sharpens_as_the_whole_one():
         sample_gm_policy(denoise, x, sigmas, **settings),
         1e-9,
     )
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_solvers_of_mixtures_refuse_a_dx_policy(solver):
+    noise, out = normal(2, 3, 4, 4), DXVelocity(normal(2, 5, 3, 4, 4, seed=2), 0.5)
+    sampled = solver, lambda x, sigma: predict_x0(out, x, sigma), noise, [1.0, 0.5, 0.0]
+    if SOLVERS[solver].takes_policies:
+        assert solve(*sampled).isfinite().all()
+        return
+    with pytest.raises(
+        ValueError, match="needs a mixture, and the model predicts a DX policy; use"
+    ):
+        solve(*sampled, noise=torch.Generator())
 
 
 def test_a_dx_policy_is_followed_and_knows_no_temperature():

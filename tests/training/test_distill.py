@@ -43,7 +43,7 @@ SMALL = split("--device cpu --batch-size 16 --warmup 2 --checkpoint-every 50 --l
 
 def gmdit(components=2, **changes):
     sizes = {"num_layers": 1, "num_heads": 2, "head_dim": 8}
-    return GMDiT(GMDiTConfig(num_components=components, **SHARED, **sizes, **changes))
+    return GMDiT(GMDiTConfig(num_components=components, **{**SHARED, **sizes, **changes}))
 
 
 def ditdh(components=1, **changes):
@@ -202,6 +202,61 @@ def test_a_run_that_diverges_ends_with_its_last_good_state(tmp_path):
     assert read_metadata(trainer.path)["training"]["step"] == 10
 
 
+def test_guidance_that_never_acts_is_none(tmp_path):
+    teacher = teacher_file(tmp_path)
+    for given, few, drops in [
+        ("--guidance 0", None, True),
+        ("--guidance 1 --guidance-kind cfg", None, True),
+        ("--guidance 0.2", "probabilistic 0.2", False),
+        (
+            "--guidance 3 --guidance-kind cfg --guidance-interval 0 0.7",
+            "cfg 3 at sigmas from 0 to 0.7",
+            False,
+        ),
+    ]:
+        more = [*split(given), "--class-dropout", "0.9"]
+        trainer = new_trainer(teacher, tmp_path / "out", 10, *more)
+        assert trainer.data()["few_steps"].get("guidance") == few
+        _, labels, _, _ = trainer.draw(range(16), 1)
+        assert (labels == 3).any() == drops
+
+
+def test_a_run_goes_on_from_what_it_began_with(tmp_path):
+    teacher, data = teacher_file(tmp_path), str(write_colours(tmp_path / "data"))
+    for out, first, then, said in [
+        (tmp_path / "noise", [], ["--data", data], "without --data; leave out --data"),
+        (tmp_path / "data_out", ["--data", data], [], "with --data; give --data '.*data'"),
+    ]:
+        new_trainer(teacher, out, 10, *first).save()
+        assert new_trainer(teacher, out, 10, *first).step == 0
+        with pytest.raises(ValueError, match=said):
+            new_trainer(teacher, out, 10, *then)
+
+
+@pytest.mark.parametrize("name", ["model", "weights"])
+def test_a_teacher_is_not_overwritten(name, tmp_path):
+    teacher = teacher_file(tmp_path).rename(tmp_path / f"{name}.safetensors")
+    with pytest.raises(ValueError, match="the student would overwrite it"):
+        new_trainer(teacher, tmp_path / "elsewhere" / "..", 10, "--restart")
+
+
+def test_a_students_file_can_be_read_whatever_its_settings(tmp_path):
+    for setting, least, most in [
+        ("steps", 1, 1000),
+        ("time_shift", 1e-3, 1e3),
+        ("final_step_size", 1e-3, 1.0),
+    ]:
+        for value in (least, most):
+            config = {"teacher": str(teacher_file(tmp_path)), "out": tmp_path / "out"}
+            trainer = DistillTrainer(DistillConfig(device="cpu", **config, **{setting: value}))
+            path = tmp_path / "student.safetensors"
+            save_checkpoint(trainer.model, path, data=trainer.data())
+            assert read_metadata(path)["data"] == trainer.data()
+        for value in (least / 2, most * 2):
+            with pytest.raises(ValueError, match=f"--{setting.replace('_', '-')} is {value}"):
+                DistillConfig(**{setting: value})
+
+
 TWO_PROCESSES = """
 import json, sys
 from training.distill import parse
@@ -264,8 +319,15 @@ def test_what_does_not_belong_together_is_refused(tmp_path):
         DistillConfig(guidance=1.2)
     with pytest.raises(ValueError, match="--steps is 0"):
         DistillConfig(steps=0)
+    with pytest.raises(ValueError, match=r"--guidance-interval is .* with a --guidance"):
+        DistillConfig(guidance_interval=(0.0, 0.5))
     with pytest.raises(ValueError, match="given together with --reference"):
         DistillConfig(features=Path("x"))
     data = write_colours(tmp_path / "data")
     with pytest.raises(ValueError, match=r"of shape \(3, 4, 4\), and .* makes some of \(3, 8, 8\)"):
         new_trainer(SHIPPED / "digits_k8.safetensors", out, 10, "--data", str(data))
+    with pytest.raises(ValueError, match=r"holds 3 classes, and .* knows 2"):
+        new_trainer(teacher_file(tmp_path, gmdit(num_classes=2)), out, 10, "--data", str(data))
+    unlabelled = teacher_file(tmp_path, unlabelled=True, labels=None)
+    with pytest.raises(ValueError, match="was trained without labels; omit --guidance"):
+        new_trainer(unlabelled, out, 10, "--guidance", "0.2")

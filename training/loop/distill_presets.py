@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from gmflow_core.files.data_record import MOST_STEPS, STUDENT_RANGES
 from gmflow_core.sampling.guidance import GUIDANCE_KINDS, Guidance
 from training.common.settings import require
 from training.loop.config import TrainerConfig
@@ -57,7 +58,7 @@ class DistillConfig(TrainerConfig):
     time_shift: float = 1.0
     """Shift of times towards noise, sigma = shift t / (1 + (shift - 1) t)."""
     final_step_size: float = 1.0
-    """Length of the last segment relative to the others, in (0, 1]."""
+    """Length of the last segment relative to the others, in [0.001, 1]."""
     decay_iterations: int = 0
     """Iterations over which the teacher's own path gives way to the student's; 0 begins with the
     student's."""
@@ -91,12 +92,16 @@ class DistillConfig(TrainerConfig):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         require((self.workers or 0) >= 0, "workers", self.workers, "0 or more")
         require(0 <= self.dropout < 1, "dropout", self.dropout, "at least 0 and below 1")
-        require(self.time_shift > 0, "time_shift", self.time_shift, "positive")
-        require(0 < self.final_step_size <= 1, "final_step_size", self.final_step_size, "in (0, 1]")
+        # as in the student's file, which has to be read again
+        require(self.steps <= MOST_STEPS, "steps", self.steps, f"at most {MOST_STEPS}")
+        for name, field in (("shift", "time_shift"), ("final_step_size", "final_step_size")):
+            (low, high), value = STUDENT_RANGES[name], getattr(self, field)
+            require(low <= value <= high, field, value, f"from {low:g} to {high:g}")
         require(0 <= self.class_dropout < 1, "class_dropout", self.class_dropout, "in [0, 1)")
         require(self.clip > 0, "clip", self.clip, "positive")
-        if self.guidance is not None:
-            self.teacher_guidance()  # checks the values
+        everywhere = self.guidance_interval == (0.0, 1.0)
+        fits = self.teacher_guidance() is not None or everywhere  # checks the values
+        require(fits, "guidance_interval", self.guidance_interval, "given with a --guidance")
         both = (self.features is None) == (self.reference is None)
         require(both, "features", self.features, "given together with --reference")
         fits = self.policy == "gm" or self.source is None
@@ -105,14 +110,15 @@ class DistillConfig(TrainerConfig):
         require(start, "data", self.data, "left out with --source, whose noise starts the student")
 
     def teacher_guidance(self) -> Guidance | None:
-        """Return the teacher's guidance; None if it has none.
+        """Return the teacher's guidance; None if it has none, or one that never acts.
 
         Raises:
             ValueError: a value is out of range.
         """
         if self.guidance is None:
             return None
-        return Guidance(self.guidance, self.guidance_kind, interval=self.guidance_interval)
+        found = Guidance(self.guidance, self.guidance_kind, interval=self.guidance_interval)
+        return None if found.idle else found
 
 
 _SMALL = DistillConfig(
@@ -139,7 +145,7 @@ PRESETS = {
         lr=5e-5,
         lr_schedule="constant",
         warmup=400,
-        clip=5.0,
+        clip=50 / 3,  # pi-Flow clips at 50, and its loss is 3 times this one
         optimizer="auto",
         precision="bf16",
         gradient_checkpointing=True,

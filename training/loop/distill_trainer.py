@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from gmflow_core.files.atomic import atomic_write
 from gmflow_core.files.checkpoint import load_checkpoint, read_metadata, save_checkpoint
+from gmflow_core.files.errors import quoted
+from gmflow_core.files.hub import tidy_source
 from gmflow_core.flow.imitation import MIN_TIME, ImitationSettings, segment_at, segments
 from gmflow_core.flow.path import diffuse, shift_time
 from gmflow_core.gaussians.quantile import normal_cdf
@@ -36,6 +39,7 @@ from training.loop.optimizer import eight_bit_problem, new_adamw
 from training.loop.student_samples import StudentSamples
 from training.loop.trainer import Trainer
 
+WEIGHTS = "weights.safetensors"  # in OUT: the model to share
 FEW_STEPS = "few_steps"  # entry of a student's data record
 PICTURE_COLUMNS = 10
 GROWTH = 10.0  # of the mean loss over its lowest, from which on a run counts as diverging
@@ -65,6 +69,7 @@ class DistillTrainer(Trainer):
 
     def __init__(self, config: DistillConfig):
         self.config = config
+        self.check_out()
         self.record = read_metadata(config.teacher)
         self.mark = fingerprint(config.teacher, self.record["config"])
         self.teacher, _ = load_checkpoint(config.teacher)
@@ -96,6 +101,20 @@ class DistillTrainer(Trainer):
         if config.vae is not None and acc.is_main_process:
             self.vae = load_vae(config.vae, acc.device)
 
+    def check_out(self) -> None:
+        """Check that this run does not overwrite its teacher.
+
+        Raises:
+            ValueError: it would.
+        """
+        config = self.config
+        teacher = Path(tidy_source(config.teacher)).resolve()
+        if teacher in [(config.out / name).resolve() for name in ("model.safetensors", WEIGHTS)]:
+            raise ValueError(
+                f"--out {config.out} is where the teacher {config.teacher} lies, and the student "
+                "would overwrite it; give another --out"
+            )
+
     def check_teacher(self) -> None:
         """Check that the teacher can be imitated with these settings.
 
@@ -124,13 +143,22 @@ class DistillTrainer(Trainer):
             self.source.frame([0])  # raises unless the modes are spherical
         if isinstance(self.teacher, GMFlowMLP) and self.teacher.config.num_classes:
             raise ValueError(f"{name} is a network of labelled points; give one without labels")
-        guided = config.teacher_guidance()
-        if guided is not None and not guided.idle and not self.has_null_class:
-            raise ValueError(f"{name} has no label for no class, which --guidance needs; omit it")
+        if config.teacher_guidance() is not None:
+            if not self.has_null_class:
+                raise ValueError(
+                    f"{name} has no label for no class, which --guidance needs; omit it"
+                )
+            if not self.num_labels:
+                raise ValueError(f"{name} was trained without labels; omit --guidance")
         if self.dataset is not None and self.dataset.shape != self.shape:
             raise ValueError(
                 f"{config.data} holds samples of shape {self.dataset.shape}, and {name} makes "
                 f"some of {self.shape}; give --data what it was trained on, or leave it out"
+            )
+        if self.dataset is not None and 0 < self.num_labels < len(self.dataset.classes):
+            raise ValueError(
+                f"{config.data} holds {len(self.dataset.classes)} classes, and {name} knows "
+                f"{self.num_labels}; give --data what it was trained on, or leave it out"
             )
 
     @property
@@ -189,6 +217,22 @@ class DistillTrainer(Trainer):
     def settings(self) -> dict[str, Any]:
         """Return the configuration, with the teacher's fingerprint."""
         return {**super().settings(), "optimizer": self.optimizer_name, "fingerprint": self.mark}
+
+    def resume(self) -> None:
+        """Load the checkpoint in OUT.
+
+        Raises:
+            ValueError: it began from noise and this run from real samples, or the other way round;
+                or as `Trainer`.
+        """
+        super().resume()
+        before = read_metadata(self.path)["training"]["config"].get("data")
+        if (before is None) != (self.config.data is None):
+            change = "leave out --data" if before is None else f"give --data {quoted(before)}"
+            raise ValueError(
+                f"{self.path} belongs to a run {'without' if before is None else 'with'} --data; "
+                f"{change} to go on, or give another --out"
+            )
 
     def data_name(self) -> str:
         """Return who the teacher is, for a message."""
@@ -264,7 +308,7 @@ class DistillTrainer(Trainer):
         else:
             labels = (which * self.num_labels).long()
         if labels is not None and self.has_null_class:
-            share = 0.0 if config.guidance is not None else config.class_dropout
+            share = config.class_dropout if config.teacher_guidance() is None else 0.0
             none = (drop < share) | (self.num_labels == 0)
             labels = torch.where(none, self.teacher.config.num_classes, labels)
         return noise, labels, frame, uniform
@@ -362,13 +406,16 @@ class DistillTrainer(Trainer):
             "policy": "GMFlow" if config.policy == "gm" else "DX",
             "teacher": self.mark,
         }
-        if config.guidance is not None:
+        if config.teacher_guidance() is not None:
             few["guidance"] = f"{config.guidance_kind} {config.guidance:g}"
+            low, high = config.guidance_interval
+            if (low, high) != (0, 1):
+                few["guidance"] += f" at sigmas from {low:g} to {high:g}"
         return {**self.about, FEW_STEPS: few}
 
     def export(self) -> None:
         """Write the weights to share, in bfloat16."""
-        path, model = self.config.out / "weights.safetensors", self.sampling_model()
+        path, model = self.config.out / WEIGHTS, self.sampling_model()
         facts = {**self.facts(), "figures": self.figures}
         if self.accelerator.is_main_process:
             save_checkpoint(model, path, facts=facts, data=self.data(), dtype=torch.bfloat16)

@@ -55,7 +55,7 @@ def teacher_velocity(
     Args:
         teacher: a network of `gmflow_core.models`, in evaluation mode.
         labels, frame: as in `prediction`.
-        guidance: None for none; it acts on those samples whose sigma lies in its interval.
+        guidance: one that acts, or None; it acts on those samples whose sigma lies in its interval.
         autocast: creates the context that the network runs in.
     """
 
@@ -73,7 +73,7 @@ def teacher_velocity(
         acts = expand_sigma((low <= sigma) & (sigma <= high), x) > 0
         return torch.where(acts, x0_to_velocity(steered, x, sigma), cond.mean())
 
-    return plain if guidance is None or guidance.idle else guided
+    return plain if guidance is None else guided
 
 
 class Imitation(nn.Module):

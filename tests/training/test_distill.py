@@ -328,6 +328,8 @@ def test_what_does_not_belong_together_is_refused(tmp_path):
         new_trainer(SHIPPED / "digits_k8.safetensors", out, 10, "--data", str(data))
     with pytest.raises(ValueError, match=r"holds 3 classes, and .* knows 2"):
         new_trainer(teacher_file(tmp_path, gmdit(num_classes=2)), out, 10, "--data", str(data))
+    with pytest.raises(ValueError, match=r"holds pixels, and .* makes sd-vae"):
+        new_trainer(teacher_file(tmp_path, space="sd-vae"), out, 10, "--data", str(data))
     unlabelled = teacher_file(tmp_path, unlabelled=True, labels=None)
     with pytest.raises(ValueError, match="was trained without labels; omit --guidance"):
         new_trainer(unlabelled, out, 10, "--guidance", "0.2")

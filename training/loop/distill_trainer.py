@@ -155,6 +155,12 @@ class DistillTrainer(Trainer):
                 f"{config.data} holds samples of shape {self.dataset.shape}, and {name} makes "
                 f"some of {self.shape}; give --data what it was trained on, or leave it out"
             )
+        space = self.about.get("space")
+        if None not in (self.dataset, space) and (space, self.dataset.kind).count("pixels") == 1:
+            raise ValueError(
+                f"{config.data} holds {self.dataset.kind}, and {name} makes {space}; give --data "
+                "what it was trained on, or leave it out"
+            )
         if self.dataset is not None and 0 < self.num_labels < len(self.dataset.classes):
             raise ValueError(
                 f"{config.data} holds {len(self.dataset.classes)} classes, and {name} knows "

@@ -197,7 +197,7 @@ def test_a_run_that_diverges_ends_with_its_last_good_state(tmp_path):
     DistillTrainer(parse([*arguments(teacher, tmp_path / "out", 10), *more])).run()
     trainer = DistillTrainer(parse([*arguments(teacher, tmp_path / "out", 60), *more]))
     trainer.lowest = 1e-3  # as if it had come down to that
-    with pytest.raises(FloatingPointError, match=r"grown from 0\.001 .* holds the last good state"):
+    with pytest.raises(FloatingPointError, match=r"grown from 0\.001 .* holds the last checkpoint"):
         trainer.run()
     assert read_metadata(trainer.path)["training"]["step"] == 10
 

@@ -356,19 +356,20 @@ class DistillTrainer(Trainer):
     # What comes out
 
     def log(self, curves: Curves | None, means: dict[str, float]) -> None:
-        """Add a point to the curves, and end a run that diverges before its state is saved.
+        """Add a point to the curves, and end a run that diverges.
+
+        The loss is watched from where its meaning stays the same: after `decay_iterations`.
 
         Raises:
             FloatingPointError: the mean loss is GROWTH times its lowest.
         """
         super().log(curves, means)
+        if self.teacher_ratio:
+            return
         loss, self.lowest = means["loss"], min(self.lowest, means["loss"])
         if loss > GROWTH * self.lowest:
-            saved = (
-                f"{self.path} holds the last good state"
-                if self.path.exists()
-                else ("nothing is saved yet")
-            )
+            found = self.path.exists()
+            saved = f"{self.path} holds the last checkpoint" if found else "nothing is saved yet"
             raise FloatingPointError(
                 f"the loss has grown from {self.lowest:.3g} to {loss:.3g} before iteration "
                 f"{self.step}; {saved}: lower --lr, in another --out"

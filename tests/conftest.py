@@ -26,6 +26,7 @@ PAGE, INSIDE = "the page", "inside ComfyUI"
 SECONDS = {  # of a core, measured: of a file of tests/comfyui, or of a single test elsewhere
     PAGE: 200,
     INSIDE: 90,
+    "test_train_adapter": 85,
     "test_compiled_draws_equal_the_definition": 60,
     "test_hostile_files_are_refused_in_words_or_read_right": 37,
     "test_adapters": 35,

@@ -67,13 +67,25 @@ def save_checkpoint(
     metadata = {
         "format": FORMAT,
         "model_class": type(model).__name__,
-        "config": json.dumps(dataclasses.asdict(model.config)),
+        "config": json.dumps(config_record(model.config)),
         "training": json.dumps(facts or {}),
         "data": json.dumps(data or {}),
     }
     tensors = {name: stored(t, dtype or t.dtype) for name, t in model.state_dict().items()}
     tensors.update({TRAINING + name: stored(t, t.dtype) for name, t in (state or {}).items()})
     write_safetensors(tensors, path, metadata)
+
+
+def config_record(config: Any) -> dict[str, Any]:
+    """Return a network's config as files hold it.
+
+    Settings of a DX policy are left out where there is none, so that versions that do not know
+    them read the file.
+    """
+    record = dataclasses.asdict(config)
+    if record.get("dx_segment") is None:
+        record = {name: value for name, value in record.items() if not name.startswith("dx_")}
+    return record
 
 
 def read_metadata(source: str | Path) -> dict[str, Any]:

@@ -92,7 +92,8 @@ def class_denoiser(
             "guidance needs a model with a label for no class, and this one has none; "
             "use autoguidance instead"
         )
-    if guidance is not None and not guidance.idle and config.dx_segment is not None:
+    predicts_dx = getattr(config, "dx_segment", None) is not None
+    if guidance is not None and not guidance.idle and predicts_dx:
         raise ValueError("guidance needs a mixture, and this model predicts a DX policy; omit it")
     guide = None if guidance is None else form_of(guidance.of_velocities)
     both = torch.cat([labels, torch.full_like(labels, null)])

@@ -129,7 +129,7 @@ def test_layout_faults_are_found(page: ComfyPage) -> None:
     workflow["extra"].pop("linkExtensions")
     load(page, workflow)
     faults = "\n".join(layout_faults(page)["faults"])
-    assert "GM Sampler: 4 steps and GM Pixels overlap" in faults
+    assert "GM Sampler: 1 step and GM Pixels overlap" in faults
     assert "Ten classes, ten images of each is only partly in the group" in faults
     assert "runs behind Ten classes" in faults
 

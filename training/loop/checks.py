@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gmflow_core.files.checkpoint import config_record
 from gmflow_core.files.errors import FileError, quoted
 from gmflow_core.files.safetensors_files import is_finite
 from gmflow_core.models.settings import is_number
@@ -55,7 +55,7 @@ def check_network(metadata: dict[str, Any], model: nn.Module, data: str, path: P
     Raises:
         ValueError: it holds another one.
     """
-    mine = {"class": type(model).__name__, **dataclasses.asdict(model.config)}
+    mine = {"class": type(model).__name__, **config_record(model.config)}
     mine = {k: list(v) if isinstance(v, tuple) else v for k, v in mine.items()}  # as in JSON
     found = {"class": metadata["model_class"], **metadata["config"]}
     differ = [name for name in mine if not same(found.get(name), mine[name])]

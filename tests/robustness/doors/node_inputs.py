@@ -105,8 +105,9 @@ def make(folder: Path) -> None:
 
 
 def names() -> list[str]:
-    """Return the ids of the extension's nodes."""
-    return sorted(name for name in nodes.NODE_CLASS_MAPPINGS if name.startswith(NODES))
+    """Return the ids of the extension's nodes, but for the one that trains a model."""
+    found = (name for name in nodes.NODE_CLASS_MAPPINGS if name.startswith(NODES))
+    return sorted(name for name in found if name != "GMFlowTrainAdapter")
 
 
 def draw(rng: Random) -> tuple[str, Any, tuple[str, ...]]:

@@ -30,7 +30,7 @@ def test_hostile_files_are_refused_in_words_or_read_right():
 @pytest.mark.skipif(sys.platform != "linux", reason="the harness counts on Linux")
 @pytest.mark.skipif(not is_installed(), reason=f"no ComfyUI in {COMFYUI}: {HOW_TO}")
 def test_hostile_inputs_of_nodes_are_refused_in_words_or_read_right():
-    run_cases("--cases", "40", "--only-comfyui")
+    run_cases("--cases", "60", "--only-comfyui")
 
 
 def refuse(folder):

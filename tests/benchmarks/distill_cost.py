@@ -37,7 +37,7 @@ from .peers import PLACES, definitions
 
 DIGITS = {"num_layers": 6, "num_heads": 4, "head_dim": 32, "log_std_dim": 128}
 SMALL = {"num_layers": 12, "num_heads": 6, "head_dim": 64, "log_std_dim": 256}  # DiT-S
-BUDGET = 20.0  # seconds of a row
+BUDGET = 8.0  # seconds of a row
 Row = dict[str, Any]
 USUAL = {"size": 8, "batch_size": 64, "num_components": 8, "states": 2, "substeps": 32}
 CASES: list[tuple[str, dict, dict]] = [

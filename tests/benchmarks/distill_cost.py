@@ -1,6 +1,6 @@
 """Measure what distillation costs beside its networks, and how that grows.
 
-    python -m tests.benchmarks.distill_cost                          # ten minutes on one thread
+    python -m tests.benchmarks.distill_cost                          # three minutes on one thread
     LAKONLAB_PATH=... python -m tests.benchmarks.distill_cost        # beside LakonLab's segment
 
 Every row runs an iteration of training.distill and a plain loop of the same two networks in turns:

@@ -71,29 +71,34 @@ def _check_guidance(guider, adapter: Adapter) -> None:
             f"{adapter.guidance:g}, and any other gives poor images; "
             f"{set_guidance(adapter.guidance)}"
         )
-    cfg, off = getattr(guider, "cfg", 1.0), 1.0
-    if has_probabilistic_guidance(guider.model_patcher):
-        off = 0.0
-    if cfg != off:
-        notice(
-            f"{'cfg' if off else 'guidance'} {cfg:g} does not fit: this base model has its "
-            "guidance built in (distilled) and was not trained with negative prompts, so expect "
-            f"poor images; {set_cfg(off)}"
-        )
+    _check_cfg(
+        guider,
+        "this base model has its guidance built in (distilled) and was not trained with negative "
+        "prompts, so expect poor images",
+    )
 
 
 def report_guidance(guider, made_for: FewSteps) -> None:
     """Warn if guidance is applied to a model that was distilled with its teacher's guidance."""
-    if not isinstance(made_for, Student) or not made_for.guidance:
-        return
+    if isinstance(made_for, Student) and made_for.guidance:
+        _check_cfg(
+            guider,
+            f"this model has its teacher's guidance built in ({made_for.guidance}) and never saw "
+            "an empty label",
+        )
+
+
+def _check_cfg(guider, why: str) -> None:
+    """Warn if a guider applies guidance to a model that has its own.
+
+    Args:
+        why: it does not fit, in words.
+    """
     cfg, off = getattr(guider, "cfg", 1.0), 1.0
     if has_probabilistic_guidance(guider.model_patcher):
         off = 0.0
     if cfg != off:
-        notice(
-            f"{'cfg' if off else 'guidance'} {cfg:g} does not fit: this model has its teacher's "
-            f"guidance built in ({made_for.guidance}) and never saw an empty label; {set_cfg(off)}"
-        )
+        notice(f"{'cfg' if off else 'guidance'} {cfg:g} does not fit: {why}; {set_cfg(off)}")
 
 
 def _guidance_in(value: object, adapter: Adapter) -> float | None:

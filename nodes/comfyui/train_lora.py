@@ -24,7 +24,7 @@ TARGETS = (MLP, ATTENTION)
 
 @dataclass
 class Switch:
-    """Whether the student is computed (True) or the teacher."""
+    """A switch between the student (True) and the teacher."""
 
     student: bool = False
 

@@ -99,5 +99,5 @@ class LossWatch:
 
     @property
     def is_settled(self) -> bool:
-        """Whether the latest losses are near the lowest, so that the state is one to keep."""
+        """True if the latest losses are near the lowest, so that the state is one to keep."""
         return self.recent < SETTLED * self.lowest

@@ -52,7 +52,7 @@ DIAGRAMS = {
     "19": ("ImageNet", "1000 classes, GM-DiT", "4 GB card", 32),
     "20": ("FLUX.1 dev", "mixture inspector", "16 GB card", STEPS),
     "21": ("Any model", "no adapter; here Qwen-Image", "24 GB card", 8),
-    "22": ("Your model", "trained here, from prompts", "24 GB card", STEPS),
+    "22": ("Your model", "trained here, from prompts", "16 GB card", STEPS),
 }
 
 

@@ -59,6 +59,25 @@ class Order:
                 yield indices
 
 
+def rows_of(process: int, processes: int, batch_size: int, accumulate: int) -> range:
+    """Return a process's part of the batch's rows.
+
+    Args:
+        accumulate: pieces that each process's part is divided into.
+
+    Raises:
+        ValueError: the batch cannot be divided so.
+    """
+    pieces = processes * accumulate
+    if batch_size % pieces:
+        raise ValueError(
+            f"--batch-size {batch_size} cannot be divided among {processes} processes with "
+            f"{accumulate} pieces each; make it a multiple of {pieces}"
+        )
+    share = batch_size // processes
+    return range(process * share, (process + 1) * share)
+
+
 def pieces_of(rows: range, pieces: int) -> list[range]:
     """Divide `rows` into equal parts; a remainder is left out."""
     size = len(rows) // pieces

@@ -19,6 +19,7 @@ from training.common.devices import to_device
 from training.common.settings import SMALLEST_SIGMA
 from training.evaluation.checkerboard_report import write_report
 from training.loop.checkerboard_presets import CheckerboardConfig
+from training.loop.optimizer import power_decay
 from training.loop.trainer import Trainer
 
 PICTURE_SAMPLES = 10_000
@@ -99,8 +100,8 @@ class CheckerboardTrainer(Trainer):
         return {"loss": loss.detach()}
 
     def decay(self, step: int) -> float:
-        """Return the decay of the power-function profile with gamma = 7 (Karras et al. 2024)."""
-        return (1 - 1 / step) ** 8
+        """Return the decay of the power-function profile."""
+        return power_decay(step)
 
     def draw_picture(self, model: GMFlowMLP) -> Tensor:
         """Draw the density of GM-SDE samples in 4 steps."""

@@ -23,11 +23,12 @@ from gmflow_core.pictures import image_grid, to_image
 from gmflow_core.source.files import load_source
 from gmflow_core.source.mode_frame import ModeFrame
 from training.common.processes import loader_workers
-from training.data.batches import Order, batch_loader, draw_noise, pieces_of
-from training.data.shards import LatentDataset, to_pixels
+from training.data.batches import Order, batch_loader, draw_noise, pieces_of, rows_of
+from training.data.shards import LatentDataset
 from training.encoders.load import load_vae
 from training.evaluation.models import fingerprint
 from training.loop.curves import Curves
+from training.loop.decoding import decoded
 from training.loop.distill_presets import DistillConfig
 from training.loop.imitation_objective import (
     Imitation,
@@ -35,7 +36,7 @@ from training.loop.imitation_objective import (
     takes_labels,
     teacher_velocity,
 )
-from training.loop.optimizer import eight_bit_problem, new_adamw
+from training.loop.optimizer import eight_bit_problem, new_adamw, power_decay
 from training.loop.student_samples import StudentSamples
 from training.loop.trainer import Trainer
 
@@ -82,14 +83,9 @@ class DistillTrainer(Trainer):
         self.check_teacher()
         super().__init__(config)
         acc = self.accelerator
-        pieces = acc.num_processes * config.accumulate
-        if config.batch_size % pieces:
-            raise ValueError(
-                f"--batch-size {config.batch_size} cannot be divided among {acc.num_processes} "
-                f"processes with {config.accumulate} pieces each; make it a multiple of {pieces}"
-            )
-        share = config.batch_size // acc.num_processes
-        self.rows = range(acc.process_index * share, (acc.process_index + 1) * share)
+        self.rows = rows_of(
+            acc.process_index, acc.num_processes, config.batch_size, config.accumulate
+        )
         self.teacher = self.teacher.to(acc.device)
         if self.source is not None:
             self.source = self.source.to(acc.device)
@@ -245,8 +241,8 @@ class DistillTrainer(Trainer):
         return f" (now {self.config.teacher})"
 
     def decay(self, step: int) -> float:
-        """Return the decay of the power-function profile with gamma = 7 (Karras et al. 2024)."""
-        return (1 - 1 / step) ** 8
+        """Return the decay of the power-function profile."""
+        return power_decay(step)
 
     # An iteration
 
@@ -392,14 +388,7 @@ class DistillTrainer(Trainer):
 
     def grid(self, x: Tensor) -> Tensor:
         """Decode samples (B, C, h, w), and arrange them as one picture."""
-        if self.about.get("space") == "pixels":
-            images = to_pixels(x).cpu() / 255
-        elif self.vae is None:  # latents: the first three channels
-            x = x[:, :3].float().cpu()
-            images = (0.5 + 0.25 * x / x.std()).clamp(0, 1)
-        else:
-            images = torch.cat([self.vae.decode(part).cpu() for part in x.split(4)])
-            images = (images * 0.5 + 0.5).clamp(0, 1)
+        images = decoded(x, self.vae, pixels=self.about.get("space") == "pixels")
         return image_grid(images, columns=PICTURE_COLUMNS, scale=max(1, 64 // images.shape[-1]))
 
     def data(self) -> dict[str, Any]:

@@ -21,10 +21,11 @@ from gmflow_core.sampling.images import sample_images
 from gmflow_core.source.files import load_source, read_source_metadata
 from training.common.processes import loader_workers, together
 from training.common.settings import SMALLEST_SIGMA
-from training.data.batches import Order, batch_loader, draw_noise, pieces_of
-from training.data.shards import LatentDataset, to_pixels
+from training.data.batches import Order, batch_loader, draw_noise, pieces_of, rows_of
+from training.data.shards import LatentDataset
 from training.data.tokens import WithTokens, check_encoder
 from training.encoders.load import load_vae
+from training.loop.decoding import decoded
 from training.loop.image_presets import ImageConfig
 from training.loop.mode_weights import ModeWeights
 from training.loop.objective import Objective
@@ -63,14 +64,10 @@ class ImageTrainer(Trainer):
                 self.source.frame([0])  # raises unless the modes are spherical
         self.mode_weights = ModeWeights(self.source.num_modes) if config.mode_weighting else None
         super().__init__(config)
-        acc, pieces = self.accelerator, self.accelerator.num_processes * config.accumulate
-        if config.batch_size % pieces:
-            raise ValueError(
-                f"--batch-size {config.batch_size} cannot be divided among {acc.num_processes} "
-                f"processes with {config.accumulate} pieces each; make it a multiple of {pieces}"
-            )
-        share = config.batch_size // acc.num_processes
-        self.rows = range(acc.process_index * share, (acc.process_index + 1) * share)
+        acc = self.accelerator
+        self.rows = rows_of(
+            acc.process_index, acc.num_processes, config.batch_size, config.accumulate
+        )
         self.batches: Iterator | None = None
         if self.source is not None:
             self.source = self.source.to(acc.device)
@@ -318,24 +315,11 @@ class ImageTrainer(Trainer):
             source=self.source,
             modes=modes,
         )
-        images = self.decode(samples)
+        images = decoded(samples, self.vae, pixels=self.dataset.kind == "pixels")
         picture = image_grid(images, columns=columns, scale=max(1, 64 // images.shape[-1]))
         with atomic_write(config.out / "samples" / f"{self.step:07d}.png") as temporary:
             to_image(picture).save(temporary, format="png")
         return picture
-
-    def decode(self, x: Tensor) -> Tensor:
-        """Decode samples (B, C, h, w) to images (B, 3, H, W) in [0, 1].
-
-        Latents without a VAE show their first three channels.
-        """
-        if self.dataset.kind == "pixels":
-            return to_pixels(x).cpu() / 255
-        if self.vae is None:
-            x = x[:, :3].float().cpu()
-            return (0.5 + 0.25 * x / x.std()).clamp(0, 1)
-        images = torch.cat([self.vae.decode(part).cpu() for part in x.split(4)])
-        return (images * 0.5 + 0.5).clamp(0, 1)
 
     def data(self) -> dict[str, Any]:
         """Return labels and space of the model's samples, and its source."""

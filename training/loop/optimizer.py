@@ -1,4 +1,4 @@
-"""Choose the optimizer, and schedule its learning rate."""
+"""Choose the optimizer, schedule its learning rate, and average the weights."""
 
 from __future__ import annotations
 
@@ -21,6 +21,15 @@ def lr_factor(config: TrainerConfig, step: int) -> float:
         return 1.0
     done = (step - config.warmup) / max(1, config.iterations - config.warmup)
     return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def power_decay(step: int) -> float:
+    """Return the decay of the power-function average with gamma = 7 (Karras et al. 2024).
+
+    Args:
+        step: iteration, counted from 1.
+    """
+    return (1 - 1 / step) ** 8
 
 
 def new_schedule(optimizer: torch.optim.Optimizer, config: TrainerConfig, step: int) -> LambdaLR:

@@ -34,15 +34,10 @@ from .sampling.denoisers import class_denoiser, denoiser_of, reversed_time
 from .sampling.guidance import Guidance, classifier_free_guidance, probabilistic_guidance
 from .sampling.images import sample_images
 from .sampling.likelihood import log_likelihood
+from .sampling.multistep import sample_dpmpp_2m, sample_uni_pc
 from .sampling.rollout import rollout
 from .sampling.second_order import second_order
-from .sampling.solvers import (
-    sample_dpmpp_2m,
-    sample_euler,
-    sample_gm_ode,
-    sample_gm_policy,
-    sample_gm_sde,
-)
+from .sampling.solvers import sample_euler, sample_gm_ode, sample_gm_policy, sample_gm_sde
 from .sampling.trajectory import Trajectory
 from .source.files import load_source, save_source
 from .source.mode_frame import ModeFrame
@@ -99,6 +94,7 @@ __all__ = [
     "sample_gm_policy",
     "sample_gm_sde",
     "sample_images",
+    "sample_uni_pc",
     "sample_with_spectrum",
     "save_checkpoint",
     "save_source",

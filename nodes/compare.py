@@ -63,8 +63,8 @@ class GMFlowCompare(io.ComfyNode):
                     default="euler\ngm-ode\ngm-sde",
                     multiline=True,
                     tooltip="Names, one per line: the solvers of GM Sampler (gm-ode, gm-sde, "
-                    "gm-policy, euler, dpmpp-2m) and ComfyUI's own samplers (euler_ancestral, "
-                    "dpmpp_2m, heun, ...). At most 16.",
+                    "gm-policy, euler, dpmpp-2m, uni-pc) and ComfyUI's own samplers "
+                    "(euler_ancestral, res_multistep, heun, ...). At most 16.",
                 ),
                 io.String.Input(
                     "steps",

@@ -248,8 +248,8 @@ class GMFlowSampler(io.ComfyNode):
             solver_input(
                 "auto is gm-policy behind GM Adapter, and gm-ode for other models. gm-ode "
                 "is deterministic, gm-sde stochastic; gm-policy is made for models with a GM "
-                "adapter. euler and dpmpp-2m (DPM-Solver++ of second order) follow only the mean, "
-                "as stock samplers do, for comparison.",
+                "adapter. euler, dpmpp-2m and uni-pc follow only the mean, as the stock samplers "
+                "of these names do, for comparison.",
             ),
             order_input(**ADVANCED),
             io.Int.Input(

@@ -6,7 +6,7 @@
         --reference VIRTUAL_imagenet256_labeled.npz
     python -m training.evaluate --checkpoint k8.safetensors k1.safetensors --count 2000 \\
         --data data/digits_train --test-data data/digits_test --saturation digits \\
-        --features outputs/digits_features.safetensors --solver euler dpmpp-2m gm-ode gm-sde \\
+        --features outputs/digits_features.safetensors --solver euler dpmpp-2m uni-pc gm-ode \\
         --steps 2 4 8 32 --guidance 0 .1 .2 --cfg 1.5 2 3 --device cpu
 
 Every checkpoint is sampled with every solver, number of steps and guidance: weights of

@@ -9,7 +9,6 @@ which makes the result (x, trajectory), see `with_trajectory`.
 from __future__ import annotations
 
 import inspect
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,8 +27,10 @@ from ..gaussians.spectral import sample_with_spectrum
 from .denoisers import Denoiser
 from .guidance import image_gaussian
 from .hooks import Callback, Hooks
+from .multistep import sample_dpmpp_2m, sample_uni_pc
 from .rollout import Check, Constrain
 from .second_order import Step, corrected
+from .steps import batch_sigma, intervals
 from .trajectory import Every, Trajectory, with_trajectory
 
 Spectrum = Callable[[IsotropicGaussian], Tensor]
@@ -98,7 +99,7 @@ def sample_gm_ode(
         raise ValueError(f'spacing is {spacing!r}; it must be "time" or "sigma"')
     hooks, previous = Hooks(**hooks), None
     grid = shift if spacing == "time" else 1.0
-    for index, (sigma, sigma_next) in enumerate(_intervals(sigmas)):
+    for index, (sigma, sigma_next) in enumerate(intervals(sigmas)):
         mixture, previous = _predict(denoiser, x, sigma, sigma_next, order, previous)
         hooks.report(index, x, mixture.mean)
         x = hooks.rollout(mixture, x, sigma, sigma_next, substeps, shift=grid)
@@ -128,13 +129,13 @@ def sample_gm_sde(
             recorded draws, one per step.
         Other arguments, return value and errors as `sample_gm_ode`.
     """
-    hooks, previous, intervals = Hooks(**hooks), None, _intervals(sigmas)
+    hooks, previous, steps = Hooks(**hooks), None, intervals(sigmas)
     recorded = isinstance(noise, Sequence) and not isinstance(noise[0], torch.Generator)
-    if recorded and len(noise) != len(intervals):
+    if recorded and len(noise) != len(steps):
         raise ValueError(
-            f"{len(noise)} recorded draws do not fit {len(intervals)} steps; give one per step"
+            f"{len(noise)} recorded draws do not fit {len(steps)} steps; give one per step"
         )
-    for index, (sigma, sigma_next) in enumerate(intervals):
+    for index, (sigma, sigma_next) in enumerate(steps):
         mixture, previous = _predict(denoiser, x, sigma, sigma_next, order, previous)
         hooks.report(index, x, mixture.mean)
         draws = noise[index] if recorded else None
@@ -201,9 +202,9 @@ def sample_gm_policy(
     Raises:
         ValueError: `temperature`, `stochasticity` or `substeps` is out of range.
     """
-    hooks, intervals = Hooks(**hooks), _intervals(sigmas)
+    hooks, steps = Hooks(**hooks), intervals(sigmas)
     if temperature is None:
-        temperature = usual_temperature(len(intervals))
+        temperature = usual_temperature(len(steps))
     elif not 0 < temperature <= 1:
         raise ValueError(
             f"temperature {temperature} must be above 0 and at most 1, which changes nothing"
@@ -212,8 +213,8 @@ def sample_gm_policy(
         raise ValueError(f"stochasticity {stochasticity} must be 0 (deterministic) or more")
     if substeps < 1:
         raise ValueError(f"substeps is {substeps}; at least 1 is needed")
-    for index, (sigma, sigma_next) in enumerate(intervals):
-        policy = denoiser(x, _batch_sigma(x, sigma))
+    for index, (sigma, sigma_next) in enumerate(steps):
+        policy = denoiser(x, batch_sigma(x, sigma))
         hooks.report(index, x, policy.mean)
         if temperature < 1 and sigma_next > 0:
             policy = policy.with_temperature(temperature)
@@ -232,33 +233,6 @@ def sample_gm_policy(
 def usual_temperature(steps: int) -> float:
     """Return pi-Flow's temperature for the GM policy; 1 for a single step."""
     return min(1.0, 0.1 * (steps - 1)) if steps > 1 else 1.0
-
-
-@with_trajectory
-def sample_dpmpp_2m(
-    denoiser: Denoiser, x: Tensor, sigmas: Tensor | Sequence[float], **hooks: Any
-) -> Tensor:
-    """Sample with DPM-Solver++(2M) (Lu et al. 2022) on the mixture's mean.
-
-    It is the usual second-order solver with one network call per step. The first two steps
-    (log alpha / sigma is infinite at sigma = 1) and one that ends at 0 are of first order.
-    Arguments, return value and errors as `sample_gm_ode`.
-    """
-    hooks, previous, log_snr_previous = Hooks(**hooks), None, math.inf
-    for index, (sigma, sigma_next) in enumerate(_intervals(sigmas)):
-        mean = target = denoiser(x, _batch_sigma(x, sigma)).mean()
-        hooks.report(index, x, lambda mean=mean: mean)
-        log_snr, log_snr_next = _log_snr(sigma), _log_snr(sigma_next)
-        if math.isfinite(log_snr_previous) and math.isfinite(log_snr_next):
-            ratio = (log_snr_next - log_snr) / (log_snr - log_snr_previous)
-            target = mean + (mean - previous) * (0.5 * ratio)
-        kept = sigma_next / sigma  # x_next = alpha_next target + the part of x that is noise
-        x = kept * x + ((1 - sigma_next) - kept * (1 - sigma)) * target
-        previous, log_snr_previous = mean, log_snr
-        x = hooks.settle(x, sigma_next)
-        if hooks.check is not None:
-            hooks.check()
-    return x
 
 
 @dataclass(frozen=True)
@@ -307,6 +281,7 @@ SOLVERS = {
         Solver("gm-policy", "GM policy", sample_gm_policy, **_POLICY),
         Solver("euler", "Euler on the mean", sample_euler, **_MEAN),
         Solver("dpmpp-2m", "DPM-Solver++(2M)", sample_dpmpp_2m, **_MEAN),
+        Solver("uni-pc", "UniPC", sample_uni_pc, **_MEAN),
     )
 }
 MEAN_SOLVERS = tuple(name for name, solver in SOLVERS.items() if not solver.needs_mixture)
@@ -367,7 +342,7 @@ def _predict(
     """
     if order not in (1, 2):
         raise ValueError(f"order is {order}; it can be 1 or 2")
-    mixture = denoiser(x, _batch_sigma(x, sigma))
+    mixture = denoiser(x, batch_sigma(x, sigma))
     if isinstance(mixture, NO_MIXTURES):
         able = ", ".join(name for name, each in SOLVERS.items() if each.takes_policies)
         raise ValueError(
@@ -411,26 +386,3 @@ def _kept_noise(sigma: float, sigma_next: float, stochasticity: float) -> float:
         return 1.0
     ratio = sigma_next * (1 - sigma) / (sigma * (1 - sigma_next))
     return ratio ** (stochasticity * stochasticity)  # which may be infinite
-
-
-def _batch_sigma(x: Tensor, sigma: float) -> Tensor:
-    """Return `sigma` for every sample, (B,)."""
-    return x.new_full((x.shape[0],), sigma, dtype=torch.float32)
-
-
-def _log_snr(sigma: float) -> float:
-    """Return log(alpha / sigma), infinite at both ends."""
-    if sigma in (0, 1):
-        return math.inf if sigma == 0 else -math.inf
-    return math.log((1 - sigma) / sigma)
-
-
-def _intervals(sigmas: Tensor | Sequence[float]) -> list[tuple[float, float]]:
-    """Return (sigma, next sigma) of every step."""
-    values = sigmas.tolist() if isinstance(sigmas, Tensor) else [float(s) for s in sigmas]
-    intervals = list(itertools.pairwise(values))
-    if not intervals or any(not 1 >= high > low >= 0 for high, low in intervals):
-        raise ValueError(
-            f"sigmas {values} are not a descending sequence of at least two values in [0, 1]"
-        )
-    return intervals

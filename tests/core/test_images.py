@@ -16,7 +16,7 @@ from gmflow_core import (
 from gmflow_core.sampling.denoisers import class_denoiser
 from gmflow_core.sampling.guidance import Guidance
 from gmflow_core.sampling.images import sample_images
-from gmflow_core.sampling.solvers import SOLVERS, SpectralDraws
+from gmflow_core.sampling.solvers import MEAN_SOLVERS, SOLVERS, SpectralDraws
 from tests.core.test_gmdit import reference_network, small_network
 from tests.helpers import golden, is_near, normal
 
@@ -170,7 +170,7 @@ class ExactNetwork(torch.nn.Module):
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_noise_of_known_modes_becomes_the_data_of_these_modes(solver):
-    steps, order = (24, 1) if solver in ("euler", "dpmpp-2m", "gm-sde") else (2, 1)
+    steps, order = (24, 1) if solver in (*MEAN_SOLVERS, "gm-sde") else (2, 1)
     modes = torch.arange(3).repeat_interleave(60)
     settings = {"steps": steps, "order": order, "substeps": 64, "source": SOURCE}
     x = (
@@ -179,7 +179,7 @@ def test_noise_of_known_modes_becomes_the_data_of_these_modes(solver):
         .flatten(1)
     )
     assert is_near(x.mean(1), CENTRES, 0.02)
-    if solver not in ("euler", "dpmpp-2m"):
+    if solver not in MEAN_SOLVERS:
         assert (x.std(1) / WIDTHS - 1).abs().max() < (
             0.2 if solver == "gm-policy" else 0.06
         )  # which sharpens

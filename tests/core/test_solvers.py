@@ -219,26 +219,6 @@ def test_gm_ode_with_many_substeps_draws_from_the_data(calls):
     assert_distributed_as(x, mixture_data(2), tolerance=0.02)  # Euler's own error, about 4 / 256
 
 
-def test_dpmpp_2m_takes_the_mean_at_the_middle_of_a_step_in_log_snr():
-    """A mean that is linear in log(alpha / sigma) is extrapolated exactly, at unequal steps."""
-    sigmas, x = [0.9, 0.8, 0.3, 0.2], normal(5, 2, dtype=F64)
-    log_snr = [math.log((1 - sigma) / sigma) for sigma in sigmas]
-
-    def mean_at(log_snr):
-        return torch.full_like(x, 0.5 + 2 * log_snr)
-
-    def denoiser(x, sigma):
-        return GaussianMixture.point_mass(mean_at(((1 - sigma[0]) / sigma[0]).log().item()))
-
-    expected = x
-    for step, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
-        middle = 0.5 * (log_snr[step] + log_snr[step + 1])
-        target = mean_at(middle if step else log_snr[0])  # the first step is of first order
-        noise = (expected - (1 - sigma) * target) / sigma
-        expected = (1 - sigma_next) * target + sigma_next * noise
-    assert is_near(solve("dpmpp-2m", denoiser, x, sigmas), expected, 1e-6)
-
-
 def test_sigmas_need_not_end_at_0():
     data, x, sigma = mixture_data(2), normal(20_000, 2), 0.375
     half_way = GaussianMixture(
@@ -438,6 +418,7 @@ def test_the_registry_names_the_settings_of_each_solver_and_refuses_others():
     assert [name for name, solver in SOLVERS.items() if not solver.needs_mixture] == [
         "euler",
         "dpmpp-2m",
+        "uni-pc",
     ]
     mixture = random_mixture()
     with pytest.raises(TypeError, match="no solver has the settings substep"):

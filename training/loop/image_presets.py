@@ -35,6 +35,8 @@ class ImageConfig(TrainerConfig):
         "digits",
         "digits_flow_matching",
         "digits_modes",
+        "emoji",
+        "emoji_flow_matching",
     ] = "gmdit_xl_k8"
     """Preset that sets the other defaults."""
     data: Path = Path("data/imagenet_256")
@@ -186,6 +188,23 @@ _DITDH_XL = ImageConfig(
     weight_decay=0.0,
     clip=1.0,
 )
+_EMOJI = dataclasses.replace(
+    _DIGITS,
+    preset="emoji",
+    data=Path("data/emoji_train"),
+    out=Path("outputs/emoji"),
+    patch_size=4,
+    batch_size=64,
+    iterations=20_000,
+    precision="fp32",
+    picture_every=2000,
+)
+_FLOW_MATCHING = {
+    "num_components": 1,
+    "constant_log_std": 0.0,
+    "transition_ratio": None,
+    "spectrum_layers": None,
+}
 PRESETS = {
     "gmdit_xl_k8": ImageConfig(),
     "gmdit_b_k8": ImageConfig(preset="gmdit_b_k8", num_layers=12, num_heads=12, head_dim=64),
@@ -204,10 +223,7 @@ PRESETS = {
         _DIGITS,
         preset="digits_flow_matching",
         out=Path("outputs/digits_flow_matching"),
-        num_components=1,
-        constant_log_std=0.0,
-        transition_ratio=None,
-        spectrum_layers=None,
+        **_FLOW_MATCHING,
     ),
     "digits_modes": dataclasses.replace(
         _DIGITS,
@@ -217,5 +233,12 @@ PRESETS = {
         mode_conditional=True,
         class_dropout=0.0,
         spectrum_layers=None,
+    ),
+    "emoji": _EMOJI,
+    "emoji_flow_matching": dataclasses.replace(
+        _EMOJI,
+        preset="emoji_flow_matching",
+        out=Path("outputs/emoji_flow_matching"),
+        **_FLOW_MATCHING,
     ),
 }

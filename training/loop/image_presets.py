@@ -37,6 +37,7 @@ class ImageConfig(TrainerConfig):
         "digits_modes",
         "emoji",
         "emoji_flow_matching",
+        "cifar10",
     ] = "gmdit_xl_k8"
     """Preset that sets the other defaults."""
     data: Path = Path("data/imagenet_256")
@@ -233,6 +234,21 @@ PRESETS = {
         mode_conditional=True,
         class_dropout=0.0,
         spectrum_layers=None,
+    ),
+    "cifar10": ImageConfig(
+        preset="cifar10",
+        data=Path("data/cifar10_train"),
+        out=Path("outputs/cifar10"),
+        num_components=2,
+        num_layers=12,
+        num_heads=6,
+        head_dim=64,
+        log_std_dim=384,
+        class_dropout=1.0,
+        batch_size=128,
+        iterations=400_000,
+        spectrum_layers=None,
+        gradient_checkpointing=False,
     ),
     "emoji": _EMOJI,
     "emoji_flow_matching": dataclasses.replace(

@@ -1,6 +1,6 @@
 """Compare samplers and guidance on models of which only the mean velocity is known.
 
-    python -m tests.benchmarks.any_flow                        # all parts, an hour on one core
+    python -m tests.benchmarks.any_flow                        # all parts, some hours on one core
     python -m tests.benchmarks.any_flow --only digits spread   # or checkerboard, guidance
     python -m tests.benchmarks.any_flow --only digits --more   # of ours, what the csv has not
 

@@ -1,0 +1,82 @@
+"""Measure an adapter of 4 calls on a teacher that has learned something: the coloured digits.
+
+    python -m tests.benchmarks.train_adapter_digits --work outputs/train_adapter_digits
+
+A small network of FLUX.1's layout is trained on the digits (flow matching, a class for each of ten
+random texts) inside a real ComfyUI, once for a work folder. GM Train Adapter's own code then trains
+an adapter of it. Fréchet distances of 1,000 samples, as in any_flow.py, go to
+docs/results/train_adapter_digits.csv: of the teacher's 32 Euler calls, of 4 Euler calls, and of the
+adapter's 4 calls, all from the same noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from gmflow_core.gaussians.draws import standard_normal
+from tests.comfyui.bases import write_flux
+from tests.comfyui.installation import COMFYUI, comfyui_python
+from tests.comfyui.train_bases import TEACHERS
+from training.evaluation.models import image_seeds
+
+from .any_flow import COUNT, RESULTS, Digits, _images
+
+CSV = RESULTS / "train_adapter_digits.csv"
+SIZE = {"hidden": 128, "depth": 1, "single": 3}  # of the teacher
+
+
+def main() -> None:
+    """Train and measure; the teacher of an earlier start is kept."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--work", type=Path, default=Path("outputs/train_adapter_digits"))
+    parser.add_argument("--teacher-iterations", type=int, default=3000)
+    parser.add_argument("--iterations", type=int, default=400)
+    arguments = parser.parse_args()
+    work = arguments.work.absolute()
+    work.mkdir(parents=True, exist_ok=True)
+    data = Digits(work)
+    write_inputs(work, data)
+    job = {"teacher": arguments.teacher_iterations, "adapter": arguments.iterations}
+    (work / "job.json").write_text(json.dumps(job))
+    (work / "teachers.json").write_text(json.dumps({"flux": dataclasses.asdict(TEACHERS["flux"])}))
+    inside = Path(__file__).with_name("train_adapter_digits_inside.py")
+    subprocess.run(
+        [comfyui_python(), str(inside), str(COMFYUI), str(work)],
+        env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
+        check=True,
+    )
+    floor = data.score((data.test[0][:COUNT].float() / 127.5) - 1)
+    rows = [{"sampler": "held-out images", **floor}]
+    for name, samples in load_file(work / "samples.safetensors").items():
+        sampler, calls = name.split()
+        rows.append({"sampler": sampler, "calls": int(calls), **data.score(samples)})
+    with open(CSV, "w", newline="", encoding="utf-8") as file:
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({**row, **job} if "calls" in row else row for row in rows)
+    print(CSV.read_text())
+
+
+def write_inputs(work: Path, data: Digits) -> None:
+    """Write what the script inside ComfyUI reads: the base, images, noise and labels."""
+    if not (work / "flux_random.safetensors").is_file():
+        write_flux(work / "flux_random.safetensors", dtype=torch.float32, **SIZE)
+    images, labels = _images(data.prepared("train"))
+    generators = [torch.Generator().manual_seed(seed) for seed in image_seeds(0, range(COUNT))]
+    noise = standard_normal((COUNT, *TEACHERS["flux"].latent), generators, like=torch.zeros(1))
+    tensors = {"images": images, "labels": labels, "noise": noise, "wanted": data.labels}
+    save_file(tensors, work / "inputs.safetensors")
+
+
+if __name__ == "__main__":
+    main()

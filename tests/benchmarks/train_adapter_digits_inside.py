@@ -1,0 +1,130 @@
+"""Train teacher and adapter inside ComfyUI's process, for `train_adapter_digits.py`.
+
+    COMFYUI/.venv/bin/python train_adapter_digits_inside.py COMFYUI WORK
+
+WORK holds `flux_random.safetensors`, `inputs.safetensors`, `teachers.json` and `job.json`. It gets
+the teacher, `flux.safetensors`, and `samples.safetensors`. Digits are the first three channels of
+the latents; the other ones are 0.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TESTS = Path(__file__).resolve().parents[1] / "comfyui"
+CLASSES, BATCH, ADAPTER_BATCH, RATE = 10, 64, 16, 1e-3
+RUN = {"rank": 32, "states": 2, "warmup": 20, "learning_rate": 1e-3, "steps": 4}
+
+
+def main(comfyui: str, folder: str) -> None:
+    """Train the teacher unless it is there, then the adapter, and sample both."""
+    sys.path.insert(0, str(TESTS))
+    import inside
+    import train_inside
+
+    work = Path(folder)
+    train_inside.WORK.append(work)
+    train_inside.TEACHERS.update(json.loads((work / "teachers.json").read_text()))
+    inside.start(comfyui)
+    from safetensors.torch import load_file, save_file
+
+    job, inputs = (
+        json.loads((work / "job.json").read_text()),
+        load_file(work / "inputs.safetensors"),
+    )
+    texts = train_inside.prompts("flux", CLASSES)
+    if not (work / "flux.safetensors").is_file():
+        with torch.inference_mode(False):
+            teacher = trained_teacher(work, inputs, texts, job["teacher"])
+        save_file(teacher, work / "flux.safetensors")
+    (work / "loras" / "digits.safetensors").unlink(missing_ok=True)
+    (work / "loras" / "digits.training").unlink(missing_ok=True)
+    empty = train_inside.latent("flux", ADAPTER_BATCH)
+    more = {"iterations": job["adapter"], "prompts": texts, "latent": empty, "preview_every": 0}
+    with torch.inference_mode():
+        student, *_ = train_inside.train("flux", "digits", **RUN, **more)
+        own = train_inside.base_of("flux")
+        sigmas, euler = inside.ours("gm_sampler").gm_sigmas, train_inside.sampler("euler")
+        few = sigmas(4, 3.2, final_step_size=0.5)
+        found = {
+            "teacher,euler 32": sampled(own, inputs, texts, euler, sigmas(32, 3.2)),
+            "teacher,euler,even 32": sampled(own, inputs, texts, euler, sigmas(32, 1.0)),
+            "teacher,euler 4": sampled(own, inputs, texts, euler, few),
+            "teacher,euler,even 4": sampled(own, inputs, texts, euler, sigmas(4, 1.0)),
+            "adapter,gm-policy 4": sampled(student, inputs, texts, train_inside.sampler(), few),
+        }
+    save_file(found, work / "samples.safetensors")
+
+
+def trained_teacher(work: Path, inputs: dict, texts: list, iterations: int) -> dict[str, Tensor]:
+    """Train the network on the digits by plain flow matching; return its average weights."""
+    import comfy.ops
+    import comfy.sd
+    import inside
+    from comfy.ldm.flux.model import Flux
+
+    path = str(work / "flux_random.safetensors")
+    about = comfy.sd.load_diffusion_model(path).model.model_config.unet_config
+    network = Flux(**{**about, "dtype": torch.float32}, operations=comfy.ops.disable_weight_init)
+    from safetensors.torch import load_file
+
+    names = {key.replace("_norm.scale", "_norm.weight"): key for key in load_file(path)}
+    network.load_state_dict({own: load_file(path)[key] for own, key in names.items()})
+    network.requires_grad_(True)
+    generator = torch.Generator().manual_seed(0)
+    images = inputs["images"].float() / 127.5 - 1
+    context = torch.cat([text[0][0] for text in texts])
+    pooled = torch.cat([text[0][1]["pooled_output"] for text in texts])
+    optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
+    average = {name: value.detach().clone() for name, value in network.named_parameters()}
+    for iteration in range(iterations):
+        chosen = torch.randint(len(images), (BATCH,), generator=generator)
+        labels = inputs["labels"][chosen]
+        x0 = torch.zeros(BATCH, *inputs["noise"].shape[1:])
+        x0[:, :3] = images[chosen]
+        noise = torch.randn(x0.shape, generator=generator)
+        sigma = torch.randn(BATCH, generator=generator).sigmoid()
+        x = torch.lerp(x0, noise, sigma.reshape(-1, 1, 1, 1))
+        given = context[labels], pooled[labels], torch.full((BATCH,), texts[0][0][1]["guidance"])
+        with inside.ours("train_network").learning(), inside.ours("train_network").Differentiable():
+            velocity = network(x, sigma, *given)
+            loss = (velocity - (noise - x0)).square().mean()
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        keep = min(0.999, iteration / (iteration + 10))
+        for name, value in network.named_parameters():
+            average[name].lerp_(value.detach(), 1 - keep)
+        if iteration % 100 == 0:
+            print(f"teacher: {iteration}/{iterations}, loss {loss.item():.4f}", flush=True)
+    return {names[name]: value for name, value in average.items()}
+
+
+def sampled(model: Any, inputs: dict, texts: list, sampler: Any, sigmas: Tensor) -> Tensor:
+    """Sample every noise with the text of its class; return the digits (n, 3, 8, 8)."""
+    import comfy.samplers
+
+    noise, wanted = inputs["noise"], inputs["wanted"]
+    result = torch.empty(len(noise), 3, *noise.shape[2:])
+    for label, text in enumerate(texts):
+        own = (wanted == label).nonzero().flatten()
+        guider = comfy.samplers.CFGGuider(model)
+        guider.set_conds(text, text)
+        guider.set_cfg(1.0)
+        empty = torch.zeros(len(own), *noise.shape[1:])
+        x = guider.sample(noise[own], empty, sampler, sigmas, disable_pbar=True, seed=0)
+        result[own] = model.model.process_latent_in(x)[:, :3].float()
+    return result
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from accelerate import PartialState
 
 from gmflow_core.files.errors import printable
+from gmflow_core.models.vae import SD_VAE, VAE
 from training.common.devices import on_cpu
 from training.common.processes import PATIENCE
 from training.common.settings import require, require_device, require_ranges
@@ -27,7 +28,6 @@ from training.data.shard_writer import ShardWriter, sample_shape
 from training.data.shards import DTYPES, FORMAT, INDEX, shard_name, stored_dtype, write_index
 from training.encoders.load import load_vae
 from training.encoders.rae import RAE
-from training.encoders.vae import SD_VAE, VAE
 
 NAMED = 20  # images left out that are named on the screen
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gmflow_core.files.checkpoint import save_checkpoint
+from gmflow_core.files.diffusers_vae import CONFIG, WEIGHTS
 from gmflow_core.files.errors import FileError, check_regular_file, quoted, reading
 from gmflow_core.files.json_files import EDITED, read_json
 from gmflow_core.files.safetensors_files import check_finite, read_safetensors
@@ -23,7 +24,7 @@ from training.encoders.encoder import (
     load_encoder,
     load_network,
 )
-from training.encoders.hub import CONFIG, PARTS, WEIGHTS, download, find_file, local_or_hub
+from training.encoders.hub import PARTS, download, find_file, local_or_hub
 from training.encoders.rae import RAE, load_decoder
 
 MOST_HEADS, LARGEST_INPUT = 1024, 8192

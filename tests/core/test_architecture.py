@@ -27,20 +27,16 @@ LAYERS = {
     "diffusers": ("gaussians", "flow", "models", "files", "sampling"),
     "toys": ("gaussians", "flow", "sampling", "pictures"),
     "terminal": ("files",),
+    "pipeline": ("models", "files", "source", "sampling", "pictures"),
     "adapter_command": ("files",),
-    "sample_arguments": ("flow", "models", "sampling"),
+    "sample_arguments": ("models", "sampling"),
+    "sample_command": (
+        *("models", "files", "sampling", "toys", "pictures"),
+        *("pipeline", "sample_arguments"),
+    ),
     "cli": (
-        "adapter_command",
-        "sample_arguments",
-        "gaussians",
-        "flow",
-        "source",
-        "models",
-        "files",
-        "sampling",
-        "toys",
-        "pictures",
-        "terminal",
+        *("models", "files", "toys", "pictures", "terminal"),
+        *("adapter_command", "sample_arguments", "sample_command"),
     ),
 }
 FOREIGN = {  # what a package never imports

@@ -1,4 +1,4 @@
-"""Command line of `gmflow`: demo, sample, inspect, convert, adapter."""
+"""Command line of `gmflow`: demo, sample, inspect, convert, adapter, fetch."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .adapter_command import add_adapter_command
+from .fetch_command import add_fetch_command
 from .files.atomic import check_target, remove_leftovers
 from .files.checkpoint import SHIPPED, load_checkpoint, read_metadata, save_checkpoint
 from .files.errors import MOST_SAID, is_out_of_memory, printable, quoted, reason
@@ -198,4 +199,5 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--force", action="store_true", help="overwrite OUT")
     p.set_defaults(run=convert)
     add_adapter_command(commands)
+    add_fetch_command(commands)
     return parser

@@ -186,7 +186,7 @@ def _file_name(pipeline: ImagePipeline, label: int) -> str:
         return "unlabelled"
     name = pipeline.labels[label].split(",")[0] if label < len(pipeline.labels) else ""
     plain = re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_")[:40]
-    return f"{label:04}_{plain}" if plain else f"{label:04}"
+    return f"{label:04}_{plain}" if plain not in ("", str(label)) else f"{label:04}"
 
 
 def checked_count(count: int | None, default: int, numbers: int) -> int:

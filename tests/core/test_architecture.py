@@ -29,6 +29,7 @@ LAYERS = {
     "terminal": ("files",),
     "pipeline": ("models", "files", "source", "sampling", "pictures"),
     "adapter_command": ("files",),
+    "fetch_command": ("files",),
     "sample_arguments": ("models", "sampling"),
     "sample_command": (
         *("models", "files", "sampling", "toys", "pictures"),
@@ -36,7 +37,7 @@ LAYERS = {
     ),
     "cli": (
         *("models", "files", "toys", "pictures", "terminal"),
-        *("adapter_command", "sample_arguments", "sample_command"),
+        *("adapter_command", "fetch_command", "sample_arguments", "sample_command"),
     ),
 }
 FOREIGN = {  # what a package never imports

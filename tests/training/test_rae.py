@@ -8,6 +8,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from gmflow_core import (
+    GaussianMixtureSource,
+    ImagePipeline,
+    load_checkpoint,
+    read_metadata,
+    save_source,
+)
 from tests.helpers import golden, is_near, normal
 from training import prepare
 from training.data.pictures import centre_crop
@@ -395,3 +402,30 @@ def test_published_networks_become_checkpoints(tmp_path):
     assert torch.equal(found["blocks.3.attn.qkv.weight"], tensors["blocks.2.attn.qkv.weight"])
     with pytest.raises(SystemExit, match="there is no"):
         main(["convert", "--source", str(tmp_path / "none.pt"), "--out", out])
+    _, config = load_checkpoint(out)
+    shape = (config.channels, config.latent_size, config.latent_size)
+    modes = config.num_classes + 1  # MM-FM's networks have no null class
+    for count, options, said in (
+        (modes, [], "mode"),
+        (2, ["--unconditional"], "hidden"),
+        (2, [], rf"knows {modes} labels, but the mixture has 2 modes"),
+    ):
+        means, weights = torch.randn(count, *shape), torch.full((count,), 1 / count).log()
+        save_source(
+            GaussianMixtureSource(means, torch.full((count, 1, 1, 1), 0.5), weights),
+            tmp_path / "source.safetensors",
+        )
+        command = ["convert", "--source", source, "--out", out, *options]
+        command += ["--mixture", str(tmp_path / "source.safetensors")]
+        if count == 2 and not options:
+            with pytest.raises(SystemExit, match=said):
+                main(command)
+            continue
+        main(command)
+        assert read_metadata(out)["data"]["source"]["conditioning"] == said
+        pipeline = ImagePipeline.load(out, source=tmp_path / "source.safetensors", device="cpu")
+        labels = None if options else [0, modes - 1]
+        x = pipeline.sample(labels, seeds=[1, 2], solver="euler", steps=1)
+        assert x.shape == (2, *shape)
+        with pytest.raises(ValueError, match=r"training\.evaluate` decodes those of RAEs"):
+            pipeline(labels, seeds=[1, 2])

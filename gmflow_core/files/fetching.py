@@ -143,11 +143,8 @@ def fetch_into_cache(file: RemoteFile) -> Path:
     """
     with _reached(file.repository, file.path) as hub:
         for force in (False, True):
-            path = Path(
-                hub.hf_hub_download(
-                    file.repository, file.path, revision=file.revision, force_download=force
-                )
-            )
+            # of the branch, not of the commit: the cache finds it by name only then
+            path = Path(hub.hf_hub_download(file.repository, file.path, force_download=force))
             problem = file.problem(path)
             if not problem:
                 return path

@@ -157,7 +157,9 @@ def mm_fm_parts(encoder: str) -> list[Part]:
 
 NOTES = {
     "gmflow": "",
-    "pi-flow": "FLUX.1 dev itself asks for its licence on its page; the adapters are others.",
+    "pi-flow": (
+        "Their base models are not fetched; FLUX.1 dev asks you to accept its licence on its page."
+    ),
     "mm-fm": (
         "MM-FM's README gives about 72 GB for everything of DINOv2-B, and about 160 GB for all "
         "three encoders."

@@ -21,12 +21,14 @@ MIB = 2**20  # the client writes 10 MiB at a time
 SCRIPT = """
 import json, sys
 from gmflow_core.cli import main
+from gmflow_core.files.hub_file import HubFile
 for arguments in json.loads(sys.argv[1]):
     try:
         main(arguments)
     except SystemExit as error:
         print(error)
     print("--", flush=True)
+print(HubFile("Lakonik/pi-FLUX.1", "gmflux_k8_piid_4step").cached())
 """
 
 
@@ -118,7 +120,7 @@ def test_a_killed_fetch_goes_on_and_what_arrives_is_checked(remote, tmp_path):
             [*adapter, "gmflux_k8_piid_4step"],
         )
         said, shown = process.communicate()
-        other, forced, placed, cached = said.split("--\n")[:4]
+        other, forced, placed, cached, found = said.split("--\n")
         assert "is there already and is another file" in other
         assert (forced.count(": there,"), forced.count(": fetched,")) == (2, 1), said + shown
         assert (comfyui / "models" / "loras" / ADAPTER).read_bytes() == (
@@ -126,6 +128,7 @@ def test_a_killed_fetch_goes_on_and_what_arrives_is_checked(remote, tmp_path):
         ).read_bytes()
         assert "fetched" in placed
         assert str(home) in cached
+        assert found == cached  # without asking the hub
         assert hub.fetched[count:] == ["model_index.json", ADAPTER, ADAPTER]
 
 

@@ -15,6 +15,7 @@ from gmflow_core import (
     read_metadata,
     save_source,
 )
+from gmflow_core.models.ditdh import DiTDH, DiTDHConfig
 from tests.helpers import golden, is_near, normal
 from training import prepare
 from training.data.pictures import centre_crop
@@ -26,6 +27,7 @@ from training.encoders.rae import RAE, load_decoder, new_decoder
 from training.encoders.rae_files import load_rae, load_statistics, read_weights
 from training.rae import main
 
+TINY_PART = {"layers": 1, "width": 16, "heads": 2}  # of a DiTDH
 SIZES = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
 # Tiny encoders that make 4 x 4 tokens, and whose position tables have to be resized for that
 KINDS = {
@@ -386,6 +388,18 @@ def test_only_tensors_are_loaded(tmp_path):
         read_weights(tmp_path / "short.pt")
     torch.save({"model": {"x": torch.zeros(1)}, "ema": {"x": torch.ones(1)}}, tmp_path / "both.pt")
     assert read_weights(tmp_path / "both.pt") == {"x": torch.ones(1)}
+
+
+def test_an_rae_decodes_a_pipelines_latents(rae_folder):
+    sizes = {f"{part}_{size}": n for part in ("trunk", "head") for size, n in TINY_PART.items()}
+    network = DiTDH(DiTDHConfig(channels=8, latent_size=4, num_classes=2, **sizes)).eval()
+    rae = load_vae(rae_folder)
+    pipeline = ImagePipeline(network, {"space": "rae"}, vae=rae)
+    settings = {"seeds": [1, 2], "solver": "euler", "steps": 1}
+    expected = rae.decode(pipeline.sample([0, 1], **settings))
+    for picture, image in zip(pipeline([0, 1], **settings), expected, strict=True):
+        found = torch.tensor(list(picture.tobytes())).reshape(8, 8, 3).permute(2, 0, 1)
+        assert (found - (image.clamp(-1, 1) + 1) * 127.5).abs().max() <= 1
 
 
 def test_published_networks_become_checkpoints(tmp_path):

@@ -141,7 +141,8 @@ class ImagePipeline:
         """
         if isinstance(labels, str):
             labels = [labels]
-        return [find_label(str(label), self.labels, self.num_classes) for label in labels]
+        texts = [each if isinstance(each, str) else str(int(each)) for each in labels]
+        return [find_label(text, self.labels, self.num_classes) for text in texts]
 
     def __call__(self, labels: Sequence[str | int] | None, **settings: Any) -> list[Image.Image]:
         """Sample pictures, one for each label; the arguments are those of `sample`.
@@ -186,6 +187,8 @@ class ImagePipeline:
         """
         ids = self._label_numbers(labels, seeds)
         seeds = range(len(ids)) if seeds is None else list(seeds)
+        if not ids:
+            raise ValueError("there are no labels; give one for each image")
         if len(seeds) != len(ids):
             raise ValueError(f"{len(seeds)} seeds do not fit {len(ids)} labels; give one for each")
         own = choose_sampling(self.data, solver=solver, steps=steps, shift=shift)

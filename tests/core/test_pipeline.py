@@ -119,6 +119,9 @@ def test_digits_and_their_student_of_one_call_need_no_vae(monkeypatch):
     assert torch.allclose(pipeline.sample([2], seeds=[1]), x[2:], atol=1e-5)
     with pytest.raises(ValueError, match="2 seeds do not fit 1 labels"):
         pipeline.sample([0], seeds=[1, 2])
+    with pytest.raises(ValueError, match="there are no labels"):
+        pipeline([])
+    assert pipeline.label_ids(torch.tensor([3, 7])) == pipeline.label_ids(["3", "7"]) == [3, 7]
     with pytest.raises(ValueError, match="pixels, which need no VAE"):
         ImagePipeline.load(SHIPPED / "digits_k8.safetensors", vae="a/b")
     with pytest.raises(ValueError, match="is a model of points"):

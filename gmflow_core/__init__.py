@@ -30,6 +30,7 @@ from .gaussians.divergence import entropy, entropy_bounds, kl_bounds, kl_diverge
 from .gaussians.mixture import GaussianMixture, IsotropicGaussian, Mixture, TiltedMixture
 from .gaussians.products import log_overlap, mixture_product, reduce_components
 from .gaussians.spectral import hartley, sample_with_spectrum, spectral_log_prob
+from .pipeline import ImagePipeline
 from .sampling.denoisers import class_denoiser, denoiser_of, reversed_time
 from .sampling.guidance import Guidance, classifier_free_guidance, probabilistic_guidance
 from .sampling.images import sample_images
@@ -55,6 +56,7 @@ __all__ = [
     "GaussianMixtureSource",
     "Guidance",
     "GuidedMixture",
+    "ImagePipeline",
     "IsotropicGaussian",
     "Mixture",
     "ModeFrame",

@@ -1,4 +1,4 @@
-"""Command line of `gmflow`: demo, sample, inspect, convert, adapter."""
+"""Command line of `gmflow`: demo, sample, inspect, convert, adapter, fetch."""
 
 from __future__ import annotations
 
@@ -10,36 +10,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from .adapter_command import add_adapter_command
-from .files.atomic import atomic_write, check_target, remove_leftovers
+from .fetch_command import add_fetch_command
+from .files.atomic import check_target, remove_leftovers
 from .files.checkpoint import SHIPPED, load_checkpoint, read_metadata, save_checkpoint
-from .files.errors import MOST_SAID, FileError, is_out_of_memory, printable, quoted, reason
-from .files.labels import find_label
-from .files.safetensors_files import is_finite, write_safetensors
-from .models.image_network import ImageNetwork
-from .models.precision import chosen_precision, set_precision
-from .pictures import image_grid, to_image
-from .sample_arguments import add_sample_arguments, fill_left_out
-from .sampling.guidance import Guidance
-from .sampling.images import sample_images
-from .source.files import load_source
+from .files.errors import MOST_SAID, is_out_of_memory, printable, quoted, reason
+from .sample_arguments import SOURCE_HELP
+from .sample_command import add_sample_command, checked_count, save_png
 from .terminal import at_terminal
 from .toys.checkerboard import draw_checkerboard
-from .toys.density_picture import density_picture
-from .toys.points import compare_solvers, comparison_sheet, sample_points
+from .toys.points import compare_solvers, comparison_sheet
 
 DEMO_MODEL = SHIPPED / "checkerboard_k64.safetensors"
 DTYPES = {"keep": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-MOST_NUMBERS = 2**31  # of all samples together, 8 GiB
 MOST_STEPS = 10**6  # of a solver
 MOST_SHOWN = 20_000  # characters of one entry of a checkpoint
 
 
 def demo(args: argparse.Namespace) -> None:
     """Draw a contact sheet of the shipped model's samples."""
-    _checked_count(args.count, 0, 2)
+    checked_count(args.count, 0, 2)
     started = time.perf_counter()
     if args.out.suffix != ".png":
         raise ValueError(f"--out {args.out} must end in .png")
@@ -57,178 +48,6 @@ def demo(args: argparse.Namespace) -> None:
     )
     save_png(comparison_sheet(samples, data, title), args.out)
     print(f"{printable(str(args.out.resolve()))}  ({time.perf_counter() - started:.0f} s)")
-
-
-def sample(args: argparse.Namespace) -> None:
-    """Sample a checkpoint and write a picture or the numbers."""
-    if args.out.suffix not in (".png", ".safetensors"):
-        raise ValueError(
-            f"--out {args.out} must end in .png (a picture) or .safetensors (the numbers)"
-        )
-    data = read_metadata(args.checkpoint)["data"]
-    fill_left_out(args, data)
-    network, _ = load_checkpoint(args.checkpoint, device=args.device)
-    images = isinstance(network, ImageNetwork)
-    if images or args.precision != "auto":  # small networks of points gain nothing
-        set_precision(network, chosen_precision(args.precision, torch.device(args.device)))
-    draw = sample_class_images if images else sample_density
-    tensors, picture = draw(args, network, data)
-    if not all(is_finite(tensor) for tensor in tensors.values()):
-        raise FileError(
-            args.checkpoint,
-            "makes samples that are not finite",
-            "its weights are damaged or too large; with --precision bf16, try fp32",
-        )
-    if args.out.suffix == ".png":
-        save_png(to_image(picture), args.out)
-    else:
-        write_safetensors({name: t.contiguous() for name, t in tensors.items()}, args.out, {})
-    print(printable(str(args.out.resolve())))
-
-
-def save_png(picture: Image.Image, path: Path) -> None:
-    """Write a picture as PNG, atomically.
-
-    Raises:
-        WriteError: it cannot be written.
-    """
-    with atomic_write(path) as temporary:
-        picture.save(temporary, format="PNG")
-
-
-def progress(done: int, total: int) -> None:
-    """Print how far the sampling is, on one line."""
-    print(
-        f"\rnetwork call {done}/{total}",
-        end="\n" if done == total else "",
-        file=sys.stderr,
-        flush=True,
-    )
-
-
-def sample_density(
-    args: argparse.Namespace, network: torch.nn.Module, data: dict[str, Any]
-) -> tuple[dict, torch.Tensor]:
-    """Sample points of a 2-D model, and draw a picture of their density.
-
-    Returns:
-        The tensors to write, by name, and the picture (H, W, 3) in [0, 1].
-    """
-    if args.labels or args.unlabelled or args.guidance:
-        raise ValueError(
-            f"{args.checkpoint} is a 2-D model without classes; leave out --labels, --unlabelled "
-            "and --guidance"
-        )
-    if args.source is not None:
-        raise ValueError(f"{args.checkpoint} is a 2-D model without a source; leave out --source")
-    count = _checked_count(args.count, 100_000, network.channels)
-    points = sample_points(
-        network,
-        count,
-        solver=args.solver,
-        steps=args.steps,
-        order=args.order,
-        substeps=args.substeps,
-        shift=args.shift,
-        seed=args.seed,
-        sigmas=args.sigmas,
-        temperature=args.temperature,
-        progress=progress,
-    )
-    return {"points": points}, density_picture(points, outline=args.outline)
-
-
-def _checked_count(count: int | None, default: int, numbers: int) -> int:
-    """Return --count, or the default, after a check of its size.
-
-    Args:
-        count: as the user gave it.
-        numbers: that one sample consists of.
-
-    Raises:
-        ValueError: it is below 1, or more than MOST_NUMBERS would be sampled.
-    """
-    count = default if count is None else count
-    if not 1 <= count <= MOST_NUMBERS // numbers:
-        raise ValueError(
-            f"--count is {count}; it must be from 1 to {MOST_NUMBERS // numbers} for this model"
-        )
-    return count
-
-
-def sample_class_images(
-    args: argparse.Namespace, network: ImageNetwork, data: dict[str, Any]
-) -> tuple[dict, torch.Tensor]:
-    """Sample images of the labels, and draw a grid with a row for each label.
-
-    Returns:
-        The tensors to write, by name, and the picture (H, W, 3) in [0, 1].
-    """
-    if args.out.suffix == ".png" and data.get("space") != "pixels":
-        raise ValueError(
-            f"{args.checkpoint} makes latents ({data.get('space', 'of an unknown kind')}), which "
-            "need a VAE to be seen: give an --out that ends in .safetensors, or use the model in "
-            "ComfyUI"
-        )
-    config = network.config
-    count = _checked_count(args.count, 8, config.channels * config.latent_size**2)
-    trained = data.get("source")
-    known = trained is not None and trained.get("conditioning") == "mode"
-    labels = _labels(args, network.config.num_classes, data, known, count)
-    source = None if args.source is None else load_source(args.source, args.device)
-    if source is not None:
-        source.require_record(trained, args.checkpoint)
-    elif trained is not None:
-        raise ValueError(
-            f"{args.checkpoint} was trained with a mixture source; give it as --source"
-        )
-    x = sample_images(
-        network,
-        None if known else labels,
-        source=source,
-        modes=labels if known else None,
-        solver=args.solver,
-        steps=args.steps,
-        order=args.order,
-        substeps=args.substeps,
-        shift=args.shift,
-        sigmas=args.sigmas,
-        temperature=args.temperature,
-        guidance=Guidance(args.guidance) if args.guidance else None,
-        seeds=range(args.seed, args.seed + len(labels)),
-        callback=lambda step, x, x0: progress(step + 1, args.steps),
-    ).cpu()
-    images = (x[:, :3] + 1).clamp(0, 2) / 2
-    grid = image_grid(images, columns=count, scale=max(1, 64 // x.shape[-1]))
-    return {"samples": x, "labels": labels}, grid
-
-
-def _labels(
-    args: argparse.Namespace, classes: int, data: dict[str, Any], known: bool, count: int
-) -> torch.Tensor:
-    """Return the label of every image, each label `count` times; `classes` stands for none.
-
-    Args:
-        args: the command's arguments.
-        classes: number of the model's classes.
-        data: the checkpoint's data.
-        known: the labels are the modes of the model's source.
-        count: images of each label.
-
-    Raises:
-        ValueError: a label is unknown, or --unlabelled does not go with the rest.
-    """
-    if not args.unlabelled and (args.labels or not data.get("unlabelled")):
-        wanted = args.labels or [str(label) for label in range(min(10, classes))]
-        labels = [find_label(text, data.get("labels", []), classes) for text in wanted]
-        return torch.tensor(labels).repeat_interleave(count)
-    if args.labels:
-        raise ValueError(f"--unlabelled does not go with --labels {' '.join(args.labels)}")
-    if known:
-        raise ValueError(
-            f"--unlabelled does not go with {args.checkpoint}, whose labels are modes of its source"
-        )
-    return torch.full((count,), classes)
 
 
 def inspect(args: argparse.Namespace) -> None:
@@ -332,8 +151,9 @@ def _check(args: argparse.Namespace) -> None:
     Raises:
         ValueError: one is out of range.
     """
-    if not 0 <= getattr(args, "seed", 0) < 2**63:
-        raise ValueError(f"--seed {args.seed} must be between 0 and 2**63 - 1")
+    for seed in [getattr(args, "seed", 0), *(getattr(args, "seeds", None) or [])]:
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"--seed {seed} must be between 0 and 2**63 - 1")
     for name in ("steps", "substeps"):
         count = getattr(args, name, None)
         if count is not None and abs(count) > MOST_STEPS:
@@ -345,12 +165,6 @@ def _check(args: argparse.Namespace) -> None:
 def _line(message: str) -> str:
     """Return an error's message as one line that every terminal can print."""
     return printable(f"gmflow: error: {' '.join(message.splitlines())}", MOST_SAID)
-
-
-SOURCE_HELP = (
-    "a checkpoint, a folder in the layout of diffusers, or the id of one on the Hugging Face hub "
-    "(owner/name)"
-)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -369,10 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, default=Path("gmflow_demo.png"), help=about)
     p.set_defaults(run=demo)
 
-    about = "sample a checkpoint: points, or images of classes"
-    p = commands.add_parser("sample", parents=[common], help=about)
-    add_sample_arguments(p)
-    p.set_defaults(run=sample)
+    add_sample_command(commands, common)
 
     about = "config, parameters, data and training facts of a checkpoint"
     p = commands.add_parser("inspect", help=about)
@@ -388,4 +199,5 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--force", action="store_true", help="overwrite OUT")
     p.set_defaults(run=convert)
     add_adapter_command(commands)
+    add_fetch_command(commands)
     return parser

@@ -1,45 +1,23 @@
-"""Arguments of `gmflow sample`, and what a distilled model sets for those that are left out."""
+"""Arguments of `gmflow sample`; what a model sets for those left out is `choose_sampling`."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-from .flow.path import flow_sigmas
 from .models.precision import PRECISIONS
+from .sampling.few_steps import STEPS
 from .sampling.solvers import MEAN_SOLVERS, SOLVERS
 
-STEPS = 8  # network calls of a model that was made for no number of them
-
-
-def fill_left_out(args: argparse.Namespace, data: dict[str, Any]) -> None:
-    """Set solver, steps, shift, temperature and sigmas where the user gives none.
-
-    Args:
-        args: of `gmflow sample`; changed.
-        data: the record of the checkpoint's samples; `few_steps` says what it was distilled for.
-
-    Raises:
-        ValueError: a setting is out of range.
-    """
-    few = data.get("few_steps") or {}
-    if args.solver is None:
-        args.solver = "gm-policy" if few else "gm-ode"
-    if args.steps is None:
-        args.steps = few.get("steps", STEPS)
-    if args.shift is None:
-        args.shift = few.get("shift", 1.0)
-    args.temperature = few.get("temperature")
-    args.sigmas = None
-    if few and args.steps:
-        last = few.get("final_step_size", 1.0)
-        args.sigmas = flow_sigmas(args.steps, args.shift, final_step_size=last)
+SOURCE_HELP = (
+    "a checkpoint, a folder in the layout of diffusers, or the id of one on the Hugging Face hub "
+    "(owner/name)"
+)
 
 
 def add_sample_arguments(p: argparse.ArgumentParser) -> None:
     """Add the arguments of `gmflow sample`."""
-    p.add_argument("checkpoint", type=Path)
+    p.add_argument("checkpoint", help=SOURCE_HELP)
     p.add_argument(
         "--solver",
         choices=SOLVERS,
@@ -64,8 +42,11 @@ def add_sample_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--count",
         type=int,
-        help="number of points (default 100000), or images of each label (default 8)",
+        help="number of points (default 100000), or images of each label (default 8, or 4 of a "
+        "model of latents)",
     )
+    about = "seeds of the images of each label, instead of --count from --seed on"
+    p.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help=about)
     p.add_argument(
         "--labels",
         nargs="+",
@@ -76,6 +57,8 @@ def add_sample_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--source", help="mixture source that the model was trained with: a file, folder or hub id"
     )
+    about = "VAE of a model of latents: a folder or hub id (default: that of the model's folder)"
+    p.add_argument("--vae", help=about)
     p.add_argument(
         "--guidance",
         type=float,
@@ -95,6 +78,9 @@ def add_sample_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--out",
         type=Path,
+        dest="target",
+        metavar="OUT",
         default=Path("samples.png"),
-        help=".png or .safetensors (default samples.png)",
+        help=".png, for images a sheet with a row for each label; .safetensors, the numbers; or a "
+        "folder, for single images (default samples.png)",
     )

@@ -44,6 +44,7 @@ SECONDS = {  # of a core, measured: of a file of tests/comfyui, or of a single t
     "test_float16_shards_of_rae_latents_load_and_train": 11,
     "test_other_batches_and_processes_give_the_same_images": 11,
     "test_compiled_guided_steps_equal_the_definition": 10,
+    "test_a_killed_fetch_goes_on_and_what_arrives_is_checked": 15,
     "test_a_file_is_downloaded_once_with_its_progress": 9,
 }
 WHOLE_FILES = ("tests/comfyui/", "tests/core/test_diffusers_pipelines.py")  # stay on one worker

@@ -2,7 +2,8 @@
 
     python -m training.prepare --data imagenet/train --out data/imagenet_256   # a GPU, or the CPU
     python -m training.prepare --data imagenet/train --out data/imagenet_256 --vae FOLDER
-    torchrun --nproc-per-node 8 -m training.prepare --data imagenet/train --out data/imagenet_256
+    torchrun --nproc-per-node 8 -m training.prepare --data imagenet/train --out data/imagenet_256 \\
+        --class-names imagenet1000_clsidx_to_labels.txt
     python -m training.prepare --data imagenet/train --out data/imagenet_rae \\
         --vae rae-dinov2-b --dtype float16                    # 0.5 TB; in float32 1.0 TB
     python -m training.prepare --data data/digits/train --out data/digits_train \\

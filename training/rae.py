@@ -17,11 +17,15 @@ The encoder is a folder or hub id for transformers. The other parts are files, i
 OWNER/NAME/PATH on the hub. They may be missing; without a decoder there are latents but no images.
 
 `statistics` measures the latents of your own images; name its file in such a rae.json. `convert`
-writes a published DiT^DH network (.pt) as a GMFlow checkpoint.
+writes a published DiT^DH network (.pt) as a GMFlow checkpoint; `--mixture` is the source that
+MM-FM's were trained with, as training.fit_source converts it.
 
     python -m training.rae statistics --data IMAGES --vae FOLDER --out FOLDER/stat.safetensors
     torchrun --nproc-per-node 8 -m training.rae statistics --data IMAGES --vae FOLDER --out ...
     python -m training.rae convert --source stage2_model.pt --out ditdh_xl.safetensors
+    python -m training.rae convert --source mode-gmm-100k.pt --mixture source.safetensors --out ...
+    python -m training.rae convert --source uncond-gmm-100k.pt --mixture source.safetensors \\
+        --unconditional --out ...
 """
 
 from __future__ import annotations

@@ -27,6 +27,23 @@ DEFAULT_REVISION = "main"
 QUOTES = "\"'`<>\u00ab\u00bb\u2018\u2019\u201c\u201d\u201e"
 LONGEST_PATH = 4096  # characters
 FILE_ENDINGS = (".safetensors", ".sft", ".gguf", ".ckpt", ".pt", ".pth", ".bin", ".pkl")
+REASONS = {  # names of errors of the hub's client: what they mean, and what to do
+    "LocalEntryNotFoundError": (
+        "the hub cannot be reached, and it is not in the cache here",
+        "check the connection",
+    ),
+    "GatedRepoError": (
+        "it is only for those who accept its terms",
+        "accept them on https://huggingface.co/{name}, and log in here: hf auth login",
+    ),
+    "RepositoryNotFoundError": (
+        "the hub has no such repository, or it is private",
+        "check the name; for a private one log in: hf auth login",
+    ),
+    "EntryNotFoundError": ("the repository has no such file", "look at its page on the hub"),
+    "RevisionNotFoundError": ("there is no such revision", "check the name behind the @"),
+    "OfflineModeIsEnabled": ("the client is set offline", "unset HF_HUB_OFFLINE"),
+}
 BY_HAND = "download the folder by other means and give its path"  # advice in messages
 
 
@@ -225,8 +242,22 @@ def _reaching(source: str) -> Iterator[ModuleType]:
     try:
         yield huggingface_hub
     except Exception as error:  # the hub's client raises many kinds, of several packages
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise OSError(
             f"{source} is no file or folder here, and could not be downloaded from the Hugging "
-            f"Face hub ({reason[:300]}); check the name and the connection, or {BY_HAND}"
+            f"Face hub: {hub_reason(error, source)}, or {BY_HAND}"
         ) from error
+
+
+def hub_reason(error: Exception, name: str) -> str:
+    """Return what an error of the hub's client means, the error itself, and what to do.
+
+    Args:
+        name: "owner/name" of the model.
+    """
+    kinds = {kind.__name__ for kind in type(error).__mro__}  # they have moved between versions
+    what, advice = next(
+        (told for kind, told in REASONS.items() if kind in kinds),
+        ("", "check the name and the connection"),
+    )
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    return f"{what}{' ' if what else ''}({reason[:300]}); {advice.format(name=name)}"

@@ -19,6 +19,7 @@ from .state_dict import check_shapes, shapes_of
 FREQUENCIES = 256  # random frequencies in the time's features, each with a sine and a cosine
 EPS = 1e-6  # epsilon of the norms
 PARTS = ("trunk", "head")
+LABEL_TABLE = "y_embedder.embedding_table.weight"  # name of the labels' embeddings
 DERIVED = ("pos_embed", "enc_feat_rope.", "dec_feat_rope.")  # published, but follow from the sizes
 
 
@@ -225,7 +226,7 @@ class DiTDH(ImageNetwork, nn.Module):
         """Build the network of a state dict of RAE's `DiTwDDTHead`, with sizes from its tensors.
 
         Args:
-            tensors: the state dict.
+            tensors: the state dict; without a table of labels it is an unconditional network.
             null_class: the last row of the embedding table stands for no label, as it does in
                 networks that were trained with label dropout.
             head_layers: number of blocks in the head.
@@ -266,7 +267,7 @@ def _published_config(
         channels=channels,
         latent_size=patch * math.isqrt(shapes["enc_feat_rope.freqs_cos"][0]),
         patch_size=patch,
-        num_classes=shapes["y_embedder.embedding_table.weight"][0] - null_class,
+        num_classes=table[0] - null_class if (table := shapes.get(LABEL_TABLE)) else 0,
         null_class=null_class,
         trunk_layers=layers - head_layers,
         trunk_width=trunk,

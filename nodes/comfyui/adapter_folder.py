@@ -13,6 +13,7 @@ import comfy.utils
 from ...gmflow_core.files.errors import FileError
 from ...gmflow_core.files.hub import tidy_source
 from ...gmflow_core.files.hub_file import ENDING, USUAL, HubFile, described, parse_hub_file
+from ...gmflow_core.files.published import ADAPTERS as PUBLISHED
 from ...gmflow_core.files.safetensors_files import peek_header
 from ...gmflow_core.models.adapter_heads import is_head_key
 from .adapter_file import ENDINGS, PREFIX
@@ -20,17 +21,6 @@ from .files import fingerprint
 from .model_folders import find_lora, lora_names, lora_path
 from .notices import notice
 
-# names of the published few-step adapters that this version can use, and their repositories
-PUBLISHED = {
-    "gmflux_k8_piid_4step": "Lakonik/pi-FLUX.1",
-    "gmflux_k8_piid_8step": "Lakonik/pi-FLUX.1",
-    "gmqwen_k8_piid_4step": "Lakonik/pi-Qwen-Image",
-    "gmflux2_k8_piid_4step": "Lakonik/pi-FLUX.2",
-    "dxflux_n10_piid_4step": "Lakonik/pi-FLUX.1",
-    "dxqwen_n10_piid_4step": "Lakonik/pi-Qwen-Image",
-    "arcflow-flux-2steps": "ymyy307/ArcFlow",
-    "arcflow-qwen-2steps": "ymyy307/ArcFlow",
-}
 DOWNLOAD = " (download)"  # after the name of a published one
 MOST_SECONDS = 2.0  # for new files' headers in one listing; the others are read in the next one
 # What was found in files, by path: their stamp, and whether they are adapters. Module state, as

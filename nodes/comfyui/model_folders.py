@@ -13,6 +13,7 @@ from ...gmflow_core.files.checkpoint import SHIPPED
 from ...gmflow_core.files.errors import quoted, reason
 from ...gmflow_core.files.hub import cached_folder, is_published, tidy_source
 from ...gmflow_core.files.labels import MOST_READ, MOST_SECONDS, distinct, known_names
+from ...gmflow_core.files.published import IMAGENET
 from .listing import MOST_NAMES, file_names, list_files, say_once, shown
 
 MODELS, SOURCES = "gmflow", "gmflow_sources"  # our folders in models/
@@ -22,7 +23,7 @@ PARTS = ("", "transformer", "spectrum_net", "vae")  # folders in it that hold fi
 ENDINGS = (".safetensors", ".sft")  # of files that we load
 PICKLES = (".ckpt", ".pt", ".pt2", ".bin", ".pth", ".pkl")  # of files that could run code
 MOST_OFFERED = 20  # names that an error lists
-PUBLISHED = ("Lakonik/gmflow_imagenet_k8_ema",)  # models on the hub
+PUBLISHED = (IMAGENET,)  # models on the hub
 
 
 def register_folders() -> None:

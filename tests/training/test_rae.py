@@ -8,6 +8,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from gmflow_core import (
+    GaussianMixtureSource,
+    ImagePipeline,
+    load_checkpoint,
+    read_metadata,
+    save_source,
+)
+from gmflow_core.models.ditdh import DiTDH, DiTDHConfig
 from tests.helpers import golden, is_near, normal
 from training import prepare
 from training.data.pictures import centre_crop
@@ -19,6 +27,7 @@ from training.encoders.rae import RAE, load_decoder, new_decoder
 from training.encoders.rae_files import load_rae, load_statistics, read_weights
 from training.rae import main
 
+TINY_PART = {"layers": 1, "width": 16, "heads": 2}  # of a DiTDH
 SIZES = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
 # Tiny encoders that make 4 x 4 tokens, and whose position tables have to be resized for that
 KINDS = {
@@ -381,6 +390,18 @@ def test_only_tensors_are_loaded(tmp_path):
     assert read_weights(tmp_path / "both.pt") == {"x": torch.ones(1)}
 
 
+def test_an_rae_decodes_a_pipelines_latents(rae_folder):
+    sizes = {f"{part}_{size}": n for part in ("trunk", "head") for size, n in TINY_PART.items()}
+    network = DiTDH(DiTDHConfig(channels=8, latent_size=4, num_classes=2, **sizes)).eval()
+    rae = load_vae(rae_folder)
+    pipeline = ImagePipeline(network, {"space": "rae"}, vae=rae)
+    settings = {"seeds": [1, 2], "solver": "euler", "steps": 1}
+    expected = rae.decode(pipeline.sample([0, 1], **settings))
+    for picture, image in zip(pipeline([0, 1], **settings), expected, strict=True):
+        found = torch.tensor(list(picture.tobytes())).reshape(8, 8, 3).permute(2, 0, 1)
+        assert (found - (image.clamp(-1, 1) + 1) * 127.5).abs().max() <= 1
+
+
 def test_published_networks_become_checkpoints(tmp_path):
     tensors = {
         k.removeprefix("net."): v for k, v in golden("ddt_tiny").items() if k.startswith("net.")
@@ -395,3 +416,30 @@ def test_published_networks_become_checkpoints(tmp_path):
     assert torch.equal(found["blocks.3.attn.qkv.weight"], tensors["blocks.2.attn.qkv.weight"])
     with pytest.raises(SystemExit, match="there is no"):
         main(["convert", "--source", str(tmp_path / "none.pt"), "--out", out])
+    _, config = load_checkpoint(out)
+    shape = (config.channels, config.latent_size, config.latent_size)
+    modes = config.num_classes + 1  # MM-FM's networks have no null class
+    for count, options, said in (
+        (modes, [], "mode"),
+        (2, ["--unconditional"], "hidden"),
+        (2, [], rf"knows {modes} labels, but the mixture has 2 modes"),
+    ):
+        means, weights = torch.randn(count, *shape), torch.full((count,), 1 / count).log()
+        save_source(
+            GaussianMixtureSource(means, torch.full((count, 1, 1, 1), 0.5), weights),
+            tmp_path / "source.safetensors",
+        )
+        command = ["convert", "--source", source, "--out", out, *options]
+        command += ["--mixture", str(tmp_path / "source.safetensors")]
+        if count == 2 and not options:
+            with pytest.raises(SystemExit, match=said):
+                main(command)
+            continue
+        main(command)
+        assert read_metadata(out)["data"]["source"]["conditioning"] == said
+        pipeline = ImagePipeline.load(out, source=tmp_path / "source.safetensors", device="cpu")
+        labels = None if options else [0, modes - 1]
+        x = pipeline.sample(labels, seeds=[1, 2], solver="euler", steps=1)
+        assert x.shape == (2, *shape)
+        with pytest.raises(ValueError, match=r"training\.evaluate` decodes those of RAEs"):
+            pipeline(labels, seeds=[1, 2])

@@ -13,9 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from gmflow_core.files.data_record import LONGEST_NAME
-from gmflow_core.files.errors import printable, quoted, reason
-from gmflow_core.files.json_files import read_json
+from gmflow_core.files.errors import printable, reason
 from gmflow_core.models.settings import MOST_CLASSES
 from training.common.processes import ignore_interrupt, loader_workers
 from training.data.pictures import PictureError, read_picture
@@ -168,40 +166,6 @@ def _identity(folder: Path) -> tuple | None:
     except OSError:
         return None
     return (status.st_dev, status.st_ino) if status.st_ino else (os.path.realpath(folder),)
-
-
-def read_class_names(path: Path | None, folders: list[str]) -> list[str]:
-    """Read readable names of the class folders from JSON; without a file, return `folders`.
-
-    What cannot be printed in a name is written as an escape.
-
-    Raises:
-        FileNotFoundError: the file is missing.
-        ValueError: the file is no such JSON, or does not name every class.
-    """
-    if path is None:
-        return [printable(folder, LONGEST_NAME) for folder in folders]
-    if not path.exists():
-        raise FileNotFoundError(
-            f"there is no {path}; give --class-names a JSON file, or leave it out"
-        )
-    names = read_json(path, "give --class-names a JSON file, or leave it out")
-    if isinstance(names, dict):
-        by_folder = any(folder in names for folder in folders)
-        keys = folders if by_folder else [str(label) for label in range(len(folders))]
-        missing = [key for key in keys if key not in names]
-        if missing:
-            raise ValueError(
-                f"{path} names {len(names)} classes but not {quoted(missing[0])}; add it"
-            )
-        names = [names[key] for key in keys]
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{path} must hold a list of names, or an object of them")
-    if len(names) != len(folders):
-        raise ValueError(
-            f"{path} names {len(names)} classes, but the images are in {len(folders)} class folders"
-        )
-    return [printable(name, LONGEST_NAME) for name in names]
 
 
 class ImageCrops(Dataset):

@@ -11,10 +11,12 @@ from typing import Any, Literal
 from accelerate import PartialState
 
 from gmflow_core.files.errors import printable
+from gmflow_core.models.vae import SD_VAE, VAE
 from training.common.devices import on_cpu
 from training.common.processes import PATIENCE
 from training.common.settings import require, require_device, require_ranges
-from training.data.image_folder import ImageList, list_images, read_class_names
+from training.data.class_names import read_class_names
+from training.data.image_folder import ImageList, list_images
 from training.data.pictures import DECODER
 from training.data.plan import (
     begin_plan,
@@ -27,7 +29,6 @@ from training.data.shard_writer import ShardWriter, sample_shape
 from training.data.shards import DTYPES, FORMAT, INDEX, shard_name, stored_dtype, write_index
 from training.encoders.load import load_vae
 from training.encoders.rae import RAE
-from training.encoders.vae import SD_VAE, VAE
 
 NAMED = 20  # images left out that are named on the screen
 
@@ -54,8 +55,8 @@ class PreparationConfig:
     ImageNet's latents of an RAE (768 x 16 x 16) take 1.0 TB in float32, 0.5 TB in float16;
     those of a VAE (4 x 32 x 32) take 21 GB and 10 GB."""
     class_names: Path | None = None
-    """JSON file of readable names: a list in the order of the class folders,
-    or {folder: name}, or {"0": name}."""
+    """File of readable names: a list in the order of the class folders, {folder: name}, or
+    {number: name}; JSON, or a Python dict such as imagenet1000_clsidx_to_labels.txt."""
     batch_size: int = 32
     """Images that the VAE encodes at a time."""
     shard_size: int = 4096

@@ -14,12 +14,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from gmflow_core.files.errors import printable
+from gmflow_core.models.vae import VAE
 from training.common.processes import stop_signals
 from training.data.image_folder import Batch, ImageCrops, ImageList, image_loader
 from training.data.plan import plan_key, shard_range
 from training.data.shards import shard_name, stored_dtype, to_model, write_shard
 from training.encoders.rae import RAE
-from training.encoders.vae import VAE
 
 
 class ShardWriter:

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gmflow_core.files.diffusers_vae import CONFIG
 from gmflow_core.files.errors import FileError, quoted, reason
 from gmflow_core.files.json_files import read_json
 from gmflow_core.files.safetensors_files import check_finite
-from training.encoders.hub import CONFIG
 
 ENCODERS = {
     "dinov2": "facebook/dinov2-with-registers-base",

@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from gmflow_core.files.diffusers_vae import vae_files
 from gmflow_core.files.errors import MOST_SAID, quoted, reading
 from gmflow_core.files.hub import HUB_ID
-from training.encoders.vae import SD_VAE
+from gmflow_core.models.vae import SD_VAE
 
 PARTS = "rae.json"  # names the parts of an RAE
-CONFIG = "config.json"
-WEIGHTS = "diffusion_pytorch_model"
 
 
 def download(name: str) -> Path:
@@ -26,11 +25,8 @@ def download(name: str) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    patterns = [
-        f"{sub}{file}" for sub in ("", "vae/") for file in (CONFIG, f"{WEIGHTS}*.safetensors")
-    ]
     with hub_errors(name):
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=vae_files("", "vae/")))
 
 
 def local_or_hub(name: str, folder: Path) -> str:

@@ -30,7 +30,7 @@ NO_PICTURES = "this RAE has no decoder; name one in its rae.json to see pictures
 
 
 class RAE(nn.Module):
-    """A frozen RAE in float32, with the members of `training.encoders.vae.VAE`.
+    """A frozen RAE in float32, with the members of `gmflow_core.models.vae.VAE`.
 
     Latents are normalised at every position: (latents - mean) / std.
 

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from gmflow_core.files.checkpoint import save_checkpoint
+from gmflow_core.files.diffusers_vae import CONFIG, WEIGHTS
 from gmflow_core.files.errors import FileError, check_regular_file, quoted, reading
 from gmflow_core.files.json_files import EDITED, read_json
 from gmflow_core.files.safetensors_files import check_finite, read_safetensors
-from gmflow_core.models.ditdh import DiTDH
+from gmflow_core.models.ditdh import LABEL_TABLE, DiTDH
 from gmflow_core.models.settings import check_settings
+from gmflow_core.source.files import load_source
 from training.common.files import load_pytorch
 from training.encoders.encoder import (
     FAMILIES,
@@ -23,7 +25,7 @@ from training.encoders.encoder import (
     load_encoder,
     load_network,
 )
-from training.encoders.hub import CONFIG, PARTS, WEIGHTS, download, find_file, local_or_hub
+from training.encoders.hub import PARTS, download, find_file, local_or_hub
 from training.encoders.rae import RAE, load_decoder
 
 MOST_HEADS, LARGEST_INPUT = 1024, 8192
@@ -269,7 +271,13 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def convert(source: Path, out: Path, null_class: bool = True) -> None:
+def convert(
+    source: Path,
+    out: Path,
+    null_class: bool = True,
+    mixture: str | None = None,
+    unconditional: bool = False,
+) -> None:
     """Convert a published DiT^DH network to a GMFlow checkpoint in float32.
 
     Args:
@@ -277,11 +285,37 @@ def convert(source: Path, out: Path, null_class: bool = True) -> None:
         out: File to write, .safetensors.
         null_class: The last row of the label embedding means no label, as after training with
             label dropout.
+        mixture: Mixture source that the network was trained with (MM-FM), as training.fit_source
+            convert writes it; its modes are the labels, unless the network is unconditional.
+        unconditional: The network ignores its label embedding, as MM-FM's uncond checkpoints do.
     """
     if not source.exists():
         raise FileNotFoundError(
-            f"there is no {source}; download it first (hf download {COLLECTION} --local-dir FOLDER)"
+            f"there is no {source}; download it first (hf download {COLLECTION} --local-dir "
+            "FOLDER, or gmflow fetch mm-fm)"
         )
-    network = DiTDH.from_published(read_weights(source), null_class)
-    save_checkpoint(network, out, data={"space": RAE.space})
-    print(f"{out}: {network.config}")
+    modes = None if mixture is None else load_source(mixture)
+    tensors = read_weights(source)
+    if unconditional:
+        tensors.pop(LABEL_TABLE, None)
+    elif modes is not None:
+        rows = len(tensors.get(LABEL_TABLE, ()))
+        if rows != modes.num_modes:
+            raise FileError(
+                source,
+                f"knows {rows:,} labels, but the mixture has {modes.num_modes:,} modes",
+                "give --unconditional if the network ignores its labels, or the right mixture",
+            )
+        null_class = False
+    network = DiTDH.from_published(tensors, null_class)
+    config = network.config
+    data: dict = {"space": RAE.space}
+    if unconditional:
+        data["unlabelled"] = True
+    if modes is not None:
+        modes.require_shape((config.channels, config.latent_size, config.latent_size))
+        data["source"] = modes.record("soft", known=not unconditional)
+        if not unconditional:
+            data["labels"] = [f"mode {m}" for m in range(modes.num_modes)]
+    save_checkpoint(network, out, data=data)
+    print(f"{out}: {config}")

@@ -18,9 +18,9 @@ from gmflow_core.files.diffusers_folder import published_weights
 from gmflow_core.files.errors import FileError
 from gmflow_core.files.hub import is_published, tidy_source
 from gmflow_core.files.json_files import EDITED
+from gmflow_core.models.vae import SD_VAE
 from gmflow_core.source.source import GaussianMixtureSource
 from training.data.shards import LatentDataset
-from training.encoders.vae import SD_VAE
 
 
 def image_seeds(seed: int, images: Sequence[int]) -> list[int]:

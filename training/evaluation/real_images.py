@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from gmflow_core.files.errors import FileError, printable, quoted, reading
+from gmflow_core.models.vae import VAE
 from training.common import arrays as common_arrays
 from training.data.image_folder import images_below
 from training.data.pictures import DECODER, read_picture
 from training.data.shards import INDEX, LatentDataset, to_pixels
-from training.encoders.vae import VAE
 from training.evaluation.metrics import Statistics
 
 IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")

@@ -14,7 +14,7 @@ from PIL import Image
 from gmflow_core.files.json_files import read_json
 from tests.training.image_folders import write_tiny_vae
 from training import prepare as prepare_command
-from training.data.image_folder import read_class_names
+from training.data.class_names import read_class_names
 from training.data.preparation import PreparationConfig, prepare
 from training.data.shards import LatentDataset
 from training.data.tokens import TokenFiles, WithTokens, write_tokens
@@ -129,8 +129,9 @@ def use_arrays(folder: Path) -> Any:
 
 
 def make_names(folder: Path) -> None:
-    """Write the readable names of classes, as a list and as an object."""
+    """Write the readable names of classes, as a list, as an object and as a Python dict."""
     (folder / "list.json").write_text(json.dumps(["a cat", "a dog"]))
+    (folder / "dict.txt").write_text("{0: 'a cat, a \\'big\\' one',\n 1: \"a dog\"}")
     (folder / "object.json").write_text(json.dumps({"cat": "a cat", "dog": "a dog", "x": "y"}))
 
 
@@ -189,7 +190,7 @@ DOORS = [
     ),
     Door("tokens of a folder", make_latents, use_tokens, {"tokens.safetensors": "safetensors"}, 1),
     Door("tokens in .npy and .npz", make_arrays, use_arrays, {"*.npy": "npy", "*.npz": "npz"}, 2),
-    Door("class names", make_names, use_names, {"*.json": "json"}, 1),
+    Door("class names", make_names, use_names, {"*.json": "json", "*.txt": "bytes"}, 1),
     Door("VAE", make_vae, use_vae, {"vae/*.json": "json", "vae/*.safetensors": "safetensors"}, 0.7),
     Door(
         "RAE",

@@ -1,7 +1,8 @@
 """A frozen AutoencoderKL of diffusers between images and latents.
 
-`training.encoders.rae.RAE` is the other autoencoder. Both have the same members: `latent_shape`,
-`factor`, `space`, `scaling_factor`, `needs_noise`, `encode` and `decode`.
+`files/diffusers_vae.py` loads it. `training.encoders.rae.RAE` is the other autoencoder. Both have
+the same members: `latent_shape`, `factor`, `space`, `scaling_factor`, `needs_noise`, `encode` and
+`decode`.
 """
 
 from __future__ import annotations
@@ -11,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gmflow_core.files.errors import quoted
-from gmflow_core.models.settings import is_number
+from .settings import is_number
 
 SD_VAE = "stabilityai/sd-vae-ft-ema"
 
@@ -85,7 +85,7 @@ def _checked(config: Any, name: str) -> float:
     value = getattr(config, name, None)
     if not is_number(value):
         raise ValueError(
-            f"{name} is {quoted(value)}; it must be a finite number (0.18215 is the scaling_factor "
+            f"{name} is {value!r:.60}; it must be a finite number (0.18215 is the scaling_factor "
             "of Stable Diffusion's VAE)"
         )
     return float(value)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from gmflow_core.models.vae import VAE
 from tests.helpers import is_near, normal
-from training.encoders.vae import VAE
 
 
 class TwoPixels(nn.Module):

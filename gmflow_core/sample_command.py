@@ -1,0 +1,227 @@
+"""The command `gmflow sample`: points of a 2-D model, or pictures of classes."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from .files.atomic import atomic_write, check_target, remove_leftovers
+from .files.checkpoint import load_checkpoint, read_metadata
+from .files.errors import FileError, printable
+from .files.hub import tidy_source
+from .files.safetensors_files import is_finite, write_safetensors
+from .models.mlp import GMFlowMLP
+from .models.precision import chosen_precision, set_precision
+from .pictures import image_grid, to_image
+from .pipeline import ImagePipeline
+from .sample_arguments import add_sample_arguments
+from .sampling.few_steps import choose_sampling
+from .toys.density_picture import density_picture
+from .toys.points import sample_points
+
+MOST_NUMBERS = 2**31  # of all samples together, 8 GiB
+ENDINGS = (".png", ".safetensors", "")  # of --out; the last is a folder's
+FIRST_LABELS = 10  # that are sampled if none are given
+SMALLEST_SHOWN = 64  # pixels on a side of an image on a sheet, to which small ones are enlarged
+
+
+def add_sample_command(
+    commands: argparse._SubParsersAction, common: argparse.ArgumentParser
+) -> None:
+    """Add the command to the parser of all commands."""
+    about = "sample a checkpoint: points, or images of classes"
+    p = commands.add_parser("sample", parents=[common], help=about)
+    add_sample_arguments(p)
+    p.set_defaults(run=sample)
+
+
+def sample(args: argparse.Namespace) -> None:
+    """Sample a checkpoint and write a picture, single pictures, or the numbers."""
+    _check_out(args.target)
+    args.checkpoint = tidy_source(args.checkpoint)
+    metadata = read_metadata(args.checkpoint)
+    if metadata["model_class"] == GMFlowMLP.__name__:
+        _sample_points(args, metadata["data"])
+    else:
+        _sample_images(args)
+    print(printable(str(args.target.resolve())))
+
+
+def _check_out(out: Path) -> None:
+    """Check that --out can be written, and remove what killed processes left there.
+
+    Raises:
+        ValueError: it has another ending.
+        WriteError: it cannot be written.
+    """
+    if out.suffix not in ENDINGS:
+        raise ValueError(
+            f"--out {out} must end in .png (a picture) or .safetensors (the numbers), or have no "
+            "ending (a folder of single pictures)"
+        )
+    folder = out if not out.suffix else out.parent
+    check_target(folder / "picture.png" if not out.suffix else out)
+    remove_leftovers(folder)
+
+
+def _sample_points(args: argparse.Namespace, data: dict[str, Any]) -> None:
+    """Sample points of a 2-D model, and write them or a picture of their density."""
+    given = {"labels": args.labels, "unlabelled": args.unlabelled, "guidance": args.guidance}
+    if any(given.values()):
+        raise ValueError(
+            f"{args.checkpoint} is a 2-D model without classes; leave out --labels, --unlabelled "
+            "and --guidance"
+        )
+    for name in ("source", "vae", "seeds"):
+        if getattr(args, name) is not None:
+            raise ValueError(
+                f"{args.checkpoint} is a 2-D model, which has no use for --{name}; leave it out"
+            )
+    if not args.target.suffix:
+        raise ValueError(f"--out {args.target} must end in .png or .safetensors for a 2-D model")
+    own = choose_sampling(data, solver=args.solver, steps=args.steps, shift=args.shift)
+    network, _ = load_checkpoint(args.checkpoint, device=args.device)
+    if args.precision != "auto":  # small networks gain nothing
+        set_precision(network, chosen_precision(args.precision, torch.device(args.device)))
+    points = sample_points(
+        network,
+        checked_count(args.count, 100_000, network.channels),
+        solver=own.solver,
+        steps=own.steps,
+        order=args.order,
+        substeps=args.substeps,
+        shift=own.shift,
+        seed=args.seed,
+        sigmas=own.sigmas(),
+        temperature=own.temperature,
+        progress=show_progress,
+    )
+    if not is_finite(points):
+        raise FileError(
+            args.checkpoint,
+            "makes samples that are not finite",
+            "its weights are damaged or too large; with --precision bf16, try fp32",
+        )
+    if args.target.suffix == ".png":
+        save_png(to_image(density_picture(points, outline=args.outline)), args.target)
+    else:
+        write_safetensors({"points": points.contiguous()}, args.target, {})
+
+
+def _sample_images(args: argparse.Namespace) -> None:
+    """Sample images, and write a sheet with a row for each label, single ones, or the numbers."""
+    pipeline = ImagePipeline.load(
+        args.checkpoint,
+        vae=args.vae,
+        source=args.source,
+        device=args.device,
+        precision=args.precision,
+    )
+    as_numbers = args.target.suffix == ".safetensors"
+    factor = 1
+    if not as_numbers and not pipeline.makes_pixels:
+        factor = pipeline.require_vae().factor  # before the long work
+    config = pipeline.network.config
+    if args.seeds is not None and args.count is not None:
+        raise ValueError("--count does not go with --seeds, of which each is one image")
+    wanted = len(args.seeds) if args.seeds is not None else args.count
+    numbers = config.channels * config.latent_size**2
+    pixels = 0 if as_numbers else 3 * (config.latent_size * factor) ** 2
+    columns = checked_count(wanted, 8 if pipeline.makes_pixels else 4, max(numbers, pixels))
+    labels = _labels(args, pipeline, columns)
+    count = columns if labels is None else len(labels)
+    seeds = list(range(args.seed, args.seed + count))
+    if args.seeds is not None:
+        seeds = args.seeds * (count // columns)
+    x = pipeline.sample(
+        labels,
+        seeds=seeds,
+        solver=args.solver,
+        steps=args.steps,
+        shift=args.shift,
+        guidance=args.guidance,
+        order=args.order,
+        substeps=args.substeps,
+        progress=show_progress,
+    )
+    ids = [config.num_classes] * count if labels is None else labels
+    if as_numbers:
+        return write_safetensors({"samples": x, "labels": torch.tensor(ids)}, args.target, {})
+    images = pipeline.decode(x)
+    if args.target.suffix:
+        scale = max(1, SMALLEST_SHOWN // images.shape[-1])
+        return save_png(to_image(image_grid(images, columns, scale)), args.target)
+    for image, label, seed in zip(images, ids, seeds, strict=True):
+        name = f"{_file_name(pipeline, label)}_seed{seed}.png"
+        save_png(to_image(image.permute(1, 2, 0)), args.target / name)
+
+
+def _labels(args: argparse.Namespace, pipeline: ImagePipeline, count: int) -> list[int] | None:
+    """Return the label of every image, each label `count` times; None for images of no class.
+
+    Raises:
+        ValueError: a label is unknown, or --unlabelled does not go with the rest.
+    """
+    if not args.unlabelled and (args.labels or not pipeline.data.get("unlabelled")):
+        wanted = args.labels or range(min(FIRST_LABELS, pipeline.num_classes))
+        return [label for label in pipeline.label_ids(list(wanted)) for _ in range(count)]
+    if args.labels:
+        raise ValueError(f"--unlabelled does not go with --labels {' '.join(args.labels)}")
+    if pipeline.knows_modes:
+        raise ValueError(
+            f"--unlabelled does not go with {args.checkpoint}, whose labels are modes of its source"
+        )
+    return None
+
+
+def _file_name(pipeline: ImagePipeline, label: int) -> str:
+    """Return the number and the first name of a class, as a part of a file's name."""
+    if label == pipeline.num_classes:
+        return "unlabelled"
+    name = pipeline.labels[label].split(",")[0] if label < len(pipeline.labels) else ""
+    plain = re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_")[:40]
+    return f"{label:04}_{plain}" if plain not in ("", str(label)) else f"{label:04}"
+
+
+def checked_count(count: int | None, default: int, numbers: int) -> int:
+    """Return --count, or the default, after a check of its size.
+
+    Args:
+        count: as the user gave it.
+        numbers: that one sample consists of.
+
+    Raises:
+        ValueError: it is below 1, or more than MOST_NUMBERS would be sampled.
+    """
+    count = default if count is None else count
+    if not 1 <= count <= MOST_NUMBERS // numbers:
+        raise ValueError(
+            f"--count is {count}; it must be from 1 to {MOST_NUMBERS // numbers} for this model"
+        )
+    return count
+
+
+def save_png(picture: Image.Image, path: Path) -> None:
+    """Write a picture as PNG, atomically.
+
+    Raises:
+        WriteError: it cannot be written.
+    """
+    with atomic_write(path) as temporary:
+        picture.save(temporary, format="PNG")
+
+
+def show_progress(done: int, total: int) -> None:
+    """Print how far the sampling is, on one line."""
+    print(
+        f"\rnetwork call {done}/{total}",
+        end="\n" if done == total else "",
+        file=sys.stderr,
+        flush=True,
+    )

@@ -2,12 +2,13 @@
 
     python -m tests.benchmarks.distill                    # all, many hours on one core
     python -m tests.benchmarks.distill --only k --seeds 0 # or guided, budget, board; goes on later
+    python -m tests.benchmarks.distill --only guided --steps 1 2
 
 Each student is trained by training.distill with the shipped model as its teacher, in a folder of
 its own below --work, so that a second start goes on where the first one stopped; figures go to
-docs/results/distill_digits.csv and distill_board.csv after every student. An iteration has 64
-samples (points: 4,096). The teacher's own rows need no ComfyUI; stock samplers at equal calls are
-in any_flow_digits.csv, from the same noise.
+docs/results/distill_digits.csv and distill_board.csv after every student, those of all students
+that --work holds. An iteration has 64 samples (points: 1,024). The teacher's own rows need no
+ComfyUI; stock samplers at equal calls are in any_flow_digits.csv, from the same noise.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ GUIDANCES = {
     "cfg": "--guidance 2 --guidance-kind cfg",
 }
 KIND = ("steps", "policy", "k", "iterations", "guidance")  # what students differ in, beside seeds
+WEIGHTS, FIGURES = "weights.safetensors", "figures.json"  # in a student's folder
 Row = dict[str, Any]
 
 
@@ -57,14 +59,14 @@ def settings(part: str) -> list[Row]:
     if part == "guided":
         kinds = ("probabilistic", "cfg")
         return [student(steps, guidance=kind) for steps in (1, 2, 4) for kind in kinds]
-    return [student(steps, iterations=count) for count in (50, 1000, 6000) for steps in (1, 2)]
+    return [student(steps, iterations=count) for count in (50, 1000) for steps in (1, 2)]
 
 
-def trained(work: Path, row: Row, seed: int, teacher: str, batch: int) -> nn.Module:
-    """Train the student of a row, unless it is there, and return it."""
+def trained(work: Path, row: Row, seed: int, teacher: str, batch: int) -> Path:
+    """Train the student of a row, unless it is there, and return its folder."""
     words = [teacher, *(f"{name}{value}" for name, value in row.items()), f"seed{seed}"]
     out = work / "_".join(words)
-    if not (out / "weights.safetensors").is_file():
+    if not (out / WEIGHTS).is_file():
         iterations = row["iterations"]
         more = f"--steps {row['steps']} --policy {row['policy']} -k {row['k']} --seed {seed}"
         more += f" --warmup 20 --batch-size {batch} --iterations {iterations} --device cpu"
@@ -72,7 +74,7 @@ def trained(work: Path, row: Row, seed: int, teacher: str, batch: int) -> nn.Mod
         more += GUIDANCES[row.get("guidance", "none")]
         places = ["--teacher", str(SHIPPED / f"{teacher}.safetensors"), "--out", str(out)]
         train([*places, *split(more)])
-    return load_checkpoint(out / "weights.safetensors")[0]
+    return out
 
 
 @torch.inference_mode()
@@ -111,21 +113,35 @@ def student_row(network: nn.Module, data: Digits, row: Row, seed: int) -> Row:
     return {"model": "student", **row, "seed": seed, **data.score(x)}
 
 
-def digits(work: Path, parts: list[str], seeds: list[int]) -> None:
+def digits(work: Path, parts: list[str], seeds: list[int], steps: list[int]) -> None:
     """Measure students of the digits: docs/results/distill_digits.csv."""
     data, known = Digits(work), work / "teacher_rows.json"
     if not known.is_file():  # they take minutes
         known.write_text(json.dumps(teacher_rows(data)))
-    rows = json.loads(known.read_text())
+    first = json.loads(known.read_text())
     shipped, _ = load_checkpoint(SHIPPED / "digits_one_call.safetensors")
-    rows.append({**student_row(shipped, data, {"steps": 1}, 0), "model": "shipped student"})
-    for seed in seeds:
-        for part in parts:
-            for row in settings(part):
-                network = trained(work / "students", row, seed, "digits_k8", 64)
-                rows.append(student_row(network, data, row, seed))
-                means = means_of(rows, "frechet_distance")
-                write([*rows, *means], RESULTS / "distill_digits.csv")
+    first.append({**student_row(shipped, data, {"steps": 1}, 0), "model": "shipped student"})
+    wanted = [
+        (row, seed)
+        for seed in seeds
+        for part in parts
+        for row in settings(part)
+        if row["steps"] in steps
+    ]
+    for row, seed in wanted:
+        folder = trained(work / "students", row, seed, "digits_k8", 64)
+        if not (folder / FIGURES).is_file():
+            network, _ = load_checkpoint(folder / WEIGHTS)
+            figures = student_row(network, data, row, seed)
+            (folder / FIGURES).write_text(json.dumps(figures))
+        rows = [*first, *students(work, "digits_k8")]
+        write([*rows, *means_of(rows, "frechet_distance")], RESULTS / "distill_digits.csv")
+
+
+def students(work: Path, teacher: str) -> list[Row]:
+    """Return the figures of all students of a teacher that a work folder holds."""
+    files = (work / "students").glob(f"{teacher}_*/{FIGURES}")
+    return [json.loads(path.read_text()) for path in sorted(files)]
 
 
 @torch.inference_mode()
@@ -140,14 +156,18 @@ def board(work: Path, seeds: list[int]) -> None:
         rows.append({**about, "total_variation": total_variation(points)})
     for seed in seeds:
         for policy, k in (("gm", 64), ("dx", 10), ("gm", 8)):
-            row = {"steps": 1, "policy": policy, "k": k, "iterations": 4 * ITERATIONS}
+            row = {"steps": 1, "policy": policy, "k": k, "iterations": 2 * ITERATIONS}
             with torch.inference_mode(False), torch.enable_grad():
-                network = trained(work / "students", row, seed, "checkerboard_k64", 4096)
-            how = {"solver": "gm-policy", "substeps": SUBSTEPS, "temperature": 1.0}
-            points = sample_points(network, POINTS, steps=1, **how)
-            found = {"total_variation": total_variation(points)}
-            rows.append({"model": "student", **row, "seed": seed, **found})
-            write([*rows, *means_of(rows, "total_variation")], RESULTS / "distill_board.csv")
+                folder = trained(work / "students", row, seed, "checkerboard_k64", 1024)
+            if not (folder / FIGURES).is_file():
+                network, _ = load_checkpoint(folder / WEIGHTS)
+                how = {"solver": "gm-policy", "substeps": SUBSTEPS, "temperature": 1.0}
+                points = sample_points(network, POINTS, steps=1, **how)
+                figures = {"total_variation": total_variation(points)}
+                about = {"model": "student", **row, "seed": seed, **figures}
+                (folder / FIGURES).write_text(json.dumps(about))
+            every = [*rows, *students(work, "checkerboard_k64")]
+            write([*every, *means_of(every, "total_variation")], RESULTS / "distill_board.csv")
 
 
 def means_of(rows: list[Row], figure: str) -> list[Row]:
@@ -189,6 +209,7 @@ def main() -> None:
     parts = ("k", "guided", "budget", "board")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", nargs="+", type=int, default=[1, 2, 4], help="of the digits")
     parser.add_argument("--work", type=Path, default=Path("outputs/distill"))
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -196,7 +217,7 @@ def main() -> None:
         board(arguments.work, arguments.seeds)
     of_digits = [part for part in arguments.only if part != "board"]
     if of_digits:
-        digits(arguments.work, of_digits, arguments.seeds)
+        digits(arguments.work, of_digits, arguments.seeds, arguments.steps)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import functools
+import json
+import os
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -15,22 +19,27 @@ from gmflow_core.quantization.int8 import (
     unpack,
 )
 from tests.benchmarks.eight_bit import layer_products
-from tests.benchmarks.eight_bit_inside import relative
+from tests.benchmarks.eight_bit_inside import MARK, relative
 from tests.benchmarks.measure import extra_memory, quartiles, ratios, take_turns
 from tests.benchmarks.rows import size_of
+from tests.comfyui.installation import COMFYUI, comfyui_python
 
 from .run import GB, Run, check
 
+SCRIPT = Path(__file__).with_name("nodes_inside.py")
 INPUTS, OUTPUTS, TOKENS = 3072, (9216, 12288, 21504), 4608  # 64 x 64 tokens of image, 512 of text
 ALLOWED = {"bf16": 0.006, "8-bit": 0.02, "8-bit, int8 products": 0.03}  # errors, as norms
+IN_NODES = {"bf16": "bf16", "16 bit": "8-bit", "int8": "8-bit, int8 products"}  # names there, here
 
 
 def int8(run: Run) -> Iterator[tuple[str, dict]]:
     """Compare 8-bit layers with bf16 ones: error, time and memory."""
     yield products(run)
     inputs, tokens = run.size((INPUTS, TOKENS), (256, 64))
-    for outputs in run.size(OUTPUTS, (96,)):
-        yield layers(run, inputs, outputs, tokens)
+    sizes = [(inputs, outputs, tokens) for outputs in run.size(OUTPUTS, (96,))]
+    for size in sizes:
+        yield layers(run, *size)
+    yield from nodes(run, sizes)
 
 
 def products(run: Run) -> tuple[str, dict]:
@@ -80,3 +89,26 @@ def layers(run: Run, inputs: int, outputs: int, tokens: int) -> tuple[str, dict]
             "extra GB": extra_memory(form, run.device) / GB,
         }
     return case, figures
+
+
+def nodes(run: Run, sizes: list[tuple[int, int, int]]) -> Iterator[tuple[str, dict | str]]:
+    """Compare the layers that the nodes put into a model, in ComfyUI's own process."""
+    case = "the nodes' layers in ComfyUI"
+    if not (COMFYUI / "main.py").is_file():
+        yield case, "not run: there is no ComfyUI; set COMFYUI_PATH"
+        return
+    command = [comfyui_python(), str(SCRIPT), run.device, json.dumps(sizes)]
+    usual = {} if run.device == "cuda" else {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment = {**os.environ, **usual}
+    done = subprocess.run(command, cwd=COMFYUI, env=environment, capture_output=True, text=True)
+    answers = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
+    check(bool(answers), case, "an answer", f"status {done.returncode}: {done.stderr[-2000:]}")
+    found = json.loads(answers[-1].removeprefix(MARK))
+    layout = "its own layout" if found["native"] else "our layout"
+    for size, figures in found["cases"].items():
+        name = f"{case}, {layout}, {size}"
+        for compute, here in IN_NODES.items():
+            error = figures[compute]["error"]
+            what = f"error of {compute}, {name}"
+            check(error <= ALLOWED[here], what, f"at most {ALLOWED[here]}", f"{error:.3g}")
+        yield name, figures

@@ -21,7 +21,8 @@ PACKAGES = ("triton", "bitsandbytes", "accelerate", "diffusers", "numpy")
 GB = 1e9
 NOT_COVERED = (  # by no part, on any device
     "published weights: GMFlow's, MM-FM's, FLUX.1, Qwen-Image and adapters for them",
-    "the nodes inside ComfyUI: its memory manager, its own int8 kernels, GM Train Adapter",
+    "the nodes inside ComfyUI, but for their 8-bit layers: samplers, memory, GM Train Adapter",
+    "training compiled with torch.compile",
     "quantised transformers in pipelines of diffusers",
     "downloads from the hub",
     "several GPUs: DDP and FSDP run as one process, in which nothing is divided",

@@ -191,11 +191,11 @@ def int8_product(a: Tensor, b: Tensor) -> Tensor:
 
     bitsandbytes computes it on a GPU if it is installed, else torch.
     """
+    odd = a.is_cuda and (len(b) % 8 or b.shape[1] % 8)
+    if odd or a.device.type not in ("cpu", "cuda"):  # cuBLAS or torch has no int8 product for these
+        return (a.float() @ b.float().T).int()
     if a.is_cuda and (product := bitsandbytes_product()) is not None:
         return product(a, b)
-    odd = a.is_cuda and (len(b) % 8 or b.shape[1] % 8)
-    if odd or a.device.type not in ("cpu", "cuda"):  # torch has no int8 product for these
-        return (a.float() @ b.float().T).int()
     missing = max(0, MIN_ROWS - len(a)) if a.is_cuda else 0
     return torch._int_mm(F.pad(a, (0, 0, 0, missing)), b.T)[: len(a)]
 

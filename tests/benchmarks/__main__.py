@@ -114,12 +114,12 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(130)
 
 
-def command_of(arguments: list[str]) -> str:
-    """Return the command as the results record it, without --out, which names a local folder."""
+def command_of(arguments: list[str], module: str = "tests.benchmarks") -> str:
+    """Return the command as the results record it, without --out, which names a local place."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--out")
     _, others = parser.parse_known_args(arguments)
-    return shlex.join(["python", "-m", "tests.benchmarks", *others])
+    return shlex.join(["python", "-m", module, *others])
 
 
 def about(results: dict, device: str) -> str:

@@ -203,10 +203,13 @@ class Bench:
         device: "cpu" or "cuda".
         quick: use tiny sizes and few repeats, to see that everything runs.
         compiled: also measure the forms that torch.compile makes.
+        budget: seconds of the turns that the forms of a line take.
     """
 
-    def __init__(self, device: str, quick: bool = False, compiled: bool = True):
-        self.device, self.quick, self.compiled = device, quick, compiled
+    def __init__(
+        self, device: str, quick: bool = False, compiled: bool = True, budget: float = 8.0
+    ):
+        self.device, self.quick, self.compiled, self.budget = device, quick, compiled, budget
         self.rates = measure_rates(device, quick)
         # method of a rollout -> why it does not run here; the log says it only once
         self.problems: dict[str, str] = {}
@@ -256,7 +259,7 @@ class Bench:
             if exact is not None:
                 expected, results = exact(), {**ready, **(results or {})}
                 errors = {name: relative_error(results[name](), expected) for name in ready}
-            limits = {"budget": 0.2, "least": 2} if self.quick else {"budget": 8.0}
+            limits = {"budget": 0.2, "least": 2} if self.quick else {"budget": self.budget}
             times = take_turns(ready, self.device, **limits)
             for name, form in forms.items():
                 if not callable(form):

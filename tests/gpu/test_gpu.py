@@ -1,0 +1,120 @@
+"""The GPU's checks at tiny sizes on a CPU: they run, and what is wrong ends them in words."""
+
+import json
+import os
+import time
+from unittest import mock
+
+import pytest
+import torch
+
+from gmflow_core.fast import tiled
+from tests.gpu import layers, run, waits
+from tests.gpu.__main__ import main
+
+CPU = ["--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def same_environment():
+    """Put back what the command sets for its process."""
+    with mock.patch.dict(os.environ):
+        yield
+
+
+def test_parts_run_at_tiny_sizes_and_write_their_figures(tmp_path, capsys):
+    """The quick ones; the others differ in nothing but their time."""
+    out = tmp_path / "new" / "gpu.json"
+    main([*CPU, "--only", "policy", "solvers", "processes", "waits", "--out", str(out)])
+    found = json.loads(out.read_text())
+    assert found["command"] == "python -m tests.gpu --device cpu --only policy solvers " + (
+        "processes waits"
+    )
+    assert {part: about["state"] for part, about in found["parts"].items()} == dict.fromkeys(
+        ("policy", "solvers", "processes", "waits"), "right"
+    )
+    assert found["machine"]["torch"] == torch.__version__
+    assert any("published weights" in each for each in found["not covered"])
+    sharded = found["parts"]["processes"]["cases"]["FSDP 2, gloo, 2 pieces, fp32"]
+    assert sharded["difference"] < 1e-4
+    assert found["parts"]["waits"]["cases"]["a step of gm-sde"]["waits"] == 1  # eigh
+    said = capsys.readouterr().out
+    assert "4/4 waits: waits for the device" in said
+    main([*CPU, "--only", "int8", "--out", str(out)])  # the others stay, with their date
+    parts = json.loads(out.read_text())["parts"]
+    assert parts["int8"]["state"] == "right"
+    assert parts["waits"]["from"]["date"] == found["machine"]["date"]
+
+
+def test_the_first_wrong_part_ends_the_command_with_its_name(tmp_path, monkeypatch, capsys):
+    rollout = tiled.rollout_in_tiles
+    monkeypatch.setattr(tiled, "rollout_in_tiles", lambda *given: 1.001 * rollout(*given))
+    out = tmp_path / "gpu.json"
+    with pytest.raises(SystemExit) as end:
+        main([*CPU, "--only", "forms", "int8", "--out", str(out)])
+    expected = "the part forms is wrong: rollout, tiled: K = 3, C = 4, 5 x 8, batch 1, 6 substeps: "
+    expected += "expected a relative error of at most 5e-05, found 0.001"
+    assert str(end.value.code).startswith(expected)  # Python prints a text, and ends with status 1
+    assert "int8:" not in capsys.readouterr().out.split("not covered")[0]
+    parts = json.loads(out.read_text())["parts"]
+    assert list(parts) == ["forms"]
+    assert parts["forms"]["state"].startswith("wrong: rollout, tiled")
+
+
+def failing(error):
+    def part(run):
+        yield "a case", {"figure": 1.0}
+        raise error
+
+    return part
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (run.NotRunError("the package x is not installed"), None),
+        (RuntimeError("CUDA error\nmore"), "expected to run, found RuntimeError: CUDA error$"),
+    ],
+)
+def test_what_is_missing_is_said_and_what_fails_ends_the_command(error, said, monkeypatch, capsys):
+    monkeypatch.setattr(layers, "int8", failing(error))
+    monkeypatch.setattr(waits, "waits", failing(run.NotRunError("as an example")))
+    given = [*CPU, "--only", "int8", "waits"]
+    if said is None:
+        main(given)
+        out = capsys.readouterr().out
+        assert "int8: not run: the package x is not installed" in out
+        assert "waits: not run: as an example" in out
+        return
+    with pytest.raises(SystemExit, match=f"the part int8 is wrong: {said}"):
+        main(given)
+
+
+def test_a_part_that_takes_too_long_is_wrong(monkeypatch):
+    def slow(run):
+        try:
+            time.sleep(60)
+        except Exception:  # as machine forms do, which take any error for their own
+            pytest.fail("the limit was taken for an error")
+        yield "never", {}
+
+    monkeypatch.setattr(waits, "waits", slow)
+    with pytest.raises(SystemExit, match="waits is wrong: time of waits: expected at most 1 s"):
+        main([*CPU, "--only", "waits", "--time-limit", "0.1"])
+
+
+def test_without_a_gpu_the_command_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="no CUDA device; --device cpu"):
+        main([])
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [([1.0, 2.0, 3.0], "fall below 1,"), ([1.0, float("nan")], "finite losses")],
+)
+def test_losses_that_do_not_fall_are_wrong(losses, said):
+    with pytest.raises(run.WrongError, match=said):
+        run.check_falls(losses, "losses")
+    with pytest.raises(run.WrongError, match="found nan"):
+        run.check_near(torch.tensor([float("nan")]), torch.ones(1), 1.0, "a value")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
+from gmflow_core.sampling.few_steps import Choice, choose_sampling
 from gmflow_core.sampling.guidance import Guidance
 from gmflow_core.sampling.solvers import MEAN_SOLVERS, SOLVERS
 from training.common.settings import require, require_device, require_ranges
@@ -59,11 +61,14 @@ class Config:
     """Samples of each setting."""
     solver: Annotated[
         tuple[SolverName, ...],
-        tyro.conf.arg(help=f"Solvers; {' and '.join(MEAN_SOLVERS)} use the mean of the mixture."),
-    ] = ("gm-ode",)
-    steps: tuple[int, ...] = (8,)
+        tyro.conf.arg(
+            help=f"Solvers; {' and '.join(MEAN_SOLVERS)} use the mean of the mixture. By default "
+            "gm-ode, or gm-policy for a distilled model."
+        ),
+    ] = ()
+    steps: tuple[int, ...] = ()
     """Numbers of steps, each with one network call; 0 returns the noise itself, which a flow must
-    beat."""
+    beat. By default 8, or what a distilled model was made for."""
     guidance: tuple[float, ...] = ()
     """Weights of probabilistic guidance, in [0, 1); 0 is none."""
     cfg: tuple[float, ...] = ()
@@ -75,8 +80,9 @@ class Config:
     substeps in all."""
     order: Literal[1, 2] = 2
     """Order of GM-ODE and GM-SDE."""
-    shift: float = 1.0
-    """Shift of the time grid."""
+    shift: float | None = None
+    """Shift of the time grid; by default 1, or a distilled model's own. A distilled model also
+    keeps the size of its last step."""
     source: str | None = None
     """Mixture source that the models were trained with: file, folder or hub id; modes are drawn by
     weight."""
@@ -114,13 +120,10 @@ class Config:
 
     def __post_init__(self):
         self.check_counts()
-        for name in ("solver", "steps"):
-            if not getattr(self, name):
-                raise ValueError(f"--{name} is empty; give at least one")
         for solver in self.solver:
             if solver not in SOLVERS:
                 raise ValueError(f"--solver {solver} is unknown; choose from {', '.join(SOLVERS)}")
-        if min(self.steps) < 0:
+        if min(self.steps, default=0) < 0:
             raise ValueError(f"--steps has {min(self.steps)}; each must be at least 0")
         for weight in self.guidance:
             if not 0 <= weight < 1:
@@ -135,7 +138,7 @@ class Config:
                     "(is it a --guidance weight?)"
                 )
         Guidance(0.0, interval=self.guidance_interval)
-        require(self.shift > 0, "shift", self.shift, "positive")
+        require(self.shift is None or self.shift > 0, "shift", self.shift, "positive")
         if self.features != "inception" and not self.features.endswith(".safetensors"):
             raise ValueError(
                 f"--features is {self.features!r}; give inception, or for the small classifier a "
@@ -179,18 +182,26 @@ class Setting:
     Args:
         model: position in the list of checkpoints.
         checkpoint: short name of the checkpoint.
-        solver: name of the solver.
-        steps: network calls.
+        choice: solver, network calls and time grid.
         guidance: "none", "probabilistic" or "cfg".
         scale: of the guidance; 0 for none.
     """
 
     model: int
     checkpoint: str
-    solver: str
-    steps: int
+    choice: Choice
     guidance: str = "none"
     scale: float = 0.0
+
+    @property
+    def solver(self) -> str:
+        """Name of the solver."""
+        return self.choice.solver
+
+    @property
+    def steps(self) -> int:
+        """Network calls."""
+        return self.choice.steps
 
     @property
     def name(self) -> str:
@@ -209,20 +220,33 @@ class Setting:
         return config.substeps if config.substeps is not None else max(4, 128 // self.steps)
 
 
-def settings_of(config: Config) -> list[Setting]:
-    """Return all points of the sweep; those without guidance are merged and come first."""
+def settings_of(config: Config, records: Sequence[dict[str, Any]] = ()) -> list[Setting]:
+    """Return all points of the sweep; those without guidance are merged and come first.
+
+    Args:
+        records: what each checkpoint says of its samples, see `choose_sampling`; a distilled one
+            is sampled as it was made for, where --solver, --steps or --shift is not given.
+    """
     kinds = [("probabilistic", w) for w in config.guidance] + [("cfg", s) for s in config.cfg]
     kinds = [
         ("none", 0.0) if Guidance(scale, kind).idle else (kind, scale) for kind, scale in kinds
     ] or [("none", 0.0)]
     kinds = sorted(dict.fromkeys(kinds), key=lambda k: (k[0] != "none", k[0] == "cfg"))
+    records = records or [{}] * len(config.checkpoint)
+    names = short_names(config.checkpoint)
     return [
-        Setting(model, name, solver, steps, *kind)
-        for model, name in enumerate(short_names(config.checkpoint))
-        for solver in dict.fromkeys(config.solver)
-        for steps in dict.fromkeys(config.steps)
+        Setting(model, name, choice, *kind)
+        for model, (name, record) in enumerate(zip(names, records, strict=True))
+        for choice in choices(config, record)
         for kind in kinds
     ]
+
+
+def choices(config: Config, record: dict[str, Any]) -> list[Choice]:
+    """Return solvers and steps of a model's samples, without repetitions."""
+    given = itertools.product(config.solver or (None,), config.steps or (None,))
+    found = (choose_sampling(record, solver=a, steps=b, shift=config.shift) for a, b in given)
+    return list(dict.fromkeys(found))
 
 
 def short_names(checkpoints: Sequence[str]) -> list[str]:

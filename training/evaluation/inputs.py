@@ -48,8 +48,8 @@ class Inputs:
             self.space = Space.of_checkpoints(config.checkpoint)
         else:
             self.space = Space.of_data(config.data)
-        self.settings = settings_of(config)
         self.models = [Model(checkpoint, self.space) for checkpoint in config.checkpoint]
+        self.settings = settings_of(config, [model.data for model in self.models])
         self.guide = None if config.guide is None else Model(config.guide, self.space)
         self.source = None if config.source is None else load_source(config.source, self.device)
         for model in [*self.models, *([self.guide] if self.guide else [])]:
@@ -112,7 +112,7 @@ class Inputs:
             "steps": setting.steps,
             "substeps": setting.substeps(config),
             "order": config.order if setting.solver.startswith("gm-") else None,
-            "shift": config.shift,
+            "shift": setting.choice.shift,
             "guidance": setting.guidance,
             "scale": setting.scale,
             "interval": config.guidance_interval if setting.guidance != "none" else None,
@@ -123,6 +123,10 @@ class Inputs:
         }
         if config.end:
             key["end"] = config.end
+        if setting.choice.final_step_size is not None:
+            key["distilled"] = [setting.choice.final_step_size, setting.choice.temperature]
+        if setting.choice.shift != 1 and setting.substeps(config) is not None:
+            key["substeps in"] = "shifted time"  # older versions had them of equal size in sigma
         if self.is_unlabelled(setting):
             key["labels"] = "none"
         if self.source is not None:

@@ -109,6 +109,7 @@ class Model:
 
     Attributes:
         classes: number of classes, or of modes.
+        data: what the checkpoint says of its samples.
         record: description of the mixture source of its training, or None.
         unlabelled: trained without classes.
         conditioning: "mode" if the labels are modes, "hidden" if the modes are hidden, or None.
@@ -130,12 +131,13 @@ class Model:
         if missing:
             raise FileError(checkpoint, f"has a config without {', '.join(missing)}", EDITED)
         self.checkpoint, self.classes = checkpoint, config["num_classes"]
-        self.record = metadata["data"].get("source")
-        self.unlabelled = bool(metadata["data"].get("unlabelled"))
+        self.data = metadata["data"]
+        self.record = self.data.get("source")
+        self.unlabelled = bool(self.data.get("unlabelled"))
         self.conditioning = (self.record or {}).get("conditioning")
         self.num_components = config["num_components"]
         self.shape = (config["channels"], *[config["latent_size"]] * 2)
-        self.check_space(metadata["data"].get("space"), data)
+        self.check_space(self.data.get("space"), data)
         self.fingerprint = fingerprint(checkpoint, config)
 
     def check_space(self, space: str | None, data: Space) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gmflow_core.flow.path import flow_sigmas
 from gmflow_core.models.precision import set_precision
 from gmflow_core.sampling.guidance import Guidance
 from gmflow_core.sampling.images import sample_images
@@ -88,7 +87,7 @@ class Sampler:
         if setting.guidance != "none":
             guidance = Guidance(setting.scale, setting.guidance, interval=config.guidance_interval)
         if setting.steps:
-            sigmas = flow_sigmas(setting.steps, config.shift, end=config.end)
+            sigmas = setting.choice.sigmas(config.end)
         x = sample_images(
             network,
             None if by_mode else labels,
@@ -97,6 +96,8 @@ class Sampler:
             order=config.order,
             substeps=setting.substeps(config),
             sigmas=sigmas,
+            shift=setting.choice.shift,
+            temperature=setting.choice.temperature,
             guidance=guidance,
             seeds=seeds,
             source=inputs.source,

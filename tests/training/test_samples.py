@@ -25,7 +25,7 @@ FEW = {"steps": 3, "shift": 2.0, "final_step_size": 0.5, "temperature": 0.4, "po
 
 
 def test_a_student_is_sampled_as_it_was_made(place, tmp_path):
-    """Its own solver, steps, shift, last step and temperature are taken, unless others are given."""
+    """Take its own solver, steps, shift, last step and temperature, unless others are given."""
     record = {"labels": CLASSES, "space": "pixels", "few_steps": FEW}
     path = write_model(tmp_path / "student.safetensors", data=record)
     network, seeds = load_checkpoint(path)[0], image_seeds(0, range(20))

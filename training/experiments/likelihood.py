@@ -1,6 +1,6 @@
 """Score points with a checkerboard model's log-likelihood, and compare it with the exact density.
 
-The command is `training.likelihood`.
+The command is `training.likelihood`; its settings are here, for image models too.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from gmflow_core.flow.path import flow_sigmas, x0_to_velocity
 from gmflow_core.sampling.denoisers import Denoiser, denoiser_of
 from gmflow_core.sampling.likelihood import log_likelihood
 from gmflow_core.toys.checkerboard import EXTENT, board_posterior_mean, draw_checkerboard
-from training.common.settings import require, require_ranges
+from training.common.settings import require, require_device, require_ranges
+from training.experiments.image_likelihood import write_images
 
 MODULE = "training.likelihood"
 SHIPPED = Path("gmflow_core/shipped/checkerboard_k64.safetensors")
@@ -35,12 +36,15 @@ COLUMNS = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Log-likelihood of a checkerboard model. The defaults shown are those of the chosen preset."""
+    """Log-likelihood of models. The defaults shown are those of the chosen preset."""
 
     preset: Literal["full", "quick"] = "full"
     """Source of the other defaults."""
-    checkpoint: Path = SHIPPED
-    """Model of 2-D points that learned the checkerboard."""
+    checkpoint: tuple[str, ...] = (str(SHIPPED),)
+    """Model of 2-D points that learned the checkerboard; with --data one image model or more."""
+    data: Path | None = None
+    """Prepared data (training.prepare) that image models were trained on; without, points of the
+    checkerboard are scored."""
     out: Path = Path("outputs/likelihood")
     """Folder for the figures."""
     points: int = 500
@@ -48,12 +52,25 @@ class Config:
     steps: tuple[int, ...] = (16, 64, 256)
     """Numbers of integration steps of the flow."""
     seed: int = 0
-    """Seed of the points and of the random direction."""
+    """Seed of the points and of the random direction, or of the images, times and noises."""
+    count: int = 50_000
+    """Images, each at one random time; the paper's number. If the data have fewer, they are used
+    again at other times."""
+    batch_size: int = 100
+    """Images in a network call."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Of an image network's products; auto: bf16 on a GPU, fp32 on the CPU."""
+    device: str = "auto"
+    """auto (a GPU if there is one) or cpu, for image models."""
 
     def __post_init__(self):
         require(self.points >= 2, "points", self.points, "at least 2")
         require(len(self.steps) > 0, "steps", self.steps, "one number or more")
         require(min(self.steps) >= 1, "steps", self.steps, "at least 1 each")
+        require(self.count >= 2, "count", self.count, "at least 2")
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        require(len(self.checkpoint) > 0, "checkpoint", self.checkpoint, "one file or more")
+        require_device(self.device)
         require_ranges(self)
 
 
@@ -61,18 +78,26 @@ PRESETS = {"full": Config(), "quick": Config(preset="quick", points=20, steps=(2
 
 
 def write(config: Config) -> list[dict[str, Any]]:
-    """Score the points, and write the table to OUT/likelihood.csv.
+    """Score the points, and write the table to OUT/likelihood.csv; with --data `write_images`.
 
     Returns:
         Its lines.
 
     Raises:
-        ValueError: the checkpoint is not one of a model of 2-D points.
+        ValueError: the checkpoint is not one of a model of 2-D points, or as `write_images`.
     """
-    network, _ = load_checkpoint(config.checkpoint)
+    if config.data is not None:
+        return write_images(config)
+    checkpoint, *more = config.checkpoint
+    if more:
+        raise ValueError("points are scored with one --checkpoint; give --data with image models")
+    network, _ = load_checkpoint(checkpoint)
     if getattr(network, "channels", None) != 2:
         kind = type(network).__name__
-        raise ValueError(f"{config.checkpoint} holds a {kind}, not a model of 2-D points")
+        raise ValueError(
+            f"{checkpoint} holds a {kind}, not a model of 2-D points; for an image model give "
+            "--data, what it was trained on"
+        )
     network.requires_grad_(False)
     denoisers = {"exact": denoiser_of(exact_velocity, 0.0), "model": denoiser_of(network)}
     lines = []

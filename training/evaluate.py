@@ -8,17 +8,21 @@
         --data data/digits_train --test-data data/digits_test --saturation digits \\
         --features outputs/digits_features.safetensors --solver euler dpmpp-2m uni-pc gm-ode \\
         --steps 2 4 8 32 --guidance 0 .1 .2 --cfg 1.5 2 3 --device cpu
+    python -m training.evaluate --samples samples.npz folder_of_png --reference REFERENCE.npz
 
 Every checkpoint is sampled with every solver, number of steps and guidance: weights of
 probabilistic guidance and scales of classifier-free guidance. Image i draws its label and noise
 from its own seed, so the results do not depend on the batch size or the number of processes, and
 all settings share labels and noise.
 
-OUT/results.json and .csv hold, for each setting: Fréchet distance, inception score, precision,
-recall, class accuracy, colour saturation, network calls and seconds; and the same figures of real
-images (--test-data), which no model can be expected to beat. Plots and a sheet of samples of each
-setting are there too. After a stop, the same command goes on: it keeps the finished settings and
-the samples.
+With --samples, .npz files in ADM's form and folders of images are scored without a model; --export
+writes the samples of models so.
+
+OUT/results.json and .csv hold, for each setting: Fréchet distance and spatial Fréchet distance,
+inception score, precision, recall, class accuracy, colour saturation, network calls and seconds;
+and the same figures of real images (--test-data), which no model can be expected to beat. Plots
+and a sheet of samples of each setting are there too. After a stop, the same command goes on: it
+keeps the finished settings and the samples.
 
 Features are Inception's, through torch-fidelity, or those of a small classifier (--features
 FILE.safetensors), which is trained on --data first if the file does not exist.

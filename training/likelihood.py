@@ -27,6 +27,7 @@ from gmflow_core.files.locks import locked
 from training.common.devices import keep_freed_memory
 from training.common.processes import command
 from training.common.settings import parse_preset
+from training.experiments.image_likelihood import write_images
 from training.experiments.likelihood import MODULE, PRESETS, write
 
 
@@ -39,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
         if config.data is None:  # small networks
             torch.set_num_threads(1)
         with locked(config.out):
-            write(config)
+            (write if config.data is None else write_images)(config)
 
 
 if __name__ == "__main__":

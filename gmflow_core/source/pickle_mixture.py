@@ -1,11 +1,13 @@
-"""Find the arrays of a mixture in a pickle: a process of its own, started by `pickles.py`.
+"""Find the arrays of a mixture, or of statistics of images, in a pickle.
+
+This is a process of its own, started by `pickles.py`.
 
 The process knows Python's standard library only. It reads the file from its standard input and
 writes to its standard output: 8 bytes with the length of a JSON header, the header, and the bytes
 of the arrays one after another. The header is one of these:
 
 - {"refused": reason};
-- {"found": names}, if there is no mixture;
+- {"found": names}, if there is nothing of the kind;
 - {"fields": {name: part, or a list of parts that are to be stacked}, "kind": covariance type},
   where a part is {"type", "shape", "order", "size"} of an array.
 """
@@ -35,6 +37,14 @@ VARIANCES = ("covariances_", "covariances", "covs", "variances", "vars", "varian
 STDS = ("stds", "std")
 FIELDS = {"means": MEANS, "variances": VARIANCES, "stds": STDS}
 FIELDS |= {"weights": WEIGHTS, "log_weights": LOG_WEIGHTS}
+# statistics of images: StyleGAN's sums over them, or mean and covariance
+STATISTICS = {"mu": ("mu",), "sigma": ("sigma",), "sums": ("raw_mean",), "products": ("raw_cov",)}
+STATISTICS |= {"count": ("num_items",)}
+# kind -> its fields, and those that there must be: one of these sets
+KINDS = {
+    "mixture": (FIELDS, ({"means", "variances"}, {"means", "stds"})),
+    "statistics": (STATISTICS, ({"mu", "sigma"}, {"sums", "products", "count"})),
+}
 
 BASE_MEMORY, MEMORY_GROWTH = 2**30, 6  # bytes of the process, and for each byte of the file
 BASE_TIME, SPEED = 60, 10e6  # seconds, and bytes of the file in another second
@@ -57,14 +67,15 @@ def most_output(size: int) -> int:
     return GROWTH * size + ROOM
 
 
-def find_mixture(file: bytes | mmap.mmap) -> tuple[dict[str, Any], list[Any]]:
+def find_arrays(file: bytes | mmap.mmap, kind: str = "mixture") -> tuple[dict[str, Any], list[Any]]:
     """Run a pickle and return the header, as this file's docstring says, and the arrays' bytes."""
+    wanted, needed = KINDS[kind]
     try:
         content = Machine(file).run()
         lists: dict[int, Any] = {}
         for fields in _candidates(content):
-            found = {field: _numbers(fields, names, lists) for field, names in FIELDS.items()}
-            if found["means"] and (found["variances"] or found["stds"]):
+            found = {field: _numbers(fields, names, lists) for field, names in wanted.items()}
+            if any(all(found[field] for field in each) for each in needed):
                 return _answer(found, fields.get("covariance_type", "diag"), most_output(len(file)))
         names = {name for each in _candidates(content) for name in each if type(name) is str}
         return {"found": [name[:100] for name in heapq.nsmallest(MOST_NAMES, names)]}, []
@@ -107,6 +118,8 @@ def _numbers(
     """
     for name in names:
         value = fields.get(name)
+        if name in STATISTICS["count"] and type(value) is int and 0 < value < 2**53:
+            value = [value]
         if isinstance(value, list):
             if id(value) not in lists:
                 lists[id(value)] = _numbers_of_list(value)
@@ -176,13 +189,16 @@ def limit_process(size: int) -> None:
 
 
 def main() -> None:
-    """Read the pickle on the standard input, and write its mixture to the standard output."""
+    """Read the pickle on the standard input, and write its arrays to the standard output.
+
+    The second argument is the kind of arrays, see `KINDS`.
+    """
     gc.disable()  # many values, no circles that matter in a process this short
     number = sys.stdin.fileno()
     size = os.fstat(number).st_size
     limit_process(size)
     file = mmap.mmap(number, size, access=mmap.ACCESS_READ) if size else b""
-    header, content = find_mixture(file)
+    header, content = find_arrays(file, sys.argv[2])
     text = json.dumps(header).encode()
     output = sys.stdout.buffer
     output.write(struct.pack("<Q", len(text)) + text)

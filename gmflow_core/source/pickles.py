@@ -1,4 +1,4 @@
-"""Convert published mixtures in .pkl files to sources, without running anything in the files.
+"""Read mixtures and statistics in published .pkl files, without running anything in the files.
 
 `pickle_mixture.py` reads the file in a process of its own and returns arrays only. That process may
 take 1 GiB of memory and 6 times the file's size, and a minute and another second for each 10 MB,
@@ -32,6 +32,10 @@ from .source import GaussianMixtureSource
 LARGEST = 2**36  # bytes of a file
 HEADER = 2**24  # bytes of the other process's header
 SAFE = "get the mixture from where you trust, as arrays (.npz, .safetensors)"
+CONVERT = (
+    "where you trust the file, load it with Python and save its mean and covariance: "
+    "numpy.savez('reference.npz', mu=mean, sigma=covariance)"
+)
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x04\x22M\x18", b"x\x01", b"x\x9c", b"x\xda")
 FOLDER = Path(__file__).parent  # the other process imports it as a package of its own
 START = (
@@ -56,23 +60,73 @@ def read_pickle(path: str | Path) -> dict[str, Any]:
         check_regular_file(path)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}; give the pickle of a mixture") from None
-    with reading(path, SAFE, "cannot be read"), open(path, "rb") as file:
+    header = _read(path, "mixture", SAFE)
+    if "found" in header:
+        raise FileError(
+            path,
+            f"holds no mixture: it has {quoted(header['found'])}, and means with variances "
+            "are needed",
+            "",
+        )
+    return {**header["fields"], "kind": str(header["kind"])}
+
+
+def read_statistics_pickle(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """Read mean (D,) and covariance (D, D) of features of images in a pickle, in another process.
+
+    The pickle is that of StyleGAN's `FeatureStats`, a dict with the sums `raw_mean` and `raw_cov`
+    over `num_items` images; or a dict with `mu` and `sigma`, which may lie in another one (EDM2).
+
+    Returns:
+        float64; StyleGAN's covariance divides by the number of images, as its own code does.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        FileError: it is refused, see `read_pickle`, or holds no such numbers.
+    """
+    check_regular_file(path)
+    header = _read(path, "statistics", CONVERT)
+    if "found" in header:
+        raise FileError(
+            path,
+            f"holds no statistics of images: it has {quoted(header['found'])}, and mu with sigma, "
+            "or StyleGAN's raw_mean, raw_cov and num_items are needed",
+            CONVERT,
+        )
+    fields = header["fields"]
+    with reading(path, CONVERT, "holds no statistics of images"), np.errstate(all="ignore"):
+        names = ("mu", "sigma") if {"mu", "sigma"} <= set(fields) else ("sums", "products")
+        mean, covariance = (fields[name].astype(np.float64) for name in names)
+        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+            found = f"has a mean {mean.shape} and a covariance {covariance.shape}"
+            raise FileError(path, found, "they must be (D,) and (D, D)")
+        if names[0] == "sums":
+            count = float(fields["count"][0])
+            mean = mean / count
+            covariance = covariance / count - np.outer(mean, mean)
+        return mean, covariance
+
+
+def _read(path: str | Path, kind: str, safe: str) -> dict[str, Any]:
+    """Return the header of a pickle, see `pickle_mixture`, with the arrays in it.
+
+    Args:
+        kind: of the arrays, one of its `KINDS`.
+        safe: what to do with a file that is refused.
+
+    Raises:
+        FileError: it is refused.
+    """
+    with reading(path, safe, "cannot be read"), open(path, "rb") as file:
         about = os.fstat(file.fileno())
         if not stat.S_ISREG(about.st_mode) or about.st_size > LARGEST:
-            raise FileError(path, f"has {about.st_size:,} bytes; the most is {LARGEST:,}", SAFE)
+            raise FileError(path, f"has {about.st_size:,} bytes; the most is {LARGEST:,}", safe)
         _check_start(path, file.read(8))
         file.seek(0)
-        header = _run(path, file, about.st_size)
+        header = _run(path, file, about.st_size, kind, safe)
         if "refused" in header:
-            raise FileError(path, f"is refused: {header['refused']}", SAFE)
-        if "found" in header:
-            raise FileError(
-                path,
-                f"holds no mixture: it has {quoted(header['found'])}, and means with variances "
-                "are needed",
-                "",
-            )
-        return {**header["fields"], "kind": str(header["kind"])}
+            raise FileError(path, f"is refused: {header['refused']}", safe)
+        return header
 
 
 def _check_start(path: str | Path, start: bytes) -> None:
@@ -87,7 +141,7 @@ def _check_start(path: str | Path, start: bytes) -> None:
         raise FileError(path, "is compressed", "decompress it, or save it without compression")
 
 
-def _run(path: str | Path, file: BinaryIO, size: int) -> dict[str, Any]:
+def _run(path: str | Path, file: BinaryIO, size: int, kind: str, safe: str) -> dict[str, Any]:
     """Read the file in another process; return its header with the arrays in it.
 
     Raises:
@@ -95,7 +149,7 @@ def _run(path: str | Path, file: BinaryIO, size: int) -> dict[str, Any]:
     """
     seconds = most_time(size)
     # isolated, without packages: nothing but Python's own modules and this folder's
-    command = [sys.executable, "-I", "-S", "-B", "-c", START, str(FOLDER.parent)]
+    command = [sys.executable, "-I", "-S", "-B", "-c", START, str(FOLDER.parent), kind]
     late = threading.Event()
     with subprocess.Popen(  # noqa: S603 the interpreter that runs this
         command,
@@ -118,7 +172,7 @@ def _run(path: str | Path, file: BinaryIO, size: int) -> dict[str, Any]:
                 child.wait(timeout=5)  # its own end tells more than that it was killed
             child.kill()
             end = _end_of(child.wait(), seconds if late.is_set() else None)
-            raise FileError(path, f"is refused: reading it {end}", SAFE) from error
+            raise FileError(path, f"is refused: reading it {end}", safe) from error
         finally:
             timer.cancel()
             child.kill()

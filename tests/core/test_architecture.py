@@ -52,7 +52,7 @@ TRAINING_LAYERS = {  # the same for the folders of training
     "source": ("common", "encoders", "data"),
     "evaluation": ("common", "encoders", "data"),
     "loop": ("common", "encoders", "data", "evaluation"),
-    "experiments": ("common", "loop"),
+    "experiments": ("common", "data", "evaluation", "loop"),
 }
 FORMULAS = ("gaussians", "flow", "sampling")  # folders that hold mathematics and no machinery
 FORBIDDEN = {

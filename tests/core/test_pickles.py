@@ -12,7 +12,7 @@ import pytest
 
 from gmflow_core.files.errors import FileError
 from gmflow_core.source import pickle_machine, pickles
-from gmflow_core.source.pickle_mixture import find_mixture, most_memory, most_output, most_time
+from gmflow_core.source.pickle_mixture import find_arrays, most_memory, most_output, most_time
 from gmflow_core.source.pickles import convert_pickle
 
 DEEP = 60_000
@@ -86,7 +86,7 @@ def test_hostile_pickles_end_soon_and_in_bounds(kind, monkeypatch):
     if len(raw) < 10_000:  # few steps, as they are slow when traced
         tracemalloc.start()
     try:
-        header, content = find_mixture(raw)
+        header, content = find_arrays(raw)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -108,7 +108,7 @@ def test_damaged_pickles_give_a_mixture_or_a_reason(protocol):
     """Bytes are changed, removed, repeated and swapped."""
     rng = random.Random(protocol)
     whole = pickle.dumps(GOOD, protocol)
-    header, content = find_mixture(whole)
+    header, content = find_arrays(whole)
     assert set(header["fields"]) == {"means", "variances", "weights"}
     assert bytes(content[0]) == ARRAY.tobytes()
     answers = set()
@@ -127,7 +127,7 @@ def test_damaged_pickles_give_a_mixture_or_a_reason(protocol):
             else:
                 raw[at : at + size] = rng.choice(list(HOSTILE.values()))[0][:16]
             raw = raw or bytearray(b".")
-        header, content = find_mixture(bytes(raw))
+        header, content = find_arrays(bytes(raw))
         answers.update(header)
         assert str(header).isprintable()
         assert sum(map(len, content)) <= most_output(len(raw))
@@ -196,7 +196,7 @@ sys.path.append(sys.argv[1])
 import source.pickle_mixture as m
 names = ("RLIMIT_AS", "RLIMIT_CPU", "RLIMIT_CORE", "RLIMIT_FSIZE")
 tell = lambda file: [str(resource.getrlimit(getattr(resource, name))[0]) for name in names]
-m.find_mixture = lambda file: ({"found": tell(file)}, [])
+m.find_arrays = lambda file, kind: ({"found": tell(file)}, [])
 m.main()
 """
 LIE = """print(end='')

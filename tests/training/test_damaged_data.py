@@ -27,7 +27,7 @@ from training.data.shards import LatentDataset, read_index, shard_name, write_sh
 from training.data.tokens import TokenFiles, read_tokens, write_tokens
 from training.evaluation.chunks import Chunks
 from training.evaluation.classifier import Classifier, ClassifierConfig, ClassifierFeatures
-from training.evaluation.real_images import read_npz as read_reference
+from training.evaluation.reference_file import read_reference
 
 VALUES = [None, -1, 0, 10**30, 1.5, float("nan"), True, "x", "\ud800", [], {}, [[1]], {"file": 1}]
 

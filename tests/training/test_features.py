@@ -66,6 +66,9 @@ def test_inception_weights(tmp_path, monkeypatch):
         torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).expand(2, 3, -1, -1)
     )
     assert (found["features"].shape, found["probabilities"].shape) == ((2, 2048), (2, 1008))
+    assert found["spatial"].shape == (2, features.facts["spatial_dimensions"]) == (2, 2023)
+    assert found["spatial"].min() >= 0  # after the ReLU
+    assert found["spatial"].max() > 0
     assert found["probabilities"].sum(1).allclose(torch.ones(2))
     save_file({"fc.weight": torch.zeros(2)}, tmp_path / "w.safetensors")
     (tmp_path / "bad.pth").write_bytes(b"\x80\x02cos\nsystem\n(S'exit 1'\ntR.")

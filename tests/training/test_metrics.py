@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.training.evaluation_runs import torch_fidelity, write_place
+from tests.training.evaluation_runs import torch_fidelity, two_classes, write_place
 from training.common.devices import cuda_or_cpu
 from training.evaluation.classifier import ClassifierFeatures
 from training.evaluation.metrics import (
@@ -148,6 +148,23 @@ def test_saturation_and_accuracy(place):
     assert histogram_distance(torch.zeros(3), torch.tensor([0.01, 0.04, 1.0])) == pytest.approx(
         1 / 3
     )
+
+
+def test_spatial_distance(place):
+    """It is that of 7 channels of the last map, and tells where things are."""
+    features = ClassifierFeatures.load(place / "f.safetensors")
+    images = two_classes(60, seed=1)[0]
+    here, there = (measure(x, features) for x in (images, images.roll(2, dims=2)))
+    maps = features.network.maps(images[:3])[:, :7]
+    assert here.spatial.shape == (60, features.facts["spatial_dimensions"]) == (60, 7 * 4 * 4)
+    assert torch.equal(here.spatial[:3].reshape(3, 4, 4, 7).permute(0, 3, 1, 2), maps)
+    known = [statistics(x) for x in (here.features, here.spatial)]
+    reference = Reference(known[0], here, spatial=known[1])
+    assert score(here, reference)["spatial_frechet_distance"] == pytest.approx(0, abs=1e-6)
+    found = score(there, reference)["spatial_frechet_distance"]
+    assert found == pytest.approx(frechet_distance(statistics(there.spatial), known[1]))
+    assert found > 0.01
+    assert score(here, Reference(known[0], here))["spatial_frechet_distance"] is None
 
 
 def test_measures_without_labels_have_none():

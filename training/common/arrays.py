@@ -1,4 +1,4 @@
-"""Read NumPy's .npy and .npz files, which may be damaged or hostile.
+"""Read NumPy's .npy and .npz files, which may be damaged or hostile; write large .npz files.
 
 Their headers are compared with the files' sizes before any memory is taken, and Python objects are
 never unpickled. Nothing is memory-mapped: a mapped file that is overwritten ends the process.
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
 from numpy.lib import format as npy
@@ -79,30 +79,139 @@ def read_npz(path: Path, names: Sequence[str] | None = None) -> tuple[dict[str, 
     check_regular_file(path)
     arrays = {}
     with reading(path, ADVICE, "is not a whole .npz file"), zipfile.ZipFile(path) as archive:
-        members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-        if len(members) > MOST_MEMBERS:
-            raise FileError(path, f"holds {len(members):,} arrays", ADVICE)
+        members = _members(archive, path)
         wanted = [name for name in members if names is None or name in names]
-        total = sum(members[name].file_size for name in wanted)
-        if total > max(SMALL, MOST_EXPANDED * path.stat().st_size):
-            raise FileError(
-                path, f"says that its arrays take {total:,} bytes, far more than the file", ADVICE
-            )
+        _check_expanded([members[name] for name in wanted], path)
         for name in wanted:
             with archive.open(members[name]) as file:
-                shape, fortran, dtype = _header(file, path)
-                size = math.prod(shape) * dtype.itemsize
-                if file.tell() + size != members[name].file_size:
-                    found = f"is damaged: {quoted(name)} of shape {shape} takes {size:,} bytes"
-                    raise FileError(path, found, ADVICE)
+                shape, fortran, dtype = _member_header(file, members[name], path)
                 flat = np.frombuffer(bytearray(file.read()), dtype)
                 arrays[name] = native(flat.reshape(shape, order="F" if fortran else "C"))
     return arrays, sorted(members)
 
 
+class NpzRows:
+    """An array in an .npz file whose rows are read when they are asked for, best in order.
+
+    Args:
+        path: the file.
+        name: of the array.
+
+    Attributes:
+        shape, dtype: of the array.
+        names: of all arrays in the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        FileError: it is damaged, has no such array, or would take far more memory than disk.
+    """
+
+    def __init__(self, path: Path, name: str):
+        check_regular_file(path)
+        self.path = path
+        with reading(path, ADVICE, "is not a whole .npz file"):
+            self._archive = zipfile.ZipFile(path)
+            members = _members(self._archive, path)
+            self.names = sorted(members)
+            if name not in members:
+                raise FileError(path, f"holds {quoted(self.names)}, and no {name}", ADVICE)
+            _check_expanded([members[name]], path)
+            self._file = self._archive.open(members[name])
+            self.shape, fortran, self.dtype = _member_header(self._file, members[name], path)
+            self._start = self._file.tell()
+        if fortran or not self.shape:
+            raise FileError(path, f"has {name} in Fortran's order, or one number", ADVICE)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        """Return the rows of a slice, in the machine's byte order.
+
+        Raises:
+            FileError: they cannot be read.
+        """
+        low, high, _ = rows.indices(len(self))
+        row = math.prod(self.shape[1:]) * self.dtype.itemsize
+        with reading(self.path, ADVICE, "cannot be read"):
+            self._file.seek(self._start + low * row)  # reads on from where it is, if it can
+            raw = bytearray(self._file.read((high - low) * row))
+            values = np.frombuffer(raw, self.dtype).reshape(high - low, *self.shape[1:])
+        return native(values)
+
+
+class Rows(NamedTuple):
+    """An array to write: its shape, its type, and blocks of its rows in order."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    blocks: Iterable[np.ndarray]
+
+
+def write_npz(file: IO[bytes], arrays: Mapping[str, Rows]) -> None:
+    """Write arrays to an .npz file block by block, as numpy.savez would; no more is in memory.
+
+    Raises:
+        ValueError: the blocks of an array have more or fewer rows than its shape says.
+    """
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, (shape, dtype, blocks) in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                header = {"descr": npy.dtype_to_descr(dtype), "fortran_order": False}
+                npy.write_array_header_1_0(member, {**header, "shape": tuple(shape)})
+                rows = 0
+                for block in blocks:
+                    member.write(np.ascontiguousarray(block, dtype).data)
+                    rows += len(block)
+                if rows != shape[0]:
+                    raise ValueError(f"{name} has {rows} rows instead of {shape[0]}")
+
+
 def native(values: np.ndarray) -> np.ndarray:
     """Return numbers in the machine's byte order, as torch needs them."""
     return values.astype(values.dtype.newbyteorder("="), copy=False)
+
+
+def _members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
+    """Return the arrays of an .npz file by name.
+
+    Raises:
+        FileError: there are too many.
+    """
+    members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+    if len(members) > MOST_MEMBERS:
+        raise FileError(path, f"holds {len(members):,} arrays", ADVICE)
+    return members
+
+
+def _check_expanded(members: list[zipfile.ZipInfo], path: Path) -> None:
+    """Check that arrays do not take far more memory than the file.
+
+    Raises:
+        FileError: they do.
+    """
+    total = sum(member.file_size for member in members)
+    if total > max(SMALL, MOST_EXPANDED * path.stat().st_size):
+        raise FileError(
+            path, f"says that its arrays take {total:,} bytes, far more than the file", ADVICE
+        )
+
+
+def _member_header(
+    file: IO[bytes], member: zipfile.ZipInfo, path: Path
+) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Read the header of an array in an .npz file, as `_header`.
+
+    Raises:
+        FileError: its shape does not fit its size; or as `_header`.
+    """
+    shape, fortran, dtype = _header(file, path)
+    size = math.prod(shape) * dtype.itemsize
+    if file.tell() + size != member.file_size:
+        name = member.filename.removesuffix(".npy")
+        found = f"is damaged: {quoted(name)} of shape {shape} takes {size:,} bytes"
+        raise FileError(path, found, ADVICE)
+    return shape, fortran, dtype
 
 
 def _header(file: IO[bytes], path: Path) -> tuple[tuple[int, ...], bool, np.dtype]:

@@ -19,7 +19,7 @@ from gmflow_core.files.json_files import json_object, parse_json
 from gmflow_core.files.safetensors_files import check_finite, read_safetensors, write_safetensors
 from gmflow_core.models.settings import check_settings
 from gmflow_core.models.state_dict import check_shapes, shapes_of
-from training.evaluation.extractors import check_images
+from training.evaluation.extractors import SPATIAL_CHANNELS, check_images, flat_maps
 
 FORMAT = "gmflow-features-1"
 TRAIN_AGAIN = "delete it, or give --features another file name, to train the features again"
@@ -83,18 +83,27 @@ class Classifier(nn.Module):
                 break
             layers.append(nn.AvgPool2d(2, ceil_mode=True))
             size = (size + 1) // 2
-        layers += [nn.GroupNorm(8, here), nn.SiLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten()]
+        layers += [nn.GroupNorm(8, here), nn.SiLU()]
+        self.pooling = len(layers)  # place in the body
+        layers += [nn.AdaptiveAvgPool2d(4), nn.Flatten()]
         self.body = nn.Sequential(*layers, nn.Linear(16 * here, config.features), nn.SiLU())
         self.head = nn.Linear(config.features, config.num_classes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return features (B, features) and logits (B, num_classes) of uint8 (B, 3, H, W)."""
-        features = self.body(images.float() / 127.5 - 1)
+        features = self.body[self.pooling :](self.maps(images))
         return features, self.head(features)
+
+    def maps(self, images: Tensor) -> Tensor:
+        """Return the last feature map before pooling, (B, 4 channels, h, w), h and w at most 4."""
+        return self.body[: self.pooling](images.float() / 127.5 - 1)
 
 
 class ClassifierFeatures:
     """Features of a small classifier: its layer before the last, and its probabilities.
+
+    Spatial features are 7 channels of its last feature map before pooling; their distance is no
+    sFID, but measures the same of small images: where things are.
 
     Args:
         network: the trained classifier.
@@ -119,10 +128,15 @@ class ClassifierFeatures:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Name, dimensions, fingerprint and training, for a report."""
+        """Name, dimensions, spatial dimensions, fingerprint and training, for a report."""
+        config = self.network.config
+        height, width = config.height, config.width
+        while max(height, width) > 4:
+            height, width = (height + 1) // 2, (width + 1) // 2
         facts = {
             "name": self.name,
-            "dimensions": self.network.config.features,
+            "dimensions": config.features,
+            "spatial_dimensions": SPATIAL_CHANNELS * height * width,
             "fingerprint": self.fingerprint[:16],
         }
         return {**facts, **self.training}
@@ -134,13 +148,13 @@ class ClassifierFeatures:
 
     @torch.inference_mode()
     def extract(self, images: Tensor) -> dict[str, Tensor]:
-        """Extract features and class probabilities.
+        """Extract features, spatial features and class probabilities.
 
         Args:
             images: uint8 (B, 3, H, W) of the size that the classifier was trained on.
 
         Returns:
-            "features" (B, 64) and "probabilities" (B, classes), on the CPU.
+            "features" (B, 64), "spatial" (B, 7 h w) and "probabilities" (B, classes), on the CPU.
 
         Raises:
             ValueError: the images have another size.
@@ -152,8 +166,15 @@ class ClassifierFeatures:
                 f"pixels, not {images.shape[2]} x {images.shape[3]}; give --features another file "
                 "name to train them on this data"
             )
-        features, logits = self.network(images.to(self.network.head.weight.device))
-        return {"features": features.cpu(), "probabilities": logits.softmax(1).cpu()}
+        network = self.network
+        maps = network.maps(images.to(network.head.weight.device))
+        features = network.body[network.pooling :](maps)
+        probabilities = network.head(features).softmax(1)
+        return {
+            "features": features.cpu(),
+            "spatial": flat_maps(maps),
+            "probabilities": probabilities.cpu(),
+        }
 
     def accuracy(self, images: Tensor, labels: Tensor, chunk: int = 1000) -> float:
         """Return the share of images uint8 (N, 3, H, W) that get their label (N,)."""

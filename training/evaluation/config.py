@@ -34,6 +34,9 @@ class Config:
     weights."""
     checkpoint: tuple[str, ...] = ()
     """Models: files, folders in diffusers' layout, or the hub's names of them."""
+    samples: tuple[Path, ...] = ()
+    """Score these instead of sampling: .npz files in ADM's form (arr_0, and labels as arr_1), or
+    folders of images. Give no --checkpoint with them."""
     data: Path | None = None
     """Prepared training data (training.prepare): the reference, and the training set of --features.
     Not needed for a model whose metadata describes its samples, with --reference and Inception or
@@ -42,8 +45,8 @@ class Config:
     """Prepared data of images that were not trained on: the floor of all figures, and the test set
     of --features."""
     reference: Path | None = None
-    """Compare with this instead of --data: an .npz (ADM's, or mu and sigma), a folder of images, or
-    a prepared folder."""
+    """Compare with this instead of --data: an .npz (ADM's, training.reference's, or any with mu and
+    sigma), StyleGAN's .pkl, a folder of images, or a prepared folder."""
     reference_count: int = 50_000
     """Images of the reference at most, chosen at random; precision and recall use as many as
     --count."""
@@ -58,7 +61,7 @@ class Config:
     """Compare saturations with the reference images', or with the known distribution of
     training.digits."""
     count: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 50_000
-    """Samples of each setting."""
+    """Samples of each setting; of --samples the first ones, if there are more."""
     solver: Annotated[
         tuple[SolverName, ...],
         tyro.conf.arg(
@@ -112,6 +115,9 @@ class Config:
     out: Path = Path("outputs/evaluation")
     """Folder for samples, results and plots; complete files found there are kept. Several machines
     need to share it."""
+    export: tuple[Literal["npz", "png"], ...] = ()
+    """Write the samples of each setting as OUT/npz/NAME.npz (ADM's form) or as PNG files in
+    OUT/png/NAME too."""
     discard_samples: bool = False
     """Delete the samples of a setting once its figures are known; at 256 x 256, 50,000 take 10
     GB."""
@@ -139,11 +145,7 @@ class Config:
                 )
         Guidance(0.0, interval=self.guidance_interval)
         require(self.shift is None or self.shift > 0, "shift", self.shift, "positive")
-        if self.features != "inception" and not self.features.endswith(".safetensors"):
-            raise ValueError(
-                f"--features is {self.features!r}; give inception, or for the small classifier a "
-                "file name that ends in .safetensors"
-            )
+        check_features(self.features)
         require_device(self.device)
         require_ranges(self)
 
@@ -167,6 +169,19 @@ class Config:
                     f"--{name.replace('_', '-')} is {getattr(self, name)}; "
                     "statistics need at least 2 images"
                 )
+
+
+def check_features(features: str) -> None:
+    """Check --features.
+
+    Raises:
+        ValueError: it names neither Inception nor a file of a classifier.
+    """
+    if features != "inception" and not features.endswith(".safetensors"):
+        raise ValueError(
+            f"--features is {features!r}; give inception, or for the small classifier a file name "
+            "that ends in .safetensors"
+        )
 
 
 PRESETS = {
@@ -249,11 +264,14 @@ def choices(config: Config, record: dict[str, Any]) -> list[Choice]:
     return list(dict.fromkeys(found))
 
 
-def short_names(checkpoints: Sequence[str]) -> list[str]:
+def short_names(checkpoints: Sequence[str], option: str = "--checkpoint") -> list[str]:
     """Return the last part of each checkpoint's path, or as many more as make it unique.
 
     For OUT/model.safetensors and OUT/weights.safetensors, which every training run writes, the
     path is that of the folder.
+
+    Args:
+        option: that they come from, for messages.
 
     Raises:
         ValueError: a checkpoint is given twice.
@@ -266,7 +284,7 @@ def short_names(checkpoints: Sequence[str]) -> list[str]:
         tuple(part.strip("/\\") or "root" for part in p if part not in (".", "..")) for p in parts
     ]
     if len(set(parts)) < len(parts):
-        raise ValueError(f"--checkpoint names the same model twice: {' '.join(checkpoints)}")
+        raise ValueError(f"{option} names the same model twice: {' '.join(checkpoints)}")
     short = [p[:-1] if len(p) > 1 and p[-1] in ("model", "weights") else p for p in parts]
     parts = short if len(set(short)) == len(short) else parts
     parts = [p or ("here",) for p in parts]  # of "." and ".."
@@ -276,7 +294,7 @@ def short_names(checkpoints: Sequence[str]) -> list[str]:
         names.append("-".join(p[-next(alone, len(p)) :]))
     if len(set(names)) < len(names):
         raise ValueError(
-            f"--checkpoint has models whose results would have the same name ({', '.join(names)}); "
+            f"{option} has some whose results would have the same name ({', '.join(names)}); "
             "rename one"
         )
     return names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -14,11 +15,17 @@ from gmflow_core.files.errors import FileError, quoted
 from gmflow_core.files.json_files import read_json, write_json
 from training.evaluation.chunks import Chunks, key_digest
 from training.evaluation.config import Config, Setting
+from training.evaluation.export import EXPORTS, export_path
 from training.evaluation.features import load_extractor
 from training.evaluation.inputs import Inputs
 from training.evaluation.metrics import Measures, Reference, measure, score
-from training.evaluation.reference import load_reference, measure_images, prepared_images
-from training.evaluation.report import is_row, sheet, write_csv, write_plots
+from training.evaluation.reference import (
+    feature_key,
+    load_reference,
+    measure_images,
+    prepared_images,
+)
+from training.evaluation.report import COLUMNS, is_row, sheet, write_csv, write_plots
 from training.evaluation.sampling import Sampler
 from training.evaluation.saturation import saturation_distance
 
@@ -55,6 +62,7 @@ class Evaluation:
         rows, report["floor"] = self.earlier(report) if self.main else ({}, None)
         done = [s.name for s in settings if self.is_done(rows.get(s.name), s)]
         done = self.inputs.broadcast(done)
+        self.score_given(rows, reference)
         if config.test_data is not None:
             report["floor"] = self.floor(reference)
         todo = [s for s in settings if s.name not in done]
@@ -126,8 +134,15 @@ class Evaluation:
         return rows, old.get("floor")
 
     def is_done(self, row: Row | None, setting: Setting) -> bool:
-        """Return whether a row was made from the samples that the setting has now."""
+        """Return whether a row was made from the samples that the setting has now, and exported."""
+        if not all(export_path(self.config.out, k, setting.name).exists() for k in self.exports):
+            return False
         return row is not None and row.get("key") == key_digest(self.inputs.samples(setting).key)
+
+    @property
+    def exports(self) -> tuple[str, ...]:
+        """Kinds of files that samples are written to, beside their own."""
+        return tuple(dict.fromkeys(self.config.export))
 
     def my_calls(self, setting: Setting) -> int:
         """Return the network calls of this process for a setting, counted per image."""
@@ -144,7 +159,7 @@ class Evaluation:
             ValueError: the folder holds samples of something else, or some are not finite.
         """
         samples = self.inputs.samples(setting)
-        key = {"of": samples.key, "features": self.extractor.fingerprint}
+        key = {"of": samples.key, **feature_key(self.extractor)}
         folder = self.config.out / "measures" / setting.name
         measures = Chunks(folder, key, samples.count, samples.size)
         for number in self.inputs.my_chunks(samples):
@@ -157,7 +172,8 @@ class Evaluation:
                 )
             if state == "damaged":
                 print(f"{samples.path(number)} is not whole; it is sampled again", file=sys.stderr)
-            if state != "whole" and not (measured and self.config.discard_samples):
+            needed = not (measured and self.config.discard_samples) or self.exports
+            if state != "whole" and needed:
                 samples.write(number, *sampler.sample(setting, samples.images(number)))
             if not measured:
                 tensors, facts = samples.read(number)
@@ -190,6 +206,15 @@ class Evaluation:
             "seconds": round(sum(f["seconds"] for f in facts), 2),
             "key": key_digest(samples.key),
         }
+        for kind in self.exports:
+            parts = (samples.read(number)[0] for number in range(len(samples)))
+            EXPORTS[kind](
+                ((part["images"], part["labels"]) for part in parts),
+                samples.count,
+                self.inputs.size,
+                self.inputs.is_labelled(setting),
+                export_path(self.config.out, kind, setting.name),
+            )
         if samples.state(0) == "whole":
             images, labels = (samples.read(0)[0][name] for name in ("images", "labels"))
             with atomic_write(self.config.out / "sheets" / f"{setting.name}.png") as temporary:
@@ -197,6 +222,36 @@ class Evaluation:
         if self.config.discard_samples:
             shutil.rmtree(samples.folder, ignore_errors=True)
         return row
+
+    def score_given(self, rows: dict[str, Row], reference: Reference) -> None:
+        """Score --samples that have no row yet, in all processes; add rows in the main one."""
+        out = self.config.out
+        for name, samples in self.inputs.given.items():
+            if self.extractor.classes is not None:
+                samples.check_labels(len(self.extractor.classes))
+            key = key_digest(json.dumps(samples.key, sort_keys=True))
+            if self.inputs.broadcast(name in rows and rows[name].get("key") == key):
+                continue
+            if self.main and len(samples) < self.config.count:
+                self.note_few(samples.path, len(samples))
+            measures = measure_images(self.inputs, self.extractor, samples, name)
+            if not self.main:
+                continue
+            figures = self.score(measures, reference, samples.labels is not None)
+            given = {"name": name, "checkpoint": name, "count": len(samples), **figures, "key": key}
+            rows[name] = {**dict.fromkeys(COLUMNS), **given}
+            images, labels = samples.get(range(min(len(samples), 200)))
+            classes = 0 if labels is None else int(labels.max()) + 1
+            with atomic_write(out / "sheets" / f"{name}.png") as temporary:
+                sheet(images, labels, classes).save(temporary, format="png")
+
+    def note_few(self, what: Path, count: int) -> None:
+        """Say that there are fewer images than --count."""
+        print(
+            f"note: {what} has {count} images, fewer than --count {self.config.count}; their "
+            "Fréchet distance is a little larger for that",
+            file=sys.stderr,
+        )
 
     def floor(self, reference: Reference) -> Row:
         """Score real images that no model was trained on, as many as samples if there are enough.
@@ -206,11 +261,7 @@ class Evaluation:
         config = self.config
         images = prepared_images(self.inputs, config.test_data, config.count)
         if self.main and len(images) < config.count:
-            print(
-                f"note: {config.test_data} has {len(images)} images, fewer than --count "
-                f"{config.count}; their Fréchet distance is a little larger for that",
-                file=sys.stderr,
-            )
+            self.note_few(config.test_data, len(images))
         measures = measure_images(self.inputs, self.extractor, images, "_floor")
         figures = self.score(measures, reference, self.inputs.space.classes is not None)
         return {"name": "real images", "count": len(images), **figures}
@@ -241,7 +292,7 @@ def clean(config: Config) -> None:
     for folder in [out, *out.glob("*/"), *out.glob("*/*/")]:
         remove_leftovers(folder)
     if config.restart:
-        for folder in ("samples", "measures", "sheets"):
+        for folder in ("samples", "measures", "sheets", "npz", "png"):
             shutil.rmtree(out / folder, ignore_errors=True)
         (out / "results.json").unlink(missing_ok=True)
 

@@ -23,17 +23,30 @@ class Extractor(Protocol):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Name, dimensions and fingerprint, for a report."""
+        """Name, dimensions, spatial dimensions and fingerprint, for a report."""
 
     def extract(self, images: Tensor) -> dict[str, Tensor]:
-        """Extract features and class probabilities.
+        """Extract features, spatial features and class probabilities.
 
         Args:
             images: uint8 (B, 3, H, W).
 
         Returns:
-            "features" (B, D) and "probabilities" (B, classes), float32 on the CPU.
+            "features" (B, D), "spatial" (B, S) as `flat_maps` returns, and "probabilities" (B,
+            classes), float32 on the CPU.
         """
+
+
+SPATIAL_CHANNELS = 7  # of a feature map, as ADM's evaluator takes
+
+
+def flat_maps(maps: Tensor) -> Tensor:
+    """Return spatial features (B, 7 h w) of a feature map (B, C, h, w).
+
+    As in ADM's evaluator: the first 7 channels, in the order of its arrays (h, w, C), so that its
+    reference files fit.
+    """
+    return maps[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1).float().cpu()
 
 
 def check_images(images: Tensor) -> Tensor:

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmflow_core.files.errors import check_regular_file, printable, reading
+from gmflow_core.files.errors import FileError, check_regular_file, printable
 from gmflow_core.files.safetensors_files import check_finite, read_safetensors
 from training.common.files import load_pytorch, temporary_folder
-from training.evaluation.extractors import check_images, one_line
+from training.evaluation.extractors import SPATIAL_CHANNELS, check_images, flat_maps, one_line
+
+SPATIAL = SPATIAL_CHANNELS * 17 * 17
 
 
 def fidelity(module: str) -> ModuleType:
@@ -38,7 +40,10 @@ def fidelity(module: str) -> ModuleType:
 class InceptionFeatures:
     """torch-fidelity's port of the TensorFlow Inception of the FID (Heusel et al. 2017).
 
-    It extracts 2048 features, and 1008 probabilities from the logits without their bias.
+    It extracts 2048 features, and 1008 probabilities from the logits without their bias. Spatial
+    features are ADM's, of the sFID: the TensorFlow graph's `mixed_6/conv:0`, which is the output
+    of the 1 x 1 branch of torch-fidelity's block `Mixed_6d` (convolution, batch norm, ReLU; 17 x
+    17), its first 7 channels, 2023 numbers.
 
     Args:
         weights: torch-fidelity's weight file (.pth, or the same tensors as .safetensors);
@@ -73,25 +78,33 @@ class InceptionFeatures:
                 ) from error
         self.network = network.to(device)
         self.device = torch.device(device)
+        self.maps: Tensor | None = None  # of the last images
+        network.Mixed_6d.branch1x1.register_forward_hook(self._keep)
         self.fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Name, dimensions and fingerprint, for a report."""
-        return {"name": self.name, "dimensions": 2048, "fingerprint": self.fingerprint[:16]}
+        """Name, dimensions, spatial dimensions and fingerprint, for a report."""
+        dimensions = {"dimensions": 2048, "spatial_dimensions": SPATIAL}
+        return {"name": self.name, **dimensions, "fingerprint": self.fingerprint[:16]}
+
+    def _keep(self, branch: Any, given: Any, maps: Tensor) -> None:
+        self.maps = maps
 
     @torch.inference_mode()
     def extract(self, images: Tensor) -> dict[str, Tensor]:
-        """Extract features and class probabilities.
+        """Extract features, spatial features and class probabilities.
 
         Args:
             images: uint8 (B, 3, H, W) of any size; torch-fidelity scales them to 299 x 299.
 
         Returns:
-            "features" (B, 2048) and "probabilities" (B, 1008), on the CPU.
+            "features" (B, 2048), "spatial" (B, 2023) and "probabilities" (B, 1008), on the CPU.
         """
         features, logits = self.network(check_images(images).to(self.device))
-        return {"features": features.cpu(), "probabilities": logits.softmax(1).cpu()}
+        spatial, self.maps = flat_maps(self.maps), None
+        probabilities = logits.softmax(1).cpu()
+        return {"features": features.cpu(), "spatial": spatial, "probabilities": probabilities}
 
 
 def download_inception() -> Path:
@@ -138,10 +151,11 @@ def read_inception(path: Path) -> dict[str, Tensor]:
             f"{inception_help()}"
         )
     check_regular_file(path)
-    what = "(--inception-weights) is not a whole file of tensors"
-    with reading(path, inception_help(), what):
+    try:
         whole = path.suffix == ".safetensors"
         tensors = read_safetensors(path)[0] if whole else load_pytorch(path)
+    except FileError as error:
+        raise ValueError(f"{error}; {inception_help()}") from error
     for name, tensor in tensors.items():
         check_finite(tensor, name, path)
     return tensors

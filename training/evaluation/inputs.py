@@ -14,7 +14,8 @@ from training.common.devices import on_cpu
 from training.common.processes import PATIENCE
 from training.encoders.load import load_vae
 from training.evaluation.chunks import Chunks
-from training.evaluation.config import Config, Setting, settings_of
+from training.evaluation.config import Config, Setting, settings_of, short_names
+from training.evaluation.given_samples import open_samples
 from training.evaluation.models import Model, Space
 
 
@@ -29,6 +30,7 @@ class Inputs:
         space: of the samples.
         settings: all points of the sweep.
         models: one for each --checkpoint.
+        given: samples by name, one for each of --samples.
         guide: the weaker model of autoguidance, or None.
         source: mixture source of the noise, on the device, or None.
         vae, vae_name: decoder of latents and its name; None for pixels.
@@ -44,10 +46,16 @@ class Inputs:
         self.state = PartialState(cpu=on_cpu(config.device), timeout=PATIENCE)
         self.device, self.main = self.state.device, self.state.is_main_process
         self.precision = chosen_precision(config.precision, self.device)
-        if config.data is None:
+        names = short_names([str(path) for path in config.samples], "--samples")
+        opened = [open_samples(path, config.count) for path in config.samples]
+        self.given = dict(zip(names, opened, strict=True))
+        if config.data is not None:
+            self.space = Space.of_data(config.data)
+        elif config.checkpoint:
             self.space = Space.of_checkpoints(config.checkpoint)
         else:
-            self.space = Space.of_data(config.data)
+            shape = (3, opened[0].size, opened[0].size)
+            self.space = Space(str(config.samples[0]), "pixels", shape, None, None)
         self.models = [Model(checkpoint, self.space) for checkpoint in config.checkpoint]
         self.settings = settings_of(config, [model.data for model in self.models])
         self.guide = None if config.guide is None else Model(config.guide, self.space)
@@ -70,6 +78,12 @@ class Inputs:
                 "images of 3 channels are needed"
             )
         self.size = self.space.shape[1] * (self.vae.factor if self.vae else 1)
+        for samples in self.given.values():
+            if samples.size != self.size:
+                raise ValueError(
+                    f"{samples.path} has images of {samples.size} x {samples.size} pixels, but "
+                    f"{self.space.name} some of {self.size} x {self.size}; they must be alike"
+                )
 
     def check_model(self, model: Model) -> None:
         """Check that a model fits the mixture source, the guide and --unlabelled.
@@ -154,10 +168,18 @@ def check_inputs(config: Config) -> None:
     Raises:
         ValueError: something is missing.
     """
-    if not config.checkpoint or (config.data is None and config.reference is None):
+    if bool(config.checkpoint) == bool(config.samples):
         raise ValueError(
-            "give at least one --checkpoint, and --data, the prepared data that it was trained on, "
-            "or a --reference to compare with"
+            "give either at least one --checkpoint, or --samples that are to be scored"
+        )
+    if config.export and config.samples:
+        raise ValueError(
+            "--export writes the samples of a --checkpoint; leave it out with --samples"
+        )
+    if config.data is None and config.reference is None:
+        raise ValueError(
+            "give --data, the prepared data that the model was trained on, or a --reference to "
+            "compare with"
         )
     own_features = config.features != "inception"
     if config.data is None and own_features and not Path(config.features).exists():

@@ -1,10 +1,10 @@
-"""Measure samples: Fréchet distance, inception score, precision, recall, accuracy, saturation.
+"""Measure samples: Fréchet distances, inception score, precision, recall, accuracy, saturation.
 
 `measure` turns images into `Measures`, `Reference` is what they are compared with, and `score`
-returns the figures. The first four equal torch-fidelity's; a test compares them where
-torch-fidelity is installed (pip install -e '.[inception]'), and is skipped elsewhere. They are
-computed here so that small models can be evaluated without torch-fidelity and torchvision, and so
-that a sweep computes the reference's part of precision and recall only once.
+returns the figures. FID, inception score, precision and recall equal torch-fidelity's; a test
+compares them where torch-fidelity is installed (pip install -e '.[inception]'), and is skipped
+elsewhere. They are computed here so that small models can be evaluated without torch-fidelity and
+torchvision, and so that a sweep computes the reference's part of precision and recall only once.
 """
 
 from __future__ import annotations
@@ -44,12 +44,14 @@ class Measures:
         probabilities: (N, classes) float32.
         saturation: (N,) in [0, 1].
         labels: (N,) int64, the classes that the images should have; None if unknown.
+        spatial: (N, S) float32, spatial features; None if unknown.
     """
 
     features: Tensor
     probabilities: Tensor
     saturation: Tensor
     labels: Tensor | None = None
+    spatial: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.features)
@@ -57,9 +59,8 @@ class Measures:
     @classmethod
     def cat(cls, parts: Iterable[Measures]) -> Measures:
         """Concatenate the measures of several sets of images."""
-        columns = zip(
-            *((p.features, p.probabilities, p.saturation, p.labels) for p in parts), strict=True
-        )
+        names = [field.name for field in dataclasses.fields(cls)]
+        columns = zip(*([getattr(part, name) for name in names] for part in parts), strict=True)
         return cls(
             *(None if any(t is None for t in column) else torch.cat(column) for column in columns)
         )
@@ -76,6 +77,7 @@ class Reference:
 
     Attributes:
         statistics: of the features.
+        spatial: of the spatial features; None if unknown.
         measures: of the images; None if there are only statistics, and then neither precision nor
             recall.
         limit: number of images, the first ones, that precision and recall use; usually the number
@@ -88,6 +90,7 @@ class Reference:
     measures: Measures | None = None
     limit: int | None = None
     device: str | torch.device = "cpu"
+    spatial: Statistics | None = None
 
     @cached_property
     def neighbours(self) -> Tensor:
@@ -111,10 +114,11 @@ def measure(
         batch: images that the extractor takes at a time.
     """
     parts = [extractor.extract(part) for part in images.split(batch)]
-    features, probabilities = (
-        torch.cat([part[name] for part in parts]) for name in ("features", "probabilities")
+    features, probabilities, spatial = (
+        torch.cat([part[name] for part in parts])
+        for name in ("features", "probabilities", "spatial")
     )
-    return Measures(features, probabilities, image_saturation(images).cpu(), labels)
+    return Measures(features, probabilities, image_saturation(images).cpu(), labels, spatial)
 
 
 def statistics(features: Tensor) -> Statistics:
@@ -133,6 +137,38 @@ def statistics(features: Tensor) -> Statistics:
         )
     x = features.double().numpy()
     return Statistics(x.mean(0), np.atleast_2d(np.cov(x, rowvar=False)))
+
+
+class Sums:
+    """Sums over features, from which their mean and covariance follow; all in float64."""
+
+    def __init__(self):
+        self.count, self.sum, self.products = 0, 0.0, 0.0
+
+    def add(self, features: Tensor) -> None:
+        """Add features (N, D).
+
+        Raises:
+            ValueError: some are not finite.
+        """
+        if not features.isfinite().all():
+            raise ValueError("some features are not finite; look at the images")
+        x = features.double().numpy()
+        self.count += len(x)
+        self.sum = self.sum + x.sum(0)
+        self.products = self.products + x.T @ x
+
+    def statistics(self) -> Statistics:
+        """Return mean and covariance.
+
+        Raises:
+            ValueError: there are fewer than 2 features.
+        """
+        if self.count < 2:
+            raise ValueError(f"{self.count} images have no covariance; at least 2 are needed")
+        mean = self.sum / self.count
+        scatter = self.products - self.count * np.outer(mean, mean)
+        return Statistics(mean, scatter / (self.count - 1))
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
@@ -262,12 +298,15 @@ def score(
             of the reference images.
 
     Returns:
-        `frechet_distance` (the FID, if the features are Inception's), `inception_score`,
-        `precision`, `recall`, `nearest_distance`, `class_accuracy`, `saturation` (mean), and
-        `saturation_distance` (total variation of 20-bin histograms); None where unknown.
+        `frechet_distance` and `spatial_frechet_distance` (FID and sFID, if the features are
+        Inception's), `inception_score`, `precision`, `recall`, `nearest_distance`,
+        `class_accuracy`, `saturation` (mean), and `saturation_distance` (total variation of 20-bin
+        histograms); None where unknown.
     """
     images = reference.measures
-    precision = recall = nearest = accuracy = distance = None
+    precision = recall = nearest = accuracy = distance = spatial = None
+    if measures.spatial is not None and reference.spatial is not None:
+        spatial = frechet_distance(statistics(measures.spatial), reference.spatial)
     if images is not None:
         features = measures.features.to(reference.device)
         nearest = nearest_distance(features, images.features.to(reference.device))
@@ -280,6 +319,7 @@ def score(
         distance = histogram_distance(measures.saturation, images.saturation)
     return {
         "frechet_distance": frechet_distance(statistics(measures.features), reference.statistics),
+        "spatial_frechet_distance": spatial,
         "inception_score": inception_score(measures.probabilities),
         "precision": precision,
         "recall": recall,

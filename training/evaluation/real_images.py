@@ -1,4 +1,4 @@
-"""Read real images to compare samples with: from a prepared folder, any folder, or an .npz file."""
+"""Read real images to compare samples with: a prepared folder, a folder of files, an array."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gmflow_core.files.errors import FileError, printable, quoted, reading
+from gmflow_core.files.errors import reading
 from gmflow_core.models.vae import VAE
-from training.common import arrays as common_arrays
 from training.data.image_folder import images_below
 from training.data.pictures import DECODER, read_picture
 from training.data.shards import INDEX, LatentDataset, to_pixels
-from training.evaluation.metrics import Statistics
 
 IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -157,43 +155,3 @@ def random_order(total: int, count: int) -> Tensor:
 def to_images(x: Tensor, vae: VAE | None, device: torch.device) -> Tensor:
     """Return samples (n, C, h, w) of the model's space as uint8 (n, 3, H, W) on the CPU."""
     return to_pixels(x if vae is None else vae.decode(x.to(device))).cpu()
-
-
-def read_npz(path: str | Path) -> tuple[Tensor | None, Statistics | None]:
-    """Read reference images and statistics of an .npz file.
-
-    ADM's VIRTUAL_imagenet256_labeled.npz has both: statistics of the whole training set, and some
-    of its images.
-
-    Returns:
-        Images uint8 (N, 3, H, W) from `arr_0` (N, H, W, 3), and statistics from `mu` (D,) and
-        `sigma` (D, D); None for what the file lacks.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it holds neither in these shapes, or Python objects, which are never unpickled.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"there is no reference file {printable(str(path))} (--reference)")
-    arrays, names = common_arrays.read_npz(path, ("arr_0", "mu", "sigma"))
-    images, mean, covariance = (arrays.get(name) for name in ("arr_0", "mu", "sigma"))
-    if images is not None and (
-        images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3
-    ):
-        found = f"has arr_0 in {images.dtype} {images.shape}"
-        raise FileError(path, found, "it must be uint8 images (N, H, W, 3)")
-    if images is not None and not images.size:
-        raise FileError(path, f"has no pixels: arr_0 is {images.shape}", "give images")
-    if (mean is None) != (covariance is None) or (mean is None and images is None):
-        wanted = "it needs images as arr_0, or statistics as mu and sigma, or all three"
-        raise FileError(path, f"holds {quoted(names)}", wanted)
-    found = None
-    if mean is not None:
-        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-            found = f"has mu {mean.shape} and sigma {covariance.shape}, which do not fit"
-            raise FileError(path, found, "they must be (D,) and (D, D)")
-        if not (len(mean) and np.isfinite(mean).all() and np.isfinite(covariance).all()):
-            raise FileError(path, "has no numbers, NaN or infinity in mu or sigma")
-        found = Statistics(mean.astype(np.float64), covariance.astype(np.float64))
-    return (None if images is None else torch.from_numpy(images).permute(0, 3, 1, 2)), found

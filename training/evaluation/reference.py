@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from tqdm import tqdm
 
-from gmflow_core.files.errors import reading
+from gmflow_core.files.errors import FileError, reading
 from training.common.devices import cuda_or_cpu
 from training.data.shards import INDEX
 from training.evaluation.chunks import AGAIN, Chunks
 from training.evaluation.extractors import Extractor
 from training.evaluation.inputs import Inputs
-from training.evaluation.metrics import Measures, Reference, Statistics, measure, statistics
+from training.evaluation.metrics import Measures, Reference, measure, statistics
 from training.evaluation.real_images import (
     ArrayImages,
     FolderImages,
     PreparedImages,
     RealImages,
-    read_npz,
 )
+from training.evaluation.reference_file import ENDINGS, ReferenceFile, read_reference
 
 
 def load_reference(inputs: Inputs, extractor: Extractor) -> tuple[Reference, dict[str, Any]]:
@@ -37,55 +39,119 @@ def load_reference(inputs: Inputs, extractor: Extractor) -> tuple[Reference, dic
     """
     config = inputs.config
     path = config.reference or config.data
-    images, given = open_reference(inputs, path)
-    wanted = extractor.facts["dimensions"]
-    if given is not None and len(given.mean) != wanted:
-        raise ValueError(
-            f"{path}: mu has {len(given.mean)} features, but {extractor.name} has {wanted}; use "
-            "--features inception with such a file, or give a reference of images"
-        )
-    measures = None
-    if images is not None:
-        measures = measure_images(inputs, extractor, images, "_reference")
-    content = hashlib.sha256(json.dumps(None if images is None else images.key).encode())
-    if given is not None:
-        content.update(given.mean.tobytes() + given.covariance.tobytes())
-    count = 0 if measures is None else len(measures)
-    facts = {
-        "name": path.name,
-        "images": count,
-        "images_for_precision_and_recall": min(count, config.count),
-        "statistics": "of the file" if given is not None else "of the images",
-        "fingerprint": content.hexdigest()[:16],
-    }
-    given = given or statistics(measures.features)
-    return Reference(given, measures, config.count, cuda_or_cpu(config.device)), facts
+    opened = open_reference(
+        path,
+        config.reference_count,
+        inputs.size,
+        lambda folder: prepared_images(inputs, folder, config.reference_count),
+    )
+    return measure_reference(
+        *opened,
+        path,
+        extractor,
+        lambda images: measure_images(inputs, extractor, images, "_reference"),
+        config.count,
+        config.device,
+    )
 
 
-def open_reference(inputs: Inputs, path: Path) -> tuple[RealImages | None, Statistics | None]:
-    """Open an .npz file, a prepared folder, or a folder of images.
+def open_reference(
+    path: Path, count: int, size: int, prepared: Callable[[Path], PreparedImages]
+) -> tuple[RealImages | None, ReferenceFile]:
+    """Open a file of a reference, a prepared folder, or a folder of images.
+
+    Args:
+        count: images at most.
+        size: width and height of images in a folder, which are cropped to it.
+        prepared: opens a prepared folder.
 
     Returns:
-        Images and statistics; None for what an .npz file lacks, and no statistics for folders.
+        Images, and what the file holds; None or nothing where it has none.
 
     Raises:
         FileNotFoundError, ValueError: there is no such file or folder, or it is damaged.
     """
-    count = inputs.config.reference_count
-    if path.suffix == ".npz":
-        pixels, given = read_npz(path)
-        if pixels is None:
+    if path.suffix in ENDINGS:
+        given = read_reference(path)
+        if given.images is None:
             return None, given
         stat = path.stat()
         key = {"npz": path.name, "bytes": stat.st_size, "time": stat.st_mtime_ns}
-        return ArrayImages(pixels, count, key), given
+        return ArrayImages(given.images, count, key), given
     if (path / INDEX).exists():
-        return prepared_images(inputs, path, count), None
+        return prepared(path), ReferenceFile()
     if path.is_dir():
-        return FolderImages(path, count, inputs.size), None
+        return FolderImages(path, count, size), ReferenceFile()
     raise FileNotFoundError(
-        f"there is no reference {path}; give --reference an .npz file or a folder of images"
+        f"there is no reference {path}; give --reference an .npz or .pkl file, or a folder of "
+        "images"
     )
+
+
+def measure_reference(
+    images: RealImages | None,
+    given: ReferenceFile,
+    path: Path,
+    extractor: Extractor,
+    measure_all: Callable[[RealImages], Measures],
+    limit: int,
+    device: str,
+) -> tuple[Reference, dict[str, Any]]:
+    """Return the reference of `open_reference`'s images and file, and the facts about it.
+
+    Args:
+        path: of the reference.
+        measure_all: measures images.
+        limit: images that precision and recall use.
+        device: --device.
+
+    Raises:
+        ValueError: the file's statistics are of other features.
+    """
+    check_dimensions(given, path, extractor)
+    measures = given.measures if images is None else measure_all(images)
+    content = hashlib.sha256(json.dumps(None if images is None else images.key).encode())
+    for each in (given.statistics, given.spatial):
+        if each is not None:
+            content.update(each.mean.tobytes() + each.covariance.tobytes())
+    if images is None and measures is not None:
+        content.update(measures.features.numpy().tobytes())
+    count = 0 if measures is None else len(measures)
+    facts = {
+        "name": path.name,
+        "images": count,
+        "images_for_precision_and_recall": min(count, limit),
+        "statistics": "of the images" if given.statistics is None else "of the file",
+        "fingerprint": content.hexdigest()[:16],
+    }
+    found, spatial = given.statistics, given.spatial
+    if found is None:
+        found, spatial = statistics(measures.features), statistics(measures.spatial)
+    return Reference(found, measures, limit, cuda_or_cpu(device), spatial), facts
+
+
+def check_dimensions(given: ReferenceFile, path: Path, extractor: Extractor) -> None:
+    """Check that a file's statistics are of these features.
+
+    Raises:
+        ValueError: they are of others.
+    """
+    facts = extractor.facts
+    if given.fingerprint not in (None, extractor.fingerprint):
+        raise FileError(
+            path,
+            f"was measured with other features than {extractor.name} has now",
+            "give --features those, or write it again with training.reference",
+        )
+    for name, each, wanted in (
+        ("mu", given.statistics, facts["dimensions"]),
+        ("mu_s", given.spatial, facts["spatial_dimensions"]),
+    ):
+        if each is not None and len(each.mean) != wanted:
+            raise ValueError(
+                f"{path}: {name} has {len(each.mean)} features, but {extractor.name} has {wanted}; "
+                "use --features inception with such a file, or give a reference of images"
+            )
 
 
 def prepared_images(inputs: Inputs, folder: Path, count: int) -> PreparedImages:
@@ -110,21 +176,38 @@ def prepared_images(inputs: Inputs, folder: Path, count: int) -> PreparedImages:
 
 def measure_images(inputs: Inputs, extractor: Extractor, images: RealImages, name: str) -> Measures:
     """Measure real images in all processes, and keep the measures in OUT/measures/NAME."""
-    key = {"of": images.key, "features": extractor.fingerprint, "vae": inputs.vae_name}
+    key = {"of": images.key, **feature_key(extractor), "vae": inputs.vae_name}
     folder = inputs.config.out / "measures" / name
     chunks = Chunks(folder, key, len(images), inputs.config.chunk_size)
-    missing = [number for number in inputs.my_chunks(chunks) if chunks.state(number) != "whole"]
+    measure_chunks(chunks, images, extractor, inputs.state, name.strip("_"))
+    return Measures.cat(read_measures(chunks, number) for number in range(len(chunks)))
+
+
+def feature_key(extractor: Extractor) -> dict[str, Any]:
+    """Return the part of a key of measures that says which features they hold."""
+    return {"features": extractor.fingerprint, "spatial": extractor.facts["spatial_dimensions"]}
+
+
+def measure_chunks(
+    chunks: Chunks, images: RealImages, extractor: Extractor, state: PartialState, name: str
+) -> None:
+    """Measure images in all processes, and write the measures to the chunks that lack them.
+
+    Args:
+        name: for the progress bar.
+    """
+    mine = range(state.process_index, len(chunks), state.num_processes)
+    missing = [number for number in mine if chunks.state(number) != "whole"]
     for number in tqdm(
         missing,
-        desc=name.strip("_"),
+        desc=name,
         unit="chunk",
-        disable=not inputs.main or not missing,
+        disable=not state.is_main_process or not missing,
         dynamic_ncols=True,
     ):
         pixels, labels = images.get(chunks.images(number))
         chunks.write(number, measure(pixels, extractor, labels).tensors(), {})
-    inputs.state.wait_for_everyone()
-    return Measures.cat(read_measures(chunks, number) for number in range(len(chunks)))
+    state.wait_for_everyone()
 
 
 def read_measures(chunks: Chunks, number: int) -> Measures:

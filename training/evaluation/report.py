@@ -22,9 +22,10 @@ METRICS = (
     "frechet_distance", "inception_score", "precision", "recall", "nearest_distance",
     "class_accuracy", "saturation", "saturation_distance",
 )
+NEWER = ("spatial_frechet_distance",)  # what rows of older versions lack
 COLUMNS = (
     "name", "checkpoint", "num_components", "solver", "steps", "substeps", "guidance", "scale",
-    "network_calls", "count", *METRICS, "out_of_range", "seconds",
+    "network_calls", "count", *METRICS, *NEWER, "out_of_range", "seconds",
 )
 # fmt: on
 # columns of text, and those of the other ones, of numbers, that are never empty
@@ -36,16 +37,16 @@ KINDS = {"probabilistic": "probabilistic", "cfg": "CFG"}
 
 
 def sheet(
-    images: Tensor, labels: Tensor, classes: int, rows: int = 6, columns: int = 10
+    images: Tensor, labels: Tensor | None, classes: int, rows: int = 6, columns: int = 10
 ) -> Image.Image:
     """Draw samples side by side; up to 10 classes have a column each.
 
     Args:
         images: uint8 (n, 3, H, W).
-        labels: (n,).
+        labels: (n,); None if unknown.
         classes: number of classes.
     """
-    if classes <= columns:
+    if labels is not None and classes <= columns:
         grid = [(labels == label).nonzero().flatten().tolist()[:rows] for label in range(classes)]
     else:
         shown = min(len(images), rows * columns)
@@ -70,11 +71,12 @@ def is_row(row: Any, real_images: bool = False) -> bool:
     """Return whether a value from a file has what tables and plots need of a row.
 
     Args:
-        real_images: it is the row of these, which have no solver.
+        real_images: it is the row of these, which have no solver; nor have samples that were given.
     """
     words, numbers = WORDS, NUMBERS
-    if real_images:
-        words, numbers = ("name",), ("frechet_distance", "saturation")
+    if real_images or (isinstance(row, dict) and row.get("solver") is None):
+        words = ("name",) if real_images else ("name", "checkpoint")
+        numbers = ("frechet_distance", "saturation")
     if not isinstance(row, dict) or any(row.get(column) is None for column in (*words, *numbers)):
         return False
     return all(
@@ -104,7 +106,8 @@ def write_plots(report: dict[str, Any], out: Path) -> list[Path]:
     Returns:
         Their files.
     """
-    rows, plots = report["results"], []
+    rows, plots = [row for row in report["results"] if row.get("solver") is not None], []
+    report = {**report, "results": rows}  # samples that were given have no place on an axis
 
     def has(metric: str) -> bool:
         return any(row[metric] is not None for row in rows)

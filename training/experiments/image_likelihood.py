@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,7 @@ from training.data.batches import draw_noise
 from training.data.shards import LatentDataset
 from training.evaluation.config import short_names
 from training.evaluation.models import Model, Space
-
-if TYPE_CHECKING:
-    from training.experiments.likelihood import Config
+from training.experiments.likelihood import Config
 
 FILE = "time_averaged.csv"
 COLUMNS = (

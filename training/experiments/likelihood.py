@@ -22,7 +22,6 @@ from gmflow_core.sampling.denoisers import Denoiser, denoiser_of
 from gmflow_core.sampling.likelihood import log_likelihood
 from gmflow_core.toys.checkerboard import EXTENT, board_posterior_mean, draw_checkerboard
 from training.common.settings import require, require_device, require_ranges
-from training.experiments.image_likelihood import write_images
 
 MODULE = "training.likelihood"
 SHIPPED = Path("gmflow_core/shipped/checkerboard_k64.safetensors")
@@ -78,16 +77,14 @@ PRESETS = {"full": Config(), "quick": Config(preset="quick", points=20, steps=(2
 
 
 def write(config: Config) -> list[dict[str, Any]]:
-    """Score the points, and write the table to OUT/likelihood.csv; with --data `write_images`.
+    """Score the points, and write the table to OUT/likelihood.csv.
 
     Returns:
         Its lines.
 
     Raises:
-        ValueError: the checkpoint is not one of a model of 2-D points, or as `write_images`.
+        ValueError: the checkpoint is not one of a model of 2-D points.
     """
-    if config.data is not None:
-        return write_images(config)
     checkpoint, *more = config.checkpoint
     if more:
         raise ValueError("points are scored with one --checkpoint; give --data with image models")

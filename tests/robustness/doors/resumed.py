@@ -14,7 +14,7 @@ from tests.training.evaluation_runs import arguments, write_place
 from training import checkerboard, evaluate
 from training.common.processes import command
 from training.evaluation.classifier import ClassifierFeatures
-from training.evaluation.real_images import read_npz
+from training.evaluation.reference_file import read_reference
 from training.loop.checkerboard_trainer import CheckerboardTrainer
 
 from ..children import Limits
@@ -75,7 +75,7 @@ def use_references(folder: Path) -> Any:
     """Read the reference files."""
     found = []
     for name in ("both.npz", "images.npz"):
-        images, statistics = read_npz(folder / name)
+        images, statistics, *_ = read_reference(folder / name)
         found += [images, *(statistics or ())]
     return found
 

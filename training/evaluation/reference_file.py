@@ -1,0 +1,160 @@
+"""Read and write files of a reference: statistics of features, or images.
+
+`training.reference` writes an .npz file with `mu` (D,) and `sigma` (D, D), mean and covariance of
+the features, as ADM's evaluator, EDM and others read them; `mu_s` and `sigma_s` of the spatial
+features; `features` (n, D) and `saturation` (n,) of n of the images, for precision and recall; and
+the SHA-256 of the feature network, `features_sha256` (32,).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gmflow_core.files.atomic import atomic_write
+from gmflow_core.files.errors import FileError, printable, quoted
+from gmflow_core.source.pickles import read_statistics_pickle
+from training.common.arrays import read_npz
+from training.evaluation.metrics import Measures, Statistics
+
+ENDINGS = (".npz", ".pkl")
+AGAIN = "write it again with training.reference"
+
+
+class ReferenceFile(NamedTuple):
+    """What a file holds of a reference; None for what it lacks.
+
+    Attributes:
+        images: uint8 (N, 3, H, W).
+        statistics: of the features.
+        spatial: of the spatial features.
+        measures: features and saturations of some images; their probabilities are not kept.
+        fingerprint: of the network that the features are of.
+    """
+
+    images: Tensor | None = None
+    statistics: Statistics | None = None
+    spatial: Statistics | None = None
+    measures: Measures | None = None
+    fingerprint: str | None = None
+
+
+def read_reference(path: str | Path) -> ReferenceFile:
+    """Read an .npz file, ADM's, EDM's or one of `training.reference`, or StyleGAN's .pkl.
+
+    ADM's VIRTUAL_imagenet256_labeled.npz has statistics of the whole training set, and some of its
+    images. Of a pickle nothing is run, see `read_statistics_pickle`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        FileError: it holds neither images as `arr_0` (N, H, W, 3), uint8, nor statistics as `mu`
+            and `sigma`; or Python objects, which are never unpickled.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no reference file {printable(str(path))} (--reference)")
+    if path.suffix == ".pkl":
+        return ReferenceFile(statistics=checked_statistics(*read_statistics_pickle(path), path))
+    names = ("arr_0", "mu", "sigma", "mu_s", "sigma_s", "features", "saturation")
+    arrays, found = read_npz(path, (*names, "features_sha256"))
+    images, mean, covariance, *spatial = (arrays.get(name) for name in names[:5])
+    if images is not None:
+        check_images_array(images.dtype, images.shape, path)
+    if (mean is None) != (covariance is None) or (mean is None and images is None):
+        wanted = "it needs images as arr_0, or statistics as mu and sigma, or all three"
+        raise FileError(path, f"holds {quoted(found)}", wanted)
+    given = None if mean is None else checked_statistics(mean, covariance, path)
+    both = given is not None and all(each is not None for each in spatial)
+    return ReferenceFile(
+        None if images is None else torch.from_numpy(images).permute(0, 3, 1, 2),
+        given,
+        checked_statistics(*spatial, path, "mu_s and sigma_s") if both else None,
+        None if given is None else _measures(arrays, len(given.mean), path),
+        _fingerprint(arrays.get("features_sha256"), path),
+    )
+
+
+def check_images_array(dtype: np.dtype, shape: tuple[int, ...], path: Path) -> None:
+    """Check that an array of this type and shape is one of RGB images.
+
+    Raises:
+        FileError: it is not.
+    """
+    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
+        found = f"has arr_0 in {dtype} {tuple(shape)}"
+        raise FileError(path, found, "it must be uint8 images (N, H, W, 3)")
+    if 0 in shape:
+        raise FileError(path, f"has no pixels: arr_0 is {tuple(shape)}", "give images")
+
+
+def checked_statistics(
+    mean: np.ndarray, covariance: np.ndarray, path: Path, names: str = "mu and sigma"
+) -> Statistics:
+    """Return statistics in float64.
+
+    Raises:
+        FileError: shapes do not fit each other, or numbers are not finite.
+    """
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        found = f"has {names} of shapes {mean.shape} and {covariance.shape}, which do not fit"
+        raise FileError(path, found, "they must be (D,) and (D, D)")
+    if not (len(mean) and np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise FileError(path, f"has no numbers, NaN or infinity in {names}")
+    return Statistics(mean.astype(np.float64), covariance.astype(np.float64))
+
+
+def _measures(arrays: dict[str, np.ndarray], dimensions: int, path: Path) -> Measures | None:
+    """Return the measures of single images that a file holds.
+
+    Raises:
+        FileError: they do not fit the statistics or each other.
+    """
+    features, saturation = arrays.get("features"), arrays.get("saturation")
+    if features is None or saturation is None:
+        return None
+    fits = features.shape[1:] == (dimensions,) and saturation.shape == features.shape[:1]
+    if not fits or features.dtype.kind != "f" or saturation.dtype.kind != "f" or not features.size:
+        found = f"has features {features.shape} and saturation {saturation.shape}"
+        raise FileError(path, f"{found} for {dimensions} dimensions", AGAIN)
+    values = [torch.from_numpy(values.astype(np.float32)) for values in (features, saturation)]
+    if not all(value.isfinite().all() for value in values):
+        raise FileError(path, "has NaN or infinity in its features or saturation", AGAIN)
+    return Measures(values[0], torch.empty(len(features), 0), values[1].clamp(0, 1))
+
+
+def _fingerprint(digest: np.ndarray | None, path: Path) -> str | None:
+    """Return the SHA-256 of the feature network in hexadecimal digits, if there is one.
+
+    Raises:
+        FileError: it is none.
+    """
+    if digest is not None and (digest.dtype != np.uint8 or digest.shape != (32,)):
+        found = f"has features_sha256 in {digest.dtype} {digest.shape}"
+        raise FileError(path, found, AGAIN)
+    return None if digest is None else digest.tobytes().hex()
+
+
+def write_reference(
+    path: Path,
+    statistics: Statistics,
+    spatial: Statistics,
+    measures: Measures | None,
+    fingerprint: str,
+) -> None:
+    """Write a reference's file, atomically; for the names of its arrays see this file's top."""
+    arrays = {
+        "mu": statistics.mean,
+        "sigma": statistics.covariance,
+        "mu_s": spatial.mean,
+        "sigma_s": spatial.covariance,
+        "features_sha256": np.frombuffer(bytes.fromhex(fingerprint), np.uint8),
+    }
+    if measures is not None:
+        arrays["features"] = measures.features.numpy()
+        arrays["saturation"] = measures.saturation.float().numpy()
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)

@@ -14,7 +14,8 @@ policy from noise, and wherever it gets, the teacher is asked for its velocity.
 
 If it is started again with the same --out, a run resumes from its last checkpoint.
 OUT/model.safetensors loads in ComfyUI at any time, with its number of steps; OUT/samples holds
-pictures of samples, and TensorBoard's logs the distance to the teacher's samples. At the end
+pictures of samples, and TensorBoard's logs the distance to the teacher's samples; with --features
+and --reference, or --validate-every, the Fréchet distance to real ones too. At the end
 OUT/weights.safetensors is the model to share: weights alone, in bfloat16.
 """
 

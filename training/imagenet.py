@@ -5,6 +5,7 @@
     python -m training.imagenet --data data/imagenet_256 --preset gmdit_s_k8 --batch-size 256
     python -m training.imagenet --data DATA -k 1 --constant-log-std 0 --transition-ratio None
     python -m training.imagenet --preset digits_modes --source outputs/digits_source
+    python -m training.imagenet --data data/imagenet_256 --validate-every 10000 --wandb
     torchrun --nproc-per-node 8 -m training.imagenet --data data/imagenet_256           # DDP
     torchrun --nproc-per-node 8 -m training.imagenet --data data/imagenet_256 --shard   # FSDP
     torchrun --nproc-per-node 8 -m training.imagenet --preset ditdh_xl --data data/imagenet_rae \\
@@ -17,7 +18,9 @@ with --source train from a mixture source (MM-FM). For more nodes give torchrun 
 If it is started again with the same --out, on any number of processes, a run resumes from its last
 checkpoint; on one process to the very losses of a run that was never stopped. OUT/model.safetensors
 is the checkpoint to resume from, and loads in ComfyUI at any time; OUT/samples holds pictures of
-samples. At the end OUT/weights.safetensors is the model to share: weights alone, in bfloat16.
+samples. With --validate-every, TensorBoard's logs have the Fréchet distance of samples; with
+--wandb, all that is logged goes there too. At the end OUT/weights.safetensors is the model to
+share: weights alone, in bfloat16.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ from shlex import split
 
 import torch
 
-from training.data.shards import FORMAT, write_index, write_shard
+from training.data.shards import FORMAT, LatentDataset, to_pixels, write_index, write_shard
+from training.evaluation.classifier import train_classifier
 from training.imagenet import parse
 from training.loop.image_trainer import ImageTrainer
 
@@ -33,6 +34,18 @@ def write_colours(folder: Path) -> Path:
     index |= {"shards": [{"file": "shard-00000.safetensors", "count": 48}], "skipped": []}
     write_index(folder, index)
     return folder
+
+
+def write_features(folder: Path, data: Path) -> Path:
+    """Write a small classifier of the prepared pictures, barely trained."""
+    pictures = LatentDataset(data)
+    images = torch.stack([pictures[i][0] for i in range(len(pictures))])
+    settings = {"iterations": 5, "batch_size": 16, "progress": False}
+    path = folder / "features.safetensors"
+    train_classifier(to_pixels(images), pictures.labels, tuple(pictures.classes), **settings).save(
+        path
+    )
+    return path
 
 
 def arguments(data: Path, out: Path, iterations: int, *more: str) -> list[str]:

@@ -324,7 +324,7 @@ def test_what_does_not_belong_together_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"--guidance-interval is .* with a --guidance"):
         DistillConfig(guidance_interval=(0.0, 0.5))
     with pytest.raises(ValueError, match="given together with --reference"):
-        DistillConfig(features=Path("x"))
+        DistillConfig(features="x.safetensors")
     data = write_colours(tmp_path / "data")
     with pytest.raises(ValueError, match=r"of shape \(3, 4, 4\), and .* makes some of \(3, 8, 8\)"):
         new_trainer(SHIPPED / "digits_k8.safetensors", out, 10, "--data", str(data))

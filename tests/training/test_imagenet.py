@@ -23,7 +23,14 @@ from gmflow_core import (
 from gmflow_core.files.checkpoint import load_training_state
 from gmflow_core.sampling.images import sample_images
 from tests.helpers import Waits
-from tests.training.image_runs import SMALL, arguments, losses_of, new_trainer, write_colours
+from tests.training.image_runs import (
+    SMALL,
+    arguments,
+    losses_of,
+    new_trainer,
+    write_colours,
+    write_features,
+)
 from training.data.shards import FORMAT, write_index, write_shard
 from training.imagenet import main, parse
 from training.loop.image_presets import PRESETS
@@ -97,8 +104,9 @@ accelerator, losses = trainer.accelerator, []
 for _ in range(count):
     losses.append(accelerator.reduce(trainer.iterate()["loss"], "mean").item())
 trainer.save()
+figures = trainer.validation.figures(trainer.looked_at(), trainer.draw_samples)
 if accelerator.is_main_process:
-    found = json.dumps([accelerator.num_processes, losses])
+    found = json.dumps([accelerator.num_processes, losses, figures])
     (trainer.config.out / "losses.json").write_text(found)
 """
 
@@ -113,8 +121,12 @@ OLD_TORCH = pytest.mark.skipif(
     "how", [[], pytest.param(["--accumulate", "2", "--shard"], marks=OLD_TORCH)]
 )
 def test_two_processes_have_the_losses_of_one(how, data, tmp_path):
-    """Train with gloo: DDP from the start; FSDP, two pieces each, from one process's checkpoint."""
-    one = new_trainer(data, tmp_path / "two", 20)
+    """Train with gloo: DDP from the start; FSDP, two pieces each, from one process's checkpoint.
+
+    They measure the distance of their samples together.
+    """
+    check = ["--validate-count", "25", "--features", str(write_features(tmp_path, data))]
+    one = new_trainer(data, tmp_path / "two", 20, *check)
     losses = losses_of(one, 3)
     if how:
         one.save()
@@ -122,15 +134,17 @@ def test_two_processes_have_the_losses_of_one(how, data, tmp_path):
     losses += losses_of(one, 3)
     script = tmp_path / "two_processes.py"
     script.write_text(TWO_PROCESSES)
-    given = arguments(data, tmp_path / "two", 20)
+    given = arguments(data, tmp_path / "two", 20, *check)
     launcher = split("-m torch.distributed.run --nproc-per-node 2 --standalone")
     command = [sys.executable, *launcher, str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     subprocess.run(
         [*command, str(len(losses)), *given, *how], cwd=ROOT, env=environment, check=True
     )
-    processes, found = json.loads((tmp_path / "two" / "losses.json").read_text())
+    processes, found, figures = json.loads((tmp_path / "two" / "losses.json").read_text())
     assert processes == 2
+    alone = one.validation.figures(one.looked_at(), one.draw_samples)
+    assert figures == pytest.approx(alone, rel=1e-3)
     assert found == pytest.approx(losses, rel=1e-5)
     again = new_trainer(data, tmp_path / "two", 20)  # and back in one process
     assert again.step == 6

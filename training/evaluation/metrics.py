@@ -158,6 +158,12 @@ class Sums:
         self.sum = self.sum + x.sum(0)
         self.products = self.products + x.T @ x
 
+    def merge(self, other: Sums) -> None:
+        """Add the features of other sums."""
+        self.count += other.count
+        self.sum = self.sum + other.sum
+        self.products = self.products + other.products
+
     def statistics(self) -> Statistics:
         """Return mean and covariance.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from training.common.settings import require, require_device, require_ranges
+from training.evaluation.config import check_features
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,8 @@ class TrainerConfig:
     """Iterations between points of the loss curve."""
     picture_every: int = 5000
     """Iterations between pictures of samples."""
+    wandb: bool = False
+    """Log to Weights & Biases too (pip install wandb): all curves and pictures of TensorBoard."""
     restart: bool = False
     """Throw away the run found in OUT and start anew."""
 
@@ -55,3 +58,55 @@ class TrainerConfig:
         require(self.lr > 0, "lr", self.lr, "positive")
         require_device(self.device)
         require_ranges(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ValidatedConfig(TrainerConfig):
+    """Settings of a run whose samples are pictures, which can be compared with real ones.
+
+    Raises:
+        ValueError: a setting is out of its range, or two of them do not go together.
+    """
+
+    validate_every: int | None = None
+    """Iterations between measurements of the Fréchet distance (FID) of samples; 0 measures none.
+    By default none, or with --features one with each picture."""
+    validate_count: int = 1000
+    """Samples of each measurement; the distance of few is larger. Published FIDs have 50,000."""
+    features: str | None = None
+    """Features of the distance: inception (the default), or a file written by training.evaluate."""
+    inception_weights: Path | None = None
+    """torch-fidelity's weight file; downloaded if not given."""
+    reference: Path | None = None
+    """What samples are compared with: as --reference of training.evaluate; by default --data."""
+    reference_count: int = 50_000
+    """Images of the reference at most, chosen at random."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        every = self.validate_every
+        require(every is None or every >= 0, "validate_every", every, "0 or more")
+        for name in ("validate_count", "reference_count"):
+            require(getattr(self, name) >= 2, name, getattr(self, name), "at least 2")
+        if self.features is not None:
+            check_features(self.features)
+        reference, data = self.reference, getattr(self, "data", None)
+        name = "features" if every is None else "validate_every"
+        value = self.features if every is None else every
+        there = reference is not None or data is not None or not self.validation_interval
+        require(there, name, value, "given together with --reference, or with --data")
+        used = reference is None or self.features is not None or every is not None
+        wanted = "given together with --features or --validate-every"
+        require(used, "reference", reference, wanted)
+
+    @property
+    def validation_interval(self) -> int:
+        """Iterations between measurements; 0 for none."""
+        if self.validate_every is not None:
+            return self.validate_every
+        return 0 if self.features is None else self.picture_every
+
+
+VALIDATION = frozenset(field.name for field in dataclasses.fields(ValidatedConfig)) - frozenset(
+    field.name for field in dataclasses.fields(TrainerConfig)
+)

@@ -1,4 +1,4 @@
-"""Write TensorBoard's logs: curves and pictures of a run."""
+"""Write TensorBoard's logs, and wandb's where asked for: curves and pictures of a run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+from accelerate import Accelerator
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
@@ -15,6 +17,7 @@ from torch.utils.tensorboard import summary
 from tqdm import tqdm
 
 from gmflow_core.files.errors import printable, reason
+from training.loop.wandb_run import WandbRun
 
 
 class Curves:
@@ -26,10 +29,11 @@ class Curves:
     Args:
         folder: where the log is written, a new file for each start.
         step: first iteration of this start; TensorBoard drops what earlier ones logged from there.
+        run: gets all that is logged too; None for no other.
     """
 
-    def __init__(self, folder: Path, step: int):
-        self.folder, self._records = folder, None
+    def __init__(self, folder: Path, step: int, run: WandbRun | None = None):
+        self.folder, self.run, self._records = folder, run, None
         name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -44,11 +48,15 @@ class Curves:
         for name, value in values.items():
             self._write(Event(step=step, summary=summary.scalar(name, value)))
         self.flush()
+        if self.run is not None:
+            self.run.numbers(values, step)
 
     def picture(self, name: str, picture: Tensor, step: int) -> None:
         """Add a picture (H, W, 3) in [0, 1]."""
         self._write(Event(step=step, summary=summary.image(name, picture, dataformats="HWC")))
         self.flush()
+        if self.run is not None:
+            self.run.picture(name, picture, step)
 
     def flush(self) -> None:
         """Hand what was added to the system."""
@@ -59,7 +67,9 @@ class Curves:
             self._stop(error)
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file, and the run."""
+        if self.run is not None:
+            self.run.close()
         records, self._records = self._records, None
         try:
             if records is not None:
@@ -83,3 +93,16 @@ class Curves:
             "training goes on without them",
             file=sys.stderr,
         )
+
+
+def mean_losses(accelerator: Accelerator, losses: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Average each loss over iterations and processes.
+
+    Iterations with a loss that is not finite are left out; if none is left, the mean is NaN.
+    """
+    table = torch.stack(
+        [torch.stack([v.detach().float() for v in entry.values()]) for entry in losses]
+    )
+    table = accelerator.reduce(table, "mean")
+    means = table[table.isfinite().all(1)].mean(0).tolist()
+    return dict(zip(losses[0], means, strict=True))

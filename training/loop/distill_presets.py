@@ -11,13 +11,13 @@ import tyro
 from gmflow_core.files.data_record import MOST_STEPS, STUDENT_RANGES
 from gmflow_core.sampling.guidance import GUIDANCE_KINDS, Guidance
 from training.common.settings import require
-from training.loop.config import TrainerConfig
+from training.loop.config import ValidatedConfig
 
 GuidanceKind = Literal[tuple(GUIDANCE_KINDS)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DistillConfig(TrainerConfig):
+class DistillConfig(ValidatedConfig):
     """Imitation distillation. The defaults shown are those of the chosen preset.
 
     Raises:
@@ -79,10 +79,6 @@ class DistillConfig(TrainerConfig):
     """Processes that read --data, for each GPU; None: one for each core, up to 8."""
     vae: str | None = None
     """Folder or hub id of the VAE that decodes the pictures of a model of latents."""
-    features: Path | None = None
-    """Features written by training.evaluate, to log the Fréchet distance of samples."""
-    reference: Path | None = None
-    """Prepared data that this distance is measured to, with 1,000 samples for each picture."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -102,8 +98,6 @@ class DistillConfig(TrainerConfig):
         everywhere = self.guidance_interval == (0.0, 1.0)
         fits = self.teacher_guidance() is not None or everywhere  # checks the values
         require(fits, "guidance_interval", self.guidance_interval, "given with a --guidance")
-        both = (self.features is None) == (self.reference is None)
-        require(both, "features", self.features, "given together with --reference")
         fits = self.policy == "gm" or self.source is None
         require(fits, "policy", self.policy, "gm with --source")
         start = self.data is None or self.source is None

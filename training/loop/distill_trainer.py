@@ -27,6 +27,7 @@ from training.data.batches import Order, batch_loader, draw_noise, pieces_of, ro
 from training.data.shards import LatentDataset
 from training.encoders.load import load_vae
 from training.evaluation.models import fingerprint
+from training.loop.config import VALIDATION
 from training.loop.curves import Curves
 from training.loop.decoding import decoded
 from training.loop.distill_presets import DistillConfig
@@ -39,6 +40,7 @@ from training.loop.imitation_objective import (
 from training.loop.optimizer import eight_bit_problem, new_adamw, power_decay
 from training.loop.student_samples import StudentSamples
 from training.loop.trainer import Trainer
+from training.loop.validation import Validation
 
 WEIGHTS = "weights.safetensors"  # in OUT: the model to share
 FEW_STEPS = "few_steps"  # entry of a student's data record
@@ -63,8 +65,7 @@ class DistillTrainer(Trainer):
         "gradient_checkpointing",
         "workers",
         "vae",
-        "features",
-        "reference",
+        *VALIDATION,
     }
     config: DistillConfig
 
@@ -91,11 +92,34 @@ class DistillTrainer(Trainer):
             self.source = self.source.to(acc.device)
         self.batches: Iterator | None = None
         self.samples = StudentSamples(config, self.teacher, self.num_labels, self.source)
-        self.figures: dict[str, float] = {}  # of the last picture
         self.lowest = math.inf  # mean loss of a log, since this start
         self.vae: Any = None
-        if config.vae is not None and acc.is_main_process:
+        checks = config.validation_interval
+        if config.vae is not None and (checks or acc.is_main_process):
             self.vae = load_vae(config.vae, acc.device)
+        if checks:
+            self.validation = self.new_validation()
+
+    def new_validation(self) -> Validation:
+        """Return the measurement of the student's samples.
+
+        Raises:
+            ValueError: they are no pictures; or as `Validation`.
+        """
+        config, vae = self.config, self.vae
+        if self.samples.of_points:
+            raise ValueError(
+                f"{config.teacher} makes points, and validation is of pictures: leave out "
+                "--features and --validate-every"
+            )
+        pixels = self.about.get("space", "pixels") == "pixels"
+        if not pixels and vae is None:
+            raise ValueError(
+                f"{config.teacher} makes {self.about['space']}; give --vae, which decodes them, to "
+                "validate"
+            )
+        known = (None, None) if pixels else (vae, config.vae)
+        return Validation(config, self.shape, *known)
 
     def check_out(self) -> None:
         """Check that this run does not overwrite its teacher.
@@ -371,20 +395,18 @@ class DistillTrainer(Trainer):
                 f"{self.step}; {saved}: lower --lr, in another --out"
             )
 
-    def add_picture(self, curves: Curves | None, last: bool) -> None:
-        """Draw a picture of samples if one is due, and log the student's figures with it."""
-        self.figures = {}
-        super().add_picture(curves, last)
-        if curves and self.figures:
-            curves.numbers(self.figures, self.step)
-
     def draw_picture(self, model: nn.Module) -> Tensor:
         """Draw samples at fixed seeds, and save them in OUT/samples too."""
-        samples, self.figures = self.samples.report(model)
+        samples, figures = self.samples.report(model)
+        self.figures |= figures
         picture = samples if self.samples.of_points else self.grid(samples)
         with atomic_write(self.config.out / "samples" / f"{self.step:07d}.png") as temporary:
             to_image(picture).save(temporary, format="png")
         return picture
+
+    def draw_samples(self, model: nn.Module, images: range) -> Tensor:
+        """Draw samples of these numbers, with the calls that the student is made for."""
+        return self.samples.of_student(model, images)
 
     def grid(self, x: Tensor) -> Tensor:
         """Decode samples (B, C, h, w), and arrange them as one picture."""

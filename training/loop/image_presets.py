@@ -10,7 +10,7 @@ import tyro
 
 from gmflow_core.sampling.solvers import SOLVERS
 from training.common.settings import SMALLEST_SIGMA, require
-from training.loop.config import TrainerConfig
+from training.loop.config import ValidatedConfig
 
 # Solvers of mixtures; those that take policies too are for distilled adapters
 PictureSolver = Literal[
@@ -19,7 +19,7 @@ PictureSolver = Literal[
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ImageConfig(TrainerConfig):
+class ImageConfig(ValidatedConfig):
     """Training of image models. The defaults shown are those of the chosen preset.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,12 +25,15 @@ from training.data.batches import Order, batch_loader, draw_noise, pieces_of, ro
 from training.data.shards import LatentDataset
 from training.data.tokens import WithTokens, check_encoder
 from training.encoders.load import load_vae
+from training.evaluation.models import image_labels, image_modes, image_seeds
+from training.loop.config import VALIDATION
 from training.loop.decoding import decoded
 from training.loop.image_presets import ImageConfig
 from training.loop.mode_weights import ModeWeights
 from training.loop.objective import Objective
 from training.loop.optimizer import eight_bit_problem, new_adamw
 from training.loop.trainer import Trainer
+from training.loop.validation import Validation
 
 PICTURE_ROWS, PICTURE_CLASSES = 4, 10  # samples in a picture: rows, and at most as many columns
 
@@ -52,6 +55,7 @@ class ImageTrainer(Trainer):
         "workers",
         "picture_solver",
         "vae",
+        *VALIDATION,
     }
     config: ImageConfig
 
@@ -76,8 +80,18 @@ class ImageTrainer(Trainer):
         self.samples = self.training_samples()
         self.warn_of_hidden_modes()
         self.vae: Any = None
-        if config.vae is not None and self.dataset.kind == "latents" and acc.is_main_process:
-            self.vae = load_vae(config.vae, acc.device)
+        latents, checks = self.dataset.kind == "latents", config.validation_interval
+        vae = config.vae or (self.dataset.index.get("vae") if checks else None)
+        if latents and vae is not None and (checks or acc.is_main_process):
+            self.vae = load_vae(vae, acc.device)
+        if checks and latents and vae is None:
+            raise ValueError(
+                f"{config.data} holds latents, but does not say of which VAE; give --vae to "
+                "validate, or --validate-every 0"
+            )
+        if checks:
+            known = (self.dataset.shape, self.vae, vae if latents else None)
+            self.validation = Validation(config, *known)
 
     def training_samples(self) -> Dataset:
         """Return the data set, with tokens if the source finds a sample's mode by its token."""
@@ -298,28 +312,45 @@ class ImageTrainer(Trainer):
         """
         return 0.5 ** (1 / min(30e6 / self.config.batch_size, 0.05 * step))
 
-    def draw_picture(self, model: GMDiT | DiTDH) -> Tensor:
-        """Draw samples of some labels, a column each, and save them in OUT/samples too."""
-        config, columns = self.config, min(PICTURE_CLASSES, self.num_labels)
-        labels = torch.linspace(0, self.num_labels - 1, columns).long().repeat(PICTURE_ROWS)
-        modes = labels if config.mode_conditional else None
+    def looked_at(self) -> GMDiT | DiTDH:
+        """Return the model that pictures and validation sample, in the run's precision."""
+        return set_precision(self.sampling_model(), self.config.precision)
+
+    def sampled(
+        self, model: GMDiT | DiTDH, labels: Tensor, modes: Tensor | None, seeds: Sequence[int]
+    ) -> Tensor:
+        """Return samples (B, C, h, w) of labels (B,), and of these modes of the source's noise."""
+        config = self.config
         if config.class_dropout == 1:
             labels = torch.full_like(labels, self.num_labels)
         closed_forms = self.source is None or (config.mode_conditional and self.source.is_spherical)
-        set_precision(model, config.precision)  # a copy; the network alone, not the solver
-        samples = sample_images(
+        return sample_images(
             model,
             None if config.mode_conditional else labels,
             solver=config.picture_solver if closed_forms else "euler",
             shift=config.time_shift,
             source=self.source,
             modes=modes,
+            seeds=seeds,
         )
+
+    def draw_picture(self, model: GMDiT | DiTDH) -> Tensor:
+        """Draw samples of some labels, a column each, and save them in OUT/samples too."""
+        config, columns = self.config, min(PICTURE_CLASSES, self.num_labels)
+        labels = torch.linspace(0, self.num_labels - 1, columns).long().repeat(PICTURE_ROWS)
+        modes = labels if config.mode_conditional else None
+        samples = self.sampled(model, labels, modes, range(len(labels)))
         images = decoded(samples, self.vae, pixels=self.dataset.kind == "pixels")
         picture = image_grid(images, columns=columns, scale=max(1, 64 // images.shape[-1]))
         with atomic_write(config.out / "samples" / f"{self.step:07d}.png") as temporary:
             to_image(picture).save(temporary, format="png")
         return picture
+
+    def draw_samples(self, model: GMDiT | DiTDH, images: range) -> Tensor:
+        """Draw samples of these numbers, with labels and modes as training.evaluate draws them."""
+        seeds = image_seeds(0, images)
+        modes = None if self.source is None else image_modes(seeds, self.source)
+        return self.sampled(model, image_labels(seeds, self.num_labels), modes, seeds)
 
     def data(self) -> dict[str, Any]:
         """Return labels and space of the model's samples, and its source."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import torch
 from accelerate import Accelerator, DistributedType
 from torch import Tensor
 
@@ -40,4 +43,19 @@ def check_accelerate(accelerator: Accelerator) -> None:
         raise ValueError(
             f"accelerate is configured for {accelerator.gradient_accumulation_steps} gradient "
             "accumulation steps; set that to 1, and give --accumulate instead"
+        )
+
+
+def check_same_step(accelerator: Accelerator, step: int, out: Path) -> None:
+    """Check that all processes are at the same iteration.
+
+    Raises:
+        ValueError: they found different runs in OUT.
+    """
+    mine = torch.tensor([step], device=accelerator.device)
+    steps = accelerator.gather(mine).tolist()
+    if len(set(steps)) > 1:
+        raise ValueError(
+            f"the processes found runs at different iterations in --out {out}: {steps}; it must be "
+            "one folder that all machines share"
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -37,3 +39,17 @@ class SkippedSteps:
             most = max(most, self.in_a_row)
         self._flags.clear()
         return most >= MAX_IN_A_ROW
+
+
+def not_finite(step: int, path: Path) -> FloatingPointError:
+    """Return the error about too many steps in a row, before iteration `step`.
+
+    Args:
+        path: the run's checkpoint.
+    """
+    kept = f"{path} still holds the last good checkpoint"
+    return FloatingPointError(
+        f"the gradient was not finite for {MAX_IN_A_ROW} steps in a row before iteration {step}; "
+        f"{kept if path.exists() else 'nothing is saved yet'}: lower --lr (in another --out), use "
+        "--precision fp32, or look for broken values in the data"
+    )

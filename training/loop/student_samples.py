@@ -1,4 +1,4 @@
-"""Sample a student while it is trained, and compare it with its teacher and with data."""
+"""Sample a student while it is trained, and compare it with its teacher."""
 
 from __future__ import annotations
 
@@ -15,14 +15,11 @@ from gmflow_core.source.source import GaussianMixtureSource
 from gmflow_core.toys.checkerboard import total_variation
 from gmflow_core.toys.density_picture import density_picture
 from gmflow_core.toys.points import sample_points
-from training.data.shards import LatentDataset, to_pixels
-from training.evaluation.classifier import ClassifierFeatures
-from training.evaluation.metrics import frechet_distance, measure, statistics
 from training.evaluation.models import image_labels, image_modes, image_seeds
 from training.loop.distill_presets import DistillConfig
 
 TEACHER_STEPS = 32  # Euler steps of the teacher that the student is compared with
-POINTS, PICTURES, MEASURED = 20_000, 40, 1000  # samples
+POINTS, PICTURES = 20_000, 40  # samples
 
 
 class StudentSamples:
@@ -33,9 +30,6 @@ class StudentSamples:
         teacher: its network.
         labels: number of the labels to choose from; 0 if there are none.
         source: of the teacher's noise, if it knows the modes.
-
-    Raises:
-        FileNotFoundError, ValueError: --features or --reference cannot be read.
     """
 
     def __init__(
@@ -48,29 +42,19 @@ class StudentSamples:
         self.config, self.teacher, self.labels, self.source = config, teacher, labels, source
         self.of_points = isinstance(teacher, GMFlowMLP)
         self.target: Tensor | None = None  # the teacher's samples
-        self.extractor = None
-        if config.features is not None:
-            self.extractor = ClassifierFeatures.load(config.features)
-            data = LatentDataset(config.reference)
-            if data.kind != "pixels":
-                raise ValueError(
-                    f"--reference {config.reference} holds {data.kind}, and the classifier's "
-                    "features are of pixels; leave out --features and --reference"
-                )
-            images = torch.stack([data[i][0] for i in range(len(data))])
-            self.reference = statistics(measure(to_pixels(images), self.extractor).features)
 
-    def draw(self, network: nn.Module, count: int, **settings: Any) -> Tensor:
-        """Return `count` samples of a network, the same noise and labels for each.
+    def draw(self, network: nn.Module, images: range, **settings: Any) -> Tensor:
+        """Return samples of a network, the same noise and labels for each.
 
         Args:
+            images: their numbers; each has a seed of its own, but for points.
             settings: `solver`, `sigmas`, `guidance` and the like, see `sample_images`.
         """
         if self.of_points:
             settings.pop("guidance", None)
-            return sample_points(network, count, **settings)
-        seeds, modes = image_seeds(0, range(count)), None
-        labels = image_labels(seeds, self.labels)
+            return sample_points(network, len(images), **settings)
+        seeds, modes, count = image_seeds(0, images), None, len(images)
+        labels = image_labels(seeds, max(1, self.labels))
         if not self.labels:
             labels = torch.full((count,), network.config.num_classes)
         if self.source is not None:
@@ -88,39 +72,34 @@ class StudentSamples:
         ]
         return torch.cat(parts)
 
-    def of_student(self, student: nn.Module, count: int) -> Tensor:
+    def of_student(self, student: nn.Module, images: range) -> Tensor:
         """Return samples of the student with the calls that it is made for."""
         config = self.config
         sigmas = flow_sigmas(
             config.steps, config.time_shift, final_step_size=config.final_step_size
         )
         settings = {"substeps": config.substeps, "shift": config.time_shift, "temperature": 1.0}
-        return self.draw(student, count, solver="gm-policy", sigmas=sigmas, **settings)
+        return self.draw(student, images, solver="gm-policy", sigmas=sigmas, **settings)
 
-    def of_teacher(self, count: int, guidance: Guidance | None) -> Tensor:
+    def of_teacher(self, images: range, guidance: Guidance | None) -> Tensor:
         """Return samples of the teacher, by many Euler steps."""
         sigmas = flow_sigmas(TEACHER_STEPS, self.config.time_shift)
         guided = {} if guidance is None else {"guidance": guidance}
-        return self.draw(self.teacher, count, solver="euler", sigmas=sigmas, **guided)
+        return self.draw(self.teacher, images, solver="euler", sigmas=sigmas, **guided)
 
     def report(self, student: nn.Module) -> tuple[Tensor, dict[str, float]]:
         """Return samples to show, and figures of the student.
 
         "teacher_distance": the root mean square difference to the teacher's samples from the same
-        noise, relative to these; "frechet_distance" with --features; "total_variation" of points
-        to the checkerboard.
+        noise, relative to these; "total_variation" of points to the checkerboard.
         """
-        count = POINTS if self.of_points else PICTURES
+        shown = range(POINTS if self.of_points else PICTURES)
         if self.target is None:
-            self.target = self.of_teacher(count, self.config.teacher_guidance())
-        samples = self.of_student(student, count)
+            self.target = self.of_teacher(shown, self.config.teacher_guidance())
+        samples = self.of_student(student, shown)
         difference = (samples - self.target).square().mean() / self.target.square().mean()
         figures = {"teacher_distance": float(difference.sqrt())}
         if self.of_points:
             figures["total_variation"] = total_variation(samples)
             return density_picture(samples, bins=64), figures
-        if self.extractor is not None:
-            images = to_pixels(self.of_student(student, MEASURED)).cpu()
-            found = statistics(measure(images, self.extractor).features)
-            figures["frechet_distance"] = frechet_distance(found, self.reference)
         return samples, figures

@@ -38,19 +38,21 @@ from training.common.devices import keep_freed_memory, on_cpu
 from training.common.processes import stop_signals, together
 from training.loop.checks import ADVICE, check_facts, check_network, check_settings, check_state
 from training.loop.config import TrainerConfig
-from training.loop.curves import Curves
+from training.loop.curves import Curves, mean_losses
 from training.loop.optimizer import lr_factor, new_schedule
-from training.loop.sharding import check_accelerate, distribute_like, local, whole
-from training.loop.skipped_steps import MAX_IN_A_ROW, SkippedSteps
+from training.loop.sharding import check_accelerate, check_same_step, distribute_like, local, whole
+from training.loop.skipped_steps import SkippedSteps, not_finite
 from training.loop.training_state import pack_state, unpack_state
+from training.loop.validation import Validation
+from training.loop.wandb_run import WandbRun
 
 
 class Trainer:
     """A run: everything that a checkpoint has to hold, and the loop.
 
     A subclass sets the class attributes below and implements `new_model`, `backward` and `decay`;
-    it may override `objective`, `blocks`, `new_optimizer`, `draw_picture`, `extra_state`,
-    `load_extra_state` and `data`.
+    it may override `objective`, `blocks`, `new_optimizer`, `draw_picture`, `draw_samples`,
+    `extra_state`, `load_extra_state` and `data`, and set `validation`.
 
     Raises:
         ValueError: the settings do not fit the run found in OUT, the processes, or accelerate.
@@ -67,9 +69,11 @@ class Trainer:
             "checkpoint_every",
             "log_every",
             "picture_every",
+            "wandb",
             "restart",
         }
     )
+    validation: Validation | None = None
     clip: float = math.inf  # largest norm of the gradient
 
     def __init__(self, config: TrainerConfig):
@@ -88,6 +92,7 @@ class Trainer:
         self.skipped = SkippedSteps()
         self.starts: list[dict] = []  # each command of this run, and the iteration it began at
         self.seconds = 0.0  # training time, over all starts
+        self.figures: dict[str, float] = {}  # of the last pictures and of the last validation
         self.average = [p.detach().clone() for p in self.model.parameters()] if config.ema else None
         with together(self.accelerator.state):
             found = self.path.exists() and not config.restart
@@ -97,7 +102,7 @@ class Trainer:
         if found:
             self.resume()
         self.schedule = new_schedule(self.optimizer, config, self.step)
-        self.check_processes()
+        check_same_step(self.accelerator, self.step, config.out)
         command = f"python -m {self.module} " + shlex.join(sys.argv[1:])
         if not self.starts or self.starts[-1]["command"] != command:
             self.starts.append({"command": command, "step": self.step})
@@ -132,6 +137,10 @@ class Trainer:
         """Draw a picture of samples, (H, W, 3) in [0, 1], in the main process; None draws none."""
         return None
 
+    def draw_samples(self, model: nn.Module, images: range) -> Tensor:
+        """Draw samples (n, C, h, w) of these numbers for `validation`, each from its own seed."""
+        raise NotImplementedError
+
     def extra_state(self) -> dict[str, Tensor]:
         """Return further tensors that a checkpoint has to hold."""
         return {}
@@ -153,7 +162,8 @@ class Trainer:
             FloatingPointError: as `count_skipped`.
         """
         config, main = self.config, self.accelerator.is_main_process
-        curves = Curves(config.out, self.step + 1) if main else None
+        with together(self.accelerator.state):
+            curves = self.new_curves() if main else None
         settings = {"disable": not main, "unit": "it", "dynamic_ncols": True}
         bar = tqdm(total=config.iterations, initial=self.step, **settings)
         pending: list[dict[str, Tensor]] = []  # losses since the last point of the curve
@@ -170,14 +180,14 @@ class Trainer:
                     log = last or self.step % config.log_every == 0
                     if log:
                         self.count_skipped()
-                        means = self.mean_losses(pending)
+                        means = mean_losses(self.accelerator, pending)
                         pending.clear()
                     self.seconds += time.perf_counter() - started
                     if log:
                         bar.set_postfix(loss=f"{means['loss']:.4f}", skipped=self.skipped.total)
                         self.log(curves, means)
                     try:  # before the checkpoint, after which a killed run would not draw it
-                        self.add_picture(curves, last)
+                        self.look(curves, last)
                     finally:
                         if last or self.step % config.checkpoint_every == 0:
                             self.save()
@@ -190,12 +200,37 @@ class Trainer:
         if stopped.is_set():
             raise KeyboardInterrupt(f"stopped at iteration {self.step}")
 
-    def add_picture(self, curves: Curves | None, last: bool) -> None:
-        """Draw a picture of samples if one is due at this iteration, or it is the last."""
-        every = self.config.picture_every
-        if self.step % every and not (last and every <= self.config.iterations):
+    def new_curves(self) -> Curves:
+        """Open the logs of this start: TensorBoard's, and with --wandb a run of wandb."""
+        config, step = self.config, self.step + 1
+        run = WandbRun(config.out, self.settings(), step) if config.wandb else None
+        return Curves(config.out, step, run)
+
+    def look(self, curves: Curves | None, last: bool) -> None:
+        """Draw a picture of samples and validate them, whichever is due at this iteration."""
+        picture, check = self.is_due(self.config.picture_every, last), False
+        if self.validation is not None:
+            check = self.is_due(self.validation.every, last)
+        if not picture and not check:
             return
-        model = self.sampling_model()
+        model, self.figures = self.looked_at(), {}
+        if picture:
+            self.add_picture(curves, model)
+        if check:
+            self.figures |= self.validation.figures(model, self.draw_samples)
+        if curves and self.figures:
+            curves.numbers(self.figures, self.step)
+
+    def is_due(self, every: int, last: bool) -> bool:
+        """Return whether something is due that is done every so many iterations and at the end."""
+        return self.step % every == 0 or (last and every <= self.config.iterations)
+
+    def looked_at(self) -> nn.Module:
+        """Return the model that pictures and validation sample."""
+        return self.sampling_model()
+
+    def add_picture(self, curves: Curves | None, model: nn.Module) -> None:
+        """Draw a picture of samples."""
         with together(self.accelerator.state):
             picture = self.draw_picture(model) if curves else None
             if picture is not None:
@@ -260,28 +295,7 @@ class Trainer:
             FloatingPointError: `MAX_IN_A_ROW` steps in a row had none.
         """
         if self.skipped.count():
-            saved = (
-                f"{self.path} still holds the last good checkpoint"
-                if self.path.exists()
-                else "nothing is saved yet"
-            )
-            raise FloatingPointError(
-                f"the gradient was not finite for {MAX_IN_A_ROW} steps in a row before iteration "
-                f"{self.step}; {saved}: lower --lr (in another --out), use --precision fp32, or "
-                "look for broken values in the data"
-            )
-
-    def mean_losses(self, losses: list[dict[str, Tensor]]) -> dict[str, float]:
-        """Average each loss over iterations and processes.
-
-        Iterations with a loss that is not finite are left out; if none is left, the mean is NaN.
-        """
-        table = torch.stack(
-            [torch.stack([v.detach().float() for v in entry.values()]) for entry in losses]
-        )
-        table = self.accelerator.reduce(table, "mean")
-        means = table[table.isfinite().all(1)].mean(0).tolist()
-        return dict(zip(losses[0], means, strict=True))
+            raise not_finite(self.step, self.path)
 
     def autocast(self):
         """Return the context of the network: matrix products in the user's precision."""
@@ -314,20 +328,6 @@ class Trainer:
             self.prepared.set_requires_gradient_sync(last)
             return nullcontext()
         return nullcontext() if last else self.accelerator.no_sync(self.prepared)
-
-    def check_processes(self) -> None:
-        """Check that all processes are at the same iteration.
-
-        Raises:
-            ValueError: they found different runs in OUT.
-        """
-        mine = torch.tensor([self.step], device=self.accelerator.device)
-        steps = self.accelerator.gather(mine).tolist()
-        if len(set(steps)) > 1:
-            raise ValueError(
-                f"the processes found runs at different iterations in --out {self.config.out}: "
-                f"{steps}; it must be one folder that all machines share"
-            )
 
     # State
 

@@ -36,6 +36,7 @@ SECONDS = {  # of a core, measured: of a file of tests/comfyui, or of a single t
     "test_hostile_inputs_of_nodes_are_refused_in_words_or_read_right": 20,
     "test_nothing_is_lost": 16,
     "test_two_processes_have_the_losses_of_one": 13,
+    "test_parts_run_at_tiny_sizes_and_write_their_figures": 13,
     "test_adapter_guidance": 13,
     "test_hostile_prompts": 13,
     "test_diffusers_pipelines": 12,

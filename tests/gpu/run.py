@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import json
 import math
@@ -67,6 +68,12 @@ class Run:
     def left(self) -> float:
         """Return the seconds until the part that runs must end."""
         return self.deadline - time.monotonic()
+
+    def release(self) -> None:
+        """Free what a part has left in the GPU's memory."""
+        gc.collect()
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
 
     def require_memory(self, gigabytes: float) -> None:
         """Check that the GPU has that much memory free.

@@ -17,7 +17,7 @@ from gmflow_core import cli, flow_sigmas, load_checkpoint, sample_images
 from gmflow_core.fast.choice import METHOD_VARIABLE
 from gmflow_core.files.checkpoint import SHIPPED
 from gmflow_core.models.gmdit import GMDiT, GMDiTConfig
-from gmflow_core.models.precision import set_precision
+from gmflow_core.models.precision import chosen_precision, set_precision
 from gmflow_core.toys.points import sample_points
 from tests.benchmarks.measure import extra_memory, quartiles, ratios, take_turns
 from tests.training import evaluation_runs
@@ -26,7 +26,6 @@ from .run import GB, Run, check, check_finite, check_near
 
 STEPS = 8
 SAME = 5e-3  # error allowed between the latents of two devices: a network's calls enlarge rounding
-XL_BYTES = 4 * 676e6  # weights of the published size in float32
 IMAGE_CASES: tuple[tuple[str, int, dict[str, Any]], ...] = (  # the shipped model, calls, settings
     ("digits_k8", 4, {"solver": "gm-policy"}),
     ("digits_k8", 4, {"solver": "gm-policy", "stochasticity": 1.0}),
@@ -81,9 +80,9 @@ def policy(run: Run) -> Iterator[tuple[str, dict]]:
 
 
 def published_network(run: Run) -> GMDiT:
-    """Return a GM-DiT of the published size on the device, with random weights, for sampling.
+    """Return a GM-DiT of the published size on the device, with random weights.
 
-    The published weights are in float32, and run in bfloat16 on a GPU.
+    It runs in the precision that commands choose: bfloat16 on a GPU that has it.
     """
     config = GMDiTConfig(spectrum_layers=(64, 8))
     if run.quick:
@@ -94,7 +93,7 @@ def published_network(run: Run) -> GMDiT:
         network = GMDiT(config).eval().requires_grad_(False)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.02)  # fresh ones have layers of zeros
-    return set_precision(network, run.size("bf16", "fp32"))
+    return set_precision(network, chosen_precision("auto", torch.device(run.device)))
 
 
 def solvers(run: Run) -> Iterator[tuple[str, dict]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import itertools
 import os
 import socket
@@ -109,9 +108,8 @@ def training(run: Run) -> Iterator[tuple[str, dict]]:
 
 def train(run: Run, config: image_presets.ImageConfig, case: str) -> dict:
     """Train on one batch; return the losses, and the time and the memory of an iteration."""
-    gc.collect()
+    run.release()
     if run.device == "cuda":
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     trainer = FixedImageTrainer(config)
     check(

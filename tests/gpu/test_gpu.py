@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 import time
+import warnings
+from collections import Counter
 from pathlib import Path
 from unittest import mock
 
@@ -106,6 +108,27 @@ def test_a_part_that_takes_too_long_is_wrong(monkeypatch):
     monkeypatch.setattr(waits, "waits", slow)
     with pytest.raises(SystemExit, match="waits is wrong: time of waits: expected at most 1 s"):
         main([*CPU, "--only", "waits", "--time-limit", "0.1"])
+
+
+def test_a_gpus_waits_are_told_by_their_lines(monkeypatch):
+    """CUDA's record is a warning of the line that waits; the one of eigh is known."""
+    modes = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def step():
+        for number in range(2):
+            warnings.warn(f"{waits.SAID} {number}", UserWarning, stacklevel=1)
+        warnings.warn("of something else", UserWarning, stacklevel=1)
+
+    found = waits.places(step, "cuda")
+    (place,) = found
+    assert place.startswith("tests/gpu/test_gpu.py:")
+    assert (found[place], modes) == (2, ["warn", "default"])
+    with pytest.raises(run.WrongError, match=r"waits of a step: expected none.*test_gpu\.py"):
+        waits.figures(found, "a step", 1)
+    known = Counter({"gmflow_core/gaussians/transport.py:54": 2})
+    assert waits.figures(known, "a step", 2)["waits"] == 1
 
 
 def test_without_a_gpu_the_command_says_so(monkeypatch):

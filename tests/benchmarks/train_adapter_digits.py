@@ -45,7 +45,10 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     data = Digits(work)
     write_inputs(work, data)
-    job = {"teacher": arguments.teacher_iterations, "adapter": arguments.iterations}
+    job = {
+        "teacher_iterations": arguments.teacher_iterations,
+        "adapter_iterations": arguments.iterations,
+    }
     (work / "job.json").write_text(json.dumps(job))
     (work / "teachers.json").write_text(json.dumps({"flux": dataclasses.asdict(TEACHERS["flux"])}))
     inside = Path(__file__).with_name("train_adapter_digits_inside.py")
@@ -58,12 +61,13 @@ def main() -> None:
     rows = [{"sampler": "held-out images", **floor}]
     for name, samples in load_file(work / "samples.safetensors").items():
         sampler, calls = name.split()
-        rows.append({"sampler": sampler, "calls": int(calls), **data.score(samples)})
+        about = {"sampler": sampler, "calls": int(calls), **job}
+        rows.append({**about, **data.score(samples)})
     with open(CSV, "w", newline="", encoding="utf-8") as file:
         names = list(dict.fromkeys(name for row in rows for name in row))
         writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()
-        writer.writerows({**row, **job} if "calls" in row else row for row in rows)
+        writer.writerows(rows)
     print(CSV.read_text())
 
 

@@ -41,12 +41,17 @@ def main(comfyui: str, folder: str) -> None:
     texts = train_inside.prompts("flux", CLASSES)
     if not (work / "flux.safetensors").is_file():
         with torch.inference_mode(False):
-            teacher = trained_teacher(work, inputs, texts, job["teacher"])
+            teacher = trained_teacher(work, inputs, texts, job["teacher_iterations"])
         save_file(teacher, work / "flux.safetensors")
     (work / "loras" / "digits.safetensors").unlink(missing_ok=True)
     (work / "loras" / "digits.training").unlink(missing_ok=True)
     empty = train_inside.latent("flux", ADAPTER_BATCH)
-    more = {"iterations": job["adapter"], "prompts": texts, "latent": empty, "preview_every": 0}
+    more = {
+        "iterations": job["adapter_iterations"],
+        "prompts": texts,
+        "latent": empty,
+        "preview_every": 0,
+    }
     with torch.inference_mode():
         student, *_ = train_inside.train("flux", "digits", **RUN, **more)
         own = train_inside.base_of("flux")

@@ -14,7 +14,9 @@ start fits the mixture to the samples. With one token per sample, from a frozen 
 file, EM fits a mixture to the tokens; each sample belongs to the mode of its token, and one pass
 over the samples measures the means and variances of the modes. The tokens stay in
 DATA/tokens.safetensors for training. OUT/source.safetensors is the source, with the mixture of the
-tokens in it; OUT/report.png shows its modes. `convert` writes a published mixture as a source.
+tokens in it; OUT/report.png and OUT/weights.png show its modes, and OUT/labels.npy has the number
+of each sample's likeliest one (int64, in the order of DATA). `convert` writes a published mixture
+as a source.
 
 After a stop, the same command goes on: it keeps the tokens that are encoded, continues EM at its
 last iteration, and loses ten minutes of the pass over the samples at most. Several machines need a

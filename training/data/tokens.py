@@ -69,7 +69,11 @@ class TokenFiles:
 
     def share(self, state: PartialState) -> TokenFiles:
         """Return the part of this process; the parts follow the order of the processes."""
-        return TokenFiles(self.paths, share_of(len(self), state))
+        return self.part(share_of(len(self), state))
+
+    def part(self, rows: range) -> TokenFiles:
+        """Return these samples."""
+        return TokenFiles(self.paths, rows)
 
     def __iter__(self) -> Iterator[Tensor]:
         if not self.rows:  # with more processes than samples

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,9 @@ from training.data.tokens import (
     share_of,
 )
 from training.source.config import Config, Covariance
-from training.source.report import draw_report
+from training.source.labels import FILE as LABELS
+from training.source.labels import label_samples, remove_parts, write_labels
+from training.source.report import draw_report, draw_weights
 
 PRECISIONS = {"fp32": torch.float32, "fp64": torch.float64}
 CHUNK = 2**24  # elements of samples in memory at a time
@@ -66,9 +68,15 @@ class Latents:
             if self.flip:
                 yield x.flip(-1).flatten(1)
 
+    def part(self, rows: range) -> Latents:
+        """Return these samples as they are stored, without mirror images."""
+        return Latents(self.dataset, rows, self.flat)
+
 
 def fit(config: Config) -> GaussianMixtureSource:
     """Fit the source that the config describes, in all processes; the main one writes it.
+
+    labels.npy and the pictures of the source are written beside it.
 
     Returns:
         The source, on the device.
@@ -106,8 +114,13 @@ def fit(config: Config) -> GaussianMixtureSource:
             save_source(source, path, facts=values, data=space)
             report = config.out / "report.png"
             draw_report(source, fitting.log_likelihoods, dataset, report)
+            sizes = write_labels(config.out, state.num_processes, source.num_modes)
+            draw_weights(source.weights, sizes, config.out / "weights.png")
             kind = "spherical" if source.is_spherical else "diagonal"
             print(f"{path}: {source.num_modes} {kind} modes of {source.shape}; see {report}")
+            used, most = int((sizes > 0).sum()), int(sizes.max())
+            print(f"{config.out / LABELS}: {used} modes have samples, the largest {most:,}")
+            remove_parts(config.out)
     moments_file(config, state).unlink(missing_ok=True)
     return source
 
@@ -117,11 +130,13 @@ class Fitting:
 
     Attributes:
         log_likelihoods: of the iterations of the last EM, in nats per sample.
+        modes: likeliest modes of this process's samples or tokens by the last EM, (n,).
     """
 
     def __init__(self, config: Config, state: PartialState):
         self.config, self.state = config, state
         self.log_likelihoods: list[float] = []
+        self.modes = torch.zeros(0, dtype=torch.int64)
 
     def prepared(self, dataset: LatentDataset, flip: bool) -> GaussianMixtureSource:
         """Fit prepared samples: by the modes of their tokens if there are tokens, or directly."""
@@ -172,12 +187,12 @@ class Fitting:
             yield
 
     def em(
-        self, samples: Iterable[Tensor], covariance: Covariance, what: str
+        self, samples: Latents | TokenFiles, covariance: Covariance, what: str
     ) -> GaussianMixtureSource:
-        """Fit a mixture by EM; it goes on from the state in OUT.
+        """Fit a mixture by EM, and find the samples' modes; it goes on from the state in OUT.
 
         Args:
-            samples: this process's chunks (m, D).
+            samples: this process's samples, in chunks (m, D).
             covariance: of the modes.
             what: title of the progress bar.
 
@@ -220,7 +235,9 @@ class Fitting:
                 f"EM has not converged after {config.max_iterations} iterations; "
                 "raise --max-iterations to continue"
             )
-        return found.source.to(dtype=torch.float32)
+        mixture = found.source.to(dtype=torch.float32)
+        self.modes = label_samples(mixture, samples.part, samples.rows, config.out, self.state)
+        return mixture
 
     def by_tokens(
         self, tokens: TokenFiles, dataset: LatentDataset, flip: bool
@@ -233,8 +250,6 @@ class Fitting:
                 keep_tokens(tokens, config.data)
         mine = tokens.share(state)
         assigner = self.em(mine, config.assigner_covariance, "tokens")
-        on_device = assigner.to(state.device)
-        modes = torch.cat([likeliest_modes(on_device, part.to(state.device)) for part in mine])
         moments = RunningMoments(
             config.modes,
             dataset.shape,
@@ -263,7 +278,7 @@ class Fitting:
         def samples() -> Iterator[tuple[Tensor, Tensor]]:
             done, kept = begun, time.monotonic()
             for x in Latents(dataset, mine.rows[begun:]):
-                yield to_device(x, state.device), modes[done : done + len(x)]
+                yield to_device(x, state.device), self.modes[done : done + len(x)]
                 done += len(x)
                 bar.update(len(x))
                 if time.monotonic() - kept > KEEP_EVERY:
@@ -285,12 +300,6 @@ class Fitting:
 def moments_file(config: Config, state: PartialState) -> Path:
     """Return the file where a process keeps its sums over the samples until the source is done."""
     return config.out / f"moments_{state.process_index}.safetensors"
-
-
-def likeliest_modes(assigner: GaussianMixtureSource, tokens: Tensor) -> Tensor:
-    """Return the most probable mode (n,) of each token (n, D), in blocks that fit the memory."""
-    block = max(1, CHUNK // assigner.num_modes)
-    return torch.cat([assigner.posterior_modes(part, "hard") for part in tokens.split(block)])
 
 
 def shaped(source: GaussianMixtureSource, shape: tuple[int, ...]) -> GaussianMixtureSource:

@@ -6,6 +6,8 @@
         --out outputs/source
     python -m training.fit_source --data data/imagenet_rae --tokens tokens.npy --modes 8192 \\
         --out outputs/source
+    python -m training.fit_source --data imagenet/train --encoder dinov2 --vae rae-dinov2-b \\
+        --modes 8192 --out outputs/source                      # without a cache of latents
     torchrun --nproc-per-node 8 -m training.fit_source --data ...
     python -m training.fit_source convert FILE.pkl --out source.safetensors --assigner CLS.pkl
 
@@ -20,7 +22,8 @@ as a source.
 
 After a stop, the same command goes on: it keeps the tokens that are encoded, continues EM at its
 last iteration, and loses ten minutes of the pass over the samples at most. Several machines need a
-shared OUT and DATA.
+shared OUT and DATA. With --vae, DATA is a folder of images that are encoded in that pass, and their
+tokens stay in OUT.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from gmflow_core.source.source import GaussianMixtureSource
 from training.common.devices import on_cpu, to_device
 from training.common.processes import PATIENCE, held_by_main, together
 from training.data.encode_tokens import encode_images, images_of
-from training.data.image_folder import list_images
+from training.data.encoded_images import EncodedImages
+from training.data.image_folder import ImageList, list_images
 from training.data.shards import INDEX, PLAN, LatentDataset
 from training.data.tokens import (
     FILE,
@@ -34,6 +35,7 @@ from training.data.tokens import (
     read_tokens_record,
     share_of,
 )
+from training.encoders.load import load_vae
 from training.source.config import Config, Covariance
 from training.source.labels import FILE as LABELS
 from training.source.labels import label_samples, remove_parts, write_labels
@@ -88,6 +90,8 @@ def fit(config: Config) -> GaussianMixtureSource:
     state = PartialState(cpu=on_cpu(config.device), timeout=PATIENCE)
     fitting, dataset, flip = Fitting(config, state), None, False
     if (config.data / INDEX).exists() or (config.data / PLAN).exists():
+        if config.vae is not None:
+            raise ValueError(f"{config.data} is encoded already; leave --vae out")
         dataset = LatentDataset(config.data)
         flip = bool(dataset.index.get("flip")) if config.flip is None else config.flip
         source = fitting.prepared(dataset, flip)
@@ -97,7 +101,10 @@ def fit(config: Config) -> GaussianMixtureSource:
             f"but --data {config.data} is none"
         )
     elif config.encoder is not None:
-        source = fitting.images()
+        images = list_images(config.data)
+        if config.vae is not None:
+            dataset, flip = encoded(config, images, state), config.flip is not False
+        source = fitting.images(images, dataset, flip)
     elif config.data.is_dir():
         raise ValueError(
             f"{config.data} was not written by training.prepare; "
@@ -150,10 +157,14 @@ class Fitting:
         samples = Latents(dataset, share_of(len(dataset), state), flat=True, flip=flip)
         return shaped(self.em(samples, config.covariance, "samples"), dataset.shape)
 
-    def images(self) -> GaussianMixtureSource:
-        """Fit the tokens of a folder of images."""
-        config, images = self.config, list_images(self.config.data)
+    def images(
+        self, images: ImageList, dataset: EncodedImages | None, flip: bool
+    ) -> GaussianMixtureSource:
+        """Fit the tokens of a folder of images, or its latents by the modes of the tokens."""
+        config = self.config
         tokens = self.encode(images, range(len(images.files)), config.out / FILE)
+        if dataset is not None:
+            return self.by_tokens(tokens, dataset, flip)
         return self.em(tokens.share(self.state), config.assigner_covariance, "tokens")
 
     def encode(self, images, kept, path: Path) -> TokenFiles:
@@ -240,14 +251,15 @@ class Fitting:
         return mixture
 
     def by_tokens(
-        self, tokens: TokenFiles, dataset: LatentDataset, flip: bool
+        self, tokens: TokenFiles, dataset: LatentDataset | EncodedImages, flip: bool
     ) -> GaussianMixtureSource:
         """Fit a mixture to the tokens, then the moments of the samples of each of its modes."""
         config, state = self.config, self.state
         check_count(tokens, len(dataset), config.data)
-        with self.writing_tokens(config.data / FILE), together(state):
-            if state.is_main_process:
-                keep_tokens(tokens, config.data)
+        if isinstance(dataset, LatentDataset):
+            with self.writing_tokens(config.data / FILE), together(state):
+                if state.is_main_process:
+                    keep_tokens(tokens, config.data)
         mine = tokens.share(state)
         assigner = self.em(mine, config.assigner_covariance, "tokens")
         moments = RunningMoments(
@@ -262,6 +274,8 @@ class Fitting:
             "covariance": config.covariance,
             "rows": [mine.rows.start, mine.rows.stop],
         }
+        if config.vae is not None:
+            settings |= {"vae": config.vae, "size": config.image_size}
         with together(state):
             if config.restart:
                 path.unlink(missing_ok=True)
@@ -277,8 +291,8 @@ class Fitting:
 
         def samples() -> Iterator[tuple[Tensor, Tensor]]:
             done, kept = begun, time.monotonic()
-            for x in Latents(dataset, mine.rows[begun:]):
-                yield to_device(x, state.device), self.modes[done : done + len(x)]
+            for x in self.latents(dataset, mine.rows[begun:]):
+                yield x, self.modes[done : done + len(x)]
                 done += len(x)
                 bar.update(len(x))
                 if time.monotonic() - kept > KEEP_EVERY:
@@ -295,6 +309,21 @@ class Fitting:
                 device=state.device,
                 moments=moments,
             )
+
+    def latents(self, dataset: LatentDataset | EncodedImages, rows: range) -> Iterable[Tensor]:
+        """Return samples in chunks (m, C, h, w), on the device."""
+        config = self.config
+        if isinstance(dataset, EncodedImages):
+            return dataset.read(rows, self.state, config.batch_size, config.workers)
+        return (to_device(x, self.state.device) for x in Latents(dataset, rows))
+
+
+def encoded(config: Config, images: ImageList, state: PartialState) -> EncodedImages:
+    """Return the images' latents, without flips, as `RunningMoments.add_flipped` adds them."""
+    with state.local_main_process_first():  # which downloads for the others
+        vae = load_vae(config.vae, state.device)
+    settings = {"name": config.vae, "size": config.image_size, "seed": config.seed}
+    return EncodedImages(images, vae, images.folders, **settings)
 
 
 def moments_file(config: Config, state: PartialState) -> Path:
@@ -324,7 +353,7 @@ def facts(config: Config, log_likelihoods: list[float], flip: bool) -> dict[str,
     }
 
 
-def space_of(dataset: LatentDataset | None) -> dict[str, Any]:
+def space_of(dataset: LatentDataset | EncodedImages | None) -> dict[str, Any]:
     """Return the space of the source's samples, as `save_checkpoint` takes it."""
     if dataset is None:
         return {}

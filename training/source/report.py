@@ -11,6 +11,7 @@ from gmflow_core.files.atomic import atomic_write
 from gmflow_core.pictures import image_grid
 from gmflow_core.source.source import GaussianMixtureSource
 from training.common.plots import figure, finish
+from training.data.encoded_images import EncodedImages
 from training.data.shards import LatentDataset, to_pixels
 
 SHOWN = 64  # modes in the picture
@@ -19,7 +20,7 @@ SHOWN = 64  # modes in the picture
 def draw_report(
     source: GaussianMixtureSource,
     log_likelihoods: list[float],
-    dataset: LatentDataset | None,
+    dataset: LatentDataset | EncodedImages | None,
     path: Path,
 ) -> None:
     """Draw the means of the likeliest modes, a histogram of the weights, and the curve of EM.

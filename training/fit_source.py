@@ -6,6 +6,8 @@
         --out outputs/source
     python -m training.fit_source --data data/imagenet_rae --tokens tokens.npy --modes 8192 \\
         --out outputs/source
+    python -m training.fit_source --data imagenet/train --encoder dinov2 --vae rae-dinov2-b \\
+        --modes 8192 --out outputs/source                      # without a cache of latents
     torchrun --nproc-per-node 8 -m training.fit_source --data ...
     python -m training.fit_source convert FILE.pkl --out source.safetensors --assigner CLS.pkl
 
@@ -14,11 +16,14 @@ start fits the mixture to the samples. With one token per sample, from a frozen 
 file, EM fits a mixture to the tokens; each sample belongs to the mode of its token, and one pass
 over the samples measures the means and variances of the modes. The tokens stay in
 DATA/tokens.safetensors for training. OUT/source.safetensors is the source, with the mixture of the
-tokens in it; OUT/report.png shows its modes. `convert` writes a published mixture as a source.
+tokens in it; OUT/report.png and OUT/weights.png show its modes, and OUT/labels.npy has the number
+of each sample's likeliest one (int64, in the order of DATA). `convert` writes a published mixture
+as a source.
 
 After a stop, the same command goes on: it keeps the tokens that are encoded, continues EM at its
 last iteration, and loses ten minutes of the pass over the samples at most. Several machines need a
-shared OUT and DATA.
+shared OUT and DATA. With --vae, DATA is a folder of images that are encoded in that pass, and their
+tokens stay in OUT.
 """
 
 from __future__ import annotations

@@ -10,8 +10,11 @@
     torchrun --nproc-per-node 8 -m training.imagenet --data data/imagenet_256 --shard   # FSDP
     torchrun --nproc-per-node 8 -m training.imagenet --preset ditdh_xl --data data/imagenet_rae \\
         --source outputs/source
+    torchrun --nproc-per-node 8 -m training.imagenet --preset ditdh_xl --data imagenet/train \\
+        --encode --vae rae-dinov2-b --encode-precision bf16       # images, without a cache
 
-training.prepare writes the data. The fourth line is ordinary flow matching, the baseline; the lines
+training.prepare writes the data; with --encode they are its images, and --vae encodes them in every
+iteration. The fourth line is ordinary flow matching, the baseline; the lines
 with --source train from a mixture source (MM-FM). For more nodes give torchrun --nnodes and
 --rdzv-endpoint, and a shared OUT.
 

@@ -21,8 +21,9 @@ from tests.training.source_runs import arguments, config, write_images, write_pr
 from training.data.shards import LatentDataset
 from training.data.tokens import TokenFiles, read_tokens
 from training.fit_source import main
-from training.source import fitting
+from training.source import fitting, labels
 from training.source.fitting import fit
+from training.source.report import effective_number
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,7 +53,12 @@ def test_command_on_prepared_samples(prepared, tmp_path):
     assert torch.allclose(
         source.weights @ source.means.flatten(1), twins.mean(0).flatten(), atol=1e-4
     )
-    assert Image.open(tmp_path / "out" / "report.png").width > 500
+    for name in ("report.png", "weights.png"):
+        assert Image.open(tmp_path / "out" / name).width > 500
+    modes = np.load(tmp_path / "out" / "labels.npy")  # of the samples, not of their mirror images
+    assert modes.dtype == np.int64
+    assert np.array_equal(modes, source.responsibilities(x).argmax(1))
+    assert not list((tmp_path / "out").glob("labels_*"))
 
 
 @pytest.mark.parametrize("name", ["x.npy", "x.npz", "x.safetensors"])
@@ -68,6 +74,10 @@ def test_command_on_arrays(tmp_path, name):
     source = fit(config(path, tmp_path / "out", covariance="diagonal", seed=2))
     assert not source.is_spherical
     same_source(source, fit_mixture(torch.from_numpy(x), 3, seed=2).source, 1e-6)
+    theirs = GaussianMixture(3, covariance_type="diag", means_init=source.means.numpy())
+    theirs.weights_, theirs.means_ = source.weights.numpy(), source.means.numpy()
+    theirs.precisions_cholesky_ = (1 / source.std).numpy()
+    assert np.array_equal(np.load(tmp_path / "out" / "labels.npy"), theirs.predict(x))
     with pytest.raises(ValueError, match="num_modes: 3 there, 4 here"):
         fit(config(path, tmp_path / "out", modes=4, covariance="diagonal", seed=2))
     assert fit(config(path, tmp_path / "out", modes=4, restart=True)).num_modes == 4
@@ -110,6 +120,7 @@ def test_command_with_tokens_of_another_file(prepared, tmp_path):
     tokens = read_tokens(prepared)  # kept beside the samples
     assert torch.allclose(tokens, sides.float())
     modes = load_source(tmp_path / "out").posterior_modes(tokens, "hard")
+    assert np.array_equal(np.load(tmp_path / "out" / "labels.npy"), modes)
     x = torch.stack([sample for sample, _ in dataset])
     means, var = moments_by_hand(x, modes, 2, False, True)
     assert torch.allclose(source.means.double(), means, atol=1e-5)
@@ -147,6 +158,38 @@ def test_a_pass_over_the_samples_goes_on_where_it_was_stopped(prepared, tmp_path
     assert not list((tmp_path / "out").glob("moments_*"))
 
 
+def test_labels_go_on_where_they_were_stopped(tmp_path, monkeypatch):
+    np.save(tmp_path / "x.npy", clusters(count=60, modes=3, dims=4).numpy())
+    fit(config(tmp_path / "x.npy", tmp_path / "whole"))
+    monkeypatch.setattr(labels, "KEEP_EVERY", -1.0)
+    monkeypatch.setattr("training.data.tokens.CHUNK", 4 * 16)  # four chunks of samples
+    read = []
+
+    def to_device(x, device):
+        read.append(len(x))
+        if len(read) == 3:
+            raise KeyboardInterrupt
+        return x
+
+    monkeypatch.setattr(labels, "to_device", to_device)
+    with pytest.raises(KeyboardInterrupt):
+        fit(config(tmp_path / "x.npy", tmp_path / "out"))
+    assert not (tmp_path / "out" / "labels.npy").exists()
+    fit(config(tmp_path / "x.npy", tmp_path / "out"))
+    assert read == [16, 16, 16, 16, 12]
+    found, whole = (np.load(tmp_path / name / "labels.npy") for name in ("out", "whole"))
+    assert np.array_equal(found, whole)
+    labels.part_file(tmp_path / "out", 0).write_bytes(b"damaged")  # it is only found anew
+    fit(config(tmp_path / "x.npy", tmp_path / "out"))
+    assert np.array_equal(np.load(tmp_path / "out" / "labels.npy"), whole)
+
+
+def test_the_effective_number_of_modes():
+    assert effective_number(torch.full((5,), 0.2)) == pytest.approx(5)
+    assert effective_number(torch.tensor([1.0, 0.0])) == 1
+    assert effective_number(torch.tensor([0.5, 0.25, 0.25])) == pytest.approx(2**1.5)
+
+
 def test_two_processes_find_what_one_finds(prepared, tmp_path):
     """With gloo, as torchrun starts them: EM on the tokens and the pass over the samples."""
     tokens = clusters(count=60, modes=3, dims=4).numpy()
@@ -167,6 +210,8 @@ def test_two_processes_find_what_one_finds(prepared, tmp_path):
     two = load_source(tmp_path / "two")
     same_source(two, one, 1e-5)
     same_source(two.assigner, one.assigner, 1e-5)
+    found, expected = (np.load(tmp_path / name / "labels.npy") for name in ("two", "one"))
+    assert np.array_equal(found, expected)
 
 
 def test_errors_of_the_command(tmp_path, images):

@@ -15,16 +15,21 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from tests.clusters import same_source
 from tests.training.image_folders import run, shards, write_images, write_tiny_vae
+from tests.training.source_runs import config
 from tests.training.test_rae import write_rae
 from training.data.image_folder import ImageCrops, list_images
 from training.data.pictures import centre_crop, read_rgb
 from training.data.preparation import PreparationConfig
 from training.data.shards import LatentDataset, read_index, shard_name, to_model, to_pixels
 from training.encoders.load import load_vae
+from training.evaluation.real_images import PreparedImages
 from training.imagenet import parse
 from training.loop.image_trainer import ImageTrainer
 from training.prepare import main
+from training.source import fitting
+from training.source.fitting import fit
 
 ROOT = Path(__file__).parents[2]
 
@@ -277,8 +282,10 @@ def test_latents_are_posterior_samples(images, tiny_vae, tmp_path):
         run(images, tmp_path / "odd", pixels=False, vae=str(tiny_vae), size=7)
 
 
-def test_float16_shards_of_rae_latents_load_and_train(images, tmp_path):
+def test_float16_shards_of_rae_latents_load_and_train(images, tmp_path, monkeypatch):
     rae, x = write_rae(tmp_path), {}
+    for picture in ("draw_report", "draw_weights"):
+        monkeypatch.setattr(fitting, picture, lambda *_: None)
     for dtype in ("float32", "float16"):
         out = tmp_path / dtype
         index = run(images, out, pixels=False, vae=str(rae), dtype=dtype)
@@ -292,6 +299,14 @@ def test_float16_shards_of_rae_latents_load_and_train(images, tmp_path):
     assert x["float16"].dtype == torch.float32
     assert torch.equal(x["float16"], x["float32"].half().float())
     assert not torch.equal(x["float16"], x["float32"])
+    vae, rows = load_vae(rae), range(13)  # as training.evaluate reads them, decoded
+    folders = [PreparedImages(tmp_path / each, 13, vae, torch.device("cpu"), 4) for each in x]
+    real = [folder.get(rows)[0].int() for folder in folders]
+    assert (real[0] - real[1]).abs().max() <= 2
+    sources = [
+        fit(config(tmp_path / each, tmp_path / "fits" / each, modes=2, flip=False)) for each in x
+    ]
+    same_source(*sources, 5e-3)
     losses = {}
     for dtype in x:
         given = f"--preset ditdh_s --data {tmp_path / dtype} --out {tmp_path / 'run'}-{dtype}"

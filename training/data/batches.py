@@ -35,13 +35,21 @@ class Order:
         pieces: number of pieces that this part is divided into; each one is yielded as a list.
         seed: of the permutations.
         first: iteration to begin with.
+        epochs: yield numbers epoch * count + index instead of indices.
     """
 
     def __init__(
-        self, count: int, batch_size: int, rows: range, pieces: int, seed: int, first: int
+        self,
+        count: int,
+        batch_size: int,
+        rows: range,
+        pieces: int,
+        seed: int,
+        first: int,
+        epochs: bool = False,
     ):
         self.count, self.batch_size, self.rows = count, batch_size, rows
-        self.pieces, self.seed, self.first = pieces, seed, first
+        self.pieces, self.seed, self.first, self.epochs = pieces, seed, first, epochs
 
     def __iter__(self) -> Iterator[list[int]]:
         epoch, order = -1, None
@@ -55,6 +63,7 @@ class Order:
                     if at != epoch:
                         generator = torch.Generator().manual_seed(seed_of(self.seed, at))
                         epoch, order = at, torch.randperm(self.count, generator=generator)
+                        order += at * self.count if self.epochs else 0
                     indices += order[position : position + len(rows) - len(indices)].tolist()
                 yield indices
 

@@ -194,6 +194,10 @@ class ImageCrops(Dataset):
         return len(self.images.files)
 
     def __getitem__(self, index: int) -> Item:
+        return self.item(index)
+
+    def item(self, index: int, epoch: int = 0) -> Item:
+        """Return an image with the flip and the noise of an epoch."""
         path = self.images.root / self.images.files[index]
         try:
             image = read_picture(path, self.size)
@@ -202,7 +206,7 @@ class ImageCrops(Dataset):
         except OSError as error:
             text = f"{path} cannot be read ({reason(error)}); mend that, then run the same command "
             return Item(index, reason=printable(f"{text}again"), fatal=True)
-        rng = np.random.default_rng((self.seed, index))
+        rng = np.random.default_rng((self.seed, index, epoch) if epoch else (self.seed, index))
         mirrored = rng.random() < 0.5
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         if self.flip and mirrored:

@@ -69,7 +69,11 @@ class TokenFiles:
 
     def share(self, state: PartialState) -> TokenFiles:
         """Return the part of this process; the parts follow the order of the processes."""
-        return TokenFiles(self.paths, share_of(len(self), state))
+        return self.part(share_of(len(self), state))
+
+    def part(self, rows: range) -> TokenFiles:
+        """Return these samples."""
+        return TokenFiles(self.paths, rows)
 
     def __iter__(self) -> Iterator[Tensor]:
         if not self.rows:  # with more processes than samples
@@ -220,20 +224,47 @@ def check_encoder(folder: Path, fitted: dict[str, Any], source: str) -> None:
     Raises:
         ValueError: the tokens come from another encoder, or were made with other settings.
     """
-    here, there = read_tokens_record(folder / FILE) or {}, fitted.get("tokens") or {}
-    config = fitted.get("config") or {}
-    if config.get("encoder") is not None:
-        there = encoder_settings(
-            config["encoder"], config.get("encoder_size"), config.get("image_size")
-        )
+    here, there = read_tokens_record(folder / FILE) or {}, fitted_settings(fitted)
     if "encoder" not in here or "encoder" not in there:
         return
     here, there = ({name: record.get(name) for name in SETTINGS} for record in (here, there))
+    advice = "or remove the file and make the latter: training.fit_source --encoder"
+    check_settings(here, there, f"{folder / FILE} holds", source, advice)
+
+
+def fitted_settings(fitted: dict[str, Any]) -> dict[str, Any]:
+    """Return what made the tokens that a source was fitted to, with names of `SETTINGS`.
+
+    Args:
+        fitted: the "training" of the source's metadata.
+    """
+    config = fitted.get("config") or {}
+    if config.get("encoder") is not None:
+        return encoder_settings(
+            config["encoder"], config.get("encoder_size"), config.get("image_size")
+        )
+    return dict(fitted.get("tokens") or {})
+
+
+def check_settings(
+    here: dict[str, Any], there: dict[str, Any], what: str, source: str, advice: str
+) -> None:
+    """Check that tokens are made as those were that a source was fitted to.
+
+    Args:
+        here: how they are made.
+        there: how those were made.
+        what: where the tokens are, as subject and verb of the error.
+        source: name of the source.
+        advice: the other way out, beside another source.
+
+    Raises:
+        ValueError: they are not.
+    """
     if here != there:
         raise ValueError(
-            f"{folder / FILE} holds tokens of {_settings_text(here)}, but {source} finds its modes "
-            f"by tokens of {_settings_text(there)}; give a source that was fitted to the former, "
-            "or remove the file and make the latter: training.fit_source --encoder"
+            f"{what} tokens of {_settings_text(here)}, but {source} finds its modes by tokens of "
+            f"{_settings_text(there)}; give a source that was fitted to the former, {advice}"
         )
 
 

@@ -69,13 +69,15 @@ class Encoder(nn.Module):
     Args:
         network: a model of transformers, of one of `FAMILIES`.
         input_size: side of the input images in pixels; the default of the family if None.
+        source: folder or hub id of the network, if known.
 
     Raises:
         ValueError: the image side is not a multiple of the patch side.
     """
 
-    def __init__(self, network: nn.Module, input_size: int | None = None):
+    def __init__(self, network: nn.Module, input_size: int | None = None, source: str = ""):
         super().__init__()
+        self.source = source
         self.network = network.float().eval().requires_grad_(False)
         self.kind: str = network.config.model_type
         family = FAMILIES[self.kind]
@@ -169,7 +171,7 @@ def load_encoder(source: str, input_size: int | None = None) -> Encoder:
         network = load_network(source, config)
         for name, tensor in network.state_dict().items():
             check_finite(tensor, name, source)
-        return Encoder(network, input_size)
+        return Encoder(network, input_size, source)
     except (FileError, ImportError):
         raise
     except OSError as error:

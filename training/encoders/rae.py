@@ -93,6 +93,12 @@ class RAE(nn.Module):
         """
         return self.normalise(self.encoder.latents(self.encoder(images)))
 
+    @torch.no_grad()
+    def encode_with_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode images as `encode`; return the tokens (B, D) of the whole images too."""
+        hidden = self.encoder(images)
+        return self.normalise(self.encoder.latents(hidden)), self.encoder.token(hidden)
+
     def normalise(self, latents: Tensor) -> Tensor:
         """Return (latents - mean) / std."""
         return (latents - self.mean) / self.std

@@ -17,6 +17,8 @@ PictureSolver = Literal[
     tuple(name for name, s in SOLVERS.items() if s.needs_mixture and not s.takes_policies)
 ]
 
+ENCODING = ("encode", "encode_precision", "image_size", "flip", "class_names")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageConfig(ValidatedConfig):
@@ -41,7 +43,7 @@ class ImageConfig(ValidatedConfig):
     ] = "gmdit_xl_k8"
     """Preset that sets the other defaults."""
     data: Path = Path("data/imagenet_256")
-    """Folder written by training.prepare."""
+    """Folder written by training.prepare; with --encode, a folder of images."""
     out: Path = Path("outputs/imagenet")
     """Folder for checkpoint, TensorBoard logs and pictures; a run found there is resumed."""
     network: Literal["gmdit", "ditdh"] = "gmdit"
@@ -115,6 +117,17 @@ class ImageConfig(ValidatedConfig):
     vae: str | None = None
     """Folder or hub id of the VAE that decodes the pictures of a model of latents.
     None shows the first three channels of the latents."""
+    encode: bool = False
+    """DATA is a folder of images, which --vae encodes in every iteration; no cache is needed."""
+    encode_precision: Literal["fp32", "bf16"] = "fp32"
+    """With --encode, the type of the encoder's matrix products; fp32 gives the latents of
+    training.prepare, bf16 is faster on a GPU."""
+    image_size: int = 256
+    """With --encode, the width and height of the cropped images."""
+    flip: bool = True
+    """With --encode, mirror each image with probability 1/2, drawn anew in each epoch."""
+    class_names: Path | None = None
+    """With --encode, names of the classes, as training.prepare takes them."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -125,6 +138,7 @@ class ImageConfig(ValidatedConfig):
         require(self.clip > 0, "clip", self.clip, "positive")
         require((self.workers or 0) >= 0, "workers", self.workers, "0 or more")
         require(self.time_shift > 0, "time_shift", self.time_shift, "positive")
+        self._check_encoding()
         expected = f"above {SMALLEST_SIGMA} and at most 1"
         require(SMALLEST_SIGMA < top <= 1, "time_max", top, expected)
         if self.source is None:
@@ -132,6 +146,19 @@ class ImageConfig(ValidatedConfig):
                 require(not getattr(self, name), name, True, "off without --source")
         else:
             self._check_source_settings()
+
+    def _check_encoding(self) -> None:
+        """Check the settings of --encode.
+
+        Raises:
+            ValueError: one is given without it, or it is given without a VAE.
+        """
+        require(self.vae is not None or not self.encode, "vae", self.vae, "given with --encode")
+        require(self.image_size >= 1, "image_size", self.image_size, "at least 1")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            used = self.encode or field.name not in ENCODING or value == field.default
+            require(used, field.name, value, "left out without --encode")
 
     def _check_source_settings(self) -> None:
         """Check the settings that a mixture source restricts.

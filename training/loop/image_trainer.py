@@ -22,13 +22,12 @@ from gmflow_core.source.files import load_source, read_source_metadata
 from training.common.processes import loader_workers, together
 from training.common.settings import SMALLEST_SIGMA
 from training.data.batches import Order, batch_loader, draw_noise, pieces_of, rows_of
-from training.data.shards import LatentDataset
-from training.data.tokens import WithTokens, check_encoder
 from training.encoders.load import load_vae
 from training.evaluation.models import image_labels, image_modes, image_seeds
 from training.loop.config import VALIDATION
 from training.loop.decoding import decoded
-from training.loop.image_presets import ImageConfig
+from training.loop.image_data import load_data, on_device, samples_of
+from training.loop.image_presets import ENCODING, ImageConfig
 from training.loop.mode_weights import ModeWeights
 from training.loop.objective import Objective
 from training.loop.optimizer import eight_bit_problem, new_adamw
@@ -54,13 +53,16 @@ class ImageTrainer(Trainer):
         "compile",
         "workers",
         "picture_solver",
+        "encode_precision",
         "vae",
         *VALIDATION,
     }
     config: ImageConfig
 
     def __init__(self, config: ImageConfig):
-        self.dataset = LatentDataset(config.data)
+        self.dataset = load_data(config)
+        if config.encode:  # the VAE makes the samples
+            self.free_to_change = self.free_to_change - {"vae"}
         self.source = None if config.source is None else load_source(config.source)
         if self.source is not None:
             self.source.require_shape(self.dataset.shape)
@@ -83,7 +85,7 @@ class ImageTrainer(Trainer):
         latents, checks = self.dataset.kind == "latents", config.validation_interval
         vae = config.vae or (self.dataset.index.get("vae") if checks else None)
         if latents and vae is not None and (checks or acc.is_main_process):
-            self.vae = load_vae(vae, acc.device)
+            self.vae = self.dataset.decoder if config.encode else load_vae(vae, acc.device)
         if checks and latents and vae is None:
             raise ValueError(
                 f"{config.data} holds latents, but does not say of which VAE; give --vae to "
@@ -95,12 +97,10 @@ class ImageTrainer(Trainer):
 
     def training_samples(self) -> Dataset:
         """Return the data set, with tokens if the source finds a sample's mode by its token."""
-        config, source = self.config, self.source
-        if source is None or source.assigner is None or config.coupling == "independent":
-            return self.dataset
-        fitted = read_source_metadata(config.source)["training"]
-        check_encoder(config.data, fitted, config.source)
-        return WithTokens(self.dataset)
+        config, source, fitted = self.config, self.source, None
+        if source is not None and source.assigner is not None and config.coupling != "independent":
+            fitted = read_source_metadata(config.source)["training"]
+        return samples_of(self.dataset, fitted, config.source)
 
     def warn_of_hidden_modes(self) -> None:
         """Print a note if the network is given a sample's class, but not the mode of its noise."""
@@ -198,7 +198,9 @@ class ImageTrainer(Trainer):
 
     def settings(self) -> dict[str, Any]:
         """Return the configuration, with the optimizer that was chosen for auto."""
-        return {**super().settings(), "optimizer": self.optimizer_name}
+        unused = () if self.config.encode else ENCODING
+        values = {**super().settings(), "optimizer": self.optimizer_name}
+        return {name: value for name, value in values.items() if name not in unused}
 
     def resume(self) -> None:
         """Load the checkpoint in OUT.
@@ -226,6 +228,7 @@ class ImageTrainer(Trainer):
                 config.accumulate,
                 config.seed,
                 self.step,
+                epochs=config.encode,
             )
             on_gpu = acc.device.type == "cuda"
             workers = loader_workers(config.workers, acc.state)
@@ -233,7 +236,7 @@ class ImageTrainer(Trainer):
         totals: dict[str, Tensor] = {}
         seen = []
         for piece, rows in enumerate(pieces_of(self.rows, config.accumulate)):
-            x0, labels, *token = (t.to(acc.device, non_blocking=True) for t in next(self.batches))
+            x0, labels, *token = on_device(self.dataset, next(self.batches), acc.device)
             drawn = self.draw(labels, x0.shape[1:], rows)
             modes = self.draw_modes(token[0] if token else x0, rows)
             moments = weights = None

@@ -32,6 +32,9 @@ class Config:
     """Frozen encoder that makes the tokens: dinov2, siglip2, mae, or a folder or hub id."""
     encoder_size: int | None = None
     """Side of the encoder's input images in pixels; by default that of its family."""
+    vae: str | None = None
+    """With --encoder and a folder of images: the VAE or RAE whose latents are the samples, encoded
+    on the way, as --encode of training.imagenet does. Without it the tokens are the samples."""
     images: Path | None = None
     """Folder of the images that DATA was made from; by default the one that DATA names."""
     image_size: int = 256
@@ -70,6 +73,8 @@ class Config:
         require_device(self.device)
         if self.tokens is not None and self.encoder is not None:
             raise ValueError("both --tokens and --encoder were given; give one of them")
+        needed = self.encoder is not None or self.vae is None
+        require(needed, "vae", self.vae, "given together with --encoder, or left out")
         require_ranges(self)
 
 

@@ -24,7 +24,8 @@ from gmflow_core.source.source import GaussianMixtureSource
 from training.common.devices import on_cpu, to_device
 from training.common.processes import PATIENCE, held_by_main, together
 from training.data.encode_tokens import encode_images, images_of
-from training.data.image_folder import list_images
+from training.data.encoded_images import EncodedImages
+from training.data.image_folder import ImageList, list_images
 from training.data.shards import INDEX, PLAN, LatentDataset
 from training.data.tokens import (
     FILE,
@@ -34,8 +35,11 @@ from training.data.tokens import (
     read_tokens_record,
     share_of,
 )
+from training.encoders.load import load_vae
 from training.source.config import Config, Covariance
-from training.source.report import draw_report
+from training.source.labels import FILE as LABELS
+from training.source.labels import label_samples, remove_parts, write_labels
+from training.source.report import draw_report, draw_weights
 
 PRECISIONS = {"fp32": torch.float32, "fp64": torch.float64}
 CHUNK = 2**24  # elements of samples in memory at a time
@@ -66,9 +70,15 @@ class Latents:
             if self.flip:
                 yield x.flip(-1).flatten(1)
 
+    def part(self, rows: range) -> Latents:
+        """Return these samples as they are stored, without mirror images."""
+        return Latents(self.dataset, rows, self.flat)
+
 
 def fit(config: Config) -> GaussianMixtureSource:
     """Fit the source that the config describes, in all processes; the main one writes it.
+
+    labels.npy and the pictures of the source are written beside it.
 
     Returns:
         The source, on the device.
@@ -80,6 +90,8 @@ def fit(config: Config) -> GaussianMixtureSource:
     state = PartialState(cpu=on_cpu(config.device), timeout=PATIENCE)
     fitting, dataset, flip = Fitting(config, state), None, False
     if (config.data / INDEX).exists() or (config.data / PLAN).exists():
+        if config.vae is not None:
+            raise ValueError(f"{config.data} is encoded already; leave --vae out")
         dataset = LatentDataset(config.data)
         flip = bool(dataset.index.get("flip")) if config.flip is None else config.flip
         source = fitting.prepared(dataset, flip)
@@ -89,7 +101,10 @@ def fit(config: Config) -> GaussianMixtureSource:
             f"but --data {config.data} is none"
         )
     elif config.encoder is not None:
-        source = fitting.images()
+        images = list_images(config.data)
+        if config.vae is not None:
+            dataset, flip = encoded(config, images, state), config.flip is not False
+        source = fitting.images(images, dataset, flip)
     elif config.data.is_dir():
         raise ValueError(
             f"{config.data} was not written by training.prepare; "
@@ -106,8 +121,13 @@ def fit(config: Config) -> GaussianMixtureSource:
             save_source(source, path, facts=values, data=space)
             report = config.out / "report.png"
             draw_report(source, fitting.log_likelihoods, dataset, report)
+            sizes = write_labels(config.out, state.num_processes, source.num_modes)
+            draw_weights(source.weights, sizes, config.out / "weights.png")
             kind = "spherical" if source.is_spherical else "diagonal"
             print(f"{path}: {source.num_modes} {kind} modes of {source.shape}; see {report}")
+            used, most = int((sizes > 0).sum()), int(sizes.max())
+            print(f"{config.out / LABELS}: {used} modes have samples, the largest {most:,}")
+            remove_parts(config.out)
     moments_file(config, state).unlink(missing_ok=True)
     return source
 
@@ -117,11 +137,13 @@ class Fitting:
 
     Attributes:
         log_likelihoods: of the iterations of the last EM, in nats per sample.
+        modes: likeliest modes of this process's samples or tokens by the last EM, (n,).
     """
 
     def __init__(self, config: Config, state: PartialState):
         self.config, self.state = config, state
         self.log_likelihoods: list[float] = []
+        self.modes = torch.zeros(0, dtype=torch.int64)
 
     def prepared(self, dataset: LatentDataset, flip: bool) -> GaussianMixtureSource:
         """Fit prepared samples: by the modes of their tokens if there are tokens, or directly."""
@@ -135,10 +157,14 @@ class Fitting:
         samples = Latents(dataset, share_of(len(dataset), state), flat=True, flip=flip)
         return shaped(self.em(samples, config.covariance, "samples"), dataset.shape)
 
-    def images(self) -> GaussianMixtureSource:
-        """Fit the tokens of a folder of images."""
-        config, images = self.config, list_images(self.config.data)
+    def images(
+        self, images: ImageList, dataset: EncodedImages | None, flip: bool
+    ) -> GaussianMixtureSource:
+        """Fit the tokens of a folder of images, or its latents by the modes of the tokens."""
+        config = self.config
         tokens = self.encode(images, range(len(images.files)), config.out / FILE)
+        if dataset is not None:
+            return self.by_tokens(tokens, dataset, flip)
         return self.em(tokens.share(self.state), config.assigner_covariance, "tokens")
 
     def encode(self, images, kept, path: Path) -> TokenFiles:
@@ -172,12 +198,12 @@ class Fitting:
             yield
 
     def em(
-        self, samples: Iterable[Tensor], covariance: Covariance, what: str
+        self, samples: Latents | TokenFiles, covariance: Covariance, what: str
     ) -> GaussianMixtureSource:
-        """Fit a mixture by EM; it goes on from the state in OUT.
+        """Fit a mixture by EM, and find the samples' modes; it goes on from the state in OUT.
 
         Args:
-            samples: this process's chunks (m, D).
+            samples: this process's samples, in chunks (m, D).
             covariance: of the modes.
             what: title of the progress bar.
 
@@ -220,21 +246,22 @@ class Fitting:
                 f"EM has not converged after {config.max_iterations} iterations; "
                 "raise --max-iterations to continue"
             )
-        return found.source.to(dtype=torch.float32)
+        mixture = found.source.to(dtype=torch.float32)
+        self.modes = label_samples(mixture, samples.part, samples.rows, config.out, self.state)
+        return mixture
 
     def by_tokens(
-        self, tokens: TokenFiles, dataset: LatentDataset, flip: bool
+        self, tokens: TokenFiles, dataset: LatentDataset | EncodedImages, flip: bool
     ) -> GaussianMixtureSource:
         """Fit a mixture to the tokens, then the moments of the samples of each of its modes."""
         config, state = self.config, self.state
         check_count(tokens, len(dataset), config.data)
-        with self.writing_tokens(config.data / FILE), together(state):
-            if state.is_main_process:
-                keep_tokens(tokens, config.data)
+        if isinstance(dataset, LatentDataset):
+            with self.writing_tokens(config.data / FILE), together(state):
+                if state.is_main_process:
+                    keep_tokens(tokens, config.data)
         mine = tokens.share(state)
         assigner = self.em(mine, config.assigner_covariance, "tokens")
-        on_device = assigner.to(state.device)
-        modes = torch.cat([likeliest_modes(on_device, part.to(state.device)) for part in mine])
         moments = RunningMoments(
             config.modes,
             dataset.shape,
@@ -247,6 +274,8 @@ class Fitting:
             "covariance": config.covariance,
             "rows": [mine.rows.start, mine.rows.stop],
         }
+        if config.vae is not None:
+            settings |= {"vae": config.vae, "size": config.image_size}
         with together(state):
             if config.restart:
                 path.unlink(missing_ok=True)
@@ -262,8 +291,8 @@ class Fitting:
 
         def samples() -> Iterator[tuple[Tensor, Tensor]]:
             done, kept = begun, time.monotonic()
-            for x in Latents(dataset, mine.rows[begun:]):
-                yield to_device(x, state.device), modes[done : done + len(x)]
+            for x in self.latents(dataset, mine.rows[begun:]):
+                yield x, self.modes[done : done + len(x)]
                 done += len(x)
                 bar.update(len(x))
                 if time.monotonic() - kept > KEEP_EVERY:
@@ -281,16 +310,25 @@ class Fitting:
                 moments=moments,
             )
 
+    def latents(self, dataset: LatentDataset | EncodedImages, rows: range) -> Iterable[Tensor]:
+        """Return samples in chunks (m, C, h, w), on the device."""
+        config = self.config
+        if isinstance(dataset, EncodedImages):
+            return dataset.read(rows, self.state, config.batch_size, config.workers)
+        return (to_device(x, self.state.device) for x in Latents(dataset, rows))
+
+
+def encoded(config: Config, images: ImageList, state: PartialState) -> EncodedImages:
+    """Return the images' latents, without flips, as `RunningMoments.add_flipped` adds them."""
+    with state.local_main_process_first():  # which downloads for the others
+        vae = load_vae(config.vae, state.device)
+    settings = {"name": config.vae, "size": config.image_size, "seed": config.seed}
+    return EncodedImages(images, vae, images.folders, **settings)
+
 
 def moments_file(config: Config, state: PartialState) -> Path:
     """Return the file where a process keeps its sums over the samples until the source is done."""
     return config.out / f"moments_{state.process_index}.safetensors"
-
-
-def likeliest_modes(assigner: GaussianMixtureSource, tokens: Tensor) -> Tensor:
-    """Return the most probable mode (n,) of each token (n, D), in blocks that fit the memory."""
-    block = max(1, CHUNK // assigner.num_modes)
-    return torch.cat([assigner.posterior_modes(part, "hard") for part in tokens.split(block)])
 
 
 def shaped(source: GaussianMixtureSource, shape: tuple[int, ...]) -> GaussianMixtureSource:
@@ -315,7 +353,7 @@ def facts(config: Config, log_likelihoods: list[float], flip: bool) -> dict[str,
     }
 
 
-def space_of(dataset: LatentDataset | None) -> dict[str, Any]:
+def space_of(dataset: LatentDataset | EncodedImages | None) -> dict[str, Any]:
     """Return the space of the source's samples, as `save_checkpoint` takes it."""
     if dataset is None:
         return {}

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from gmflow_core.files.atomic import atomic_write
 from gmflow_core.pictures import image_grid
 from gmflow_core.source.source import GaussianMixtureSource
-from training.common.plots import figure
+from training.common.plots import figure, finish
+from training.data.encoded_images import EncodedImages
 from training.data.shards import LatentDataset, to_pixels
 
 SHOWN = 64  # modes in the picture
@@ -16,7 +20,7 @@ SHOWN = 64  # modes in the picture
 def draw_report(
     source: GaussianMixtureSource,
     log_likelihoods: list[float],
-    dataset: LatentDataset | None,
+    dataset: LatentDataset | EncodedImages | None,
     path: Path,
 ) -> None:
     """Draw the means of the likeliest modes, a histogram of the weights, and the curve of EM.
@@ -64,3 +68,33 @@ def draw_means(ax, source: GaussianMixtureSource, pixels: bool) -> None:
         ax.set_title("means, size by weight", fontsize=9)
     else:
         ax.set_title(f"samples of {shape} are not drawn", fontsize=9)
+
+
+def draw_weights(weights: Tensor, sizes: Tensor, path: Path) -> None:
+    """Draw the weights of the modes and the samples' shares, sorted, and their histograms.
+
+    Args:
+        weights: of the mixture, (M,).
+        sizes: samples whose likeliest mode it is, (M,).
+        path: PNG file to write.
+    """
+    weights, shares = weights.double().cpu(), (sizes / sizes.sum()).double().cpu()
+    drawing, axes = figure(1, 2, 4.2, 3.2)
+    ranks = range(1, len(weights) + 1)
+    bins = torch.linspace(0, len(weights) * max(weights.max(), shares.max()).item(), 41)
+    for values, name, style in ((weights, "weights", "-"), (shares, "shares of samples", "--")):
+        label = f"{name}: {effective_number(values):.1f} effective modes"
+        axes[0, 0].plot(ranks, values.sort(descending=True).values, style, label=label)
+        axes[0, 1].hist(values * len(weights), bins=bins, histtype="step", linestyle=style)
+    axes[0, 0].axhline(1 / len(weights), color="grey", lw=0.8, label=f"uniform: {len(weights)}")
+    axes[0, 0].set_xlabel("mode, heaviest first")
+    axes[0, 0].set_ylabel("weight")
+    axes[0, 0].set_ylim(bottom=0)
+    axes[0, 1].set_xlabel("weight times number of modes")
+    axes[0, 1].set_ylabel("modes")
+    finish(drawing, axes, path)
+
+
+def effective_number(weights: Tensor) -> float:
+    """Return the exponential of the entropy of weights (M,), M for equal ones."""
+    return torch.special.entr(weights).sum().exp().item()

@@ -246,6 +246,12 @@ class GMFlowTrainAdapter(io.ComfyNode):
     @classmethod
     def execute(cls, model, latent_image, **inputs) -> io.NodeOutput:
         lists = {name: inputs.pop(name, []) for name in ("positive", "negative", "clip")}
+        for kind, values in {"model": model, "latent_image": latent_image, **lists}.items():
+            if len(values) > 1 and kind != "positive":
+                raise ValueError(
+                    f"{len(values)} values at {kind}, which takes one; connect a single one, and "
+                    "prompts alone as a list"
+                )
         given = {name: values[0] for name, values in inputs.items() if values}
         clip = next(iter(lists["clip"]), None)
         prompts = prompts_of(lists["positive"], clip, given.pop("prompts_file", ""))
@@ -254,8 +260,8 @@ class GMFlowTrainAdapter(io.ComfyNode):
         if negative is None and clip is not None and run.guidance != NONE:
             negative = encode(clip, "")
         negative = None if negative is None else negative[:1]
-        samples = latent_image[0]["samples"]
-        return io.NodeOutput(*train_adapter(model[0], prompts, negative, samples, run, name))
+        latent = latent_image[0]
+        return io.NodeOutput(*train_adapter(model[0], prompts, negative, latent, run, name))
 
 
 def settings_of(given: dict) -> TrainSettings:

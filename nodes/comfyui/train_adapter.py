@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...gmflow_core.files.adapter_file import lora_pairs, policy_of, split_tensors
 from ...gmflow_core.files.adapter_metadata import AdapterFacts
+from ...gmflow_core.files.atomic import check_target
 from ...gmflow_core.files.errors import quoted
 from ...gmflow_core.models.adapter_heads import Head, build_head
 from .adapter import with_adapter
@@ -27,6 +28,7 @@ from .model_folders import LORAS
 from .notices import notice, progress
 from .plain_model import spread_in_words
 from .probabilistic_cfg import has_probabilistic_guidance
+from .sample_latent import fitting_samples
 from .solver_choice import no_effect
 from .time_shift import check_flow
 from .train_file import (
@@ -42,7 +44,7 @@ from .train_network import check_version, learning
 from .train_preview import preview
 from .train_prompts import Conditioning, check_whole, distilled_guidance
 from .train_run import NEGATIVE, Training, prompt_key
-from .train_settings import CFG, DX, NONE, POLICIES, PROBABILISTIC, TrainSettings
+from .train_settings import CFG, NONE, POLICIES, PROBABILISTIC, TrainSettings, differing
 from .train_state import restorer, state_path, write_state
 from .train_student import HeadKind, Student
 
@@ -53,7 +55,7 @@ def train_adapter(
     model,
     prompts: list[Conditioning],
     negative: Conditioning | None,
-    latent: Tensor,
+    latent: dict[str, Any],
     run: TrainSettings,
     save_name: str,
 ) -> tuple[Any, str]:
@@ -63,7 +65,7 @@ def train_adapter(
         model: the teacher, a MODEL.
         prompts: a conditioning of one pair each.
         negative: for the teacher's guidance; None if it has none.
-        latent: (B, C, *S), whose shape alone matters: B pictures an iteration.
+        latent: a LATENT (B, C, *S), whose shape alone matters: B pictures an iteration.
 
     Raises:
         ValueError: something does not fit; the message says what, before anything long is done.
@@ -72,9 +74,11 @@ def train_adapter(
     check_version()
     base = check_model(model)
     path = adapter_path(save_name)
-    latent = comfy.sample.fix_empty_latent_channels(model, latent)
+    for each in (path, state_path(path)):
+        check_target(each)
+    latent = fitting_samples(model, latent)
     check_size(model, base, latent)
-    check_guidance(model, run, negative)
+    check_guidance(model, base, run, negative)
     guidance = distilled_guidance(base, model, prompts)
     about = {
         **run.fixed(),
@@ -86,8 +90,8 @@ def train_adapter(
     restore = restorer(state_path(path), about)
     if restore is None and path.exists():
         raise ValueError(
-            f"save_name {quoted(save_name)}: {path} exists already, and was not made by an "
-            "unfinished run of this node; choose another name"
+            f"save_name {quoted(save_name)}: {path} exists already, and no unfinished run belongs "
+            "to it (one that diverged cannot go on); choose another name"
         )
     facts = facts_of(run, base, guidance)
     with torch.inference_mode(False):
@@ -156,7 +160,7 @@ def check_size(model, base: Base, latent: Tensor) -> None:
         )
 
 
-def check_guidance(model, run: TrainSettings, negative: Conditioning | None) -> None:
+def check_guidance(model, base: Base, run: TrainSettings, negative: Conditioning | None) -> None:
     """Check the guidance of the teacher.
 
     Raises:
@@ -172,6 +176,11 @@ def check_guidance(model, run: TrainSettings, negative: Conditioning | None) -> 
             "connect clip, whose empty text then counts"
         )
     check_whole(negative, NEGATIVE)
+    if base.guidance is not None:
+        notice(
+            f"guided twice: {base.name} is guidance-distilled, and teacher_guidance {run.guidance} "
+            f"comes on top; unless this is a model without that, set it to {NONE}"
+        )
     if run.guidance == PROBABILISTIC:
         if not 0 <= run.scale < 1:
             raise ValueError(
@@ -206,10 +215,12 @@ def make_training(
     shown: list[str] = [""]
 
     def save(training: Training) -> None:
-        if not training.iteration:
+        values, iteration = training.result()
+        if not iteration:
             return
-        more = further_metadata(run, base, path.stem, about, training.iteration, size)
-        write_trained(training.result(), path, run, facts, dtype, more)
+        rank = max((len(pair.down) for pair in training.student.pairs.values()), default=0)
+        more = further_metadata(run, base, path.stem, about, iteration, size, rank)
+        write_trained(values, path, run, facts, dtype, more)
         if not training.stopped:
             write_state(training, about, state_path(path))
 
@@ -242,12 +253,7 @@ def beginning(
     with_adapter(model, tensors, metadata, 1.0, name, is_trial=True)  # says what does not fit
     found, lora = split_tensors(tensors)
     policy = policy_of(metadata, found, name)
-    if policy["type"] != POLICIES[run.policy]:
-        raise ValueError(
-            f"another policy in warm_start: that of {name} is {policy['type']}, and this run "
-            f"trains {POLICIES[run.policy]}; set policy to "
-            f"{DX if policy['type'] == 'DX' else 'gm'}, or begin with another adapter"
-        )
+    check_policy(policy, run, name)
     head = build_head(found, kind.policy, base.layout, base.width_of(model.model.diffusion_model))
     pairs = {
         each: Pair(down.float().clone(), up.float().clone())
@@ -262,6 +268,33 @@ def beginning(
             "cannot be trained here; begin with another adapter"
         )
     return head, places, pairs, kind
+
+
+def check_policy(policy: dict[str, Any], run: TrainSettings, name: str) -> None:
+    """Check that a run can begin with the policy of an adapter.
+
+    Raises:
+        ValueError: it is of another kind, or predicts at other times.
+    """
+    own, kinds = run.policy_config(), {policy: kind for kind, policy in POLICIES.items()}
+    if policy["type"] not in kinds:
+        raise ValueError(
+            f"no warm_start: the policy of {name} is {policy['type']}, which is not trained here; "
+            "begin with another adapter, or with none"
+        )
+    if policy["type"] != own["type"]:
+        raise ValueError(
+            f"another policy in warm_start: that of {name} is {policy['type']}, and this run "
+            f"trains {own['type']}; set policy to {kinds[policy['type']]}, or begin with another "
+            "adapter"
+        )
+    defaults = {"mode": "grid"}
+    others = differing({**defaults, **policy}, {**defaults, **own})
+    if others:
+        raise ValueError(
+            f"another kind of DX policy in warm_start {name}: {', '.join(others)}; set steps and "
+            "shift so that they agree, or begin with another adapter"
+        )
 
 
 def _sample(
@@ -294,10 +327,11 @@ def report_end(training: Training, path: Path) -> None:
     if training.stopped:
         notice(
             f"not finished, stopped at iteration {training.iteration}: {training.stopped}. The "
-            "file holds the last good state; lower learning_rate, and go on under another name "
+            f"file holds the last good state, of iteration {training.result()[1]}; lower "
+            "learning_rate, and go on under another name "
             "with warm_start"
         )
-    notice(f"saved after {training.iteration} iterations: {path}", logging.INFO)
+    notice(f"saved after {training.result()[1]} iterations: {path}", logging.INFO)
 
 
 def _listed_name(path: Path) -> str:

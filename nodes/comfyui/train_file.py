@@ -21,7 +21,7 @@ from .bases import Base
 from .model_folders import LORAS
 from .train_settings import FINAL_STEP_SIZE, GM, POLICIES, TrainSettings
 
-LONGEST = 200  # characters of a name
+LONGEST = 200  # bytes of the name of a file or folder
 READ = 64  # numbers of each weight that a fingerprint reads
 TEMPERATURE = 1.0  # a policy was learned as it is
 
@@ -35,11 +35,13 @@ def adapter_path(name: str) -> Path:
     tidy = name.strip().replace("\\", "/")
     stem = tidy.removesuffix(".safetensors")
     parts = stem.split("/")
-    is_sound = tidy.isprintable() and 0 < len(stem) <= LONGEST and not os.path.isabs(tidy)
+    sizes = [len(part.encode("utf-8", "replace")) for part in parts]
+    is_sound = tidy.isprintable() and max(sizes) <= LONGEST and not os.path.isabs(tidy)
     if not is_sound or any(part.strip(" .") == "" or ":" in part for part in parts):
         raise ValueError(
             f"no name for a file: save_name is {quoted(name)}; it has to be a name such as "
-            "my_adapter_4step or folder/my_adapter_4step, below models/loras"
+            f"my_adapter_4step or folder/my_adapter_4step, below models/loras, each part of at "
+            f"most {LONGEST} bytes"
         )
     return Path(folder_paths.get_folder_paths(LORAS)[0], f"{stem}{ENDINGS[0]}")
 
@@ -95,11 +97,18 @@ def write_trained(
 
 
 def further_metadata(
-    run: TrainSettings, base: Base, name: str, about: dict[str, Any], iteration: int, size: str
+    run: TrainSettings,
+    base: Base,
+    name: str,
+    about: dict[str, Any],
+    iteration: int,
+    size: str,
+    rank: int,
 ) -> dict[str, str]:
     """Return the metadata that other programs know.
 
     Args:
+        rank: of the LoRA.
         about: fingerprints of the teacher and the prompts.
         size: of the pictures, width x height in pixels.
     """
@@ -113,8 +122,8 @@ def further_metadata(
         "modelspec.date": now,
         "modelspec.resolution": size,
         "ss_network_module": "gmflow",
-        "ss_network_dim": str(run.rank),
-        "ss_network_alpha": str(run.rank),
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": str(rank),
         "ss_steps": str(iteration),
         "ss_max_train_steps": str(run.iterations),
         "ss_learning_rate": str(run.learning_rate),

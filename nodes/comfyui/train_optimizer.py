@@ -99,5 +99,6 @@ class LossWatch:
 
     @property
     def is_settled(self) -> bool:
-        """True if the latest losses are near the lowest, so that the state is one to keep."""
-        return self.recent < SETTLED * self.lowest
+        """True if the losses, the last one too, are near the lowest: its state is one to keep."""
+        near = SETTLED * self.lowest
+        return self.recent < near and self.losses[-1] < 2 * near

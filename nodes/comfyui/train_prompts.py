@@ -24,7 +24,7 @@ def read_prompts(name: str) -> list[str]:
     """
     folder = os.path.abspath(folder_paths.get_input_directory())
     path = os.path.normpath(os.path.join(folder, name.strip()))
-    if os.path.commonpath([folder, path]) != folder or not os.path.isfile(path):
+    if not path.startswith(os.path.join(folder, "")) or not os.path.isfile(path):
         raise ValueError(
             f"prompts_file is {quoted(name)}, and there is no such file in {folder}; put a text "
             "file with one prompt a line there, and write its name"

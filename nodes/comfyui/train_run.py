@@ -17,9 +17,11 @@ import comfy.utils
 import torch
 from torch import Tensor
 
+from ...gmflow_core.files.errors import WriteError
 from ...gmflow_core.flow.imitation import imitate
 from ...gmflow_core.flow.path import expand_sigma
 from ...gmflow_core.flow.policy import PolicyVelocity
+from .notices import notice
 from .probabilistic_cfg import ProbabilisticCFG
 from .recording import recording
 from .train_network import Differentiable, learning
@@ -29,6 +31,8 @@ from .train_student import HeadKind, Student
 
 LEAST_SIGMA = 1e-4  # of a call of the teacher
 NEGATIVE = "negative"
+REMEMBERED = 10  # iterations between states to go back to
+MOST_SKIPPED = 10  # steps in a row without finite gradients, at which a run ends
 SCALE = 2.0**12  # of the loss in the backward pass: small gradients would be 0 in fp16
 GUIDING = (  # keys in model_options of functions that change the prediction of a guider
     "sampler_cfg_function",
@@ -137,7 +141,9 @@ class Training(comfy.samplers.Sampler):
         self.save, self.report, self.preview = save, report, preview
         self.head, self.restore = head, restore
         self.iteration, self.losses, self.lowest, self.stopped = 0, [], math.inf, ""
-        self.good: dict[str, Tensor] | None = None  # what a run that diverges goes back to
+        self.good: tuple[dict[str, Tensor], int] | None = None  # what a run that diverges goes
+        # back to: values that a loss has judged, and their iteration
+        self.skipped = 0  # steps in a row whose gradients were not finite
 
     def sample(
         self,
@@ -182,7 +188,10 @@ class Training(comfy.samplers.Sampler):
                 self.stopped = self.watch.problem(loss)
                 if self.stopped:
                     break
+                self._remember()
                 self._step()
+                if self.stopped:
+                    break
                 picture = None
                 if run.preview_every and self.iteration % run.preview_every == 0:
                     with torch.no_grad():
@@ -190,16 +199,24 @@ class Training(comfy.samplers.Sampler):
                 bar.update_absolute(self.iteration, run.iterations, picture)
                 self.report(self, loss)
                 if run.checkpoint_every and self.iteration % run.checkpoint_every == 0:
-                    self._keep()
+                    self._write()
         finally:
             self.optimizer.zero_grad(set_to_none=True)
             self.save(self)
 
-    def _keep(self) -> None:
-        """Write a file, and remember the state if the loss is one to go back to."""
-        if self.watch.is_settled:
-            self.good = {name: value.clone() for name, value in self.result().items()}
-        self.save(self)
+    def _remember(self) -> None:
+        """Keep what is trained, now and then, where the loss that it had is one to go back to."""
+        due = self.good is None or self.iteration % REMEMBERED == 0
+        if due and self.watch.is_settled:
+            values = {name: value.clone() for name, value in self.result()[0].items()}
+            self.good = values, self.iteration
+
+    def _write(self) -> None:
+        """Write a file while the run goes on, whether that succeeds or not."""
+        try:
+            self.save(self)
+        except WriteError as error:
+            notice(f"not saved yet: {error}")
 
     def _iterate(self, calls: Calls, shape: torch.Size, device: torch.device) -> float:
         """Return the loss of one iteration, its gradients summed over the segments."""
@@ -232,7 +249,11 @@ class Training(comfy.samplers.Sampler):
             if value.grad is not None:
                 value.grad.div_(SCALE)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), MOST_NORM)
-        if bool(norm.isfinite()):
+        self.skipped = 0 if bool(norm.isfinite()) else self.skipped + 1
+        if self.skipped == MOST_SKIPPED:
+            self.stopped = f"the gradients of {MOST_SKIPPED} iterations in a row were not finite"
+            return
+        if not self.skipped:
             for group in self.optimizer.param_groups:
                 group["lr"] = warmed_up(run.learning_rate, self.iteration, run.warmup)
             self.optimizer.step()
@@ -240,10 +261,13 @@ class Training(comfy.samplers.Sampler):
         if self.average is not None:
             self.average.update(self.parameters, max(1, self.iteration - run.warmup))
 
-    def result(self) -> dict[str, Tensor]:
-        """Return what is trained, on the CPU, by its names in the adapter's file."""
+    def result(self) -> tuple[dict[str, Tensor], int]:
+        """Return what is trained, on the CPU, by its names in the file, and its iteration.
+
+        Of a run that was stopped by its loss or its gradients, it is the last good state.
+        """
         if self.stopped and self.good is not None:
             return self.good
         if self.average is not None:
-            return self.average.values
-        return {name: on_cpu(value) for name, value in self.parameters.items()}
+            return self.average.values, self.iteration
+        return {name: on_cpu(value) for name, value in self.parameters.items()}, self.iteration

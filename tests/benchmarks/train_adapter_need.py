@@ -4,7 +4,7 @@
 
 Counted are the base's weights; the LoRA and the head, in 32 bit, with their gradients and the
 optimizer's state; the inputs of all blocks, which gradient checkpointing keeps, for one picture;
-what the largest block computes, once more in the backward pass; and the largest layer's weights in
+what the largest block computes, once more in the backward pass; and the largest block's weights in
 16 bit, where they are quantised. Not counted: the mixture's own arithmetic and fragmentation, for
 which OTHER is a guess, as is what CUDA and a display take.
 """
@@ -49,7 +49,8 @@ def need(base: str, weights: str, run: str) -> dict[str, str]:
     kept = 2 * tokens * 3072 * len(blocks)
     inside = 2 * tokens * max(blocks.values())
     base_bytes = BYTES[weights] * sum(map(prod, shapes.values()))
-    expanded = 0 if weights == "bf16" else 2 * max(map(prod, shapes.values()))
+    # the backward pass through a block keeps the 16-bit forms of its weights
+    expanded = 0 if weights == "bf16" else 2 * max(weights_of_blocks(shapes).values())
     training = trained * (4 + 4 + STATE[optimizer])
     total = base_bytes + expanded + training + kept + inside + OTHER + CONTEXT
     row = {"base": base, "weights": weights, "run": run, "base_gb": f"{base_bytes / GB:.1f}"}
@@ -60,6 +61,15 @@ def need(base: str, weights: str, run: str) -> dict[str, str]:
         fits = "fits" if short <= 0 else f"{short / GB:.1f} GB too much"
         row[f"{card}_gb_card"] = fits
     return {**row, "ema_in_host_gb": f"{4 * trained / GB:.2f}", "how": "computed"}
+
+
+def weights_of_blocks(shapes: Shapes) -> dict[str, int]:
+    """Return the number of weights of each block."""
+    blocks: dict[str, int] = defaultdict(int)
+    for name, shape in shapes.items():
+        if block := re.match(r"(\w*blocks\.\d+)\.", name):
+            blocks[block[1]] += prod(shape)
+    return blocks
 
 
 def sizes_of_blocks(shapes: Shapes) -> dict[str, int]:

@@ -127,9 +127,9 @@ def half_mask(latent: Tensor) -> Tensor:
 
 
 def says(call: Callable[[], Any]) -> str:
-    """Return the message of the ValueError that a call raises, "" if it raises none."""
+    """Return the message of the ValueError or OSError that a call raises, "" if it raises none."""
     try:
         call()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return str(error)
     return ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,7 @@ def test_an_interrupted_run_is_kept_and_goes_on(found) -> None:
     assert about["steps"] == "3"
     assert about["same"]
     assert about["moved"]
+    assert about["average"] > 1e-3  # from what is trained last
     assert "learning_rate 0.0005 (now 0.001)" in about["other"]
     assert "states 1" in about["other"]
     assert "exists already" in about["exists"]
@@ -110,10 +112,13 @@ def test_an_interrupted_run_is_kept_and_goes_on(found) -> None:
 
 def test_a_run_that_diverges_is_stopped_with_its_last_good_state(found) -> None:
     about = of(found, "diverging")
-    assert about["said"][0].startswith("not finished, stopped at iteration")
-    assert int(about["steps"]) < 30
-    assert about["finite"]
-    assert about["largest"] < 30  # a step moves a weight by the learning rate, 10
+    assert about["early"].startswith("nothing was trained: the loss has grown")
+    assert "10 iterations in a row were not finite" in about["gradients"]
+    assert about["late"] == ""
+    assert about["steps"] == "10"  # it was spoiled at 13, and stopped later than 20
+    assert re.match("not finished, stopped at iteration [2-9].*of iteration 10", about["said"][0])
+    assert about["kept"]  # the file of an earlier run that goes on and diverges
+    assert about["kept steps"] == "4"
 
 
 @pytest.mark.parametrize("run", ["dx", "one step", "cfg", "probabilistic", "attention", "decay"])
@@ -127,6 +132,12 @@ def test_other_settings_run(found, run: str) -> None:
 
 def test_a_run_can_begin_with_an_adapter(found) -> None:
     assert of(found, "runs")["warm"]["finite"]
+    assert of(found, "runs")["apart"]["warm"] < 0.5  # 1 for LoRAs that begin as 0
+
+
+@pytest.mark.parametrize("run", ["cfg", "probabilistic"])
+def test_guided_teachers_give_another_adapter(found, run: str) -> None:
+    assert of(found, "runs")["apart"][run] > 1e-3
 
 
 def test_the_node_takes_lists_and_a_file_of_prompts(found) -> None:
@@ -135,6 +146,7 @@ def test_the_node_takes_lists_and_a_file_of_prompts(found) -> None:
     assert about["metadata"]["gmflow.steps"] == "2"
     assert about["metadata"]["gmflow.teacher_guidance"] == "cfg 3"
     assert "'steps' is 9" in about["wrong"]
+    assert "2 values at model, which takes one" in about["two"]
     assert "it fits (Stable Diffusion 3)" in about["info"]
     assert "K = 2" in about["info"]
     assert len(about["sizes"]) == 2
@@ -164,6 +176,8 @@ MESSAGES = {
     "schnell": "no guidance embedding",
     "size": "multiples of 2",
     "name": "save_name is '../outside'",
+    "long name": "each part of at most 200 bytes",
+    "no folder": "cannot be written",
     "guidances": "not one guidance",
     "negative": "needs a negative conditioning",
     "weight": "below 1",

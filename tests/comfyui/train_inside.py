@@ -9,6 +9,7 @@ JSON; of all cases if none is named.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from functools import cache
 from pathlib import Path
@@ -29,6 +30,7 @@ RUN = {  # settings that differ from the node's
     "preview_every": 0,
     "checkpoint_every": 0,
 }
+SPOILED = 3.0  # factor of a head that makes the loss grow, and the run end a while later
 ITERATIONS = {"flux": 16, "flux2": 3}  # the latter has 512 tokens of text
 
 
@@ -80,7 +82,9 @@ def train(kind: str, name: str, model: Any = None, **changed: Any) -> tuple[Any,
     import comfy.utils
 
     own, texts = base_of(kind), changed.pop("prompts", prompts(kind))
-    given = texts, changed.pop("negative", None), changed.pop("latent", latent(kind, 4))
+    samples = changed.pop("latent", latent(kind, 4))
+    latent_image = {"samples": samples, **changed.pop("latent_about", {})}
+    given = texts, changed.pop("negative", None), latent_image
     result, file = ours("train_adapter").train_adapter(
         model or own, *given, settings(**changed), name
     )
@@ -249,7 +253,9 @@ def interrupted() -> dict[str, Any]:
     about["other"] = says(lambda: train(name="stopped", **run, learning_rate=1e-3, states=2))
     _, resumed, _ = train(name="stopped", **run)
     _, whole, _ = train(name="whole", **run)
+    _, last, _ = train(name="last", **{**run, "ema": False})
     about["same"] = all(torch.equal(resumed[k], whole[k]) for k in whole)
+    about["average"] = far(flat(whole), flat(last))
     about["moved"] = any(not torch.equal(half[k], whole[k]) for k in half)
     about["exists"] = says(
         lambda: (WORK[0] / "loras" / "whole.training").unlink() or train(name="whole", **run)
@@ -258,18 +264,38 @@ def interrupted() -> dict[str, Any]:
 
 
 def diverging() -> dict[str, Any]:
-    """Train with a learning rate that is far too high: the file holds the last good state."""
-    said: list[str] = []
-    notice = ours("train_adapter").notice
+    """Spoil what is trained in the middle of runs: the file holds the last good state."""
+    run, said = ours("train_run"), []
+    notice, step, scale = ours("train_adapter").notice, run.Training._step, run.SCALE
     ours("train_adapter").notice = lambda message, level=0: said.append(message)
+    at, factor = [0], [0.0]
+
+    def stepped(training: Any) -> None:
+        step(training)
+        if training.iteration == at[0]:
+            with torch.no_grad():
+                for value in training.student.head.parameters():
+                    value.mul_(factor[0])
+
+    def spoiled(name: str, when: int, by: float) -> str:
+        at[0], factor[0] = when, by
+        return says(lambda: train("sd3", name, iterations=60, steps=1))
+
+    run.Training._step = stepped
     try:
-        run = {"iterations": 30, "learning_rate": 10.0, "checkpoint_every": 1, "steps": 1}
-        _, tensors, metadata = train("sd3", "diverging", **run)
+        about = {"early": spoiled("early", 1, 50.0), "late": spoiled("late", 13, SPOILED)}
+        before = train("sd3", "again", iterations=4, steps=1)[1:]
+        spoiled("again", 6, 50.0)
+        run.SCALE = math.inf
+        about["gradients"] = spoiled("gradients", 0, 1.0)
     finally:
+        run.Training._step, run.SCALE = step, scale
         ours("train_adapter").notice = notice
-    finite = all(bool(tensor.isfinite().all()) for tensor in tensors.values())
-    largest = max(float(tensor.abs().max()) for tensor in tensors.values())
-    return {"said": said, "finite": finite, "largest": largest, "steps": metadata["ss_steps"]}
+    about["steps"] = load("late.safetensors")[2]["ss_steps"]
+    after = load("again.safetensors")[1:]
+    about["kept"] = all(torch.equal(after[0][k], before[0][k]) for k in before[0])
+    about["kept steps"] = after[1]["ss_steps"]
+    return {**about, "said": said}
 
 
 def load(name: str) -> tuple[None, dict, dict]:
@@ -297,6 +323,7 @@ def refused() -> dict[str, str]:
     two[1][0][1]["guidance"] = 1.0
     part = prompts("sd3")
     part[0][0][1]["area"] = (4, 4, 0, 0)
+    (WORK[0] / "loras" / "none.txt").touch()
     nan = prompts("sd3")
     nan[0][0][0].fill_(torch.nan)
     return {
@@ -305,6 +332,8 @@ def refused() -> dict[str, str]:
         "schnell": refuse("flux", model=schnell),
         "size": refuse(latent=torch.zeros(1, 16, 7, 8)),
         "name": refuse(name="../outside"),
+        "long name": refuse(name="长" * 100),
+        "no folder": refuse(name="none.txt/adapter"),
         "guidances": refuse("flux", prompts=two),
         "negative": refuse(guidance="cfg"),
         "weight": refuse(guidance="probabilistic", scale=1.5, negative=prompts("sd3")[0]),
@@ -323,6 +352,7 @@ def kinds_of_runs() -> dict[str, Any]:
     negative = prompts("sd3", 2)[1]
     found = {}
     for name, changed in {
+        "plain": {},
         "dx": {"policy": "dx", "count": 5},
         "one step": {"steps": 1, "count": 1},
         "cfg": {"guidance": "cfg", "scale": 3.0, "negative": negative},
@@ -333,12 +363,25 @@ def kinds_of_runs() -> dict[str, Any]:
     }.items():
         _, tensors, metadata = train("sd3", f"run_{name}", iterations=2, **changed)
         found[name] = {
+            "values": flat(tensors),
             "finite": all(bool(t.isfinite().all()) for t in tensors.values()),
             "policy": json.loads(metadata["policy_config"]),
             "steps": metadata["gmflow.steps"],
             "tensors": len(tensors),
         }
-    return found
+    source = flat(load("sd3_4step.safetensors")[1])
+    about = {
+        name: far(each.pop("values"), source) for name, each in found.items() if name == "warm"
+    }
+    values = {name: each.pop("values") for name, each in found.items() if "values" in each}
+    for name in ("cfg", "probabilistic"):
+        about[name] = far(values[name], values["plain"])
+    return {**found, "apart": about}
+
+
+def flat(tensors: dict[str, Tensor]) -> Tensor:
+    """Return the ups of the LoRA, which begin as 0, as one vector."""
+    return torch.cat([tensors[k].flatten() for k in sorted(tensors) if ".lora_B" in k])
 
 
 def edit() -> dict[str, Any]:
@@ -424,8 +467,9 @@ def node() -> dict[str, Any]:
     info_node = nodes.NODE_CLASS_MAPPINGS["GMFlowAdapterInfo"]
     info = info_node.execute(adapter_name=result[1], model=base_of("sd3"))[0]
     wrong = says(lambda: train_node.execute(**{**lists, "steps": [9]}))
+    two = says(lambda: train_node.execute(**{**lists, "model": 2 * lists["model"]}))
     sizes = [list(picture[1].size) for picture in pictures if picture]
-    about = {"name": result[1], "wrong": wrong, "sizes": sizes, "metadata": metadata}
+    about = {"name": result[1], "wrong": wrong, "two": two, "sizes": sizes, "metadata": metadata}
     return {**about, "info": info}
 
 

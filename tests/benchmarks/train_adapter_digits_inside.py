@@ -26,11 +26,11 @@ def main(comfyui: str, folder: str) -> None:
     """Train the teacher unless it is there, then the adapter, and sample both."""
     sys.path.insert(0, str(TESTS))
     import inside
-    import train_inside
+    import train_parts
 
     work = Path(folder)
-    train_inside.WORK.append(work)
-    train_inside.TEACHERS.update(json.loads((work / "teachers.json").read_text()))
+    train_parts.WORK.append(work)
+    train_parts.TEACHERS.update(json.loads((work / "teachers.json").read_text()))
     inside.start(comfyui)
     from safetensors.torch import load_file, save_file
 
@@ -38,14 +38,14 @@ def main(comfyui: str, folder: str) -> None:
         json.loads((work / "job.json").read_text()),
         load_file(work / "inputs.safetensors"),
     )
-    texts = train_inside.prompts("flux", CLASSES)
+    texts = train_parts.prompts("flux", CLASSES)
     if not (work / "flux.safetensors").is_file():
         with torch.inference_mode(False):
             teacher = trained_teacher(work, inputs, texts, job["teacher_iterations"])
         save_file(teacher, work / "flux.safetensors")
     (work / "loras" / "digits.safetensors").unlink(missing_ok=True)
     (work / "loras" / "digits.training").unlink(missing_ok=True)
-    empty = train_inside.latent("flux", ADAPTER_BATCH)
+    empty = train_parts.latent("flux", ADAPTER_BATCH)
     more = {
         "iterations": job["adapter_iterations"],
         "prompts": texts,
@@ -53,16 +53,16 @@ def main(comfyui: str, folder: str) -> None:
         "preview_every": 0,
     }
     with torch.inference_mode():
-        student, *_ = train_inside.train("flux", "digits", **RUN, **more)
-        own = train_inside.base_of("flux")
-        sigmas, euler = inside.ours("gm_sampler").gm_sigmas, train_inside.sampler("euler")
+        student, *_ = train_parts.train("flux", "digits", **RUN, **more)
+        own = train_parts.base_of("flux")
+        sigmas, euler = inside.ours("gm_sampler").gm_sigmas, train_parts.sampler("euler")
         few = sigmas(4, 3.2, final_step_size=0.5)
         found = {
             "teacher,euler 32": sampled(own, inputs, texts, euler, sigmas(32, 3.2)),
             "teacher,euler,even 32": sampled(own, inputs, texts, euler, sigmas(32, 1.0)),
             "teacher,euler 4": sampled(own, inputs, texts, euler, few),
             "teacher,euler,even 4": sampled(own, inputs, texts, euler, sigmas(4, 1.0)),
-            "adapter,gm-policy 4": sampled(student, inputs, texts, train_inside.sampler(), few),
+            "adapter,gm-policy 4": sampled(student, inputs, texts, train_parts.sampler(), few),
         }
     save_file(found, work / "samples.safetensors")
 

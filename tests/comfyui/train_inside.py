@@ -11,25 +11,27 @@ from __future__ import annotations
 import json
 import math
 import sys
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from inside import far, ours, run_cases, sample, says
 from torch import Tensor
+from train_parts import (
+    RUN,
+    TEACHERS,
+    WORK,
+    base_of,
+    distances,
+    flat,
+    latent,
+    load,
+    prompts,
+    sampler,
+    settings,
+    train,
+)
 
-WORK: list[Path] = []
-TEACHERS: dict[str, dict[str, Any]] = {}  # as train_bases.TEACHERS
-RUN = {  # settings that differ from the node's
-    "iterations": 8,
-    "learning_rate": 5e-4,
-    "rank": 8,
-    "warmup": 2,
-    "states": 1,
-    "preview_every": 0,
-    "checkpoint_every": 0,
-}
 SPOILED = 3.0  # factor of a head that makes the loss grow, and the run end a while later
 ITERATIONS = {"flux": 16, "flux2": 3}  # the latter has 512 tokens of text
 
@@ -41,75 +43,6 @@ def main(comfyui: str, work: str, *names: str) -> None:
     cases = {kind: (lambda kind=kind: trained(kind)) for kind in TEACHERS}
     cases |= CASES
     run_cases(comfyui, {name: case for name, case in cases.items() if name in (names or cases)})
-
-
-@cache
-def base_of(kind: str) -> Any:
-    """Load a MODEL by ComfyUI's own loader."""
-    import comfy.sd
-    import folder_paths
-
-    folder_paths.folder_names_and_paths["loras"] = ([str(WORK[0] / "loras")], {".safetensors"})
-    return comfy.sd.load_diffusion_model(str(WORK[0] / f"{kind}.safetensors"))
-
-
-def prompts(kind: str, count: int = 1) -> list[list]:
-    """Draw conditionings of the model's widths."""
-    generator, about = torch.Generator().manual_seed(0), TEACHERS[kind]
-    found = []
-    for _ in range(count):
-        more = {}
-        text = torch.randn(1, 4, about["text"], generator=generator)
-        if about["pooled"]:
-            more["pooled_output"] = torch.randn(1, about["pooled"], generator=generator)
-        if about["guidance"]:
-            more["guidance"] = about["guidance"]
-        found.append([[text, more]])
-    return found
-
-
-def settings(**changed: Any) -> Any:
-    """Return the settings of a short run."""
-    return ours("train_settings").TrainSettings(**{**RUN, **changed})
-
-
-def latent(kind: str, batch: int = 4) -> Tensor:
-    return torch.zeros(batch, *TEACHERS[kind]["latent"])
-
-
-def train(kind: str, name: str, model: Any = None, **changed: Any) -> tuple[Any, dict, dict]:
-    """Train, and return the MODEL, and the tensors and the metadata of the file."""
-    import comfy.utils
-
-    own, texts = base_of(kind), changed.pop("prompts", prompts(kind))
-    samples = changed.pop("latent", latent(kind, 4))
-    latent_image = {"samples": samples, **changed.pop("latent_about", {})}
-    given = texts, changed.pop("negative", None), latent_image
-    result, file = ours("train_adapter").train_adapter(
-        model or own, *given, settings(**changed), name
-    )
-    path = str(WORK[0] / "loras" / file)
-    return result, *comfy.utils.load_torch_file(path, return_metadata=True)
-
-
-def sampler(name: str = "gm-policy") -> Any:
-    """Return a SAMPLER: Euler's, or one of ours."""
-    import comfy.samplers
-
-    if name == "euler":
-        return comfy.samplers.sampler_object(name)
-    return ours("gm_sampler").gm_sampler(name, quiet=True)
-
-
-def distances(kind: str, model: Any) -> dict[str, float]:
-    """Compare 4 calls with the teacher's 32: the student's, and Euler's of the teacher."""
-    sigmas, text = ours("gm_sampler").gm_sigmas, prompts(kind)[0]
-    empty = latent(kind, 1 if kind == "flux2" else 4)
-    few = sigmas(4, 3.2, final_step_size=0.5)
-    far_end = sample(base_of(kind), empty, text, sampler("euler"), sigmas=sigmas(32, 3.2))
-    euler = sample(base_of(kind), empty, text, sampler("euler"), sigmas=few)
-    student = sample(model, empty, text, sampler(), sigmas=few)
-    return {"euler": far(euler, far_end), "student": far(student, far_end)}
 
 
 def trained(kind: str) -> dict[str, Any]:
@@ -298,13 +231,6 @@ def diverging() -> dict[str, Any]:
     return {**about, "said": said}
 
 
-def load(name: str) -> tuple[None, dict, dict]:
-    """Read a file of models/loras."""
-    import comfy.utils
-
-    return None, *comfy.utils.load_torch_file(str(WORK[0] / "loras" / name), return_metadata=True)
-
-
 def refused() -> dict[str, str]:
     """Ask for what cannot be done: each is refused before any work."""
     import comfy.sd
@@ -377,11 +303,6 @@ def kinds_of_runs() -> dict[str, Any]:
     for name in ("cfg", "probabilistic"):
         about[name] = far(values[name], values["plain"])
     return {**found, "apart": about}
-
-
-def flat(tensors: dict[str, Tensor]) -> Tensor:
-    """Return the ups of the LoRA, which begin as 0, as one vector."""
-    return torch.cat([tensors[k].flatten() for k in sorted(tensors) if ".lora_B" in k])
 
 
 def edit() -> dict[str, Any]:

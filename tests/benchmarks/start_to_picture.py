@@ -10,7 +10,8 @@ and get their prompts in turns: a first one, further ones with other seeds, one 
 (or the LoRA) was switched to another file, one at twice the height and width. A probe in every
 server (`start_to_picture_inside.py`) notes when nodes and the network begin and end. What our parts
 take at FLUX.1's real size is computed (`start_to_picture_parts.py`). The figures go to
-docs/results/start_to_picture.csv; rows of other versions of ComfyUI stay there.
+docs/results/start_to_picture.csv, row by row; rows of other versions of ComfyUI, and of stages and
+ways that are not asked for, stay there.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import csv
 import itertools
 import os
 import re
+import shlex
 import statistics
 import sys
 import tempfile
@@ -56,9 +58,11 @@ RATIOS = {
     "processor_seconds": "processor_to_stock",
     "peak_gb": "peak_to_stock",
 }
-STAGES = ("first", "second", "switched", "doubled")
+COMPUTED = "computed"  # for FLUX.1 itself, from measured parts
+STAGES = ("first", "second", "switched", "doubled", COMPUTED)
+KEYS = ("comfyui", "way", "prompt")  # of a row
 COLUMNS = (
-    *("comfyui", "way", "prompt", "width", "blocks", "latent", "repeats"),
+    *("comfyui", "way", "release", "prompt", "width", "blocks", "latent", "repeats"),
     *("seconds", "to_stock", "processor_seconds", "processor_to_stock"),
     *("load_seconds", "sampling_seconds", "outside_ms", "outside_percent"),
     *("last_layer_ms", "last_and_outside_percent", "peak_gb", "peak_to_stock"),
@@ -83,6 +87,7 @@ class Way:
 
     extensions: dict[str, Path]
     nodes: Callable[[Case], Prompt]
+    release: str = ""  # of another project's extension
 
 
 # --- prompts
@@ -176,7 +181,8 @@ def ways() -> dict[str, Way]:
     variable, usual = PLACES[PIFLOW]
     place = Path(os.environ.get(variable) or usual).expanduser().absolute()
     if place.is_dir():
-        found[PIFLOW] = Way({"piflow": place}, piflow_nodes)
+        release = re.search(r'^version = "(.+)"', (place / "pyproject.toml").read_text(), re.M)
+        found[PIFLOW] = Way({"piflow": place}, piflow_nodes, release[1])
     return found
 
 
@@ -251,11 +257,10 @@ def stages(side: int, repeats: int) -> dict[str, list[Case]]:
 
 
 def compare(
-    servers: dict[str, Comfy], wanted: dict[str, list[Case]]
+    known: dict[str, Way], servers: dict[str, Comfy], wanted: dict[str, list[Case]]
 ) -> Iterator[tuple[str, str, list[Row] | str]]:
     """Yield stage, way and what was measured in each repeat; a way that fails yields its error."""
     failed: dict[str, str] = {}
-    known = ways()
     for stage, cases in wanted.items():
         found: dict[str, list[Row]] = {name: [] for name in servers}
         for turn, case in enumerate(cases):
@@ -291,16 +296,19 @@ def summary(found: list[Row], stock: list[Row]) -> Row:
 # --- the command
 
 
-def write_rows(path: Path, rows: list[Row], version: str) -> None:
-    """Write rows to a CSV file, after those of other versions of ComfyUI that it has."""
-    kept = []
+def write_row(path: Path, row: Row) -> None:
+    """Write a row to a CSV file, in the place of the one for the same version, way and prompt."""
+    rows = []
     if path.is_file():
         with path.open(newline="") as file:
-            kept = [row for row in csv.DictReader(file) if row["comfyui"] != version]
+            rows = list(csv.DictReader(file))
+    rows = [old for old in rows if any(old[key] != str(row[key]) for key in KEYS)]
+    rows.append({name: rounded(value) for name, value in row.items()})
+    rows.sort(key=lambda each: STAGES.index(each["prompt"]))
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows([*kept, *({k: rounded(v) for k, v in row.items()} for row in rows)])
+        writer.writerows(sorted(rows, key=lambda each: each["comfyui"], reverse=True))
 
 
 def rounded(value: Any) -> Any:
@@ -308,43 +316,51 @@ def rounded(value: Any) -> Any:
 
 
 def main() -> None:
-    """Measure, print each row, and write all."""
+    """Measure; print and write each row."""
     arguments = parsed()
+    torch.set_num_threads(1)
+    command = " ".join(["python -m tests.benchmarks.start_to_picture", *given_options()])
+    for row in rows_of(arguments):
+        row |= {"load_average": os.getloadavg()[0], "command": command}
+        print(*(f"{name} {rounded(value)}" for name, value in row.items()), sep=", ", flush=True)
+        write_row(arguments.out, row)
+
+
+def rows_of(arguments: argparse.Namespace) -> Iterator[Row]:
+    """Yield the rows that the options ask for."""
     width, blocks, version = arguments.width, arguments.blocks, comfyui_version()
-    command = " ".join(["python -m tests.benchmarks.start_to_picture", *sys.argv[1:]])
     about = {"comfyui": version, "width": width, "blocks": f"{blocks[0]} + {blocks[1]}"}
     cases = stages(arguments.side, arguments.repeats)
-    wanted = {stage: cases[stage] for stage in arguments.stages}
-    rows: list[Row] = []
-    torch.set_num_threads(1)
+    wanted = {stage: cases[stage] for stage in STAGES[:-1] if stage in arguments.stages}
     with tempfile.TemporaryDirectory() as name, ExitStack() as opened:
-        work = Path(name)
-        write_files(work / "models", width, *blocks)
-        servers = {}
-        for number, (way, known) in enumerate(ways().items()):
-            if way in arguments.without:
-                continue
+        work, servers, stock = Path(name), {}, []
+        if COMPUTED in arguments.stages:
+            yield {"comfyui": "", "way": "GM Adapter", "prompt": COMPUTED, **parts_row(work)}
+        if wanted:
+            write_files(work / "models", width, *blocks)
+        known = {way: about for way, about in ways().items() if way not in arguments.without}
+        for number, way in enumerate(known if wanted else ()):
             base = work / str(number)
             base.mkdir()
             (base / "models").symlink_to(work / "models", target_is_directory=True)
-            extensions = {PROBE.name: PROBE, **known.extensions}
+            extensions = {PROBE.name: PROBE, **known[way].extensions}
             servers[way] = opened.enter_context(running(base, extensions=extensions))
-        stock: list[Row] = []
-        for stage, way, found in compare(servers, wanted):
+        for stage, way, found in compare(known, servers, wanted):
             side = cases[stage][0].side
             row = {**about, "way": way, "prompt": stage, "latent": f"{side} x {side}"}
-            row |= {"load_average": os.getloadavg()[0], "command": command}
             if way == STOCK:
                 stock = found
-            row |= {"note": found} if isinstance(found, str) else summary(found, stock)
-            print(*(f"{key} {rounded(value)}" for key, value in row.items()), sep=", ", flush=True)
-            rows.append(row)
-    with tempfile.TemporaryDirectory() as name:
-        row = {**about, "way": "GM Adapter", "prompt": "computed", "command": command}
-        row |= {"width": 3072, "blocks": "19 + 38", "latent": "128 x 128"}
-        rows.append({**row, **parts_row(Path(name)), "load_average": os.getloadavg()[0]})
-        print(rows[-1])
-    write_rows(arguments.out, rows, version)
+            row["release"] = known[way].release
+            yield row | ({"note": found} if isinstance(found, str) else summary(found, stock))
+
+
+def given_options() -> list[str]:
+    """Return the options of the command as they were given, without the place of the results."""
+    given = [shlex.quote(each) for each in sys.argv[1:]]
+    if "--out" in given:
+        at = given.index("--out")
+        del given[at : at + 2]
+    return given
 
 
 def parsed() -> argparse.Namespace:

@@ -76,6 +76,9 @@ def parts_row(folder: Path, side: int = 128, width: int = WIDTH) -> dict[str, fl
     operations = STEPS * products(WIDTH, DOUBLE, SINGLE, (side // 2) ** 2, TEXT_TOKENS)
     network = operations / rate
     return {
+        "width": width,
+        "blocks": f"{DOUBLE} + {SINGLE}",
+        "latent": f"{side} x {side}",
         "head_seconds": head_seconds,
         "solver_seconds": solver_seconds,
         "network_tflop": operations / 1e12,

@@ -62,7 +62,7 @@ COMPUTED = "computed"  # for FLUX.1 itself, from measured parts
 STAGES = ("first", "second", "switched", "doubled", COMPUTED)
 KEYS = ("comfyui", "way", "prompt")  # of a row
 COLUMNS = (
-    *("comfyui", "way", "release", "prompt", "width", "blocks", "latent", "repeats"),
+    *("comfyui", "way", "prompt", "width", "blocks", "latent", "repeats"),
     *("seconds", "to_stock", "processor_seconds", "processor_to_stock"),
     *("load_seconds", "sampling_seconds", "outside_ms", "outside_percent"),
     *("last_layer_ms", "last_and_outside_percent", "peak_gb", "peak_to_stock"),
@@ -87,7 +87,6 @@ class Way:
 
     extensions: dict[str, Path]
     nodes: Callable[[Case], Prompt]
-    release: str = ""  # of another project's extension
 
 
 # --- prompts
@@ -182,7 +181,7 @@ def ways() -> dict[str, Way]:
     place = Path(os.environ.get(variable) or usual).expanduser().absolute()
     if place.is_dir():
         release = re.search(r'^version = "(.+)"', (place / "pyproject.toml").read_text(), re.M)
-        found[PIFLOW] = Way({"piflow": place}, piflow_nodes, release[1])
+        found[f"{PIFLOW} {release[1]}"] = Way({"piflow": place}, piflow_nodes)
     return found
 
 
@@ -259,7 +258,7 @@ def stages(side: int, repeats: int) -> dict[str, list[Case]]:
 def compare(
     known: dict[str, Way], servers: dict[str, Comfy], wanted: dict[str, list[Case]]
 ) -> Iterator[tuple[str, str, list[Row] | str]]:
-    """Yield stage, way and what was measured in each repeat; a way that fails yields its error."""
+    """Yield stage, way and what was measured in each repeat; a way that fails, its error, once."""
     failed: dict[str, str] = {}
     for stage, cases in wanted.items():
         found: dict[str, list[Row]] = {name: [] for name in servers}
@@ -272,7 +271,11 @@ def compare(
                 except PromptError as error:
                     failed[name] = why(servers[name], error)
         for name in servers:
-            yield stage, name, failed.get(name) or found[name]
+            if name not in failed:
+                yield stage, name, found[name]
+            elif failed[name]:
+                yield stage, name, failed[name]
+                failed[name] = ""  # said once; no further prompts
 
 
 def why(server: Comfy, error: PromptError) -> str:
@@ -285,10 +288,10 @@ def why(server: Comfy, error: PromptError) -> str:
 
 
 def summary(found: list[Row], stock: list[Row]) -> Row:
-    """Return the medians of repeats, and the ratios to the stock sampler's repeats."""
+    """Return the medians of repeats, and the ratios to the stock sampler's, if it has run."""
     row = {name: statistics.median(each[name] for each in found) for name in found[0]}
-    pairs = list(zip(found, stock, strict=True))
-    for name, ratio in RATIOS.items():
+    pairs = list(zip(found, stock, strict=True)) if stock else []
+    for name, ratio in RATIOS.items() if pairs else ():
         row[ratio] = statistics.median(ours[name] / other[name] for ours, other in pairs)
     return {**row, "repeats": len(found)}
 
@@ -348,9 +351,8 @@ def rows_of(arguments: argparse.Namespace) -> Iterator[Row]:
         for stage, way, found in compare(known, servers, wanted):
             side = cases[stage][0].side
             row = {**about, "way": way, "prompt": stage, "latent": f"{side} x {side}"}
-            if way == STOCK:
+            if way == STOCK and not isinstance(found, str):
                 stock = found
-            row["release"] = known[way].release
             yield row | ({"note": found} if isinstance(found, str) else summary(found, stock))
 
 
@@ -373,7 +375,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--side", type=int, default=64, help="of the latents, in latent pixels")
     parser.add_argument("--repeats", type=int, default=3, help="of the second prompt")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="to measure")
-    parser.add_argument("--without", nargs="+", choices=list(ways())[1:], default=(), help="ways")
+    parser.add_argument("--without", nargs="+", choices=list(ways()), default=(), help="ways")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the CSV file")
     if not is_installed():
         parser.error(f"no ComfyUI in {COMFYUI}: {HOW_TO}")

@@ -34,19 +34,20 @@ def running(
     """
     for name in ("custom_nodes", "input", "models", "output", "user"):
         (base / name).mkdir(exist_ok=True)
-    install_text_stand_in(base)
-    extra = base / "extra_model_paths.yaml"
-    extra.write_text(f"elsewhere:\n  base_path: {base / 'elsewhere'}\n  gmflow: gm\n")
     if extensions is None:
         install(base / "custom_nodes" / "gmflow")
-        if GGUF.is_dir():
-            install(base / "custom_nodes" / "ComfyUI-GGUF", GGUF)
-    else:
-        with extra.open("a") as file:  # ComfyUI loads the extensions of a further folder later
-            file.write("  custom_nodes: later\n")
+    install_text_stand_in(base)
+    if extensions is None and GGUF.is_dir():
+        install(base / "custom_nodes" / "ComfyUI-GGUF", GGUF)
+    extra, elsewhere = base / "extra_model_paths.yaml", base / "elsewhere"
+    places = {"base_path": elsewhere, "gmflow": "gm"}
+    if extensions:
+        places["custom_nodes"] = "later"  # ComfyUI loads the extensions of a further folder later
+        (elsewhere / "later").mkdir(parents=True, exist_ok=True)
         for name, extension in extensions.items():
-            (base / "elsewhere" / "later").mkdir(parents=True, exist_ok=True)
-            install(base / "elsewhere" / "later" / name, extension)
+            install(elsewhere / "later" / name, extension)
+    lines = ["elsewhere:", *(f"  {name}: {place}" for name, place in places.items())]
+    extra.write_text("\n".join([*lines, ""]))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

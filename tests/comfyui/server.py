@@ -6,7 +6,7 @@ import os
 import shutil
 import socket
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,21 +19,35 @@ DATABASE = ("--database-url", "sqlite:///:memory:")
 
 
 @contextmanager
-def running(base: Path, before_start: Callable[[], None] | None = None) -> Iterator[Comfy]:
+def running(
+    base: Path,
+    before_start: Callable[[], None] | None = None,
+    extensions: Mapping[str, Path] | None = None,
+) -> Iterator[Comfy]:
     """Yield a running server, and stop it at the end.
 
     Args:
         base: a folder, for models/, input/ and output/; folders that are there are kept.
         before_start: called in the server's process before it starts, to set limits.
+        extensions: folders or files of extensions by name, loaded after the stand-in for text
+            encoders; if None, this repository and, where it is installed, ComfyUI-GGUF.
     """
     for name in ("custom_nodes", "input", "models", "output", "user"):
         (base / name).mkdir(exist_ok=True)
-    install(base / "custom_nodes" / "gmflow")
+    if extensions is None:
+        install(base / "custom_nodes" / "gmflow")
     install_text_stand_in(base)
-    if GGUF.is_dir():
+    if extensions is None and GGUF.is_dir():
         install(base / "custom_nodes" / "ComfyUI-GGUF", GGUF)
-    extra = base / "extra_model_paths.yaml"
-    extra.write_text(f"elsewhere:\n  base_path: {base / 'elsewhere'}\n  gmflow: gm\n")
+    extra, elsewhere = base / "extra_model_paths.yaml", base / "elsewhere"
+    places = {"base_path": elsewhere, "gmflow": "gm"}
+    if extensions:
+        places["custom_nodes"] = "later"  # ComfyUI loads the extensions of a further folder later
+        (elsewhere / "later").mkdir(parents=True, exist_ok=True)
+        for name, extension in extensions.items():
+            install(elsewhere / "later" / name, extension)
+    lines = ["elsewhere:", *(f"  {name}: {place}" for name, place in places.items())]
+    extra.write_text("\n".join([*lines, ""]))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -249,8 +249,8 @@ class GMFlowTrainAdapter(io.ComfyNode):
         for kind, values in {"model": model, "latent_image": latent_image, **lists}.items():
             if len(values) > 1 and kind != "positive":
                 raise ValueError(
-                    f"{len(values)} values at {kind}, which takes one; connect a single one, and "
-                    "prompts alone as a list"
+                    f"only one {kind} is taken, and there are {len(values)}; connect a single one: "
+                    "of the inputs, positive alone takes a list"
                 )
         given = {name: values[0] for name, values in inputs.items() if values}
         clip = next(iter(lists["clip"]), None)

@@ -178,7 +178,7 @@ def check_guidance(model, base: Base, run: TrainSettings, negative: Conditioning
     check_whole(negative, NEGATIVE)
     if base.guidance is not None:
         notice(
-            f"guided twice: {base.name} is guidance-distilled, and teacher_guidance {run.guidance} "
+            f"guided already: {base.name} is guidance-distilled, and teacher_guidance {run.guidance} "
             f"comes on top; unless this is a model without that, set it to {NONE}"
         )
     if run.guidance == PROBABILISTIC:

@@ -146,7 +146,7 @@ def test_the_node_takes_lists_and_a_file_of_prompts(found) -> None:
     assert about["metadata"]["gmflow.steps"] == "2"
     assert about["metadata"]["gmflow.teacher_guidance"] == "cfg 3"
     assert "'steps' is 9" in about["wrong"]
-    assert "2 values at model, which takes one" in about["two"]
+    assert "only one model is taken, and there are 2" in about["two"]
     assert "it fits (Stable Diffusion 3)" in about["info"]
     assert "K = 2" in about["info"]
     assert len(about["sizes"]) == 2

@@ -178,8 +178,8 @@ def check_guidance(model, base: Base, run: TrainSettings, negative: Conditioning
     check_whole(negative, NEGATIVE)
     if base.guidance is not None:
         notice(
-            f"guided already: {base.name} is guidance-distilled, and teacher_guidance {run.guidance} "
-            f"comes on top; unless this is a model without that, set it to {NONE}"
+            f"guided already: {base.name} is guidance-distilled, and teacher_guidance "
+            f"{run.guidance} comes on top; unless this is a model without that, set it to {NONE}"
         )
     if run.guidance == PROBABILISTIC:
         if not 0 <= run.scale < 1:

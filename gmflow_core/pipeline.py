@@ -130,7 +130,7 @@ class ImagePipeline:
 
     @property
     def makes_pixels(self) -> bool:
-        """Whether the samples are pixels, not latents."""
+        """True if the samples are pixels, not latents."""
         return self.data.get("space") == "pixels"
 
     def label_ids(self, labels: Sequence[str | int]) -> list[int]:

@@ -66,7 +66,7 @@ class RemoteFile:
 
     @property
     def is_checked(self) -> bool:
-        """Whether the hub gives a digest of the content."""
+        """True if the hub gives a digest of the content."""
         return bool(self.sha256 or self.git_sha1)
 
 

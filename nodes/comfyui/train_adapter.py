@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,11 @@ from .train_network import check_version, learning
 from .train_preview import preview
 from .train_prompts import Conditioning, check_whole, distilled_guidance
 from .train_run import NEGATIVE, Training, prompt_key
-from .train_settings import CFG, NONE, POLICIES, PROBABILISTIC, TrainSettings, differing
+from .train_settings import CFG, DX, NONE, POLICIES, PROBABILISTIC, TrainSettings
 from .train_state import restorer, state_path, write_state
 from .train_student import HeadKind, Student
 
+GRID = "grid"  # mode of a DX policy that is trained here
 WHOLE_16_BIT = (torch.bfloat16, torch.float16)
 
 
@@ -288,12 +290,19 @@ def check_policy(policy: dict[str, Any], run: TrainSettings, name: str) -> None:
             f"trains {own['type']}; set policy to {kinds[policy['type']]}, or begin with another "
             "adapter"
         )
-    defaults = {"mode": "grid"}
-    others = differing({**defaults, **policy}, {**defaults, **own})
-    if others:
+    if own["type"] != POLICIES[DX]:
+        return
+    mode = policy.get("mode", GRID)
+    others = [
+        f"{key} {policy[key]} (now {own[key]:.4g})"
+        for key in ("segment_size", "shift")
+        if mode == GRID and not math.isclose(policy[key], own[key], rel_tol=1e-3)
+    ]
+    if mode != GRID or others:
         raise ValueError(
-            f"another kind of DX policy in warm_start {name}: {', '.join(others)}; set steps and "
-            "shift so that they agree, or begin with another adapter"
+            f"another kind of DX policy in warm_start {name}: "
+            f"{', '.join(others) or f'mode {quoted(mode)}'}; set steps and shift as it was made, "
+            "or begin with another adapter"
         )
 
 

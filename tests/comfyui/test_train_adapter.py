@@ -121,6 +121,12 @@ def test_a_run_that_diverges_is_stopped_with_its_last_good_state(found) -> None:
     assert about["kept steps"] == "4"
 
 
+def test_a_run_goes_on_where_a_file_cannot_be_written(found) -> None:
+    about = of(found, "unsaved")
+    assert about["said"] == ["not saved yet: no space left"]
+    assert about["steps"] == "4"
+
+
 @pytest.mark.parametrize("run", ["dx", "one step", "cfg", "probabilistic", "attention", "decay"])
 def test_other_settings_run(found, run: str) -> None:
     about, plain = of(found, "runs")[run], of(found, "runs")["cfg"]
@@ -187,6 +193,10 @@ MESSAGES = {
     "empty file": "holds 0 prompts",
     "outside": "there is no such file",
     "part": "area",
+    "warm polynomial": "mode 'polynomial'",
+    "warm shift": "shift 1.0 (now 3.2)",
+    "warm kind": "set policy to dx",
+    "warm ArcFlow": "not trained here",
 }
 
 
@@ -195,3 +205,4 @@ def test_what_cannot_be_done_is_refused_in_words(found, case: str) -> None:
     refused = of(found, "refused")
     assert MESSAGES[case] in refused[case]
     assert refused["files"] == ""
+    assert refused["warm published"] == ""

@@ -231,6 +231,23 @@ def diverging() -> dict[str, Any]:
     return {**about, "said": said}
 
 
+def unsaved() -> dict[str, Any]:
+    """Let the first of a run's files fail: the run goes on, says so, and writes its last one."""
+    adapter, run, said = ours("train_adapter"), ours("train_run"), []
+    write, notice = adapter.write_trained, run.notice
+
+    def full_once(*args: Any) -> None:
+        adapter.write_trained = write
+        raise run.WriteError("no space left")
+
+    adapter.write_trained, run.notice = full_once, said.append
+    try:
+        _, _, metadata = train("sd3", "unsaved", iterations=4, steps=1, checkpoint_every=2)
+    finally:
+        adapter.write_trained, run.notice = write, notice
+    return {"said": said, "steps": metadata["ss_steps"]}
+
+
 def refused() -> dict[str, str]:
     """Ask for what cannot be done: each is refused before any work."""
     import comfy.sd
@@ -239,6 +256,11 @@ def refused() -> dict[str, str]:
     def refuse(kind: str = "sd3", **changed: Any) -> str:
         return says(lambda: train(kind, changed.pop("name", "refused"), **changed))
 
+    def begin(policy: str, **found: Any) -> str:
+        own = settings(policy=policy, count=8)
+        return says(lambda: ours("train_adapter").check_policy(found, own, "warm"))
+
+    published = {"type": "DX", "segment_size": 0.2857, "shift": 3.2, "eps": 1e-4}
     adapted = train("sd3", "adapted", iterations=1)[0]
     plain = comfy.sd.load_diffusion_model(str(WORK[0] / "none.safetensors"))
     schnell = comfy.sd.load_diffusion_model(str(WORK[0] / "schnell.safetensors"))
@@ -269,6 +291,11 @@ def refused() -> dict[str, str]:
         "empty file": says(lambda: texts.read_prompts("empty.txt")),
         "outside": says(lambda: texts.read_prompts("../secret.txt")),
         "part": says(lambda: texts.prompts_of(part, None, "")),
+        "warm polynomial": begin("dx", **published, mode="polynomial"),
+        "warm shift": begin("dx", **{**published, "shift": 1.0}),
+        "warm kind": begin("gm", **published),
+        "warm ArcFlow": begin("gm", type="ArcFlow"),
+        "warm published": begin("dx", **published) + begin("gm", type="GMFlow", num_gaussians=8),
         "files": ", ".join(sorted(p.name for p in (WORK[0] / "loras").glob("refused*"))),
     }
 
@@ -400,6 +427,7 @@ CASES = {
     "start": start,
     "interrupted": interrupted,
     "diverging": diverging,
+    "unsaved": unsaved,
     "refused": refused,
     "runs": kinds_of_runs,
     "quantised": quantised,

@@ -5,16 +5,13 @@ The command is `training.likelihood --data`.
 
 from __future__ import annotations
 
-import csv
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from gmflow_core.files.atomic import atomic_write
 from gmflow_core.flow.losses import nll, spectral_nll
 from gmflow_core.flow.path import diffuse, velocity_to_x0
 from gmflow_core.gaussians.density import LOG_2PI
@@ -22,6 +19,7 @@ from gmflow_core.gaussians.quantile import normal_cdf
 from gmflow_core.models.precision import chosen_precision, set_precision
 from training.common.devices import cuda_or_cpu
 from training.common.settings import SMALLEST_SIGMA
+from training.common.tables import write_table
 from training.data.batches import draw_noise
 from training.data.shards import LatentDataset
 from training.evaluation.config import short_names
@@ -66,7 +64,8 @@ def write_images(config: Config) -> list[dict[str, Any]]:
         error = line["nll_error"]
         print(f"{name}: {line['nll']:.4f} bits per dimension, standard error {error:.4f}")
         lines.append(line)
-    write_table(lines, config.out / FILE)
+    write_table(lines, COLUMNS, config.out / FILE)
+    print(f"figures: {config.out / FILE}")
     return lines
 
 
@@ -147,15 +146,3 @@ def mean_and_error(name: str, values: Tensor) -> dict[str, float]:
     """Return the mean of values (n,) under this name, and its standard error."""
     error = values.std().item() / math.sqrt(len(values))
     return {name: values.mean().item(), f"{name}_error": error}
-
-
-def write_table(lines: list[dict[str, Any]], path: Path) -> None:
-    """Write the lines as a table."""
-    with (
-        atomic_write(path) as temporary,
-        open(temporary, "w", newline="", encoding="utf-8") as file,
-    ):
-        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        table.writeheader()
-        table.writerows(lines)
-    print(f"figures: {path}")

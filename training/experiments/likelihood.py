@@ -5,7 +5,6 @@ The command is `training.likelihood`; its settings are here, for image models to
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import math
 from collections.abc import Iterator
@@ -15,13 +14,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from gmflow_core.files.atomic import atomic_write
 from gmflow_core.files.checkpoint import load_checkpoint
 from gmflow_core.flow.path import flow_sigmas, x0_to_velocity
 from gmflow_core.sampling.denoisers import Denoiser, denoiser_of
 from gmflow_core.sampling.likelihood import log_likelihood
 from gmflow_core.toys.checkerboard import EXTENT, board_posterior_mean, draw_checkerboard
 from training.common.settings import require, require_device, require_ranges
+from training.common.tables import write_table
 
 MODULE = "training.likelihood"
 SHIPPED = Path("gmflow_core/shipped/checkerboard_k64.safetensors")
@@ -103,13 +102,7 @@ def write(config: Config) -> list[dict[str, Any]]:
         print(f"{case.format(**line)}: {line['mean']:.3f}", flush=True)
         lines.append(line)
     path = config.out / "likelihood.csv"
-    with (
-        atomic_write(path) as temporary,
-        open(temporary, "w", newline="", encoding="utf-8") as file,
-    ):
-        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        table.writeheader()
-        table.writerows(lines)
+    write_table(lines, COLUMNS, path)
     print(f"figures: {path}")
     return lines
 

@@ -3,13 +3,15 @@
     COMFYUI/.venv/bin/python train_adapter_digits_inside.py COMFYUI WORK
 
 WORK holds `flux_random.safetensors`, `inputs.safetensors`, `teachers.json` and `job.json`. It gets
-the teacher, `flux.safetensors`, and `samples.safetensors`. Digits are the first three channels of
-the latents; the other ones are 0.
+the teacher, `flux.safetensors`, and `samples.safetensors`. A second start goes on with a teacher
+that is not finished (`teacher_state.pt`). The 16 channels of FLUX.1's latents hold a digit's three
+channels five times, and their mean; a sample is the mean of its five copies.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,8 @@ import torch
 from torch import Tensor
 
 TESTS = Path(__file__).resolve().parents[1] / "comfyui"
-CLASSES, BATCH, ADAPTER_BATCH, RATE = 10, 64, 16, 1e-3
+CLASSES, BATCH, ADAPTER_BATCH, RATE, SHIFT = 10, 64, 16, 1e-3, 3.2
+COPIES, SAVE_EVERY = 5, 500
 RUN = {"rank": 32, "states": 2, "warmup": 20, "learning_rate": 1e-3, "steps": 4}
 
 
@@ -56,9 +59,9 @@ def main(comfyui: str, folder: str) -> None:
         student, *_ = train_parts.train("flux", "digits", **RUN, **more)
         own = train_parts.base_of("flux")
         sigmas, euler = inside.ours("gm_sampler").gm_sigmas, train_parts.sampler("euler")
-        few = sigmas(4, 3.2, final_step_size=0.5)
+        few = sigmas(4, SHIFT, final_step_size=0.5)
         found = {
-            "teacher,euler 32": sampled(own, inputs, texts, euler, sigmas(32, 3.2)),
+            "teacher,euler 32": sampled(own, inputs, texts, euler, sigmas(32, SHIFT)),
             "teacher,euler,even 32": sampled(own, inputs, texts, euler, sigmas(32, 1.0)),
             "teacher,euler 4": sampled(own, inputs, texts, euler, few),
             "teacher,euler,even 4": sampled(own, inputs, texts, euler, sigmas(4, 1.0)),
@@ -89,13 +92,24 @@ def trained_teacher(work: Path, inputs: dict, texts: list, iterations: int) -> d
     optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
     average = {name: value.detach().clone() for name, value in network.named_parameters()}
-    for iteration in range(iterations):
+    saved, first = work / "teacher_state.pt", 0
+    if saved.is_file():
+        state = torch.load(saved, weights_only=True)
+        network.load_state_dict(state["network"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        average, first = state["average"], state["iteration"]
+        generator.set_state(state["generator"])
+    for iteration in range(first, iterations):
+        if iteration % SAVE_EVERY == 0 and iteration > first:
+            state = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
+            state |= {"schedule": schedule.state_dict(), "generator": generator.get_state()}
+            torch.save({**state, "average": average, "iteration": iteration}, saved)
         chosen = torch.randint(len(images), (BATCH,), generator=generator)
         labels = inputs["labels"][chosen]
-        x0 = torch.zeros(BATCH, *inputs["noise"].shape[1:])
-        x0[:, :3] = images[chosen]
+        x0 = encoded(images[chosen])
         noise = torch.randn(x0.shape, generator=generator)
-        sigma = torch.randn(BATCH, generator=generator).sigmoid()
+        sigma = (torch.randn(BATCH, generator=generator) + math.log(SHIFT)).sigmoid()
         x = torch.lerp(x0, noise, sigma.reshape(-1, 1, 1, 1))
         given = context[labels], pooled[labels], torch.full((BATCH,), texts[0][0][1]["guidance"])
         with inside.ours("train_network").learning(), inside.ours("train_network").Differentiable():
@@ -127,8 +141,18 @@ def sampled(model: Any, inputs: dict, texts: list, sampler: Any, sigmas: Tensor)
         guider.set_cfg(1.0)
         empty = torch.zeros(len(own), *noise.shape[1:])
         x = guider.sample(noise[own], empty, sampler, sigmas, disable_pbar=True, seed=0)
-        result[own] = model.model.process_latent_in(x)[:, :3].float()
+        result[own] = decoded(model.model.process_latent_in(x).float())
     return result
+
+
+def encoded(images: Tensor) -> Tensor:
+    """Return the latents (n, 16, 8, 8) of images (n, 3, 8, 8)."""
+    return torch.cat([images] * COPIES + [images.mean(1, keepdim=True)], dim=1)
+
+
+def decoded(latents: Tensor) -> Tensor:
+    """Return the images (n, 3, 8, 8) of latents (n, 16, 8, 8)."""
+    return latents[:, :-1].unflatten(1, (COPIES, -1)).mean(1)
 
 
 if __name__ == "__main__":

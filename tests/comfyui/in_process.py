@@ -33,11 +33,11 @@ def main(comfyui: Path, work: Path, cases: Path, out: Path) -> None:
 
     results, models = {}, {}
     for name, case in json.loads(cases.read_text()).items():
-        base = case["base"]
-        if base not in models:
-            (models[base],) = nodes.UNETLoader().load_unet(f"{base}.safetensors", "default")
+        base, file = case["base"], case.get("model", case["base"])
+        if file not in models:
+            (models[file],) = nodes.UNETLoader().load_unet(f"{file}.safetensors", "default")
         adapted = adapter.execute(
-            models[base], f"{base}_{case['adapter']}.safetensors", case["adapter_strength"]
+            models[file], f"{file}_{case['adapter']}.safetensors", case["adapter_strength"]
         )[0]
         cond, pooled = inputs_of(base)
         about = (

@@ -12,6 +12,9 @@ move by up to 2.4e-4.
 Stochastic cases get ComfyUI-piFlow's noise, which it draws for the whole batch at once; ours is
 drawn for each image. Masks with fresh noise in every step are not among the cases: ComfyUI-piFlow
 adds that noise outside of the mask too, where we keep the first noise, as stock samplers do.
+
+tests/golden/piflow_trained.safetensors holds a file that GM Train Adapter wrote, and the latents of
+ComfyUI-piFlow 1.0.5 with it (`piflow_trained_inside.py`).
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .adapters import write_adapter
@@ -32,6 +35,7 @@ from .scripts import run_inside
 GOLDEN = Path(__file__).parents[1] / "golden" / "piflow.safetensors"
 with safe_open(GOLDEN, "pt") as file:
     CASES = json.loads(file.metadata()["cases"])
+TRAINED = GOLDEN.with_name("piflow_trained.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +49,8 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
             write_adapter(
                 work / f"{base}_{name}.safetensors", base, policy=policy, dtype=torch.float32
             )
-    (work / "cases.json").write_text(json.dumps(CASES))
+    cases = {**CASES, "trained": write_trained(work)}
+    (work / "cases.json").write_text(json.dumps(cases))
     script = Path(__file__).parent / "in_process.py"
     run_inside(script, work, work / "cases.json", work / "out.safetensors")
     return load_file(work / "out.safetensors")
@@ -58,3 +63,24 @@ def test_same_latent_as_comfyui_piflow(ours: dict[str, Tensor], name: str) -> No
     error = (ours[name] - expected).abs().max() / expected.abs().max()
     # one step of 128 substeps adds up rounding, which differs between versions: 1.0e-4 in 0.3.64
     assert error <= (2e-4 if CASES[name]["steps"] == 1 else 2e-5)
+
+
+def test_comfyui_piflow_loads_a_trained_file(ours: dict[str, Tensor]) -> None:
+    expected = load_file(TRAINED)["latent"]
+    assert ours["trained"].shape == expected.shape
+    assert (ours["trained"] - expected).abs().max() <= 2e-5 * expected.abs().max()
+
+
+def write_trained(work: Path) -> dict:
+    """Write a trained file and its base as they were; return the case that was recorded."""
+    with safe_open(TRAINED, "pt") as file:
+        about = {name: json.loads(text) for name, text in file.metadata().items()}
+    case = about["case"]
+    write_flux(work / f"{case['model']}.safetensors", dtype=torch.float32, **about["size"])
+    tensors = {
+        name.removeprefix("adapter/"): tensor
+        for name, tensor in load_file(TRAINED).items()
+        if name != "latent"
+    }
+    save_file(tensors, work / f"{case['model']}_trained.safetensors", about["adapter"])
+    return case

@@ -82,12 +82,16 @@ class LossWatch:
     def __init__(self, losses: list[float], lowest: float = math.inf):
         self.losses, self.lowest = losses, lowest
 
-    def problem(self, loss: float) -> str:
-        """Take the loss of one more iteration; return why the run has to stop, or ""."""
+    def problem(self, loss: float, changing: bool = False) -> str:
+        """Take the loss of one more iteration; return why the run has to stop, or "".
+
+        Args:
+            changing: its meaning still changes, so that growth says nothing.
+        """
         if not math.isfinite(loss):
             return f"the loss is {loss}"
         self.losses.append(loss)
-        self.lowest = min(self.lowest, self.recent)
+        self.lowest = self.recent if changing else min(self.lowest, self.recent)
         if self.recent > GROWTH * self.lowest:
             return f"the loss has grown from {self.lowest:.3g} to {self.recent:.3g}"
         return ""

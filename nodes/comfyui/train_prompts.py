@@ -6,12 +6,17 @@ import math
 import os
 from typing import Any
 
+import comfy.model_management
 import folder_paths
+import torch
+from torch import Tensor
 
 from ...gmflow_core.files.errors import quoted, reason
 from .bases import Base
+from .notices import progress
 
 MOST_BYTES, MOST_PROMPTS = 64 * 2**20, 100_000
+SHOWN_EVERY = 20  # prompts
 SINGLE = ("area", "mask", "start_percent", "end_percent", "control", "hooks", "timestep_start")
 Conditioning = list  # of pairs of a tensor and a dict
 
@@ -53,6 +58,42 @@ def encode(clip: Any, text: str) -> Conditioning:
     return clip.encode_from_tokens_scheduled(clip.tokenize(text))
 
 
+def encode_all(clip: Any, texts: list[str]) -> list[Conditioning]:
+    """Return the conditionings of texts, of one pair each; the node shows how far it is.
+
+    Raises:
+        ValueError: they do not fit into the computer's memory.
+        InterruptProcessingException: the user has interrupted.
+    """
+    found, shown = [], ""
+    for number, text in enumerate(texts, 1):
+        found.append(encode(clip, text)[:1])
+        if number == 1:
+            check_room(found[0], len(texts))
+        elif number % SHOWN_EVERY == 0:
+            shown = progress(f"{number} of {len(texts)} prompts encoded", shown)
+        comfy.model_management.throw_exception_if_processing_interrupted()
+    return found
+
+
+def check_room(cond: Conditioning, count: int) -> None:
+    """Check that this many conditionings fit into the memory that is free.
+
+    Raises:
+        ValueError: they do not.
+    """
+    tensor, about = cond[0]
+    tensors = [each for each in (tensor, *about.values()) if isinstance(each, Tensor)]
+    size = sum(each.nbytes for each in tensors)
+    free = comfy.model_management.get_free_memory(torch.device("cpu"))
+    if count * size > free:
+        raise ValueError(
+            f"too many prompts: {count:,} of {size / 1e6:.3g} MB each need "
+            f"{count * size / 1e9:.3g} GB of memory, and {free / 1e9:.3g} GB are free; give at "
+            f"most {int(free // size):,}"
+        )
+
+
 def prompts_of(positive: list[Conditioning], clip: Any, prompts_file: str) -> list[Conditioning]:
     """Return a conditioning of one pair for each prompt.
 
@@ -63,7 +104,7 @@ def prompts_of(positive: list[Conditioning], clip: Any, prompts_file: str) -> li
     if prompts_file.strip():
         if clip is None:
             raise ValueError("prompts_file needs text encoders: connect clip")
-        found += [cond[:1] for cond in (encode(clip, text) for text in read_prompts(prompts_file))]
+        found += encode_all(clip, read_prompts(prompts_file))
     if not found:
         raise ValueError(
             "no prompts: connect positive (one CONDITIONING, or a list of them), or connect clip "

@@ -185,7 +185,8 @@ class Training(comfy.samplers.Sampler):
         try:
             while self.iteration < run.iterations and not self.stopped:
                 loss = self._iterate(calls, shape, device)
-                self.stopped = self.watch.problem(loss)
+                # the teacher's share of the way, and with it the loss's meaning, falls to 0
+                self.stopped = self.watch.problem(loss, changing=self.iteration < run.decay)
                 if self.stopped:
                     break
                 self._remember()

@@ -119,6 +119,7 @@ def test_a_run_that_diverges_is_stopped_with_its_last_good_state(found) -> None:
     assert re.match("not finished, stopped at iteration [2-9].*of iteration 10", about["said"][0])
     assert about["kept"]  # the file of an earlier run that goes on and diverges
     assert about["kept steps"] == "4"
+    assert not any(about["rising"])  # while the teacher's share falls, a loss may rise
 
 
 def test_a_run_goes_on_where_a_file_cannot_be_written(found) -> None:
@@ -133,6 +134,7 @@ def test_other_settings_run(found, run: str) -> None:
     assert about["finite"]
     assert about["steps"] == ("1" if run == "one step" else "4")
     assert about["policy"]["type"] == ("DX" if run == "dx" else "GMFlow")
+    assert about["changing"] == 2 * [run == "decay"]
     assert (about["tensors"] > plain["tensors"]) == (run == "attention")
 
 
@@ -193,6 +195,7 @@ MESSAGES = {
     "empty file": "holds 0 prompts",
     "outside": "there is no such file",
     "part": "area",
+    "memory": "too many prompts",
     "warm polynomial": "mode 'polynomial'",
     "warm shift": "shift 1.0 (now 3.2)",
     "warm kind": "set policy to dx",

@@ -224,6 +224,8 @@ def diverging() -> dict[str, Any]:
     finally:
         run.Training._step, run.SCALE = step, scale
         ours("train_adapter").notice = notice
+    watch = ours("train_optimizer").LossWatch([])
+    about["rising"] = [watch.problem(1.0 + 99 * (i > 20), changing=i < 60) for i in range(60)]
     about["steps"] = load("late.safetensors")[2]["ss_steps"]
     after = load("again.safetensors")[1:]
     about["kept"] = all(torch.equal(after[0][k], before[0][k]) for k in before[0])
@@ -269,6 +271,7 @@ def refused() -> dict[str, str]:
     (WORK[0] / "empty.txt").write_text("\n \n")
     two = prompts("flux", 2)
     two[1][0][1]["guidance"] = 1.0
+    huge = torch.empty(1, 1).expand(2**30, 2**12)  # 16 TiB, if it were no view
     part = prompts("sd3")
     part[0][0][1]["area"] = (4, 4, 0, 0)
     (WORK[0] / "loras" / "none.txt").touch()
@@ -290,6 +293,7 @@ def refused() -> dict[str, str]:
         "no file": says(lambda: texts.prompts_of([], object(), "missing.txt")),
         "empty file": says(lambda: texts.read_prompts("empty.txt")),
         "outside": says(lambda: texts.read_prompts("../secret.txt")),
+        "memory": says(lambda: texts.check_room([[huge, {}]], 1)),
         "part": says(lambda: texts.prompts_of(part, None, "")),
         "warm polynomial": begin("dx", **published, mode="polynomial"),
         "warm shift": begin("dx", **{**published, "shift": 1.0}),
@@ -302,8 +306,9 @@ def refused() -> dict[str, str]:
 
 def kinds_of_runs() -> dict[str, Any]:
     """Train with the settings that the other cases leave as they are."""
-    negative = prompts("sd3", 2)[1]
-    found = {}
+    negative, watch = prompts("sd3", 2)[1], ours("train_run").LossWatch
+    found, problem, changing = {}, watch.problem, []
+    watch.problem = lambda own, loss, **about: changing.append(about) or problem(own, loss, **about)
     for name, changed in {
         "plain": {},
         "dx": {"policy": "dx", "count": 5},
@@ -321,7 +326,10 @@ def kinds_of_runs() -> dict[str, Any]:
             "policy": json.loads(metadata["policy_config"]),
             "steps": metadata["gmflow.steps"],
             "tensors": len(tensors),
+            "changing": [each["changing"] for each in changing],
         }
+        changing.clear()
+    watch.problem = problem
     source = flat(load("sd3_4step.safetensors")[1])
     about = {
         name: far(each.pop("values"), source) for name, each in found.items() if name == "warm"

@@ -14,8 +14,8 @@ OPTIMIZERS = (ADAMW, ADAMW_8BIT)
 BETAS = (0.9, 0.95)
 MOST_NORM = 2.0  # of the gradient
 EMA_POWER = 8  # Karras' gamma of 7, and 1
-WATCHED = 20  # latest losses that are averaged
-GROWTH = 10.0  # of that average over its lowest, from which on a run counts as diverging
+WATCHED = 20  # latest losses whose median counts
+GROWTH = 10.0  # of that median over its lowest, from which on a run counts as diverging
 SETTLED = 2.0  # the same, below which its state is worth going back to
 
 
@@ -74,9 +74,12 @@ def on_cpu(value: Tensor) -> Tensor:
 class LossWatch:
     """Notice that a run diverges.
 
+    A median is watched: near sigma 0 a DX policy's velocity is so large that a single loss may be
+    many times the others.
+
     Args:
         losses: of its iterations so far; the list grows.
-        lowest: average of a few of them.
+        lowest: median of a few of them.
     """
 
     def __init__(self, losses: list[float], lowest: float = math.inf):
@@ -98,8 +101,8 @@ class LossWatch:
 
     @property
     def recent(self) -> float:
-        """Average of the latest losses."""
-        return statistics.fmean(self.losses[-WATCHED:])
+        """Median of the latest losses."""
+        return statistics.median(self.losses[-WATCHED:])
 
     @property
     def is_settled(self) -> bool:

@@ -226,6 +226,7 @@ def diverging() -> dict[str, Any]:
         ours("train_adapter").notice = notice
     watch = ours("train_optimizer").LossWatch([])
     about["rising"] = [watch.problem(1.0 + 99 * (i > 20), changing=i < 60) for i in range(60)]
+    about["rising"] += [watch.problem(1e6), watch.problem(1.0)]
     about["steps"] = load("late.safetensors")[2]["ss_steps"]
     after = load("again.safetensors")[1:]
     about["kept"] = all(torch.equal(after[0][k], before[0][k]) for k in before[0])

@@ -202,6 +202,16 @@ def test_a_run_that_diverges_ends_with_its_last_good_state(tmp_path):
     assert read_metadata(trainer.path)["training"]["step"] == 10
 
 
+def test_one_large_loss_is_no_divergence(tmp_path, monkeypatch):
+    teacher = teacher_file(tmp_path)
+    trainer = new_trainer(teacher, tmp_path / "out", 20, "--log-every", "5")
+    backward = trainer.backward
+    factor = lambda: 1e6 if trainer.step == 12 else 1.0  # noqa: E731
+    monkeypatch.setattr(trainer, "backward", lambda: {"loss": factor() * backward()["loss"]})
+    trainer.run()
+    assert trainer.step == 20
+
+
 def test_guidance_that_never_acts_is_none(tmp_path):
     teacher = teacher_file(tmp_path)
     for given, few, drops in [

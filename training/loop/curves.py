@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import sys
@@ -18,6 +19,8 @@ from tqdm import tqdm
 
 from gmflow_core.files.errors import printable, reason
 from training.loop.wandb_run import WandbRun
+
+MEDIAN = "median_loss"  # among the means of losses
 
 
 class Curves:
@@ -96,7 +99,7 @@ class Curves:
 
 
 def mean_losses(accelerator: Accelerator, losses: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Average each loss over iterations and processes.
+    """Average each loss over iterations and processes; MEDIAN is the first one's median.
 
     Iterations with a loss that is not finite are left out; if none is left, the mean is NaN.
     """
@@ -104,5 +107,6 @@ def mean_losses(accelerator: Accelerator, losses: list[dict[str, Tensor]]) -> di
         [torch.stack([v.detach().float() for v in entry.values()]) for entry in losses]
     )
     table = accelerator.reduce(table, "mean")
-    means = table[table.isfinite().all(1)].mean(0).tolist()
-    return dict(zip(losses[0], means, strict=True))
+    table = table[table.isfinite().all(1)]
+    means = dict(zip(losses[0], table.mean(0).tolist(), strict=True))
+    return {**means, MEDIAN: table[:, 0].quantile(0.5).item() if len(table) else math.nan}

@@ -28,7 +28,7 @@ from training.data.shards import LatentDataset
 from training.encoders.load import load_vae
 from training.evaluation.models import fingerprint
 from training.loop.config import VALIDATION
-from training.loop.curves import Curves
+from training.loop.curves import MEDIAN, Curves
 from training.loop.decoding import decoded
 from training.loop.distill_presets import DistillConfig
 from training.loop.imitation_objective import (
@@ -45,7 +45,7 @@ from training.loop.validation import Validation
 WEIGHTS = "weights.safetensors"  # in OUT: the model to share
 FEW_STEPS = "few_steps"  # entry of a student's data record
 PICTURE_COLUMNS = 10
-GROWTH = 10.0  # of the mean loss over its lowest, from which on a run counts as diverging
+GROWTH = 10.0  # of the median loss over its lowest, from which on a run counts as diverging
 
 
 class DistillTrainer(Trainer):
@@ -92,7 +92,7 @@ class DistillTrainer(Trainer):
             self.source = self.source.to(acc.device)
         self.batches: Iterator | None = None
         self.samples = StudentSamples(config, self.teacher, self.num_labels, self.source)
-        self.lowest = math.inf  # mean loss of a log, since this start
+        self.lowest = math.inf  # median loss of a log, since this start
         self.vae: Any = None
         checks = config.validation_interval
         if config.vae is not None and (checks or acc.is_main_process):
@@ -378,15 +378,17 @@ class DistillTrainer(Trainer):
     def log(self, curves: Curves | None, means: dict[str, float]) -> None:
         """Add a point to the curves, and end a run that diverges.
 
-        The loss is watched from where its meaning stays the same: after `decay_iterations`.
+        The loss is watched from where its meaning stays the same: after `decay_iterations`. Its
+        median counts, as near sigma 0 a DX policy's velocity is so large that a single loss may be
+        many times the others.
 
         Raises:
-            FloatingPointError: the mean loss is GROWTH times its lowest.
+            FloatingPointError: the median loss is GROWTH times its lowest.
         """
         super().log(curves, means)
         if self.teacher_ratio:
             return
-        loss, self.lowest = means["loss"], min(self.lowest, means["loss"])
+        loss, self.lowest = means[MEDIAN], min(self.lowest, means[MEDIAN])
         if loss > GROWTH * self.lowest:
             found = self.path.exists()
             saved = f"{self.path} holds the last checkpoint" if found else "nothing is saved yet"

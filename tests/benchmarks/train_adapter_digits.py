@@ -57,8 +57,8 @@ def main() -> None:
         env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
         check=True,
     )
-    floor = data.score((data.test[0][:COUNT].float() / 127.5) - 1)
-    rows = [{"sampler": "held-out images", **floor}]
+    floor = data.score((data.test[0][:COUNT].float() / 127.5) - 1)["frechet_distance"]
+    rows = [{"sampler": "held-out images", "frechet_distance": floor}]
     for name, samples in load_file(work / "samples.safetensors").items():
         sampler, calls = name.split()
         about = {"sampler": sampler, "calls": int(calls), **job}

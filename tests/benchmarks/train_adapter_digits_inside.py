@@ -4,8 +4,8 @@
 
 WORK holds `flux_random.safetensors`, `inputs.safetensors`, `teachers.json` and `job.json`. It gets
 the teacher, `flux.safetensors`, and `samples.safetensors`. A second start goes on with a teacher
-that is not finished (`teacher_state.pt`). The 16 channels of FLUX.1's latents hold a digit's three
-channels five times, and their mean; a sample is the mean of its five copies.
+that is not finished (`teacher_state.pt`), and with the adapter. The 16 channels of FLUX.1's latents
+hold a digit's three channels five times, and their mean; a sample is the mean of its five copies.
 """
 
 from __future__ import annotations
@@ -46,8 +46,6 @@ def main(comfyui: str, folder: str) -> None:
         with torch.inference_mode(False):
             teacher = trained_teacher(work, inputs, texts, job["teacher_iterations"])
         save_file(teacher, work / "flux.safetensors")
-    (work / "loras" / "digits.safetensors").unlink(missing_ok=True)
-    (work / "loras" / "digits.training").unlink(missing_ok=True)
     empty = train_parts.latent("flux", ADAPTER_BATCH)
     more = {
         "iterations": job["adapter_iterations"],

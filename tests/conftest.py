@@ -3,13 +3,14 @@
 Without file names pytest shares the tests out among workers, one more than cores. `-n 0` turns that
 off, `-n 2` turns it on for single files. What tests share stays on one worker with them: ComfyUI's
 server and its models; ComfyUI's page and the server behind it; the process of ComfyUI that scripts
-run in; the process that others are forks of. What takes longest begins first, so that all end
-together.
+run in; the process that others are forks of; imports of diffusers and transformers, with tiny
+encoders; the start of torch.compile. What takes longest begins first, so that all end together.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: one thread for each worker
@@ -23,25 +24,33 @@ from tests.comfyui.installation import OF_ONE_PROCESS, OF_THE_PAGE, comfyui_vers
 from tests.forked import OF_FORKS
 
 MOST_WORKERS = 4  # each takes some 1.5 GB with the processes that it starts
-PAGE, INSIDE, SERVER, FORKS = "the page", "inside ComfyUI", "the server", "forks"
+PAGE, INSIDE, SERVER = "the page", "inside ComfyUI", "the server"
+FORKS, ENCODERS, COMPILED = "forks", "encoders", "compiled"
 ALONE = "tests/comfyui/test_import.py", "tests/comfyui/test_message_texts.py"  # need no server
 SECONDS = {  # of a core, measured: of what stays together, or of a single test
-    SERVER: 205,
-    PAGE: 200,
-    INSIDE: 170,
-    FORKS: 70,
-    "test_compiled_draws_equal_the_definition": 60,
-    "test_hostile_files_are_refused_in_words_or_read_right": 20,
-    "test_hostile_inputs_of_nodes_are_refused_in_words_or_read_right": 12,
-    "test_nothing_is_lost": 16,
+    SERVER: 215,
+    INSIDE: 160,
+    PAGE: 150,
+    ENCODERS: 120,
+    FORKS: 105,
+    COMPILED: 80,
     "test_parts_run_at_tiny_sizes_and_write_their_figures": 13,
-    "test_diffusers_pipelines": 12,
     "test_import": 12,
-    "test_what_a_folder_lacks_is_named": 12,
-    "test_float16_shards_of_rae_latents_load_and_train": 11,
-    "test_compiled_guided_steps_equal_the_definition": 10,
 }
-WHOLE_FILES = "tests/core/test_diffusers_pipelines.py", *ALONE  # stay on one worker
+OF_ENCODERS = re.compile(
+    r"tests/(core/test_(diffusers_pipelines|vae)"
+    r"|training/test_(encode_tokens|encoded_images|prepare|rae))\.py"
+)
+OF_COMPILING = re.compile(
+    r"tests/\w+/test_\w+\.py::test_(a_compiled|compiled|it_compiles|the_loss_can)_"
+)
+SCOPES = (
+    (OF_THE_PAGE, PAGE),
+    (OF_ONE_PROCESS, INSIDE),
+    (OF_FORKS, FORKS),
+    (OF_ENCODERS, ENCODERS),
+    (OF_COMPILING, COMPILED),
+)
 OUTCOMES = ("passed", "failed", "error", "skipped")
 
 if not torch.cuda.is_available():
@@ -62,12 +71,12 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 def scope_of(nodeid: str) -> str:
     """Return what stays on one worker with a test: what it shares, its file, or itself alone."""
-    for tests, scope in ((OF_THE_PAGE, PAGE), (OF_ONE_PROCESS, INSIDE), (OF_FORKS, FORKS)):
+    for tests, scope in SCOPES:
         if tests.match(nodeid):
             return scope
     if nodeid.startswith("tests/comfyui/") and not nodeid.startswith(ALONE):
         return SERVER
-    return nodeid.split("::")[0] if nodeid.startswith(WHOLE_FILES) else nodeid
+    return nodeid.split("::")[0] if nodeid.startswith(ALONE) else nodeid
 
 
 def seconds_of(scope: str) -> float:

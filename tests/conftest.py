@@ -32,7 +32,7 @@ SECONDS = {  # of a core, measured: of what stays together, or of a single test
     INSIDE: 160,
     PAGE: 150,
     ENCODERS: 120,
-    FORKS: 105,
+    FORKS: 115,
     COMPILED: 80,
     "test_parts_run_at_tiny_sizes_and_write_their_figures": 13,
     "test_import": 12,

@@ -41,7 +41,7 @@ TRAINERS = tuple(
 OF_FORKS = re.compile(  # tests that ask for forks: on one worker, there is one process of them
     r"tests/(core/test_(fetch|hub_file)\.py|\w+/test_\w+\.py::test_(resumes_after_sigkill"
     r"|(two|other_batches_and)_processes|a_process_may|an_error_of_one_process|a_file_that_shrinks"
-    r"|leftovers_of_ended|a_second_process))"
+    r"|leftovers_of_ended|a_second_process)|test_robustness(_runs)?\.py::test_(hostile_|no))"
 )
 RANKS = ("RANK", "LOCAL_RANK"), ("WORLD_SIZE", "LOCAL_WORLD_SIZE")  # as torchrun sets them
 
@@ -82,14 +82,14 @@ class Process:
             self.returncode = int(self._status.readline())
         return self.returncode
 
-    def wait(self, timeout: float = 240) -> int:
+    def wait(self, timeout: float = 600) -> int:
         """Return the exit status when the process has ended; kill it after `timeout` seconds."""
         if self.returncode is None and not select.select([self._status], [], [], timeout)[0]:
             self.kill()
             raise TimeoutError(f"process {self.pid} still runs after {timeout:g} s")
         return self.poll()
 
-    def communicate(self, timeout: float = 240) -> tuple[str, str]:
+    def communicate(self, timeout: float = 600) -> tuple[str, str]:
         """Close its input, wait for its end, and return the rest of its stdout, and its stderr."""
         self.stdin.close()
         parts, deadline = [], time.monotonic() + timeout

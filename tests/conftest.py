@@ -1,15 +1,16 @@
 """Set up the processes that run tests: threads, workers, the Triton interpreter, a word on ComfyUI.
 
 Without file names pytest shares the tests out among workers, one more than cores. `-n 0` turns that
-off, `-n 2` turns it on for single files. Each worker starts a ComfyUI server of its own; the tests
-of a file in tests/comfyui stay on one worker, as they share models, and those of ComfyUI's page on
-one worker, as they share the page, and those that run scripts in ComfyUI's process, which they
-share. What takes longest begins first, so that all end together.
+off, `-n 2` turns it on for single files. What tests share stays on one worker with them: ComfyUI's
+server and its models; ComfyUI's page and the server behind it; the process of ComfyUI that scripts
+run in; the process that others are forks of; imports of diffusers and transformers, with tiny
+encoders; the start of torch.compile. What takes longest begins first, so that all end together.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: one thread for each worker
@@ -20,36 +21,36 @@ import torch
 from xdist.scheduler import LoadScopeScheduling
 
 from tests.comfyui.installation import OF_ONE_PROCESS, OF_THE_PAGE, comfyui_version
+from tests.forked import OF_FORKS
 
 MOST_WORKERS = 4  # each takes some 1.5 GB with the processes that it starts
-PAGE, INSIDE = "the page", "inside ComfyUI"
-SECONDS = {  # of a core, measured: of a file of tests/comfyui, or of a single test elsewhere
-    PAGE: 200,
-    INSIDE: 90,
-    "test_train_adapter": 85,
-    "test_compiled_draws_equal_the_definition": 60,
-    "test_hostile_files_are_refused_in_words_or_read_right": 20,
-    "test_adapters": 35,
-    "test_adapter_images": 30,
-    "test_nodes": 25,
-    "test_adapter_choice": 22,
-    "test_hostile_inputs_of_nodes_are_refused_in_words_or_read_right": 12,
-    "test_nothing_is_lost": 16,
-    "test_two_processes_have_the_losses_of_one": 13,
+PAGE, INSIDE, SERVER = "the page", "inside ComfyUI", "the server"
+FORKS, ENCODERS, COMPILED = "forks", "encoders", "compiled"
+ALONE = "tests/comfyui/test_import.py", "tests/comfyui/test_message_texts.py"  # need no server
+SECONDS = {  # of a core, measured: of what stays together, or of a single test
+    SERVER: 215,
+    INSIDE: 160,
+    PAGE: 150,
+    ENCODERS: 120,
+    FORKS: 115,
+    COMPILED: 80,
     "test_parts_run_at_tiny_sizes_and_write_their_figures": 13,
-    "test_adapter_guidance": 13,
-    "test_hostile_prompts": 13,
-    "test_diffusers_pipelines": 12,
     "test_import": 12,
-    "test_what_a_folder_lacks_is_named": 12,
-    "test_float16_shards_of_rae_latents_load_and_train": 11,
-    "test_other_batches_and_processes_give_the_same_images": 11,
-    "test_compiled_guided_steps_equal_the_definition": 10,
-    "test_a_killed_fetch_goes_on_and_what_arrives_is_checked": 15,
-    "test_a_file_is_downloaded_once_with_its_progress": 9,
 }
-WHOLE_FILES = ("tests/comfyui/", "tests/core/test_diffusers_pipelines.py")  # stay on one worker
-OTHERS = 5, 0  # seconds of any other file of tests/comfyui, and of any other test
+OF_ENCODERS = re.compile(
+    r"tests/(core/test_(diffusers_pipelines|vae)"
+    r"|training/test_(encode_tokens|encoded_images|prepare|rae))\.py"
+)
+OF_COMPILING = re.compile(
+    r"tests/\w+/test_\w+\.py::test_(a_compiled|compiled|it_compiles|the_loss_can)_"
+)
+SCOPES = (
+    (OF_THE_PAGE, PAGE),
+    (OF_ONE_PROCESS, INSIDE),
+    (OF_FORKS, FORKS),
+    (OF_ENCODERS, ENCODERS),
+    (OF_COMPILING, COMPILED),
+)
 OUTCOMES = ("passed", "failed", "error", "skipped")
 
 if not torch.cuda.is_available():
@@ -69,17 +70,19 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def scope_of(nodeid: str) -> str:
-    """Return what stays on one worker with a test: the page's tests, its file, or itself alone."""
-    for files, scope in ((OF_THE_PAGE, PAGE), (OF_ONE_PROCESS, INSIDE)):
-        if files.match(nodeid):
+    """Return what stays on one worker with a test: what it shares, its file, or itself alone."""
+    for tests, scope in SCOPES:
+        if tests.match(nodeid):
             return scope
-    return nodeid.split("::")[0] if nodeid.startswith(WHOLE_FILES) else nodeid
+    if nodeid.startswith("tests/comfyui/") and not nodeid.startswith(ALONE):
+        return SERVER
+    return nodeid.split("::")[0] if nodeid.startswith(ALONE) else nodeid
 
 
 def seconds_of(scope: str) -> float:
-    """Return about how long the tests of a scope take."""
+    """Return about how long the tests of a scope take; 0 for most single tests."""
     name = scope.split("::")[-1].split("[")[0].removesuffix(".py").split("/")[-1]
-    return SECONDS.get(name, OTHERS[not scope.startswith("tests/comfyui/")])
+    return SECONDS.get(name, 0)
 
 
 class LongestFirst(LoadScopeScheduling):

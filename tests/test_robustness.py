@@ -6,7 +6,6 @@ import mmap
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,11 +13,10 @@ from pathlib import Path
 import pytest
 
 from gmflow_core.files.json_files import read_json
+from tests import forked
 from tests.comfyui.installation import COMFYUI, HOW_TO, is_installed
 from training.common.processes import command
 from training.data.index_check import checked_index
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="the harness counts on Linux")
@@ -80,15 +78,18 @@ def test_verdicts(tmp_path, kind):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the harness counts on Linux")
 def test_no_case_at_all_is_a_failure():
-    options = ["--cases", "5", "--door", "nothing", "--without-comfyui"]
-    done = subprocess.run([sys.executable, "-m", "tests.robustness", *options], cwd=ROOT)
+    done = command_of_cases("--cases", "5", "--door", "nothing", "--without-comfyui")
     assert done.returncode == 2
+
+
+def command_of_cases(*options):
+    """Run the command, which imports the hub's client after it has switched it off."""
+    return forked.run("-m", "tests.robustness", *options, imports=forked.LIBRARY)
 
 
 def run_cases(*options):
     """Run the command; each case is judged in a child of its own."""
-    command = [sys.executable, "-m", "tests.robustness", "--workers", "1", *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = command_of_cases("--workers", "1", *options)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-3000:]}"
     counted = int(re.search(r"^([\d,]+) cases", done.stdout, re.MULTILINE)[1].replace(",", ""))
     assert counted >= 30

@@ -2,15 +2,13 @@
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from tests import forked
+
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
 
-ROOT = Path(__file__).parents[1]
 LINES = (
     "--kills 3 --jobs checkerboard",
     "--two-starts --disk-full --no-mount --jobs prepare",
@@ -20,9 +18,7 @@ RUN = "import sys; from tests.robustness.__main__ import main; sys.exit(max(map(
 
 def test_nothing_is_lost(tmp_path):
     lines = [[*line.split(), "--out", str(tmp_path)] for line in LINES]
-    command = [sys.executable, "-c", RUN.format(lines=lines)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = forked.run("-c", RUN.format(lines=lines), imports=forked.LIBRARY)
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     kills, starts, disks = (
         json.loads((tmp_path / f"robustness_{part}.json").read_text())["rows"][0]

@@ -21,9 +21,9 @@ HOW_TO = (
 OF_THE_PAGE = re.compile(  # files of tests that open the page
     r"tests/comfyui/test_(blueprints|first_hour|harness|moved_in|page\w*|templates)\.py"
 )
-OF_ONE_PROCESS = re.compile(  # files whose scripts run in one process of ComfyUI, in forks of it
-    r"tests/comfyui/test_(any_model|around_samplers|dynamic_memory|int8_layers|piflow|plain_models)"
-    r"\.py"
+OF_ONE_PROCESS = re.compile(  # tests whose scripts run in one process of ComfyUI, in forks of it
+    r"tests/comfyui/test_(any_model\.py(?!::test_(prompt|interrupt)_)"
+    r"|(around_samplers|dynamic_memory|int8_layers|piflow|plain_models|train_adapter)\.py)"
 )
 GGUF = Path(os.environ.get("COMFYUI_GGUF_PATH") or "~/comfy/ComfyUI-GGUF").expanduser().absolute()
 GGUF_HOW_TO = (

@@ -3,8 +3,6 @@
 import hashlib
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 
@@ -12,6 +10,7 @@ from gmflow_core.cli import main
 from gmflow_core.files.errors import WriteError
 from gmflow_core.files.fetching import RemoteFile, check_room, part_of
 from gmflow_core.files.published import ENCODERS, IMAGENET, all_parts, parts_of
+from tests import forked
 from tests.hub_server import hub_server
 
 MODEL = IMAGENET.split("/")[1]
@@ -54,10 +53,9 @@ def remote(tmp_path):
 
 def start(hub, home, *commands):
     """Start `gmflow` with commands, one after the other."""
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home)}
-    command = [sys.executable, "-c", SCRIPT, json.dumps(commands)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, env=environment, text=True, **pipes)
+    environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home)}
+    given = "-c", SCRIPT, json.dumps(commands)
+    return forked.Process(*given, imports=forked.LIBRARY, environment=environment)
 
 
 def test_a_killed_fetch_goes_on_and_what_arrives_is_checked(remote, tmp_path):

@@ -3,8 +3,6 @@
 import json
 import os
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -33,6 +31,7 @@ from gmflow_core.files.safetensors_files import (
 from gmflow_core.models import GMDiT, GMFlowMLP
 from gmflow_core.models.gmdit import GMDiTConfig
 from gmflow_core.models.mlp import GMFlowMLPConfig
+from tests import forked
 
 
 @pytest.fixture
@@ -268,7 +267,7 @@ try:
 except FileError as error:
     print("named", error)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = forked.run("-c", code, imports=forked.LIBRARY)
     assert "named" in done.stdout, (done.returncode, done.stderr)
 
 
@@ -344,9 +343,7 @@ def test_leftovers_of_ended_processes_are_removed_and_no_others(tmp_path):
         f"with atomic_write({str(tmp_path / 'file')!r}) as part:\n"
         "    part.write_text('half'); print('in', flush=True); sys.stdin.read(); os._exit(9)"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
+    process = forked.Process("-c", code, imports=forked.LIBRARY)
     process.stdout.readline()
     foreign = tmp_path / ".gmflow-other_machine-1-abc.tmp"
     foreign.mkdir()
@@ -410,9 +407,7 @@ def test_a_second_process_is_told_who_works_on_a_folder(tmp_path):
         f"with locked({str(tmp_path)!r}, 'the first command'):\n"
         "    print('in', flush=True); sys.stdin.read()"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
+    process = forked.Process("-c", code, imports=forked.LIBRARY)
     process.stdout.readline()
     with (
         pytest.raises(LockedError, match=f"process {process.pid} on .*the first command"),

@@ -2,13 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from gmflow_core.files.hub_file import HubFile, parse_hub_file
+from tests import forked
 from tests.hub_server import hub_server
 
 NAME, FOLDER = "Lakonik/pi-FLUX.1", "gmflux_k8_piid_4step"
@@ -50,9 +49,8 @@ def test_the_name_tells_the_folder_where_the_file_has_the_usual_name():
 
 
 def run(hub, home, text):
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home)}
-    command = [sys.executable, "-c", SCRIPT, text]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+    environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home)}
+    return forked.run("-c", SCRIPT, text, imports=forked.LIBRARY, environment=environment)
 
 
 def test_files_in_deeper_folders_are_not_downloaded(tmp_path):

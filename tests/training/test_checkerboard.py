@@ -1,10 +1,7 @@
 """Test the checkerboard trainer: learning, exact resume after SIGKILL, the report."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from shlex import split
@@ -16,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from gmflow_core import load_checkpoint, read_metadata, save_checkpoint
 from gmflow_core.models.mlp import GMFlowMLP, GMFlowMLPConfig
+from tests import forked
 from tests.helpers import Waits
 from training.checkerboard import main, parse
 from training.evaluation.checkerboard_report import write_report
@@ -23,7 +21,6 @@ from training.loop.checkerboard_presets import PRESETS, CheckerboardConfig
 from training.loop.checkerboard_trainer import CheckerboardTrainer, draw_batch, loss_of
 from training.loop.optimizer import lr_factor
 
-ROOT = Path(__file__).parents[2]
 SMALL = split("-k 4 --batch-size 64 --warmup 5 --checkpoint-every 10 --log-every 5 --device cpu")
 
 
@@ -48,12 +45,9 @@ def test_loss_falls(preset, tmp_path):
 
 def test_resumes_after_sigkill_to_the_same_weights(tmp_path):
     whole = train(tmp_path / "whole", 60)
-    command = [sys.executable, "-m", "training.checkerboard", *SMALL]
-    command += ["--out", str(tmp_path / "killed")]
+    command = ["-m", "training.checkerboard", *SMALL, "--out", tmp_path / "killed"]
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen(
-        [*command, "--iterations", "100000"], cwd=ROOT, env={**os.environ, **threads}
-    )
+    process = forked.Process(*command, "--iterations", "100000", environment=threads)
     checkpoint = tmp_path / "killed" / "model.safetensors"
     try:
         deadline = time.time() + 120

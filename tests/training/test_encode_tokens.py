@@ -1,12 +1,7 @@
 """Tokens of a frozen encoder: made by fit_source, stopped and started again, by two processes."""
 
-import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,14 +9,13 @@ import torch
 from PIL import Image
 
 from gmflow_core.source.files import load_source
+from tests import forked
 from tests.training.source_runs import config, write_images, write_prepared
 from training.data.preparation import PreparationConfig, prepare
 from training.data.shards import LatentDataset
 from training.data.tokens import read_tokens, write_tokens
 from training.encoders.encoder import ENCODERS
 from training.source.fitting import fit
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -163,42 +157,8 @@ fit_source.main()
 
 def by_two(*options):
     """Run two processes without a launcher; return (stderr, exit status) of each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        where = {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free.getsockname()[1]),
-            "OMP_NUM_THREADS": "1",
-        }
-    command = [
-        sys.executable,
-        "-c",
-        AVERAGES,
-        *map(str, options),
-        "--encoder",
-        "average",
-        "--image-size",
-        "16",
-    ]
-    processes = []
-    for rank in "01":
-        environment = {
-            **os.environ,
-            **where,
-            "RANK": rank,
-            "LOCAL_RANK": rank,
-            "WORLD_SIZE": "2",
-            "LOCAL_WORLD_SIZE": "2",
-        }
-        settings = {"cwd": ROOT, "env": environment, "stderr": subprocess.PIPE, "text": True}
-        processes.append(
-            subprocess.Popen([*command, "--device", "cpu", "--workers", "0"], **settings)
-        )
-    try:
-        return [(process.communicate(timeout=120)[1], process.returncode) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    more = ["--encoder", "average", "--image-size", "16", "--device", "cpu", "--workers", "0"]
+    return [end[1:] for end in forked.run_ranks("-c", AVERAGES, *options, *more)]
 
 
 def test_a_process_may_have_no_part(images, tmp_path):

@@ -2,10 +2,6 @@
 
 import itertools
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +19,7 @@ from gmflow_core import (
 from gmflow_core.files.errors import FileError
 from gmflow_core.models.mlp import GMFlowMLP, GMFlowMLPConfig
 from gmflow_core.sampling.solvers import SOLVERS
+from tests import forked
 from tests.training.evaluation_runs import (
     CLASSES,
     arguments,
@@ -39,8 +36,6 @@ from training.evaluation.classifier import Classifier, ClassifierConfig, Classif
 from training.evaluation.config import Config, settings_of, short_names
 from training.evaluation.evaluation import read_results
 from training.evaluation.models import image_labels, image_seeds
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -229,35 +224,9 @@ def test_files_of_another_size_are_made_anew(place, tmp_path):
 def test_other_batches_and_processes_give_the_same_images(place, tmp_path):
     more = ["--solver", "gm-sde", "--guidance", ".2"]
     run(place, tmp_path / "one", *more)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        where = {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free.getsockname()[1]),
-            "OMP_NUM_THREADS": "1",
-        }
-    command = [
-        sys.executable,
-        "-m",
-        "training.evaluate",
-        *arguments(place, tmp_path / "two", *more, "--batch-size", "7"),
-    ]
-    processes = []
-    for rank in "01":  # as torchrun starts them
-        environment = {
-            **os.environ,
-            **where,
-            "RANK": rank,
-            "LOCAL_RANK": rank,
-            "WORLD_SIZE": "2",
-            "LOCAL_WORLD_SIZE": "2",
-        }
-        processes.append(
-            subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-        )
-    for process in processes:
-        error = process.communicate(timeout=120)[1]
-        assert process.returncode == 0, error
+    given = arguments(place, tmp_path / "two", *more, "--batch-size", "7")
+    for _, said, status in forked.run_ranks("-m", "training.evaluate", *given):
+        assert status == 0, said
     one, two = (
         json.loads((tmp_path / name / "results.json").read_text())["results"][0]
         for name in ("one", "two")

@@ -1,10 +1,6 @@
 """Command training.fit_source: prepared samples, arrays, tokens, processes, its errors."""
 
-import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +11,7 @@ from sklearn.mixture import GaussianMixture
 
 from gmflow_core.source.em import fit_mixture
 from gmflow_core.source.files import load_source, read_source_metadata
+from tests import forked
 from tests.clusters import clusters, moments_by_hand, same_source
 from tests.helpers import F64, normal
 from tests.training.source_runs import arguments, config, write_images, write_prepared
@@ -24,8 +21,6 @@ from training.fit_source import main
 from training.source import fitting, labels
 from training.source.fitting import fit
 from training.source.report import effective_number
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -195,18 +190,10 @@ def test_two_processes_find_what_one_finds(prepared, tmp_path):
     tokens = clusters(count=60, modes=3, dims=4).numpy()
     np.save(tmp_path / "tokens.npy", tokens)
     one = fit(config(prepared, tmp_path / "one", tokens=tmp_path / "tokens.npy"))
-    launcher = "-m torch.distributed.run --standalone --nproc-per-node 2 -m training.fit_source"
     options = {"data": prepared, "out": tmp_path / "two", "modes": 3}
     options["tokens"] = tmp_path / "tokens.npy"
-    done = subprocess.run(
-        [sys.executable, *launcher.split(), *arguments(**options)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
+    for _, said, status in forked.run_ranks("-m", "training.fit_source", *arguments(**options)):
+        assert status == 0, said
     two = load_source(tmp_path / "two")
     same_source(two, one, 1e-5)
     same_source(two.assigner, one.assigner, 1e-5)

@@ -2,10 +2,7 @@
 
 import functools
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from shlex import split
@@ -22,6 +19,7 @@ from gmflow_core import (
 )
 from gmflow_core.files.checkpoint import load_training_state
 from gmflow_core.sampling.images import sample_images
+from tests import forked
 from tests.helpers import Waits
 from tests.training.image_runs import (
     SMALL,
@@ -35,8 +33,6 @@ from training.data.shards import FORMAT, write_index, write_shard
 from training.imagenet import main, parse
 from training.loop.image_presets import PRESETS
 from training.loop.image_trainer import ImageTrainer
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +54,7 @@ def test_resumes_after_sigkill_to_the_same_weights(data, tmp_path):
     whole = new_trainer(data, tmp_path / "whole", 25)
     whole.run()
     given = arguments(data, tmp_path / "killed", 25)
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW_STEPS, *given],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": threads()},
-    )
+    process = forked.Process("-c", SLOW_STEPS, *given, environment={"OMP_NUM_THREADS": threads()})
     checkpoint = tmp_path / "killed" / "model.safetensors"
     try:
         deadline = time.time() + 120
@@ -132,15 +124,9 @@ def test_two_processes_have_the_losses_of_one(how, data, tmp_path):
         one.save()
         losses = []
     losses += losses_of(one, 3)
-    script = tmp_path / "two_processes.py"
-    script.write_text(TWO_PROCESSES)
-    given = arguments(data, tmp_path / "two", 20, *check)
-    launcher = split("-m torch.distributed.run --nproc-per-node 2 --standalone")
-    command = [sys.executable, *launcher, str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    subprocess.run(
-        [*command, str(len(losses)), *given, *how], cwd=ROOT, env=environment, check=True
-    )
+    given = [len(losses), *arguments(data, tmp_path / "two", 20, *check), *how]
+    for _, said, status in forked.run_ranks("-c", TWO_PROCESSES, *given):
+        assert status == 0, said
     processes, found, figures = json.loads((tmp_path / "two" / "losses.json").read_text())
     assert processes == 2
     alone = one.validation.figures(one.looked_at(), one.draw_samples)

@@ -2,11 +2,7 @@
 
 import io
 import json
-import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 from shlex import split
 
 import numpy as np
@@ -15,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from tests import forked
 from tests.clusters import same_source
 from tests.training.image_folders import run, shards, write_images, write_tiny_vae
 from tests.training.source_runs import config
@@ -30,8 +27,6 @@ from training.loop.image_trainer import ImageTrainer
 from training.prepare import main
 from training.source import fitting
 from training.source.fitting import fit
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -120,18 +115,10 @@ def test_two_processes_write_the_same_bytes(images, tmp_path):
     (images / "dog" / "9.png").write_bytes(b"no image")
     run(images, tmp_path / "one")
     options = split("--size 8 --pixels --shard-size 5 --batch-size 3 --workers 1 --device cpu")
-    launcher = "-m torch.distributed.run --standalone --nproc-per-node 2 -m training.prepare"
-    command = [sys.executable, *split(launcher)]
-    done = subprocess.run(
-        [*command, "--data", str(images), "--out", str(tmp_path / "two"), *options],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("9.png") == 1  # told once
+    given = ["--data", images, "--out", tmp_path / "two", *options]
+    ends = forked.run_ranks("-m", "training.prepare", *given)
+    assert [status for *_, status in ends] == [0, 0], ends
+    assert "".join(out for out, *_ in ends).count("9.png") == 1  # told once
     assert len(shards(tmp_path / "one")) == 3
     assert shards(tmp_path / "one") == shards(tmp_path / "two")
     assert read_index(tmp_path / "one") == read_index(tmp_path / "two")

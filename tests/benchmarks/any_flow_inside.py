@@ -1,11 +1,11 @@
-"""Sample a shipped model as an ordinary flow model inside ComfyUI's process, for `any_flow.py`.
+"""Sample a model as an ordinary flow model inside ComfyUI's process, for `stock.py`.
 
     cd COMFYUI && .venv/bin/python any_flow_inside.py JOB
 
-JOB is a JSON file: `model` (a checkpoint), `inputs` (a safetensors file with `noise` and, for the
-digits, `labels`), `out` (a folder) and `settings`, a list of dicts as `run` takes them. Samples go
-to OUT/NUMBER.safetensors; the line after MARK tells the network calls and steps of each. This file
-imports nothing of this repository's `tests`, as ComfyUI has a package of that name.
+JOB is a JSON file: `model` (a checkpoint), `inputs` (a safetensors file with `noise` and, for a
+model of classes, `labels`), `out` (a folder) and `settings`, a list of dicts as `run` takes them.
+Samples go to OUT/NUMBER.safetensors; the line after MARK tells the network calls and steps of each.
+This file imports nothing of this repository's `tests`, as ComfyUI has a package of that name.
 """
 
 from __future__ import annotations

@@ -104,11 +104,12 @@ class PictureSet:
         return self.score(to_model(pictures), labels)
 
     def compare(self, settings: list[Row], checkpoint: Path) -> list[Row]:
-        """Sample settings of a model in ComfyUI and score each."""
+        """Sample settings of a model in ComfyUI and score each that gave finite samples."""
         found = sampled(self.work, checkpoint, self.inputs, settings)
         return [
             {**setting, **facts, **self.score(samples)}
             for setting, (samples, facts) in zip(settings, found, strict=True)
+            if samples.isfinite().all()
         ]
 
 

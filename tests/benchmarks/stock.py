@@ -88,7 +88,7 @@ def screened(
     """Return the best settings of stock samplers for each number of calls, by a few samples.
 
     Args:
-        compare: samples settings and returns them with their figures.
+        compare: samples settings and returns them with their figures, without those that fail.
         count: samples of each setting.
         figure: the smaller, the better.
         schedulers: all of ComfyUI's if None.
@@ -101,7 +101,8 @@ def screened(
             for sampler in samplers
             for scheduler in (every if schedulers is None else schedulers)
         ]
-        found = sorted(compare(settings), key=lambda row: row[figure])
+        fitting = [row for row in compare(settings) if row["calls"] <= number]
+        found = sorted(fitting, key=lambda row: row[figure])
         best += [
             {key: row[key] for key in ("sampler", "scheduler")} | {"calls": number}
             for row in found[:BEST]

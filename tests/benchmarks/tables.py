@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gmflow_core.files.json_files import read_json, write_json
 from training.common.tables import write_table
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
@@ -48,3 +50,18 @@ def means_of(rows: list[Row], kind: tuple[str, ...], figure: str, *more: str) ->
 def mean(values: list[float]) -> float:
     """Return the mean of some values."""
     return sum(values) / len(values)
+
+
+def kept(path: Path, key: Row, make: Callable[[], list[Row]]) -> list[Row]:
+    """Return the rows in a JSON file if they belong to a key; make and write them otherwise.
+
+    Args:
+        key: what the rows depend on, in types of JSON.
+    """
+    if path.is_file():
+        known = read_json(path)
+        if known["key"] == key:
+            return known["rows"]
+    rows = make()
+    write_json(path, {"key": key, "rows": rows})
+    return rows

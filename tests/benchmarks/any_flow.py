@@ -15,11 +15,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,13 +22,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from gmflow_core.files.checkpoint import load_checkpoint
+from gmflow_core.files.checkpoint import SHIPPED, load_checkpoint
 from gmflow_core.flow.path import flow_sigmas
 from gmflow_core.flow.single_gaussian import single_gaussian
-from gmflow_core.gaussians.draws import standard_normal
 from gmflow_core.gaussians.mixture import GaussianMixture, Mixture
 from gmflow_core.sampling.solvers import sample_gm_ode
 from gmflow_core.toys.checkerboard import (
@@ -42,134 +36,17 @@ from gmflow_core.toys.checkerboard import (
     draw_checkerboard,
     total_variation,
 )
-from tests.comfyui.installation import COMFYUI, comfyui_python
-from training.data.shards import LatentDataset
-from training.evaluation.classifier import ClassifierFeatures, train_classifier
-from training.evaluation.metrics import Reference, measure, score, statistics
-from training.evaluation.models import image_labels, image_seeds
-from training.evaluation.saturation import saturation_distance
 
-from . import any_flow_inside
-from .any_flow_inside import MARK
+from .picture_sets import Digits
+from .stock import sampled, screened
+from .tables import RESULTS, Row, write
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-RESULTS = REPOSITORY / "docs" / "results"
-SHIPPED = REPOSITORY / "gmflow_core" / "shipped"
-STOCK_SCHEDULERS = ("simple", "normal", "beta", "sgm_uniform")
-# stock samplers that are others under another name, or need what these models have not
-LEFT_OUT = ("_gpu", "_cfg_pp", "gm_", "ar_video", "lcm", "dpm_fast", "dpm_adaptive", "ddim")
+MODEL = SHIPPED / "digits_k8.safetensors"
 SPREADS = (0.3, 0.5, 0.7, 1.0)
 BOARD_SPREADS = (0.5, 1.0, 2.0, 3.0)  # the board's own standard deviation is 2.3
-SCREENED, COUNT = 200, 1000  # digits
+SCREENED, COUNT = 200, Digits.samples
 SCREENED_POINTS, POINTS = 128 * 128, 448 * 448
-BEST = 6  # stock settings that are measured on all samples, by number of calls
 SIGMAS = (0.02, 0.05, 0.1, 0.15, 0.25, 0.35, 0.5, 0.65, 0.75, 0.85, 0.9, 0.95, 0.98, 1.0)
-
-Row = dict[str, Any]
-
-
-def sampled(work: Path, model: str, inputs: Path, settings: list[Row]) -> list[tuple[Tensor, Row]]:
-    """Sample settings inside ComfyUI; return the samples of each, and its steps and calls."""
-    if not (COMFYUI / "main.py").is_file():
-        raise SystemExit(f"no ComfyUI in {COMFYUI}; set COMFYUI_PATH")
-    with tempfile.TemporaryDirectory(dir=work) as out:
-        job = Path(out) / "job.json"
-        about = {"model": str(SHIPPED / model), "inputs": str(inputs.resolve()), "out": out}
-        job.write_text(json.dumps({**about, "settings": settings}))
-        inside = str(Path(any_flow_inside.__file__).resolve())
-        environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-        done = subprocess.run(
-            [comfyui_python(), inside, str(job.resolve())],
-            cwd=COMFYUI,
-            env=environment,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        answers = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
-        if not answers:
-            raise SystemExit("ComfyUI gave no answer; its messages are above")
-        facts = json.loads(answers[-1].removeprefix(MARK))
-        files = [Path(out) / f"{number}.safetensors" for number in range(len(settings))]
-        return [(load_file(f)["samples"], fact) for f, fact in zip(files, facts, strict=True)]
-
-
-def stock_names() -> list[str]:
-    """Return the samplers of ComfyUI that are compared."""
-    code = (
-        "import sys; sys.argv = ['', '--cpu']; import comfy.options;"
-        "comfy.options.enable_args_parsing(); import comfy.samplers;"
-        "print(' '.join(comfy.samplers.KSampler.SAMPLERS))"
-    )
-    done = subprocess.run(
-        [comfyui_python(), "-c", code], cwd=COMFYUI, capture_output=True, text=True, check=True
-    )
-    names = done.stdout.splitlines()[-1].split()
-    return [name for name in names if not any(part in name for part in LEFT_OUT)]
-
-
-class Digits:
-    """The digits: noise and labels of the samples, and what the samples are compared with."""
-
-    def __init__(self, work: Path):
-        self.work, self.inputs = work, work / "digits_inputs.safetensors"
-        train, test = self.prepared("train"), self.prepared("test")
-        features = work / "digits_features.safetensors"
-        if not features.is_file():
-            classes = tuple(train.classes)
-            train_classifier(*_images(train), classes, test=_images(test)).save(features)
-        self.extractor = ClassifierFeatures.load(features)
-        measures = measure(*_of(_images(train), self.extractor))
-        self.reference = Reference(statistics(measures.features), measures, COUNT)
-        seeds = image_seeds(0, range(COUNT))  # as training.evaluate draws them
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self.labels = image_labels(seeds, 10)
-        self.noise = standard_normal((COUNT, 3, 8, 8), generators, like=torch.zeros(1))
-        save_file({"noise": self.noise, "labels": self.labels}, self.inputs)
-        self.test = _images(test)
-
-    def prepared(self, split: str) -> LatentDataset:
-        """Return the digits of a split, drawn and prepared on the first call."""
-        pictures, folder = self.work / "digits", self.work / f"digits_{split}"
-        if not folder.is_dir():
-            _command("training.digits", "--out", pictures)
-            data = ("--data", pictures / split, "--out", folder)
-            _command("training.prepare", *data, "--size", "8", "--pixels", "--no-flip")
-        return LatentDataset(folder, in_memory=True)
-
-    def score(self, samples: Tensor) -> Row:
-        """Return the figures of samples (n, 3, 8, 8) in [-1, 1], the first of the labels."""
-        images = ((samples.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-        found = measure(images, self.extractor, self.labels[: len(images)])
-        figures = score(
-            found, self.reference, classes=tuple(map(str, range(10))), known=saturation_distance
-        )
-        return {**figures, "out_of_range": (samples.abs() > 1).double().mean().item()}
-
-    def compare(self, settings: list[Row]) -> list[Row]:
-        """Sample settings in ComfyUI and score each."""
-        found = sampled(self.work, "digits_k8.safetensors", self.inputs, settings)
-        return [
-            {**setting, **facts, **self.score(samples)}
-            for setting, (samples, facts) in zip(settings, found, strict=True)
-        ]
-
-
-def _images(data: LatentDataset) -> tuple[Tensor, Tensor]:
-    """Return prepared pixels as uint8 (N, 3, 8, 8), and their labels (N,), in a random order."""
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
-    pairs = [data[i] for i in order]
-    pixels = torch.stack([pair[0] for pair in pairs])
-    labels = torch.tensor([int(pair[1]) for pair in pairs])
-    return ((pixels + 1) * 127.5).round().to(torch.uint8), labels
-
-
-def _of(pair: tuple[Tensor, Tensor], extractor: ClassifierFeatures) -> tuple:
-    return pair[0], extractor, pair[1]
-
-
-def _command(module: str, *arguments: object) -> None:
-    command = [sys.executable, "-m", module, *map(str, arguments)]
-    subprocess.run(command, cwd=REPOSITORY, check=True)
 
 
 def digits(work: Path, more: bool = False) -> None:
@@ -183,16 +60,16 @@ def digits(work: Path, more: bool = False) -> None:
             before = list(csv.DictReader(file))
         known = [old.items() for old in before]
         lacking = [row for row in ours(COUNT) if not any(_texts(row) <= old for old in known)]
-        return write(work, "digits", [*before, *data.compare(lacking)])
-    best = screened(lambda settings: data.compare(settings), SCREENED, "frechet_distance")
+        return write_part("digits", [*before, *data.compare(lacking, MODEL)])
+    best = screened(lambda settings: data.compare(settings, MODEL), SCREENED, "frechet_distance")
     settings = [
         *({**row, "count": COUNT} for row in best),
         *ours(COUNT),
         *({**row, "calls": 8} for row in _at_calls(best, 4, COUNT)),
     ]
-    rows = data.compare(settings)
-    floor = data.score((data.test[0][:COUNT].float() / 127.5) - 1)["frechet_distance"]
-    write(work, "digits", [{"sampler": "held-out images", "frechet_distance": floor}, *rows])
+    rows = data.compare(settings, MODEL)
+    floor = data.floor()["frechet_distance"]
+    write_part("digits", [{"sampler": "held-out images", "frechet_distance": floor}, *rows])
 
 
 def _texts(row: Row) -> set[tuple[str, str]]:
@@ -209,23 +86,6 @@ def ours(count: int, spreads: tuple[float, ...] = SPREADS, one: float = 0.5) -> 
     return [{**row, "calls": each, "count": count} for each in (2, 3, 4, 8) for row in rows]
 
 
-def screened(compare: Callable[[list[Row]], list[Row]], count: int, figure: str) -> list[Row]:
-    """Return the best settings of stock samplers for 2, 3 and 4 calls, by a few samples."""
-    best = []
-    for calls in (2, 3, 4):
-        settings = [
-            {"sampler": sampler, "scheduler": scheduler, "calls": calls, "count": count}
-            for sampler in stock_names()
-            for scheduler in STOCK_SCHEDULERS
-        ]
-        found = sorted(compare(settings), key=lambda row: row[figure])
-        best += [
-            {key: row[key] for key in ("sampler", "scheduler")} | {"calls": calls}
-            for row in found[:BEST]
-        ]
-    return best
-
-
 def _at_calls(rows: list[Row], calls: int, count: int) -> list[Row]:
     return [{**row, "count": count} for row in rows if row["calls"] == calls]
 
@@ -237,7 +97,7 @@ def checkerboard(work: Path, points: int = POINTS) -> None:
     save_file({"noise": noise}, inputs)
 
     def compare(settings: list[Row]) -> list[Row]:
-        found = sampled(work, "checkerboard_k64.safetensors", inputs, settings)
+        found = sampled(work, SHIPPED / "checkerboard_k64.safetensors", inputs, settings)
         return [
             {**row, **facts, "total_variation": total_variation(x.movedim(1, -1).reshape(-1, 2))}
             for row, (x, facts) in zip(settings, found, strict=True)
@@ -248,7 +108,7 @@ def checkerboard(work: Path, points: int = POINTS) -> None:
     single = ours(points, BOARD_SPREADS, one=2.0)
     rows = compare([*({**row, "count": points} for row in best), *single, *at_8])
     exact = total_variation(draw_checkerboard(points, torch.Generator().manual_seed(0)))
-    write(work, "checkerboard", [{"sampler": "exact samples", "total_variation": exact}, *rows])
+    write_part("checkerboard", [{"sampler": "exact samples", "total_variation": exact}, *rows])
 
 
 def guidance(work: Path) -> None:
@@ -262,7 +122,7 @@ def guidance(work: Path) -> None:
     one = {**common, "remedy": "probabilistic"}
     rows += [{**one, "cfg": weight} for weight in weights]
     rows += [{**one, "cfg": weight, "mixture": True} for weight in (0.1, 0.2, 0.3)]
-    write(work, "guidance", Digits(work).compare(rows))
+    write_part("guidance", Digits(work).compare(rows, MODEL))
 
 
 @torch.inference_mode()
@@ -274,7 +134,7 @@ def spread(work: Path) -> None:
     variance that the network has learned for every pixel; and the network's whole mixture.
     """
     data = Digits(work)
-    network, _ = load_checkpoint(SHIPPED / "digits_k8.safetensors")
+    network, _ = load_checkpoint(MODEL)
     network = network.float()
     measured = measured_spread(network, *data.test)
     ways: dict[str, Callable[[], Way]] = {
@@ -291,7 +151,7 @@ def spread(work: Path) -> None:
             denoise = one_gaussian(network, data.labels, make())
             x = sample_gm_ode(denoise, data.noise, flow_sigmas(calls), substeps=8)
             rows.append({"way": name, "calls": calls, "count": COUNT, **data.score(x)})
-    write(work, "spread", rows)
+    write_part("spread", rows)
 
 
 # (mixture of the velocity, x, mean of x_0, sigma) -> spread
@@ -388,7 +248,7 @@ def board_spread(work: Path) -> None:
             rows.append(
                 {"way": name, "calls": calls, "total_variation": total_variation(x.float())}
             )
-    write(work, "board_spread", rows)
+    write_part("board_spread", rows)
 
 
 def exact_board(way: Way) -> Callable[[Tensor, Tensor], Mixture]:
@@ -413,15 +273,9 @@ def board_std(x: Tensor, sigma: float) -> Tensor:
     return (sigma**2 / signal * sum(slopes) / 2).clamp(min=0).sqrt()
 
 
-def write(work: Path, part: str, rows: list[Row]) -> None:
-    """Write the rows of a part to docs/results, and print them."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    path = RESULTS / f"any_flow_{part}.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"{path}: {len(rows)} rows")
+def write_part(part: str, rows: list[Row]) -> None:
+    """Write the rows of a part to docs/results."""
+    write(rows, RESULTS / f"any_flow_{part}.csv")
 
 
 def main() -> None:

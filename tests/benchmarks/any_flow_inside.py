@@ -1,11 +1,11 @@
-"""Sample a shipped model as an ordinary flow model inside ComfyUI's process, for `any_flow.py`.
+"""Sample a model as an ordinary flow model inside ComfyUI's process, for `stock.py`.
 
     cd COMFYUI && .venv/bin/python any_flow_inside.py JOB
 
-JOB is a JSON file: `model` (a checkpoint), `inputs` (a safetensors file with `noise` and, for the
-digits, `labels`), `out` (a folder) and `settings`, a list of dicts as `run` takes them. Samples go
-to OUT/NUMBER.safetensors; the line after MARK tells the network calls and steps of each. This file
-imports nothing of this repository's `tests`, as ComfyUI has a package of that name.
+JOB is a JSON file: `model` (a checkpoint), `inputs` (a safetensors file with `noise` and, for a
+model of classes, `labels`), `out` (a folder) and `settings`, a list of dicts as `run` takes them.
+Samples go to OUT/NUMBER.safetensors; the line after MARK tells the network calls and steps of each.
+This file imports nothing of this repository's `tests`, as ComfyUI has a package of that name.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def run(
         remedy: key of REMEDIES, or "probabilistic".
 
     Returns:
-        Samples, and `steps` and `calls`.
+        Samples, and `steps` and `calls`; NaN and 0 if the sampler cannot do so few.
     """
     if spread:
         model = extension("nodes.comfyui.plain_model").with_spread(model, spread)
@@ -117,6 +117,8 @@ def run(
         small = {"noise": parts["noise"][..., :2, :2]}
         steps, taken = fitting_steps(model, small, sampler, scheduler, calls, cfg)
         pieces = [parts]
+    if not steps:
+        return torch.full_like(parts["noise"], math.nan), {"steps": 0, "calls": 0}
     sampled = [sample(model, piece, sampler, scheduler, steps, cfg)[0] for piece in pieces]
     return torch.cat(sampled), {"steps": steps, "calls": taken}
 
@@ -124,11 +126,19 @@ def run(
 def fitting_steps(
     model: Any, inputs: dict[str, Tensor], sampler: str, scheduler: str, calls: int, cfg: float
 ) -> tuple[int, int]:
-    """Return the most steps that take at most `calls` network calls, and the calls they take."""
-    best = (1, sample(model, inputs, sampler, scheduler, 1, cfg)[1])
-    for steps in range(2, calls + 1):
-        taken = sample(model, inputs, sampler, scheduler, steps, cfg)[1]
-        if taken <= calls:
+    """Return the most steps that take at most `calls` network calls, and the calls they take.
+
+    Numbers of steps that the sampler or the scheduler cannot do are left out, such as 1 step of
+    kl_optimal, which divides by 0. If no other takes few enough calls, the first that can be done
+    is returned; 0 steps and 0 calls if there is none.
+    """
+    best = (0, 0)
+    for steps in range(1, calls + 1):
+        try:
+            samples, taken = sample(model, inputs, sampler, scheduler, steps, cfg)
+        except (RuntimeError, IndexError, ZeroDivisionError):
+            continue
+        if samples.isfinite().all() and (taken <= calls or best == (0, 0)):
             best = steps, taken
     return best
 

@@ -14,11 +14,9 @@ ComfyUI; stock samplers at equal calls are in any_flow_digits.csv, from the same
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 from pathlib import Path
 from shlex import split
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +28,8 @@ from gmflow_core.toys.checkerboard import draw_checkerboard, total_variation
 from gmflow_core.toys.points import sample_points
 from training.distill import main as train
 
-from .any_flow import COUNT, RESULTS, Digits
+from .picture_sets import Digits
+from .tables import RESULTS, Row, means_of, write
 
 ITERATIONS = 200
 SUBSTEPS = 32
@@ -40,9 +39,8 @@ GUIDANCES = {
     "probabilistic": "--guidance 0.2",
     "cfg": "--guidance 2 --guidance-kind cfg",
 }
-KIND = ("steps", "policy", "k", "iterations", "guidance")  # what students differ in, beside seeds
+KIND = ("model", "steps", "policy", "k", "iterations", "guidance")  # what seeds have in common
 WEIGHTS, FIGURES = "weights.safetensors", "figures.json"  # in a student's folder
-Row = dict[str, Any]
 
 
 def settings(part: str) -> list[Row]:
@@ -95,7 +93,7 @@ def sampled(network: nn.Module, data: Digits, guidance: Guidance | None = None, 
 def teacher_rows(data: Digits) -> list[Row]:
     """Return the rows of held-out images and of the teacher itself."""
     network, _ = load_checkpoint(SHIPPED / "digits_k8.safetensors")
-    floor = data.score((data.test[0][:COUNT].float() / 127.5) - 1)["frechet_distance"]
+    floor = data.floor()["frechet_distance"]
     rows = [{"model": "held-out images", "frechet_distance": floor}]
     guided = {"none": None, "probabilistic": Guidance(0.2), "cfg": Guidance(2.0, "cfg")}
     for kind, guidance in guided.items():
@@ -135,7 +133,7 @@ def digits(work: Path, parts: list[str], seeds: list[int], steps: list[int]) -> 
             figures = student_row(network, data, row, seed)
             (folder / FIGURES).write_text(json.dumps(figures))
         rows = [*first, *students(work, "digits_k8")]
-        write([*rows, *means_of(rows, "frechet_distance")], RESULTS / "distill_digits.csv")
+        write_with_means(rows, "frechet_distance", RESULTS / "distill_digits.csv")
 
 
 def students(work: Path, teacher: str) -> list[Row]:
@@ -177,38 +175,13 @@ def board(work: Path, seeds: list[int]) -> None:
                 about = {"model": "student", **row, "seed": seed, **figures}
                 (folder / FIGURES).write_text(json.dumps(about))
             every = [*rows, *students(work, "checkerboard_k64")]
-            write([*every, *means_of(every, "total_variation")], RESULTS / "distill_board.csv")
+            write_with_means(every, "total_variation", RESULTS / "distill_board.csv")
 
 
-def means_of(rows: list[Row], figure: str) -> list[Row]:
-    """Return a row for each kind of student: the mean of a figure over seeds, lowest, highest."""
-    kinds: dict[tuple, list[float]] = {}
-    for row in rows:
-        if row["model"] == "student":
-            kind = tuple((key, row[key]) for key in KIND if key in row)
-            kinds.setdefault(kind, []).append(row[figure])
-    return [
-        {
-            "model": "student",
-            **dict(kind),
-            "seed": "mean",
-            "seeds": len(found),
-            figure: sum(found) / len(found),
-            "low": min(found),
-            "high": max(found),
-        }
-        for kind, found in kinds.items()
-    ]
-
-
-def write(rows: list[Row], path: Path) -> None:
-    """Write rows to a csv file, a column for each name."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    print(path)
+def write_with_means(rows: list[Row], figure: str, path: Path) -> None:
+    """Write rows, and the means of students over seeds."""
+    own = [row for row in rows if row["model"] == "student"]
+    write([*rows, *means_of(own, KIND, figure)], path)
 
 
 def main() -> None:

@@ -30,10 +30,9 @@ from gmflow_core.models.gmdit import GMDiT, GMDiTConfig
 from training.loop.distill_presets import PRESETS
 from training.loop.distill_trainer import DistillTrainer
 
-from .any_flow import RESULTS
-from .distill import write
 from .measure import extra_memory, quartiles, ratios, take_turns
 from .peers import PLACES, definitions
+from .tables import RESULTS, write
 
 DIGITS = {"num_layers": 6, "num_heads": 4, "head_dim": 32, "log_std_dim": 128}
 SMALL = {"num_layers": 12, "num_heads": 6, "head_dim": 64, "log_std_dim": 256}  # DiT-S

@@ -24,9 +24,8 @@ import torch
 from tests.comfyui.bases import write_flux
 from tests.comfyui.installation import COMFYUI, comfyui_python
 
-from .any_flow import RESULTS
-from .distill import write
 from .measure import quartiles, ratios
+from .tables import RESULTS, write
 
 CSV = RESULTS / "train_adapter_cost.csv"
 INSIDE = Path(__file__).with_name("train_adapter_cost_inside.py")

@@ -12,7 +12,6 @@ adapter's 4 calls, all from the same noise.
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import json
 import os
@@ -26,9 +25,9 @@ from gmflow_core.gaussians.draws import standard_normal
 from tests.comfyui.bases import write_flux
 from tests.comfyui.installation import COMFYUI, comfyui_python
 from tests.comfyui.train_bases import TEACHERS
-from training.evaluation.models import image_seeds
 
-from .any_flow import COUNT, RESULTS, Digits, _images
+from .picture_sets import Digits
+from .tables import RESULTS, write
 
 CSV = RESULTS / "train_adapter_digits.csv"
 SIZE = {"hidden": 128, "depth": 1, "single": 3}  # of the teacher
@@ -57,17 +56,12 @@ def main() -> None:
         env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
         check=True,
     )
-    floor = data.score((data.test[0][:COUNT].float() / 127.5) - 1)["frechet_distance"]
-    rows = [{"sampler": "held-out images", "frechet_distance": floor}]
+    rows = [{"sampler": "held-out images", **data.floor()}]
     for name, samples in load_file(work / "samples.safetensors").items():
         sampler, calls = name.split()
         about = {"sampler": sampler, "calls": int(calls), **job}
         rows.append({**about, **data.score(samples)})
-    with open(CSV, "w", newline="", encoding="utf-8") as file:
-        names = list(dict.fromkeys(name for row in rows for name in row))
-        writer = csv.DictWriter(file, names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write(rows, CSV)
     print(CSV.read_text())
 
 
@@ -75,9 +69,9 @@ def write_inputs(work: Path, data: Digits) -> None:
     """Write what the script inside ComfyUI reads: the base, images, noise and labels."""
     if not (work / "flux_random.safetensors").is_file():
         write_flux(work / "flux_random.safetensors", dtype=torch.float32, **SIZE)
-    images, labels = _images(data.prepared("train"))
-    generators = [torch.Generator().manual_seed(seed) for seed in image_seeds(0, range(COUNT))]
-    noise = standard_normal((COUNT, *TEACHERS["flux"].latent), generators, like=torch.zeros(1))
+    images, labels = data.train
+    generators = [torch.Generator().manual_seed(seed) for seed in data.seeds]
+    noise = standard_normal((data.count, *TEACHERS["flux"].latent), generators, like=torch.zeros(1))
     tensors = {"images": images, "labels": labels, "noise": noise, "wanted": data.labels}
     save_file(tensors, work / "inputs.safetensors")
 

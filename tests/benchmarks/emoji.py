@@ -1,0 +1,364 @@
+"""Measure models of the emoji, by the code that measures the digits.
+
+    python -m tests.benchmarks.emoji --models outputs --work outputs/emoji_figures
+    python -m tests.benchmarks.emoji --only steps likelihood      # or stock, guidance, neighbours
+
+MODELS holds emoji_NAME_seedN/weights.safetensors, of training.imagenet --preset emoji, or
+emoji_flow_matching with the NAME fm. WORK gets the pictures (or link data/emoji_train and
+data/emoji_test there as emoji_train and emoji_test), the classifier of the features (1,200
+iterations; training.evaluate trains the same one on a GPU), and the figures of every model: a
+second start goes on where the first one stopped. docs/results/emoji_PART.csv is written after every
+model, with the means over seeds.
+
+- steps: solvers of gmflow_core at 1 to 32 network calls, by training.evaluate.
+- stock: all of ComfyUI's samplers and schedulers on flow matching and K = 8, of which only the mean
+  is then known; screened on few samples of the first seed, the best measured on all of every seed;
+  beside them ours, with one Gaussian and with the model's own mixture.
+- guidance: CFG, ComfyUI's APG, and probabilistic guidance, inside ComfyUI, 8 calls.
+- likelihood: time-averaged, of held-out pictures, by training.likelihood.
+- neighbours: the training pictures nearest to samples of the best model and setting of `steps`.
+
+There are as many samples as held-out pictures, so Fréchet distances compare with theirs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import re
+from functools import partial
+from itertools import chain
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from gmflow_core.files.json_files import read_json
+from gmflow_core.files.locks import locked
+from training.data.shards import LatentDataset
+from training.evaluation.config import Config
+from training.evaluation.evaluation import Evaluation
+from training.evaluation.inputs import Inputs
+from training.evaluation.metrics import measure, pairwise_distances
+from training.evaluation.models import Model, Space
+from training.evaluation.report import METRICS, sheet
+from training.experiments import image_likelihood
+from training.experiments.likelihood import Config as LikelihoodConfig
+
+from .any_flow import ours
+from .picture_sets import Emoji, PictureSet
+from .stock import screened
+from .tables import RESULTS, Row, kept, means_of, write
+
+FOLDER = re.compile(r"emoji_(fm|k\d+)_seed(\d+)")
+SOLVERS = ("euler", "dpmpp-2m", "uni-pc", "gm-ode", "gm-sde")
+STEPS = (1, 2, 3, 4, 8, 32)
+STOCK_MODELS, STOCK_CALLS = ("fm", "k8"), (2, 3, 4, 8)
+SCREENED = 100  # samples
+SPREAD = 0.5  # of one Gaussian
+GUIDED = {  # kinds of guidance, and their scales or weights
+    "": (1.0, 1.5, 2.0, 3.0, 4.0),
+    "APG": (1.5, 2.0, 3.0),
+    "APG, eta 0": (1.2, 1.5, 2.0, 3.0),
+    "probabilistic": (0.05, 0.1, 0.2, 0.3, 0.45),
+}
+ROUNDS = 24  # times and noises for each held-out picture
+EQUAL = 1e-3  # a smaller distance is a rounding error
+SHOWN, COLUMNS, ENLARGED = 16, 8, 3  # samples of the picture, in a row, and pixels per pixel
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A trained model: its name (fm, k1, ...), the seed of its training, and its checkpoint."""
+
+    name: str
+    seed: int
+    model: Model
+
+    @property
+    def about(self) -> Row:
+        """Name and seed, for a row."""
+        return {"model": self.name, "seed": self.seed}
+
+    @property
+    def path(self) -> Path:
+        """File of the weights."""
+        return Path(self.model.checkpoint)
+
+    def file(self, work: Path, part: str) -> Path:
+        """Return the file of the figures of a part."""
+        return work / f"{part}_{self.name}_seed{self.seed}.json"
+
+
+def trained_models(folder: Path, space: Space) -> list[Trained]:
+    """Return the models of a folder: flow matching first, then by K, and by seed.
+
+    Raises:
+        SystemExit: there is none.
+        ValueError: one is no model of these pictures.
+    """
+    found = []
+    for path in folder.glob("emoji_*/weights.safetensors"):
+        if name := FOLDER.fullmatch(path.parent.name):
+            found.append(Trained(name[1], int(name[2]), Model(str(path), space)))
+    if not found:
+        raise SystemExit(f"{folder} has no emoji_NAME_seedN/weights.safetensors; see --help")
+    return sorted(found, key=lambda each: (len(each.name), each.name, each.seed))
+
+
+def key_of(data: PictureSet, each: Trained, **more: object) -> Row:
+    """Return what figures of a model depend on."""
+    model, features = each.model.fingerprint, data.extractor.fingerprint
+    return {"model": model, "features": features, "count": data.count, **more}
+
+
+def publish(data: PictureSet, rows: list[Row], kind: tuple[str, ...], path: Path) -> None:
+    """Write rows of models, after one of held-out pictures, and their means over seeds."""
+    floor = {"model": "held-out pictures", "count": data.count, **data.floor()}
+    more = [name for name in (*METRICS, "out_of_range") if name != "frechet_distance"]
+    write([floor, *rows, *means_of(rows, kind, "frechet_distance", *more)], path)
+
+
+def steps(data: PictureSet, models: list[Trained], work: Path, results: Path) -> None:
+    """Compare the solvers of gmflow_core on all models: emoji_steps.csv."""
+    rows = []
+    for each in models:
+        config = evaluation_of(data, each, work)
+        key = key_of(data, each, solver=list(config.solver), steps=list(config.steps))
+        rows += kept(each.file(work, "steps"), key, partial(evaluated, each, config))
+        publish(data, rows, ("model", "solver", "steps"), results / "emoji_steps.csv")
+
+
+def evaluation_of(data: PictureSet, each: Trained, work: Path) -> Config:
+    """Return the settings of training.evaluate for a model."""
+    return Config(
+        checkpoint=(each.model.checkpoint,),
+        data=data.prepared("train"),
+        test_data=data.prepared("test"),
+        features=str(data.features),
+        count=data.count,
+        solver=SOLVERS,
+        steps=STEPS,
+        precision="fp32",
+        device="cpu",
+        out=work / "evaluation",
+    )
+
+
+def evaluated(each: Trained, config: Config) -> list[Row]:
+    """Run training.evaluate on a model, and return its rows."""
+    evaluation = Evaluation(config)
+    names = {setting.name for setting in evaluation.inputs.settings}
+    columns = ("num_components", "solver", "steps", "substeps", "count", *METRICS, "out_of_range")
+    found = [row for row in evaluation.run()["results"] if row["name"] in names]
+    return [{**each.about, **{name: row[name] for name in columns}} for row in found]
+
+
+def stock(data: PictureSet, models: list[Trained], work: Path, results: Path) -> None:
+    """Compare ComfyUI's samplers and ours on two models: emoji_stock.csv."""
+    rows, kind = [], ("model", "sampler", "scheduler", "calls", "spread", "mixture")
+    for name in STOCK_MODELS:
+        own = [each for each in models if each.name == name]
+        for each in own:
+            best = best_stock(data, own[0], work)
+            settings = [*best, *ours(data.count, (SPREAD,), SPREAD)]
+            rows += compared(data, each, settings, each.file(work, "stock"))
+            publish(data, rows, kind, results / "emoji_stock.csv")
+
+
+def best_stock(data: PictureSet, each: Trained, work: Path) -> list[Row]:
+    """Return the best settings of stock samplers for a model, by few samples."""
+    few, best = min(SCREENED, data.count), []
+    for calls in STOCK_CALLS:
+        search = partial(
+            screened,
+            partial(data.compare, checkpoint=each.path),
+            few,
+            "frechet_distance",
+            calls=(calls,),
+            schedulers=None,
+        )
+        key = key_of(data, each, screened=few)
+        best += kept(each.file(work, f"screened_{calls}"), key, search)
+    return [{**row, "count": data.count} for row in best]
+
+
+def compared(data: PictureSet, each: Trained, settings: list[Row], path: Path) -> list[Row]:
+    """Return the figures of settings of a model inside ComfyUI, kept in a file.
+
+    Settings that take the same steps, as more do not fit into the calls, have one row.
+    """
+
+    def make() -> list[Row]:
+        rows = [{**each.about, **row} for row in data.compare(settings, each.path)]
+        return [row for number, row in enumerate(rows) if row not in rows[:number]]
+
+    return kept(path, key_of(data, each, settings=settings), make)
+
+
+def guidance(data: PictureSet, models: list[Trained], work: Path, results: Path) -> None:
+    """Compare kinds of guidance on two models, in 8 calls: emoji_guidance.csv."""
+    common, rows = {"scheduler": "gm", "calls": 8, "mixture": True, "count": data.count}, []
+    settings = [
+        {"sampler": sampler, "remedy": kind, "cfg": scale, **common}
+        for sampler in ("euler", "gm_ode")
+        for kind, scales in GUIDED.items()
+        for scale in scales
+    ]
+    for each in models:
+        if each.name in STOCK_MODELS:
+            rows += compared(data, each, settings, each.file(work, "guidance"))
+            kind = ("model", "sampler", "remedy", "cfg")
+            publish(data, rows, kind, results / "emoji_guidance.csv")
+
+
+def likelihood(data: PictureSet, models: list[Trained], work: Path, results: Path) -> None:
+    """Measure the likelihood of held-out pictures, in bits per dimension: emoji_likelihood.csv.
+
+    Standard errors are those over pictures, each at ROUNDS times. `difference` is that to flow
+    matching of the same seed, if there is one, with the same times and noises.
+    """
+    folder, rows, first = data.prepared("test"), [], {}
+    pictures = LatentDataset(folder)
+    config = LikelihoodConfig(data=folder, count=ROUNDS * len(pictures), device="cpu")
+    for each in models:
+        make = partial(bits_of_pictures, each, pictures, config)
+        [found] = kept(each.file(work, "likelihood"), key_of(data, each, draws=config.count), make)
+        bits = torch.tensor(found["nll"], dtype=torch.float64)
+        row = {**each.about, "pictures": len(bits), "draws": config.count}
+        for name, values in found.items():
+            row |= image_likelihood.mean_and_error(name, torch.tensor(values).double())
+        base = first.setdefault(each.seed, bits)
+        rows.append({**row, **image_likelihood.mean_and_error("difference", bits - base)})
+        means = means_of(rows, ("model",), "nll", "spectral_nll", "difference")
+        write([*rows, *means], results / "emoji_likelihood.csv")
+
+
+def bits_of_pictures(each: Trained, pictures: LatentDataset, config: LikelihoodConfig) -> list[Row]:
+    """Return the mean bits per dimension of each picture, in one row."""
+    network = image_likelihood.checked(each.model).load(torch.device("cpu"))
+    title = f"{each.name}, seed {each.seed}"
+    bits = image_likelihood.bits_of_images(network, each.model.unlabelled, pictures, config, title)
+    names = ("nll", "spectral_nll")  # a draw's picture is its number modulo the pictures
+    return [
+        {
+            name: values.view(-1, len(pictures)).mean(0).tolist()
+            for name, values in zip(names, bits, strict=True)
+            if values is not None
+        }
+    ]
+
+
+def neighbours(data: PictureSet, models: list[Trained], work: Path, results: Path) -> None:
+    """Find the training pictures nearest to samples: emoji_neighbours.csv and .png.
+
+    Samples are as near as held-out pictures are, unless the model remembers training pictures;
+    `share_below_1` and `share_below_10` are shares nearer than these percentiles of held-out
+    pictures. Held-out pictures that equal a training picture or its mirror image are left out:
+    different emoji may be drawn alike. The .png has three rows for eight samples: these, the
+    nearest pictures by pixels, and by features.
+    """
+    each, best = best_setting(models, work)
+    samples = samples_of(evaluation_of(data, each, work), best)
+    mirrored = torch.cat([data.train[0], data.train[0].flip(3)])
+    new = nearest(pixels(data.test[0]), pixels(mirrored))[0] > EQUAL
+    sets = {"held-out pictures": data.test[0][new], "samples": samples}
+    rows, shown = [], [samples[:SHOWN]]
+    for space, of in (("pixels", pixels), ("features", partial(features, data))):
+        real = of(data.train[0])
+        found = {name: nearest(of(images), real) for name, images in sets.items()}
+        held_out = found["held-out pictures"][0]
+        shown.append(data.train[0][found["samples"][1][:SHOWN]])
+        for name, (distances, _) in found.items():
+            figures = {"median": distances.median().item(), "lowest": distances.min().item()}
+            for percent in (1, 10):
+                nearer = distances < held_out.quantile(percent / 100)
+                figures[f"share_below_{percent}"] = nearer.double().mean().item()
+            about = {"pictures": name, "distance": space, "count": len(distances)}
+            rows.append({**each.about, **best, **about, **figures})
+    write(rows, results / "emoji_neighbours.csv")
+    draw(shown, results / "emoji_neighbours.png")
+
+
+def samples_of(config: Config, wanted: Row) -> Tensor:
+    """Return the samples (n, 3, H, W) of a setting that training.evaluate has kept."""
+    inputs = Inputs(config)
+    [setting] = [s for s in inputs.settings if (s.solver, s.steps) == tuple(wanted.values())]
+    chunks = inputs.samples(setting)
+    return torch.cat([chunks.read(number)[0]["images"] for number in range(len(chunks))])
+
+
+def best_setting(models: list[Trained], work: Path) -> tuple[Trained, Row]:
+    """Return model (of the first seed), solver and steps of the least mean Fréchet distance.
+
+    Raises:
+        SystemExit: nothing is measured yet.
+    """
+    files = [each.file(work, "steps") for each in models]
+    found = chain(*(read_json(file)["rows"] for file in files if file.is_file()))
+    means = means_of(list(found), ("model", "solver", "steps"), "frechet_distance")
+    if not means:
+        raise SystemExit(f"{work} has no figures of steps yet; run --only steps first")
+    best = min(means, key=lambda row: row["frechet_distance"])
+    first = next(each for each in models if each.name == best["model"])
+    return first, {name: best[name] for name in ("solver", "steps")}
+
+
+def pixels(images: Tensor) -> Tensor:
+    """Return values (N, D) of images, of which a distance is the root mean square in [0, 1]."""
+    values = images.flatten(1).float() / 255
+    return values / math.sqrt(values.shape[1])
+
+
+def features(data: PictureSet, images: Tensor) -> Tensor:
+    """Return the features (N, 64) of images uint8 (N, 3, H, W)."""
+    return measure(images, data.extractor).features
+
+
+def nearest(points: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the distance (N,) of points (N, D) to the nearest of (M, D), and its number (N,)."""
+    parts = [block.min(1) for block in pairwise_distances(points, real)]
+    return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
+
+
+def draw(columns: list[Tensor], path: Path) -> None:
+    """Draw images of equal number (n, 3, H, W) below each other, COLUMNS in a row."""
+    parts = zip(*(images.split(COLUMNS) for images in columns), strict=True)
+    rows = [row for part in parts for row in part]
+    picture = sheet(torch.cat(rows), None, 0, len(rows), COLUMNS)
+    size = (picture.width * ENLARGED, picture.height * ENLARGED)
+    picture.resize(size, Image.Resampling.NEAREST).save(path)
+    print(path)
+
+
+PARTS = {
+    "steps": steps,
+    "stock": stock,
+    "guidance": guidance,
+    "likelihood": likelihood,
+    "neighbours": neighbours,
+}
+
+
+def main() -> None:
+    """Run the parts that are asked for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", type=Path, default=Path("outputs"))
+    parser.add_argument("--work", type=Path, default=Path("outputs/emoji_figures"))
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the tables")
+    arguments = parser.parse_args()
+    with locked(arguments.work):
+        data = Emoji(arguments.work)
+        models = trained_models(arguments.models, Space.of_data(data.prepared("train")))
+        print(f"models: {', '.join(f'{each.name} (seed {each.seed})' for each in models)}")
+        for part in arguments.only:
+            PARTS[part](data, models, arguments.work, arguments.results)
+
+
+if __name__ == "__main__":
+    main()

@@ -81,6 +81,8 @@ def test_parts_inside_comfyui(place, tmp_path, monkeypatch):
     data, models, work = place
     monkeypatch.setattr(stock, "stock_names", lambda: (["euler", "heun"], ["simple"]))
     monkeypatch.setattr(emoji, "STOCK_CALLS", (3,))
+    ours = [row for row in emoji.ours(data.count, (0.5,)) if row["calls"] == 2]
+    monkeypatch.setattr(emoji, "ours", lambda *_: ours)
     monkeypatch.setattr(
         emoji, "GUIDED", {"": (1.0, 3.0), "APG, eta 0": (2.0,), "probabilistic": (0.3,)}
     )

@@ -130,12 +130,11 @@ def test_extension_loads(comfy: Comfy) -> None:
 
 
 def test_quickstart_prompt_draws_the_checkerboard(comfy: Comfy) -> None:
-    """Measure the picture itself: the total variation of the densities in its colours."""
+    """Measure the picture itself, by the densities in its colours."""
     prompt, before = workflow_prompt(QUICKSTART), len(comfy.log())
     for node in ("4", "8"):
         prompt[node]["inputs"] |= {"size": 64, "bins": 64, "extent": 4.0}
-    result = comfy.run(prompt)
-    distance = {}
+    result, distance = comfy.run(prompt), {}
     for node, name in (("5", "gm"), ("9", "stock")):
         levels = levels_of(np.asarray(result.images[node][0].convert("RGB")) / 255).flip(0).double()
         distance[name] = 0.5 * (levels / levels.sum() - board_density()).abs().sum().item()
@@ -147,9 +146,8 @@ def test_quickstart_prompt_draws_the_checkerboard(comfy: Comfy) -> None:
     assert not NOT_FITTING.search(comfy.log()[before:])
 
 
-@pytest.mark.parametrize("path", API, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", API, ids=lambda path: path.stem)  # all but the one above
 def test_workflows_run_headless(comfy: Comfy, path: Path) -> None:
-    """All but the one above, whose pictures are measured."""
     prompt, before = write_workflow_files(comfy.base, path.stem), len(comfy.log())
     nodes = comfy.object_info()  # as the page does after a refresh: the files are in the lists now
     if (

@@ -27,9 +27,9 @@ import tempfile
 import time
 import traceback
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -203,34 +203,46 @@ def _watch(job: dict[str, Any], *files: int) -> NoReturn:
 
 def _work(command: list[str], environment: dict[str, str], cwd: str) -> NoReturn:
     """Do what the interpreter does with a command line, and end."""
+    status = exit_status(partial(_run, command, environment, cwd))
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _run(command: list[str], environment: dict[str, str], cwd: str) -> None:
+    """Run a program in its own environment and folder."""
     import torch
 
-    status = 1
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    kind, what, *arguments = command
+    sys.argv = [kind, *arguments]
+    if kind == "-m":
+        sys.modules.pop(what, None)
+        runpy.run_module(what, run_name="__main__", alter_sys=True)
+    else:
+        sys.modules["__main__"] = main = types.ModuleType("__main__")
+        exec(compile(what, "<string>", "exec"), vars(main))  # noqa: S102
+
+
+def exit_status(program: Callable[[], Any]) -> int:
+    """Call a program, and return the exit status that the interpreter would give it.
+
+    What ends it is printed to stderr: its message, or a traceback.
+    """
     try:
-        os.environ.clear()
-        os.environ.update(environment)
-        os.chdir(cwd)
-        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
-        kind, what, *arguments = command
-        sys.argv = [kind, *arguments]
-        if kind == "-m":
-            sys.modules.pop(what, None)
-            runpy.run_module(what, run_name="__main__", alter_sys=True)
-        else:
-            sys.modules["__main__"] = main = types.ModuleType("__main__")
-            exec(compile(what, "<string>", "exec"), vars(main))  # noqa: S102
-        status = 0
+        program()
     except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else int(end.code is not None)
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
         traceback.print_exc()
-    finally:
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -16,12 +16,10 @@ import argparse
 import csv
 import dataclasses
 import json
-import os
-import subprocess
 import tempfile
 from pathlib import Path
 
-from tests.comfyui.installation import COMFYUI, comfyui_python
+from tests.comfyui.scripts import of, results_of
 from tests.comfyui.train_bases import TEACHERS, write_teacher
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results" / "train_adapter.csv"
@@ -66,7 +64,7 @@ def main() -> None:
 
 
 def measured(kind: str) -> dict[str, float]:
-    """Train for one kind of base in a process of its own."""
+    """Train for one kind of base in a fork of ComfyUI's process."""
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         write_teacher(work, kind)
@@ -74,18 +72,7 @@ def measured(kind: str) -> dict[str, float]:
         (work / "teachers.json").write_text(json.dumps(about))
         (work / "job.json").write_text(json.dumps({kind: ITERATIONS.get(kind, USUAL)}))
         inside = Path(__file__).with_name("train_adapter_inside.py")
-        done = subprocess.run(
-            [comfyui_python(), str(inside), str(COMFYUI), str(work)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-    if done.returncode:
-        raise SystemExit(done.stderr[-3000:])
-    found = json.loads(done.stdout.splitlines()[-1])[kind]
-    if isinstance(found, str):
-        raise SystemExit(found)
-    return found
+        return of(results_of(inside, work), kind)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,6 @@ docs/results/train_adapter_cost.csv.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from typing import Any
 import torch
 
 from tests.comfyui.bases import write_flux
-from tests.comfyui.installation import COMFYUI, comfyui_python
+from tests.comfyui.scripts import results_of
 
 from .measure import quartiles, ratios
 from .tables import RESULTS, write
@@ -43,7 +41,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 
 
 def main() -> None:
-    """Measure every case in a process of its own, and write the table."""
+    """Measure every case in a fork of ComfyUI's process, and write the table."""
     rows = []
     for name, changes in CASES:
         about = {**USUAL, **changes}
@@ -67,15 +65,7 @@ def measured(about: dict[str, Any], **network: int) -> dict[str, Any]:
         work = Path(folder)
         write_flux(work / "flux.safetensors", dtype=torch.float32, **{**NETWORK, **network})
         (work / "job.json").write_text(json.dumps(about))
-        done = subprocess.run(
-            [comfyui_python(), str(INSIDE), str(COMFYUI), str(work)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-    if done.returncode:
-        raise SystemExit(done.stderr[-3000:])
-    return json.loads(done.stdout.splitlines()[-1])
+        return results_of(INSIDE, work)
 
 
 if __name__ == "__main__":

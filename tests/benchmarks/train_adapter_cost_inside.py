@@ -66,8 +66,6 @@ def main(comfyui: str, folder: str) -> None:
 
 def plain_loop(training: Any, calls: Any, shape: torch.Size) -> Callable[[], None]:
     """Return an iteration of the same calls of the network, with neither guider nor policy."""
-    import copy
-
     import inside
 
     run, student = training.run, training.student
@@ -75,7 +73,7 @@ def plain_loop(training: Any, calls: Any, shape: torch.Size) -> Callable[[], Non
     parameters = [p.detach().clone().requires_grad_(True) for p in training.parameters.values()]
     average = [p.detach().clone() for p in parameters]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
-    cond = copy.copy(calls.conds[calls.prompt][0])
+    cond = calls.conds[calls.prompt][0]
     text, pooled = (cond["model_conds"][n].cond for n in ("c_crossattn", "y"))
     guidance = cond["model_conds"]["guidance"].cond.expand(shape[0])
     given = text.expand(shape[0], -1, -1), pooled.expand(shape[0], -1), guidance

@@ -13,12 +13,13 @@ import signal
 import struct
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tests.forked import exit_status
 
 STEPS = struct.Struct("=qdd")  # number of file-system steps, times of the first and the last one
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -183,16 +184,7 @@ def _redirect(out: int) -> None:
 def _call(function: Callable[[list[str]], Any], arguments: list[str]) -> int:
     """Call the function as the interpreter would call a script, and return the exit status."""
     sys.argv = [f"{function.__module__}.py", *arguments]
-    status = 0
-    try:
-        function(arguments)
-    except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else int(end.code is not None)
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
-    except BaseException:
-        traceback.print_exc()
-        status = 1
+    status = exit_status(lambda: function(arguments))
     sys.stdout.flush()
     sys.stderr.flush()
     return status

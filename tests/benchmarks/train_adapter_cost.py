@@ -1,6 +1,6 @@
 """Measure what GM Train Adapter costs beside the two networks that it runs, inside ComfyUI.
 
-    python -m tests.benchmarks.train_adapter_cost       # some ten minutes on one thread
+    python -m tests.benchmarks.train_adapter_cost       # 13 minutes on one thread
 
 Every row runs an iteration of the node's own loop and a plain loop in turns, in a real ComfyUI
 (found as by the tests), on one tiny random FLUX.1. The plain loop has the same calls of the same

@@ -5,8 +5,8 @@
     python -m training.prepare --data data/emoji/test --out data/emoji_test --size 32 --pixels
 
 Nine classes (faces, people, animals, food, flags, ...), 3,781 pictures of 1,906 emoji in up to 26
-skin tones each. OUT/train and OUT/test are folders of class folders, and no emoji is in both
-(some look alike, such as people who face left and right).
+skin tones each. OUT/train and OUT/test are folders of class folders. No emoji is in both, and none
+that looks the same, or mirrored the same, such as a person who faces right.
 
 The pictures are Google's Noto emoji, under the Apache License 2.0. npm downloads the package
 emoji-datasource-google 16.0.0 (74 MB, MIT), which lists and holds them; its checksum is checked.

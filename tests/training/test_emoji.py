@@ -5,8 +5,9 @@ import io
 import json
 import tarfile
 
+import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from training.data import emoji
 from training.emoji import main
@@ -27,16 +28,24 @@ ENTRIES = [
 ]
 
 
+def picture(name, mirror=False):
+    """Return a PNG of noise that depends on a name, at the size of the package's."""
+    rng = np.random.default_rng(list(name.encode()))
+    image = Image.fromarray(rng.integers(0, 256, (8, 8, 4), dtype=np.uint8), "RGBA")
+    image = ImageOps.mirror(image) if mirror else image
+    content = io.BytesIO()
+    image.resize((64, 64), Image.Resampling.NEAREST).save(content, "PNG")
+    return content.getvalue()
+
+
 def package(folder, entries=ENTRIES, left_out=()):
     """Write a package with a picture for every entry; return its file."""
-    picture = io.BytesIO()
-    Image.new("RGBA", (64, 64), (200, 20, 20, 128)).save(picture, "PNG")
     looks = [look for each in entries for look in [each, *each.get("skin_variations", {}).values()]]
     files = {emoji.LIST: json.dumps(entries).encode()}
     for look in looks:
         if look["has_img_google"] and look["image"] not in left_out:
-            files[emoji.PICTURES + look["image"]] = picture.getvalue()
-    files["package/img/google/64/../../../../escaped.png"] = picture.getvalue()
+            files[emoji.PICTURES + look["image"]] = picture(look["image"])
+    files["package/img/google/64/../../../../escaped.png"] = picture("escaped")
     path = folder / "emoji.tgz"
     with tarfile.open(path, "w:gz") as tar:
         for name, content in files.items():
@@ -73,6 +82,22 @@ def test_an_emoji_is_in_one_part_with_all_its_skin_tones(tmp_path, known, capsys
     assert not list(tmp_path.rglob("escaped.png"))
     with pytest.raises(SystemExit, match="exists already; delete it"):
         main(["--out", str(tmp_path / "out"), "--package", str(path)])
+
+
+def test_what_looks_alike_is_in_one_part():
+    listed = [emoji.Emoji("people", (f"{i}.png", f"{i}-dark.png")) for i in range(30)]
+    found = {name: picture(name) for each in listed for name in each.pictures}
+    found["7-dark.png"] = picture("3.png", mirror=True)  # in another skin tone, mirrored
+    found["9.png"] = picture("7.png")  # and so like 3
+    other = emoji.Emoji("flags", ("flag.png",))
+    found["flag.png"] = picture("3.png")  # of another class
+    labels = emoji.alike([*listed, other], found)
+    assert [*np.flatnonzero(labels == labels[3])] == [3, 7, 9]
+    assert len(np.unique(labels)) == 29
+    for seed in range(20):
+        test = emoji.split([*listed, other], labels, 0.3, seed)
+        assert test[[3, 7, 9]].all() or not test[[3, 7, 9]].any()
+        assert 7 <= test[:30].sum() <= 9
 
 
 @pytest.mark.parametrize(

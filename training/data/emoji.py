@@ -20,6 +20,8 @@ from gmflow_core.files.atomic import atomic_folder
 from gmflow_core.files.errors import FileError, quoted
 from training.common.settings import require, require_ranges
 
+from .pictures import centre_crop, read_rgb
+
 PACKAGE, VERSION = "emoji-datasource-google", "16.0.0"
 SHA512 = (  # of the package
     "6517b17f3b3b315a0b9e6cd998db0ee132a19c0269e43fbe566e8fa54a47fe31"
@@ -29,6 +31,8 @@ LIST, PICTURES = "package/emoji.json", "package/img/google/64/"
 MOST_BYTES = 1 << 20  # of one picture; the largest has some 10 KB
 MOST_LISTED = 1 << 26  # of the list of emoji
 LEFT_OUT = "component"  # swatches of skin tones, which are parts and no emoji
+LOOKED_AT = 32  # pixels a side of the pictures that are compared
+ALIKE = 0.03  # of [0, 1], root mean square; most are exact: persons facing left and right, flags
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +44,7 @@ class EmojiConfig:
     package: Path | None = None
     """The package's .tgz, if npm is not here or cannot download it."""
     test_share: float = 0.1
-    """Share of the emoji of each class that are kept for testing, with all their skin tones."""
+    """Share of the emoji of each class that are kept for testing, with all that looks like them."""
     seed: int = 0
     """Seed of the split."""
 
@@ -76,23 +80,22 @@ def write_emoji(config: EmojiConfig) -> dict[str, int]:
         package = config.package or download(Path(folder))
         check_package(package)
         emoji = list_emoji(package)
-        test = split(emoji, config.test_share, config.seed)
+        found = dict(pictures(package))
+        listed = [name for each in emoji for name in each.pictures]
+        if missing := sum(name not in found for name in listed):
+            has = f"has {len(listed) - missing:,} of the {len(listed):,} pictures that it lists"
+            raise FileError(package, has, "download it again")
+        test = split(emoji, alike(emoji, found), config.test_share, config.seed)
         places = {
             name: Path("test" if held_out else "train") / each.category / name
             for each, held_out in zip(emoji, test, strict=True)
             for name in each.pictures
         }
         with atomic_folder(config.out) as unfinished:
-            written = 0
-            for name, content in pictures(package):
-                if name in places:
-                    path = unfinished / places[name]
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    path.write_bytes(content)
-                    written += 1
-            if written < len(places):
-                missing = f"has {written:,} of the {len(places):,} pictures that it lists"
-                raise FileError(package, missing, "download it again")
+            for name, place in places.items():
+                path = unfinished / place
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(found[name])
     of_train = sum(place.parts[0] == "train" for place in places.values())
     return {"train": of_train, "test": len(places) - of_train}
 
@@ -139,8 +142,8 @@ def check_package(path: Path) -> None:
         )
 
 
-def members(path: Path) -> Iterator[tuple[str, int, Any]]:
-    """Return name, size and open file of every plain file of a package.
+def contents(path: Path, start: str, most: int) -> Iterator[tuple[str, bytes]]:
+    """Return name and content of a package's files whose names start so, of at most `most` bytes.
 
     Raises:
         FileError: it is no tar file, or cut off.
@@ -148,8 +151,8 @@ def members(path: Path) -> Iterator[tuple[str, int, Any]]:
     try:
         with tarfile.open(path, "r:gz") as package:
             for member in package:
-                if member.isfile():
-                    yield member.name, member.size, package.extractfile(member)
+                if member.isfile() and member.name.startswith(start) and member.size <= most:
+                    yield member.name, package.extractfile(member).read()
     except (tarfile.TarError, EOFError, OSError) as error:
         raise FileError(path, "is damaged", "download it again") from error
 
@@ -160,16 +163,14 @@ def list_emoji(path: Path) -> list[Emoji]:
     Raises:
         FileError: there is no list, or it is not as expected.
     """
-    for name, size, file in members(path):
-        if name == LIST and size <= MOST_LISTED:
-            try:
-                entries = json.loads(file.read())
-                found = [_emoji(entry) for entry in entries]
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise FileError(
-                    path, f"has another kind of {LIST}", f"give {PACKAGE} {VERSION}"
-                ) from error
-            return [each for each in found if each.pictures and each.category != LEFT_OUT]
+    for _, content in contents(path, LIST, MOST_LISTED):
+        try:
+            found = [_emoji(entry) for entry in json.loads(content)]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise FileError(
+                path, f"has another kind of {LIST}", f"give {PACKAGE} {VERSION}"
+            ) from error
+        return [each for each in found if each.pictures and each.category != LEFT_OUT]
     raise FileError(path, f"has no {LIST}", f"give the .tgz of {PACKAGE} {VERSION}")
 
 
@@ -182,13 +183,59 @@ def _emoji(entry: dict[str, Any]) -> Emoji:
 
 def pictures(path: Path) -> Iterator[tuple[str, bytes]]:
     """Return file name and content of every picture of a package."""
-    for name, size, file in members(path):
-        if name.startswith(PICTURES) and size <= MOST_BYTES:
-            yield name.removeprefix(PICTURES), file.read()
+    for name, content in contents(path, PICTURES, MOST_BYTES):
+        yield name.removeprefix(PICTURES), content
 
 
-def split(emoji: list[Emoji], share: float, seed: int) -> np.ndarray:
-    """Choose the emoji for testing, the same share of every class.
+def alike(emoji: list[Emoji], found: dict[str, bytes]) -> np.ndarray:
+    """Return which emoji of a class look alike, in any skin tone or mirrored.
+
+    Two pictures are alike if they differ by less than `ALIKE` at `LOOKED_AT` pixels a side, on
+    white. What looks like the same third emoji is alike, too.
+
+    Args:
+        emoji: n emoji.
+        found: The content of their pictures, by file name.
+
+    Returns:
+        (n,) int, the same number for emoji that look alike.
+    """
+    own = np.array([i for i, each in enumerate(emoji) for _ in each.pictures])
+    pixels = np.stack([_pixels(found[name]) for each in emoji for name in each.pictures])
+    categories = np.array([emoji[i].category for i in own])
+    labels = np.arange(len(emoji))
+    for category in np.unique(categories):
+        chosen = categories == category
+        first, second = np.nonzero(_near(pixels[chosen]))
+        first, second = own[chosen][first], own[chosen][second]
+        before = None
+        while not np.array_equal(before, labels):
+            before = labels.copy()
+            np.minimum.at(labels, first, before[second])
+    return labels
+
+
+def _pixels(content: bytes) -> np.ndarray:
+    """Return a picture as it is compared, (h, w, 3) in [0, 1]."""
+    return np.asarray(centre_crop(read_rgb(content), LOOKED_AT), dtype=np.float32) / 255
+
+
+def _near(pixels: np.ndarray) -> np.ndarray:
+    """Return which of n pictures (n, h, w, 3), or their mirror images, are alike, (n, n) bool."""
+    plain, mirrored = (each.reshape(len(pixels), -1) for each in (pixels, pixels[:, :, ::-1]))
+    squares = np.square(plain).sum(1)
+    product = np.maximum(plain @ plain.T, plain @ mirrored.T)
+    return squares[:, None] + squares - 2 * product < ALIKE**2 * plain.shape[1]
+
+
+def split(emoji: list[Emoji], labels: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Choose the emoji for testing, the same share of every class, and all that look alike.
+
+    Args:
+        emoji: n emoji.
+        labels: (n,) int, the same for those that stay together.
+        share: Of a class's emoji, for testing, between 0 and 1; rounded down to whole groups.
+        seed: Of the choice.
 
     Returns:
         (n,) bool, true for testing.
@@ -196,6 +243,9 @@ def split(emoji: list[Emoji], share: float, seed: int) -> np.ndarray:
     test, rng = np.zeros(len(emoji), dtype=bool), np.random.default_rng(seed)
     categories = np.array([each.category for each in emoji])
     for category in np.unique(categories):
-        own = rng.permutation(np.flatnonzero(categories == category))
-        test[own[: round(share * len(own))]] = True
+        own = categories == category
+        groups, sizes = np.unique(labels[own], return_counts=True)
+        order = rng.permutation(len(groups))
+        fits = np.cumsum(sizes[order]) <= round(share * own.sum())
+        test |= own & np.isin(labels, groups[order][fits])
     return test

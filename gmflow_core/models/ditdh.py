@@ -12,7 +12,13 @@ from torch import Tensor, nn
 
 from ..flow.policy import DXVelocity
 from ..gaussians.mixture import GaussianMixture
-from .image_network import ImageConfig, ImageNetwork, log_std_head, spectrum_network
+from .image_network import (
+    ImageConfig,
+    ImageNetwork,
+    log_std_head,
+    patch_tokens,
+    spectrum_network,
+)
 from .position_features import grid_angles, grid_features
 from .state_dict import check_shapes, shapes_of
 
@@ -192,13 +198,13 @@ class DiTDH(ImageNetwork, nn.Module):
         condition = self.condition(time, labels)
         # trunk: its output is the condition of each token in the head
         positions = grid_features(*size, config.trunk_width, extent, x.device).to(dtype)
-        tokens = self.s_embedder["proj"](latents).flatten(2).transpose(1, 2) + positions
+        tokens = patch_tokens(self.s_embedder["proj"], latents) + positions
         rotation = grid_rotation(*size, config.trunk_width // config.trunk_heads, extent, x.device)
         trunk, head = self.blocks[: config.trunk_layers], self.blocks[config.trunk_layers :]
         tokens = self.run_blocks(trunk, tokens, F.silu(condition).unsqueeze(1), rotation)
         local = self.s_projector(F.silu(time.unsqueeze(1) + tokens))  # (B, N, head_width)
         # head: predicts the velocity of each token
-        tokens = self.x_embedder["proj"](latents).flatten(2).transpose(1, 2).to(dtype)
+        tokens = patch_tokens(self.x_embedder["proj"], latents).to(dtype)
         rotation = grid_rotation(*size, config.head_width // config.head_heads, extent, x.device)
         tokens = self.run_blocks(head, tokens, local, rotation)
         shift, scale = self.final_layer["adaLN_modulation"](local).chunk(2, -1)

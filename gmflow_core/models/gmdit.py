@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from ..flow.policy import DXVelocity
 from ..gaussians.mixture import GaussianMixture
-from .image_network import ImageConfig, ImageNetwork, log_std_head, spectrum_network
+from .image_network import (
+    ImageConfig,
+    ImageNetwork,
+    log_std_head,
+    patch_tokens,
+    spectrum_network,
+)
 from .position_features import grid_features, time_features
 
 TIME_FEATURES = 256  # number of cosines and sines of the time
@@ -138,7 +144,7 @@ class GMDiT(ImageNetwork, nn.Module):
         )
         dtype = self.proj_out_2.weight.dtype
         positions = grid_features(rows, columns, config.width, extent, x.device).to(dtype)
-        tokens = self.pos_embed["proj"](x.to(dtype)).flatten(2).transpose(1, 2) + positions
+        tokens = patch_tokens(self.pos_embed["proj"], x.to(dtype)) + positions
         condition = self.condition(torch.as_tensor(sigma, device=x.device).expand(len(x)), labels)
         tokens = self.run_blocks(self.transformer_blocks, tokens, condition)
         shift, scale = self.proj_out_1(F.silu(condition)).unsqueeze(1).chunk(2, -1)

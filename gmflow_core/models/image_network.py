@@ -14,6 +14,15 @@ from .settings import LARGEST_SAMPLE, MOST_CLASSES, check_dx, check_settings
 from .spectrum import SpectrumMLP
 
 
+def patch_tokens(projection: nn.Conv2d, x: Tensor) -> Tensor:
+    """Return the tokens (B, N, width) of images x (B, C, h, w), whose patches a layer projects.
+
+    They are contiguous: of other tokens, the CPU code that torch.compile 2.13 makes for bfloat16
+    computes NaN.
+    """
+    return projection(x).flatten(2).transpose(1, 2).contiguous()
+
+
 class ImageConfig:
     """Settings that image networks share; each network's config declares them with its defaults.
 

@@ -69,6 +69,14 @@ def test_files_say_where_nodes_and_models_come_from(path: Path) -> None:
         assert {link["directory"] for link in links} <= folders
 
 
+@each_path
+def test_values_are_the_same_by_place_and_by_name(path: Path) -> None:
+    """ComfyUI's page saves a node's values twice, and may read either."""
+    for node in opened(path)["nodes"]:
+        if "widgets_values_named" in node:
+            assert list(node["widgets_values_named"].values()) == node["widgets_values"]
+
+
 def is_model(value: Any) -> bool:
     return isinstance(value, str) and value.endswith((".safetensors", ".gguf"))
 

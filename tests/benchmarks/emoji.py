@@ -65,7 +65,6 @@ GUIDED = {  # kinds of guidance, and their scales or weights
     "probabilistic": (0.05, 0.1, 0.2, 0.3, 0.45),
 }
 ROUNDS = 24  # times and noises for each held-out picture
-EQUAL = 1e-3  # a smaller distance is a rounding error
 SHOWN, COLUMNS, ENLARGED = 16, 8, 3  # samples of the picture, in a row, and pixels per pixel
 
 
@@ -256,21 +255,19 @@ def neighbours(data: PictureSet, models: list[Trained], work: Path, results: Pat
 
     Samples are as near as held-out pictures are, unless the model remembers training pictures;
     `share_below_1` and `share_below_10` are shares nearer than these percentiles of held-out
-    pictures. Held-out pictures that equal a training picture or its mirror image are left out:
-    different emoji may be drawn alike. The .png has three rows for eight samples: these, the
-    nearest pictures by pixels, and by features.
+    pictures. Mirror images count as training pictures, as training flips them. The .png has three
+    rows for eight samples: these, the nearest pictures by pixels, and by features.
     """
     each, best = best_setting(models, work)
     samples = samples_of(evaluation_of(data, each, work), best)
-    mirrored = torch.cat([data.train[0], data.train[0].flip(3)])
-    new = nearest(pixels(data.test[0]), pixels(mirrored))[0] > EQUAL
-    sets = {"held-out pictures": data.test[0][new], "samples": samples}
+    seen = torch.cat([data.train[0], data.train[0].flip(3)])
+    sets = {"held-out pictures": data.test[0], "samples": samples}
     rows, shown = [], [samples[:SHOWN]]
     for space, of in (("pixels", pixels), ("features", partial(features, data))):
-        real = of(data.train[0])
+        real = of(seen)
         found = {name: nearest(of(images), real) for name, images in sets.items()}
         held_out = found["held-out pictures"][0]
-        shown.append(data.train[0][found["samples"][1][:SHOWN]])
+        shown.append(seen[found["samples"][1][:SHOWN]])
         for name, (distances, _) in found.items():
             figures = {"median": distances.median().item(), "lowest": distances.min().item()}
             for percent in (1, 10):

@@ -6,12 +6,15 @@ from comfy_api.latest import io
 
 from .comfyui.adapter_folder import adapter_names
 from .comfyui.bases import base_names
+from .comfyui.files import fingerprint
 from .comfyui.schema import ADVANCED, node_schema, seed_input
 from .comfyui.train_adapter import train_adapter
+from .comfyui.train_file import adapter_path
 from .comfyui.train_lora import MLP, TARGETS
 from .comfyui.train_optimizer import OPTIMIZERS
-from .comfyui.train_prompts import encode, prompts_of
+from .comfyui.train_prompts import encode, prompts_of, prompts_path
 from .comfyui.train_settings import DX, GM, GUIDANCES, NONE, TrainSettings
+from .comfyui.train_state import times_lost
 
 NEW = "(new)"  # choice of no adapter to begin with
 
@@ -242,6 +245,16 @@ class GMFlowTrainAdapter(io.ComfyNode):
                 io.String.Output("name", display_name="name", tooltip="Of the adapter's file."),
             ],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, save_name=None, prompts_file=None, **kwargs) -> list:
+        """Return what changes with the prompts' file, and when files of a training are deleted.
+
+        Linked values are not known yet.
+        """
+        name, prompts = next(iter(save_name or []), None), next(iter(prompts_file or []), None)
+        found = [] if name is None else [times_lost(adapter_path(name))]
+        return found + (fingerprint(prompts_path(prompts)) if (prompts or "").strip() else [])
 
     @classmethod
     def execute(cls, model, latent_image, **inputs) -> io.NodeOutput:

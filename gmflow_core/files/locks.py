@@ -35,6 +35,7 @@ def locked(folder: str | Path, command: str = "") -> Iterator[None]:
     Raises:
         LockedError: another process holds it; the message names it.
         WriteError: the folder cannot be created or written.
+        ValueError: it is the working folder.
     """
     with _held(Path(folder), Path(folder), LOCK, OWNER, command):
         yield
@@ -47,7 +48,7 @@ def locked_file(path: str | Path, command: str = "") -> Iterator[None]:
     Other files of the same folder stay free. See `locked`.
 
     Raises:
-        LockedError, WriteError: as `locked`.
+        LockedError, WriteError, ValueError: as `locked`.
     """
     path = Path(path)
     # a digest, as the name itself could be too long with anything added
@@ -72,6 +73,10 @@ def _held(
         lock_name, owner_name: of the lock's file, and of the one that says who holds it.
         command: what runs, for the message of another process.
     """
+    if what == Path():  # which an unset variable of a shell gives
+        raise ValueError(
+            "the folder to write is '.', the working folder, or an empty name; name another one"
+        )
     lock, owner = FileLock(folder / lock_name), folder / owner_name
     held = True
     try:

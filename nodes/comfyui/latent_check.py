@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
+
+# layers that a text and a pooled text go through first; Krea 2 has no single one
+TEXT = ("txt_in", "context_embedder", "cap_embedder.1")
+POOLED = ("vector_in.in_layer", "y_embedder.mlp.0")
 
 
 def check_latent(model, latent: Tensor, any_size: bool = False) -> None:
@@ -55,10 +59,9 @@ def check_conditioning(
         ValueError: it is of another model, such as that of GM Class Labels, or without a text.
     """
     network = model.model.diffusion_model
-    width = getattr(getattr(network, "txt_in", None), "in_features", None)
-    pooled_width = getattr(
-        getattr(getattr(network, "vector_in", None), "in_layer", None), "in_features", None
-    )
+    width, pooled_width = _width_of(network, TEXT), _width_of(network, POOLED)
+    if hasattr(network, "txtlayers") and hasattr(network, "txtdim"):
+        width = network.txtlayers * network.txtdim
     if width is None:
         return
     for kind, parts in conds.items():
@@ -82,3 +85,13 @@ def check_conditioning(
                     f"{pooled.shape[-1]} features, and this model takes {pooled_width}; "
                     f"{CONNECT_TEXT}"
                 )
+
+
+def _width_of(network: nn.Module, layers: tuple[str, ...]) -> int | None:
+    """Return the features that the first of these layers takes; None if a network has none."""
+    for path in layers:
+        try:
+            return network.get_submodule(path).in_features
+        except AttributeError:
+            continue
+    return None

@@ -17,6 +17,7 @@ from ...gmflow_core.files.adapter_file import lora_pairs, policy_of, split_tenso
 from ...gmflow_core.files.adapter_metadata import AdapterFacts
 from ...gmflow_core.files.atomic import check_target
 from ...gmflow_core.files.errors import quoted
+from ...gmflow_core.files.locks import locked_file
 from ...gmflow_core.models.adapter_heads import Head, build_head
 from .adapter import with_adapter
 from .adapter_file import read_adapter
@@ -43,10 +44,10 @@ from .train_file import (
 from .train_lora import Pair, new_pairs, places_of, targets
 from .train_network import check_version, learning
 from .train_preview import preview
-from .train_prompts import Conditioning, check_whole, distilled_guidance
+from .train_prompts import Conditioning, check_fit, check_whole, distilled_guidance
 from .train_run import NEGATIVE, Training, prompt_key
 from .train_settings import CFG, DX, NONE, POLICIES, PROBABILISTIC, TrainSettings
-from .train_state import restorer, state_path, write_state
+from .train_state import note_finished, restorer, state_path, write_state
 from .train_student import HeadKind, Student
 
 GRID = "grid"  # mode of a DX policy that is trained here
@@ -71,6 +72,7 @@ def train_adapter(
 
     Raises:
         ValueError: something does not fit; the message says what, before anything long is done.
+        LockedError: another ComfyUI trains an adapter of this name.
         WriteError: a file cannot be written.
     """
     check_version()
@@ -82,6 +84,7 @@ def train_adapter(
     check_size(model, base, latent)
     check_guidance(model, base, run, negative)
     guidance = distilled_guidance(base, model, prompts)
+    check_fit(model, prompts, negative)
     about = {
         **run.fixed(),
         "base": base.name,
@@ -89,18 +92,19 @@ def train_adapter(
         "teacher": fingerprint_of(model),
         "prompts": hash_of([*prompts, *([negative] if negative else [])]),
     }
-    restore = restorer(state_path(path), about)
-    if restore is None and path.exists():
-        raise ValueError(
-            f"save_name {quoted(save_name)}: {path} exists already, and no unfinished run belongs "
-            "to it (one that diverged cannot go on); choose another name"
-        )
-    facts = facts_of(run, base, guidance)
-    with torch.inference_mode(False):
+    with locked_file(path, "GM Train Adapter"), torch.inference_mode(False):
+        restore = restorer(state_path(path), about)
+        if restore is None and path.exists():
+            raise ValueError(
+                f"save_name {quoted(save_name)}: {path} exists already, and no unfinished run "
+                "belongs to it; choose another name"
+            )
+        facts = facts_of(run, base, guidance)
         training = make_training(model, base, run, facts, path, about, latent.shape, len(prompts))
         training.restore = restore
         _sample(training, prompts, negative, latent.shape)
     report_end(training, path)
+    note_finished(path)
     tensors, metadata = read_adapter(str(path))
     return with_adapter(model, tensors, metadata, name=path.name), _listed_name(path)
 
@@ -339,6 +343,12 @@ def report_end(training: Training, path: Path) -> None:
             f"file holds the last good state, of iteration {training.result()[1]}; lower "
             "learning_rate, and go on under another name "
             "with warm_start"
+        )
+    elif training.watch.rise and not training.run.decay:
+        first, last = training.watch.rise
+        notice(
+            f"the loss has risen from {first:.3g} to {last:.3g}: the adapter may be worse than at "
+            "its beginning; lower learning_rate, or raise warmup, under another name"
         )
     notice(f"saved after {training.result()[1]} iterations: {path}", logging.INFO)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterable
 from datetime import datetime, timezone
 from pathlib import Path
@@ -22,6 +23,8 @@ from .model_folders import LORAS
 from .train_settings import FINAL_STEP_SIZE, GM, POLICIES, TrainSettings
 
 LONGEST = 200  # bytes of the name of a file or folder
+# parts of a path that are none, or that Windows keeps for itself
+NO_NAME = re.compile(r"[ .]*|.*:.*|(con|prn|aux|nul|com\d|lpt\d) *(\..*)?", re.IGNORECASE)
 READ = 64  # numbers of each weight that a fingerprint reads
 TEMPERATURE = 1.0  # a policy was learned as it is
 
@@ -37,7 +40,7 @@ def adapter_path(name: str) -> Path:
     parts = stem.split("/")
     sizes = [len(part.encode("utf-8", "replace")) for part in parts]
     is_sound = tidy.isprintable() and max(sizes) <= LONGEST and not os.path.isabs(tidy)
-    if not is_sound or any(part.strip(" .") == "" or ":" in part for part in parts):
+    if not is_sound or any(NO_NAME.fullmatch(part) for part in parts):
         raise ValueError(
             f"no name for a file: save_name is {quoted(name)}; it has to be a name such as "
             f"my_adapter_4step or folder/my_adapter_4step, below models/loras, each part of at "

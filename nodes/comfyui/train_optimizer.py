@@ -16,6 +16,7 @@ MOST_NORM = 2.0  # of the gradient
 EMA_POWER = 8  # Karras' gamma of 7, and 1
 WATCHED = 20  # latest losses whose median counts
 GROWTH = 10.0  # of that median over its lowest, from which on a run counts as diverging
+RISEN = 1.33  # the same over that of the first losses, from which on it is said at the end
 SETTLED = 2.0  # the same, below which its state is worth going back to
 
 
@@ -103,6 +104,13 @@ class LossWatch:
     def recent(self) -> float:
         """Median of the latest losses."""
         return statistics.median(self.losses[-WATCHED:])
+
+    @property
+    def rise(self) -> tuple[float, float] | None:
+        """Medians of the first and of the latest losses, if it has grown by more than a third."""
+        first = statistics.median(self.losses[:WATCHED])
+        grown = len(self.losses) >= 2 * WATCHED and self.recent > RISEN * first
+        return (first, self.recent) if grown else None
 
     @property
     def is_settled(self) -> bool:

@@ -13,19 +13,31 @@ from torch import Tensor
 
 from ...gmflow_core.files.errors import quoted, reason
 from .bases import Base
+from .latent_check import check_conditioning
 from .notices import progress
 
 MOST_BYTES, MOST_PROMPTS = 64 * 2**20, 100_000
+MOST_CHARACTERS = 20_000  # of a prompt; text encoders read some hundred words
 SHOWN_EVERY = 20  # prompts
-SINGLE = ("area", "mask", "start_percent", "end_percent", "control", "hooks", "timestep_start")
+USUAL = {"end_percent": 1.0, "strength": 1.0}  # values that mean the whole picture and sampling
+SINGLE = (
+    "area",
+    "mask",
+    "gligen",
+    "start_percent",
+    "timestep_start",
+    "control",
+    "hooks",
+    "default",
+)
 Conditioning = list  # of pairs of a tensor and a dict
 
 
-def read_prompts(name: str) -> list[str]:
-    """Return the prompts in a text file of ComfyUI's input folder, one a line; no empty ones.
+def prompts_path(name: str) -> str:
+    """Return the path of a text file of ComfyUI's input folder.
 
     Raises:
-        ValueError: there is no such file, or no prompt in it.
+        ValueError: there is no such file.
     """
     folder = os.path.abspath(folder_paths.get_input_directory())
     path = os.path.normpath(os.path.join(folder, name.strip()))
@@ -34,6 +46,16 @@ def read_prompts(name: str) -> list[str]:
             f"prompts_file is {quoted(name)}, and there is no such file in {folder}; put a text "
             "file with one prompt a line there, and write its name"
         )
+    return path
+
+
+def read_prompts(name: str) -> list[str]:
+    """Return the prompts in a text file of ComfyUI's input folder, one a line; no empty ones.
+
+    Raises:
+        ValueError: there is no such file, or no prompt in it, or too much.
+    """
+    path = prompts_path(name)
     try:
         if os.path.getsize(path) > MOST_BYTES:
             raise ValueError(
@@ -50,6 +72,13 @@ def read_prompts(name: str) -> list[str]:
             f"too few or too many prompts: prompts_file {quoted(name)} holds {len(prompts):,} "
             f"prompts, and has to hold from 1 to {MOST_PROMPTS:,}, one a line"
         )
+    for number, prompt in enumerate(prompts, 1):
+        if len(prompt) > MOST_CHARACTERS:
+            raise ValueError(
+                f"too long: prompt {number:,} of prompts_file {quoted(name)} has "
+                f"{len(prompt):,} characters ({quoted(prompt, 40)}), and may have at most "
+                f"{MOST_CHARACTERS:,}; write one prompt a line"
+            )
     return prompts
 
 
@@ -122,13 +151,34 @@ def check_whole(cond: Conditioning, name: str) -> None:
         ValueError: it is not.
     """
     about = cond[0][1]
-    parts = [key for key in SINGLE if about.get(key) not in (None, 0.0)]
-    parts = [key for key in parts if not (key == "end_percent" and about[key] == 1.0)]
+    parts = [key for key in SINGLE if _is_given(about.get(key))]
+    parts += [key for key, usual in USUAL.items() if about.get(key, usual) != usual]
     if parts:
         raise ValueError(
             f"no plain prompt: a {name} conditioning has {', '.join(parts)}, which is for a part "
             "of the picture or of the sampling; give plain prompts"
         )
+
+
+def _is_given(value: Any) -> bool:
+    """Return whether an entry of a conditioning is there, and no 0."""
+    return value is not None and not (isinstance(value, (int, float)) and value == 0)
+
+
+def check_fit(model, prompts: list[Conditioning], negative: Conditioning | None) -> None:
+    """Check that conditionings are those of the model's text encoders.
+
+    Raises:
+        ValueError: one is of another model.
+    """
+    conds = {"positive": prompts, "negative": [negative] if negative else []}
+    check_conditioning(
+        model,
+        {
+            kind: [{**about, "cross_attn": tensor} for [(tensor, about), *_] in found]
+            for kind, found in conds.items()
+        },
+    )
 
 
 def distilled_guidance(base: Base, model, conds: list[Conditioning]) -> float | None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...gmflow_core.files.errors import FileError, quoted
+from ...gmflow_core.files.errors import FileError, quoted, reason
 from ...gmflow_core.files.json_files import json_object
 from ...gmflow_core.files.safetensors_files import read_safetensors, write_safetensors
 from .train_optimizer import on_cpu
@@ -19,6 +19,23 @@ from .train_settings import differing
 
 MARK = "gmflow.training"  # key in the metadata
 ENDING = ".training"  # no name that ComfyUI lists as a LoRA
+MOMENTS = ("exp_avg", "exp_avg_sq")  # tensors of AdamW's state, as large as their parameters
+# Module state, as ComfyUI keeps a node's result without looking at the files that it wrote.
+_finished: set[Path] = set()  # adapters whose training ended since ComfyUI started
+_lost: dict[Path, int] = {}  # how often files of one were missing since
+
+
+def note_finished(adapter: Path) -> None:
+    """Remember that an adapter and the state beside it are written."""
+    _finished.add(adapter)
+
+
+def times_lost(adapter: Path) -> int:
+    """Return how often the files of a finished training were found missing, this time included."""
+    if adapter in _finished and not (adapter.is_file() and state_path(adapter).is_file()):
+        _finished.discard(adapter)
+        _lost[adapter] = _lost.get(adapter, 0) + 1
+    return _lost.get(adapter, 0)
 
 
 def state_path(adapter: Path) -> Path:
@@ -63,7 +80,8 @@ def restorer(path: Path, about: dict[str, Any]) -> Callable[[Training], None] | 
     advice = f"delete {path.name} to begin anew, or choose another save_name"
     tensors, metadata = read_safetensors(path, advice)
     record = json_object(metadata.get(MARK, ""), path, MARK)
-    others = differing(record.get("about", {}), json.loads(json.dumps(about)))
+    _check_record(record, path)
+    others = differing(record["about"], json.loads(json.dumps(about)))
     if others:
         raise ValueError(
             f"cannot go on: an earlier run of the same name had other settings: "
@@ -72,34 +90,78 @@ def restorer(path: Path, about: dict[str, Any]) -> Callable[[Training], None] | 
     return lambda training: _restore(training, tensors, record, path)
 
 
+def _check_record(record: dict, path: Path) -> None:
+    """Check the types of what a state says beside its tensors.
+
+    Raises:
+        FileError: one is another.
+    """
+    losses = record.get("losses")
+    sound = (
+        all(isinstance(record.get(key), dict) for key in ("about", "numbers"))
+        and type(record.get("iteration")) is int
+        and record["iteration"] >= 0
+        and isinstance(losses, list)
+        and all(isinstance(loss, float) for loss in [*losses, record.get("lowest")])
+    )
+    if not sound:
+        raise _damaged(path, f"its entry {MARK} is not as this node writes it")
+
+
+def _damaged(path: Path, why: str) -> FileError:
+    """Return the error of a file that is damaged."""
+    return FileError(
+        path, f"is damaged: {why}", "delete it to begin anew, or choose another save_name"
+    )
+
+
 def _restore(training: Training, tensors: dict[str, Tensor], record: dict, path: Path) -> None:
     """Put a state into a training.
 
     Raises:
-        FileError: it is that of other layers.
+        FileError: it is that of other layers, or damaged.
     """
     parts: dict[str, dict[str, Tensor]] = {"value": {}, "average": {}, "optimizer": {}}
     for key, value in tensors.items():
         part, _, name = key.partition(".")
+        if part not in parts or not value.isfinite().all():
+            raise _damaged(path, f"{quoted(key)} in it is not finite, or no part of a state")
         parts[part][name] = value.clone()  # they may have been read in inference mode
     wanted = {name: value.shape for name, value in training.parameters.items()}
-    if {name: value.shape for name, value in parts["value"].items()} != wanted:
-        others = sorted(set(parts["value"]) ^ set(wanted))[:3]
-        raise FileError(
-            path,
-            f"cannot be used, as it is the state of other layers ({quoted(others)})",
-            "delete it to begin anew, or choose another save_name",
-        )
+    for part in ("value",) if training.average is None else ("value", "average"):
+        if {name: value.shape for name, value in parts[part].items()} != wanted:
+            others = sorted(set(parts[part]) ^ set(wanted))[:3]
+            raise FileError(
+                path,
+                f"cannot be used, as it is the state of other layers ({quoted(others)})",
+                "delete it to begin anew, or choose another save_name",
+            )
     with torch.no_grad():
         for name, value in training.parameters.items():
             value.copy_(parts["value"][name])
     if training.average is not None:
         training.average.values = parts["average"]
-    state: dict[int, dict[str, Any]] = {}
-    for name, value in {**record["numbers"], **parts["optimizer"]}.items():
-        index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = value
-    groups = training.optimizer.state_dict()["param_groups"]
-    training.optimizer.load_state_dict({"state": state, "param_groups": groups})
+    _restore_optimizer(training, {**record["numbers"], **parts["optimizer"]}, path)
     training.iteration, training.losses = record["iteration"], record["losses"]
     training.lowest = record["lowest"]
+
+
+def _restore_optimizer(training: Training, entries: dict[str, Any], path: Path) -> None:
+    """Put the optimizer's state, by names such as 3.exp_avg of the third parameter, in its place.
+
+    Raises:
+        FileError: an entry is of no parameter, or has another shape than it.
+    """
+    state: dict[int, dict[str, Any]] = {}
+    shapes = dict(enumerate(value.shape for value in training.parameters.values()))
+    for name, value in entries.items():
+        index, _, key = name.partition(".")
+        shape = shapes.get(int(index)) if index.isdecimal() else None
+        if shape is None or (key in MOMENTS and getattr(value, "shape", None) != shape):
+            raise _damaged(path, f"{quoted(name)} in it fits none of the optimizer's parameters")
+        state.setdefault(int(index), {})[key] = value
+    groups = training.optimizer.state_dict()["param_groups"]
+    try:
+        training.optimizer.load_state_dict({"state": state, "param_groups": groups})
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(path, f"the optimizer cannot take it ({reason(error)})") from error

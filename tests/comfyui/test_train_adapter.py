@@ -119,6 +119,8 @@ def test_a_run_that_diverges_is_stopped_with_its_last_good_state(found) -> None:
     assert re.match("not finished, stopped at iteration [2-9].*of iteration 10", about["said"][0])
     assert about["kept"]  # the file of an earlier run that goes on and diverges
     assert about["kept steps"] == "4"
+    assert about["rise to 1.2"] is None
+    assert about["rise to 1.5"] == [1.0, 1.5]
     assert not any(about["rising"])  # while the teacher's share falls, a loss may rise
 
 
@@ -157,6 +159,11 @@ def test_the_node_takes_lists_and_a_file_of_prompts(found) -> None:
     assert "only one model is taken, and there are 2" in about["two"]
     assert "it fits (Stable Diffusion 3)" in about["info"]
     assert "K = 2" in about["info"]
+    assert about["again"] == "later.safetensors"  # which begins with one made just now
+    before, edited, *lost = about["stamps"]
+    assert before[0] == edited[0] == 0
+    assert before != edited
+    assert [stamp[0] for stamp in lost] == [1, 1]  # found missing once
     assert len(about["sizes"]) == 2
     assert all(width >= 3 * height for width, height in about["sizes"])  # four side by side
 
@@ -195,6 +202,12 @@ MESSAGES = {
     "empty file": "holds 0 prompts",
     "outside": "there is no such file",
     "part": "area",
+    "mask": "has mask, which is for a part",
+    "strength": "has strength, which is for a part",
+    "width": "it has 7 features, and this model takes",
+    "long prompt": "prompt 2 of prompts_file 'long.txt' has 20,001 characters",
+    "windows": "save_name is 'folder/Con.v2'",
+    "locked": "refused.safetensors",
     "memory": "too many prompts",
     "warm polynomial": "mode 'polynomial'",
     "warm shift": "shift 1.0 (now 3.2)",
@@ -209,3 +222,14 @@ def test_what_cannot_be_done_is_refused_in_words(found, case: str) -> None:
     assert MESSAGES[case] in refused[case]
     assert refused["files"] == ""
     assert refused["warm published"] == ""
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["about", "iteration", "numbers", "losses", "tensor", "nan", "average", "moment", "index"],
+)
+def test_damaged_states_are_refused_in_words(found, case: str) -> None:
+    damaged = of(found, "damaged")
+    assert "damaged.training" in damaged[case]
+    assert "delete it to begin anew" in damaged[case]
+    assert damaged["whole"] == ""

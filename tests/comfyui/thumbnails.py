@@ -117,7 +117,7 @@ def diagram(base: str, special: str, card: str, steps: int) -> Image.Image:
             tip = [(left - 9, middle - 5), (left - 9, middle + 5), (left - 2, middle)]
             draw.polygon(tip, fill=ACCENT)
     write(draw, SIDE // 2, 294, f"{steps} steps", 40)
-    write(draw, SIDE // 2, 338, card, 24)
+    write(draw, SIDE // 2, 338, f"{card} (computed)", 24)
     write(draw, SIDE // 2, 374, "diagram, not a result", 16, (150, 150, 150))
     return canvas
 

@@ -31,6 +31,7 @@ from train_parts import (
     settings,
     train,
 )
+from train_refused import damaged, refused
 
 SPOILED = 3.0  # factor of a head that makes the loss grow, and the run end a while later
 ITERATIONS = {"flux": 16, "flux2": 3}  # the latter has 512 tokens of text
@@ -227,6 +228,9 @@ def diverging() -> dict[str, Any]:
     watch = ours("train_optimizer").LossWatch([])
     about["rising"] = [watch.problem(1.0 + 99 * (i > 20), changing=i < 60) for i in range(60)]
     about["rising"] += [watch.problem(1e6), watch.problem(1.0)]
+    for last in (1.2, 1.5):
+        watch = ours("train_optimizer").LossWatch(20 * [1.0] + 20 * [last])
+        about[f"rise to {last}"] = watch.rise
     about["steps"] = load("late.safetensors")[2]["ss_steps"]
     after = load("again.safetensors")[1:]
     about["kept"] = all(torch.equal(after[0][k], before[0][k]) for k in before[0])
@@ -249,60 +253,6 @@ def unsaved() -> dict[str, Any]:
     finally:
         adapter.write_trained, run.notice = write, notice
     return {"said": said, "steps": metadata["ss_steps"]}
-
-
-def refused() -> dict[str, str]:
-    """Ask for what cannot be done: each is refused before any work."""
-    import comfy.sd
-    import folder_paths
-
-    def refuse(kind: str = "sd3", **changed: Any) -> str:
-        return says(lambda: train(kind, changed.pop("name", "refused"), **changed))
-
-    def begin(policy: str, **found: Any) -> str:
-        own = settings(policy=policy, count=8)
-        return says(lambda: ours("train_adapter").check_policy(found, own, "warm"))
-
-    published = {"type": "DX", "segment_size": 0.2857, "shift": 3.2, "eps": 1e-4}
-    adapted = train("sd3", "adapted", iterations=1)[0]
-    plain = comfy.sd.load_diffusion_model(str(WORK[0] / "none.safetensors"))
-    schnell = comfy.sd.load_diffusion_model(str(WORK[0] / "schnell.safetensors"))
-    texts = ours("train_prompts")
-    folder_paths.set_input_directory(str(WORK[0]))
-    (WORK[0] / "empty.txt").write_text("\n \n")
-    two = prompts("flux", 2)
-    two[1][0][1]["guidance"] = 1.0
-    huge = torch.empty(1, 1).expand(2**30, 2**12)  # 16 TiB, if it were no view
-    part = prompts("sd3")
-    part[0][0][1]["area"] = (4, 4, 0, 0)
-    (WORK[0] / "loras" / "none.txt").touch()
-    nan = prompts("sd3")
-    nan[0][0][0].fill_(torch.nan)
-    return {
-        "adapter": refuse(model=adapted),
-        "base": refuse(model=plain),
-        "schnell": refuse("flux", model=schnell),
-        "size": refuse(latent=torch.zeros(1, 16, 7, 8)),
-        "name": refuse(name="../outside"),
-        "long name": refuse(name="长" * 100),
-        "no folder": refuse(name="none.txt/adapter"),
-        "guidances": refuse("flux", prompts=two),
-        "negative": refuse(guidance="cfg"),
-        "weight": refuse(guidance="probabilistic", scale=1.5, negative=prompts("sd3")[0]),
-        "nan": refuse(prompts=nan),
-        "no prompts": says(lambda: texts.prompts_of([], None, "")),
-        "no file": says(lambda: texts.prompts_of([], object(), "missing.txt")),
-        "empty file": says(lambda: texts.read_prompts("empty.txt")),
-        "outside": says(lambda: texts.read_prompts("../secret.txt")),
-        "memory": says(lambda: texts.check_room([[huge, {}]], 1)),
-        "part": says(lambda: texts.prompts_of(part, None, "")),
-        "warm polynomial": begin("dx", **published, mode="polynomial"),
-        "warm shift": begin("dx", **{**published, "shift": 1.0}),
-        "warm kind": begin("gm", **published),
-        "warm ArcFlow": begin("gm", type="ArcFlow"),
-        "warm published": begin("dx", **published) + begin("gm", type="GMFlow", num_gaussians=8),
-        "files": ", ".join(sorted(p.name for p in (WORK[0] / "loras").glob("refused*"))),
-    }
 
 
 def kinds_of_runs() -> dict[str, Any]:
@@ -423,11 +373,19 @@ def node() -> dict[str, Any]:
     metadata = load(result[1])[2]
     info_node = nodes.NODE_CLASS_MAPPINGS["GMFlowAdapterInfo"]
     info = info_node.execute(adapter_name=result[1], model=base_of("sd3"))[0]
+    later = {"save_name": ["later"], "warm_start": [result[1]], "iterations": [1]}
+    again = train_node.execute(**{**lists, **later, "K": [2], "steps": [2]})[1]
+    given = {name: lists[name] for name in ("save_name", "prompts_file")}
+    stamps = [train_node.fingerprint_inputs(**given)]
+    (WORK[0] / "prompts.txt").write_text("a green fish\n", encoding="utf-8")
+    stamps.append(train_node.fingerprint_inputs(**given))
+    (WORK[0] / "loras" / "folder" / "by_node.safetensors").unlink()
+    stamps += [train_node.fingerprint_inputs(**given) for _ in range(2)]
     wrong = says(lambda: train_node.execute(**{**lists, "steps": [9]}))
     two = says(lambda: train_node.execute(**{**lists, "model": 2 * lists["model"]}))
     sizes = [list(picture[1].size) for picture in pictures if picture]
     about = {"name": result[1], "wrong": wrong, "two": two, "sizes": sizes, "metadata": metadata}
-    return {**about, "info": info}
+    return {**about, "info": info, "again": again, "stamps": stamps}
 
 
 CASES = {
@@ -438,6 +396,7 @@ CASES = {
     "diverging": diverging,
     "unsaved": unsaved,
     "refused": refused,
+    "damaged": damaged,
     "runs": kinds_of_runs,
     "quantised": quantised,
     "edit": edit,

@@ -362,6 +362,8 @@ def test_leftovers_of_ended_processes_are_removed_and_no_others(tmp_path):
     os.utime(foreign, (1, 1))
     with locked(tmp_path):
         assert not foreign.exists()
+    with pytest.raises(ValueError, match="the working folder, or an empty name"), locked(""):
+        pass
 
 
 def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):

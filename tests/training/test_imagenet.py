@@ -191,6 +191,16 @@ def test_a_run_without_finite_gradients_ends_with_its_last_good_state(data, tmp_
     )
 
 
+def test_a_short_run_that_learned_nothing_leaves_no_model(data, tmp_path, monkeypatch):
+    trainer = new_trainer(data, tmp_path, 4)
+    draw = trainer.draw
+    infinite = lambda *a: (*draw(*a)[:2], *(t / 0 for t in draw(*a)[2:]))  # noqa: E731
+    monkeypatch.setattr(trainer, "draw", infinite)
+    with pytest.raises(FloatingPointError, match=r"4 steps in a row.*nothing is saved yet"):
+        trainer.run()
+    assert not trainer.path.exists()
+
+
 def test_a_run_leaves_pictures_curves_and_a_model_to_share(data, tmp_path, capsys):
     given = arguments(data, tmp_path, 10)
     main([*given, "--picture-every", "5", "--picture-solver", "gm-sde"])

@@ -48,8 +48,9 @@ def not_finite(step: int, path: Path) -> FloatingPointError:
         path: the run's checkpoint.
     """
     kept = f"{path} still holds the last good checkpoint"
+    count = min(MAX_IN_A_ROW, step)
     return FloatingPointError(
-        f"the gradient was not finite for {MAX_IN_A_ROW} steps in a row before iteration {step}; "
+        f"the gradient was not finite for {count} steps in a row before iteration {step}; "
         f"{kept if path.exists() else 'nothing is saved yet'}: lower --lr (in another --out), use "
         "--precision fp32, or look for broken values in the data"
     )

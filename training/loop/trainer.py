@@ -292,9 +292,9 @@ class Trainer:
         """Count the steps without a finite gradient; this forces a GPU sync.
 
         Raises:
-            FloatingPointError: `MAX_IN_A_ROW` steps in a row had none.
+            FloatingPointError: `MAX_IN_A_ROW` steps in a row had none, or no step of a whole run.
         """
-        if self.skipped.count():
+        if self.skipped.count() or self.skipped.total >= self.step == self.config.iterations:
             raise not_finite(self.step, self.path)
 
     def autocast(self):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +10,10 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from gmflow_core.files.atomic import atomic_write
 from gmflow_core.models.settings import is_number
 from gmflow_core.sampling.solvers import SOLVERS
 from training.common.plots import figure, finish
+from training.common.tables import write_table
 from training.evaluation.inception import InceptionFeatures
 
 # fmt: off
@@ -91,13 +90,8 @@ def is_row(row: Any, real_images: bool = False) -> bool:
 def write_csv(report: dict[str, Any], path: Path) -> None:
     """Write the rows as a table; the row of real images, if any, comes first."""
     rows = [*([report["floor"]] if report.get("floor") else []), *report["results"]]
-    with (
-        atomic_write(path) as temporary,
-        open(temporary, "w", newline="", encoding="utf-8") as file,
-    ):
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
+    known = ({name: row[name] for name in COLUMNS if name in row} for row in rows)
+    write_table(known, COLUMNS, path)
 
 
 def write_plots(report: dict[str, Any], out: Path) -> list[Path]:

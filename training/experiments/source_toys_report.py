@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import itertools
 import math
@@ -21,6 +20,7 @@ from gmflow_core.files.json_files import write_json
 from gmflow_core.pictures import contact_sheet
 from gmflow_core.toys.checkerboard import on_board
 from gmflow_core.toys.density_picture import density_picture
+from training.common.tables import write_table
 from training.experiments.source_toys import (
     CORNERS,
     DIRECTIONS,
@@ -74,16 +74,10 @@ def write(config: Config) -> list[Line]:
     """
     results = measure(config)
     path, lines = config.out / "source_toys", results.lines
-    with (
-        atomic_write(path.with_suffix(".csv")) as temporary,
-        open(temporary, "w", newline="", encoding="utf-8") as file,
-    ):
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(
-            {k: f"{v:.4f}" if isinstance(v, float) else v for k, v in line.items()}
-            for line in lines
-        )
+    rounded = (
+        {k: f"{v:.4f}" if isinstance(v, float) else v for k, v in line.items()} for line in lines
+    )
+    write_table(rounded, COLUMNS, path.with_suffix(".csv"))
     settings = {
         name: value
         for name, value in dataclasses.asdict(config).items()

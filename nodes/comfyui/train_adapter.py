@@ -347,8 +347,8 @@ def report_end(training: Training, path: Path) -> None:
     elif training.watch.rise and not training.run.decay:
         first, last = training.watch.rise
         notice(
-            f"the loss has risen from {first:.3g} to {last:.3g}: the adapter may be worse than at "
-            "its beginning; lower learning_rate, or raise warmup, under another name"
+            f"a lower learning_rate is needed: the loss rose from {first:.3g} to {last:.3g}, and "
+            "the adapter may be worse than at its beginning; train again under another name"
         )
     notice(f"saved after {training.result()[1]} iterations: {path}", logging.INFO)
 

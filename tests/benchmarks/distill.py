@@ -52,8 +52,7 @@ def settings(part: str) -> list[Row]:
 
     if part == "k":  # kinds and sizes of policies
         policies = (("gm", 8), ("dx", 8), ("gm", 1), ("gm", 4), ("gm", 2))
-        few = [student(steps, *policy) for steps in (1, 2) for policy in policies]
-        return [*few, *(student(4, *policy) for policy in policies[:2])]
+        return [student(steps, *policy) for steps in (1, 2, 4) for policy in policies]
     if part == "guided":
         kinds = ("probabilistic", "cfg")
         return [student(steps, guidance=kind) for steps in (1, 2, 4) for kind in kinds]

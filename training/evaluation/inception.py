@@ -32,8 +32,8 @@ def fidelity(module: str) -> ModuleType:
             f"Inception needs torch-fidelity, which does not import ({error}): "
             "pip install -e '.[inception]'; if the message names torchvision, install the "
             "torchvision that was built for your torch, from where torch came from. Or give "
-            "--features FILE.safetensors: a small classifier, trained on --data if the file does "
-            "not exist yet"
+            "--features FILE.safetensors: a small classifier, which training.evaluate trains on "
+            "its --data if the file does not exist yet"
         ) from error
 
 
@@ -134,7 +134,8 @@ def inception_help() -> str:
     url = fidelity("feature_extractor_inceptionv3").URL_INCEPTION_V3
     return (
         f"fetch {url} by hand and give it as --inception-weights, or give --features "
-        "FILE.safetensors: a small classifier, trained on --data if the file does not exist yet"
+        "FILE.safetensors: a small classifier, which training.evaluate trains on its --data if the "
+        "file does not exist yet"
     )
 
 

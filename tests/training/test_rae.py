@@ -27,6 +27,7 @@ from training.encoders.rae import RAE, load_decoder, new_decoder
 from training.encoders.rae_files import load_rae, load_statistics, read_weights
 from training.rae import main
 
+STATISTICS = "stat.safetensors"
 TINY_PART = {"layers": 1, "width": 16, "heads": 2}  # of a DiTDH
 SIZES = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
 # Tiny encoders that make 4 x 4 tokens, and whose position tables have to be resized for that
@@ -71,13 +72,13 @@ def write_rae(folder, kind="dinov2", **changes):
     tensors = {**decoder.state_dict(), "decoder_pos_embed": decoder.decoder_pos_embed}
     save_file(tensors, folder / "decoder.safetensors")
     shape = (8, 4, 4)
-    torch.save(
-        {"mean": normal(*shape, seed=3), "var": normal(*shape, seed=4).exp()}, folder / "stat.pt"
-    )
+    statistics = {"mean": normal(*shape, seed=3), "var": normal(*shape, seed=4).exp()}
+    save_file(statistics, folder / STATISTICS)
+    torch.save(statistics, folder / "stat.pt")  # as published; it is read in another process
     parts = {
         "encoder": "encoder",
         "decoder": "decoder.safetensors",
-        "statistics": "stat.pt",
+        "statistics": STATISTICS,
         "decoder_heads": 2,
     }
     parts |= {"input_size": KINDS[kind][2], **changes}
@@ -155,8 +156,10 @@ def test_tokens_are_the_encoders_own_without_the_last_affine(kind, tmp_path):
     assert not any(p.requires_grad for p in rae.parameters())
 
 
-def test_latents_are_normalised_and_back(rae_folder):
-    rae, images = load_rae(rae_folder), normal(3, 3, 8, 8).tanh()
+def test_latents_are_normalised_and_back(tmp_path):
+    """The statistics are read from the published kind of file."""
+    rae = load_rae(write_rae(tmp_path, statistics="stat.pt"))
+    images = normal(3, 3, 8, 8).tanh()
     assert rae.latent_shape(8, 8) == (8, 4, 4)
     assert (rae.factor, rae.scaling_factor, rae.space) == (2, 1.0, "rae")
     raw = rae.encoder.latents(rae.encoder(images))
@@ -347,18 +350,19 @@ def test_what_a_folder_lacks_is_named(tmp_path):
     says(
         "a decoder of width 16 cannot have 3 heads; give their number in decoder_heads", ValueError
     )
-    write_rae(tmp_path, decoder="stat.pt")
+    write_rae(tmp_path, decoder=STATISTICS)
     says(
-        "stat.pt: an RAE's decoder has a tensor 'decoder_embed.weight', .* the 2 found", ValueError
+        r"stat\.safetensors: an RAE's decoder has a tensor 'decoder_embed.weight', .* the 2 found",
+        ValueError,
     )
     write_rae(tmp_path, statistics="decoder.safetensors")
     says("instead of mean and var", ValueError)
     write_rae(tmp_path)
-    torch.save({"mean": torch.zeros(8, 2, 2)}, tmp_path / "stat.pt")
+    save_file({"mean": torch.zeros(8, 2, 2)}, tmp_path / STATISTICS)
     says(r"the latents' mean is \(8, 2, 2\), which does not fit latents \(8, 4, 4\)", ValueError)
-    torch.save({"var": torch.full((8, 1, 1), torch.nan)}, tmp_path / "stat.pt")
-    says(r"stat\.pt holds 8 numbers in 'var' that are not finite", ValueError)
-    torch.save({"var": torch.full((8, 1, 1), -1.0)}, tmp_path / "stat.pt")
+    save_file({"var": torch.full((8, 1, 1), torch.nan)}, tmp_path / STATISTICS)
+    says(r"stat\.safetensors holds 8 numbers in 'var' that are not finite", ValueError)
+    save_file({"var": torch.full((8, 1, 1), -1.0)}, tmp_path / STATISTICS)
     says("variances that are negative", ValueError)
     write_rae(tmp_path)
     (tmp_path / "encoder" / "config.json").write_text('{"model_type": "bert"}')
@@ -386,8 +390,6 @@ def test_only_tensors_are_loaded(tmp_path):
     (tmp_path / "short.pt").write_bytes(b"PK")
     with pytest.raises(ValueError, match=r"short\.pt is"):
         read_weights(tmp_path / "short.pt")
-    torch.save({"model": {"x": torch.zeros(1)}, "ema": {"x": torch.ones(1)}}, tmp_path / "both.pt")
-    assert read_weights(tmp_path / "both.pt") == {"x": torch.ones(1)}
 
 
 def test_an_rae_decodes_a_pipelines_latents(rae_folder):
@@ -407,13 +409,18 @@ def test_published_networks_become_checkpoints(tmp_path):
         k.removeprefix("net."): v for k, v in golden("ddt_tiny").items() if k.startswith("net.")
     }
     last = {
-        k.replace("blocks.2", "blocks.3"): v for k, v in tensors.items() if k.startswith("blocks.2")
+        k.replace("blocks.2", "blocks.3"): v.clone()
+        for k, v in tensors.items()
+        if k.startswith("blocks.2")
     }
-    torch.save({"ema": {**tensors, **last}, "epoch": 3}, tmp_path / "stage2_model.pt")
+    networks = {"model": {"x": torch.zeros(1)}, "ema": {**tensors, **last}}  # the second is taken
+    torch.save({**networks, "epoch": 3}, tmp_path / "stage2_model.pt")
     source, out = str(tmp_path / "stage2_model.pt"), str(tmp_path / "model.safetensors")
     main(["convert", "--source", source, "--out", out])
     found = load_file(out)
     assert torch.equal(found["blocks.3.attn.qkv.weight"], tensors["blocks.2.attn.qkv.weight"])
+    source = str(tmp_path / "stage2_model.safetensors")  # read without a process of its own
+    save_file(networks["ema"], source)
     with pytest.raises(SystemExit, match="there is no"):
         main(["convert", "--source", str(tmp_path / "none.pt"), "--out", out])
     _, config = load_checkpoint(out)

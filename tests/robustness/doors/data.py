@@ -160,7 +160,7 @@ def make_rae(folder: Path) -> None:
     """Write a tiny RAE."""
     from tests.training.test_rae import write_rae
 
-    write_rae(folder)
+    write_rae(folder, statistics="stat.pt")
 
 
 DOORS = [

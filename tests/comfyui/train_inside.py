@@ -168,7 +168,7 @@ def interrupted() -> dict[str, Any]:
     import comfy.model_management
 
     progress, about = ours("train_adapter").progress, {}
-    run = {"iterations": 6, "ema": True, "kind": "sd3"}
+    run = {"iterations": 6, "ema": True, "kind": "sd3", "latent": latent("sd3", 1)}
 
     def stop_after_three(message: str, former: str) -> str:
         if message.startswith("3 of"):
@@ -213,12 +213,14 @@ def diverging() -> dict[str, Any]:
 
     def spoiled(name: str, when: int, by: float) -> str:
         at[0], factor[0] = when, by
-        return says(lambda: train("sd3", name, iterations=60, steps=1))
+        run = {"iterations": 60, "steps": 1, "latent": latent("sd3", 1)}
+        return says(lambda: train("sd3", name, **run))
 
     run.Training._step = stepped
     try:
         about = {"early": spoiled("early", 1, 50.0), "late": spoiled("late", 13, SPOILED)}
-        before = train("sd3", "again", iterations=4, steps=1)[1:]
+        start = {"iterations": 4, "steps": 1, "latent": latent("sd3", 1)}
+        before = train("sd3", "again", **start)[1:]
         spoiled("again", 6, 50.0)
         run.SCALE = math.inf
         about["gradients"] = spoiled("gradients", 0, 1.0)
@@ -270,7 +272,8 @@ def kinds_of_runs() -> dict[str, Any]:
         "decay": {"decay": 2, "dropout": 0.2, "states": 2},
         "warm": {"warm_start": "sd3_4step.safetensors"},
     }.items():
-        _, tensors, metadata = train("sd3", f"run_{name}", iterations=2, **changed)
+        run = {"iterations": 2, "latent": latent("sd3", 1), **changed}
+        _, tensors, metadata = train("sd3", f"run_{name}", **run)
         found[name] = {
             "values": flat(tensors),
             "finite": all(bool(t.isfinite().all()) for t in tensors.values()),

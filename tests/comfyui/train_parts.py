@@ -12,6 +12,7 @@ from torch import Tensor
 
 WORK: list[Path] = []
 TEACHERS: dict[str, dict[str, Any]] = {}  # as train_bases.TEACHERS
+BATCH = {"flux2": 2, "lumina": 2}  # the slowest of them; the others take 4
 RUN = {  # settings that differ from the node's
     "iterations": 8,
     "learning_rate": 5e-4,
@@ -62,7 +63,7 @@ def train(kind: str, name: str, model: Any = None, **changed: Any) -> tuple[Any,
     import comfy.utils
 
     own, texts = base_of(kind), changed.pop("prompts", prompts(kind))
-    samples = changed.pop("latent", latent(kind, 4))
+    samples = changed.pop("latent", latent(kind, BATCH.get(kind, 4)))
     latent_image = {"samples": samples, **changed.pop("latent_about", {})}
     given = texts, changed.pop("negative", None), latent_image
     result, file = ours("train_adapter").train_adapter(
@@ -83,13 +84,23 @@ def sampler(name: str = "gm-policy") -> Any:
 
 def distances(kind: str, model: Any) -> dict[str, float]:
     """Compare 4 calls with the teacher's 32: the student's, and Euler's of the teacher."""
-    sigmas, text = ours("gm_sampler").gm_sigmas, prompts(kind)[0]
-    empty = latent(kind, 1 if kind == "flux2" else 4)
-    few = sigmas(4, 3.2, final_step_size=0.5)
-    far_end = sample(base_of(kind), empty, text, sampler("euler"), sigmas=sigmas(32, 3.2))
-    euler = sample(base_of(kind), empty, text, sampler("euler"), sigmas=few)
-    student = sample(model, empty, text, sampler(), sigmas=few)
+    far_end, euler, *given = ends(kind)
+    student = sample(model, *given, sampler(), sigmas=few_sigmas())
     return {"euler": far(euler, far_end), "student": far(student, far_end)}
+
+
+@cache
+def ends(kind: str) -> tuple[Tensor, Tensor, Tensor, list]:
+    """Return where 32 and 4 calls of a teacher end, and the latent and the prompt they are for."""
+    given = latent(kind, 1 if kind == "flux2" else 4), prompts(kind)[0]
+    sigmas = ours("gm_sampler").gm_sigmas(32, 3.2), few_sigmas()
+    found = (sample(base_of(kind), *given, sampler("euler"), sigmas=each) for each in sigmas)
+    return *found, *given
+
+
+def few_sigmas() -> Tensor:
+    """Return the sigmas of 4 calls, as students are trained for."""
+    return ours("gm_sampler").gm_sigmas(4, 3.2, final_step_size=0.5)
 
 
 def load(name: str) -> tuple[None, dict, dict]:

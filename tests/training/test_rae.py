@@ -351,10 +351,7 @@ def test_what_a_folder_lacks_is_named(tmp_path):
         "a decoder of width 16 cannot have 3 heads; give their number in decoder_heads", ValueError
     )
     write_rae(tmp_path, decoder=STATISTICS)
-    says(
-        r"stat\.safetensors: an RAE's decoder has a tensor 'decoder_embed.weight', .* the 2 found",
-        ValueError,
-    )
+    says(r"stat.* an RAE's decoder has a tensor 'decoder_embed.weight', .* the 2 found", ValueError)
     write_rae(tmp_path, statistics="decoder.safetensors")
     says("instead of mean and var", ValueError)
     write_rae(tmp_path)

@@ -28,12 +28,12 @@ PAGE, INSIDE, SERVER = "the page", "inside ComfyUI", "the server"
 FORKS, ENCODERS, COMPILED = "forks", "encoders", "compiled"
 ALONE = "tests/comfyui/test_import.py", "tests/comfyui/test_message_texts.py"  # need no server
 SECONDS = {  # of a core, measured: of what stays together, or of a single test
-    SERVER: 215,
-    INSIDE: 160,
+    SERVER: 195,
+    INSIDE: 135,
     PAGE: 150,
-    ENCODERS: 120,
+    ENCODERS: 45,
     FORKS: 115,
-    COMPILED: 80,
+    COMPILED: 75,
     "test_parts_run_at_tiny_sizes_and_write_their_figures": 13,
     "test_import": 12,
 }

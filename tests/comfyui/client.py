@@ -159,9 +159,9 @@ class Comfy:
         image.load()
         return image
 
-    def object_info(self) -> dict[str, Any]:
-        """Return all node types with their inputs and outputs."""
-        return self.get("/object_info")
+    def object_info(self, kind: str = "") -> dict[str, Any]:
+        """Return all node types, or a single one if there is it, with their inputs and outputs."""
+        return self.get(f"/object_info/{kind}".rstrip("/"))
 
     # --- prompts
 

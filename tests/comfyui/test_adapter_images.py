@@ -44,7 +44,7 @@ def known_to_this_comfyui(request: pytest.FixtureRequest, server: Comfy) -> None
 
 
 def skip_without_references(server: Comfy) -> None:
-    if "FluxKontextMultiReferenceLatentMethod" not in server.object_info():
+    if not server.object_info("FluxKontextMultiReferenceLatentMethod"):
         pytest.skip("this ComfyUI has no methods for reference latents")
 
 
@@ -195,8 +195,9 @@ def test_differential_diffusion_makes_a_soft_mask_a_schedule(server: Comfy) -> N
     )
     prompt["sample"]["inputs"]["latent_image"] = ["masked", 0]
     blended = latent_of(server, prompt)
-    strength = server.object_info()["DifferentialDiffusion"]["input"].get("optional", {})
-    about = node("DifferentialDiffusion", **({"strength": 1.0} if "strength" in strength else {}))
+    kind = "DifferentialDiffusion"
+    strength = server.object_info(kind)[kind]["input"].get("optional", {})
+    about = node(kind, **({"strength": 1.0} if "strength" in strength else {}))
     scheduled = latent_of(server, inserted(prompt, "soft steps", about, "sample"))
     assert near(scheduled[..., :4], source[..., :4], 1e-5)  # mask 0
     assert near(blended[..., :4], source[..., :4], 1e-5)

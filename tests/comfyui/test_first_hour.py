@@ -40,7 +40,7 @@ VALUES = """() => window.app.canvas.graph.serialize().nodes
 
 def test_search_finds_nodes_by_the_words_of_people(comfy: Comfy, page: ComfyPage) -> None:
     """Type each word into the page's own search: a node of this extension is among the results."""
-    if "search_aliases" not in comfy.object_info()["GMFlowSampler"]:
+    if "search_aliases" not in comfy.object_info("GMFlowSampler")["GMFlowSampler"]:
         pytest.skip("this ComfyUI knows no words for its search but the names of nodes")
     missed = [word for word in WORDS if not any("GM " in name for name in page.search(word))]
     assert missed == []

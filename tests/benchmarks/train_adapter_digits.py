@@ -4,9 +4,10 @@
 
 A small network of FLUX.1's layout is trained on the digits (flow matching, a class for each of ten
 random texts) inside a real ComfyUI, once for a work folder. GM Train Adapter's own code then trains
-an adapter of it. Fréchet distances of 1,000 samples, as in any_flow.py, go to
-docs/results/train_adapter_digits.csv: of the teacher's 32 Euler calls, of 4 Euler calls, and of the
-adapter's 4 calls, all from the same noise.
+two adapters of it, one with the published targets and one with the attention too; adapters of a
+work folder go on if there are more iterations. Fréchet distances of 1,000 samples, as in
+any_flow.py, go to docs/results/train_adapter_digits.csv: of the teacher's 32 Euler calls, of 4
+Euler calls, and of the adapters' 4 calls, all from the same noise.
 """
 
 from __future__ import annotations

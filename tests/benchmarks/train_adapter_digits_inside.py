@@ -23,6 +23,7 @@ TESTS = Path(__file__).resolve().parents[1] / "comfyui"
 CLASSES, BATCH, ADAPTER_BATCH, RATE, SHIFT = 10, 64, 16, 1e-3, 3.2
 COPIES, SAVE_EVERY = 5, 500
 RUN = {"rank": 32, "states": 2, "warmup": 20, "learning_rate": 1e-3, "steps": 4}
+ADAPTERS = {"adapter": "published", "adapter,attention": "attention too"}  # name: targets
 
 
 def main(comfyui: str, folder: str) -> None:
@@ -54,7 +55,12 @@ def main(comfyui: str, folder: str) -> None:
         "preview_every": 0,
     }
     with torch.inference_mode():
-        student, *_ = train_parts.train("flux", "digits", **RUN, **more)
+        students = {
+            name: train_parts.train("flux", name.replace(",", "_"), **RUN, **more, targets=targets)[
+                0
+            ]
+            for name, targets in ADAPTERS.items()
+        }
         own = train_parts.base_of("flux")
         sigmas, euler = inside.ours("gm_sampler").gm_sigmas, train_parts.sampler("euler")
         few = sigmas(4, SHIFT, final_step_size=0.5)
@@ -63,8 +69,10 @@ def main(comfyui: str, folder: str) -> None:
             "teacher,euler,even 32": sampled(own, inputs, texts, euler, sigmas(32, 1.0)),
             "teacher,euler 4": sampled(own, inputs, texts, euler, few),
             "teacher,euler,even 4": sampled(own, inputs, texts, euler, sigmas(4, 1.0)),
-            "adapter,gm-policy 4": sampled(student, inputs, texts, train_parts.sampler(), few),
         }
+        policy = train_parts.sampler()
+        for name, student in students.items():
+            found[f"{name},gm-policy 4"] = sampled(student, inputs, texts, policy, few)
     save_file(found, work / "samples.safetensors")
 
 

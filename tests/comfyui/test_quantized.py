@@ -404,4 +404,4 @@ def test_a_prefix_that_is_no_place_for_a_file(comfy: Comfy, models: Path, prefix
     text = result.errors["keep"]
     assert "filename_prefix" in text or "cannot be written" in text, text
     assert "Error: " in text
-    assert not list(comfy.base.glob("**/.gmflow-*"))
+    assert not list(comfy.base.glob("**/.gmflow-*.tmp"))

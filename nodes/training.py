@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from .comfyui.adapter_folder import adapter_names
+from .comfyui.adapter_folder import adapter_names, find_adapter
 from .comfyui.bases import base_names
 from .comfyui.files import fingerprint
 from .comfyui.schema import ADVANCED, node_schema, seed_input
@@ -245,6 +245,14 @@ class GMFlowTrainAdapter(io.ComfyNode):
                 io.String.Output("name", display_name="name", tooltip="Of the adapter's file."),
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, warm_start=None) -> bool | str:
+        """Check that the adapter exists; a linked name is not known yet."""
+        name = next(iter(warm_start or []), None)
+        if name not in (None, NEW):
+            find_adapter(name)
+        return True
 
     @classmethod
     def fingerprint_inputs(cls, save_name=None, prompts_file=None, **kwargs) -> list:

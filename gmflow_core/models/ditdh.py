@@ -12,13 +12,7 @@ from torch import Tensor, nn
 
 from ..flow.policy import DXVelocity
 from ..gaussians.mixture import GaussianMixture
-from .image_network import (
-    ImageConfig,
-    ImageNetwork,
-    log_std_head,
-    patch_tokens,
-    spectrum_network,
-)
+from .image_network import ImageConfig, ImageNetwork, log_std_head, patch_tokens, spectrum_network
 from .position_features import grid_angles, grid_features
 from .state_dict import check_shapes, shapes_of
 

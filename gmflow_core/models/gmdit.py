@@ -10,13 +10,7 @@ from torch import Tensor, nn
 
 from ..flow.policy import DXVelocity
 from ..gaussians.mixture import GaussianMixture
-from .image_network import (
-    ImageConfig,
-    ImageNetwork,
-    log_std_head,
-    patch_tokens,
-    spectrum_network,
-)
+from .image_network import ImageConfig, ImageNetwork, log_std_head, patch_tokens, spectrum_network
 from .position_features import grid_features, time_features
 
 TIME_FEATURES = 256  # number of cosines and sines of the time

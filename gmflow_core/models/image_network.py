@@ -17,8 +17,8 @@ from .spectrum import SpectrumMLP
 def patch_tokens(projection: nn.Conv2d, x: Tensor) -> Tensor:
     """Return the tokens (B, N, width) of images x (B, C, h, w), whose patches a layer projects.
 
-    They are contiguous: of other tokens, the CPU code that torch.compile 2.13 makes for bfloat16
-    computes NaN.
+    They are contiguous, as torch.compile needs them on a CPU: torch 2.13's code for bfloat16
+    computes NaN from others.
     """
     return projection(x).flatten(2).transpose(1, 2).contiguous()
 

@@ -79,12 +79,10 @@ def _door(node: type[io.ComfyNode], function: Callable, complete: bool) -> Calla
         if complete:
             clear()  # what an earlier run of the node has said
         inputs = {**dict(zip(names, args, strict=False)), **inputs}
-        # made anew, as lists of files grow while ComfyUI runs
-        own = {each.id: each for each in node.define_schema().inputs}
-        known = {*named, *own}  # ComfyUI hands on links to any other name too
+        known = {*named, *_inputs_of(node)}  # ComfyUI hands on links to any other name too
         inputs = {name: value for name, value in inputs.items() if name in known}
         check = check_lists if _takes_lists(node) else check_inputs
-        return function(cls, **check(own, inputs, chosen, complete))
+        return function(cls, **check(_inputs_of(node), inputs, chosen, complete))
 
     return call
 
@@ -115,3 +113,9 @@ def own_choices(node: type[io.ComfyNode]) -> set[str]:
 def _takes_lists(node: type[io.ComfyNode]) -> bool:
     """Return whether ComfyUI hands a node every input as a list."""
     return bool(getattr(node.define_schema(), "is_input_list", False))
+
+
+@functools.cache
+def _inputs_of(node: type[io.ComfyNode]) -> dict[str, io.Input]:
+    """Return the inputs of a node class by their ids."""
+    return {each.id: each for each in node.define_schema().inputs}

@@ -341,14 +341,12 @@ def report_end(training: Training, path: Path) -> None:
         notice(
             f"not finished, stopped at iteration {training.iteration}: {training.stopped}. The "
             f"file holds the last good state, of iteration {training.result()[1]}; lower "
-            "learning_rate, and go on under another name "
-            "with warm_start"
+            "learning_rate, and go on under another name with warm_start"
         )
-    elif training.watch.rise and not training.run.decay:
-        first, last = training.watch.rise
+    elif (rise := training.watch.rise) and not training.run.decay:
         notice(
-            f"a lower learning_rate is needed: the loss rose from {first:.3g} to {last:.3g}, and "
-            "the adapter may be worse than at its beginning; train again under another name"
+            f"a lower learning_rate is needed: the loss rose from {rise[0]:.3g} to {rise[1]:.3g}; "
+            "the adapter may be worse than at its beginning, so train again under another name"
         )
     notice(f"saved after {training.result()[1]} iterations: {path}", logging.INFO)
 

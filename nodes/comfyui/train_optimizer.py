@@ -108,9 +108,10 @@ class LossWatch:
     @property
     def rise(self) -> tuple[float, float] | None:
         """Medians of the first and of the latest losses, if it has grown by more than a third."""
-        first = statistics.median(self.losses[:WATCHED])
-        grown = len(self.losses) >= 2 * WATCHED and self.recent > RISEN * first
-        return (first, self.recent) if grown else None
+        if len(self.losses) < 2 * WATCHED:
+            return None
+        first, recent = statistics.median(self.losses[:WATCHED]), self.recent
+        return (first, recent) if recent > RISEN * first else None
 
     @property
     def is_settled(self) -> bool:

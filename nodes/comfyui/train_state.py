@@ -19,6 +19,7 @@ from .train_settings import differing
 
 MARK = "gmflow.training"  # key in the metadata
 ENDING = ".training"  # no name that ComfyUI lists as a LoRA
+ADVICE = "delete it to begin anew, or choose another save_name"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # tensors of AdamW's state, as large as their parameters
 # Module state, as ComfyUI keeps a node's result without looking at the files that it wrote.
 _finished: set[Path] = set()  # adapters whose training ended since ComfyUI started
@@ -77,15 +78,15 @@ def restorer(path: Path, about: dict[str, Any]) -> Callable[[Training], None] | 
     """
     if not path.is_file():
         return None
-    advice = f"delete {path.name} to begin anew, or choose another save_name"
-    tensors, metadata = read_safetensors(path, advice)
+    tensors, metadata = read_safetensors(path, ADVICE)
     record = json_object(metadata.get(MARK, ""), path, MARK)
     _check_record(record, path)
     others = differing(record["about"], json.loads(json.dumps(about)))
     if others:
         raise ValueError(
             f"cannot go on: an earlier run of the same name had other settings: "
-            f"{', '.join(others)}; set them back, or {advice}"
+            f"{', '.join(others)}; set them back, or delete {path.name} to begin anew, or choose "
+            "another save_name"
         )
     return lambda training: _restore(training, tensors, record, path)
 
@@ -110,9 +111,7 @@ def _check_record(record: dict, path: Path) -> None:
 
 def _damaged(path: Path, why: str) -> FileError:
     """Return the error of a file that is damaged."""
-    return FileError(
-        path, f"is damaged: {why}", "delete it to begin anew, or choose another save_name"
-    )
+    return FileError(path, f"is damaged: {why}", ADVICE)
 
 
 def _restore(training: Training, tensors: dict[str, Tensor], record: dict, path: Path) -> None:
@@ -131,11 +130,8 @@ def _restore(training: Training, tensors: dict[str, Tensor], record: dict, path:
     for part in ("value",) if training.average is None else ("value", "average"):
         if {name: value.shape for name, value in parts[part].items()} != wanted:
             others = sorted(set(parts[part]) ^ set(wanted))[:3]
-            raise FileError(
-                path,
-                f"cannot be used, as it is the state of other layers ({quoted(others)})",
-                "delete it to begin anew, or choose another save_name",
-            )
+            what = f"cannot be used, as it is the state of other layers ({quoted(others)})"
+            raise FileError(path, what, ADVICE)
     with torch.no_grad():
         for name, value in training.parameters.items():
             value.copy_(parts["value"][name])

@@ -160,6 +160,7 @@ def test_the_node_takes_lists_and_a_file_of_prompts(found) -> None:
     assert "it fits (Stable Diffusion 3)" in about["info"]
     assert "K = 2" in about["info"]
     assert about["again"] == "later.safetensors"  # which begins with one made just now
+    assert "gone.safetensors" in about["gone"]
     before, edited, *lost = about["stamps"]
     assert before[0] == edited[0] == 0
     assert before != edited
@@ -204,7 +205,6 @@ MESSAGES = {
     "part": "area",
     "mask": "has mask, which is for a part",
     "strength": "has strength, which is for a part",
-    "width": "it has 7 features, and this model takes",
     "long prompt": "prompt 2 of prompts_file 'long.txt' has 20,001 characters",
     "windows": "save_name is 'folder/Con.v2'",
     "locked": "refused.safetensors",
@@ -222,6 +222,8 @@ def test_what_cannot_be_done_is_refused_in_words(found, case: str) -> None:
     assert MESSAGES[case] in refused[case]
     assert refused["files"] == ""
     assert refused["warm published"] == ""
+    assert refused["widths"].keys() == set(KINDS)
+    assert all("it has 7 features" in text for text in refused["widths"].values())
 
 
 @pytest.mark.parametrize(

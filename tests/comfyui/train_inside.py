@@ -384,11 +384,12 @@ def node() -> dict[str, Any]:
     stamps.append(train_node.fingerprint_inputs(**given))
     (WORK[0] / "loras" / "folder" / "by_node.safetensors").unlink()
     stamps += [train_node.fingerprint_inputs(**given) for _ in range(2)]
+    gone = train_node.validate_inputs(warm_start=["gone.safetensors"])
     wrong = says(lambda: train_node.execute(**{**lists, "steps": [9]}))
     two = says(lambda: train_node.execute(**{**lists, "model": 2 * lists["model"]}))
     sizes = [list(picture[1].size) for picture in pictures if picture]
     about = {"name": result[1], "wrong": wrong, "two": two, "sizes": sizes, "metadata": metadata}
-    return {**about, "info": info, "again": again, "stamps": stamps}
+    return {**about, "info": info, "again": again, "gone": gone, "stamps": stamps}
 
 
 CASES = {

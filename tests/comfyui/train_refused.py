@@ -9,7 +9,7 @@ import torch
 from inside import ours, says
 from safetensors import safe_open
 from safetensors.torch import save_file
-from train_parts import WORK, prompts, settings, train
+from train_parts import TEACHERS, WORK, prompts, settings, train
 
 MARK = "gmflow.training"
 
@@ -21,7 +21,7 @@ def with_entry(**more: Any) -> list[list]:
     return found
 
 
-def refused() -> dict[str, str]:
+def refused() -> dict[str, Any]:
     """Ask for what cannot be done: each is refused before any work."""
     import comfy.sd
     import folder_paths
@@ -46,9 +46,10 @@ def refused() -> dict[str, str]:
     part = prompts("sd3")
     part[0][0][1]["area"] = (4, 4, 0, 0)
     (WORK[0] / "loras" / "none.txt").touch()
-    nan, wide = prompts("sd3"), prompts("sd3")
+    nan, wide = prompts("sd3"), {kind: prompts(kind) for kind in TEACHERS}
     nan[0][0][0].fill_(torch.nan)
-    wide[0][0][0] = torch.zeros(1, 4, 7)
+    for (pair,), *_ in wide.values():
+        pair[0] = torch.zeros(1, 4, 7)
     (WORK[0] / "long.txt").write_text("short\n" + 20_001 * "a")
     with ours("train_adapter").locked_file(WORK[0] / "loras" / "refused.safetensors"):
         locked = refuse()
@@ -72,7 +73,7 @@ def refused() -> dict[str, str]:
         "part": says(lambda: texts.prompts_of(part, None, "")),
         "mask": says(lambda: texts.prompts_of(with_entry(mask=torch.ones(1, 8, 8)), None, "")),
         "strength": says(lambda: texts.prompts_of(with_entry(strength=0.0), None, "")),
-        "width": refuse(prompts=wide),
+        "widths": {kind: refuse(kind, prompts=texts) for kind, texts in wide.items()},
         "long prompt": says(lambda: texts.read_prompts("long.txt")),
         "windows": refuse(name="folder/Con.v2"),
         "locked": locked,

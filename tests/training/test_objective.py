@@ -5,6 +5,8 @@ from shlex import split
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
+from torch.profiler import ProfilerActivity, profile
 
 from gmflow_core import (
     diffuse,
@@ -15,6 +17,7 @@ from gmflow_core import (
     velocity_to_x0,
 )
 from tests.training.image_runs import new_trainer, write_colours
+from training.common.devices import network_context
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +95,20 @@ def test_the_spectral_loss_trains_the_spectrum_network_alone(data, tmp_path):
         if p.grad is not None and p.grad.any()
     }
     assert touched == {"spectrum_net"}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("tokens", [64, 256])
+def test_only_short_bfloat16_attention_on_a_cpu_leaves_the_fused_kernel(precision, tokens):
+    cpu = torch.device("cpu")
+    q, k, v = torch.randn(3, 2, 2, tokens, 8, generator=torch.Generator().manual_seed(0))
+    exact = scaled_dot_product_attention(*(x.double() for x in (q, k, v)))
+    with (
+        profile(activities=[ProfilerActivity.CPU]) as profiler,
+        network_context(cpu, precision, tokens),
+    ):
+        mixed = scaled_dot_product_attention(q, k, v)
+    fused = any("flash" in event.key for event in profiler.key_averages())
+    assert fused == (precision == "fp32" or tokens == 256)
+    assert mixed.dtype == (torch.float32 if precision == "fp32" else torch.bfloat16)
+    torch.testing.assert_close(mixed.double(), exact, rtol=0, atol=2e-2)

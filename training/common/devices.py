@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+SHORT_ATTENTION = 128  # tokens up to which plain products beat torch's bfloat16 kernel on a CPU
 
 
 def on_cpu(device: str) -> bool:
@@ -44,3 +48,21 @@ def keep_freed_memory() -> None:
     with contextlib.suppress(OSError, AttributeError, TypeError):
         for option, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
             ctypes.CDLL(None).mallopt(option, value)
+
+
+@contextlib.contextmanager
+def network_context(device: torch.device, precision: str, tokens: int) -> Iterator[None]:
+    """Run a network in the user's precision, with the attention that trains fastest there.
+
+    PyTorch's fused attention pads a short bfloat16 sequence on a CPU, so that its backward pass
+    takes several times as long as plain matrix products do.
+
+    Args:
+        precision: "bf16" for matrix products in bfloat16, or "fp32".
+        tokens: length of the sequences that the network attends over.
+    """
+    bf16 = precision == "bf16"
+    short = bf16 and device.type == "cpu" and tokens <= SHORT_ATTENTION
+    plain = sdpa_kernel(SDPBackend.MATH) if short else contextlib.nullcontext()
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16), plain:
+        yield

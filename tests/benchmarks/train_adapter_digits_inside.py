@@ -24,10 +24,11 @@ CLASSES, BATCH, ADAPTER_BATCH, RATE, SHIFT = 10, 64, 16, 1e-3, 3.2
 COPIES, SAVE_EVERY = 5, 500
 RUN = {"rank": 32, "states": 2, "warmup": 20, "learning_rate": 1e-3, "steps": 4}
 ADAPTERS = {"adapter": "published", "adapter,attention": "attention too"}  # name: targets
+SLOWER = {"learning_rate": 2e-4, "warm_start": "adapter.safetensors"}  # "adapter" goes on so
 
 
 def main(comfyui: str, folder: str) -> None:
-    """Train the teacher unless it is there, then the adapter, and sample both."""
+    """Train the teacher unless it is there, then the adapters, and sample all."""
     sys.path.insert(0, str(TESTS))
     import inside
     import train_parts
@@ -61,6 +62,9 @@ def main(comfyui: str, folder: str) -> None:
             ]
             for name, targets in ADAPTERS.items()
         }
+        more["iterations"] = job["slower_iterations"]
+        slower = {**RUN, **SLOWER, **more, "targets": "published"}
+        students["adapter,slower"] = train_parts.train("flux", "adapter_slower", **slower)[0]
         own = train_parts.base_of("flux")
         sigmas, euler = inside.ours("gm_sampler").gm_sigmas, train_parts.sampler("euler")
         few = sigmas(4, SHIFT, final_step_size=0.5)

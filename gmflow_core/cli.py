@@ -151,9 +151,11 @@ def _check(args: argparse.Namespace) -> None:
     Raises:
         ValueError: one is out of range.
     """
-    for seed in [getattr(args, "seed", 0), *(getattr(args, "seeds", None) or [])]:
-        if not 0 <= seed < 2**63:
-            raise ValueError(f"--seed {seed} must be between 0 and 2**63 - 1")
+    for name in ("seed", "seeds"):
+        given = getattr(args, name, None) or 0
+        for seed in given if isinstance(given, list) else [given]:
+            if not 0 <= seed < 2**63:
+                raise ValueError(f"--{name} {seed} must be between 0 and 2**63 - 1")
     for name in ("steps", "substeps"):
         count = getattr(args, name, None)
         if count is not None and abs(count) > MOST_STEPS:

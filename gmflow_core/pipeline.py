@@ -14,7 +14,7 @@ from .files.checkpoint import load_checkpoint, read_metadata
 from .files.diffusers_vae import load_vae, load_vae_folder, own_vae
 from .files.errors import FileError, printable, quoted
 from .files.hub import tidy_source
-from .files.labels import find_label
+from .files.labels import checked_number, find_label
 from .models.image_network import ImageNetwork
 from .models.precision import chosen_precision, set_precision
 from .models.vae import SD_VAE
@@ -134,15 +134,23 @@ class ImagePipeline:
         return self.data.get("space") == "pixels"
 
     def label_ids(self, labels: Sequence[str | int]) -> list[int]:
-        """Return the numbers of classes that are given by name or number, see `find_label`.
+        """Return the numbers of classes that are given by name or number.
+
+        Args:
+            labels: a whole number is a class's number, whatever the classes are called; a text is
+                looked up by `find_label`, among the names first.
 
         Raises:
             ValueError: one fits no class, or several; the message lists the nearest.
         """
         if isinstance(labels, str):
             labels = [labels]
-        texts = [each if isinstance(each, str) else str(int(each)) for each in labels]
-        return [find_label(text, self.labels, self.num_classes) for text in texts]
+        return [
+            find_label(each, self.labels, self.num_classes)
+            if isinstance(each, str)
+            else checked_number(int(each), self.num_classes)
+            for each in labels
+        ]
 
     def __call__(self, labels: Sequence[str | int] | None, **settings: Any) -> list[Image.Image]:
         """Sample pictures, one for each label; the arguments are those of `sample`.

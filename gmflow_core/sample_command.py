@@ -123,22 +123,23 @@ def _sample_images(args: argparse.Namespace) -> None:
         device=args.device,
         precision=args.precision,
     )
+    if args.seeds is not None and args.count is not None:
+        raise ValueError("--count does not go with --seeds, of which each is one image")
+    if args.steps == 0:
+        raise ValueError("--steps is 0; at least 1 is needed")
+    classes = _labels(args, pipeline)
     as_numbers = args.target.suffix == ".safetensors"
     factor = 1
     if not as_numbers and not pipeline.makes_pixels:
         factor = pipeline.require_vae().factor  # before the long work
     config = pipeline.network.config
-    if args.seeds is not None and args.count is not None:
-        raise ValueError("--count does not go with --seeds, of which each is one image")
     wanted = len(args.seeds) if args.seeds is not None else args.count
     numbers = config.channels * config.latent_size**2
     pixels = 0 if as_numbers else 3 * (config.latent_size * factor) ** 2
     columns = checked_count(wanted, 8 if pipeline.makes_pixels else 4, max(numbers, pixels))
-    labels = _labels(args, pipeline, columns)
+    labels = None if classes is None else [label for label in classes for _ in range(columns)]
     count = columns if labels is None else len(labels)
-    seeds = list(range(args.seed, args.seed + count))
-    if args.seeds is not None:
-        seeds = args.seeds * (count // columns)
+    seeds = _seeds(args, columns, count)
     x = pipeline.sample(
         labels,
         seeds=seeds,
@@ -162,15 +163,31 @@ def _sample_images(args: argparse.Namespace) -> None:
         save_png(to_image(image.permute(1, 2, 0)), args.target / name)
 
 
-def _labels(args: argparse.Namespace, pipeline: ImagePipeline, count: int) -> list[int] | None:
-    """Return the label of every image, each label `count` times; None for images of no class.
+def _seeds(args: argparse.Namespace, columns: int, count: int) -> list[int]:
+    """Return the seed of each of `count` images, of which a sheet's row has `columns`.
+
+    Raises:
+        ValueError: those that follow --seed go beyond the largest one.
+    """
+    if args.seeds is not None:
+        return args.seeds * (count // columns)
+    if args.seed + count > 2**63:
+        raise ValueError(
+            f"--seed {args.seed} is too large for {count} images, whose seeds follow it; the "
+            "largest is 2**63 - 1"
+        )
+    return list(range(args.seed, args.seed + count))
+
+
+def _labels(args: argparse.Namespace, pipeline: ImagePipeline) -> list[int] | None:
+    """Return the labels, each once as they are given; None for images of no class.
 
     Raises:
         ValueError: a label is unknown, or --unlabelled does not go with the rest.
     """
     if not args.unlabelled and (args.labels or not pipeline.data.get("unlabelled")):
         wanted = args.labels or range(min(FIRST_LABELS, pipeline.num_classes))
-        return [label for label in pipeline.label_ids(list(wanted)) for _ in range(count)]
+        return pipeline.label_ids(list(wanted))
     if args.labels:
         raise ValueError(f"--unlabelled does not go with --labels {' '.join(args.labels)}")
     if pipeline.knows_modes:

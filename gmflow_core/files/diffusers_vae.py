@@ -20,6 +20,7 @@ CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model"
 SUBFOLDER = "vae"  # of a model's folder
 VARIANTS = (None, "bf16", "fp16")  # of the weights' file; the first one found is read
+VAE_CLASS = "AutoencoderKL"
 SIZES = ("in_channels", "out_channels", "latent_channels", "layers_per_block", "norm_num_groups")
 MOST_BLOCKS, LARGEST_SIZE = 16, 4096  # of a VAE's config
 INSTALL = (
@@ -139,6 +140,9 @@ def check_vae_config(path: Path) -> None:
     config = read_json(path, REPEAT)
     if not isinstance(config, dict):
         raise FileError(path, f"holds {quoted(config)} instead of an object")
+    if config.get("_class_name", VAE_CLASS) != VAE_CLASS:
+        found = f"is of a {quoted(config['_class_name'])}, not of an {VAE_CLASS}"
+        raise FileError(path, found, "give the folder of a VAE")
     channels = config.get("block_out_channels", [])
     right = isinstance(channels, list) and len(channels) <= MOST_BLOCKS
     sizes = {f"block_out_channels[{i}]": n for i, n in enumerate(channels if right else [])}

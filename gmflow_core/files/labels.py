@@ -110,12 +110,8 @@ def find_label(text: str, names: Sequence[str], num_classes: int) -> int:
     whole = whole or [label for label, parts in enumerate(synonyms) if wanted in parts]
     if not whole and wanted.isdecimal():
         digits = wanted.lstrip("0") or "0"
-        if len(digits) <= MOST_DIGITS and int(digits) < num_classes:
-            return int(digits)
-        raise ValueError(
-            f"there is no class {printable(wanted, MOST_QUOTED)}; this model's are numbered from 0 "
-            f"to {num_classes - 1}"
-        )
+        number = int(digits) if len(digits) <= MOST_DIGITS else num_classes
+        return checked_number(number, num_classes, wanted)
     found = whole or [label for label, name in enumerate(folded) if wanted and wanted in name]
     if len(found) == 1:
         return found[0]
@@ -131,6 +127,23 @@ def find_label(text: str, names: Sequence[str], num_classes: int) -> int:
     raise ValueError(
         f"this model has no class {told}; {_nearest(wanted, synonyms, names)}. "
         f"A number from 0 to {num_classes - 1} will do too"
+    )
+
+
+def checked_number(label: int, num_classes: int, text: str | None = None) -> int:
+    """Return the number of a class, below `num_classes`.
+
+    Args:
+        text: how the user wrote it, if not as a number.
+
+    Raises:
+        ValueError: there is no such class.
+    """
+    if 0 <= label < num_classes:
+        return label
+    raise ValueError(
+        f"there is no class {printable(text or str(label), MOST_QUOTED)}; this model's are "
+        f"numbered from 0 to {num_classes - 1}"
     )
 
 

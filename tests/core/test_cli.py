@@ -24,6 +24,8 @@ from gmflow_core.toys.checkerboard import draw_checkerboard, on_board, total_var
 from gmflow_core.toys.density_picture import density_picture
 from gmflow_core.toys.points import sample_points
 
+DIGITS = SHIPPED / "digits_one_call.safetensors"
+
 
 @pytest.mark.parametrize("solver", ["gm-ode", "gm-sde"])
 def test_shipped_model_samples_the_checkerboard(solver):
@@ -111,6 +113,9 @@ def test_inspect(capsys):
         (["sample", str(DEMO_MODEL), "--count", "-1"], "count is -1"),
         (["sample", str(DEMO_MODEL), "--device", "abacus"], "--device abacus cannot be used"),
         (["sample", str(DEMO_MODEL), "--seed", "-1"], "--seed -1 must be"),
+        (["sample", str(DIGITS), "--seeds", "1", "-1"], "--seeds -1 must be"),
+        (["sample", str(DIGITS), "--seed", str(2**63 - 1)], "too large for 80 images"),
+        (["sample", str(DIGITS), "--steps", "0"], "steps is 0; at least 1 is needed"),
         (["demo", "--out", "demo.txt"], "must end in .png"),
     ],
 )

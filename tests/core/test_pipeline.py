@@ -8,10 +8,11 @@ import torch
 from PIL import Image, ImageChops
 from safetensors.torch import load_file
 
-from gmflow_core import Guidance, ImagePipeline, load_checkpoint, sample_images
+from gmflow_core import Guidance, ImagePipeline, load_checkpoint, sample_images, save_checkpoint
 from gmflow_core import pipeline as pipeline_module
 from gmflow_core.cli import main
 from gmflow_core.files.checkpoint import SHIPPED
+from gmflow_core.pictures import to_picture
 from tests.core.conftest import LABELS
 from tests.diffusers_folder import change_json, random_model, write_published_folder
 
@@ -96,6 +97,11 @@ def test_latents_without_a_vae_say_where_to_get_one(published, tmp_path, monkeyp
     change_json(tmp_path / "other" / "config.json", scaling_factor=0.13025)
     with pytest.raises(SystemExit, match=r"scaling_factor is 0\.13025, but .* with 0\.18215"):
         sample(bare, out, "--vae", str(tmp_path / "other"))
+    change_json(tmp_path / "other" / "config.json", _class_name="FluxTransformer2DModel")
+    with pytest.raises(SystemExit, match="is of a 'FluxTransformer2DModel', not of an Autoencoder"):
+        sample(bare, out, "--vae", str(tmp_path / "other"))
+    with pytest.raises(SystemExit, match="no class 'tensch'; near it: 0 tench"):  # before the VAE
+        sample(bare, out, "--labels", "tensch", "--vae", "nowhere")
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(SystemExit, match=r'pip install "gmflow\[diffusers\]"'):
         sample(published, out)
@@ -128,3 +134,23 @@ def test_digits_and_their_student_of_one_call_need_no_vae(monkeypatch):
         ImagePipeline.load(SHIPPED / "checkerboard_k64.safetensors")
     with pytest.raises(ValueError, match="was trained with a mixture source; give it as --source"):
         ImagePipeline.load(SHIPPED / "digits_modes_k8.safetensors")
+
+
+def test_numbers_are_numbers_where_classes_are_called_by_other_numbers(tmp_path):
+    """Folders 1, 10 and 2 are the classes 0, 1 and 2: a text is a name first, a number is not."""
+    network, _ = load_checkpoint(SHIPPED / "digits_one_call.safetensors")
+    names = ["1", "10", "2", *"3456789"]
+    pipeline = ImagePipeline(network, {"space": "pixels", "labels": names})
+    assert pipeline.label_ids(["1", "10", "2", "0"]) == [0, 1, 2, 0]
+    assert pipeline.label_ids([0, 1, 2]) == [0, 1, 2]
+    with pytest.raises(ValueError, match=r"there is no class 10; .* numbered from 0 to 9"):
+        pipeline.label_ids([10])
+    path = tmp_path / "names.safetensors"
+    save_checkpoint(network, path, data=pipeline.data)
+    sample = ["sample", str(path), "--labels", "10", "2", "--count", "1", "--steps", "1"]
+    main([*sample, "--out", str(tmp_path / "a")])
+    drawn = {file.name for file in (tmp_path / "a").iterdir()}
+    assert drawn == {"0001_10_seed0.png", "0002_seed1.png"}
+    own = pipeline.decode(pipeline.sample([1], seeds=[0], steps=1))
+    picture = to_picture(Image.open(tmp_path / "a" / "0001_10_seed0.png"))
+    assert torch.allclose(picture, own[0].permute(1, 2, 0), atol=2 / 255)

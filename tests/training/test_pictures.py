@@ -278,6 +278,14 @@ def test_references_are_read_like_the_training_data(folder, tmp_path):
     assert tuple(stored[:, 0, -1].tolist()) == RED
 
 
+def test_a_reference_folder_with_other_pictures_of_the_same_sizes_is_another(folder):
+    before, path = FolderImages(folder, 9, 8).key, folder / "a" / "0.png"
+    assert FolderImages(folder, 9, 8).key == before
+    stat = path.stat()
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert FolderImages(folder, 9, 8).key != before
+
+
 def test_a_folder_of_the_older_decoder_is_not_mixed_but_still_read(folder, tmp_path):
     run(folder, tmp_path / "out")
     plan = tmp_path / "out" / "plan.json"

@@ -45,6 +45,9 @@ def test_npz_references(tmp_path):
         "it needs images": {"mu": np.zeros(3)},
         "do not fit": {"mu": np.zeros(3), "sigma": np.eye(2)},
         "plain arrays": {"arr_0": np.array([{}], dtype=object)},
+        "it is not symmetric": {"mu": np.zeros(2), "sigma": np.array([[1.0, 0.5], [0, 1]])},
+        "it has negative variances": {"mu": np.zeros(2), "sigma": -np.eye(2)},
+        r"has the number 1e\+300 in": {"mu": np.zeros(2), "sigma": 1e300 * np.eye(2)},
     }
     for message, arrays in bad.items():
         path = tmp_path / ("bad.npz" if arrays else "adm.npz")

@@ -120,7 +120,8 @@ class NpzRows:
             self.shape, fortran, self.dtype = _member_header(self._file, members[name], path)
             self._start = self._file.tell()
         if fortran or not self.shape:
-            raise FileError(path, f"has {name} in Fortran's order, or one number", ADVICE)
+            found = f"has {name} in Fortran's order" if fortran else f"has one number as {name}"
+            raise FileError(path, found, "save it as numpy.ascontiguousarray makes it")
 
     def __len__(self) -> int:
         return self.shape[0]

@@ -92,7 +92,10 @@ class NpzSamples(GivenSamples):
         if labels.shape != (total,) or labels.dtype.kind not in "iu":
             found = f"has arr_1 in {labels.dtype} {labels.shape} for {total} images"
             raise FileError(self.path, found, "it must be their labels (N,), whole numbers")
-        return torch.from_numpy(labels[: self.count].astype(np.int64))
+        values = labels[: self.count]
+        if len(values) and values.max() > np.iinfo(np.int64).max:
+            raise FileError(self.path, f"has the label {values.max()} in arr_1", "it is none")
+        return torch.from_numpy(values.astype(np.int64))
 
     def __len__(self) -> int:
         return self.count

@@ -93,7 +93,7 @@ class FolderImages:
             )
         chosen = [files[i] for i in random_order(len(files), count).tolist()]
         self.files, self.size = [folder / file for file in chosen], size
-        listing = json.dumps([(file, _bytes_of(folder / file)) for file in chosen])
+        listing = json.dumps([(file, *_stamp_of(folder / file)) for file in chosen])
         self.key = {
             "folder": hashlib.sha256(listing.encode()).hexdigest(),
             "size": size,
@@ -139,12 +139,13 @@ class ArrayImages:
         return self.images[self.order[torch.as_tensor(images)]].contiguous(), None
 
 
-def _bytes_of(path: Path) -> int:
-    """Return the size of a file, 0 if there is none."""
+def _stamp_of(path: Path) -> tuple[int, int]:
+    """Return the size of a file and the time of its last change; zeros if there is none."""
     try:
-        return path.stat().st_size
+        stat = path.stat()
     except OSError:
-        return 0
+        return 0, 0
+    return stat.st_size, stat.st_mtime_ns
 
 
 def random_order(total: int, count: int) -> Tensor:

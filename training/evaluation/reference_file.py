@@ -23,6 +23,10 @@ from training.evaluation.metrics import Measures, Statistics
 
 ENDINGS = (".npz", ".pkl")
 AGAIN = "write it again with training.reference"
+LARGEST = 1e12  # of the numbers in statistics, whose squares are summed
+ROUNDING = (
+    1e-3  # of a covariance, relative to its largest entry: as float32 and few images leave it
+)
 
 
 class ReferenceFile(NamedTuple):
@@ -97,14 +101,25 @@ def checked_statistics(
     """Return statistics in float64.
 
     Raises:
-        FileError: shapes do not fit each other, or numbers are not finite.
+        FileError: shapes do not fit each other, numbers are not finite or too large, or the second
+            array is no covariance.
     """
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         found = f"has {names} of shapes {mean.shape} and {covariance.shape}, which do not fit"
         raise FileError(path, found, "they must be (D,) and (D, D)")
     if not (len(mean) and np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise FileError(path, f"has no numbers, NaN or infinity in {names}")
-    return Statistics(mean.astype(np.float64), covariance.astype(np.float64))
+    mean, covariance = mean.astype(np.float64), covariance.astype(np.float64)
+    largest = max(np.abs(mean).max(), np.abs(covariance).max())
+    if largest > LARGEST:
+        found = f"has the number {largest:.3g} in {names}"
+        raise FileError(path, found, f"those of features are below {LARGEST:.0e}")
+    slack = ROUNDING * np.abs(covariance).max()
+    uneven = np.abs(covariance - covariance.T).max() > slack
+    if uneven or np.linalg.eigvalsh(covariance).min() < -slack:
+        kind = "symmetric" if uneven else "positive (it has negative variances)"
+        raise FileError(path, f"has no covariance in {names}: it is not {kind}")
+    return Statistics(mean, covariance)
 
 
 def _measures(arrays: dict[str, np.ndarray], dimensions: int, path: Path) -> Measures | None:

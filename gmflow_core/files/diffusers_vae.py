@@ -142,7 +142,7 @@ def check_vae_config(path: Path) -> None:
         raise FileError(path, f"holds {quoted(config)} instead of an object")
     if config.get("_class_name", VAE_CLASS) != VAE_CLASS:
         found = f"is of a {quoted(config['_class_name'])}, not of an {VAE_CLASS}"
-        raise FileError(path, found, "give the folder of a VAE")
+        raise FileError(path, found, "give the folder of one")
     channels = config.get("block_out_channels", [])
     right = isinstance(channels, list) and len(channels) <= MOST_BLOCKS
     sizes = {f"block_out_channels[{i}]": n for i, n in enumerate(channels if right else [])}

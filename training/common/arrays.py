@@ -119,9 +119,11 @@ class NpzRows:
             self._file = self._archive.open(members[name])
             self.shape, fortran, self.dtype = _member_header(self._file, members[name], path)
             self._start = self._file.tell()
-        if fortran or not self.shape:
-            found = f"has {name} in Fortran's order" if fortran else f"has one number as {name}"
-            raise FileError(path, found, "save it as numpy.ascontiguousarray makes it")
+        if not self.shape:
+            raise FileError(path, f"has one number as {name}", "it must be an array of rows")
+        if fortran:
+            advice = f"save numpy.ascontiguousarray({name})"
+            raise FileError(path, f"has {name} in Fortran's order", advice)
 
     def __len__(self) -> int:
         return self.shape[0]

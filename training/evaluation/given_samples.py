@@ -94,7 +94,8 @@ class NpzSamples(GivenSamples):
             raise FileError(self.path, found, "it must be their labels (N,), whole numbers")
         values = labels[: self.count]
         if len(values) and values.max() > np.iinfo(np.int64).max:
-            raise FileError(self.path, f"has the label {values.max()} in arr_1", "it is none")
+            found = f"has the label {values.max()} in arr_1"
+            raise FileError(self.path, found, "labels are below 2**63")
         return torch.from_numpy(values.astype(np.int64))
 
     def __len__(self) -> int:

@@ -24,9 +24,7 @@ from training.evaluation.metrics import Measures, Statistics
 ENDINGS = (".npz", ".pkl")
 AGAIN = "write it again with training.reference"
 LARGEST = 1e12  # of the numbers in statistics, whose squares are summed
-ROUNDING = (
-    1e-3  # of a covariance, relative to its largest entry: as float32 and few images leave it
-)
+ROUNDING = 1e-3  # of a covariance in float32, relative to its largest entry
 
 
 class ReferenceFile(NamedTuple):

@@ -22,13 +22,13 @@ from training.data.index_check import checked_index
 @pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="the harness counts on Linux")
 @pytest.mark.skipif(sys.platform != "linux", reason="the harness counts on Linux")
 def test_hostile_files_are_refused_in_words_or_read_right():
-    run_cases("--cases", "40", "--without-comfyui")
+    run_cases("--cases", "24", "--without-comfyui")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the harness counts on Linux")
 @pytest.mark.skipif(not is_installed(), reason=f"no ComfyUI in {COMFYUI}: {HOW_TO}")
 def test_hostile_inputs_of_nodes_are_refused_in_words_or_read_right():
-    run_cases("--cases", "30", "--only-comfyui")
+    run_cases("--cases", "20", "--only-comfyui")
 
 
 def refuse(folder):
@@ -92,4 +92,4 @@ def run_cases(*options):
     done = command_of_cases("--workers", "1", *options)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-3000:]}"
     counted = int(re.search(r"^([\d,]+) cases", done.stdout, re.MULTILINE)[1].replace(",", ""))
-    assert counted >= 30
+    assert counted >= 15

@@ -92,7 +92,7 @@ def distances(kind: str, model: Any) -> dict[str, float]:
 @cache
 def ends(kind: str) -> tuple[Tensor, Tensor, Tensor, list]:
     """Return where 32 and 4 calls of a teacher end, and the latent and the prompt they are for."""
-    given = latent(kind, 1 if kind == "flux2" else 4), prompts(kind)[0]
+    given = latent(kind, 4), prompts(kind)[0]
     sigmas = ours("gm_sampler").gm_sigmas(32, 3.2), few_sigmas()
     found = (sample(base_of(kind), *given, sampler("euler"), sigmas=each) for each in sigmas)
     return *found, *given

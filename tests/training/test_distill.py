@@ -1,9 +1,6 @@
 """Test the distillation of students: what they begin as, learning, exact resume, refusals."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from shlex import split
 
@@ -28,6 +25,7 @@ from gmflow_core.models.mlp import GMFlowMLP, GMFlowMLPConfig
 from gmflow_core.models.student import new_student
 from gmflow_core.sampling.images import sample_images
 from gmflow_core.source.source import GaussianMixtureSource
+from tests import forked
 from tests.helpers import is_near, normal
 from tests.training.image_runs import write_colours
 from tests.training.test_imagenet import OLD_TORCH
@@ -36,7 +34,6 @@ from training.loop.distill_presets import DistillConfig
 from training.loop.distill_trainer import DistillTrainer
 from training.loop.imitation_objective import teacher_velocity
 
-ROOT = Path(__file__).parents[2]
 SHARED = {"channels": 3, "latent_size": 4, "num_classes": 3, "log_std_dim": 8}
 SMALL = split("--device cpu --batch-size 16 --warmup 2 --checkpoint-every 50 --log-every 5")
 
@@ -287,13 +284,9 @@ def test_two_processes_have_the_losses_of_one(tmp_path):
     """In DDP, and in FSDP with two pieces each."""
     teacher = teacher_file(tmp_path)
     expected = losses_of(new_trainer(teacher, tmp_path / "one", 20, "--steps", "2"), 3)
-    script = tmp_path / "two_processes.py"
-    script.write_text(TWO_PROCESSES)
-    launcher = split("-m torch.distributed.run --nproc-per-node 2 --standalone")
-    given = arguments(teacher, tmp_path / "two", 20, "--steps", "2")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *launcher, str(script), json.dumps([[], SHARDED]), *given]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    given = [json.dumps([[], SHARDED]), *arguments(teacher, tmp_path / "two", 20, "--steps", "2")]
+    for _, said, status in forked.run_ranks("-c", TWO_PROCESSES, *given):
+        assert status == 0, said
     for how in ([], SHARDED):
         found = json.loads((tmp_path / "two" / f"losses{len(how)}.json").read_text())
         assert found == pytest.approx(expected, rel=1e-5)

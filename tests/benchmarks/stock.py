@@ -62,19 +62,18 @@ def sampled(
         return [(load_file(f)["samples"], fact) for f, fact in zip(files, facts, strict=True)]
 
 
-def stock_names() -> tuple[list[str], list[str]]:
-    """Return ComfyUI's samplers that are compared, and all of its schedulers."""
+def stock_names() -> list[str]:
+    """Return the names of ComfyUI's samplers that are compared."""
     code = (
         "import sys; sys.argv = ['', '--cpu']; import comfy.options;"
         "comfy.options.enable_args_parsing(); import comfy.samplers;"
-        "print(*comfy.samplers.KSampler.SAMPLERS);"
-        "print(*comfy.samplers.KSampler.SCHEDULERS)"
+        "print(*comfy.samplers.KSampler.SAMPLERS)"
     )
     done = subprocess.run(
         [comfyui_python(), "-c", code], cwd=COMFYUI, capture_output=True, text=True, check=True
     )
-    samplers, schedulers = (line.split() for line in done.stdout.splitlines()[-2:])
-    return [name for name in samplers if not any(part in name for part in LEFT_OUT)], schedulers
+    names = done.stdout.splitlines()[-1].split()
+    return [name for name in names if not any(part in name for part in LEFT_OUT)]
 
 
 def screened(
@@ -83,7 +82,6 @@ def screened(
     figure: str,
     *,
     calls: Sequence[int] = (2, 3, 4),
-    schedulers: Sequence[str] | None = STOCK_SCHEDULERS,
 ) -> list[Row]:
     """Return the best settings of stock samplers for each number of calls, by a few samples.
 
@@ -91,15 +89,14 @@ def screened(
         compare: samples settings and returns them with their figures, without those that fail.
         count: samples of each setting.
         figure: the smaller, the better.
-        schedulers: all of ComfyUI's if None.
     """
     best = []
-    samplers, every = stock_names()
+    samplers = stock_names()
     for number in calls:
         settings = [
             {"sampler": sampler, "scheduler": scheduler, "calls": number, "count": count}
             for sampler in samplers
-            for scheduler in (every if schedulers is None else schedulers)
+            for scheduler in STOCK_SCHEDULERS
         ]
         fitting = [row for row in compare(settings) if row["calls"] <= number]
         found = sorted(fitting, key=lambda row: row[figure])

@@ -1,6 +1,7 @@
 """Measuring models of the emoji: a tiny set and tiny networks through each part."""
 
 import csv
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -79,24 +80,48 @@ def test_parts_without_comfyui(place, tmp_path, monkeypatch):
 @inside_comfyui
 def test_parts_inside_comfyui(place, tmp_path, monkeypatch):
     data, models, work = place
-    monkeypatch.setattr(stock, "stock_names", lambda: (["euler", "heun"], ["simple"]))
+    found = [{"sampler": name, "scheduler": "simple", "calls": 3} for name in ("euler", "heun")]
+    monkeypatch.setattr(emoji, "screened", lambda *_, **__: found)
     monkeypatch.setattr(emoji, "STOCK_CALLS", (3,))
+    with pytest.raises(SystemExit, match="emoji_large_seed0"):
+        emoji.stock(data, models, work, tmp_path)
+    models = [dataclasses.replace(models[1], name="large")]
     ours = [row for row in emoji.ours(data.count, (0.5,)) if row["calls"] == 2]
     monkeypatch.setattr(emoji, "ours", lambda *_: ours)
     monkeypatch.setattr(
         emoji, "GUIDED", {"": (1.0, 3.0), "APG, eta 0": (2.0,), "probabilistic": (0.3,)}
     )
-    emoji.stock(data, models[1:2], work, tmp_path)
-    _, first, second, *rows = table(tmp_path / "emoji_stock.csv")
-    assert {first["sampler"]: first["steps"], second["sampler"]: second["steps"]} == {
-        "euler": "3",
-        "heun": "2",
-    }
+    emoji.stock(data, models, work, tmp_path)
+    _, *rows = table(tmp_path / "emoji_stock.csv")
+    steps = {(row["sampler"], row["calls"]): row["steps"] for row in rows if row["seed"] == "0"}
+    assert (steps["euler", "3"], steps["heun", "3"], steps["euler", "8"]) == ("3", "2", "8")
     assert {row["mixture"] for row in rows if row["sampler"] == "gm_sde"} == {"", "True"}
-    emoji.guidance(data, models[1:2], work, tmp_path)
+    emoji.guidance(data, models, work, tmp_path)
     _, *rows = table(tmp_path / "emoji_guidance.csv")
     own = [row for row in rows if row["sampler"] == "gm_ode" and row["seed"] == "0"]
     assert len({row["frechet_distance"] for row in own}) == 4  # each kind has an effect
+
+
+def test_the_best_of_few_samples_are_found(monkeypatch):
+    monkeypatch.setattr(stock, "stock_names", lambda: ["euler", "heun", "long"])
+    monkeypatch.setattr(stock, "BEST", 2)
+    steps = {"euler": 0, "heun": 1, "long": 9}  # of the latter, no number fits into the calls
+
+    def compare(settings):
+        return [
+            {
+                **row,
+                "figure": 10 * row["calls"] - steps[row["sampler"]] - len(row["scheduler"]),
+                "calls": row["calls"] + (row["sampler"] == "long"),
+            }
+            for row in settings
+        ]
+
+    assert stock.screened(compare, 5, "figure", calls=(2, 4)) == [
+        {"sampler": name, "scheduler": "sgm_uniform", "calls": calls}
+        for calls in (2, 4)
+        for name in ("heun", "euler")
+    ]
 
 
 def test_a_picture_among_the_training_pictures_is_nearest_to_itself(place):

@@ -4,50 +4,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .adapter_command import add_adapter_command
+from .demo_command import add_demo_command
 from .fetch_command import add_fetch_command
 from .files.atomic import check_target, remove_leftovers
-from .files.checkpoint import SHIPPED, load_checkpoint, read_metadata, save_checkpoint
+from .files.checkpoint import load_checkpoint, read_metadata, save_checkpoint
 from .files.errors import MOST_SAID, is_out_of_memory, printable, quoted, reason
 from .sample_arguments import SOURCE_HELP
-from .sample_command import add_sample_command, checked_count, save_png
+from .sample_command import add_sample_command
 from .terminal import at_terminal
-from .toys.checkerboard import draw_checkerboard
-from .toys.points import compare_solvers, comparison_sheet
 
-DEMO_MODEL = SHIPPED / "checkerboard_k64.safetensors"
 DTYPES = {"keep": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MOST_STEPS = 10**6  # of a solver
 MOST_SHOWN = 20_000  # characters of one entry of a checkpoint
-
-
-def demo(args: argparse.Namespace) -> None:
-    """Draw a contact sheet of the shipped model's samples."""
-    checked_count(args.count, 0, 2)
-    started = time.perf_counter()
-    if args.out.suffix != ".png":
-        raise ValueError(f"--out {args.out} must end in .png")
-    network, config = load_checkpoint(DEMO_MODEL, device=args.device)
-    steps = [1, 2, 4, 8]
-    samples = []
-    for entry in compare_solvers(network, steps, args.count, args.seed):
-        samples.append(entry)
-        print(f"\r{entry[0]}, {entry[1]} steps: done  ", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
-    data = draw_checkerboard(args.count, torch.Generator().manual_seed(args.seed))
-    title = (
-        f"GMFlow, K = {config.num_components}, {args.count:,} samples a picture\n"
-        "TV: total variation distance to the data, lower is better"
-    )
-    save_png(comparison_sheet(samples, data, title), args.out)
-    print(f"{printable(str(args.out.resolve()))}  ({time.perf_counter() - started:.0f} s)")
 
 
 def inspect(args: argparse.Namespace) -> None:
@@ -178,13 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     common.add_argument("--device", default=device, help="torch device")
 
-    about = "picture of the shipped model: three solvers at 1, 2, 4, 8 steps"
-    p = commands.add_parser("demo", parents=[common], help=about)
-    p.add_argument("--count", type=int, default=30_000, help="samples per picture (default 30000)")
-    about = "picture to write (default gmflow_demo.png)"
-    p.add_argument("--out", type=Path, default=Path("gmflow_demo.png"), help=about)
-    p.set_defaults(run=demo)
-
+    add_demo_command(commands, common)
     add_sample_command(commands, common)
 
     about = "config, parameters, data and training facts of a checkpoint"

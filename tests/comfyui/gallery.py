@@ -27,7 +27,7 @@ from .thumbnails import RESULTS, number_of
 
 GALLERY = REPOSITORY / "docs" / "gallery"
 PAGE, PAGE_SIZE = REPOSITORY / "docs" / "comfyui.jpg", {"width": 1240, "height": 1000}
-OPENED = "02"  # the number of the workflow in the picture of the page
+OPENED = "00"  # the number of the workflow in the picture of the page
 # leave the top to the page's own buttons, and show the whole graph below them
 FIT = """(size) => {
     const { canvas } = window.app;
@@ -41,7 +41,7 @@ FIT = """(size) => {
     canvas.ds.offset = [85 / scale - left, 100 / scale - top];
     canvas.setDirty(true, true);
 }"""
-SHOWN = ("01", "05", "06", "07", "08", "09")  # the numbers of the workflows
+SHOWN = ("00", "01", "06", "07", "08", "09")  # the numbers of the workflows
 
 
 def picture_of(comfy: Comfy, workflow: str) -> Path:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from gmflow_core.cli import DEMO_MODEL
+from gmflow_core.demo_command import POINTS_MODEL
 
 from .client import Comfy, PromptError
 from .graphs import latent_of, node
@@ -150,7 +150,7 @@ def junk(comfy: Comfy) -> Iterator[Path]:
 
 def write_header(path: Path, metadata: dict[str, str]) -> None:
     """Write a safetensors file with these metadata, which the library would not refuse."""
-    tensors = load_file(DEMO_MODEL)
+    tensors = load_file(POINTS_MODEL)
     save_file(tensors, path, metadata)
 
 
@@ -188,9 +188,9 @@ def test_no_file_takes_a_node_away(comfy: Comfy, junk: Path) -> None:
             (junk / name).symlink_to(".")
     (junk / "closed").mkdir(mode=0o000)
     (junk / "picture.pt").write_bytes(b"\x80\x02.")
-    (junk / "line\nbreak.safetensors").write_bytes(DEMO_MODEL.read_bytes())
+    (junk / "line\nbreak.safetensors").write_bytes(POINTS_MODEL.read_bytes())
     odd = os.fsencode(junk) + b"/\xff\xfe.safetensors"
-    Path(os.fsdecode(odd)).write_bytes(DEMO_MODEL.read_bytes())
+    Path(os.fsdecode(odd)).write_bytes(POINTS_MODEL.read_bytes())
 
     assert names <= set(comfy.object_info())
     labels = options_of(comfy, "GMFlowClassLabels", "label")
@@ -226,7 +226,7 @@ def test_many_files_are_listed_in_part(comfy: Comfy, junk: Path) -> None:
 @pytest.mark.parametrize("kind", ["quotes", "file", "blank", "address"])
 def test_a_model_is_found_in_any_spelling(comfy: Comfy, tmp_path: Path, kind: str) -> None:
     path = tmp_path / "my model.safetensors"
-    path.write_bytes((DEMO_MODEL.parent / DIGITS).read_bytes())
+    path.write_bytes((POINTS_MODEL.parent / DIGITS).read_bytes())
     text = {"quotes": f'"{path}"', "file": path.as_uri(), "blank": f"  {path}\n"}.get(kind)
     if text is None:
         text, complaint = "https://huggingface.co/datasets/a/b", "not the address of a model"
@@ -239,7 +239,7 @@ def test_a_model_is_found_in_any_spelling(comfy: Comfy, tmp_path: Path, kind: st
 def test_points_of_other_channels_are_named(comfy: Comfy) -> None:
     """They are no empty ones, which ComfyUI brings into shape, and go to a stock sampler."""
     prompt = graph()
-    prompt["points"] = node("GMFlowLoader", model_name=DEMO_MODEL.name)
+    prompt["points"] = node("GMFlowLoader", model_name=POINTS_MODEL.name)
     prompt["none"] = node("GMFlowUnconditional")
     prompt["stock"] = node(
         "KSampler",
@@ -299,14 +299,14 @@ def test_files_that_come_later_or_under_two_names(comfy: Comfy, junk: Path, tmp_
     (junk / "one.safetensors").symlink_to(disk / "far.safetensors")
     (junk / "a").mkdir()
     (junk / "b").symlink_to("a")
-    shutil.copy(DEMO_MODEL.with_name(DIGITS), junk / "a" / "digits.safetensors")
+    shutil.copy(POINTS_MODEL.with_name(DIGITS), junk / "a" / "digits.safetensors")
     names = options_of(comfy, "GMFlowLoader", "model_name")
     assert "junk/a/digits.safetensors" in names
     assert not any("disk" in name or "one.safetensors" in name for name in names)
     time.sleep(2.1)  # until the list is kept
     comfy.object_info()
     disk.mkdir()
-    shutil.copy(DEMO_MODEL, disk / "far.safetensors")
+    shutil.copy(POINTS_MODEL, disk / "far.safetensors")
     names = options_of(comfy, "GMFlowLoader", "model_name")
     assert {"junk/disk/far.safetensors", "junk/one.safetensors"} <= set(names)
     for name in ("junk/a/digits.safetensors", "junk/b/digits.safetensors"):

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gmflow_core import load_checkpoint, save_checkpoint
-from gmflow_core.cli import DEMO_MODEL
+from gmflow_core.demo_command import POINTS_MODEL
 from gmflow_core.toys.checkerboard import (
     board_density,
     draw_checkerboard,
@@ -54,7 +54,7 @@ def graph(side: int = 64, batch: int = 1, **sampler) -> dict:
     }
     size = {"width": side * PIXELS, "height": side * PIXELS, "batch_size": batch}
     return {
-        "model": {"class_type": "GMFlowLoader", "inputs": {"model_name": DEMO_MODEL.name}},
+        "model": {"class_type": "GMFlowLoader", "inputs": {"model_name": POINTS_MODEL.name}},
         "empty": {"class_type": "EmptyLatentImage", "inputs": size},
         "sample": {
             "class_type": "GMFlowSampler",
@@ -131,9 +131,9 @@ def test_extension_loads(comfy: Comfy) -> None:
         for group in ("required", "optional"):
             for key, (_, *options) in node["input"].get(group, {}).items():
                 assert options[0]["tooltip"], f"{name}.{key}"
-    assert DEMO_MODEL.name in nodes["GMFlowLoader"]["input"]["required"]["model_name"][-1].get(
+    assert POINTS_MODEL.name in nodes["GMFlowLoader"]["input"]["required"]["model_name"][-1].get(
         "options", []
-    ) or (DEMO_MODEL.name in nodes["GMFlowLoader"]["input"]["required"]["model_name"][0])
+    ) or (POINTS_MODEL.name in nodes["GMFlowLoader"]["input"]["required"]["model_name"][0])
 
 
 def test_quickstart_prompt_draws_the_checkerboard(comfy: Comfy) -> None:
@@ -405,7 +405,7 @@ def test_bad_checkpoints_are_named(comfy: Comfy, kind: str, complaint: str) -> N
     folder = comfy.base / "models" / "gmflow"
     path = folder / f"{kind}{'.pt' if kind == 'pickle' else '.safetensors'}"
     if kind == "truncated":
-        path.write_bytes(DEMO_MODEL.read_bytes()[:100_000])
+        path.write_bytes(POINTS_MODEL.read_bytes()[:100_000])
     elif kind == "empty":
         path.write_bytes(b"")
     elif kind == "foreign":
@@ -414,7 +414,7 @@ def test_bad_checkpoints_are_named(comfy: Comfy, kind: str, complaint: str) -> N
         with zipfile.ZipFile(path, "w") as file:
             file.writestr("archive/data.pkl", b"\x80\x02.")
     else:
-        network, _ = load_checkpoint(DEMO_MODEL)
+        network, _ = load_checkpoint(POINTS_MODEL)
         network.out_means = torch.nn.Linear(3, 5)
         save_checkpoint(network, path)
     comfy.object_info()  # as the page does after a refresh: the file is in the list now
@@ -427,7 +427,7 @@ def test_bad_checkpoints_are_named(comfy: Comfy, kind: str, complaint: str) -> N
 
 
 def test_extra_model_paths_are_searched(comfy: Comfy) -> None:
-    network, _ = load_checkpoint(DEMO_MODEL)
+    network, _ = load_checkpoint(POINTS_MODEL)
     save_checkpoint(network, comfy.base / "elsewhere" / "gm" / "extra.safetensors")
     comfy.object_info()
     prompt = graph(16)
@@ -438,7 +438,7 @@ def test_extra_model_paths_are_searched(comfy: Comfy) -> None:
 def test_trained_checkpoint_replaces_the_one_loaded(comfy: Comfy) -> None:
     """A file in models/gmflow that changes on disk is read again."""
     path = comfy.base / "models" / "gmflow" / "mine.safetensors"
-    network, _ = load_checkpoint(DEMO_MODEL)
+    network, _ = load_checkpoint(POINTS_MODEL)
     save_checkpoint(network, path)
     comfy.object_info()
     prompt = graph(16)

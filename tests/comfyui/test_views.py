@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from gmflow_core import load_checkpoint
-from gmflow_core.cli import DEMO_MODEL
+from gmflow_core.demo_command import POINTS_MODEL
 from gmflow_core.pictures import image_grid, layout_of, mean_pairwise_distance
 from gmflow_core.toys.density_picture import density_picture
 
@@ -22,7 +22,7 @@ from .client import Comfy
 from .graphs import latent_of, node
 from .vaes import write_vae
 
-DIGITS = DEMO_MODEL.parent / "digits_k8.safetensors"
+DIGITS = POINTS_MODEL.parent / "digits_k8.safetensors"
 STOCK = {"seed": 3, "steps": 4, "cfg": 1.0, "scheduler": "simple", "denoise": 1.0}
 
 
@@ -43,7 +43,7 @@ def board(kind: str, side: int = 64, **settings) -> dict:
     size = {"width": 8 * side, "height": 8 * side, "batch_size": 1}
     wires = {"model": ["model", 0], "latent_image": ["empty", 0]}
     return {
-        "model": node("GMFlowLoader", model_name=DEMO_MODEL.name),
+        "model": node("GMFlowLoader", model_name=POINTS_MODEL.name),
         "empty": node("EmptyLatentImage", **size),
         "none": node("GMFlowUnconditional"),
         "sample": node(kind, **wires, **settings),

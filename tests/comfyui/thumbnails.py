@@ -28,6 +28,7 @@ STEPS = 4
 
 # the number of a workflow without downloads -> its output nodes, each with a caption
 RESULTS = {
+    "00": {"5": "4 steps"},
     "01": {"5": "one step"},
     "02": {"5": "GM Sampler", "9": "KSampler, 4 steps"},
     "03": {"5": "cfg 4", "16": "probabilistic"},

@@ -35,9 +35,13 @@ LAYERS = {
         *("models", "files", "sampling", "toys", "pictures"),
         *("pipeline", "sample_arguments"),
     ),
+    "demo_command": (
+        *("files", "sampling", "toys", "pictures"),
+        *("pipeline", "sample_command"),
+    ),
     "cli": (
-        *("models", "files", "toys", "pictures", "terminal"),
-        *("adapter_command", "fetch_command", "sample_arguments", "sample_command"),
+        *("models", "files", "terminal", "sample_arguments"),
+        *("adapter_command", "demo_command", "fetch_command", "sample_command"),
     ),
 }
 FOREIGN = {  # what a package never imports

@@ -10,14 +10,15 @@ from safetensors.torch import load_file
 
 from gmflow_core import (
     GaussianMixtureSource,
-    cli,
+    demo_command,
     load_checkpoint,
     read_metadata,
     sample_images,
     save_checkpoint,
     save_source,
 )
-from gmflow_core.cli import DEMO_MODEL, main
+from gmflow_core.cli import main
+from gmflow_core.demo_command import POINTS_MODEL
 from gmflow_core.files.checkpoint import SHIPPED
 from gmflow_core.models.gmdit import GMDiT, GMDiTConfig
 from gmflow_core.toys.checkerboard import draw_checkerboard, on_board, total_variation
@@ -30,7 +31,7 @@ DIGITS = SHIPPED / "digits_one_call.safetensors"
 @pytest.mark.parametrize("solver", ["gm-ode", "gm-sde"])
 def test_shipped_model_samples_the_checkerboard(solver):
     """In four steps nearly all points lie on the board, as far from it as exact samples do."""
-    network, _ = load_checkpoint(DEMO_MODEL)
+    network, _ = load_checkpoint(POINTS_MODEL)
     points = sample_points(network, 20_000, solver=solver, steps=4)
     floor = total_variation(draw_checkerboard(20_000, torch.Generator().manual_seed(1)))
     assert on_board(points, slack=0.05).float().mean() > 0.95
@@ -38,7 +39,7 @@ def test_shipped_model_samples_the_checkerboard(solver):
 
 
 def test_shipped_model_says_where_it_comes_from():
-    facts = read_metadata(DEMO_MODEL)["training"]
+    facts = read_metadata(POINTS_MODEL)["training"]
     assert facts["command"].startswith("python -m training.checkerboard")
     assert set(facts["report"]) >= {"u_nll", "gm-ode", "gm-sde", "euler"}
 
@@ -46,7 +47,18 @@ def test_shipped_model_says_where_it_comes_from():
 def test_sigterm_leaves_no_part_of_a_file(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda _: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(SystemExit, match="130"):
-        main(["demo", "--count", "100", "--out", str(tmp_path / "a.png"), "--device", "cpu"])
+        main(
+            [
+                "demo",
+                "--checkerboard",
+                "--count",
+                "100",
+                "--out",
+                str(tmp_path / "a.png"),
+                "--device",
+                "cpu",
+            ]
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -58,10 +70,13 @@ def test_where_no_file_can_be_written_nothing_is_sampled(tmp_path):
             main(["sample", "no such model", "--out", str(tmp_path / f"{name}.png")])
 
 
-def test_demo(tmp_path, capsys):
-    main(["demo", "--count", "400", "--out", str(tmp_path / "new" / "demo.png"), "--device", "cpu"])
-    assert str(tmp_path / "new" / "demo.png") in capsys.readouterr().out
-    assert min(Image.open(tmp_path / "new" / "demo.png").size) > 900
+@pytest.mark.parametrize("options", [[], ["--checkerboard", "--count", "400"]])
+def test_demo(options, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo_command, "STEPS", (1, 2))
+    out = tmp_path / "new" / "demo.png"
+    main(["demo", *options, "--out", str(out), "--device", "cpu"])
+    assert str(out) in capsys.readouterr().out
+    assert min(Image.open(out).size) > 600
 
 
 def test_sample_writes_points_and_pictures(tmp_path):
@@ -69,7 +84,7 @@ def test_sample_writes_points_and_pictures(tmp_path):
         main(
             [
                 "sample",
-                str(DEMO_MODEL),
+                str(POINTS_MODEL),
                 "--steps",
                 "2",
                 "--count",
@@ -96,7 +111,7 @@ def test_sample_writes_points_and_pictures(tmp_path):
 
 
 def test_inspect(capsys):
-    main(["inspect", str(DEMO_MODEL)])
+    main(["inspect", str(POINTS_MODEL)])
     out = capsys.readouterr().out
     assert "GMFlowMLP" in out
     assert "1,412,289" in out
@@ -108,15 +123,16 @@ def test_inspect(capsys):
     ("arguments", "complaint"),
     [
         (["inspect", "nowhere.safetensors"], "there is no checkpoint nowhere.safetensors"),
-        (["sample", str(DEMO_MODEL), "--steps", "0"], "steps is 0"),
-        (["sample", str(DEMO_MODEL), "--out", "points.npy"], "must end in .png"),
-        (["sample", str(DEMO_MODEL), "--count", "-1"], "count is -1"),
-        (["sample", str(DEMO_MODEL), "--device", "abacus"], "--device abacus cannot be used"),
-        (["sample", str(DEMO_MODEL), "--seed", "-1"], "--seed -1 must be"),
+        (["sample", str(POINTS_MODEL), "--steps", "0"], "steps is 0"),
+        (["sample", str(POINTS_MODEL), "--out", "points.npy"], "must end in .png"),
+        (["sample", str(POINTS_MODEL), "--count", "-1"], "count is -1"),
+        (["sample", str(POINTS_MODEL), "--device", "abacus"], "--device abacus cannot be used"),
+        (["sample", str(POINTS_MODEL), "--seed", "-1"], "--seed -1 must be"),
         (["sample", str(DIGITS), "--seeds", "1", "-1"], "--seeds -1 must be"),
         (["sample", str(DIGITS), "--seed", str(2**63 - 1)], "too large for 80 images"),
         (["sample", str(DIGITS), "--steps", "0"], "steps is 0; at least 1 is needed"),
         (["demo", "--out", "demo.txt"], "must end in .png"),
+        (["demo", "--count", "10"], "--count 10 goes with --checkerboard only"),
     ],
 )
 def test_errors_are_one_line(arguments, complaint):
@@ -270,12 +286,14 @@ def test_sample_from_a_mixture_source(tmp_path):
 @pytest.mark.parametrize("option", ["--steps", "--substeps"])
 def test_numbers_of_steps_beyond_any_use_are_refused(option, tmp_path):
     with pytest.raises(SystemExit, match=f"{option} is 9223372036854775807; the most is"):
-        main(["sample", str(DEMO_MODEL), option, str(2**63 - 1), "--out", str(tmp_path / "a.png")])
+        main(
+            ["sample", str(POINTS_MODEL), option, str(2**63 - 1), "--out", str(tmp_path / "a.png")]
+        )
 
 
 def test_memory_is_blamed_for_what_it_caused_alone(monkeypatch, tmp_path):
     """A mistake in the code keeps its traceback, whatever words are in its message."""
-    arguments = ["demo", "--out", str(tmp_path / "a.png"), "--device", "cpu"]
+    arguments = ["demo", "--checkerboard", "--out", str(tmp_path / "a.png"), "--device", "cpu"]
     for error, kind, said in (
         (RuntimeError("DefaultCPUAllocator: can't allocate"), SystemExit, "too little memory"),
         (torch.OutOfMemoryError("CUDA out of memory"), SystemExit, "too little memory"),
@@ -285,6 +303,6 @@ def test_memory_is_blamed_for_what_it_caused_alone(monkeypatch, tmp_path):
         def fail(*_, error=error, **__):
             raise error
 
-        monkeypatch.setattr(cli, "load_checkpoint", fail)
+        monkeypatch.setattr(demo_command, "load_checkpoint", fail)
         with pytest.raises(kind, match=said):
-            cli.main(arguments)
+            main(arguments)

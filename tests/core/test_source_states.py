@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gmflow_core.cli import DEMO_MODEL, main
+from gmflow_core.cli import main
+from gmflow_core.demo_command import POINTS_MODEL
 from gmflow_core.files.errors import FileError
 from gmflow_core.source.em import fit_mixture
 from gmflow_core.source.files import load_source, read_source_metadata, save_source
@@ -219,13 +220,13 @@ def test_gmflow_says_what_cannot_be_written_and_leaves_nothing(tmp_path):
     out.mkdir()
     (out / "kept").touch()
     with pytest.raises(SystemExit, match=r"out\.png cannot be written: it is a folder; give"):
-        main(["sample", str(DEMO_MODEL), "--count", "20", "--steps", "1", "--out", str(out)])
+        main(["sample", str(POINTS_MODEL), "--count", "20", "--steps", "1", "--out", str(out)])
     assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
 
 
 def test_inspect_prints_hostile_text_as_escapes_and_in_bounds(tmp_path, capsys):
     path = tmp_path / "m.safetensors"
-    path.write_bytes(DEMO_MODEL.read_bytes())
+    path.write_bytes(POINTS_MODEL.read_bytes())
     data = {"labels": ["\ud800\x1b[31m" * 10**4] * 4, "note": "\ud801\u202e\n" * 10**5}
     change(
         path, metadata={"data": json.dumps(data), "training": json.dumps({"a": ["\ud800"] * 10**5})}
@@ -238,4 +239,4 @@ def test_inspect_prints_hostile_text_as_escapes_and_in_bounds(tmp_path, capsys):
 
 def test_a_model_is_named_where_a_source_is_asked_for():
     with pytest.raises(FileError, match="holds a GMFlowMLP in format gmflow-1, not a Gaussian"):
-        read_source_metadata(DEMO_MODEL)
+        read_source_metadata(POINTS_MODEL)

@@ -214,7 +214,7 @@ JOBS = (
     Job(
         "gmflow demo",
         "gmflow_core.cli",
-        "demo --count 500 --device cpu --out TRIAL/demo.png",
+        "demo --checkerboard --count 500 --device cpu --out TRIAL/demo.png",
         locks=False,
     ),
     Job(

@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from .files.atomic import check_target
 from .files.checkpoint import SHIPPED, load_checkpoint
 from .files.errors import printable
 from .pictures import contact_sheet, image_grid
 from .pipeline import ImagePipeline
-from .sample_command import checked_count, save_png
+from .sample_command import checked_count, save_png, seeds_from
 from .sampling.guidance import Guidance
 from .sampling.solvers import SOLVERS
 from .toys.checkerboard import draw_checkerboard
@@ -27,8 +28,8 @@ IMAGE_MODEL = SHIPPED / "emoji_k8.safetensors"
 STEPS = (1, 2, 4, 8)
 CLASSES = ("people_and_body", "flags", "smileys_and_emotion", "symbols")
 IMAGE_SOLVERS = {  # and guidance of about the same class accuracy at 4 steps (docs/results.md)
-    "euler": Guidance(2.0, "cfg"),
-    "uni-pc": Guidance(2.0, "cfg"),
+    "euler": Guidance(1.5, "cfg"),
+    "uni-pc": Guidance(1.5, "cfg"),
     "gm-ode": Guidance(0.1),
 }
 COLUMNS, ENLARGED = 6, 2  # images of each class, in a row of a picture, and pixels per pixel
@@ -56,14 +57,15 @@ def demo(args: argparse.Namespace) -> None:
 
     Raises:
         ValueError: --out does not end in .png, or --count is out of range or without points.
-        WriteError: the picture cannot be written.
+        WriteError: the picture cannot be written; it is checked before anything is sampled.
     """
-    count = checked_count(args.count, 30_000, 2)
     started = time.perf_counter()
     if args.out.suffix != ".png":
         raise ValueError(f"--out {args.out} must end in .png")
+    check_target(args.out)
     if args.count is not None and not args.checkerboard:
         raise ValueError(f"--count {args.count} goes with --checkerboard only")
+    count = checked_count(args.count, 30_000, 2)
     if args.checkerboard:
         sheet = _board(args.device, count, args.seed)
     else:
@@ -93,7 +95,8 @@ def _images(device: str, seed: int) -> Image.Image:
     pipeline = ImagePipeline.load(IMAGE_MODEL, device=device, precision="fp32")
     title = (
         f"GMFlow, K = {pipeline.network.config.num_components}: one model, from the same noise\n"
-        "Four of its nine classes; stock solvers with classifier-free guidance, GM-ODE with its own"
+        "Four of its nine classes. Euler and UniPC have classifier-free guidance of 1.5, GM-ODE "
+        "probabilistic guidance of 0.1"
     )
     return contact_sheet(list(_rows(pipeline, seed)), None, title, tile=_tile(pipeline))
 
@@ -101,13 +104,13 @@ def _images(device: str, seed: int) -> Image.Image:
 def _rows(pipeline: ImagePipeline, seed: int) -> Iterator[tuple[str, list]]:
     """Yield a row of the sheet for each solver: its title, and captions with pictures."""
     labels = [name for name in CLASSES for _ in range(COLUMNS)]
-    seeds = list(range(seed, seed + len(labels)))
+    seeds = seeds_from(seed, len(labels))
     for solver, guidance in IMAGE_SOLVERS.items():
         cells = []
         for steps in STEPS:
             x = pipeline.sample(labels, seeds=seeds, solver=solver, steps=steps, guidance=guidance)
             picture = image_grid(pipeline.decode(x), COLUMNS, ENLARGED)
-            cells.append((f"{steps} step{'s' * (steps > 1)}", picture))
+            cells.append((_steps(steps), picture))
             _say(solver, steps)
         yield textwrap.fill(SOLVERS[solver].title, 9), cells
 
@@ -118,6 +121,11 @@ def _tile(pipeline: ImagePipeline) -> int:
     return image_grid(blank.expand(COLUMNS, -1, -1, -1), COLUMNS, ENLARGED).shape[1]
 
 
+def _steps(steps: int) -> str:
+    """Return a number of steps in words."""
+    return f"{steps} step{'s' * (steps > 1)}"
+
+
 def _say(solver: str, steps: int) -> None:
     """Print how far the sheet is, on one line."""
-    print(f"\r{solver}, {steps} steps: done  ", end="", file=sys.stderr, flush=True)
+    print(f"\r{solver}, {_steps(steps)}: done  ", end="", file=sys.stderr, flush=True)

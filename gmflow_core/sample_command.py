@@ -171,12 +171,21 @@ def _seeds(args: argparse.Namespace, columns: int, count: int) -> list[int]:
     """
     if args.seeds is not None:
         return args.seeds * (count // columns)
-    if args.seed + count > 2**63:
+    return seeds_from(args.seed, count)
+
+
+def seeds_from(seed: int, count: int) -> list[int]:
+    """Return the seeds of `count` images that follow --seed.
+
+    Raises:
+        ValueError: they go beyond the largest one.
+    """
+    if seed + count > 2**63:
         raise ValueError(
-            f"--seed {args.seed} is too large for {count} images, whose seeds follow it; the "
-            "largest is 2**63 - 1"
+            f"--seed {seed} is too large for {count} images, whose seeds follow it; the largest is "
+            "2**63 - 1"
         )
-    return list(range(args.seed, args.seed + count))
+    return list(range(seed, seed + count))
 
 
 def _labels(args: argparse.Namespace, pipeline: ImagePipeline) -> list[int] | None:

@@ -77,7 +77,7 @@ class GMFlowLoader(io.ComfyNode):
         if model_name is None or hub_id_or_path is None:
             return []
         source = find_model(model_name, hub_id_or_path)
-        return [source, weight_dtype, *fingerprint(*files_of(source))]
+        return [weight_dtype, *fingerprint(source, *files_of(source))]
 
     @classmethod
     def execute(

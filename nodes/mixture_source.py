@@ -59,8 +59,7 @@ class GMFlowSourceLoader(io.ComfyNode):
         """Return what changes when the file is fitted anew."""
         if source_name is None:
             return []
-        path = find_source(source_name)
-        return [path, *fingerprint(path)]
+        return fingerprint(find_source(source_name))
 
     @classmethod
     def execute(cls, source_name: str) -> io.NodeOutput:

@@ -42,7 +42,7 @@ class AdapterFile:
 
     def stamp(self) -> list:
         """Return what changes when the file is replaced."""
-        return [str(self.place), *(fingerprint(self.place) if isinstance(self.place, str) else [])]
+        return fingerprint(str(self.place))
 
     def path(self) -> str:
         """Return the file's path, downloaded first where it is not here.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
+from typing import Any
 
 import comfy.utils
 from torch import Tensor
@@ -28,10 +30,16 @@ def read_tensors(path: str, name: str) -> tuple[dict[str, Tensor], dict[str, str
         ) from error
 
 
-def fingerprint(*paths: str) -> list[float]:
-    """Return the times and sizes of files: they change when a file is replaced."""
-    stats = []
+def fingerprint(*paths: str) -> list[str]:
+    """Return a digest of names, times and sizes of files: it changes when a file is replaced.
+
+    ComfyUI writes it into the pictures that it saves, which must not tell where the user's files
+    are.
+    """
+    facts: list[Any] = []
     for path in paths:
+        facts.append(path)
         with contextlib.suppress(OSError, ValueError):  # gone, or no name of a file
-            stats.append(os.stat(path))
-    return [value for stat in stats for value in (stat.st_mtime, stat.st_size)]
+            stat = os.stat(path)
+            facts += [stat.st_mtime, stat.st_size]
+    return [hashlib.sha256(ascii(facts).encode()).hexdigest()[:16]]

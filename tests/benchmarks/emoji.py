@@ -19,7 +19,8 @@ written after every model, with the means over seeds.
 - likelihood: time-averaged, of held-out pictures, by training.likelihood.
 - neighbours: the training pictures nearest to samples of the best model and setting of `steps`.
 
-There are as many samples as held-out pictures, so Fréchet distances compare with theirs.
+There are as many samples as held-out pictures, and classes are drawn as often as the training
+pictures have them, so Fréchet distances compare with those of held-out pictures.
 """
 
 from __future__ import annotations
@@ -111,7 +112,8 @@ def trained_models(folder: Path, space: Space) -> list[Trained]:
 def key_of(data: PictureSet, each: Trained, **more: object) -> Row:
     """Return what figures of a model depend on."""
     model, features = each.model.fingerprint, data.extractor.fingerprint
-    return {"model": model, "features": features, "count": data.count, **more}
+    about = {"model": model, "features": features, "count": data.count, "uneven": data.uneven}
+    return {**about, **more}
 
 
 def publish(data: PictureSet, rows: list[Row], kind: tuple[str, ...], path: Path) -> None:
@@ -139,6 +141,7 @@ def evaluation_of(data: PictureSet, each: Trained, work: Path) -> Config:
         test_data=data.prepared("test"),
         features=str(data.features),
         count=data.count,
+        class_shares="data" if data.uneven else "equal",
         solver=SOLVERS,
         steps=STEPS,
         precision="fp32",

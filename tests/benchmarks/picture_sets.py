@@ -19,7 +19,7 @@ from gmflow_core.gaussians.draws import standard_normal
 from training.data.shards import to_model, to_pixels
 from training.evaluation.classifier import ClassifierFeatures, train_classifier
 from training.evaluation.metrics import Reference, measure, score, statistics
-from training.evaluation.models import image_labels, image_seeds
+from training.evaluation.models import class_shares, image_labels, image_seeds
 from training.evaluation.real_images import PreparedImages
 from training.evaluation.saturation import saturation_distance
 
@@ -43,6 +43,7 @@ class PictureSet:
         name: of the set.
         samples: how many are drawn; as many as there are held-out pictures if None.
         feature_iterations: of the classifier's training.
+        uneven: classes are drawn as often as the pictures have them, not all alike.
         known: distance of saturations (N,) to a known distribution; None: to the pictures' own.
         classes: names of the classes.
         train, test: pictures uint8 (N, 3, H, W) and labels (N,), in a random order.
@@ -54,6 +55,7 @@ class PictureSet:
     name: str
     samples: int | None = None
     feature_iterations = 1200
+    uneven = False
     known = None
 
     def __init__(self, work: Path):
@@ -71,7 +73,8 @@ class PictureSet:
         self.reference = Reference(statistics(measures.features), measures, self.count)
         self.seeds = image_seeds(0, range(self.count))
         generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
-        self.labels = image_labels(self.seeds, len(self.classes))
+        shares = class_shares(self.train[1], len(self.classes)) if self.uneven else None
+        self.labels = image_labels(self.seeds, len(self.classes), shares)
         shape = (self.count, *train.data.shape)
         self.noise = standard_normal(shape, generators, like=torch.zeros(1))
         save_file({"noise": self.noise, "labels": self.labels}, self.inputs)
@@ -132,9 +135,9 @@ class Digits(PictureSet):
 
 
 class Emoji(PictureSet):
-    """Noto's emoji of 32 x 32 pixels."""
+    """Noto's emoji of 32 x 32 pixels, of which people are more than half."""
 
-    name = "emoji"
+    name, uneven = "emoji", True
 
     def prepare(self, part: str, folder: Path) -> None:
         """Write the emoji on the first call (npm downloads them), and prepare those of a part."""

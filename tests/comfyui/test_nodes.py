@@ -176,6 +176,7 @@ def test_workflows_run_headless(comfy: Comfy, path: Path) -> None:
     pictures = [picture for node in shown for picture in images[node]]
     assert len(pictures) == (4 if "ImageNet" in path.stem else len(shown))
     assert all(np.asarray(picture).std() > 1 for picture in pictures)
+    assert not any(str(comfy.base) in str(picture.info) for picture in pictures)  # of nobody's disk
     assert not NOT_FITTING.search(comfy.log()[before:])
 
 

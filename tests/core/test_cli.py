@@ -132,7 +132,8 @@ def test_inspect(capsys):
         (["sample", str(DIGITS), "--seed", str(2**63 - 1)], "too large for 80 images"),
         (["sample", str(DIGITS), "--steps", "0"], "steps is 0; at least 1 is needed"),
         (["demo", "--out", "demo.txt"], "must end in .png"),
-        (["demo", "--count", "10"], "--count 10 goes with --checkerboard only"),
+        (["demo", "--count", "0"], "--count 0 goes with --checkerboard only"),
+        (["demo", "--seed", str(2**63 - 1)], "too large for 24 images"),
     ],
 )
 def test_errors_are_one_line(arguments, complaint):

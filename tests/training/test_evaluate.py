@@ -35,7 +35,7 @@ from training.evaluation import inputs, sampling
 from training.evaluation.classifier import Classifier, ClassifierConfig, ClassifierFeatures
 from training.evaluation.config import Config, settings_of, short_names
 from training.evaluation.evaluation import read_results
-from training.evaluation.models import image_labels, image_seeds
+from training.evaluation.models import class_shares, image_labels, image_seeds
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +75,11 @@ def test_settings_of_a_sweep():
     labels = image_labels(range(1000), 10)
     assert torch.equal(labels[3:5], image_labels([3, 4], 10))
     assert torch.bincount(labels).min() > 70
+    shares = class_shares(torch.tensor([0, 2, 2, 2]), 4)
+    labels = image_labels(range(1000), 4, shares)
+    assert torch.equal(labels[3:5], image_labels([3, 4], 4, shares))
+    assert shares.tolist() == [0.25, 0, 0.75, 0]
+    assert class_shares(labels, 4).tolist() == pytest.approx([0.25, 0, 0.75, 0], abs=0.04)
 
 
 def test_whole_command(place, tmp_path, capsys):
@@ -167,6 +172,7 @@ def test_every_setting_reaches_the_samples(place, tmp_path):
         "shift": [*base, "--shift", "3"],
         "seed": [*base, "--seed", "1"],
         "solver": [*base, "--solver", "gm-sde"],
+        "classes": [*base, "--class-shares", "data"],
     }
     found = {name: samples_of(place, tmp_path / name, *more) for name, more in changes.items()}
     for a, b in itertools.combinations(found, 2):
@@ -336,6 +342,8 @@ def test_samples_of_another_checkpoint_are_refused(place, tmp_path):
 
 
 def test_samples_without_a_label(place, tmp_path):
+    with pytest.raises(ValueError, match=r"--class-shares data does not go with .*tiny"):
+        run(place, tmp_path / "wrong", "--unlabelled", "--class-shares", "data")
     [row] = run(place, tmp_path / "out", "--unlabelled")["results"]
     assert row["class_accuracy"] is None
     found = samples_of(place, tmp_path / "samples", "--unlabelled")

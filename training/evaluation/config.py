@@ -86,6 +86,9 @@ class Config:
     shift: float | None = None
     """Shift of the time grid; by default 1, or a distilled model's own. A distilled model also
     keeps the size of its last step."""
+    class_shares: Literal["equal", "data"] = "equal"
+    """How often each class is sampled: all alike, or as often as --data has it. If the data have
+    some classes more often than others, only the latter's figures compare with theirs."""
     source: str | None = None
     """Mixture source that the models were trained with: file, folder or hub id; modes are drawn by
     weight."""
@@ -145,6 +148,8 @@ class Config:
                 )
         Guidance(0.0, interval=self.guidance_interval)
         require(self.shift is None or self.shift > 0, "shift", self.shift, "positive")
+        known = self.class_shares == "equal" or self.data is not None
+        require(known, "class_shares", self.class_shares, "equal without --data")
         check_features(self.features)
         require_device(self.device)
         require_ranges(self)

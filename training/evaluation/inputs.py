@@ -12,11 +12,12 @@ from gmflow_core.models.precision import chosen_precision
 from gmflow_core.source.files import load_source
 from training.common.devices import on_cpu
 from training.common.processes import PATIENCE
+from training.data.shards import LatentDataset
 from training.encoders.load import load_vae
 from training.evaluation.chunks import Chunks
 from training.evaluation.config import Config, Setting, settings_of, short_names
 from training.evaluation.given_samples import open_samples
-from training.evaluation.models import Model, Space
+from training.evaluation.models import Model, Space, class_shares
 
 
 class Inputs:
@@ -33,6 +34,7 @@ class Inputs:
         given: samples by name, one for each of --samples.
         guide: the weaker model of autoguidance, or None.
         source: mixture source of the noise, on the device, or None.
+        shares: how often each class is sampled, (classes,); None: all alike.
         vae, vae_name: decoder of latents and its name; None for pixels.
         size: width and height of the images in pixels.
 
@@ -62,6 +64,10 @@ class Inputs:
         self.source = None if config.source is None else load_source(config.source, self.device)
         for model in [*self.models, *([self.guide] if self.guide else [])]:
             self.check_model(model)
+        self.shares = None
+        if config.class_shares == "data":
+            data = LatentDataset(config.data, in_memory=False)
+            self.shares = class_shares(data.labels, len(data.classes))
         self.vae_name, self.vae = None, None
         if self.space.kind == "latents":
             self.vae_name = config.vae or self.space.vae
@@ -86,7 +92,7 @@ class Inputs:
                 )
 
     def check_model(self, model: Model) -> None:
-        """Check that a model fits the mixture source, the guide and --unlabelled.
+        """Check that a model fits the mixture source, the guide, --unlabelled and --class-shares.
 
         Raises:
             ValueError: it does not.
@@ -100,6 +106,12 @@ class Inputs:
             raise ValueError(
                 f"--unlabelled does not go with {model.checkpoint}, "
                 "whose labels are the modes of its source"
+            )
+        by_class = model.conditioning != "mode" and not (config.unlabelled or model.unlabelled)
+        if config.class_shares == "data" and not by_class:
+            raise ValueError(
+                f"--class-shares data does not go with {model.checkpoint}, whose samples have no "
+                "classes here"
             )
         labels = (model.conditioning, model.classes)
         if guide and (guide.conditioning, guide.classes) != labels:
@@ -143,6 +155,8 @@ class Inputs:
             key["substeps in"] = "shifted time"  # older versions had them of equal size in sigma
         if self.is_unlabelled(setting):
             key["labels"] = "none"
+        elif self.shares is not None:
+            key["class shares"] = self.shares.tolist()
         if self.source is not None:
             key["source"] = self.source.digest
         if self.guide is not None:

@@ -28,13 +28,21 @@ def image_seeds(seed: int, images: Sequence[int]) -> list[int]:
     return [seed * 1_000_000_000 + i for i in images]
 
 
-def image_labels(seeds: Sequence[int], classes: int) -> Tensor:
-    """Draw the label (n,) of each image from its own seed, uniformly over the classes."""
-    draws = [
-        torch.randint(classes, (1,), generator=torch.Generator().manual_seed(seed))
-        for seed in seeds
-    ]
-    return torch.cat(draws)
+def image_labels(seeds: Sequence[int], classes: int, shares: Tensor | None = None) -> Tensor:
+    """Draw the label (n,) of each image from its own seed.
+
+    Args:
+        shares: how often each class is drawn, (classes,), of any sum; None: all alike.
+    """
+    generators = (torch.Generator().manual_seed(seed) for seed in seeds)
+    if shares is None:
+        return torch.cat([torch.randint(classes, (1,), generator=each) for each in generators])
+    return torch.cat([torch.multinomial(shares, 1, generator=each) for each in generators])
+
+
+def class_shares(labels: Tensor, classes: int) -> Tensor:
+    """Return how often each class is in labels (n,), as float64 (classes,) of sum 1."""
+    return torch.bincount(labels, minlength=classes).double() / len(labels)
 
 
 def image_modes(seeds: Sequence[int], source: GaussianMixtureSource) -> Tensor:

@@ -80,7 +80,7 @@ class Sampler:
         modes = None if inputs.source is None else image_modes(seeds, inputs.source)
         by_mode = inputs.models[setting.model].conditioning == "mode"
         classes = network.config.num_classes
-        labels = modes.cpu() if by_mode else image_labels(seeds, max(1, classes))
+        labels = modes.cpu() if by_mode else image_labels(seeds, max(1, classes), inputs.shares)
         if inputs.is_unlabelled(setting):
             labels = torch.full_like(labels, classes)
         guidance = sigmas = None

@@ -87,8 +87,8 @@ class Config:
     """Shift of the time grid; by default 1, or a distilled model's own. A distilled model also
     keeps the size of its last step."""
     class_shares: Literal["equal", "data"] = "equal"
-    """How often each class is sampled: all alike, or as often as --data has it. If the data have
-    some classes more often than others, only the latter's figures compare with theirs."""
+    """How often each class is sampled: all alike, or as often as --data has it. Where the data have
+    some classes more often than others, take "data", or the figures show that difference too."""
     source: str | None = None
     """Mixture source that the models were trained with: file, folder or hub id; modes are drawn by
     weight."""

@@ -136,7 +136,7 @@ def test_few_substeps_compile_by_argument_or_by_the_environment(by_argument, mon
 
 @NO_COMPILER
 def test_compiled_draws_equal_the_definition(monkeypatch):
-    monkeypatch.setattr(quantiles, "STEPS", 2)  # of one call: three compile longer
+    monkeypatch.setattr(quantiles, "STEPS", 1)  # of one call: more compile longer
     mixture = random_mixture(1, 200, 4, 2, (), spread=2.0, dtype=F64)
     z = 1.5 * normal(200, 2, dtype=F64)
     axes = mixture.principal_axes()

@@ -16,7 +16,7 @@ from tests.training.test_distill import teacher_file
 from training.data.shards import LatentDataset, to_pixels
 from training.evaluation.classifier import ClassifierFeatures
 from training.evaluation.metrics import frechet_distance, measure, statistics
-from training.evaluation.models import image_labels, image_seeds
+from training.evaluation.models import class_shares, image_labels, image_seeds
 from training.loop.distill_presets import DistillConfig
 from training.loop.image_presets import ImageConfig
 
@@ -54,9 +54,9 @@ def test_a_run_with_validation_has_the_losses_of_one_without(data, features, tmp
     assert list(found) == [2, 3]
     assert points_of(tmp_path / "with", "loss") == points_of(tmp_path / "without", "loss")
     seeds, extractor = image_seeds(0, range(20)), ClassifierFeatures.load(features)
-    model, labels = one.sampling_model(), image_labels(seeds, 3)
+    model, pictures = one.sampling_model(), LatentDataset(data)
+    labels = image_labels(seeds, 3, class_shares(pictures.labels, 3))
     samples = sample_images(model, labels, solver="gm-sde", seeds=seeds)
-    pictures = LatentDataset(data)
     real = torch.stack([pictures[i][0] for i in range(len(pictures))])
     here, there = (statistics(measure(to_pixels(x), extractor).features) for x in (samples, real))
     assert found[3] == pytest.approx(frechet_distance(here, there), rel=1e-4)

@@ -83,6 +83,7 @@ class EncodedImages:
     Attributes:
         shape: (C, h, w) of a latent.
         classes: names of the classes.
+        labels: (n,) int64, of all images.
         kind: "latents".
         index: what index.json of a prepared folder would say about them.
         crops: the images as a loader reads them, for `encode`.
@@ -116,7 +117,7 @@ class EncodedImages:
         precision: str = "fp32",
     ):
         self.images, self.vae, self.classes, self.precision = images, vae, classes, precision
-        self.shape = vae.latent_shape(size, size)
+        self.shape, self.labels = vae.latent_shape(size, size), torch.tensor(images.labels)
         self.crops = NumberedCrops(
             ImageCrops(images, size, flip, seed, self.shape if vae.needs_noise else None)
         )

@@ -25,7 +25,7 @@ from training.common.processes import loader_workers, together
 from training.common.settings import SMALLEST_SIGMA
 from training.data.batches import Order, batch_loader, draw_noise, pieces_of, rows_of
 from training.encoders.load import load_vae
-from training.evaluation.models import image_labels, image_modes, image_seeds
+from training.evaluation.models import class_shares, image_labels, image_modes, image_seeds
 from training.loop.config import VALIDATION
 from training.loop.decoding import decoded
 from training.loop.image_data import load_data, on_device, samples_of
@@ -358,10 +358,11 @@ class ImageTrainer(Trainer):
         return picture
 
     def draw_samples(self, model: GMDiT | DiTDH, images: range) -> Tensor:
-        """Draw samples of these numbers, with labels and modes as training.evaluate draws them."""
-        seeds = image_seeds(0, images)
+        """Draw samples of these numbers as training.evaluate does with --class-shares data."""
+        seeds, classes = image_seeds(0, images), len(self.dataset.classes)
         modes = None if self.source is None else image_modes(seeds, self.source)
-        return self.sampled(model, image_labels(seeds, self.num_labels), modes, seeds)
+        shares = class_shares(self.dataset.labels, classes)
+        return self.sampled(model, image_labels(seeds, classes, shares), modes, seeds)
 
     def data(self) -> dict[str, Any]:
         """Return labels and space of the model's samples, and its source."""

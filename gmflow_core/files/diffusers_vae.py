@@ -24,8 +24,8 @@ VAE_CLASS = "AutoencoderKL"
 SIZES = ("in_channels", "out_channels", "latent_channels", "layers_per_block", "norm_num_groups")
 MOST_BLOCKS, LARGEST_SIZE = 16, 4096  # of a VAE's config
 INSTALL = (
-    'pip install "gmflow[diffusers]" (in a clone: pip install -e ".[diffusers]"), and if the '
-    "message names torchvision, uninstall it or install the build that matches torch"
+    'pip install "diffusers>=0.37" "transformers>=4.48" (in a clone: the extra ".[diffusers]"), '
+    "and if the message names torchvision, uninstall it or install the build that matches torch"
 )
 
 

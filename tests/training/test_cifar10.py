@@ -68,3 +68,18 @@ def test_wrong_files_are_named_and_leave_nothing(tmp_path, settings, damage, sai
     (tmp_path / "text").write_text("no archive")
     with pytest.raises(SystemExit, match=r"cannot be read .*give cifar-10-binary\.tar\.gz"):
         main(["--data", str(tmp_path / "text"), "--out", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("place", [0.02, 0.3, 0.6, 0.9, -6])
+def test_a_damaged_archive_is_refused(tmp_path, place):
+    """One bit is wrong, in the pictures or in the checksum at the end."""
+    write_files(tmp_path / "files")
+    source = tmp_path / "cifar-10-binary.tar.gz"
+    with tarfile.open(source, "w:gz") as archive:
+        archive.add(tmp_path / "files", "cifar-10-batches-bin")
+    content = bytearray(source.read_bytes())
+    content[place if place < 0 else int(place * len(content))] ^= 4
+    source.write_bytes(content)
+    with pytest.raises(SystemExit, match=r"cannot be read .*give cifar-10-binary\.tar\.gz"):
+        main(["--data", str(source), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()

@@ -11,11 +11,19 @@ from safetensors.torch import load_file
 
 from gmflow_core import load_checkpoint, sample_images
 from gmflow_core.flow.path import flow_sigmas
-from tests.training.evaluation_runs import CLASSES, arguments, run, write_model, write_place
+from tests.training.evaluation_runs import (
+    CLASSES,
+    arguments,
+    run,
+    two_classes,
+    write_model,
+    write_place,
+)
 from training.common.arrays import NpzRows, Rows, write_npz
 from training.data.shards import to_pixels
 from training.evaluate import main, parse
 from training.evaluation.evaluation import Evaluation
+from training.evaluation.given_samples import FolderSamples
 from training.evaluation.models import image_labels, image_seeds
 from training.evaluation.report import METRICS, NEWER
 
@@ -87,6 +95,31 @@ def test_exported_samples_score_as_the_model_does(place, tmp_path):
     assert run(place, tmp_path / "out", *more)["results"][0]["key"] == expected["key"]
     with np.load(npz) as file:
         assert np.array_equal(file["arr_0"], images)
+
+
+def test_fewer_samples_than_count_meet_as_many_real_images(place, tmp_path):
+    """More real images would lie nearer to each sample: precision would fall."""
+    path = tmp_path / "few.npz"
+    np.savez(path, arr_0=two_classes(20, seed=3)[0].permute(0, 2, 3, 1).numpy())
+    rows = [
+        Evaluation(parse(given(place, tmp_path / count, path, more=["--count", count]))).run()
+        for count in ("20", "60")
+    ]
+    few, many = (row["results"][-1] for row in rows)
+    assert few["name"] == many["name"] == "few.npz"
+    assert all(0 < few[name] == many[name] for name in ("precision", "recall"))
+
+
+def test_of_a_folder_with_too_many_images_random_ones_are_scored(tmp_path):
+    """Sorted by name, the first ones may all be of one class."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for number in range(20):
+            Image.new("RGB", (8, 8)).save(tmp_path / name / f"{number:02d}.png")
+    files = FolderSamples(tmp_path, 10).files
+    assert files == FolderSamples(tmp_path, 10).files == sorted(files)
+    assert len(set(files)) == 10
+    assert {file.split("/")[0] for file in files} == {"a", "b"}
 
 
 def test_samples_that_cannot_be_scored_are_named(place, tmp_path):

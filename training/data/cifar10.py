@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import tarfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,13 +75,28 @@ def read_files(path: Path) -> Iterator[tuple[str, bytes]]:
                 if each.name in wanted and each.stat().st_size <= MOST_BYTES:
                     yield each.name, each.read_bytes()
             return
+        _check_sum(path)
         with tarfile.open(path) as archive:
             for member in archive:
                 name = Path(member.name).name
                 if name in wanted and member.isfile() and member.size <= MOST_BYTES:
                     yield name, archive.extractfile(member).read()
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise FileError(path, f"cannot be read ({quoted(str(error), 200)})", WHAT_TO_DO) from error
+
+
+def _check_sum(path: Path) -> None:
+    """Read a compressed archive to its end, where its checksum is; tarfile stops before.
+
+    Raises:
+        OSError, EOFError, zlib.error: it is damaged.
+    """
+    with path.open("rb") as file:
+        compressed = file.read(2) == b"\x1f\x8b"
+    if compressed:
+        with gzip.open(path) as content:
+            while content.read(2**20):
+                pass
 
 
 def records(path: Path, content: bytes, classes: int) -> tuple[np.ndarray, np.ndarray]:

@@ -61,7 +61,8 @@ class Config:
     """Compare saturations with the reference images', or with the known distribution of
     training.digits."""
     count: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 50_000
-    """Samples of each setting; of --samples the first ones, if there are more."""
+    """Samples of each setting. Of --samples with more, the first ones of an .npz file, and random
+    ones of a folder."""
     solver: Annotated[
         tuple[SolverName, ...],
         tyro.conf.arg(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -267,8 +268,13 @@ class Evaluation:
         return {"name": "real images", "count": len(images), **figures}
 
     def score(self, measures: Measures, reference: Reference, labelled: bool) -> dict[str, Any]:
-        """Return the figures of images; `labelled`: their labels are classes."""
-        classes = self.extractor.classes if labelled else None
+        """Return the figures of images; `labelled`: their labels are classes.
+
+        Precision and recall compare with as many real images as there are, see `Reference.limit`.
+        """
+        classes, count = self.extractor.classes if labelled else None, len(measures.features)
+        if reference.limit is None or count < reference.limit:
+            reference = dataclasses.replace(reference, limit=count)
         known = saturation_distance if self.config.saturation == "digits" else None
         return score(measures, reference, classes=classes, known=known)
 

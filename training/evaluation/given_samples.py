@@ -18,7 +18,7 @@ from training.common.arrays import NpzRows
 from training.data.image_folder import images_below
 from training.data.pictures import DECODER, read_file, read_rgb
 from training.evaluation.metrics import NEIGHBOURS
-from training.evaluation.real_images import IMAGE_FILES
+from training.evaluation.real_images import IMAGE_FILES, random_order
 from training.evaluation.reference_file import check_images_array
 
 LABELS = "dataset.json"  # StyleGAN's file of labels, beside the images
@@ -111,6 +111,9 @@ class NpzSamples(GivenSamples):
 class FolderSamples(GivenSamples):
     """Image files below a folder, sorted by name; labels are those of its dataset.json, if any.
 
+    Of more than `count` files random ones are taken, always the same: the first ones may be of few
+    classes.
+
     Raises:
         FileError: the images have another size than the first one, or dataset.json is no list of
             their labels.
@@ -119,7 +122,8 @@ class FolderSamples(GivenSamples):
     def __init__(self, path: Path, count: int):
         self.path = path
         files = images_below(path, known=set(IMAGE_FILES))
-        self.files = files[: checked_count(len(files), count, path)]
+        chosen = random_order(len(files), checked_count(len(files), count, path))
+        self.files = [files[number] for number in sorted(chosen.tolist())]
         self.size = checked_size(*self._image(self.files[0]).size, path)
         self.labels = self._labels()
         stats = [(path / file).stat() for file in self.files]
@@ -182,7 +186,7 @@ class FolderSamples(GivenSamples):
 
 
 def open_samples(path: Path, count: int) -> GivenSamples:
-    """Open an .npz file or a folder of images; at most `count` of them, the first ones.
+    """Open an .npz file or a folder of images; at most `count` of them.
 
     Raises:
         FileNotFoundError: there is nothing of that name.

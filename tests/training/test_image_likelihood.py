@@ -52,6 +52,10 @@ def test_the_measure_of_an_exact_model_is_its_entropy(tmp_path):
     again = Config(data=folder, count=2500, batch_size=70)
     same, _ = bits_of_images(Exact(), False, LatentDataset(folder), again)
     assert torch.allclose(same, bits, atol=1e-5)  # whatever the batches
+    wide, _ = bits_of_images(Exact(), False, LatentDataset(folder), config, width=2.0)
+    # log2(2) more for the normalisation, and 3/4 less of the mean square, which is 1 / (2 ln 2)
+    more = 1 - 0.75 * 0.5 / math.log(2)
+    assert (wide - bits).mean().item() == pytest.approx(more, abs=0.01)
 
 
 def test_the_command_compares_models(tmp_path):
@@ -62,9 +66,11 @@ def test_the_command_compares_models(tmp_path):
         for name, layers in (("a.safetensors", (8,)), ("b.safetensors", None))
     ]
     given = ["--checkpoint", *models, "--data", data, "--count", "40", "--out", tmp_path]
-    likelihood.main([*map(str, given), "--device", "cpu"])
+    likelihood.main([*map(str, given), "--device", "cpu", "--widths", "1", "2"])
     with (tmp_path / "time_averaged.csv").open(newline="") as file:
-        first, second = csv.DictReader(file)
+        first, wider, second, _ = csv.DictReader(file)
+    assert (wider["checkpoint"], wider["width"], first["width"]) == ("a", "2.0", "1.0")
+    assert wider["nll"] != first["nll"]
     assert (first["checkpoint"], second["checkpoint"]) == ("a", "b")
     assert (first["count"], first["images"]) == ("40", "30")
     assert float(first["difference"]) == 0 != float(second["difference"])

@@ -5,6 +5,8 @@ The command is `training.likelihood --data`.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -28,7 +30,7 @@ from training.experiments.likelihood import Config
 
 FILE = "time_averaged.csv"
 COLUMNS = (
-    *("checkpoint", "num_components", "count", "images", "nll", "nll_error"),
+    *("checkpoint", "num_components", "width", "count", "images", "nll", "nll_error"),
     *("spectral_nll", "spectral_nll_error", "difference", "difference_error"),
 )
 
@@ -48,13 +50,15 @@ def write_images(config: Config) -> list[dict[str, Any]]:
     space, data = Space.of_data(config.data), LatentDataset(config.data)
     models = [checked(Model(checkpoint, space)) for checkpoint in config.checkpoint]
     device, lines, first = cuda_or_cpu(config.device), [], None
-    for name, model in zip(short_names(config.checkpoint), models, strict=True):
+    named = zip(short_names(config.checkpoint), models, strict=True)
+    for (name, model), width in itertools.product(named, config.widths):
         network = set_precision(model.load(device), chosen_precision(config.precision, device))
-        bits, spectral = bits_of_images(network, model.unlabelled, data, config, name)
+        bits, spectral = bits_of_images(network, model.unlabelled, data, config, name, width)
         first = bits if first is None else first
         line = {
             "checkpoint": name,
             "num_components": model.num_components,
+            "width": width,
             "count": len(bits),
             "images": min(len(bits), len(data)),
             **mean_and_error("nll", bits),
@@ -62,7 +66,8 @@ def write_images(config: Config) -> list[dict[str, Any]]:
             **mean_and_error("difference", bits - first),
         }
         error = line["nll_error"]
-        print(f"{name}: {line['nll']:.4f} bits per dimension, standard error {error:.4f}")
+        wide = "" if width == 1 else f", {width:g} times as wide"
+        print(f"{name}{wide}: {line['nll']:.4f} bits per dimension, standard error {error:.4f}")
         lines.append(line)
     write_table(lines, COLUMNS, config.out / FILE)
     print(f"figures: {config.out / FILE}")
@@ -92,7 +97,12 @@ def checked(model: Model) -> Model:
 
 @torch.inference_mode()
 def bits_of_images(
-    network: nn.Module, unlabelled: bool, data: LatentDataset, config: Config, name: str = ""
+    network: nn.Module,
+    unlabelled: bool,
+    data: LatentDataset,
+    config: Config,
+    name: str = "",
+    width: float = 1.0,
 ) -> tuple[Tensor, Tensor | None]:
     """Return -log2 q(x_0 | x_t) / D of images at random times.
 
@@ -107,6 +117,8 @@ def bits_of_images(
     Args:
         network: an image model in evaluation mode.
         unlabelled: give it no classes.
+        name: of the model, for the progress bar.
+        width: factor of the components' standard deviations.
 
     Returns:
         (count,), and the same under the model's spectrum, which is the paper's q^S; None if the
@@ -128,6 +140,7 @@ def bits_of_images(
             labels = torch.full_like(labels, network.config.num_classes)
         x = diffuse(x0, sigma, noise)
         mixture = network(x, sigma, labels)
+        mixture = dataclasses.replace(mixture, log_std=mixture.log_std + math.log(width))
         nats = nll(mixture, noise - x0).double().flatten(1).sum(1)
         found.append(nats.cpu())
         if network.spectrum_net is not None:

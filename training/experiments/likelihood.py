@@ -56,6 +56,9 @@ class Config:
     again at other times."""
     batch_size: int = 100
     """Images in a network call."""
+    widths: tuple[float, ...] = (1.0,)
+    """Measure image models with the standard deviations of all components times each of these
+    factors: one whose likelihood grows with a factor above 1 is too sure of itself."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Of an image network's products; auto: bf16 on a GPU, fp32 on the CPU."""
     device: str = "auto"
@@ -67,6 +70,8 @@ class Config:
         require(min(self.steps) >= 1, "steps", self.steps, "at least 1 each")
         require(self.count >= 2, "count", self.count, "at least 2")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        for width in self.widths or (0.0,):
+            require(0 < width < math.inf, "widths", self.widths, "positive, one or more")
         require(len(self.checkpoint) > 0, "checkpoint", self.checkpoint, "one file or more")
         require_device(self.device)
         require_ranges(self)

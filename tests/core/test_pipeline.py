@@ -103,7 +103,7 @@ def test_latents_without_a_vae_say_where_to_get_one(published, tmp_path, monkeyp
     with pytest.raises(SystemExit, match="no class 'tensch'; near it: 0 tench"):  # before the VAE
         sample(bare, out, "--labels", "tensch", "--vae", "nowhere")
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(SystemExit, match=r'pip install "gmflow\[diffusers\]"'):
+    with pytest.raises(SystemExit, match=r'pip install "diffusers>=0\.37"'):
         sample(published, out)
 
 

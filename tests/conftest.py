@@ -1,6 +1,6 @@
 """Set up the processes that run tests: threads, workers, the Triton interpreter, a word on ComfyUI.
 
-Without file names pytest shares the tests out among workers, two more than cores. `-n 0` turns that
+Without file names pytest shares the tests out among workers, one more than cores. `-n 0` turns that
 off, `-n 2` turns it on for single files. What tests share stays on one worker with them: ComfyUI's
 server and its models; ComfyUI's page and the server behind it; the process of ComfyUI that scripts
 run in; the process that others are forks of; imports of diffusers and transformers, with tiny
@@ -61,12 +61,12 @@ if not torch.cuda.is_available():
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Return the number of workers for `-n auto`: 0 if files are named or there is one core.
 
-    It is two more than the cores, as workers often wait for a server or a page.
+    It is one more than the cores, as a worker often waits for its server or its page.
     """
     if config.args_source is pytest.Config.ArgsSource.ARGS:
         return 0
     cores = os.cpu_count() or 1
-    return min(cores + 2, MOST_WORKERS) if cores > 1 else 0
+    return min(cores + 1, MOST_WORKERS) if cores > 1 else 0
 
 
 def scope_of(nodeid: str) -> str:

@@ -6,7 +6,6 @@ The command is `training.likelihood --data`.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from typing import Any
 
@@ -41,8 +40,8 @@ def write_images(config: Config) -> list[dict[str, Any]]:
     Returns:
         Its lines. `nll` and `spectral_nll` are in bits per dimension, see `bits_of_images`;
         `spectral_nll` is empty for a model without a spectrum. `difference` is the nll's to that
-        of the first model, whose images, times and noises are the same. Errors are standard errors
-        of the means.
+        of the first line, whose images, times and noises are the same; `width` is a factor of the
+        components' standard deviations. Errors are standard errors of the means.
 
     Raises:
         FileNotFoundError, ValueError: an input is missing, or they do not fit each other.
@@ -50,25 +49,25 @@ def write_images(config: Config) -> list[dict[str, Any]]:
     space, data = Space.of_data(config.data), LatentDataset(config.data)
     models = [checked(Model(checkpoint, space)) for checkpoint in config.checkpoint]
     device, lines, first = cuda_or_cpu(config.device), [], None
-    named = zip(short_names(config.checkpoint), models, strict=True)
-    for (name, model), width in itertools.product(named, config.widths):
+    for name, model in zip(short_names(config.checkpoint), models, strict=True):
         network = set_precision(model.load(device), chosen_precision(config.precision, device))
-        bits, spectral = bits_of_images(network, model.unlabelled, data, config, name, width)
-        first = bits if first is None else first
-        line = {
-            "checkpoint": name,
-            "num_components": model.num_components,
-            "width": width,
-            "count": len(bits),
-            "images": min(len(bits), len(data)),
-            **mean_and_error("nll", bits),
-            **({} if spectral is None else mean_and_error("spectral_nll", spectral)),
-            **mean_and_error("difference", bits - first),
-        }
-        error = line["nll_error"]
-        wide = "" if width == 1 else f", {width:g} times as wide"
-        print(f"{name}{wide}: {line['nll']:.4f} bits per dimension, standard error {error:.4f}")
-        lines.append(line)
+        for width in config.widths:
+            bits, spectral = bits_of_images(network, model.unlabelled, data, config, name, width)
+            first = bits if first is None else first
+            line = {
+                "checkpoint": name,
+                "num_components": model.num_components,
+                "width": width,
+                "count": len(bits),
+                "images": min(len(bits), len(data)),
+                **mean_and_error("nll", bits),
+                **({} if spectral is None else mean_and_error("spectral_nll", spectral)),
+                **mean_and_error("difference", bits - first),
+            }
+            found = f"{line['nll']:.4f} bits per dimension, standard error {line['nll_error']:.4f}"
+            wide = "" if width == 1 else f", {width:g} times as wide"
+            print(f"{name}{wide}: {found}")
+            lines.append(line)
     write_table(lines, COLUMNS, config.out / FILE)
     print(f"figures: {config.out / FILE}")
     return lines

@@ -27,7 +27,7 @@ POINTS_MODEL = SHIPPED / "checkerboard_k64.safetensors"
 IMAGE_MODEL = SHIPPED / "emoji_k8.safetensors"
 STEPS = (1, 2, 4, 8)
 CLASSES = ("people_and_body", "flags", "smileys_and_emotion", "symbols")
-IMAGE_SOLVERS = {  # and guidance: UniPC and GM-ODE have the same class accuracy at 4 steps so
+IMAGE_SOLVERS = {  # and their guidance
     "euler": Guidance(1.5, "cfg"),
     "uni-pc": Guidance(1.5, "cfg"),
     "gm-ode": Guidance(0.1),

@@ -55,6 +55,11 @@ class ImageConfig:
     dx_segment: float | None
     dx_shift: float
 
+    @property
+    def tokens(self) -> int:
+        """Number of patches of a sample of the size that the network is trained on."""
+        return (self.latent_size // self.patch_size) ** 2
+
     def check(self, *more: str) -> None:
         """Check the shared settings, and that those named in `more` are at least 1.
 

@@ -1,6 +1,6 @@
 """Time whole prompts of ComfyUI: our nodes, ComfyUI-piFlow and a stock KSampler on one model.
 
-    python -m tests.benchmarks.start_to_picture                       # a quarter of an hour on one core
+    python -m tests.benchmarks.start_to_picture                       # 15 minutes on one core
     PIFLOW_PATH=... python -m tests.benchmarks.start_to_picture       # with ComfyUI-piFlow
     python -m tests.benchmarks.start_to_picture --width 256 --blocks 1 2 --side 16    # a minute
 

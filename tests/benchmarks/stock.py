@@ -22,8 +22,14 @@ from .any_flow_inside import MARK
 from .tables import Row
 
 STOCK_SCHEDULERS = ("simple", "normal", "beta", "sgm_uniform")
-# stock samplers that are others under another name, or need what these models have not
-LEFT_OUT = ("_gpu", "_cfg_pp", "gm_", "ar_video", "lcm", "dpm_fast", "dpm_adaptive", "ddim")
+LEFT_OUT = (
+    "gm_",  # ours
+    "_gpu",  # the same as without, but for where they draw noise
+    "_cfg_pp",  # the same as without where there is no guidance
+    "ddim",  # ComfyUI's is Euler
+    "dpm_adaptive",  # chooses the number of calls itself
+    "ar_video",  # needs a model of videos
+)
 BEST = 6  # stock settings that are measured on all samples, by number of calls
 
 

@@ -71,7 +71,7 @@ def test_parts_without_comfyui(place, tmp_path, monkeypatch):
     held_out = [row for row in rows if row["pictures"] == "held-out pictures"]
     assert len(rows) == 4
     assert all(float(row["share_below_1"]) <= 1 / 24 for row in held_out)
-    assert Image.open(tmp_path / "emoji_neighbours.png").size[1] == 3 * (6 * (48 + 2) + 2)
+    assert Image.open(work / "emoji_neighbours.png").size[1] == 3 * (6 * (48 + 2) + 2)
     with monkeypatch.context() as later:  # a second start keeps the figures
         later.setattr(emoji, "Evaluation", None)
         emoji.steps(data, models, work, tmp_path)
@@ -84,7 +84,7 @@ def test_parts_inside_comfyui(place, tmp_path, monkeypatch):
     monkeypatch.setattr(emoji, "screened", lambda *_, **__: found)
     monkeypatch.setattr(emoji, "STOCK_CALLS", (3,))
     with pytest.raises(SystemExit, match="emoji_large_seed0"):
-        emoji.stock(data, models, work, tmp_path)
+        emoji.guidance(data, models, work, tmp_path)
     models = [dataclasses.replace(models[1], name="large")]
     ours = [row for row in emoji.ours(data.count, (0.5,)) if row["calls"] == 2]
     monkeypatch.setattr(emoji, "ours", lambda *_: ours)
@@ -94,7 +94,7 @@ def test_parts_inside_comfyui(place, tmp_path, monkeypatch):
     emoji.stock(data, models, work, tmp_path)
     _, *rows = table(tmp_path / "emoji_stock.csv")
     steps = {(row["sampler"], row["calls"]): row["steps"] for row in rows if row["seed"] == "0"}
-    assert (steps["euler", "3"], steps["heun", "3"], steps["euler", "8"]) == ("3", "2", "8")
+    assert (steps["uni_pc", "3"], steps["euler", "3"], steps["heun", "3"]) == ("3", "3", "2")
     assert {row["mixture"] for row in rows if row["sampler"] == "gm_sde"} == {"", "True"}
     emoji.guidance(data, models, work, tmp_path)
     _, *rows = table(tmp_path / "emoji_guidance.csv")

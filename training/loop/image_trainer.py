@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ from gmflow_core.models.precision import set_precision
 from gmflow_core.pictures import image_grid, to_image
 from gmflow_core.sampling.images import sample_images
 from gmflow_core.source.files import load_source, read_source_metadata
-from training.common.devices import network_context
 from training.common.processes import loader_workers, together
 from training.common.settings import SMALLEST_SIGMA
 from training.data.batches import Order, batch_loader, draw_noise, pieces_of, rows_of
@@ -167,12 +165,6 @@ class ImageTrainer(Trainer):
             )
         model.gradient_checkpointing = config.gradient_checkpointing
         return model
-
-    def autocast(self) -> AbstractContextManager[None]:
-        """Return the context of the network: its precision, and its attention on a CPU."""
-        network = self.model.config
-        tokens = (network.latent_size // network.patch_size) ** 2
-        return network_context(self.accelerator.device, self.config.precision, tokens)
 
     def objective(self) -> nn.Module:
         """Return the losses, which hold the network."""

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +22,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
@@ -34,7 +33,7 @@ from gmflow_core.files.checkpoint import (
     save_checkpoint,
 )
 from gmflow_core.files.errors import is_out_of_memory, quoted, reading
-from training.common.devices import keep_freed_memory, on_cpu
+from training.common.devices import keep_freed_memory, network_context, on_cpu
 from training.common.processes import stop_signals, together
 from training.loop.checks import ADVICE, check_facts, check_network, check_settings, check_state
 from training.loop.config import TrainerConfig
@@ -251,10 +250,7 @@ class Trainer:
         flag here would force a GPU sync (8-bit and sharded optimizers need that sync).
         """
         self.optimizer.zero_grad()
-        cpu = self.accelerator.device.type == "cpu"
-        # on a CPU, with few tokens, plain attention has the faster backward pass
-        with sdpa_kernel(SDPBackend.MATH) if cpu else nullcontext():
-            losses = self.backward()
+        losses = self.backward()
         self.update(self.clip_gradient().isfinite())
         self.schedule.step()
         self.step += 1
@@ -297,11 +293,10 @@ class Trainer:
         if self.skipped.count() or self.skipped.total >= self.step == self.config.iterations:
             raise not_finite(self.step, self.path)
 
-    def autocast(self):
-        """Return the context of the network: matrix products in the user's precision."""
-        return torch.autocast(
-            self.accelerator.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"
-        )
+    def autocast(self) -> AbstractContextManager[None]:
+        """Return the context of the network: its precision, and its attention on a CPU."""
+        tokens = getattr(self.model.config, "tokens", 0)  # networks of points have none
+        return network_context(self.accelerator.device, self.config.precision, tokens)
 
     # Several processes
 

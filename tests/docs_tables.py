@@ -25,6 +25,7 @@ in a checkpoint's metadata (`checkpoint_records`). A comment without rows quotes
 
 from __future__ import annotations
 
+import argparse
 import csv
 import itertools
 import json
@@ -51,6 +52,10 @@ def pages() -> list[Path]:
 
 def main() -> None:
     """Rewrite the tables, and name the pages that changed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args()
     for page in pages():
         old = page.read_text(encoding="utf-8")
         new = with_tables(old)

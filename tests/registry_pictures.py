@@ -9,6 +9,7 @@ probability flow ODE; the dots are GM-ODE on the same noise with four network ca
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import torch
@@ -36,6 +37,10 @@ WORDS = ("GMFlow", "Gaussian-mixture flow matching", "for ComfyUI, in four steps
 
 def main() -> None:
     """Write both pictures."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args()
     for path, picture in ((ICON, icon()), (BANNER, banner())):
         picture.save(path, optimize=True)
         print(f"wrote {path} ({picture.width} x {picture.height})")

@@ -29,8 +29,17 @@ COMMAND = re.compile(
 )
 OPTION = re.compile(r"(?<![\w-])--?[a-zA-Z][\w-]*")
 README_SIZE = 10_240  # bytes
+TOOL = re.compile(r"python -m (tests(?:\.[a-z_]+)*)(?![\w.])")
+STARTED = {"tests.forked", "tests.robustness.eight_bit"}  # by tests, with arguments of their own
 
 each_page = pytest.mark.parametrize("name", PAGES)
+
+
+def tools() -> list[str]:
+    """Return the modules of tests that pages and docstrings give as commands."""
+    sources = (path.read_text("utf-8") for path in (REPOSITORY / "tests").rglob("*.py"))
+    found = {name for text in (*PAGES.values(), *sources) for name in TOOL.findall(text)}
+    return sorted(found - STARTED)
 
 
 def code(text: str) -> list[str]:
@@ -122,6 +131,16 @@ def test_paths_exist(name: str) -> None:
 @each_page
 def test_commands_exist(name: str) -> None:
     assert wrong_commands(PAGES[name]) == []
+
+
+@pytest.mark.parametrize("module", tools())
+def test_help_of_a_tool_does_nothing_else(module: str) -> None:
+    """Most of them measure for minutes and write files of this repository."""
+    package = importlib.util.find_spec(module).submodule_search_locations
+    module = f"{module}.__main__" if package else module
+    source = Path(importlib.util.find_spec(module).origin).read_text("utf-8")
+    assert "ArgumentParser(" in source  # else it would run now
+    assert "--help" in options_of(module)
 
 
 @each_page

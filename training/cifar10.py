@@ -1,11 +1,13 @@
 """Write CIFAR-10's pictures as folders, from the data set's own files.
 
-    python -m training.cifar10 --data cifar-10-binary.tar.gz --out data/cifar10
+    python -m training.cifar10 --data cifar-10-python.tar.gz --out data/cifar10
     python -m training.prepare --data data/cifar10/train --out data/cifar10_train --size 32 --pixels
     python -m training.prepare --data data/cifar10/test --out data/cifar10_test --size 32 --pixels
     python -m training.imagenet --preset cifar10 --data data/cifar10_train
 
 OUT/train and OUT/test are folders of class folders: 50,000 and 10,000 pictures of 32 x 32.
+cifar-10-binary.tar.gz, and the folder in either archive, give the same ones. Python's pickles are
+never unpickled: a reader of our own takes the arrays out of them.
 """
 
 from __future__ import annotations

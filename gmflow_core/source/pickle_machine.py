@@ -7,11 +7,11 @@ It calls nothing that a pickle names, and everything that could grow is bounded:
 - a step takes at least one byte of the file, and there are at most STEPS of them. Each makes one
   value, and copying n items counts as n steps; so references to the same value never multiply it;
 - sizes are compared with what is left of the file, and shapes with the bytes of their array;
-- only text becomes a key of a dict, and nothing walks through nested values by recursion, so depth
-  costs nothing;
+- only text becomes a key of a dict (short bytes as text), and nothing walks through nested values
+  by recursion, so depth costs nothing;
 - bytes that are made by copying are at most GROWTH times the file's.
 
-`pickle_mixture.py` runs it in a process of its own that knows Python's standard library only.
+`pickle_arrays.py` runs it in a process of its own that knows Python's standard library only.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ class Machine:
         """Count steps."""
         self.steps -= steps
         if self.steps < 0:
-            raise Refused(f"it takes more than {STEPS:,} steps; no mixture of arrays needs as many")
+            raise Refused(f"it takes more than {STEPS:,} steps; no such file needs as many")
 
     def grow(self, size: int) -> None:
         """Count bytes that are made by copying."""
@@ -249,6 +249,8 @@ class Machine:
 
     def put(self, target: dict, key: Any, value: Any) -> None:
         """Set an entry; keys that are no text become new objects, which hash in no time."""
+        if type(key) is bytes and len(key) <= SHOWN:
+            key = key.decode("latin-1")
         target[key if type(key) is str else object()] = value
 
     def record(self, args: Any) -> Record:
@@ -277,7 +279,7 @@ class Machine:
             asked = f"{module[:SHOWN]}.{name[:SHOWN]}"
             asked = asked if asked.isascii() and asked.isprintable() else ascii(asked)
             raise Refused(
-                f"it asks for Python's {asked}, which no mixture needs, so it may be an attack"
+                f"it asks for Python's {asked}, which arrays never need, so it may be an attack"
             )
         return ALLOWED.get((module, name), RECORD)
 

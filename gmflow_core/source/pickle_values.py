@@ -16,7 +16,7 @@ NATIVE = "<" if sys.byteorder == "little" else ">"
 
 
 class Refused(ValueError):
-    """What a pickle does that no mixture needs, or that is too much."""
+    """What a pickle does that arrays never need, or that is too much."""
 
 
 class Record:

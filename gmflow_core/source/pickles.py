@@ -1,8 +1,8 @@
-"""Read mixtures and statistics in published .pkl files, without running anything in the files.
+"""Read mixtures, statistics and pictures in published pickles, without running anything in them.
 
-`pickle_mixture.py` reads the file in a process of its own and returns arrays only. That process may
+`pickle_arrays.py` reads the file in a process of its own and returns arrays only. That process may
 take 1 GiB of memory and 6 times the file's size, and a minute and another second for each 10 MB,
-which is several times what a mixture needs. It writes no files. Where the platform cannot limit
+which is several times what arrays need. It writes no files. Where the platform cannot limit
 memory (Windows, macOS), only the time is limited.
 """
 
@@ -15,6 +15,7 @@ import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..files.errors import FileError, check_regular_file, quoted, reading
-from .pickle_mixture import most_output, most_time
+from .pickle_arrays import most_output, most_time
 from .pickle_values import TYPES, size_of
 from .source import GaussianMixtureSource
 
@@ -40,7 +41,7 @@ COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x04\x22M\x18", b"x\x01", b"x\
 FOLDER = Path(__file__).parent  # the other process imports it as a package of its own
 START = (
     "import sys; sys.path.append(sys.argv[1]); "
-    f"from {FOLDER.name}.pickle_mixture import main; main()"
+    f"from {FOLDER.name}.pickle_arrays import main; main()"
 )
 
 
@@ -107,26 +108,73 @@ def read_statistics_pickle(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
         return mean, covariance
 
 
-def _read(path: str | Path, kind: str, safe: str) -> dict[str, Any]:
-    """Return the header of a pickle, see `pickle_mixture`, with the arrays in it.
+def read_pictures_pickle(
+    path: str | Path, content: bytes, advice: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Read the arrays `data` and `labels` of CIFAR-10's dict in a pickle, in another process.
 
     Args:
+        path: names the file in messages.
+        content: of the file.
+        advice: what to do with a file that is refused.
+
+    Raises:
+        FileError: it is refused, see `read_pickle`, or has no such arrays.
+    """
+    fields = _fields_of(path, content, "pictures", "arrays data and labels", advice)
+    return fields["data"], fields["labels"]
+
+
+def read_classes_pickle(path: str | Path, content: bytes, advice: str) -> bytes:
+    """Read the `label_names` of CIFAR-10's dict in a pickle, as lines, in another process.
+
+    Args and Raises: see `read_pictures_pickle`.
+    """
+    return _fields_of(path, content, "classes", "short texts label_names", advice)[
+        "names"
+    ].tobytes()
+
+
+def _fields_of(
+    path: str | Path, content: bytes, kind: str, needed: str, advice: str
+) -> dict[str, np.ndarray]:
+    """Return the fields of a kind in the content of a pickle; `needed` names them in messages."""
+    with reading(path, advice, "cannot be read"), tempfile.TemporaryFile() as file:
+        file.write(content)
+        file.flush()
+        header = _read_file(path, file, kind, advice)
+    if "found" in header:
+        raise FileError(path, f"holds no {needed}: it has {quoted(header['found'])}", advice)
+    return header["fields"]
+
+
+def _read(path: str | Path, kind: str, safe: str) -> dict[str, Any]:
+    """Return the header of a pickle, see `_read_file`."""
+    with reading(path, safe, "cannot be read"), open(path, "rb") as file:
+        return _read_file(path, file, kind, safe)
+
+
+def _read_file(path: str | Path, file: BinaryIO, kind: str, safe: str) -> dict[str, Any]:
+    """Return the header of a pickle, see `pickle_arrays`, with the arrays in it.
+
+    Args:
+        path: names the file in messages.
         kind: of the arrays, one of its `KINDS`.
         safe: what to do with a file that is refused.
 
     Raises:
         FileError: it is refused.
     """
-    with reading(path, safe, "cannot be read"), open(path, "rb") as file:
-        about = os.fstat(file.fileno())
-        if not stat.S_ISREG(about.st_mode) or about.st_size > LARGEST:
-            raise FileError(path, f"has {about.st_size:,} bytes; the most is {LARGEST:,}", safe)
-        _check_start(path, file.read(8))
-        file.seek(0)
-        header = _run(path, file, about.st_size, kind, safe)
-        if "refused" in header:
-            raise FileError(path, f"is refused: {header['refused']}", safe)
-        return header
+    about = os.fstat(file.fileno())
+    if not stat.S_ISREG(about.st_mode) or about.st_size > LARGEST:
+        raise FileError(path, f"has {about.st_size:,} bytes; the most is {LARGEST:,}", safe)
+    file.seek(0)
+    _check_start(path, file.read(8))
+    file.seek(0)
+    header = _run(path, file, about.st_size, kind, safe)
+    if "refused" in header:
+        raise FileError(path, f"is refused: {header['refused']}", safe)
+    return header
 
 
 def _check_start(path: str | Path, start: bytes) -> None:
@@ -183,7 +231,7 @@ def _end_of(status: int, seconds: int | None) -> str:
     if seconds is not None:
         return f"took longer than {seconds} s"
     if -status == getattr(signal, "SIGXCPU", None):
-        return "took more time than a mixture of its size does"
+        return "took more time than arrays of its size do"
     if status < 0:
         name = next((each.name for each in signal.Signals if each == -status), str(-status))
         return f"was ended by the system ({name}): it takes too much memory, or was overwritten"

@@ -7,11 +7,12 @@ Every row runs an iteration of training.distill and a plain loop of the same two
 the student's forward and backward pass, the teacher's passes, AdamW and the average of the
 weights, but no policy that is followed. The ratio of the two is what the method costs. The segment
 alone, without networks, is compared with LakonLab's own, whose definitions are run from a checkout.
-Writes docs/results/distill_cost.csv.
+Writes docs/results/distill_cost.csv when all rows are measured.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import dataclasses
 import os
@@ -36,6 +37,7 @@ from .tables import RESULTS, write
 
 DIGITS = {"num_layers": 6, "num_heads": 4, "head_dim": 32, "log_std_dim": 128}
 SMALL = {"num_layers": 12, "num_heads": 6, "head_dim": 64, "log_std_dim": 256}  # DiT-S
+CSV = RESULTS / "distill_cost.csv"
 BUDGET = 8.0  # seconds of a row
 Row = dict[str, Any]
 USUAL = {"size": 8, "batch_size": 64, "num_components": 8, "states": 2, "substeps": 32}
@@ -196,16 +198,22 @@ class _Nothing:
 
 
 def main() -> None:
-    """Measure all rows."""
+    """Measure all rows, and write the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=CSV, help="the CSV file")
+    arguments = parser.parse_args()
     torch.manual_seed(0)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as name:
         for case in CASES:
             rows.append(iteration_row(Path(name), *case))
-            write(rows, RESULTS / "distill_cost.csv")
+            print(rows[-1], flush=True)
     for name, *settings in (("segment", 2, 3, 128), ("segment, no window", 2, 0, 32)):
         rows.append(segment_row(name, *settings))
-        write(rows, RESULTS / "distill_cost.csv")
+        print(rows[-1], flush=True)
+    write(rows, arguments.out)
 
 
 if __name__ == "__main__":

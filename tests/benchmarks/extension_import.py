@@ -2,16 +2,16 @@
 
     python -m tests.benchmarks.extension_import [REPEATS]
 
-Looks for ComfyUI where the tests do. Every repeat is a new process.
+Looks for ComfyUI where the tests do. Every repeat is a new process. Writes no file.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
 import subprocess
-import sys
 
 from tests.comfyui.installation import COMFYUI, REPOSITORY, comfyui_python
 
@@ -67,7 +67,11 @@ def measure() -> dict:
 
 def main() -> None:
     """Print the median of several imports, their spread, and the modules."""
-    repeats = int(sys.argv[1]) if len(sys.argv) > 1 else 5
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("repeats", type=int, nargs="?", default=5, help="new processes (5)")
+    repeats = parser.parse_args().repeats
     runs = [measure() for _ in range(repeats)]
     extension, comfyui = (
         statistics.median(run[key] for run in runs) for key in ("extension", "comfyui")

@@ -1,7 +1,7 @@
 """Time whole prompts of ComfyUI: our nodes, ComfyUI-piFlow and a stock KSampler on one model.
 
-    python -m tests.benchmarks.start_to_picture                       # 15 minutes on one core
-    PIFLOW_PATH=... python -m tests.benchmarks.start_to_picture       # with ComfyUI-piFlow
+    python -m tests.benchmarks.start_to_picture                   # a quarter of an hour on one core
+    PIFLOW_PATH=... python -m tests.benchmarks.start_to_picture   # with ComfyUI-piFlow
     python -m tests.benchmarks.start_to_picture --width 256 --blocks 1 2 --side 16    # a minute
 
 A random model in FLUX.1's layout, with one LoRA, makes pictures in 4 network calls. Each way has a
@@ -377,9 +377,10 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="to measure")
     parser.add_argument("--without", nargs="+", choices=list(ways()), default=(), help="ways")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the CSV file")
+    arguments = parser.parse_args()
     if not is_installed():
         parser.error(f"no ComfyUI in {COMFYUI}: {HOW_TO}")
-    return parser.parse_args()
+    return arguments
 
 
 if __name__ == "__main__":

@@ -7,11 +7,12 @@ Every row runs an iteration of the node's own loop and a plain loop in turns, in
 network: the student's forward and backward pass with its LoRA, its head and its checkpoints, the
 teacher's forward passes, AdamW and the average of the weights; but no guider, and no policy that is
 followed. The ratio of the two is what the method and its way through ComfyUI cost. Writes
-docs/results/train_adapter_cost.csv.
+docs/results/train_adapter_cost.csv when all rows are measured.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import tempfile
 from pathlib import Path
@@ -42,6 +43,11 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 
 def main() -> None:
     """Measure every case in a fork of ComfyUI's process, and write the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=CSV, help="the CSV file")
+    arguments = parser.parse_args()
     rows = []
     for name, changes in CASES:
         about = {**USUAL, **changes}
@@ -52,7 +58,7 @@ def main() -> None:
         rows.append({"case": name, **about, "seconds": seconds, "ratio": ratio})
         rows[-1] |= {"ratio_low": low, "ratio_high": high, "memory_ratio": memory}
         print(rows[-1], flush=True)
-    write(rows, CSV)
+    write(rows, arguments.out)
 
 
 def measured(about: dict[str, Any], **network: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ which OTHER is a guess, as is what CUDA and a display take.
 
 from __future__ import annotations
 
-import csv
+import argparse
 import re
 from collections import defaultdict
 from math import prod
@@ -20,7 +20,9 @@ from pathlib import Path
 from tests.comfyui.adapters import adapter_shapes
 from tests.comfyui.bases import Shapes, flux_shapes, qwen_image_shapes
 
-RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results" / "train_adapter_need.csv"
+from .tables import RESULTS, write
+
+CSV = RESULTS / "train_adapter_need.csv"
 OTHER, CONTEXT = 1e9, 0.6e9  # bytes
 TEXT_TOKENS = 512
 BYTES = {"bf16": 2.0, "fp8 or int8": 1.0, "Q4_K": 144 / 256}  # of a weight
@@ -84,11 +86,13 @@ def sizes_of_blocks(shapes: Shapes) -> dict[str, int]:
 
 def main() -> None:
     """Write the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=CSV, help="the CSV file")
+    arguments = parser.parse_args()
     rows = [need(base, weights, run) for base in BASES for weights in BYTES for run in RUNS]
-    with open(RESULTS, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write(rows, arguments.out)
 
 
 if __name__ == "__main__":

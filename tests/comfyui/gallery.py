@@ -9,9 +9,9 @@ opens the workflow that made it. The first picture is of that page itself, in Ch
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
-import sys
 import tempfile
 from io import BytesIO
 from pathlib import Path
@@ -68,8 +68,13 @@ def write_page_picture(comfy: Comfy, workflow: str) -> None:
     Image.open(BytesIO(shot)).convert("RGB").save(PAGE, quality=88, optimize=True)
 
 
-def main(begin: str = "") -> None:
-    """Make the pictures of the workflows whose names begin with `begin`."""
+def main() -> None:
+    """Make the pictures of the workflows whose names begin so, or of all."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("begin", nargs="?", default="", help="of the workflows' names")
+    begin = parser.parse_args().begin
     names = sorted(path.stem for path in WORKFLOWS.glob("*.json") if path.stem.startswith(begin))
     GALLERY.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, running(Path(folder)) as comfy:
@@ -84,4 +89,4 @@ def main(begin: str = "") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -6,7 +6,7 @@ names of nodes or results it makes those only.
 
 from __future__ import annotations
 
-import sys
+import argparse
 import tempfile
 from io import BytesIO
 from pathlib import Path
@@ -284,7 +284,11 @@ def save(picture: Image.Image, name: str, **options: Any) -> None:
 
 def main() -> None:
     """Make the pictures that the command line names, or all."""
-    asked = sys.argv[1:] or [*RESULTS, *EXAMPLES]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", help="of nodes or results (all)")
+    asked = parser.parse_args().names or [*RESULTS, *EXAMPLES]
     IMAGES.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, running(Path(folder)) as comfy:
         for name in (name for name in asked if name in RESULTS):

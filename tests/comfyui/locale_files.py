@@ -6,6 +6,7 @@ locales/en from a running ComfyUI. locales/zh is written by hand.
 
 from __future__ import annotations
 
+import argparse
 import json
 import tempfile
 from pathlib import Path
@@ -56,6 +57,10 @@ def as_text(content: dict[str, Any]) -> str:
 
 def main() -> None:
     """Write locales/en/nodeDefs.json."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args()
     with tempfile.TemporaryDirectory() as base, running(Path(base)) as comfy:
         nodes = own_nodes(comfy.object_info())
     text = as_text({name: english(node) for name, node in nodes.items()})

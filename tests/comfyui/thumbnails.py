@@ -9,8 +9,8 @@ workflow whose models are not here gets a diagram, which says that it is one.
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 import tempfile
 from pathlib import Path
 
@@ -131,8 +131,13 @@ def result_of(comfy: Comfy, workflow: str) -> Image.Image:
     return result_thumbnail([(caption, images[node][0]) for node, caption in nodes.items()])
 
 
-def main(begin: str = "") -> None:
-    """Draw the thumbnails of the workflows whose names begin with `begin`."""
+def main() -> None:
+    """Draw the thumbnails of the workflows whose names begin so, or of all."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("begin", nargs="?", default="", help="of the workflows' names")
+    begin = parser.parse_args().begin
     names = sorted(path.stem for path in WORKFLOWS.glob("*.json") if path.stem.startswith(begin))
     pictures = {}
     for name in names:
@@ -147,4 +152,4 @@ def main(begin: str = "") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -12,7 +12,7 @@ import pytest
 
 from gmflow_core.files.errors import FileError
 from gmflow_core.source import pickle_machine, pickles
-from gmflow_core.source.pickle_mixture import find_arrays, most_memory, most_output, most_time
+from gmflow_core.source.pickle_arrays import find_arrays, most_memory, most_output, most_time
 from gmflow_core.source.pickles import convert_pickle
 
 DEEP = 60_000
@@ -186,14 +186,14 @@ def test_what_is_no_bare_pickle_is_named(tmp_path):
 
 
 LOOP = "while True: pass"
-FILL = """import source.pickle_mixture as m
+FILL = """import source.pickle_arrays as m
 m.limit_process(0)
 x = []
 while True: x.append(' ' * 2**20)"""
 DIE = "import os; os.kill(os.getpid(), 11)"
 TELL = """import resource, sys
 sys.path.append(sys.argv[1])
-import source.pickle_mixture as m
+import source.pickle_arrays as m
 names = ("RLIMIT_AS", "RLIMIT_CPU", "RLIMIT_CORE", "RLIMIT_FSIZE")
 tell = lambda file: [str(resource.getrlimit(getattr(resource, name))[0]) for name in names]
 m.find_arrays = lambda file, kind: ({"found": tell(file)}, [])

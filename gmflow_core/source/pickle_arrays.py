@@ -1,4 +1,4 @@
-"""Find the arrays of a mixture, or of statistics of images, in a pickle.
+"""Find the arrays of a mixture, of statistics of images, or of images with labels, in a pickle.
 
 This is a process of its own, started by `pickles.py`.
 
@@ -9,7 +9,8 @@ of the arrays one after another. The header is one of these:
 - {"refused": reason};
 - {"found": names}, if there is nothing of the kind;
 - {"fields": {name: part, or a list of parts that are to be stacked}, "kind": covariance type},
-  where a part is {"type", "shape", "order", "size"} of an array.
+  where a part is {"type", "shape", "order", "size"} of an array. Names of classes are an array of
+  their bytes, one name a line.
 """
 
 from __future__ import annotations
@@ -40,15 +41,21 @@ FIELDS |= {"weights": WEIGHTS, "log_weights": LOG_WEIGHTS}
 # statistics of images: StyleGAN's sums over them, or mean and covariance
 STATISTICS = {"mu": ("mu",), "sigma": ("sigma",), "sums": ("raw_mean",), "products": ("raw_cov",)}
 STATISTICS |= {"count": ("num_items",)}
+# CIFAR-10's: a batch of pictures, and the file with the names of their classes
+PICTURES = {"data": ("data",), "labels": ("labels",)}
+CLASSES = {"names": ("label_names",)}
 # kind -> its fields, and those that there must be: one of these sets
 KINDS = {
     "mixture": (FIELDS, ({"means", "variances"}, {"means", "stds"})),
     "statistics": (STATISTICS, ({"mu", "sigma"}, {"sums", "products", "count"})),
+    "pictures": (PICTURES, ({"data", "labels"},)),
+    "classes": (CLASSES, ({"names"},)),
 }
 
 BASE_MEMORY, MEMORY_GROWTH = 2**30, 6  # bytes of the process, and for each byte of the file
 BASE_TIME, SPEED = 60, 10e6  # seconds, and bytes of the file in another second
 MOST_PARTS = 2**16  # arrays in the list that makes up a field
+MOST_CLASSES, LONGEST_CLASS = 1000, 100  # names of classes, and letters of one
 MOST_NAMES = 20  # in the message about a file without a mixture
 
 
@@ -80,7 +87,7 @@ def find_arrays(file: bytes | mmap.mmap, kind: str = "mixture") -> tuple[dict[st
         names = {name for each in _candidates(content) for name in each if type(name) is str}
         return {"found": [name[:100] for name in heapq.nsmallest(MOST_NAMES, names)]}, []
     except MemoryError:
-        return {"refused": "it needs more memory than a mixture of its size does"}, []
+        return {"refused": "it needs more memory than arrays of its size do"}, []
     except Exception as error:  # a broken pickle can raise any of them
         if isinstance(error, Refused):
             return {"refused": str(error)}, []
@@ -122,7 +129,8 @@ def _numbers(
             value = [value]
         if isinstance(value, list):
             if id(value) not in lists:
-                lists[id(value)] = _numbers_of_list(value)
+                is_names = name in CLASSES["names"]
+                lists[id(value)] = (_names_of_list if is_names else _numbers_of_list)(value)
             value = lists[id(value)]
         if isinstance(value, Array) and value.raw is not None:
             return value
@@ -135,9 +143,7 @@ def _numbers_of_list(values: list[Any]) -> list[Array] | Array | None:
     """Return a list of numbers as an array, a list of arrays as it is, and None for others."""
     if values and all(isinstance(value, (int, float)) for value in values):
         raw = memoryview(array.array("d", values)).cast("B")
-        made = Array()
-        made.raw, made.type, made.shape, made.order = raw, f"{NATIVE}f8", (len(values),), "C"
-        return made
+        return _array(raw, f"{NATIVE}f8", len(values))
     if values and all(isinstance(v, Array) and v.raw is not None for v in values):
         if len({value.shape for value in values}) > 1:
             raise Refused("it has a list of arrays of different shapes")
@@ -145,6 +151,24 @@ def _numbers_of_list(values: list[Any]) -> list[Array] | Array | None:
             raise Refused(f"it has a list of {len(values)} arrays; the most is {MOST_PARTS}")
         return values
     return None
+
+
+def _names_of_list(values: list[Any]) -> Array | None:
+    """Return a list of names as an array of their bytes, one name a line; None for others."""
+    if not 0 < len(values) <= MOST_CLASSES:
+        return None
+    if not all(isinstance(v, (str, bytes)) and len(v) <= LONGEST_CLASS for v in values):
+        return None
+    texts = [v.decode("latin-1") if isinstance(v, bytes) else v for v in values]
+    raw = memoryview("\n".join(texts).encode("utf-8", "replace"))
+    return _array(raw, f"{NATIVE}u1", len(raw))
+
+
+def _array(raw: memoryview, code: str, length: int) -> Array:
+    """Return an array of one dimension."""
+    made = Array()
+    made.raw, made.type, made.shape, made.order = raw, code, (length,), "C"
+    return made
 
 
 def _answer(found: dict[str, Any], kind: Any, most: int) -> tuple[dict[str, Any], list[Any]]:

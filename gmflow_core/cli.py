@@ -15,6 +15,7 @@ from .fetch_command import add_fetch_command
 from .files.atomic import check_target, remove_leftovers
 from .files.checkpoint import load_checkpoint, read_metadata, save_checkpoint
 from .files.errors import MOST_SAID, is_out_of_memory, printable, quoted, reason
+from .files.targets import check_is_new, path_argument
 from .sample_arguments import SOURCE_HELP
 from .sample_command import add_sample_command
 from .terminal import at_terminal
@@ -39,10 +40,8 @@ def convert(args: argparse.Namespace) -> None:
     """Write any checkpoint that can be loaded as one file, without the trainer's state."""
     if args.out.suffix != ".safetensors":
         raise ValueError(f"{args.out} must end in .safetensors")
-    if args.out.exists() and not args.force:
-        raise FileExistsError(
-            f"{args.out} is there already; give another name, or --force to overwrite it"
-        )
+    if not args.force:
+        check_is_new(args.out, "give another name, or --force to overwrite it")
     metadata = read_metadata(args.source)
     network, _ = load_checkpoint(args.source, dtype=DTYPES[args.dtype])
     save_checkpoint(network, args.out, facts=metadata["training"], data=metadata["data"])
@@ -163,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     about = "write a published model as one file, for ComfyUI's models/gmflow"
     p = commands.add_parser("convert", help=about)
     p.add_argument("source", help=SOURCE_HELP)
-    p.add_argument("out", type=Path, help="file to write, .safetensors")
+    p.add_argument("out", type=path_argument, help="file to write, .safetensors")
     about = "type of the weights (default keep: as they are)"
     p.add_argument("--dtype", choices=DTYPES, default="keep", help=about)
     p.add_argument("--force", action="store_true", help="overwrite OUT")

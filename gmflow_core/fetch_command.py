@@ -16,6 +16,7 @@ from .files.fetching import (
     remote_files,
 )
 from .files.published import COLLECTIONS, ENCODERS, NOTES, Part, all_parts, parts_of
+from .files.targets import path_argument
 
 UNKNOWN = "unknown here; the hub says it when the files are fetched"
 
@@ -31,9 +32,9 @@ def add_fetch_command(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--encoder", choices=ENCODERS, help=about)
     places = p.add_mutually_exclusive_group()
     about = "folder for the files, each repository in a folder of its name"
-    places.add_argument("--to", type=Path, metavar="FOLDER", help=about)
+    places.add_argument("--to", type=path_argument, metavar="FOLDER", help=about)
     about = "folder of ComfyUI: into the folders of its models/"
-    places.add_argument("--comfyui", type=Path, metavar="FOLDER", help=about)
+    places.add_argument("--comfyui", type=path_argument, metavar="FOLDER", help=about)
     about = "only list parts, files and what is known of their sizes; asks nobody"
     p.add_argument("--list", action="store_true", dest="only_list", help=about)
     about = "replace files that are there with another content"

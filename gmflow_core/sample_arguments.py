@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from .files.targets import path_argument
 from .models.precision import PRECISIONS
 from .sampling.few_steps import STEPS
 from .sampling.solvers import MEAN_SOLVERS, SOLVERS
@@ -77,10 +78,11 @@ def add_sample_arguments(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument(
         "--out",
-        type=Path,
+        type=path_argument,
         dest="target",
         metavar="OUT",
         default=Path("samples.png"),
-        help=".png, for images a sheet with a row for each label; .safetensors, the numbers; or a "
-        "folder, for single images (default samples.png)",
+        help=".png, for images a sheet with a row for each label; .safetensors, the numbers (no "
+        "other .safetensors file is overwritten); or a folder, for single images, each written as "
+        "soon as it is made (default samples.png)",
     )

@@ -16,6 +16,7 @@ from .files.checkpoint import load_checkpoint, read_metadata
 from .files.errors import FileError, printable
 from .files.hub import tidy_source
 from .files.safetensors_files import is_finite, write_safetensors
+from .files.targets import check_no_input, check_replaces
 from .models.mlp import GMFlowMLP
 from .models.precision import chosen_precision, set_precision
 from .pictures import image_grid, to_image
@@ -27,6 +28,7 @@ from .toys.points import sample_points
 
 MOST_NUMBERS = 2**31  # of all samples together, 8 GiB
 ENDINGS = (".png", ".safetensors", "")  # of --out; the last is a folder's
+CONTENTS = ({"points"}, {"samples", "labels"})  # tensors of a .safetensors file of samples
 FIRST_LABELS = 10  # that are sampled if none are given
 SMALLEST_SHOWN = 64  # pixels on a side of an image on a sheet, to which small ones are enlarged
 
@@ -43,8 +45,8 @@ def add_sample_command(
 
 def sample(args: argparse.Namespace) -> None:
     """Sample a checkpoint and write a picture, single pictures, or the numbers."""
-    _check_out(args.target)
     args.checkpoint = tidy_source(args.checkpoint)
+    _check_out(args)
     metadata = read_metadata(args.checkpoint)
     if metadata["model_class"] == GMFlowMLP.__name__:
         _sample_points(args, metadata["data"])
@@ -53,13 +55,15 @@ def sample(args: argparse.Namespace) -> None:
     print(printable(str(args.target.resolve())))
 
 
-def _check_out(out: Path) -> None:
+def _check_out(args: argparse.Namespace) -> None:
     """Check that --out can be written, and remove what killed processes left there.
 
     Raises:
-        ValueError: it has another ending.
+        ValueError: it has another ending, or is the model, its source or its VAE.
+        FileExistsError: it is a file of numbers that are no samples.
         WriteError: it cannot be written.
     """
+    out = args.target
     if out.suffix not in ENDINGS:
         raise ValueError(
             f"--out {out} must end in .png (a picture) or .safetensors (the numbers), or have no "
@@ -67,6 +71,10 @@ def _check_out(out: Path) -> None:
         )
     folder = out if not out.suffix else out.parent
     check_target(folder / "picture.png" if not out.suffix else out)
+    inputs = {"the checkpoint": args.checkpoint, "--source": args.source, "--vae": args.vae}
+    check_no_input(out, inputs)
+    if out.suffix == ".safetensors":
+        check_replaces(out, CONTENTS)
     remove_leftovers(folder)
 
 

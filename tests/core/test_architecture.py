@@ -30,7 +30,7 @@ LAYERS = {
     "pipeline": ("models", "files", "source", "sampling", "pictures"),
     "adapter_command": ("files",),
     "fetch_command": ("files",),
-    "sample_arguments": ("models", "sampling"),
+    "sample_arguments": ("models", "files", "sampling"),
     "sample_command": (
         *("models", "files", "sampling", "toys", "pictures"),
         *("pipeline", "sample_arguments"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ from .models.image_network import ImageNetwork
 from .models.precision import chosen_precision, set_precision
 from .models.vae import SD_VAE
 from .pictures import to_image
-from .sampling.few_steps import choose_sampling
+from .sampling.few_steps import Choice, choose_sampling
 from .sampling.guidance import Guidance
 from .sampling.images import sample_images
 from .source.files import load_source
@@ -193,6 +193,30 @@ class ImagePipeline:
             ValueError: a label is unknown, a setting is out of range, or the samples are not
                 finite.
         """
+        given = {"seeds": seeds, "solver": solver, "steps": steps, "shift": shift}
+        given |= {"guidance": guidance, "progress": progress}
+        return torch.cat(list(self.sample_in_parts(labels, **given, **settings)))
+
+    def sample_in_parts(
+        self,
+        labels: Sequence[str | int] | None,
+        *,
+        seeds: Sequence[int] | None = None,
+        solver: str | None = None,
+        steps: int | None = None,
+        shift: float | None = None,
+        guidance: float | Guidance = 0.0,
+        progress: Callable[[int, int], None] | None = None,
+        **settings: Any,
+    ) -> Iterator[Tensor]:
+        """Return an iterator that samples the images in order, MOST_AT_ONCE at a time.
+
+        Arguments and errors are those of `sample`. Labels, seeds and steps are checked at once, the
+        rest with the first part.
+
+        Yields:
+            (b, C, h, w) float32, on the CPU.
+        """
         ids = self._label_numbers(labels, seeds)
         seeds = range(len(ids)) if seeds is None else list(seeds)
         if not ids:
@@ -200,13 +224,23 @@ class ImagePipeline:
         if len(seeds) != len(ids):
             raise ValueError(f"{len(seeds)} seeds do not fit {len(ids)} labels; give one for each")
         own = choose_sampling(self.data, solver=solver, steps=steps, shift=shift)
-        times = own.sigmas() if own.steps else None
         if not isinstance(guidance, Guidance):
             guidance = Guidance(guidance) if guidance else None
+        settings |= {"guidance": guidance, "sigmas": own.sigmas() if own.steps else None}
+        return self._parts(ids, seeds, own, progress, settings)
+
+    def _parts(
+        self,
+        ids: Sequence[int],
+        seeds: Sequence[int],
+        own: Choice,
+        progress: Callable[[int, int], None] | None,
+        settings: dict[str, Any],
+    ) -> Iterator[Tensor]:
+        """Sample the images of these labels and seeds, MOST_AT_ONCE at a time."""
         calls = own.steps * -(-len(ids) // MOST_AT_ONCE)
-        parts = []
         for start in range(0, len(ids), MOST_AT_ONCE):
-            done = own.steps * len(parts)
+            done = own.steps * (start // MOST_AT_ONCE)
             part = torch.tensor(ids[start : start + MOST_AT_ONCE])
             x = sample_images(
                 self.network,
@@ -216,15 +250,12 @@ class ImagePipeline:
                 solver=own.solver,
                 steps=own.steps,
                 shift=own.shift,
-                sigmas=times,
                 temperature=own.temperature,
-                guidance=guidance,
                 seeds=seeds[start : start + MOST_AT_ONCE],
                 callback=progress and _counting(progress, done, calls),
                 **settings,
             )
-            parts.append(x.float().cpu())
-        return self._checked(torch.cat(parts))
+            yield self._checked(x.float().cpu())
 
     def decode(self, x: Tensor) -> Tensor:
         """Decode samples (B, C, h, w) to images (B, 3, H, W) in [0, 1], on the CPU.

@@ -83,6 +83,6 @@ def add_sample_arguments(p: argparse.ArgumentParser) -> None:
         metavar="OUT",
         default=Path("samples.png"),
         help=".png, for images a sheet with a row for each label; .safetensors, the numbers (no "
-        "other .safetensors file is overwritten); or a folder, for single images, each written as "
-        "soon as it is made (default samples.png)",
+        "other .safetensors file is overwritten); or a folder, for single images, written batch by "
+        "batch (default samples.png)",
     )

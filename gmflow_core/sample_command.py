@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from .files.atomic import atomic_write, check_target, remove_leftovers
 from .files.checkpoint import load_checkpoint, read_metadata
@@ -20,7 +23,7 @@ from .files.targets import check_no_input, check_replaces
 from .models.mlp import GMFlowMLP
 from .models.precision import chosen_precision, set_precision
 from .pictures import image_grid, to_image
-from .pipeline import ImagePipeline
+from .pipeline import MOST_DECODED, ImagePipeline
 from .sample_arguments import add_sample_arguments
 from .sampling.few_steps import choose_sampling
 from .toys.density_picture import density_picture
@@ -148,7 +151,7 @@ def _sample_images(args: argparse.Namespace) -> None:
     labels = None if classes is None else [label for label in classes for _ in range(columns)]
     count = columns if labels is None else len(labels)
     seeds = _seeds(args, columns, count)
-    x = pipeline.sample(
+    parts = pipeline.sample_in_parts(
         labels,
         seeds=seeds,
         solver=args.solver,
@@ -160,15 +163,39 @@ def _sample_images(args: argparse.Namespace) -> None:
         progress=show_progress,
     )
     ids = [config.num_classes] * count if labels is None else labels
+    if not args.target.suffix:
+        pairs = zip(ids, seeds, strict=True)
+        names = [f"{_file_name(pipeline, label)}_seed{seed}.png" for label, seed in pairs]
+        return _write_single_pictures(pipeline, parts, args.target, names)
+    x = torch.cat(list(parts))
     if as_numbers:
         return write_safetensors({"samples": x, "labels": torch.tensor(ids)}, args.target, {})
     images = pipeline.decode(x)
-    if args.target.suffix:
-        scale = max(1, SMALLEST_SHOWN // images.shape[-1])
-        return save_png(to_image(image_grid(images, columns, scale)), args.target)
-    for image, label, seed in zip(images, ids, seeds, strict=True):
-        name = f"{_file_name(pipeline, label)}_seed{seed}.png"
-        save_png(to_image(image.permute(1, 2, 0)), args.target / name)
+    scale = max(1, SMALLEST_SHOWN // images.shape[-1])
+    save_png(to_image(image_grid(images, columns, scale)), args.target)
+
+
+def _write_single_pictures(
+    pipeline: ImagePipeline, parts: Iterable[Tensor], folder: Path, names: Sequence[str]
+) -> None:
+    """Write pictures as soon as they are sampled, and say how many there are if that is stopped.
+
+    Args:
+        parts: the samples of all pictures in order, (b, C, h, w) each.
+        names: of the files.
+    """
+    written = 0
+    try:
+        for few in (few for part in parts for few in part.split(MOST_DECODED)):
+            for image in pipeline.decode(few):
+                save_png(to_image(image.permute(1, 2, 0)), folder / names[written])
+                written += 1
+    except BaseException as error:
+        if written or isinstance(error, KeyboardInterrupt):
+            text = f"\n{written} of {len(names)} pictures are written in {folder}"
+            with suppress(OSError):
+                print(printable(text), file=sys.stderr, flush=True)
+        raise
 
 
 def _seeds(args: argparse.Namespace, columns: int, count: int) -> list[int]:

@@ -14,14 +14,13 @@ from .demo_command import add_demo_command
 from .fetch_command import add_fetch_command
 from .files.atomic import check_target, remove_leftovers
 from .files.checkpoint import load_checkpoint, read_metadata, save_checkpoint
-from .files.errors import MOST_SAID, is_out_of_memory, printable, quoted, reason
+from .files.errors import MOST_SAID, is_out_of_memory, printable, reason
 from .files.targets import check_is_new, path_argument
 from .sample_arguments import SOURCE_HELP
 from .sample_command import add_sample_command
 from .terminal import at_terminal
 
 DTYPES = {"keep": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-MOST_STEPS = 10**6  # of a solver
 MOST_SHOWN = 20_000  # characters of one entry of a checkpoint
 
 
@@ -129,10 +128,6 @@ def _check(args: argparse.Namespace) -> None:
         for seed in given if isinstance(given, list) else [given]:
             if not 0 <= seed < 2**63:
                 raise ValueError(f"--{name} {seed} must be between 0 and 2**63 - 1")
-    for name in ("steps", "substeps"):
-        count = getattr(args, name, None)
-        if count is not None and abs(count) > MOST_STEPS:
-            raise ValueError(f"--{name} is {quoted(count, 60)}; the most is {MOST_STEPS:,}")
     if hasattr(args, "device"):
         check_device(args.device)
 

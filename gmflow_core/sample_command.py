@@ -20,6 +20,7 @@ from .files.errors import FileError, printable
 from .files.hub import tidy_source
 from .files.safetensors_files import is_finite, write_safetensors
 from .files.targets import check_no_input, check_replaces
+from .flow.checks import whole_number
 from .models.mlp import GMFlowMLP
 from .models.precision import chosen_precision, set_precision
 from .pictures import image_grid, to_image
@@ -48,6 +49,9 @@ def add_sample_command(
 
 def sample(args: argparse.Namespace) -> None:
     """Sample a checkpoint and write a picture, single pictures, or the numbers."""
+    for name in ("steps", "substeps"):
+        if getattr(args, name) is not None:
+            whole_number(f"--{name}", getattr(args, name))
     args.checkpoint = tidy_source(args.checkpoint)
     _check_out(args)
     metadata = read_metadata(args.checkpoint)
@@ -136,8 +140,6 @@ def _sample_images(args: argparse.Namespace) -> None:
     )
     if args.seeds is not None and args.count is not None:
         raise ValueError("--count does not go with --seeds, of which each is one image")
-    if args.steps == 0:
-        raise ValueError("--steps is 0; at least 1 is needed")
     classes = _labels(args, pipeline)
     as_numbers = args.target.suffix == ".safetensors"
     factor = 1

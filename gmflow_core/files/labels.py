@@ -9,7 +9,9 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import Any
 
+from ..flow.checks import as_whole, listed, said
 from .checkpoint import read_metadata
 from .errors import MOST_QUOTED, printable, quoted
 
@@ -130,6 +132,35 @@ def find_label(text: str, names: Sequence[str], num_classes: int) -> int:
     )
 
 
+def label_numbers(labels: Any, names: Sequence[str], num_classes: int) -> list[int]:
+    """Return the numbers of classes that are given by name or number, in a list or one alone.
+
+    Args:
+        labels: a whole number is a class's number, whatever the classes are called; a text is
+            looked up by `find_label`.
+        names, num_classes: as for `find_label`.
+
+    Raises:
+        ValueError: one fits no class, or several, or is neither text nor whole number.
+    """
+    return [
+        find_label(each, names, num_classes)
+        if isinstance(each, str)
+        else checked_number(_whole(each), num_classes)
+        for each in listed(labels)
+    ]
+
+
+def _whole(label: Any) -> int:
+    """Return the number that a label is."""
+    number = as_whole(label)
+    if number is None:
+        raise ValueError(
+            f"{said(label)} is no label; give the name of a class, or its number as a whole number"
+        )
+    return number
+
+
 def checked_number(label: int, num_classes: int, text: str | None = None) -> int:
     """Return the number of a class, below `num_classes`.
 
@@ -142,7 +173,7 @@ def checked_number(label: int, num_classes: int, text: str | None = None) -> int
     if 0 <= label < num_classes:
         return label
     raise ValueError(
-        f"there is no class {printable(text or str(label), MOST_QUOTED)}; this model's are "
+        f"there is no class {printable(text or quoted(label), MOST_QUOTED)}; this model's are "
         f"numbered from 0 to {num_classes - 1}"
     )
 

@@ -32,7 +32,7 @@ LAYERS = {
     "fetch_command": ("files",),
     "sample_arguments": ("models", "files", "sampling"),
     "sample_command": (
-        *("models", "files", "sampling", "toys", "pictures"),
+        *("flow", "models", "files", "sampling", "toys", "pictures"),
         *("pipeline", "sample_arguments"),
     ),
     "demo_command": (

@@ -130,7 +130,7 @@ def test_inspect(capsys):
         (["sample", str(POINTS_MODEL), "--seed", "-1"], "--seed -1 must be"),
         (["sample", str(DIGITS), "--seeds", "1", "-1"], "--seeds -1 must be"),
         (["sample", str(DIGITS), "--seed", str(2**63 - 1)], "too large for 80 images"),
-        (["sample", str(DIGITS), "--steps", "0"], "steps is 0; at least 1 is needed"),
+        (["sample", str(DIGITS), "--steps", "0"], "--steps is 0; it has to be"),
         (["demo", "--out", "demo.txt"], "must end in .png"),
         (["demo", "--count", "0"], "--count 0 goes with --checkerboard only"),
         (["demo", "--seed", str(2**63 - 1)], "too large for 24 images"),
@@ -286,7 +286,7 @@ def test_sample_from_a_mixture_source(tmp_path):
 
 @pytest.mark.parametrize("option", ["--steps", "--substeps"])
 def test_numbers_of_steps_beyond_any_use_are_refused(option, tmp_path):
-    with pytest.raises(SystemExit, match=f"{option} is 9223372036854775807; the most is"):
+    with pytest.raises(SystemExit, match=f"{option} is 9223372036854775807; it has to be a whole"):
         main(
             ["sample", str(POINTS_MODEL), option, str(2**63 - 1), "--out", str(tmp_path / "a.png")]
         )

@@ -142,7 +142,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="gmflow", description="Gaussian-mixture flow matching")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--seed", type=int, default=0, help="seed of all noise (default 0)")
+    about = "seed of all noise, from 0 to 2**63 - 1; equal modulo 2**32, equal noise (default 0)"
+    common.add_argument("--seed", type=int, default=0, help=about)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     common.add_argument("--device", default=device, help="torch device")
 

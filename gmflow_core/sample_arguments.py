@@ -46,7 +46,10 @@ def add_sample_arguments(p: argparse.ArgumentParser) -> None:
         help="number of points (default 100000), or images of each label (default 8, or 4 of a "
         "model of latents)",
     )
-    about = "seeds of the images of each label, instead of --count from --seed on"
+    about = (
+        "seeds of the images of each label, instead of --count from --seed on; each another one "
+        "modulo 2**32, as equal ones make the same picture"
+    )
     p.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help=about)
     p.add_argument(
         "--labels",
@@ -74,7 +77,9 @@ def add_sample_arguments(p: argparse.ArgumentParser) -> None:
         "a GPU, else fp32)",
     )
     p.add_argument(
-        "--outline", action="store_true", help="draw the checkerboard's squares over the picture"
+        "--outline",
+        action="store_true",
+        help="draw the checkerboard's squares over the picture, for a model of points",
     )
     p.add_argument(
         "--out",

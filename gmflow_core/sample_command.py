@@ -27,6 +27,7 @@ from .pictures import image_grid, to_image
 from .pipeline import MOST_DECODED, ImagePipeline
 from .sample_arguments import add_sample_arguments
 from .sampling.few_steps import choose_sampling
+from .sampling.seeds import same_noise
 from .toys.density_picture import density_picture
 from .toys.points import sample_points
 
@@ -100,6 +101,8 @@ def _sample_points(args: argparse.Namespace, data: dict[str, Any]) -> None:
             )
     if not args.target.suffix:
         raise ValueError(f"--out {args.target} must end in .png or .safetensors for a 2-D model")
+    if args.outline and args.target.suffix != ".png":
+        raise ValueError(f"--outline is drawn over a picture, not over --out {args.target}")
     own = choose_sampling(data, solver=args.solver, steps=args.steps, shift=args.shift)
     network, _ = load_checkpoint(args.checkpoint, device=args.device)
     if args.precision != "auto":  # small networks gain nothing
@@ -131,6 +134,7 @@ def _sample_points(args: argparse.Namespace, data: dict[str, Any]) -> None:
 
 def _sample_images(args: argparse.Namespace) -> None:
     """Sample images, and write a sheet with a row for each label, single ones, or the numbers."""
+    _check_for_images(args)
     pipeline = ImagePipeline.load(
         args.checkpoint,
         vae=args.vae,
@@ -138,8 +142,6 @@ def _sample_images(args: argparse.Namespace) -> None:
         device=args.device,
         precision=args.precision,
     )
-    if args.seeds is not None and args.count is not None:
-        raise ValueError("--count does not go with --seeds, of which each is one image")
     classes = _labels(args, pipeline)
     as_numbers = args.target.suffix == ".safetensors"
     factor = 1
@@ -175,6 +177,29 @@ def _sample_images(args: argparse.Namespace) -> None:
     images = pipeline.decode(x)
     scale = max(1, SMALLEST_SHOWN // images.shape[-1])
     save_png(to_image(image_grid(images, columns, scale)), args.target)
+
+
+def _check_for_images(args: argparse.Namespace) -> None:
+    """Check that options go together for a model of images.
+
+    Raises:
+        ValueError: they do not, or two of --seeds would give the same pictures.
+    """
+    if args.outline:
+        raise ValueError(
+            f"{args.checkpoint} is a model of images, which has no use for --outline; leave it out"
+        )
+    if args.seeds is None:
+        return
+    if args.count is not None:
+        raise ValueError("--count does not go with --seeds, of which each is one image")
+    if args.seed:
+        raise ValueError(f"--seed {args.seed} does not go with --seeds; leave one of them out")
+    if (same := same_noise(args.seeds)) is not None:
+        why = "is there twice" if same[0] == same[1] else f"and {same[1]} are equal modulo 2**32"
+        raise ValueError(
+            f"--seeds {same[0]} {why}, which makes the same picture; give seeds that differ"
+        )
 
 
 def _write_single_pictures(
@@ -226,14 +251,22 @@ def seeds_from(seed: int, count: int) -> list[int]:
 
 
 def _labels(args: argparse.Namespace, pipeline: ImagePipeline) -> list[int] | None:
-    """Return the labels, each once as they are given; None for images of no class.
+    """Return the labels as they are given; None for images of no class.
 
     Raises:
-        ValueError: a label is unknown, or --unlabelled does not go with the rest.
+        ValueError: a label is unknown, or there twice with the same seeds, or --unlabelled does not
+            go with the rest.
     """
     if not args.unlabelled and (args.labels or not pipeline.data.get("unlabelled")):
         wanted = args.labels or range(min(FIRST_LABELS, pipeline.num_classes))
-        return pipeline.label_ids(list(wanted))
+        found = pipeline.label_ids(list(wanted))
+        twice = next((label for label in found if found.count(label) > 1), None)
+        if twice is not None and args.seeds is not None:
+            raise ValueError(
+                f"--labels names class {twice} more than once, and --seeds would make the same "
+                "pictures of it; name it once, or give --count in the place of --seeds"
+            )
+        return found
     if args.labels:
         raise ValueError(f"--unlabelled does not go with --labels {' '.join(args.labels)}")
     if pipeline.knows_modes:

@@ -56,3 +56,36 @@ def test_a_mistake_before_the_first_picture_is_said_alone(tmp_path, capsys):
         sample(tmp_path / "out", "--guidance", 4)
     assert "written" not in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--seeds", 1, 2, 1], "--seeds 1 is there twice, which makes the same picture"),
+        (["--seeds", 7, 2**32 + 7], r"--seeds 7 and 4294967303 are equal modulo 2\*\*32, which"),
+        (["--seeds", 1, "--count", 2], "--count does not go with --seeds"),
+        (["--seeds", 1, "--seed", 3], "--seed 3 does not go with --seeds"),
+        (["--seeds", 1, "--labels", 3, 7, "03"], "--labels names class 3 more than once"),
+        (["--outline"], "a model of images, which has no use for --outline"),
+        (["--unlabelled", "--labels", 3], "--unlabelled does not go with --labels 3"),
+    ],
+)
+def test_options_that_do_not_go_together(options, said, tmp_path):
+    with pytest.raises(SystemExit, match=said):
+        sample(tmp_path / "out", *options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_label_that_is_named_twice_has_pictures_of_several_seeds(tmp_path):
+    sample(tmp_path / "out", "--labels", 3, 3, "--count", 2)
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == [f"0003_seed{seed}.png" for seed in range(4)]
+
+
+def test_points_have_no_use_for_options_of_pictures(tmp_path):
+    points = SHIPPED / "checkerboard_k64.safetensors"
+    with pytest.raises(SystemExit, match="--outline is drawn over a picture, not over --out"):
+        sample(tmp_path / "a.safetensors", "--outline", model=points)
+    for option in ("--vae", "--source", "--seeds"):
+        with pytest.raises(SystemExit, match=f"has no use for {option}"):
+            sample(tmp_path / "a.png", option, 1, model=points)

@@ -16,6 +16,7 @@ from .files.atomic import check_target, remove_leftovers
 from .files.checkpoint import load_checkpoint, read_metadata, save_checkpoint
 from .files.errors import MOST_SAID, is_out_of_memory, printable, reason
 from .files.targets import check_is_new, path_argument
+from .models.devices import usable_device
 from .sample_arguments import SOURCE_HELP
 from .sample_command import add_sample_command
 from .terminal import at_terminal
@@ -76,20 +77,6 @@ def size_of(path: Path) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
 
 
-def check_device(name: str) -> None:
-    """Check that torch can use the device here.
-
-    Raises:
-        ValueError: it cannot.
-    """
-    try:
-        torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"--device {name} cannot be used here: {str(error).splitlines()[0]}"
-        ) from error
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run the command with these arguments, by default those of the process.
 
@@ -129,7 +116,7 @@ def _check(args: argparse.Namespace) -> None:
             if not 0 <= seed < 2**63:
                 raise ValueError(f"--{name} {seed} must be between 0 and 2**63 - 1")
     if hasattr(args, "device"):
-        check_device(args.device)
+        usable_device(args.device, "--device")
 
 
 def _line(message: str) -> str:

@@ -15,6 +15,7 @@ from .files.diffusers_vae import load_vae, load_vae_folder, own_vae
 from .files.errors import FileError, printable, quoted
 from .files.hub import tidy_source
 from .files.labels import label_numbers
+from .models.devices import usable_device
 from .models.image_network import ImageNetwork
 from .models.precision import chosen_precision, set_precision
 from .models.vae import SD_VAE
@@ -120,15 +121,16 @@ class ImagePipeline:
 
         Raises:
             FileNotFoundError, ValueError, OSError: as `load_checkpoint`; or it is no model of
-                images, or was trained with a source that is not given.
+                images, or was trained with a source that is not given; or there is no such
+                precision.
         """
-        model = tidy_source(model)
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model, device = tidy_source(model), usable_device(device)
+        precision = chosen_precision(precision, device)  # before the long work
         data = read_metadata(model)["data"]
         network, _ = load_checkpoint(model, device=device)
         if not isinstance(network, ImageNetwork):
             raise FileError(model, "is a model of points, not of images", "use `gmflow sample`")
-        set_precision(network, chosen_precision(precision, device))
+        set_precision(network, precision)
         loaded = None if source is None else load_source(source, device)
         return cls(network, data, name=model, vae=vae, source=loaded)
 

@@ -40,6 +40,33 @@ def add_sample_arguments(p: argparse.ArgumentParser) -> None:
         type=float,
         help="time shift, above 1 for more steps at high noise (default 1, or a distilled model's)",
     )
+    _add_what_is_sampled(p)
+    p.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="auto",
+        help="of the network's products: bf16 (and TF32) or fp32 (default auto: bf16 for images on "
+        "a GPU, else fp32)",
+    )
+    p.add_argument(
+        "--outline",
+        action="store_true",
+        help="draw the checkerboard's squares over the picture, for a model of points",
+    )
+    p.add_argument(
+        "--out",
+        type=path_argument,
+        dest="target",
+        metavar="OUT",
+        default=Path("samples.png"),
+        help=".png, for images a sheet with a row for each label; .safetensors, the numbers (no "
+        "other .safetensors file is overwritten); or a folder, for single images, written batch by "
+        "batch (default samples.png)",
+    )
+
+
+def _add_what_is_sampled(p: argparse.ArgumentParser) -> None:
+    """Add the arguments that say which samples are made, and how many."""
     p.add_argument(
         "--count",
         type=int,
@@ -68,26 +95,4 @@ def add_sample_arguments(p: argparse.ArgumentParser) -> None:
         type=float,
         default=0.0,
         help="weight of probabilistic guidance, in [0, 1) (default 0)",
-    )
-    p.add_argument(
-        "--precision",
-        choices=PRECISIONS,
-        default="auto",
-        help="of the network's products: bf16 (and TF32) or fp32 (default auto: bf16 for images on "
-        "a GPU, else fp32)",
-    )
-    p.add_argument(
-        "--outline",
-        action="store_true",
-        help="draw the checkerboard's squares over the picture, for a model of points",
-    )
-    p.add_argument(
-        "--out",
-        type=path_argument,
-        dest="target",
-        metavar="OUT",
-        default=Path("samples.png"),
-        help=".png, for images a sheet with a row for each label; .safetensors, the numbers (no "
-        "other .safetensors file is overwritten); or a folder, for single images, written batch by "
-        "batch (default samples.png)",
     )

@@ -7,6 +7,7 @@ import functools
 import os
 import sys
 import time
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -47,11 +48,16 @@ def known_names(paths: Iterable[str]) -> tuple[list[str], bool]:
 
 def distinct(names: Sequence[str]) -> list[str]:
     """Return unique names for `find_label`: "name (number)" where two classes share a name."""
-    counts = Counter(name.casefold() for name in names)
+    counts = Counter(folded(name) for name in names)
     return [
-        name if counts[name.casefold()] == 1 else f"{name} ({label})"
+        name if counts[folded(name)] == 1 else f"{name} ({label})"
         for label, name in enumerate(names)
     ]
+
+
+def folded(text: str) -> str:
+    """Return a text as it is compared: without case, an accented letter as one character (NFC)."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
 
 
 @functools.lru_cache(maxsize=MOST_READ)
@@ -96,7 +102,8 @@ def find_label(text: str, names: Sequence[str], num_classes: int) -> int:
     """Find the label that `text` means.
 
     In this order: a class's whole name (as `distinct` spells it), one of the comma-separated
-    synonyms in a name, a class's number, a part of exactly one name. Case does not matter.
+    synonyms in a name, a class's number, a part of exactly one name. Case does not matter, nor
+    whether an accent is a character of its own, as in names from macOS.
 
     Args:
         text: what the user wrote.
@@ -106,15 +113,15 @@ def find_label(text: str, names: Sequence[str], num_classes: int) -> int:
     Raises:
         ValueError: it fits no class, or several; the message lists the nearest.
     """
-    wanted, told = text.strip().casefold(), quoted(text.strip())
-    names, folded, synonyms = _spellings(tuple(names))
-    whole = [label for label, name in enumerate(folded) if wanted == name]
+    wanted, told = folded(text.strip()), quoted(text.strip())
+    names, wholes, synonyms = _spellings(tuple(names))
+    whole = [label for label, name in enumerate(wholes) if wanted == name]
     whole = whole or [label for label, parts in enumerate(synonyms) if wanted in parts]
     if not whole and wanted.isdecimal():
         digits = wanted.lstrip("0") or "0"
         number = int(digits) if len(digits) <= MOST_DIGITS else num_classes
         return checked_number(number, num_classes, wanted)
-    found = whole or [label for label, name in enumerate(folded) if wanted and wanted in name]
+    found = whole or [label for label, name in enumerate(wholes) if wanted and wanted in name]
     if len(found) == 1:
         return found[0]
     if found:
@@ -180,10 +187,10 @@ def checked_number(label: int, num_classes: int, text: str | None = None) -> int
 
 @functools.lru_cache(maxsize=4)
 def _spellings(names: tuple[str, ...]) -> tuple[list[str], list[str], list[list[str]]]:
-    """Return the distinct names of classes, these without case, and the synonyms in each."""
+    """Return the distinct names of classes, these as `folded`, and the synonyms in each."""
     names = distinct(names)
-    folded = [name.casefold() for name in names]
-    return names, folded, [[part.strip() for part in name.split(",")] for name in folded]
+    wholes = [folded(name) for name in names]
+    return names, wholes, [[part.strip() for part in name.split(",")] for name in wholes]
 
 
 def _nearest(wanted: str, synonyms: Sequence[Sequence[str]], names: Sequence[str]) -> str:

@@ -153,3 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     add_adapter_command(commands)
     add_fetch_command(commands)
     return parser
+
+
+if __name__ == "__main__":
+    main()

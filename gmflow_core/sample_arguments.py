@@ -32,8 +32,8 @@ def add_sample_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--substeps",
         type=int,
-        help="GM-ODE's substeps per network call (default 8; 32 for 1 step), GM policy's in all "
-        "(default 128)",
+        help="GM-ODE's substeps per network call (default 8; give 32 for 1 step), GM policy's in "
+        "all (default 128)",
     )
     p.add_argument(
         "--shift",

@@ -39,6 +39,7 @@ LAYERS = {
         *("files", "sampling", "toys", "pictures"),
         *("pipeline", "sample_command"),
     ),
+    "__main__": ("cli",),
     "cli": (
         *("models", "files", "terminal", "sample_arguments"),
         *("adapter_command", "demo_command", "fetch_command", "sample_command"),

@@ -2,6 +2,9 @@
 
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +28,7 @@ from gmflow_core.toys.checkerboard import draw_checkerboard, on_board, total_var
 from gmflow_core.toys.density_picture import density_picture
 from gmflow_core.toys.points import sample_points
 
+ROOT = Path(__file__).parents[2]
 DIGITS = SHIPPED / "digits_one_call.safetensors"
 
 
@@ -117,6 +121,14 @@ def test_inspect(capsys):
     assert "1,412,289" in out
     assert '"num_components": 64' in out
     assert "python -m training.checkerboard" in out
+
+
+@pytest.mark.parametrize("module", ["gmflow_core", "gmflow_core.cli"])
+def test_modules_run_as_the_command(module):
+    command = [sys.executable, "-m", module]
+    bare = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (bare.returncode, bare.stdout) == (2, "")
+    assert "the following arguments are required: COMMAND" in bare.stderr
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def add_fetch_command(commands: argparse._SubParsersAction) -> None:
     places.add_argument("--comfyui", type=path_argument, metavar="FOLDER", help=about)
     about = "only list parts, files and what is known of their sizes; asks nobody"
     p.add_argument("--list", action="store_true", dest="only_list", help=about)
-    about = "replace files that are there with another content"
+    about = "replace files that are there with another content, with --to or --comfyui"
     p.add_argument("--force", action="store_true", help=about)
     p.set_defaults(run=fetch)
 
@@ -51,6 +51,8 @@ def fetch(args: argparse.Namespace) -> None:
     """
     if args.encoder and args.collection != "mm-fm":
         raise ValueError(f"--encoder is for mm-fm; leave it out with {args.collection}")
+    if args.force and args.to is None and args.comfyui is None:
+        raise ValueError("--force goes with --to or --comfyui: the hub's cache keeps every version")
     encoder = args.encoder or next(iter(ENCODERS))
     if args.only_list:
         print(printable(listing(args.collection, encoder, args.parts)))

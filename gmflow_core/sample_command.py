@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -67,7 +68,7 @@ def _check_out(args: argparse.Namespace) -> None:
     """Check that --out can be written, and remove what killed processes left there.
 
     Raises:
-        ValueError: it has another ending, or is the model, its source or its VAE.
+        ValueError: it has another ending, is a file without one, or the model, its source or VAE.
         FileExistsError: it is a file of numbers that are no samples.
         WriteError: it cannot be written.
     """
@@ -77,6 +78,8 @@ def _check_out(args: argparse.Namespace) -> None:
             f"--out {out} must end in .png (a picture) or .safetensors (the numbers), or have no "
             "ending (a folder of single pictures)"
         )
+    if not out.suffix and os.path.exists(out) and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; give a folder, or a name that ends in .png")
     folder = out if not out.suffix else out.parent
     check_target(folder / "picture.png" if not out.suffix else out)
     inputs = {"the checkpoint": args.checkpoint, "--source": args.source, "--vae": args.vae}

@@ -79,6 +79,14 @@ def test_names_that_are_none_are_refused(command, said, tmp_path, monkeypatch, c
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_of_pictures_is_no_file_and_force_has_a_place(tmp_path):
+    (tmp_path / "notes").write_text("precious")
+    with pytest.raises(SystemExit, match="notes is a file; give a folder"):
+        sample(DIGITS, tmp_path / "notes")
+    with pytest.raises(SystemExit, match="--force goes with --to or --comfyui"):
+        main(["fetch", "gmflow", "--force"])
+
+
 def test_an_adapter_is_written_over_itself_only(tmp_path):
     path, other = published(tmp_path / "a.safetensors"), published(tmp_path / "b.safetensors")
     before = other.read_bytes()

@@ -8,6 +8,7 @@ from pathlib import Path
 from .files.adapter_metadata import EXPECTED, AdapterFacts, read_adapter_facts, set_adapter_facts
 from .files.atomic import check_target, remove_leftovers
 from .files.errors import printable
+from .files.targets import check_is_new, is_same, path_argument
 
 OPTIONS = {  # of the facts: type, name of the value, help
     "base": (str, "NAME", "base model, such as FLUX.1, FLUX.2 or Qwen-Image"),
@@ -29,8 +30,8 @@ def add_adapter_command(commands: argparse._SubParsersAction) -> None:
     text = f"what the file is to state no longer: {', '.join(EXPECTED)}"
     names = {"nargs": "+", "default": [], "choices": list(EXPECTED), "metavar": "NAME"}
     p.add_argument("--remove", **names, help=text)
-    text = "file to write (default: FILE itself, whose tensors stay as they are)"
-    p.add_argument("--out", type=Path, dest="target", metavar="FILE", help=text)
+    text = "new file to write (default: FILE itself, whose tensors stay as they are)"
+    p.add_argument("--out", type=path_argument, dest="target", metavar="FILE", help=text)
     p.set_defaults(run=adapter)
 
 
@@ -39,13 +40,15 @@ def adapter(args: argparse.Namespace) -> None:
 
     Raises:
         ValueError: one is out of range, or both written and removed; or the file is no adapter.
-        OSError: the file cannot be written.
+        OSError: the file cannot be written, or --out is another file that is there already.
     """
     facts = AdapterFacts(**{name: getattr(args, name) for name in OPTIONS})
     path = args.file
     if facts.stated() or args.remove:
         path = args.target or path
         check_target(path)
+        if not is_same(path, args.file):
+            check_is_new(path, "give another --out, or delete it")
         remove_leftovers(path.parent)
         set_adapter_facts(args.file, facts, path, args.remove)
     elif args.target is not None:

@@ -14,13 +14,14 @@ from .demo_command import add_demo_command
 from .fetch_command import add_fetch_command
 from .files.atomic import check_target, remove_leftovers
 from .files.checkpoint import load_checkpoint, read_metadata, save_checkpoint
-from .files.errors import MOST_SAID, is_out_of_memory, printable, quoted, reason
+from .files.errors import MOST_SAID, is_out_of_memory, printable, reason
+from .files.targets import check_is_new, path_argument
+from .models.devices import usable_device
 from .sample_arguments import SOURCE_HELP
 from .sample_command import add_sample_command
 from .terminal import at_terminal
 
 DTYPES = {"keep": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-MOST_STEPS = 10**6  # of a solver
 MOST_SHOWN = 20_000  # characters of one entry of a checkpoint
 
 
@@ -39,10 +40,8 @@ def convert(args: argparse.Namespace) -> None:
     """Write any checkpoint that can be loaded as one file, without the trainer's state."""
     if args.out.suffix != ".safetensors":
         raise ValueError(f"{args.out} must end in .safetensors")
-    if args.out.exists() and not args.force:
-        raise FileExistsError(
-            f"{args.out} is there already; give another name, or --force to overwrite it"
-        )
+    if not args.force:
+        check_is_new(args.out, "give another name, or --force to overwrite it")
     metadata = read_metadata(args.source)
     network, _ = load_checkpoint(args.source, dtype=DTYPES[args.dtype])
     save_checkpoint(network, args.out, facts=metadata["training"], data=metadata["data"])
@@ -76,20 +75,6 @@ def size_of(path: Path) -> str:
     """Describe the size of a file, in MB or GB."""
     size = path.stat().st_size
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
-
-
-def check_device(name: str) -> None:
-    """Check that torch can use the device here.
-
-    Raises:
-        ValueError: it cannot.
-    """
-    try:
-        torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"--device {name} cannot be used here: {str(error).splitlines()[0]}"
-        ) from error
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -130,12 +115,8 @@ def _check(args: argparse.Namespace) -> None:
         for seed in given if isinstance(given, list) else [given]:
             if not 0 <= seed < 2**63:
                 raise ValueError(f"--{name} {seed} must be between 0 and 2**63 - 1")
-    for name in ("steps", "substeps"):
-        count = getattr(args, name, None)
-        if count is not None and abs(count) > MOST_STEPS:
-            raise ValueError(f"--{name} is {quoted(count, 60)}; the most is {MOST_STEPS:,}")
     if hasattr(args, "device"):
-        check_device(args.device)
+        usable_device(args.device, "--device")
 
 
 def _line(message: str) -> str:
@@ -148,7 +129,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="gmflow", description="Gaussian-mixture flow matching")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--seed", type=int, default=0, help="seed of all noise (default 0)")
+    about = "seed of all noise, from 0 to 2**63 - 1; equal modulo 2**32, equal noise (default 0)"
+    common.add_argument("--seed", type=int, default=0, help=about)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     common.add_argument("--device", default=device, help="torch device")
 
@@ -163,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     about = "write a published model as one file, for ComfyUI's models/gmflow"
     p = commands.add_parser("convert", help=about)
     p.add_argument("source", help=SOURCE_HELP)
-    p.add_argument("out", type=Path, help="file to write, .safetensors")
+    p.add_argument("out", type=path_argument, help="file to write, .safetensors")
     about = "type of the weights (default keep: as they are)"
     p.add_argument("--dtype", choices=DTYPES, default="keep", help=about)
     p.add_argument("--force", action="store_true", help="overwrite OUT")
@@ -171,3 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     add_adapter_command(commands)
     add_fetch_command(commands)
     return parser
+
+
+if __name__ == "__main__":
+    main()

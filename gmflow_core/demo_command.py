@@ -15,6 +15,7 @@ from PIL import Image
 from .files.atomic import check_target
 from .files.checkpoint import SHIPPED, load_checkpoint
 from .files.errors import printable
+from .files.targets import path_argument
 from .pictures import contact_sheet, image_grid
 from .pipeline import ImagePipeline
 from .sample_command import checked_count, save_png, seeds_from
@@ -48,7 +49,7 @@ def add_demo_command(commands: argparse._SubParsersAction, common: argparse.Argu
     about = "points per picture of the checkerboard (default 30000)"
     p.add_argument("--count", type=int, help=about)
     about = "picture to write (default gmflow_demo.png)"
-    p.add_argument("--out", type=Path, default=Path("gmflow_demo.png"), help=about)
+    p.add_argument("--out", type=path_argument, default=Path("gmflow_demo.png"), help=about)
     p.set_defaults(run=demo)
 
 

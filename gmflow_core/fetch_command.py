@@ -16,6 +16,7 @@ from .files.fetching import (
     remote_files,
 )
 from .files.published import COLLECTIONS, ENCODERS, NOTES, Part, all_parts, parts_of
+from .files.targets import path_argument
 
 UNKNOWN = "unknown here; the hub says it when the files are fetched"
 
@@ -31,12 +32,12 @@ def add_fetch_command(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--encoder", choices=ENCODERS, help=about)
     places = p.add_mutually_exclusive_group()
     about = "folder for the files, each repository in a folder of its name"
-    places.add_argument("--to", type=Path, metavar="FOLDER", help=about)
+    places.add_argument("--to", type=path_argument, metavar="FOLDER", help=about)
     about = "folder of ComfyUI: into the folders of its models/"
-    places.add_argument("--comfyui", type=Path, metavar="FOLDER", help=about)
+    places.add_argument("--comfyui", type=path_argument, metavar="FOLDER", help=about)
     about = "only list parts, files and what is known of their sizes; asks nobody"
     p.add_argument("--list", action="store_true", dest="only_list", help=about)
-    about = "replace files that are there with another content"
+    about = "replace files that are there with another content, with --to or --comfyui"
     p.add_argument("--force", action="store_true", help=about)
     p.set_defaults(run=fetch)
 
@@ -50,6 +51,8 @@ def fetch(args: argparse.Namespace) -> None:
     """
     if args.encoder and args.collection != "mm-fm":
         raise ValueError(f"--encoder is for mm-fm; leave it out with {args.collection}")
+    if args.force and args.to is None and args.comfyui is None:
+        raise ValueError("--force goes with --to or --comfyui: the hub's cache keeps every version")
     encoder = args.encoder or next(iter(ENCODERS))
     if args.only_list:
         print(printable(listing(args.collection, encoder, args.parts)))

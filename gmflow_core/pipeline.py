@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,19 +14,24 @@ from .files.checkpoint import load_checkpoint, read_metadata
 from .files.diffusers_vae import load_vae, load_vae_folder, own_vae
 from .files.errors import FileError, printable, quoted
 from .files.hub import tidy_source
-from .files.labels import checked_number, find_label
+from .files.labels import label_numbers
+from .models.devices import usable_device
 from .models.image_network import ImageNetwork
 from .models.precision import chosen_precision, set_precision
 from .models.vae import SD_VAE
 from .pictures import to_image
-from .sampling.few_steps import choose_sampling
+from .sampling.few_steps import Choice, choose_sampling
 from .sampling.guidance import Guidance
 from .sampling.images import sample_images
+from .sampling.seeds import seed_list
 from .source.files import load_source
 from .source.source import GaussianMixtureSource
 
 MOST_AT_ONCE = 64  # images that the network samples together
 MOST_DECODED = 4  # latents that the VAE decodes together
+OF_SAMPLE_IMAGES = {  # settings of `sample_images` that `ImagePipeline` has no use for
+    *("sigmas", "return_trajectory", "source", "modes", "callback", "noise")
+}
 CLOSE = 1e-3  # relative difference of two scaling factors of the same VAE
 VAE_ADVICE = (
     f"give one as --vae, a folder or hub id such as {SD_VAE}; or an --out that ends in "
@@ -116,15 +121,16 @@ class ImagePipeline:
 
         Raises:
             FileNotFoundError, ValueError, OSError: as `load_checkpoint`; or it is no model of
-                images, or was trained with a source that is not given.
+                images, or was trained with a source that is not given; or there is no such
+                precision.
         """
-        model = tidy_source(model)
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model, device = tidy_source(model), usable_device(device)
+        precision = chosen_precision(precision, device)  # before the long work
         data = read_metadata(model)["data"]
         network, _ = load_checkpoint(model, device=device)
         if not isinstance(network, ImageNetwork):
             raise FileError(model, "is a model of points, not of images", "use `gmflow sample`")
-        set_precision(network, chosen_precision(precision, device))
+        set_precision(network, precision)
         loaded = None if source is None else load_source(source, device)
         return cls(network, data, name=model, vae=vae, source=loaded)
 
@@ -137,20 +143,14 @@ class ImagePipeline:
         """Return the numbers of classes that are given by name or number.
 
         Args:
-            labels: a whole number is a class's number, whatever the classes are called; a text is
-                looked up by `find_label`, among the names first.
+            labels: a list or one alone. A whole number is a class's number, whatever the classes
+                are called; a text is looked up by `find_label`, among the names first.
 
         Raises:
-            ValueError: one fits no class, or several; the message lists the nearest.
+            ValueError: one fits no class, or several (the message lists the nearest), or is
+                neither text nor whole number.
         """
-        if isinstance(labels, str):
-            labels = [labels]
-        return [
-            find_label(each, self.labels, self.num_classes)
-            if isinstance(each, str)
-            else checked_number(int(each), self.num_classes)
-            for each in labels
-        ]
+        return label_numbers(labels, self.labels, self.num_classes)
 
     def __call__(self, labels: Sequence[str | int] | None, **settings: Any) -> list[Image.Image]:
         """Sample pictures, one for each label; the arguments are those of `sample`.
@@ -180,11 +180,14 @@ class ImagePipeline:
         Args:
             labels: class of each image, by name or number; None for images of no class. Of a model
                 that knows its source's modes: their numbers.
-            seeds: one for each image, which all its noise comes from; 0 to B - 1 if None.
+            seeds: one for each image, which all its noise comes from, from 0 to 2**63 - 1; 0 to
+                B - 1 if None. Seeds that are equal modulo 2**32 give the same noise.
             solver, steps, shift: see `choose_sampling`, which fills in what is left out.
             guidance: weight of probabilistic guidance in [0, 1), or a `Guidance`.
             progress: called with the network calls that are done and those in all.
-            settings: further settings of `sample_images`, such as `order`, `substeps` and `guide`.
+            settings: further settings of `sample_images`: `order`, `substeps`, `spacing`,
+                `temperature`, `stochasticity`, `size`, `guide`, `guide_scale`, `constrain` and
+                `check`. A trajectory, or times of your own (`sigmas`), it gives and takes alone.
 
         Returns:
             (B, C, h, w) float32, on the CPU.
@@ -192,21 +195,64 @@ class ImagePipeline:
         Raises:
             ValueError: a label is unknown, a setting is out of range, or the samples are not
                 finite.
+            TypeError: there is no setting of that name, or it is one of `sample_images` alone.
         """
+        given = {"seeds": seeds, "solver": solver, "steps": steps, "shift": shift}
+        given |= {"guidance": guidance, "progress": progress}
+        return torch.cat(list(self.sample_in_parts(labels, **given, **settings)))
+
+    def sample_in_parts(
+        self,
+        labels: Sequence[str | int] | None,
+        *,
+        seeds: Sequence[int] | None = None,
+        solver: str | None = None,
+        steps: int | None = None,
+        shift: float | None = None,
+        guidance: float | Guidance = 0.0,
+        progress: Callable[[int, int], None] | None = None,
+        **settings: Any,
+    ) -> Iterator[Tensor]:
+        """Return an iterator that samples the images in order, MOST_AT_ONCE at a time.
+
+        Arguments and errors are those of `sample`. Labels, seeds and steps are checked at once, the
+        rest with the first part.
+
+        Yields:
+            (b, C, h, w) float32, on the CPU.
+        """
+        not_here = sorted(settings.keys() & OF_SAMPLE_IMAGES)
+        if not_here:
+            raise TypeError(
+                f"ImagePipeline takes no {', '.join(not_here)}; call sample_images for that, with "
+                "the pipeline's network"
+            )
+        seeds = None if seeds is None else seed_list(seeds)
         ids = self._label_numbers(labels, seeds)
-        seeds = range(len(ids)) if seeds is None else list(seeds)
+        seeds = list(range(len(ids))) if seeds is None else seeds
         if not ids:
             raise ValueError("there are no labels; give one for each image")
         if len(seeds) != len(ids):
             raise ValueError(f"{len(seeds)} seeds do not fit {len(ids)} labels; give one for each")
         own = choose_sampling(self.data, solver=solver, steps=steps, shift=shift)
-        times = own.sigmas() if own.steps else None
         if not isinstance(guidance, Guidance):
             guidance = Guidance(guidance) if guidance else None
+        settings |= {"guidance": guidance, "sigmas": own.sigmas() if own.steps else None}
+        settings.setdefault("temperature", own.temperature)
+        return self._parts(ids, seeds, own, progress, settings)
+
+    def _parts(
+        self,
+        ids: Sequence[int],
+        seeds: Sequence[int],
+        own: Choice,
+        progress: Callable[[int, int], None] | None,
+        settings: dict[str, Any],
+    ) -> Iterator[Tensor]:
+        """Sample the images of these labels and seeds, MOST_AT_ONCE at a time."""
         calls = own.steps * -(-len(ids) // MOST_AT_ONCE)
-        parts = []
         for start in range(0, len(ids), MOST_AT_ONCE):
-            done = own.steps * len(parts)
+            done = own.steps * (start // MOST_AT_ONCE)
             part = torch.tensor(ids[start : start + MOST_AT_ONCE])
             x = sample_images(
                 self.network,
@@ -216,15 +262,11 @@ class ImagePipeline:
                 solver=own.solver,
                 steps=own.steps,
                 shift=own.shift,
-                sigmas=times,
-                temperature=own.temperature,
-                guidance=guidance,
                 seeds=seeds[start : start + MOST_AT_ONCE],
                 callback=progress and _counting(progress, done, calls),
                 **settings,
             )
-            parts.append(x.float().cpu())
-        return self._checked(torch.cat(parts))
+            yield self._checked(x.float().cpu())
 
     def decode(self, x: Tensor) -> Tensor:
         """Decode samples (B, C, h, w) to images (B, 3, H, W) in [0, 1], on the CPU.

@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from .files.atomic import atomic_write, check_target, remove_leftovers
 from .files.checkpoint import load_checkpoint, read_metadata
 from .files.errors import FileError, printable
 from .files.hub import tidy_source
 from .files.safetensors_files import is_finite, write_safetensors
+from .files.targets import check_no_input, check_replaces
+from .flow.checks import whole_number
 from .models.mlp import GMFlowMLP
 from .models.precision import chosen_precision, set_precision
 from .pictures import image_grid, to_image
-from .pipeline import ImagePipeline
+from .pipeline import MOST_DECODED, ImagePipeline
 from .sample_arguments import add_sample_arguments
 from .sampling.few_steps import choose_sampling
+from .sampling.seeds import same_noise
 from .toys.density_picture import density_picture
 from .toys.points import sample_points
 
 MOST_NUMBERS = 2**31  # of all samples together, 8 GiB
 ENDINGS = (".png", ".safetensors", "")  # of --out; the last is a folder's
+CONTENTS = ({"points"}, {"samples", "labels"})  # tensors of a .safetensors file of samples
 FIRST_LABELS = 10  # that are sampled if none are given
 SMALLEST_SHOWN = 64  # pixels on a side of an image on a sheet, to which small ones are enlarged
 
@@ -43,8 +51,11 @@ def add_sample_command(
 
 def sample(args: argparse.Namespace) -> None:
     """Sample a checkpoint and write a picture, single pictures, or the numbers."""
-    _check_out(args.target)
+    for name in ("steps", "substeps"):
+        if getattr(args, name) is not None:
+            whole_number(f"--{name}", getattr(args, name))
     args.checkpoint = tidy_source(args.checkpoint)
+    _check_out(args)
     metadata = read_metadata(args.checkpoint)
     if metadata["model_class"] == GMFlowMLP.__name__:
         _sample_points(args, metadata["data"])
@@ -53,20 +64,28 @@ def sample(args: argparse.Namespace) -> None:
     print(printable(str(args.target.resolve())))
 
 
-def _check_out(out: Path) -> None:
+def _check_out(args: argparse.Namespace) -> None:
     """Check that --out can be written, and remove what killed processes left there.
 
     Raises:
-        ValueError: it has another ending.
+        ValueError: it has another ending, is a file without one, or the model, its source or VAE.
+        FileExistsError: it is a file of numbers that are no samples.
         WriteError: it cannot be written.
     """
+    out = args.target
     if out.suffix not in ENDINGS:
         raise ValueError(
             f"--out {out} must end in .png (a picture) or .safetensors (the numbers), or have no "
             "ending (a folder of single pictures)"
         )
+    if not out.suffix and os.path.exists(out) and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; give a folder, or a name that ends in .png")
     folder = out if not out.suffix else out.parent
     check_target(folder / "picture.png" if not out.suffix else out)
+    inputs = {"the checkpoint": args.checkpoint, "--source": args.source, "--vae": args.vae}
+    check_no_input(out, inputs)
+    if out.suffix == ".safetensors":
+        check_replaces(out, CONTENTS)
     remove_leftovers(folder)
 
 
@@ -85,6 +104,8 @@ def _sample_points(args: argparse.Namespace, data: dict[str, Any]) -> None:
             )
     if not args.target.suffix:
         raise ValueError(f"--out {args.target} must end in .png or .safetensors for a 2-D model")
+    if args.outline and args.target.suffix != ".png":
+        raise ValueError(f"--outline is drawn over a picture, not over --out {args.target}")
     own = choose_sampling(data, solver=args.solver, steps=args.steps, shift=args.shift)
     network, _ = load_checkpoint(args.checkpoint, device=args.device)
     if args.precision != "auto":  # small networks gain nothing
@@ -116,6 +137,7 @@ def _sample_points(args: argparse.Namespace, data: dict[str, Any]) -> None:
 
 def _sample_images(args: argparse.Namespace) -> None:
     """Sample images, and write a sheet with a row for each label, single ones, or the numbers."""
+    _check_for_images(args)
     pipeline = ImagePipeline.load(
         args.checkpoint,
         vae=args.vae,
@@ -123,10 +145,6 @@ def _sample_images(args: argparse.Namespace) -> None:
         device=args.device,
         precision=args.precision,
     )
-    if args.seeds is not None and args.count is not None:
-        raise ValueError("--count does not go with --seeds, of which each is one image")
-    if args.steps == 0:
-        raise ValueError("--steps is 0; at least 1 is needed")
     classes = _labels(args, pipeline)
     as_numbers = args.target.suffix == ".safetensors"
     factor = 1
@@ -140,7 +158,7 @@ def _sample_images(args: argparse.Namespace) -> None:
     labels = None if classes is None else [label for label in classes for _ in range(columns)]
     count = columns if labels is None else len(labels)
     seeds = _seeds(args, columns, count)
-    x = pipeline.sample(
+    parts = pipeline.sample_in_parts(
         labels,
         seeds=seeds,
         solver=args.solver,
@@ -152,15 +170,62 @@ def _sample_images(args: argparse.Namespace) -> None:
         progress=show_progress,
     )
     ids = [config.num_classes] * count if labels is None else labels
+    if not args.target.suffix:
+        pairs = zip(ids, seeds, strict=True)
+        names = [f"{_file_name(pipeline, label)}_seed{seed}.png" for label, seed in pairs]
+        return _write_single_pictures(pipeline, parts, args.target, names)
+    x = torch.cat(list(parts))
     if as_numbers:
         return write_safetensors({"samples": x, "labels": torch.tensor(ids)}, args.target, {})
     images = pipeline.decode(x)
-    if args.target.suffix:
-        scale = max(1, SMALLEST_SHOWN // images.shape[-1])
-        return save_png(to_image(image_grid(images, columns, scale)), args.target)
-    for image, label, seed in zip(images, ids, seeds, strict=True):
-        name = f"{_file_name(pipeline, label)}_seed{seed}.png"
-        save_png(to_image(image.permute(1, 2, 0)), args.target / name)
+    scale = max(1, SMALLEST_SHOWN // images.shape[-1])
+    save_png(to_image(image_grid(images, columns, scale)), args.target)
+
+
+def _check_for_images(args: argparse.Namespace) -> None:
+    """Check that options go together for a model of images.
+
+    Raises:
+        ValueError: they do not, or two of --seeds would give the same pictures.
+    """
+    if args.outline:
+        raise ValueError(
+            f"{args.checkpoint} is a model of images, which has no use for --outline; leave it out"
+        )
+    if args.seeds is None:
+        return
+    if args.count is not None:
+        raise ValueError("--count does not go with --seeds, of which each is one image")
+    if args.seed:
+        raise ValueError(f"--seed {args.seed} does not go with --seeds; leave one of them out")
+    if (same := same_noise(args.seeds)) is not None:
+        why = "is there twice" if same[0] == same[1] else f"and {same[1]} are equal modulo 2**32"
+        raise ValueError(
+            f"--seeds {same[0]} {why}, which makes the same picture; give seeds that differ"
+        )
+
+
+def _write_single_pictures(
+    pipeline: ImagePipeline, parts: Iterable[Tensor], folder: Path, names: Sequence[str]
+) -> None:
+    """Write pictures as soon as they are sampled, and say how many there are if that is stopped.
+
+    Args:
+        parts: the samples of all pictures in order, (b, C, h, w) each.
+        names: of the files.
+    """
+    written = 0
+    try:
+        for few in (few for part in parts for few in part.split(MOST_DECODED)):
+            for image in pipeline.decode(few):
+                save_png(to_image(image.permute(1, 2, 0)), folder / names[written])
+                written += 1
+    except BaseException as error:
+        if written or isinstance(error, KeyboardInterrupt):
+            text = f"\n{written} of {len(names)} pictures are written in {folder}"
+            with suppress(OSError):
+                print(printable(text), file=sys.stderr, flush=True)
+        raise
 
 
 def _seeds(args: argparse.Namespace, columns: int, count: int) -> list[int]:
@@ -189,14 +254,22 @@ def seeds_from(seed: int, count: int) -> list[int]:
 
 
 def _labels(args: argparse.Namespace, pipeline: ImagePipeline) -> list[int] | None:
-    """Return the labels, each once as they are given; None for images of no class.
+    """Return the labels as they are given; None for images of no class.
 
     Raises:
-        ValueError: a label is unknown, or --unlabelled does not go with the rest.
+        ValueError: a label is unknown, or there twice with the same seeds, or --unlabelled does not
+            go with the rest.
     """
     if not args.unlabelled and (args.labels or not pipeline.data.get("unlabelled")):
         wanted = args.labels or range(min(FIRST_LABELS, pipeline.num_classes))
-        return pipeline.label_ids(list(wanted))
+        found = pipeline.label_ids(list(wanted))
+        twice = next((label for label in found if found.count(label) > 1), None)
+        if twice is not None and args.seeds is not None:
+            raise ValueError(
+                f"--labels names class {twice} more than once, and --seeds would make the same "
+                "pictures of it; name it once, or give --count in the place of --seeds"
+            )
+        return found
     if args.labels:
         raise ValueError(f"--unlabelled does not go with --labels {' '.join(args.labels)}")
     if pipeline.knows_modes:

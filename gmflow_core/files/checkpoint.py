@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models import MODELS
+from ..models.devices import usable_device
 from ..models.state_dict import check_shapes, shapes_of
 from .data_record import checked_data
 from .diffusers_folder import published_metadata, published_weights
@@ -111,7 +112,7 @@ def read_metadata(source: str | Path) -> dict[str, Any]:
 
 def load_checkpoint(
     source: str | Path,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = "cpu",
     dtype: torch.dtype | None = torch.float32,
 ) -> tuple[nn.Module, Any]:
     """Load a model.
@@ -121,7 +122,7 @@ def load_checkpoint(
             published GM-DiT; or the id of such a folder on the Hugging Face hub, "owner/name" or
             "owner/name@revision", or its address; see `tidy_source`. A file or folder of that name
             takes precedence over the hub.
-        device: where the weights are put.
+        device: where the weights are put; None: a GPU if there is one.
         dtype: type of the weights in memory; as stored if None.
 
     Returns:
@@ -129,9 +130,9 @@ def load_checkpoint(
 
     Raises:
         FileNotFoundError, ValueError, OSError: as `read_metadata`; also if the tensors do not fit
-            the config.
+            the config, or the device cannot be used.
     """
-    source = tidy_source(source)
+    source, device = tidy_source(source), usable_device(device)
     metadata = read_metadata(source)
     config = _new_config(metadata, source)
     model = _read_weights(MODELS[metadata["model_class"]], config, source, device, dtype)

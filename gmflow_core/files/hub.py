@@ -58,9 +58,11 @@ def tidy_source(source: str | Path) -> str:
         A path; or "owner/name" or "owner/name@revision".
 
     Raises:
-        ValueError: no path can be that long, or hold such a character; or it is an address of
-            something else.
+        ValueError: it is neither text nor a path; no path can be that long, or hold such a
+            character; or it is an address of something else.
     """
+    if not isinstance(source, (str, Path)):
+        raise ValueError(f"{quoted(source)} is no path and no hub id; give a text or a Path")
     text = source if isinstance(source, str) else source.as_posix()
     if len(text) > LONGEST_PATH or "\0" in text:
         raise ValueError(

@@ -7,9 +7,12 @@ import functools
 import os
 import sys
 import time
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import Any
 
+from ..flow.checks import as_whole, listed, said
 from .checkpoint import read_metadata
 from .errors import MOST_QUOTED, printable, quoted
 
@@ -45,11 +48,16 @@ def known_names(paths: Iterable[str]) -> tuple[list[str], bool]:
 
 def distinct(names: Sequence[str]) -> list[str]:
     """Return unique names for `find_label`: "name (number)" where two classes share a name."""
-    counts = Counter(name.casefold() for name in names)
+    counts = Counter(folded(name) for name in names)
     return [
-        name if counts[name.casefold()] == 1 else f"{name} ({label})"
+        name if counts[folded(name)] == 1 else f"{name} ({label})"
         for label, name in enumerate(names)
     ]
+
+
+def folded(text: str) -> str:
+    """Return a text as it is compared: without case, an accented letter as one character (NFC)."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
 
 
 @functools.lru_cache(maxsize=MOST_READ)
@@ -94,7 +102,8 @@ def find_label(text: str, names: Sequence[str], num_classes: int) -> int:
     """Find the label that `text` means.
 
     In this order: a class's whole name (as `distinct` spells it), one of the comma-separated
-    synonyms in a name, a class's number, a part of exactly one name. Case does not matter.
+    synonyms in a name, a class's number, a part of exactly one name. Case does not matter, nor
+    whether an accent is a character of its own, as in names from macOS.
 
     Args:
         text: what the user wrote.
@@ -104,15 +113,15 @@ def find_label(text: str, names: Sequence[str], num_classes: int) -> int:
     Raises:
         ValueError: it fits no class, or several; the message lists the nearest.
     """
-    wanted, told = text.strip().casefold(), quoted(text.strip())
-    names, folded, synonyms = _spellings(tuple(names))
-    whole = [label for label, name in enumerate(folded) if wanted == name]
+    wanted, told = folded(text.strip()), quoted(text.strip())
+    names, wholes, synonyms = _spellings(tuple(names))
+    whole = [label for label, name in enumerate(wholes) if wanted == name]
     whole = whole or [label for label, parts in enumerate(synonyms) if wanted in parts]
     if not whole and wanted.isdecimal():
         digits = wanted.lstrip("0") or "0"
         number = int(digits) if len(digits) <= MOST_DIGITS else num_classes
         return checked_number(number, num_classes, wanted)
-    found = whole or [label for label, name in enumerate(folded) if wanted and wanted in name]
+    found = whole or [label for label, name in enumerate(wholes) if wanted and wanted in name]
     if len(found) == 1:
         return found[0]
     if found:
@@ -130,6 +139,35 @@ def find_label(text: str, names: Sequence[str], num_classes: int) -> int:
     )
 
 
+def label_numbers(labels: Any, names: Sequence[str], num_classes: int) -> list[int]:
+    """Return the numbers of classes that are given by name or number, in a list or one alone.
+
+    Args:
+        labels: a whole number is a class's number, whatever the classes are called; a text is
+            looked up by `find_label`.
+        names, num_classes: as for `find_label`.
+
+    Raises:
+        ValueError: one fits no class, or several, or is neither text nor whole number.
+    """
+    return [
+        find_label(each, names, num_classes)
+        if isinstance(each, str)
+        else checked_number(_whole(each), num_classes)
+        for each in listed(labels)
+    ]
+
+
+def _whole(label: Any) -> int:
+    """Return the number that a label is."""
+    number = as_whole(label)
+    if number is None:
+        raise ValueError(
+            f"{said(label)} is no label; give the name of a class, or its number as a whole number"
+        )
+    return number
+
+
 def checked_number(label: int, num_classes: int, text: str | None = None) -> int:
     """Return the number of a class, below `num_classes`.
 
@@ -142,17 +180,17 @@ def checked_number(label: int, num_classes: int, text: str | None = None) -> int
     if 0 <= label < num_classes:
         return label
     raise ValueError(
-        f"there is no class {printable(text or str(label), MOST_QUOTED)}; this model's are "
+        f"there is no class {printable(text or quoted(label), MOST_QUOTED)}; this model's are "
         f"numbered from 0 to {num_classes - 1}"
     )
 
 
 @functools.lru_cache(maxsize=4)
 def _spellings(names: tuple[str, ...]) -> tuple[list[str], list[str], list[list[str]]]:
-    """Return the distinct names of classes, these without case, and the synonyms in each."""
+    """Return the distinct names of classes, these as `folded`, and the synonyms in each."""
     names = distinct(names)
-    folded = [name.casefold() for name in names]
-    return names, folded, [[part.strip() for part in name.split(",")] for name in folded]
+    wholes = [folded(name) for name in names]
+    return names, wholes, [[part.strip() for part in name.split(",")] for name in wholes]
 
 
 def _nearest(wanted: str, synonyms: Sequence[Sequence[str]], names: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..gaussians.mixture import GaussianMixture, IsotropicGaussian, Mixture
 from ..gaussians.tensors import at_least_float
+from .checks import whole_number
 
 MIN_SIGMA = 1e-6  # lower bound in divisions: below it x_sigma equals x_0 to float32 accuracy
 
@@ -85,7 +86,7 @@ def flow_sigmas(
     """Return `steps` + 1 sigmas in descending order, evenly spaced before the time shift.
 
     Args:
-        steps: number of network calls, at least 1.
+        steps: number of network calls, from 1 to MOST_STEPS.
         shift: see `shift_time`.
         start: first time before the shift, in (0, 1]; below 1 for image to image.
         final_step_size: size of the last step relative to the others, which are equal, in (0, 1];
@@ -96,8 +97,7 @@ def flow_sigmas(
     Raises:
         ValueError: an argument is out of range.
     """
-    if steps < 1:
-        raise ValueError(f"steps is {steps}; at least 1 is needed")
+    steps = whole_number("steps", steps)
     if not shift > 0:
         raise ValueError(f"shift is {shift}; it must be positive (1 leaves the grid uniform)")
     for name, value in (("start", start), ("final_step_size", final_step_size)):

@@ -119,7 +119,8 @@ class ImageNetwork:
             )
         height, width = shape[2:]
         patch, most = config.patch_size, config.latent_size
-        if max(height, width) > most or height % patch or width % patch:
+        fits = min(height, width) > 0 and max(height, width) <= most
+        if not fits or height % patch or width % patch:
             raise ValueError(
                 f"latents of {height} x {width} do not fit this model: sides must be multiples of "
                 f"{patch}, up to {most}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,10 +18,24 @@ def chosen_precision(precision: str, device: torch.device) -> str:
     Args:
         precision: one of PRECISIONS.
         device: where the network is.
+
+    Raises:
+        ValueError: `precision` is another one.
     """
+    check_precision(precision, PRECISIONS)
     if precision != "auto":
         return precision
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "fp32"
+
+
+def check_precision(precision: Any, known: Sequence[str]) -> None:
+    """Check the name of a precision.
+
+    Raises:
+        ValueError: it is none of those known.
+    """
+    if not isinstance(precision, str) or precision not in known:
+        raise ValueError(f"precision is {ascii(precision)[:60]}; choose one of {', '.join(known)}")
 
 
 def set_precision(network: nn.Module, precision: str) -> nn.Module:
@@ -33,7 +47,11 @@ def set_precision(network: nn.Module, precision: str) -> nn.Module:
 
     Args:
         precision: "bf16" or "fp32".
+
+    Raises:
+        ValueError: it is another one.
     """
+    check_precision(precision, PRECISIONS[1:])
     if precision == "fp32":
         return network
     device, forward = next(network.parameters()).device, network.forward

@@ -77,9 +77,11 @@ def class_denoiser(
         guidance: None for none.
 
     Raises:
-        ValueError: a label is out of range, or the network cannot be guided.
+        ValueError: a label is no integer or out of range, or the network cannot be guided.
     """
     config = network.config
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"labels are {labels.dtype}; give the numbers of classes, such as int64")
     null = config.num_classes  # label for "no class", where the network has one
     largest = null if getattr(config, "null_class", True) else null - 1
     if null and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) <= largest:

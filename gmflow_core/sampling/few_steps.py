@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..flow.checks import whole_number
 from ..flow.path import flow_sigmas
 
 STEPS = 8  # network calls of a model that was made for no number of them
@@ -49,12 +50,15 @@ def choose_sampling(
     Args:
         data: the record of the checkpoint's samples; `few_steps` says what it was distilled for.
         solver, steps, shift: as the user gave them. A distilled model has its own; others take
-            GM-ODE, 8 steps and no shift.
+            GM-ODE, 8 steps and no shift. 0 steps leave the noise as it is.
+
+    Raises:
+        ValueError: `steps` is no whole number or out of range.
     """
     few = data.get("few_steps") or {}
     return Choice(
         solver or ("gm-policy" if few else "gm-ode"),
-        few.get("steps", STEPS) if steps is None else steps,
+        few.get("steps", STEPS) if steps is None else whole_number("steps", steps, least=0),
         few.get("shift", 1.0) if shift is None else shift,
         few.get("final_step_size"),
         few.get("temperature"),

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..flow.checks import listed, whole_number
 from ..flow.path import flow_sigmas
 from ..gaussians.draws import standard_normal
 from ..source.mode_frame import ModeFrame
@@ -15,8 +16,11 @@ from ..source.source import GaussianMixtureSource
 from .denoisers import autoguided, class_denoiser
 from .guidance import Guidance
 from .hooks import Callback
+from .seeds import seed_list
 from .solvers import MEAN_SOLVERS, solve
 from .trajectory import Trajectory
+
+LARGEST_SIDE = 2**16  # of latents
 
 
 @torch.inference_mode()
@@ -45,7 +49,8 @@ def sample_images(
         labels: (B,) integers; `num_classes` for no class. None: the source's modes are the labels.
         solver: a name in `SOLVERS`.
         steps, shift: see `flow_sigmas`; one network call per step. 0 steps return the noise itself.
-        seeds: one per image; all its noise comes from it alone. 0 to B - 1 if None.
+        seeds: one per image, see `seed_list`; all its noise comes from it alone. 0 to B - 1 if
+            None.
         size: (h, w) of the latents; the model's own if None.
         sigmas: times to use instead of those of `steps` and `shift`.
         source: source of the noise, if the model was trained with one.
@@ -62,10 +67,11 @@ def sample_images(
             and that are spherical.
     """
     config, device = network.config, next(network.parameters()).device
+    seeds = None if seeds is None else seed_list(seeds)
+    steps = whole_number("steps", steps, least=0)
     count = _count_images(labels, modes, seeds, source)
-    seeds = range(count) if seeds is None else seeds
-    shape = (count, config.channels, *(size or (config.latent_size, config.latent_size)))
-    generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+    shape = (count, config.channels, *_size(size, config.latent_size))
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds or range(count)]
     noise = standard_normal(shape, generators, like=torch.empty(0, device=device))
     frame, x = None, noise
     if labels is None:
@@ -88,6 +94,14 @@ def sample_images(
     settings = {"shift": shift, "spectrum": spectrum, "noise": generators, **settings}
     result = solve(solver, denoiser, x, sigmas, **settings, callback=callback)
     return result if frame is None else _leave(frame, result, float(sigmas[-1]))
+
+
+def _size(size: tuple[int, int] | None, own: int) -> list[int]:
+    """Return h and w of the latents; the network checks whether they fit it."""
+    size = (own, own) if size is None else listed(size)
+    if len(size) != 2:
+        raise ValueError(f"size has {len(size)} numbers; give two, (h, w) of the latents")
+    return [whole_number("a side of size", each, most=LARGEST_SIDE) for each in size]
 
 
 def _count_images(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..fast.choice import chosen_method, machine_rollout
 from ..flow.blended import BlendedPolicy, Followed
+from ..flow.checks import whole_number
 from ..flow.following import Check, Constrain, follow, settled
 from ..flow.path import Sigma, expand_sigma, sigmas_between
 from ..flow.policy import NO_MIXTURES, ArcPolicy
@@ -37,7 +38,8 @@ def rollout(
         x0: mixture of x_0 given (x, sigma), or another policy or a blend predicted there.
         x: (B, C, *S) at sigma.
         sigma, sigma_end: numbers, one per sample, or broadcastable to (B, 1, *S).
-        substeps: number of Euler steps, at least 1; with 1 only the mixture's mean matters.
+        substeps: number of Euler steps, from 1 to MOST_STEPS; with 1 only the mixture's mean
+            matters.
         shift: the steps are equal in unshifted time, see `shift_time`.
         constrain: called as constrain(x, sigma) after every substep; returns the x to go on with.
             For inpainting masks.
@@ -51,10 +53,9 @@ def rollout(
         x at sigma_end, (B, C, *S).
 
     Raises:
-        ValueError: `substeps` is not a whole number of at least 1, or `method` is unknown.
+        ValueError: `substeps` is no whole number or out of range, or `method` is unknown.
     """
-    if not isinstance(substeps, int) or substeps < 1:
-        raise ValueError(f"substeps is {substeps}; a whole number, at least 1, is needed")
+    substeps = whole_number("substeps", substeps)
     method = chosen_method(method)
     if isinstance(sigma, Tensor) or isinstance(sigma_end, Tensor):
         sigma, sigma_end = expand_sigma(sigma, x), expand_sigma(sigma_end, x)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..fast.choice import axis_map
 from ..flow.blended import BlendedPolicy
+from ..flow.checks import whole_number
 from ..flow.path import reverse_transition, unshift_time
 from ..flow.policy import FINAL_STEP_SIZE, NO_MIXTURES, Policy
 from ..gaussians.draws import Generator, standard_normal
@@ -97,6 +98,7 @@ def sample_gm_ode(
     """
     if spacing not in ("time", "sigma"):
         raise ValueError(f'spacing is {spacing!r}; it must be "time" or "sigma"')
+    substeps = whole_number("substeps", substeps)  # before the first network call
     hooks, previous = Hooks(**hooks), None
     grid = shift if spacing == "time" else 1.0
     for index, (sigma, sigma_next) in enumerate(intervals(sigmas)):
@@ -211,8 +213,7 @@ def sample_gm_policy(
         )
     if not stochasticity >= 0:
         raise ValueError(f"stochasticity {stochasticity} must be 0 (deterministic) or more")
-    if substeps < 1:
-        raise ValueError(f"substeps is {substeps}; at least 1 is needed")
+    substeps = whole_number("substeps", substeps)
     for index, (sigma, sigma_next) in enumerate(steps):
         policy = denoiser(x, batch_sigma(x, sigma))
         hooks.report(index, x, policy.mean)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..flow.path import flow_sigmas
 from ..pictures import contact_sheet
 from ..sampling.denoisers import denoiser_of
+from ..sampling.seeds import checked_seed
 from ..sampling.solvers import SOLVERS, solve
 from .checkerboard import total_variation
 from .density_picture import density_picture
@@ -42,7 +43,8 @@ def sample_points(
         count: number of samples.
         solver, order, substeps, shift, temperature: see `gmflow_core.sampling.solvers.solve`.
         steps: network calls per sample.
-        seed: of the initial noise and of GM-SDE's; the numbers do not depend on the device.
+        seed: of the initial noise and of GM-SDE's, see `seed_list`; the numbers do
+            not depend on the device.
         sigmas: times to use instead of those of `steps` and `shift`.
         progress: called as progress(done, total) with numbers of network calls.
 
@@ -54,7 +56,7 @@ def sample_points(
     if count < 1:
         raise ValueError(f"count is {count}; it must be at least 1")
     device = next(network.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(checked_seed(seed))
     sigmas = flow_sigmas(steps, shift) if sigmas is None else sigmas
     calls, done = math.ceil(count / CHUNK) * (len(sigmas) - 1), 0
 

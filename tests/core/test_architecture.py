@@ -30,15 +30,16 @@ LAYERS = {
     "pipeline": ("models", "files", "source", "sampling", "pictures"),
     "adapter_command": ("files",),
     "fetch_command": ("files",),
-    "sample_arguments": ("models", "sampling"),
+    "sample_arguments": ("models", "files", "sampling"),
     "sample_command": (
-        *("models", "files", "sampling", "toys", "pictures"),
+        *("flow", "models", "files", "sampling", "toys", "pictures"),
         *("pipeline", "sample_arguments"),
     ),
     "demo_command": (
         *("files", "sampling", "toys", "pictures"),
         *("pipeline", "sample_command"),
     ),
+    "__main__": ("cli",),
     "cli": (
         *("models", "files", "terminal", "sample_arguments"),
         *("adapter_command", "demo_command", "fetch_command", "sample_command"),

@@ -2,6 +2,9 @@
 
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +28,7 @@ from gmflow_core.toys.checkerboard import draw_checkerboard, on_board, total_var
 from gmflow_core.toys.density_picture import density_picture
 from gmflow_core.toys.points import sample_points
 
+ROOT = Path(__file__).parents[2]
 DIGITS = SHIPPED / "digits_one_call.safetensors"
 
 
@@ -119,6 +123,14 @@ def test_inspect(capsys):
     assert "python -m training.checkerboard" in out
 
 
+@pytest.mark.parametrize("module", ["gmflow_core", "gmflow_core.cli"])
+def test_modules_run_as_the_command(module):
+    command = [sys.executable, "-m", module]
+    bare = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (bare.returncode, bare.stdout) == (2, "")
+    assert "the following arguments are required: COMMAND" in bare.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -130,7 +142,7 @@ def test_inspect(capsys):
         (["sample", str(POINTS_MODEL), "--seed", "-1"], "--seed -1 must be"),
         (["sample", str(DIGITS), "--seeds", "1", "-1"], "--seeds -1 must be"),
         (["sample", str(DIGITS), "--seed", str(2**63 - 1)], "too large for 80 images"),
-        (["sample", str(DIGITS), "--steps", "0"], "steps is 0; at least 1 is needed"),
+        (["sample", str(DIGITS), "--steps", "0"], "--steps is 0; it has to be"),
         (["demo", "--out", "demo.txt"], "must end in .png"),
         (["demo", "--count", "0"], "--count 0 goes with --checkerboard only"),
         (["demo", "--seed", str(2**63 - 1)], "too large for 24 images"),
@@ -286,7 +298,7 @@ def test_sample_from_a_mixture_source(tmp_path):
 
 @pytest.mark.parametrize("option", ["--steps", "--substeps"])
 def test_numbers_of_steps_beyond_any_use_are_refused(option, tmp_path):
-    with pytest.raises(SystemExit, match=f"{option} is 9223372036854775807; the most is"):
+    with pytest.raises(SystemExit, match=f"{option} is 9223372036854775807; it has to be a whole"):
         main(
             ["sample", str(POINTS_MODEL), option, str(2**63 - 1), "--out", str(tmp_path / "a.png")]
         )

@@ -1,11 +1,13 @@
 """Names of classes: a list of them is bounded, and any text is answered."""
 
+import unicodedata
+
 import pytest
 import torch
 
 from gmflow_core import save_checkpoint
 from gmflow_core.files import labels
-from gmflow_core.files.labels import find_label, known_names
+from gmflow_core.files.labels import distinct, find_label, known_names
 from tests.diffusers_folder import random_model
 
 NAMES = ("tabby, tabby cat", "tiger cat", "tench")
@@ -60,3 +62,20 @@ def test_long_names_are_cut_in_messages():
     with pytest.raises(ValueError, match="its classes") as error:
         find_label("zzz", ["x" * 500 + str(n) for n in range(20)], 20)
     assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+@pytest.mark.parametrize("text", ["café", "CAFÉ, bar", "Å", "ΐ", "straße", "größe"])
+def test_accents_may_be_characters_of_their_own(form, text):
+    """macOS writes names in decomposed Unicode."""
+    for other in ("NFC", "NFD"):
+        names = [unicodedata.normalize(other, name) for name in ("café, bar", "å", "ΐ", "Straße")]
+        names.append(unicodedata.normalize(other, "GRÖSSE"))
+        found = find_label(unicodedata.normalize(form, text), names, len(names))
+        assert found == {"c": 0, "C": 0, "Å": 1, "ΐ": 2, "s": 3, "g": 4}[text[0]]
+
+
+def test_names_that_differ_in_their_unicode_form_alone_are_told_apart_by_number():
+    names = ["café", "cafe\u0301", "tench"]
+    assert distinct(names) == ["café (0)", "cafe\u0301 (1)", "tench"]
+    assert find_label("café (1)", names, 3) == 1

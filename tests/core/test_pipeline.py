@@ -12,6 +12,7 @@ from gmflow_core import Guidance, ImagePipeline, load_checkpoint, sample_images,
 from gmflow_core import pipeline as pipeline_module
 from gmflow_core.cli import main
 from gmflow_core.files.checkpoint import SHIPPED
+from gmflow_core.models.precision import set_precision
 from gmflow_core.pictures import to_picture
 from tests.core.conftest import LABELS
 from tests.diffusers_folder import change_json, random_model, write_published_folder
@@ -61,7 +62,7 @@ def test_pictures_are_the_decoded_latents(published):
 
 
 def test_the_command_writes_a_sheet_and_single_pictures(published, tmp_path):
-    options = ["--labels", *WORDS, "--seeds", "5", "6", "5"]
+    options = ["--labels", *WORDS, "--seeds", "5", "6", "7"]
     sample(published, tmp_path / "birds.png", *options)
     sheet = Image.open(tmp_path / "birds.png")
     assert sheet.size == (2 + 3 * 66, 2 + 2 * 66)
@@ -134,6 +135,33 @@ def test_digits_and_their_student_of_one_call_need_no_vae(monkeypatch):
         ImagePipeline.load(SHIPPED / "checkerboard_k64.safetensors")
     with pytest.raises(ValueError, match="was trained with a mixture source; give it as --source"):
         ImagePipeline.load(SHIPPED / "digits_modes_k8.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"precision": "float32"}, "precision is 'float32'; choose one of auto, bf16, fp32"),
+        ({"precision": "fp16"}, "precision is 'fp16'; choose"),
+        ({"precision": None}, "precision is None; choose"),
+        ({"device": "cuda:99"}, r"the device cuda:99 cannot be used here: .*; give another one"),
+        ({"device": "abacus"}, "the device abacus cannot be used here"),
+        ({"device": 1.5}, "the device 1.5 cannot be used here"),
+        ({"model": None}, "None is no path and no hub id; give a text or a Path"),
+        ({"vae": None, "model": 3}, "3 is no path and no hub id"),
+        ({"source": 3}, "3 is no path and no hub id"),
+    ],
+)
+def test_what_cannot_be_loaded_is_said_clearly(settings, said):
+    settings = {"model": SHIPPED / "digits_k8.safetensors", **settings}
+    with pytest.raises(ValueError, match=said):
+        ImagePipeline.load(**settings)
+
+
+def test_devices_and_precisions_are_checked_for_all_callers():
+    with pytest.raises(ValueError, match=r"the device cuda:99 cannot be used here"):
+        load_checkpoint(SHIPPED / "digits_k8.safetensors", device="cuda:99")
+    with pytest.raises(ValueError, match="precision is 'auto'; choose one of bf16, fp32"):
+        set_precision(torch.nn.Linear(1, 1), "auto")
 
 
 def test_numbers_are_numbers_where_classes_are_called_by_other_numbers(tmp_path):

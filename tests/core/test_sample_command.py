@@ -1,0 +1,91 @@
+"""`gmflow sample` of images: what it writes and keeps, and which options go together."""
+
+import pytest
+import torch
+from PIL import Image
+
+from gmflow_core import pipeline as pipeline_module
+from gmflow_core.cli import main
+from gmflow_core.files.checkpoint import SHIPPED
+from gmflow_core.files.errors import WriteError
+
+DIGITS = SHIPPED / "digits_k8.safetensors"
+
+
+def sample(out, *options, model=DIGITS):
+    """Run `gmflow sample` in one step."""
+    command = ["sample", str(model), "--steps", "1", "--device", "cpu", "--out", str(out)]
+    main([*command, *map(str, options)])
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (KeyboardInterrupt(), "130"),
+        (WriteError("the disk is full"), "the disk is full"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "too little memory"),
+    ],
+)
+def test_a_stopped_run_keeps_its_single_pictures(error, said, tmp_path, monkeypatch, capsys):
+    """Pictures are there before the next batch is sampled, and are those of an undisturbed run."""
+    monkeypatch.setattr(pipeline_module, "MOST_AT_ONCE", 2)
+    sample_images, out, found = pipeline_module.sample_images, tmp_path / "out", []
+
+    def stopping(*args, **settings):
+        found.append(len(list(out.glob("*.png"))))
+        if len(found) == 3:
+            raise error
+        return sample_images(*args, **settings)
+
+    monkeypatch.setattr(pipeline_module, "sample_images", stopping)
+    with pytest.raises(SystemExit, match=said):
+        sample(out, "--labels", 3, 7, "--count", 3)
+    assert found == [0, 2, 4]
+    assert f"4 of 6 pictures are written in {out}\n" in capsys.readouterr().err
+    names = [f"000{label}_seed{seed}.png" for label, seed in ((3, 0), (3, 1), (3, 2), (7, 3))]
+    assert sorted(path.name for path in out.iterdir()) == names
+    monkeypatch.undo()
+    sample(tmp_path / "whole", "--labels", 3, 7, "--count", 3)
+    for name in names:
+        pair = [Image.open(tmp_path / folder / name).tobytes() for folder in ("out", "whole")]
+        assert max(abs(a - b) for a, b in zip(*pair, strict=True)) <= 1
+
+
+def test_a_mistake_before_the_first_picture_is_said_alone(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="guidance scale"):
+        sample(tmp_path / "out", "--guidance", 4)
+    assert "written" not in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--seeds", 1, 2, 1], "--seeds 1 is there twice, which makes the same picture"),
+        (["--seeds", 7, 2**32 + 7], r"--seeds 7 and 4294967303 are equal modulo 2\*\*32, which"),
+        (["--seeds", 1, "--count", 2], "--count does not go with --seeds"),
+        (["--seeds", 1, "--seed", 3], "--seed 3 does not go with --seeds"),
+        (["--seeds", 1, "--labels", 3, 7, "03"], "--labels names class 3 more than once"),
+        (["--outline"], "a model of images, which has no use for --outline"),
+        (["--unlabelled", "--labels", 3], "--unlabelled does not go with --labels 3"),
+    ],
+)
+def test_options_that_do_not_go_together(options, said, tmp_path):
+    with pytest.raises(SystemExit, match=said):
+        sample(tmp_path / "out", *options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_label_that_is_named_twice_has_pictures_of_several_seeds(tmp_path):
+    sample(tmp_path / "out", "--labels", 3, 3, "--count", 2)
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == [f"0003_seed{seed}.png" for seed in range(4)]
+
+
+def test_points_have_no_use_for_options_of_pictures(tmp_path):
+    points = SHIPPED / "checkerboard_k64.safetensors"
+    with pytest.raises(SystemExit, match="--outline is drawn over a picture, not over --out"):
+        sample(tmp_path / "a.safetensors", "--outline", model=points)
+    for option in ("--vae", "--source", "--seeds"):
+        with pytest.raises(SystemExit, match=f"has no use for {option}"):
+            sample(tmp_path / "a.png", option, 1, model=points)

@@ -35,6 +35,7 @@ import tyro
 from gmflow_core.files.atomic import check_target
 from gmflow_core.files.locks import locked_file
 from training.common.processes import PATIENCE, command, owned
+from training.data.given_files import check_kept
 from training.source.config import Config, ConvertConfig
 from training.source.conversion import convert
 from training.source.fitting import fit
@@ -48,6 +49,8 @@ def main(arguments: list[str] | None = None) -> None:
         if arguments[:1] == ["convert"]:
             chosen = tyro.cli(ConvertConfig, args=arguments[1:], prog=f"{prog} convert")
             check_target(chosen.out)
+            given = {"source": chosen.source, "assigner": chosen.assigner}
+            check_kept([chosen.out], "replaced", **given)
             with locked_file(chosen.out):
                 convert(chosen)
             return

@@ -126,7 +126,7 @@ class Config:
     """Delete the samples of a setting once its figures are known; at 256 x 256, 50,000 take 10
     GB."""
     restart: bool = False
-    """Delete the samples and results found in OUT."""
+    """Delete the samples and results of earlier evaluations in OUT; other files stay."""
 
     def __post_init__(self):
         self.check_counts()

@@ -48,6 +48,7 @@ from training.evaluation.metrics import measure, pairwise_distances
 from training.evaluation.models import Model, Space
 from training.evaluation.report import METRICS, sheet
 from training.experiments import image_likelihood
+from training.experiments.image_likelihood import mean_and_error
 from training.experiments.likelihood import Config as LikelihoodConfig
 
 from .any_flow import ours
@@ -239,9 +240,9 @@ def likelihood(data: PictureSet, models: list[Trained], work: Path, results: Pat
         bits = torch.tensor(found["nll"], dtype=torch.float64)
         row = {**each.about, "pictures": len(bits), "draws": config.count}
         for name, values in found.items():
-            row |= image_likelihood.mean_and_error(name, torch.tensor(values).double())
+            row |= mean_and_error(name, torch.tensor(values).double(), len(bits))
         base = first.setdefault(each.seed, bits)
-        rows.append({**row, **image_likelihood.mean_and_error("difference", bits - base)})
+        rows.append({**row, **mean_and_error("difference", bits - base, len(bits))})
         means = means_of(rows, ("model",), "nll", "spectral_nll", "difference")
         write([*rows, *means], results / "emoji_likelihood.csv")
 

@@ -53,11 +53,7 @@ class PreparedImages:
                 f"{folder} has pixels of shape {self.data.shape}; images of 3 channels are needed"
             )
         self.order = random_order(len(self.data), count).tolist()
-        content = hashlib.sha256((folder / INDEX).read_bytes())
-        for shard in self.data.index["shards"]:
-            stat = (folder / shard["file"]).stat()
-            content.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
-        self.key = {"prepared": content.hexdigest(), "count": len(self.order)}
+        self.key = {"prepared": prepared_digest(folder, self.data), "count": len(self.order)}
 
     def __len__(self) -> int:
         return len(self.order)
@@ -137,6 +133,15 @@ class ArrayImages:
     def get(self, images: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """Return uint8 (n, 3, H, W) and None: their labels are unknown."""
         return self.images[self.order[torch.as_tensor(images)]].contiguous(), None
+
+
+def prepared_digest(folder: Path, data: LatentDataset) -> str:
+    """Return what tells a prepared folder from others: its index, and the times of its shards."""
+    content = hashlib.sha256((folder / INDEX).read_bytes())
+    for shard in data.index["shards"]:
+        stat = (folder / shard["file"]).stat()
+        content.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
+    return content.hexdigest()
 
 
 def _stamp_of(path: Path) -> tuple[int, int]:

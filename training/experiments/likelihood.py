@@ -81,7 +81,7 @@ PRESETS = {"full": Config(), "quick": Config(preset="quick", points=20, steps=(2
 
 
 def write(config: Config) -> list[dict[str, Any]]:
-    """Score the points, and write the table to OUT/likelihood.csv.
+    """Score the points, and write the table to OUT/likelihood.csv after each of its lines.
 
     Returns:
         Its lines.
@@ -101,13 +101,12 @@ def write(config: Config) -> list[dict[str, Any]]:
         )
     network.requires_grad_(False)
     denoisers = {"exact": denoiser_of(exact_velocity, 0.0), "model": denoiser_of(network)}
-    lines = []
+    lines, path = [], config.out / "likelihood.csv"
     for line in measure(denoisers, config):
         case = "{denoiser}, {points}, divergence {divergence}, {steps} steps"
-        print(f"{case.format(**line)}: {line['mean']:.3f}", flush=True)
         lines.append(line)
-    path = config.out / "likelihood.csv"
-    write_table(lines, COLUMNS, path)
+        write_table(lines, COLUMNS, path)
+        print(f"{case.format(**line)}: {line['mean']:.3f}", flush=True)
     print(f"figures: {path}")
     return lines
 

@@ -41,6 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     keep_freed_memory()
     with command():
         config = parse_preset(PRESETS, MODULE, __doc__, arguments)
+        config.check_effects()
         if config.data is None:  # small networks
             torch.set_num_threads(1)
         with locked(config.out):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.training.evaluation_runs import arguments, run, two_classes, write_place
+from tests.training.evaluation_runs import arguments, run, scoring, two_classes, write_place
 from tests.training.source_runs import arguments as fit_arguments
 from training import fit_source, reference
 from training.evaluate import main, parse
@@ -32,19 +32,12 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-def of_samples(place: Path, out: Path, *samples: Path, more=()) -> list[str]:
-    """Return the command line that scores samples without a model."""
-    parts = arguments(place, out, *more)
-    at = parts.index("--checkpoint")
-    return [*parts[:at], *parts[at + 2 :], "--samples", *map(str, samples)]
-
-
 @pytest.mark.parametrize("given", ["png/tiny_gm-ode_2", "npz/tiny_gm-ode_2.npz", "png"])
 def test_a_restart_keeps_the_samples_that_it_scores(given, place, tmp_path):
     out = Path(shutil.copytree(place / "out", tmp_path / "out"))
     before = contents(out)
     with pytest.raises(SystemExit, match=r"would be deleted \(--restart\), and --samples"):
-        main(of_samples(place, out, out / given, more=["--restart"]))
+        main(scoring(place, out, out / given, more=["--restart"]))
     assert contents(out) == before
 
 
@@ -74,7 +67,7 @@ def test_an_export_replaces_exports_only(place, tmp_path):
         main(arguments(place, out, *more))
     assert len(list(export.glob("*.png"))) == 50
     with pytest.raises(SystemExit, match=r"--out .* is in --samples .*give another --out"):
-        main(of_samples(place, export / "scores", export))
+        main(scoring(place, export / "scores", export))
 
 
 def test_statistics_replace_none_of_their_inputs(place, tmp_path):

@@ -77,6 +77,7 @@ class PreparationConfig:
             require((getattr(self, name) or 0) >= 0, name, getattr(self, name), "0 or more")
         default = self.dtype == DTYPES["latents"][0]
         require(default or not self.pixels, "dtype", self.dtype, "left out with --pixels")
+        require(self.vae == SD_VAE or not self.pixels, "vae", self.vae, "left out with --pixels")
         require_device(self.device)
         require_ranges(self)
 

@@ -16,6 +16,7 @@ from gmflow_core.sampling.guidance import Guidance
 from gmflow_core.sampling.solvers import MEAN_SOLVERS, SOLVERS
 from training.common.settings import require, require_device, require_ranges
 
+NEIGHBOURS = 3  # k of precision and recall
 SolverName = Literal[tuple(SOLVERS)]
 # fmt: off
 SWEEP = (
@@ -170,10 +171,10 @@ class Config:
         most = 9 * 10**9  # image i has the seed * 10^9 + i, which PyTorch takes below 2^63
         require(self.seed <= most, "seed", self.seed, f"at most {most}")
         for name in ("count", "reference_count"):
-            if getattr(self, name) < 2:
+            if getattr(self, name) <= NEIGHBOURS:
                 raise ValueError(
-                    f"--{name.replace('_', '-')} is {getattr(self, name)}; "
-                    "statistics need at least 2 images"
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}; precision and recall "
+                    f"need at least {NEIGHBOURS + 1} images"
                 )
 
 

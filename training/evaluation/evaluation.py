@@ -14,7 +14,7 @@ from gmflow_core.files.atomic import atomic_write
 from gmflow_core.files.errors import FileError, quoted
 from gmflow_core.files.json_files import read_json, write_json
 from training.evaluation.chunks import Chunks, key_digest, remove_chunks
-from training.evaluation.config import Config, Setting
+from training.evaluation.config import NEIGHBOURS, Config, Setting
 from training.evaluation.earlier_results import FORMAT, RESULTS, check_given, clean
 from training.evaluation.export import EXPORTS, export_path
 from training.evaluation.features import load_extractor
@@ -22,6 +22,7 @@ from training.evaluation.inputs import Inputs
 from training.evaluation.metrics import Measures, Reference, measure, score
 from training.evaluation.reference import (
     feature_key,
+    few_images,
     load_reference,
     measure_images,
     prepared_images,
@@ -259,9 +260,14 @@ class Evaluation:
         """Score real images that no model was trained on, as many as samples if there are enough.
 
         No model can be expected to do better.
+
+        Raises:
+            ValueError: there are too few for precision and recall.
         """
         config = self.config
         images = prepared_images(self.inputs, config.test_data, config.count)
+        if len(images) <= NEIGHBOURS and reference.measures is not None:
+            raise few_images(config.test_data, len(images))
         if self.main and len(images) < config.count:
             self.note_few(config.test_data, len(images))
         measures = measure_images(self.inputs, self.extractor, images, "_floor")

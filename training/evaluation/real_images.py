@@ -18,8 +18,6 @@ from training.data.image_folder import images_below
 from training.data.pictures import DECODER, read_picture
 from training.data.shards import INDEX, LatentDataset, to_pixels
 
-IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-
 
 class RealImages(Protocol):
     """A sequence of real images; `key` identifies them."""
@@ -75,17 +73,18 @@ class FolderImages:
         folder: searched with its subfolders.
         count: images at most.
         size: width and height of the crops in pixels.
+        option: that the folder comes from, for messages.
 
     Raises:
         ValueError: there are fewer than 2 images.
     """
 
-    def __init__(self, folder: Path, count: int, size: int):
-        files = images_below(folder, known=set(IMAGE_FILES))
+    def __init__(self, folder: Path, count: int, size: int, option: str = "reference"):
+        files = images_below(folder)
         if len(files) < 2:
             raise ValueError(
-                f"{folder} has {len(files)} images ({', '.join(IMAGE_FILES)}) and no {INDEX}; "
-                "give --reference a folder of images, a prepared folder, or an .npz file"
+                f"{folder} has {len(files)} images and no {INDEX}; "
+                f"give --{option} a folder of images, a prepared folder, or an .npz file"
             )
         chosen = [files[i] for i in random_order(len(files), count).tolist()]
         self.files, self.size = [folder / file for file in chosen], size

@@ -12,7 +12,7 @@ from torch import Tensor
 from gmflow_core.files.atomic import check_target, remove_leftovers
 from gmflow_core.files.errors import FileError
 from training.common.processes import together
-from training.common.settings import require, require_device, require_ranges
+from training.common.settings import require, require_device, require_ranges, require_unused
 from training.data.given_files import check_kept
 from training.data.shards import LatentDataset
 from training.encoders.load import load_vae
@@ -100,7 +100,10 @@ def write_statistics(config: Config, state: PartialState) -> None:
         count,
         size,
         lambda folder: open_prepared(folder, count, config.vae, config.batch_size, state),
+        "data",
     )
+    if not isinstance(images, PreparedImages) or images.vae is None:
+        require_unused(config, PRESETS["default"], ("vae",), "on pictures, which need no decoder")
     if images is None:
         raise FileError(config.data, "holds no images, only statistics", "give images as --data")
     key = {"of": images.key, **feature_key(extractor), "vae": config.vae}

@@ -19,7 +19,7 @@ from gmflow_core.flow.path import flow_sigmas, x0_to_velocity
 from gmflow_core.sampling.denoisers import Denoiser, denoiser_of
 from gmflow_core.sampling.likelihood import log_likelihood
 from gmflow_core.toys.checkerboard import EXTENT, board_posterior_mean, draw_checkerboard
-from training.common.settings import require, require_device, require_ranges
+from training.common.settings import require, require_device, require_ranges, require_unused
 from training.common.tables import write_table
 
 MODULE = "training.likelihood"
@@ -75,6 +75,17 @@ class Config:
         require(len(self.checkpoint) > 0, "checkpoint", self.checkpoint, "one file or more")
         require_device(self.device)
         require_ranges(self)
+
+    def check_effects(self) -> None:
+        """Check that all options that are not the preset's have an effect.
+
+        Raises:
+            ValueError: one has none.
+        """
+        of_points, of_images = ("points", "steps"), ("count", "batch_size", "widths", "precision")
+        names = of_images if self.data is None else of_points
+        when = "without --data" if self.data is None else "with --data"
+        require_unused(self, PRESETS[self.preset], names, when)
 
 
 PRESETS = {"full": Config(), "quick": Config(preset="quick", points=20, steps=(2, 4))}

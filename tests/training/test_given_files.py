@@ -10,6 +10,7 @@ from PIL import Image
 from tests.training.evaluation_runs import arguments, run, scoring, two_classes, write_place
 from tests.training.source_runs import arguments as fit_arguments
 from training import fit_source, reference
+from training.data.preparation import PreparationConfig, prepare
 from training.evaluate import main, parse
 from training.evaluation.evaluation import Evaluation
 from training.loop.checks import check_no_weights
@@ -124,6 +125,15 @@ def test_a_fit_replaces_its_own_files(tmp_path):
     source = str(out / "source.safetensors")
     with pytest.raises(SystemExit, match=r"source\.safetensors would be replaced, and --source"):
         fit_source.main(["convert", source, "--out", source])
+
+
+def test_class_names_are_no_index(tmp_path):
+    names = tmp_path / "out" / "index.json"
+    names.parent.mkdir()
+    names.write_text("[]")
+    given = {"data": tmp_path / "data", "out": names.parent, "class_names": names}
+    with pytest.raises(ValueError, match=r"index\.json would be replaced, and --class-names"):
+        prepare(PreparationConfig(**given, restart=True, device="cpu"))
 
 
 def test_a_new_run_replaces_no_weights_without_their_checkpoint(tmp_path):

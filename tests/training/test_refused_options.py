@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from gmflow_core.source.files import load_source
 from tests.training.evaluation_runs import arguments, scoring, two_classes, write_place
-from training import emoji, fit_source, likelihood, reference
+from training import cifar10, emoji, fit_source, likelihood, reference
 from training.data.preparation import PreparationConfig
 from training.evaluate import main
 from training.evaluation import sampling
@@ -127,6 +127,8 @@ def test_inputs_that_are_not_there_are_named(place, tmp_path):
     [("no.tgz", "there is no file .*give --package"), (".", "is a folder, not a file")],
 )
 def test_a_package_that_is_no_file_is_named(package, said, tmp_path):
+    with pytest.raises(SystemExit, match=r"there is no file .*none; give cifar-10.* as --data"):
+        cifar10.main(["--data", str(tmp_path / "none"), "--out", str(tmp_path / "pictures")])
     with pytest.raises(SystemExit, match=said):
         emoji.main(["--package", str(tmp_path / package), "--out", str(tmp_path / "emoji")])
 

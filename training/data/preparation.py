@@ -16,6 +16,7 @@ from training.common.devices import on_cpu
 from training.common.processes import PATIENCE
 from training.common.settings import require, require_device, require_ranges
 from training.data.class_names import read_class_names
+from training.data.given_files import check_kept
 from training.data.image_folder import ImageList, list_images
 from training.data.pictures import DECODER
 from training.data.plan import (
@@ -26,7 +27,7 @@ from training.data.plan import (
     number_of_shards,
 )
 from training.data.shard_writer import ShardWriter, sample_shape
-from training.data.shards import DTYPES, FORMAT, INDEX, shard_name, stored_dtype, write_index
+from training.data.shards import DTYPES, FORMAT, INDEX, PLAN, shard_name, stored_dtype, write_index
 from training.encoders.load import load_vae
 from training.encoders.rae import RAE
 
@@ -145,11 +146,13 @@ def prepare(config: PreparationConfig) -> dict[str, Any]:
 
 
 def check_places(config: PreparationConfig) -> None:
-    """Check that the folder for the shards is not among the images.
+    """Check that the folder for the shards is not among the images, and keeps what was given.
 
     Raises:
-        ValueError: it is.
+        ValueError: it is, or does not.
     """
+    files = [config.out / INDEX, config.out / PLAN]
+    check_kept(files, "replaced", class_names=config.class_names)
     # Path.resolve raises for links in a circle
     out, data = (Path(os.path.realpath(each)) for each in (config.out, config.data))
     if out == data or data in out.parents:

@@ -87,9 +87,10 @@ def read_statistics_pickle(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     """
     check_regular_file(path)
     header = _read(path, "statistics", CONVERT)
-    for bad in header.get("bad", []):
-        found = f"has the {bad['name']} {printable(str(bad['value']), 120)}"
-        raise FileError(path, found, f"it must be the number of images, 1 or more; {CONVERT}")
+    with reading(path, CONVERT, "holds no statistics of images"):
+        for bad in header.get("bad", []):
+            found = f"has the {printable(bad['name'], 60)} {printable(bad['value'], 120)}"
+            raise FileError(path, found, f"it must be the number of images, 1 or more; {CONVERT}")
     if "found" in header:
         raise FileError(
             path,

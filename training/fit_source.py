@@ -17,8 +17,8 @@ file, EM fits a mixture to the tokens; each sample belongs to the mode of its to
 over the samples measures the means and variances of the modes. The tokens stay in
 DATA/tokens.safetensors for training. OUT/source.safetensors is the source, with the mixture of the
 tokens in it; OUT/report.png and OUT/weights.png show its modes, and OUT/labels.npy has the number
-of each sample's likeliest one (int64, in the order of DATA). `convert` writes a published mixture
-as a source.
+of each sample's likeliest one (int64, in the order of DATA). `convert` writes a published mixture,
+in a pickle or as arrays in .npz or .safetensors, as a source. Files in OUT that no fit wrote stay.
 
 After a stop, the same command goes on: it keeps the tokens that are encoded, continues EM at its
 last iteration, and loses ten minutes of the pass over the samples at most. Several machines need a
@@ -35,6 +35,7 @@ import tyro
 from gmflow_core.files.atomic import check_target
 from gmflow_core.files.locks import locked_file
 from training.common.processes import PATIENCE, command, owned
+from training.data.given_files import check_kept
 from training.source.config import Config, ConvertConfig
 from training.source.conversion import convert
 from training.source.fitting import fit
@@ -48,6 +49,8 @@ def main(arguments: list[str] | None = None) -> None:
         if arguments[:1] == ["convert"]:
             chosen = tyro.cli(ConvertConfig, args=arguments[1:], prog=f"{prog} convert")
             check_target(chosen.out)
+            given = {"source": chosen.source, "assigner": chosen.assigner}
+            check_kept([chosen.out], "replaced", **given)
             with locked_file(chosen.out):
                 convert(chosen)
             return

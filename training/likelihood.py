@@ -14,7 +14,11 @@ With --data the models are image models, and OUT/time_averaged.csv holds their t
 negative log-likelihood, in bits per dimension: the mean of -log2 q(x_0 | x_t) / D over 50,000
 images, each at a random time (GMFlow's equation 21), with its standard error, with and without the
 model's spectrum. All models get the same images, times and noises, so that the difference to the
-first one has a smaller error than either.
+first one has a smaller error than either. Where images are used again, the error is one over
+images, not over draws.
+
+The tables are written after every line. With --data the same command goes on after a stop: what was
+measured is kept in OUT/draws. Without, it begins anew.
 """
 
 from __future__ import annotations
@@ -37,6 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     keep_freed_memory()
     with command():
         config = parse_preset(PRESETS, MODULE, __doc__, arguments)
+        config.check_effects()
         if config.data is None:  # small networks
             torch.set_num_threads(1)
         with locked(config.out):

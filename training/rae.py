@@ -33,12 +33,14 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 
 import tyro
 
 from gmflow_core.files.atomic import check_target
 from gmflow_core.files.locks import locked_file
 from training.common.processes import command, owned
+from training.data.given_files import check_kept
 from training.data.rae_statistics import statistics
 from training.encoders.rae_files import convert
 
@@ -52,6 +54,8 @@ def locking(run: Callable[..., None]) -> Callable[..., None]:
         given.apply_defaults()
         out, device = given.arguments["out"], given.arguments.get("device")
         check_target(out)
+        names = {"data", "vae", "source", "mixture"} & set(given.arguments)
+        check_kept([Path(out)], "replaced", **{name: given.arguments[name] for name in names})
         # `convert` runs in one process, and knows no device
         with locked_file(out) if device is None else owned(out, device, file=True):
             run(*args, **settings)

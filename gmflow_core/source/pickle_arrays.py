@@ -85,7 +85,14 @@ def find_arrays(file: bytes | mmap.mmap, kind: str = "mixture") -> tuple[dict[st
             if any(all(found[field] for field in each) for each in needed):
                 return _answer(found, fields.get("covariance_type", "diag"), most_output(len(file)))
         names = {name for each in _candidates(content) for name in each if type(name) is str}
-        return {"found": [name[:100] for name in heapq.nsmallest(MOST_NAMES, names)]}, []
+        bad = [
+            {"name": name, "value": _shown_number(each[name])}
+            for each in _candidates(content)
+            for name in wanted.get("count", ())
+            if name in each and _numbers(each, (name,), lists) is None
+        ]
+        found = [name[:100] for name in heapq.nsmallest(MOST_NAMES, names)]
+        return {"found": found, "bad": bad[:1]}, []
     except MemoryError:
         return {"refused": "it needs more memory than arrays of its size do"}, []
     except Exception as error:  # a broken pickle can raise any of them
@@ -137,6 +144,11 @@ def _numbers(
         if isinstance(value, list):
             return value
     return None
+
+
+def _shown_number(value: Any) -> str:
+    """Return a value that should be a number for a message."""
+    return ascii(value)[:100] if type(value) in (int, float, bool) else shown(value)
 
 
 def _numbers_of_list(values: list[Any]) -> list[Array] | Array | None:

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..files.errors import FileError, check_regular_file, quoted, reading
+from ..files.errors import FileError, check_regular_file, printable, quoted, reading
 from .pickle_arrays import most_output, most_time
 from .pickle_values import TYPES, size_of
 from .source import GaussianMixtureSource
@@ -87,6 +87,10 @@ def read_statistics_pickle(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     """
     check_regular_file(path)
     header = _read(path, "statistics", CONVERT)
+    with reading(path, CONVERT, "holds no statistics of images"):
+        for bad in header.get("bad", []):
+            found = f"has the {printable(bad['name'], 60)} {printable(bad['value'], 120)}"
+            raise FileError(path, found, f"it must be the number of images, 1 or more; {CONVERT}")
     if "found" in header:
         raise FileError(
             path,
@@ -102,7 +106,10 @@ def read_statistics_pickle(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
             found = f"has a mean {mean.shape} and a covariance {covariance.shape}"
             raise FileError(path, found, "they must be (D,) and (D, D)")
         if names[0] == "sums":
-            count = float(fields["count"][0])
+            count = float(fields["count"].flat[0])
+            if not 1 <= count < 2**53 or count % 1:
+                found = f"has the num_items {count:g}"
+                raise FileError(path, found, f"it must be the number of images; {CONVERT}")
             mean = mean / count
             covariance = covariance / count - np.outer(mean, mean)
         return mean, covariance
@@ -296,7 +303,16 @@ def convert_pickle(
         FileNotFoundError: there is no such file.
         FileError: it is refused, or holds no such mixture; the message lists what it holds.
     """
-    arrays = read_pickle(path)
+    return mixture_of(read_pickle(path), path, assigner)
+
+
+def mixture_of(
+    arrays: dict[str, Any], path: str | Path, assigner: GaussianMixtureSource | None = None
+) -> GaussianMixtureSource:
+    """Return the source of a mixture's arrays, named as `read_pickle` does.
+
+    Other arguments and errors as `convert_pickle`.
+    """
     if arrays["kind"] not in ("diag", "spherical"):
         raise FileError(
             path,

@@ -51,7 +51,11 @@ class LateError(BaseException):
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """Parse the command line."""
+    """Parse the command line.
+
+    Raises:
+        SystemExit: an argument is unknown or invalid, or asks for the help text.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m tests.gpu",
         description=__doc__,
@@ -77,6 +81,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.time_limit is None:
         options.time_limit = LIMIT if options.device == "cuda" else DAY
+    if not 0 < options.time_limit <= DAY:  # NaN is not either
+        raise SystemExit(
+            f"error: --time-limit is {options.time_limit:g}; it must be a number of seconds above "
+            f"0, at most {DAY:.0f}"
+        )
     return options
 
 
@@ -156,16 +165,39 @@ def run_part(name: str, run: Any, started: float, own: float, left: float) -> di
 
 
 def kept(path: Path | None, names: list[str]) -> dict[str, Any]:
-    """Return the parts of an earlier run's file that this one does not run again."""
-    if path is None or not path.exists():
+    """Return the parts of an earlier run's file that this one does not run again.
+
+    Raises:
+        SystemExit: the file cannot be written, or holds something else.
+    """
+    from gmflow_core.files.atomic import check_target, create_folder
+    from gmflow_core.files.errors import WriteError, printable, reading, reason
+
+    if path is None:
         return {}
-    earlier = json.loads(path.read_text())
-    own = {key: earlier["machine"][key] for key in ("device", "date", "revision")}
-    return {
-        name: {"from": own, **part}
-        for name, part in earlier["parts"].items()
-        if name in PARTS and name not in names
-    }
+    try:
+        check_target(path)
+        create_folder(path.parent)
+        with tempfile.TemporaryDirectory(prefix=".gmflow-gpu-", dir=path.parent):
+            pass
+    except WriteError as error:
+        raise SystemExit(f"error: {printable(str(error))} (--out)") from error
+    except OSError as error:
+        said = printable(f"{path} cannot be written ({reason(error)}); give another --out")
+        raise SystemExit(f"error: {said}") from error
+    if not path.exists():
+        return {}
+    try:
+        with reading(path, "move it, or give another --out", "holds no results of this command"):
+            earlier = json.loads(path.read_text())
+            own = {key: earlier["machine"][key] for key in ("device", "date", "revision")}
+            return {
+                name: {"from": own, **part}
+                for name, part in earlier["parts"].items()
+                if name in PARTS and name not in names
+            }
+    except ValueError as error:
+        raise SystemExit(f"error: {printable(str(error))}") from error
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -131,6 +131,30 @@ def test_a_gpus_waits_are_told_by_their_lines(monkeypatch):
     assert waits.figures(known, "a step", 2)["waits"] == 1
 
 
+@pytest.mark.parametrize("seconds", ["nan", "-5", "0", "inf"])
+def test_a_limit_that_is_no_time_is_refused(seconds):
+    with pytest.raises(SystemExit, match=r"error: --time-limit is .*; it must be a number of s"):
+        main([*CPU, "--only", "waits", f"--time-limit={seconds}"])
+
+
+@pytest.mark.parametrize(
+    "place", ["/proc/x.json", "file/x.json", "folder", "bad.json", "list.json"]
+)
+def test_a_file_that_cannot_be_written_is_refused_before_any_part(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(waits, "waits", lambda run: pytest.fail("the part ran"))
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "bad.json").write_text('{"machine"')
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(SystemExit) as end:
+        main([*CPU, "--only", "waits", "--out", str(tmp_path / place)])
+    old = place in ("bad.json", "list.json")
+    said = "holds no results of this command" if old else "cannot be written"
+    assert str(end.value).startswith("error: ")
+    assert said in str(end.value)
+    assert "\n" not in str(end.value)
+
+
 def test_without_a_gpu_the_command_says_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="no CUDA device; --device cpu"):

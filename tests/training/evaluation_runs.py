@@ -93,6 +93,15 @@ def arguments(place: Path, out: Path, *more: str) -> list[str]:
     return [*(part for pair in pairs for part in pair), *map(str, more)]
 
 
+def scoring(place: Path, out: Path, *samples: Path, more=()) -> list[str]:
+    """Return the command line that scores samples without a model."""
+    parts = arguments(place, out, *more)
+    for name in ("--checkpoint", "--steps"):
+        at = parts.index(name)
+        parts = [*parts[:at], *parts[at + 2 :]]
+    return [*parts, "--samples", *map(str, samples)]
+
+
 def run(place: Path, out: Path, *more: str) -> dict:
     """Run the command, and return the content of results.json."""
     return Evaluation(parse(arguments(place, out, *more))).run()

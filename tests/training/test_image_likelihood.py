@@ -8,11 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gmflow_core import GaussianMixture
+from gmflow_core import GaussianMixture, load_checkpoint, save_checkpoint
 from gmflow_core.files.checkpoint import SHIPPED
 from tests.training.evaluation_runs import write_model, write_prepared
 from training import likelihood
 from training.data.shards import LatentDataset
+from training.experiments import image_likelihood
 from training.experiments.image_likelihood import bits_of_images, mean_and_error
 from training.experiments.likelihood import Config
 
@@ -41,7 +42,7 @@ def test_the_measure_of_an_exact_model_is_its_entropy(tmp_path):
     folder = write_prepared(tmp_path, x0, torch.zeros(2000).long(), ["one"], "latents")
     config = Config(data=folder, count=2500, batch_size=500)
     bits, spectral = bits_of_images(Exact(), False, LatentDataset(folder), config)
-    found = mean_and_error("nll", bits)
+    found = mean_and_error("nll", bits, 2000)
     t = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
     variance = 0.25 * t**2 / ((1 - t) ** 2 * 0.25 + t**2)
     expected = (0.5 * (2 * math.pi * math.e * variance).log2()).mean().item()
@@ -79,6 +80,50 @@ def test_the_command_compares_models(tmp_path):
     difference = float(second["nll"]) - float(first["nll"])
     assert float(second["difference"]) == pytest.approx(difference)
     assert float(second["difference_error"]) > 0
+
+
+@pytest.mark.parametrize("repeats", [1, 3, 2.5])
+def test_repeats_of_images_do_not_shrink_the_error(repeats):
+    """Of values that depend on the image alone; and of those that do not, it is the usual one."""
+    images = torch.randn(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values = images.repeat(4)[: int(repeats * 400)]
+    found = mean_and_error("nll", values, 400)
+    usual = images.std().item() / math.sqrt(400)
+    assert found["nll_error"] == pytest.approx(usual, rel=1e-9 if repeats != 2.5 else 0.05)
+    assert found["nll"] == pytest.approx(values.mean().item())
+    drawn = torch.randn(len(values), generator=torch.Generator().manual_seed(1))
+    error = mean_and_error("nll", drawn.double(), 400)["nll_error"]
+    assert error == pytest.approx(1 / math.sqrt(len(values)), rel=0.15)
+
+
+def test_a_stopped_command_goes_on(tmp_path, monkeypatch):
+    """Models that are measured are in the table; a model that makes NaN is refused by name."""
+    images = torch.randint(0, 256, (30, 3, 8, 8), dtype=torch.uint8)
+    data = write_prepared(tmp_path / "data", images, torch.arange(30) % 2)
+    good, bad = (write_model(tmp_path / f"{name}.safetensors") for name in ("good", "bad"))
+    network, _ = load_checkpoint(bad)
+    next(network.parameters()).data.fill_(1e30)
+    save_checkpoint(network, bad)
+    given = ["--data", data, "--count", "40", "--batch-size", "20", "--device", "cpu"]
+    given = [*map(str, given), "--out", str(tmp_path / "out"), "--checkpoint"]
+    monkeypatch.setattr(image_likelihood, "PART", 20)
+    measured, measure = [], image_likelihood.bits_of_images
+    spy = lambda *args: measured.append((args[4], args[6].start)) or measure(*args)  # noqa: E731
+    monkeypatch.setattr(image_likelihood, "bits_of_images", spy)
+    with pytest.raises(SystemExit, match=r"bad\.safetensors: .* likelihoods are not finite"):
+        likelihood.main([*given, str(good), str(bad)])
+    table = tmp_path / "out" / "time_averaged.csv"
+    before = table.read_text()
+    assert len(before.splitlines()) == 2
+    (tmp_path / "out" / "draws" / "good_1" / "chunk-00001.safetensors").unlink()
+    likelihood.main([*given, str(good)])
+    assert measured == [("good", 0), ("good", 20), ("bad", 0), ("good", 20)]
+    assert table.read_text() == before
+    likelihood.main([*given, str(good), "--seed", "1"])
+    assert measured[4:] == [("good", 0), ("good", 20)]
+    assert table.read_text() != before
+    with pytest.raises(SystemExit, match="give --checkpoint with --data"):
+        likelihood.main(given[:-1])
 
 
 @pytest.mark.parametrize(

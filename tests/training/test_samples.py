@@ -15,6 +15,7 @@ from tests.training.evaluation_runs import (
     CLASSES,
     arguments,
     run,
+    scoring,
     two_classes,
     write_model,
     write_place,
@@ -63,13 +64,6 @@ def test_a_student_is_sampled_as_it_was_made(place, tmp_path):
         assert torch.unique(load_file(chunk)["images"]).numel() > 10
 
 
-def given(place, out, *samples, more=()):
-    """Return the command line that scores samples without a model."""
-    parts = arguments(place, out, *more)
-    at = parts.index("--checkpoint")
-    return [*parts[:at], *parts[at + 2 :], "--samples", *map(str, samples)]
-
-
 def test_exported_samples_score_as_the_model_does(place, tmp_path):
     """From an .npz file and from a folder of PNG files, with the labels of both."""
     more = ["--export", "npz", "png", "--discard-samples"]
@@ -84,12 +78,12 @@ def test_exported_samples_score_as_the_model_does(place, tmp_path):
     assert [file.name for file in files[:2]] == ["000000.png", "000001.png"]
     with Image.open(files[7]) as seventh:
         assert np.array_equal(np.array(seventh), images[7])
-    found = Evaluation(parse(given(place, tmp_path / "scored", npz, folder))).run()["results"]
+    found = Evaluation(parse(scoring(place, tmp_path / "scored", npz, folder))).run()["results"]
     assert [row["name"] for row in found] == ["tiny_gm-ode_2.npz", "tiny_gm-ode_2"]
     for row in found:
         for metric in (*METRICS, *NEWER):
             assert row[metric] == pytest.approx(expected[metric], rel=1e-4), metric
-    again = Evaluation(parse(given(place, tmp_path / "scored", npz, folder))).run()["results"]
+    again = Evaluation(parse(scoring(place, tmp_path / "scored", npz, folder))).run()["results"]
     assert again == found
     npz.unlink()  # is written again, from samples drawn anew
     assert run(place, tmp_path / "out", *more)["results"][0]["key"] == expected["key"]
@@ -102,7 +96,7 @@ def test_fewer_samples_than_count_meet_as_many_real_images(place, tmp_path):
     path = tmp_path / "few.npz"
     np.savez(path, arr_0=two_classes(20, seed=3)[0].permute(0, 2, 3, 1).numpy())
     rows = [
-        Evaluation(parse(given(place, tmp_path / count, path, more=["--count", count]))).run()
+        Evaluation(parse(scoring(place, tmp_path / count, path, more=["--count", count]))).run()
         for count in ("20", "60")
     ]
     few, many = (row["results"][-1] for row in rows)
@@ -150,18 +144,18 @@ def test_samples_that_cannot_be_scored_are_named(place, tmp_path):
         else:
             np.savez(path, **arrays)
         with pytest.raises(SystemExit, match=rf"bad\.npz.*{message}"):
-            main(given(place, tmp_path / "out", path))
+            main(scoring(place, tmp_path / "out", path))
     folder = tmp_path / "folder"
     folder.mkdir()
     for number in range(5):
         Image.new("RGB", (8, 8)).save(folder / f"{number}.png")
     (folder / "dataset.json").write_text('{"labels": [["0.png", 1]]}')
     with pytest.raises(SystemExit, match=r"no label of '1\.png' \(4 images"):
-        main(given(place, tmp_path / "out", folder))
+        main(scoring(place, tmp_path / "out", folder))
     (folder / "dataset.json").write_text('{"labels": null}')
     Image.new("RGB", (9, 8)).save(folder / "4.png")
     with pytest.raises(SystemExit, match=r"4\.png has 9 x 8 pixels, and the first .* 8 x 8"):
-        main(given(place, tmp_path / "out", folder))
+        main(scoring(place, tmp_path / "out", folder))
     with pytest.raises(SystemExit, match="either at least one --checkpoint, or --samples"):
         main([*arguments(place, tmp_path / "out"), "--samples", str(folder)])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import tyro
@@ -57,6 +58,23 @@ def require_ranges(config: Any) -> None:
                 require(abs(number) <= most, field.name, quoted(number, 60), f"at most {most:,}")
             elif isinstance(number, float) and field.name not in ENDLESS:
                 require(math.isfinite(number), field.name, number, "finite")
+
+
+def require_unused(config: Any, defaults: Any, names: Iterable[str], when: str) -> None:
+    """Check that settings without an effect are left at their defaults.
+
+    Args:
+        config: the settings.
+        defaults: those of the preset.
+        names: fields that have no effect.
+        when: in which case, such as "with --data".
+
+    Raises:
+        ValueError: one of them was given another value.
+    """
+    for name in names:
+        if getattr(config, name) != getattr(defaults, name):
+            raise ValueError(f"--{name.replace('_', '-')} has no effect {when}; leave it out")
 
 
 def require_device(device: str) -> None:

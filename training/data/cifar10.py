@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from gmflow_core.files.atomic import atomic_folder
-from gmflow_core.files.errors import FileError, quoted
+from gmflow_core.files.errors import FileError, check_regular_file, printable, quoted, reason
 from gmflow_core.source.pickles import read_classes_pickle, read_pictures_pickle
 
 SIDE = 32
@@ -97,6 +97,7 @@ def read_files(path: Path) -> Iterator[tuple[str, bytes]]:
     """Return name and content of CIFAR-10's files in an archive or a folder.
 
     Raises:
+        FileNotFoundError: there is no such file or folder.
         FileError: it is neither, cannot be read, or a file is too large.
     """
     wanted = {name for form in FORMS for name in form.files}
@@ -107,6 +108,7 @@ def read_files(path: Path) -> Iterator[tuple[str, bytes]]:
                     _check_size(each, each.stat().st_size)
                     yield each.name, each.read_bytes()
             return
+        check_regular_file(path)
         _check_sum(path)
         with tarfile.open(path) as archive:
             for member in archive:
@@ -114,8 +116,10 @@ def read_files(path: Path) -> Iterator[tuple[str, bytes]]:
                 if name in wanted and member.isfile():
                     _check_size(path / name, member.size)
                     yield name, archive.extractfile(member).read()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{printable(str(error))}; {WHAT_TO_DO} as --data") from None
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise FileError(path, f"cannot be read ({quoted(str(error), 200)})", WHAT_TO_DO) from error
+        raise FileError(path, f"cannot be read ({reason(error)})", WHAT_TO_DO) from error
 
 
 def _check_size(path: Path, size: int) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from gmflow_core.files.atomic import atomic_folder
-from gmflow_core.files.errors import FileError, quoted
+from gmflow_core.files.errors import FileError, check_regular_file, quoted, reading
 from training.common.settings import require, require_ranges
 
 from .pictures import centre_crop, read_rgb
@@ -128,10 +128,16 @@ def check_package(path: Path) -> None:
     """Check that a file is the version of the package that the results were measured with.
 
     Raises:
+        FileNotFoundError: there is no such file.
         FileError: it is not.
     """
+    try:
+        check_regular_file(path)
+    except FileNotFoundError as error:
+        text = f"{error}; give --package the .tgz of {PACKAGE} {VERSION}, or leave it out for npm"
+        raise FileNotFoundError(text) from None
     digest = hashlib.sha512()
-    with path.open("rb") as file:
+    with reading(path, "give another copy", "cannot be read"), path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
     if digest.hexdigest() != SHA512:

@@ -16,6 +16,7 @@ from training.common.devices import on_cpu
 from training.common.processes import PATIENCE
 from training.common.settings import require, require_device, require_ranges
 from training.data.class_names import read_class_names
+from training.data.given_files import check_kept
 from training.data.image_folder import ImageList, list_images
 from training.data.pictures import DECODER
 from training.data.plan import (
@@ -26,7 +27,7 @@ from training.data.plan import (
     number_of_shards,
 )
 from training.data.shard_writer import ShardWriter, sample_shape
-from training.data.shards import DTYPES, FORMAT, INDEX, shard_name, stored_dtype, write_index
+from training.data.shards import DTYPES, FORMAT, INDEX, PLAN, shard_name, stored_dtype, write_index
 from training.encoders.load import load_vae
 from training.encoders.rae import RAE
 
@@ -77,6 +78,7 @@ class PreparationConfig:
             require((getattr(self, name) or 0) >= 0, name, getattr(self, name), "0 or more")
         default = self.dtype == DTYPES["latents"][0]
         require(default or not self.pixels, "dtype", self.dtype, "left out with --pixels")
+        require(self.vae == SD_VAE or not self.pixels, "vae", self.vae, "left out with --pixels")
         require_device(self.device)
         require_ranges(self)
 
@@ -144,11 +146,13 @@ def prepare(config: PreparationConfig) -> dict[str, Any]:
 
 
 def check_places(config: PreparationConfig) -> None:
-    """Check that the folder for the shards is not among the images.
+    """Check that the folder for the shards is not among the images, and keeps what was given.
 
     Raises:
-        ValueError: it is.
+        ValueError: it is, or does not.
     """
+    files = [config.out / INDEX, config.out / PLAN]
+    check_kept(files, "replaced", class_names=config.class_names)
     # Path.resolve raises for links in a circle
     out, data = (Path(os.path.realpath(each)) for each in (config.out, config.data))
     if out == data or data in out.parents:

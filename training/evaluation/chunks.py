@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from gmflow_core.files.safetensors_files import (
 )
 
 AGAIN = "delete it, then run the same command again"
+FILES = "chunk-*.safetensors"
 
 
 class Chunks:
@@ -98,6 +100,14 @@ class Chunks:
         first = str(self.images(number).start)
         metadata = {"key": self.key, "first": first, "facts": json.dumps(facts)}
         write_safetensors(tensors, self.path(number), metadata)
+
+
+def remove_chunks(folder: Path) -> None:
+    """Delete the chunks in a folder, and the folder if nothing else is in it."""
+    for file in folder.glob(FILES):
+        file.unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def key_digest(key: str) -> str:

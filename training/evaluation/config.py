@@ -16,6 +16,7 @@ from gmflow_core.sampling.guidance import Guidance
 from gmflow_core.sampling.solvers import MEAN_SOLVERS, SOLVERS
 from training.common.settings import require, require_device, require_ranges
 
+NEIGHBOURS = 3  # k of precision and recall
 SolverName = Literal[tuple(SOLVERS)]
 # fmt: off
 SWEEP = (
@@ -126,7 +127,7 @@ class Config:
     """Delete the samples of a setting once its figures are known; at 256 x 256, 50,000 take 10
     GB."""
     restart: bool = False
-    """Delete the samples and results found in OUT."""
+    """Delete the samples and results of earlier evaluations in OUT; other files stay."""
 
     def __post_init__(self):
         self.check_counts()
@@ -170,10 +171,10 @@ class Config:
         most = 9 * 10**9  # image i has the seed * 10^9 + i, which PyTorch takes below 2^63
         require(self.seed <= most, "seed", self.seed, f"at most {most}")
         for name in ("count", "reference_count"):
-            if getattr(self, name) < 2:
+            if getattr(self, name) <= NEIGHBOURS:
                 raise ValueError(
-                    f"--{name.replace('_', '-')} is {getattr(self, name)}; "
-                    "statistics need at least 2 images"
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}; precision and recall "
+                    f"need at least {NEIGHBOURS + 1} images"
                 )
 
 

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from gmflow_core.files.atomic import atomic_write, remove_leftovers
+from gmflow_core.files.atomic import atomic_write
 from gmflow_core.files.errors import FileError, quoted
 from gmflow_core.files.json_files import read_json, write_json
-from training.evaluation.chunks import Chunks, key_digest
-from training.evaluation.config import Config, Setting
+from training.evaluation.chunks import Chunks, key_digest, remove_chunks
+from training.evaluation.config import NEIGHBOURS, Config, Setting
+from training.evaluation.earlier_results import FORMAT, RESULTS, check_given, clean
 from training.evaluation.export import EXPORTS, export_path
 from training.evaluation.features import load_extractor
 from training.evaluation.inputs import Inputs
 from training.evaluation.metrics import Measures, Reference, measure, score
 from training.evaluation.reference import (
     feature_key,
+    few_images,
     load_reference,
     measure_images,
     prepared_images,
@@ -30,7 +31,6 @@ from training.evaluation.report import COLUMNS, is_row, sheet, write_csv, write_
 from training.evaluation.sampling import Sampler
 from training.evaluation.saturation import saturation_distance
 
-FORMAT = "gmflow-evaluation-1"
 KEPT = "delete it: samples are kept"
 Row = dict[str, Any]  # figures of one setting, as OUT/results.json holds them
 
@@ -39,17 +39,19 @@ class Evaluation:
     """One evaluation command: its inputs and its results so far.
 
     Raises:
-        FileNotFoundError, ValueError: see `Inputs` and `load_extractor`.
+        FileNotFoundError, ValueError: see `Inputs`, `check_given` and `load_extractor`.
     """
 
     def __init__(self, config: Config):
         self.config, self.inputs = config, Inputs(config)
         self.main = self.inputs.main
+        check_given(config, self.inputs.settings)
+        self.inputs.state.wait_for_everyone()
         if self.main:
             clean(config)
         self.inputs.state.wait_for_everyone()
         self.extractor = load_extractor(self.inputs)
-        self.results = config.out / "results.json"
+        self.results = config.out / RESULTS
 
     def run(self) -> dict[str, Any]:
         """Run all settings that are not finished yet.
@@ -221,7 +223,7 @@ class Evaluation:
             with atomic_write(self.config.out / "sheets" / f"{setting.name}.png") as temporary:
                 sheet(images, labels, model.classes).save(temporary, format="png")
         if self.config.discard_samples:
-            shutil.rmtree(samples.folder, ignore_errors=True)
+            remove_chunks(samples.folder)
         return row
 
     def score_given(self, rows: dict[str, Row], reference: Reference) -> None:
@@ -258,9 +260,14 @@ class Evaluation:
         """Score real images that no model was trained on, as many as samples if there are enough.
 
         No model can be expected to do better.
+
+        Raises:
+            ValueError: there are too few for precision and recall.
         """
         config = self.config
         images = prepared_images(self.inputs, config.test_data, config.count)
+        if len(images) <= NEIGHBOURS and reference.measures is not None:
+            raise few_images(config.test_data, len(images))
         if self.main and len(images) < config.count:
             self.note_few(config.test_data, len(images))
         measures = measure_images(self.inputs, self.extractor, images, "_floor")
@@ -290,17 +297,6 @@ class Evaluation:
         plots = write_plots(report, out)
         names = [str(self.results), "results.csv", *(plot.name for plot in plots)]
         print(f"results: {', '.join(names)}, and sheets of samples in sheets/")
-
-
-def clean(config: Config) -> None:
-    """Remove half-written files of killed processes, and with --restart all earlier results."""
-    out = config.out
-    for folder in [out, *out.glob("*/"), *out.glob("*/*/")]:
-        remove_leftovers(folder)
-    if config.restart:
-        for folder in ("samples", "measures", "sheets", "npz", "png"):
-            shutil.rmtree(out / folder, ignore_errors=True)
-        (out / "results.json").unlink(missing_ok=True)
 
 
 def read_results(path: Path) -> tuple[dict[str, Any], dict[str, Row]]:

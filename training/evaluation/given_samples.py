@@ -17,8 +17,8 @@ from gmflow_core.files.json_files import read_json
 from training.common.arrays import NpzRows
 from training.data.image_folder import images_below
 from training.data.pictures import DECODER, read_file, read_rgb
-from training.evaluation.metrics import NEIGHBOURS
-from training.evaluation.real_images import IMAGE_FILES, random_order
+from training.evaluation.config import NEIGHBOURS
+from training.evaluation.real_images import random_order
 from training.evaluation.reference_file import check_images_array
 
 LABELS = "dataset.json"  # StyleGAN's file of labels, beside the images
@@ -121,11 +121,14 @@ class FolderSamples(GivenSamples):
 
     def __init__(self, path: Path, count: int):
         self.path = path
-        files = images_below(path, known=set(IMAGE_FILES))
+        files = images_below(path)
         chosen = random_order(len(files), checked_count(len(files), count, path))
         self.files = [files[number] for number in sorted(chosen.tolist())]
         self.size = checked_size(*self._image(self.files[0]).size, path)
         self.labels = self._labels()
+        for file in self.files:
+            if not (path / file).exists():
+                raise FileError(path / file, "is a link to nothing", "mend or remove it")
         stats = [(path / file).stat() for file in self.files]
         listing = [
             (file, s.st_size, s.st_mtime_ns) for file, s in zip(self.files, stats, strict=True)
@@ -149,7 +152,11 @@ class FolderSamples(GivenSamples):
         if pairs is None:
             return None
         with reading(path, "mend or remove it", 'has other "labels" than [[file, label], ...]'):
-            known = {str(file): int(label) for file, label in pairs}
+            known = {str(file): label for file, label in pairs}
+            for file, label in known.items():
+                if type(label) is not int or not -(2**63) <= label < 2**63:
+                    found = f"has the label {quoted(label)} of {quoted(file)}"
+                    raise FileError(path, found, "labels are whole numbers")
             missing = [file for file in self.files if file not in known]
             if missing:
                 found = f"has no label of {quoted(missing[0])} ({len(missing)} images in all)"

@@ -16,6 +16,7 @@ from training.data.shards import LatentDataset
 from training.encoders.load import load_vae
 from training.evaluation.chunks import Chunks
 from training.evaluation.config import Config, Setting, settings_of, short_names
+from training.evaluation.effects import check_effects
 from training.evaluation.given_samples import open_samples
 from training.evaluation.models import Model, Space, class_shares
 
@@ -60,6 +61,7 @@ class Inputs:
             self.space = Space(str(config.samples[0]), "pixels", shape, None, None)
         self.models = [Model(checkpoint, self.space) for checkpoint in config.checkpoint]
         self.settings = settings_of(config, [model.data for model in self.models])
+        check_effects(config, self.settings, self.space.kind == "pixels")
         self.guide = None if config.guide is None else Model(config.guide, self.space)
         self.source = None if config.source is None else load_source(config.source, self.device)
         for model in [*self.models, *([self.guide] if self.guide else [])]:

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from training.evaluation.config import NEIGHBOURS
 from training.evaluation.extractors import Extractor
 from training.evaluation.saturation import image_saturation
 
-NEIGHBOURS = 3  # k of precision and recall
 BINS = 20  # of saturation histograms over [0, 1]
 SPLITS = 10  # of the inception score
 MIN_SPLIT = 100  # images per split; with fewer images there are fewer splits

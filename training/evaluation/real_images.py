@@ -18,8 +18,6 @@ from training.data.image_folder import images_below
 from training.data.pictures import DECODER, read_picture
 from training.data.shards import INDEX, LatentDataset, to_pixels
 
-IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-
 
 class RealImages(Protocol):
     """A sequence of real images; `key` identifies them."""
@@ -53,11 +51,7 @@ class PreparedImages:
                 f"{folder} has pixels of shape {self.data.shape}; images of 3 channels are needed"
             )
         self.order = random_order(len(self.data), count).tolist()
-        content = hashlib.sha256((folder / INDEX).read_bytes())
-        for shard in self.data.index["shards"]:
-            stat = (folder / shard["file"]).stat()
-            content.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
-        self.key = {"prepared": content.hexdigest(), "count": len(self.order)}
+        self.key = {"prepared": prepared_digest(folder, self.data), "count": len(self.order)}
 
     def __len__(self) -> int:
         return len(self.order)
@@ -79,17 +73,18 @@ class FolderImages:
         folder: searched with its subfolders.
         count: images at most.
         size: width and height of the crops in pixels.
+        option: that the folder comes from, for messages.
 
     Raises:
         ValueError: there are fewer than 2 images.
     """
 
-    def __init__(self, folder: Path, count: int, size: int):
-        files = images_below(folder, known=set(IMAGE_FILES))
+    def __init__(self, folder: Path, count: int, size: int, option: str = "reference"):
+        files = images_below(folder)
         if len(files) < 2:
             raise ValueError(
-                f"{folder} has {len(files)} images ({', '.join(IMAGE_FILES)}) and no {INDEX}; "
-                "give --reference a folder of images, a prepared folder, or an .npz file"
+                f"{folder} has {len(files)} images and no {INDEX}; "
+                f"give --{option} a folder of images, a prepared folder, or an .npz file"
             )
         chosen = [files[i] for i in random_order(len(files), count).tolist()]
         self.files, self.size = [folder / file for file in chosen], size
@@ -137,6 +132,15 @@ class ArrayImages:
     def get(self, images: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """Return uint8 (n, 3, H, W) and None: their labels are unknown."""
         return self.images[self.order[torch.as_tensor(images)]].contiguous(), None
+
+
+def prepared_digest(folder: Path, data: LatentDataset) -> str:
+    """Return what tells a prepared folder from others: its index, and the times of its shards."""
+    content = hashlib.sha256((folder / INDEX).read_bytes())
+    for shard in data.index["shards"]:
+        stat = (folder / shard["file"]).stat()
+        content.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
+    return content.hexdigest()
 
 
 def _stamp_of(path: Path) -> tuple[int, int]:

@@ -11,10 +11,11 @@ from typing import Any
 from accelerate import PartialState
 from tqdm import tqdm
 
-from gmflow_core.files.errors import FileError, reading
+from gmflow_core.files.errors import FileError, printable, reading
 from training.common.devices import cuda_or_cpu
 from training.data.shards import INDEX
 from training.evaluation.chunks import AGAIN, Chunks
+from training.evaluation.config import NEIGHBOURS
 from training.evaluation.extractors import Extractor
 from training.evaluation.inputs import Inputs
 from training.evaluation.metrics import Measures, Reference, measure, statistics
@@ -56,7 +57,11 @@ def load_reference(inputs: Inputs, extractor: Extractor) -> tuple[Reference, dic
 
 
 def open_reference(
-    path: Path, count: int, size: int, prepared: Callable[[Path], PreparedImages]
+    path: Path,
+    count: int,
+    size: int,
+    prepared: Callable[[Path], PreparedImages],
+    option: str = "reference",
 ) -> tuple[RealImages | None, ReferenceFile]:
     """Open a file of a reference, a prepared folder, or a folder of images.
 
@@ -64,6 +69,7 @@ def open_reference(
         count: images at most.
         size: width and height of images in a folder, which are cropped to it.
         prepared: opens a prepared folder.
+        option: that the path comes from, for messages.
 
     Returns:
         Images, and what the file holds; None or nothing where it has none.
@@ -72,7 +78,7 @@ def open_reference(
         FileNotFoundError, ValueError: there is no such file or folder, or it is damaged.
     """
     if path.suffix in ENDINGS:
-        given = read_reference(path)
+        given = read_reference(path, option)
         if given.images is None:
             return None, given
         stat = path.stat()
@@ -81,11 +87,10 @@ def open_reference(
     if (path / INDEX).exists():
         return prepared(path), ReferenceFile()
     if path.is_dir():
-        return FolderImages(path, count, size), ReferenceFile()
-    raise FileNotFoundError(
-        f"there is no reference {path}; give --reference an .npz or .pkl file, or a folder of "
-        "images"
-    )
+        return FolderImages(path, count, size, option), ReferenceFile()
+    what = "reference " if option == "reference" else ""
+    text = f"there is no {what}{path}; give --{option} an .npz or .pkl file, or a folder of images"
+    raise FileNotFoundError(printable(text))
 
 
 def measure_reference(
@@ -106,9 +111,12 @@ def measure_reference(
         device: --device.
 
     Raises:
-        ValueError: the file's statistics are of other features.
+        ValueError: the file's statistics are of other features, or there are too few images.
     """
     check_dimensions(given, path, extractor)
+    known = given.measures if images is None else images
+    if known is not None and len(known) <= NEIGHBOURS:
+        raise few_images(path, len(known))
     measures = given.measures if images is None else measure_all(images)
     content = hashlib.sha256(json.dumps(None if images is None else images.key).encode())
     for each in (given.statistics, given.spatial):
@@ -128,6 +136,12 @@ def measure_reference(
     if found is None:
         found, spatial = statistics(measures.features), statistics(measures.spatial)
     return Reference(found, measures, limit, cuda_or_cpu(device), spatial), facts
+
+
+def few_images(path: Path, count: int) -> FileError:
+    """Return the error of real images that are too few for precision and recall."""
+    needed = f"precision and recall need at least {NEIGHBOURS + 1}; give more"
+    return FileError(path, f"has {count} images", needed)
 
 
 def check_dimensions(given: ReferenceFile, path: Path, extractor: Extractor) -> None:

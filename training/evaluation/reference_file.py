@@ -45,11 +45,15 @@ class ReferenceFile(NamedTuple):
     fingerprint: str | None = None
 
 
-def read_reference(path: str | Path) -> ReferenceFile:
+def read_reference(path: str | Path, option: str = "reference") -> ReferenceFile:
     """Read an .npz file, ADM's, EDM's or one of `training.reference`, or StyleGAN's .pkl.
 
     ADM's VIRTUAL_imagenet256_labeled.npz has statistics of the whole training set, and some of its
     images. Of a pickle nothing is run, see `read_statistics_pickle`.
+
+    Args:
+        path: of the file.
+        option: that it comes from, for messages.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -58,7 +62,7 @@ def read_reference(path: str | Path) -> ReferenceFile:
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"there is no reference file {printable(str(path))} (--reference)")
+        raise FileNotFoundError(f"there is no file {printable(str(path))} (--{option})")
     if path.suffix == ".pkl":
         return ReferenceFile(statistics=checked_statistics(*read_statistics_pickle(path), path))
     names = ("arr_0", "mu", "sigma", "mu_s", "sigma_s", "features", "saturation")

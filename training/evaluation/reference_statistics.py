@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from pathlib import Path
 
 import torch
@@ -13,10 +12,11 @@ from torch import Tensor
 from gmflow_core.files.atomic import check_target, remove_leftovers
 from gmflow_core.files.errors import FileError
 from training.common.processes import together
-from training.common.settings import require, require_device, require_ranges
+from training.common.settings import require, require_device, require_ranges, require_unused
+from training.data.given_files import check_kept
 from training.data.shards import LatentDataset
 from training.encoders.load import load_vae
-from training.evaluation.chunks import Chunks
+from training.evaluation.chunks import Chunks, remove_chunks
 from training.evaluation.classifier import ClassifierFeatures
 from training.evaluation.config import check_features
 from training.evaluation.extractors import Extractor
@@ -81,12 +81,15 @@ def write_statistics(config: Config, state: PartialState) -> None:
 
     Raises:
         FileNotFoundError: there are no such images, or no such features.
-        ValueError: there are no images, or they do not fit the features.
+        ValueError: there are no images, they do not fit the features, or --out is one of the
+            inputs.
     """
     main = state.is_main_process
     with together(state):
         if main:
             check_target(config.out)
+            weights = {"features": config.features, "inception_weights": config.inception_weights}
+            check_kept([config.out], "replaced", data=config.data, **weights)
     extractor = load_features(config.features, config.inception_weights, state)
     size = config.size
     if isinstance(extractor, ClassifierFeatures):
@@ -97,7 +100,10 @@ def write_statistics(config: Config, state: PartialState) -> None:
         count,
         size,
         lambda folder: open_prepared(folder, count, config.vae, config.batch_size, state),
+        "data",
     )
+    if not isinstance(images, PreparedImages) or images.vae is None:
+        require_unused(config, PRESETS["default"], ("vae",), "on pictures, which need no decoder")
     if images is None:
         raise FileError(config.data, "holds no images, only statistics", "give images as --data")
     key = {"of": images.key, **feature_key(extractor), "vae": config.vae}
@@ -109,7 +115,7 @@ def write_statistics(config: Config, state: PartialState) -> None:
     if main:
         found, spatial, kept = combine(chunks, config.keep)
         write_reference(config.out, found, spatial, kept, extractor.fingerprint)
-        shutil.rmtree(parts, ignore_errors=True)
+        remove_chunks(parts)
         print(f"{config.out}: statistics of {len(images):,} images by {extractor.name}")
     state.wait_for_everyone()
 

@@ -19,7 +19,7 @@ from gmflow_core.flow.path import flow_sigmas, x0_to_velocity
 from gmflow_core.sampling.denoisers import Denoiser, denoiser_of
 from gmflow_core.sampling.likelihood import log_likelihood
 from gmflow_core.toys.checkerboard import EXTENT, board_posterior_mean, draw_checkerboard
-from training.common.settings import require, require_device, require_ranges
+from training.common.settings import require, require_device, require_ranges, require_unused
 from training.common.tables import write_table
 
 MODULE = "training.likelihood"
@@ -76,12 +76,23 @@ class Config:
         require_device(self.device)
         require_ranges(self)
 
+    def check_effects(self) -> None:
+        """Check that all options that are not the preset's have an effect.
+
+        Raises:
+            ValueError: one has none.
+        """
+        of_points, of_images = ("points", "steps"), ("count", "batch_size", "widths", "precision")
+        names = of_images if self.data is None else of_points
+        when = "without --data" if self.data is None else "with --data"
+        require_unused(self, PRESETS[self.preset], names, when)
+
 
 PRESETS = {"full": Config(), "quick": Config(preset="quick", points=20, steps=(2, 4))}
 
 
 def write(config: Config) -> list[dict[str, Any]]:
-    """Score the points, and write the table to OUT/likelihood.csv.
+    """Score the points, and write the table to OUT/likelihood.csv after each of its lines.
 
     Returns:
         Its lines.
@@ -101,13 +112,12 @@ def write(config: Config) -> list[dict[str, Any]]:
         )
     network.requires_grad_(False)
     denoisers = {"exact": denoiser_of(exact_velocity, 0.0), "model": denoiser_of(network)}
-    lines = []
+    lines, path = [], config.out / "likelihood.csv"
     for line in measure(denoisers, config):
         case = "{denoiser}, {points}, divergence {divergence}, {steps} steps"
-        print(f"{case.format(**line)}: {line['mean']:.3f}", flush=True)
         lines.append(line)
-    path = config.out / "likelihood.csv"
-    write_table(lines, COLUMNS, path)
+        write_table(lines, COLUMNS, path)
+        print(f"{case.format(**line)}: {line['mean']:.3f}", flush=True)
     print(f"figures: {path}")
     return lines
 

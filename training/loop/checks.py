@@ -22,6 +22,20 @@ NOT_NEGATIVE = ("step", "exp_avg_sq", "absmax1", "absmax2", "mode_losses")
 Shape = tuple[tuple[int, ...], torch.dtype]
 
 
+def check_no_weights(out: Path) -> None:
+    """Check that a new run would replace no model to share of another one.
+
+    Raises:
+        ValueError: it would.
+    """
+    path = out / "weights.safetensors"
+    if path.exists():
+        raise ValueError(
+            f"{path} is there without the checkpoint of its run, and this run would replace it; "
+            "give another --out, or --restart to overwrite it"
+        )
+
+
 def check_settings(found: Any, mine: dict[str, Any], path: Path) -> None:
     """Check that a checkpoint's settings are those of this run.
 

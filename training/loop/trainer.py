@@ -35,6 +35,7 @@ from gmflow_core.files.checkpoint import (
 from gmflow_core.files.errors import is_out_of_memory, quoted, reading
 from training.common.devices import keep_freed_memory, network_context, on_cpu
 from training.common.processes import stop_signals, together
+from training.loop import checks
 from training.loop.checks import ADVICE, check_facts, check_network, check_settings, check_state
 from training.loop.config import TrainerConfig
 from training.loop.curves import Curves, mean_losses
@@ -95,6 +96,8 @@ class Trainer:
         self.average = [p.detach().clone() for p in self.model.parameters()] if config.ema else None
         with together(self.accelerator.state):
             found = self.path.exists() and not config.restart
+            if not found and not config.restart:
+                checks.check_no_weights(config.out)
             if self.accelerator.is_main_process:
                 for folder in config.out.glob("*/"):  # of killed processes; OUT's are gone already
                     remove_leftovers(folder)

@@ -83,7 +83,8 @@ class ConvertConfig:
     """Conversion of a published mixture."""
 
     source: tyro.conf.Positional[Path]
-    """Pickle of a scikit-learn mixture or of a dict of arrays; nothing in it is run."""
+    """Pickle of a scikit-learn mixture or of a dict of arrays, of which nothing is run; or such
+    arrays in .npz or .safetensors."""
     out: Path
     """File to write, .safetensors."""
     assigner: Path | None = None

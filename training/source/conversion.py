@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from gmflow_core.files.checkpoint import SOURCE_CLASS
+from gmflow_core.files.errors import FileError, check_regular_file, quoted
+from gmflow_core.files.safetensors_files import read_safetensors
 from gmflow_core.source.files import load_source, save_source
-from gmflow_core.source.pickles import convert_pickle
+from gmflow_core.source.pickle_arrays import FIELDS
+from gmflow_core.source.pickles import convert_pickle, mixture_of
 from gmflow_core.source.source import GaussianMixtureSource
+from training.common.arrays import read_npz
 from training.source.config import ConvertConfig
 
+ARRAYS = (".npz", ".safetensors")
 PICKLES = (".pkl", ".pickle", ".joblib")
 
 
@@ -15,14 +23,43 @@ def convert(config: ConvertConfig) -> GaussianMixtureSource:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a pickle asks for more than arrays, or holds no mixture.
+        ValueError: a pickle asks for more than arrays, or a file holds no mixture, or a source.
     """
     assigner = config.assigner
     if assigner is not None:
         load = convert_pickle if assigner.suffix.lower() in PICKLES else load_source
         assigner = load(assigner)
-    source = convert_pickle(config.source, assigner)
+    source = converted(config.source, assigner)
     save_source(source, config.out, facts={"converted": config.source.name})
     kind = "spherical" if source.is_spherical else "diagonal"
     print(f"{config.out}: {source.num_modes} {kind} modes of {source.shape}")
     return source
+
+
+def converted(path: Path, assigner: GaussianMixtureSource | None) -> GaussianMixtureSource:
+    """Return the source of a published mixture: of a pickle, or of arrays with the same names.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        FileError: it holds no mixture, or a source, which needs no conversion.
+    """
+    if path.suffix.lower() not in ARRAYS:
+        return convert_pickle(path, assigner)
+    check_regular_file(path)
+    if path.suffix.lower() == ".npz":
+        arrays, _ = read_npz(path)
+    else:
+        tensors, metadata = read_safetensors(path)
+        if metadata.get("model_class") == SOURCE_CLASS:
+            raise FileError(path, "is a source already", "give it as --source as it is")
+        arrays = {name: tensor.float().numpy() for name, tensor in tensors.items()}
+    fields = {
+        field: arrays[name]
+        for field, names in FIELDS.items()
+        for name in reversed(names)
+        if name in arrays
+    }
+    if "means" not in fields or not {"variances", "stds"} & set(fields):
+        found = f"holds no mixture: it has {quoted(sorted(arrays))}"
+        raise FileError(path, found, "means with variances (means_, covariances_) are needed")
+    return mixture_of({**fields, "kind": "diag"}, path, assigner)

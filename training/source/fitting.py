@@ -39,6 +39,7 @@ from training.encoders.load import load_vae
 from training.source.config import Config, Covariance
 from training.source.labels import FILE as LABELS
 from training.source.labels import label_samples, remove_parts, write_labels
+from training.source.own_files import REPORT, SOURCE, STATE, WEIGHTS, check_own_files
 from training.source.report import draw_report, draw_weights
 
 PRECISIONS = {"fp32": torch.float32, "fp64": torch.float64}
@@ -85,9 +86,12 @@ def fit(config: Config) -> GaussianMixtureSource:
 
     Raises:
         FileNotFoundError: the data, the tokens, the images or the encoder are missing.
-        ValueError: one of them does not fit the others, or the state in OUT is of another fit.
+        ValueError: one of them does not fit the others, the state in OUT is of another fit, or a
+            file there is of none.
     """
     state = PartialState(cpu=on_cpu(config.device), timeout=PATIENCE)
+    with together(state):
+        check_own_files(config)
     fitting, dataset, flip = Fitting(config, state), None, False
     if (config.data / INDEX).exists() or (config.data / PLAN).exists():
         if config.vae is not None:
@@ -114,15 +118,15 @@ def fit(config: Config) -> GaussianMixtureSource:
         samples = TokenFiles([config.data])
         source = fitting.em(samples.share(state), config.covariance, "samples")
         source = shaped(source, samples.shape)
-    path = config.out / "source.safetensors"
+    path = config.out / SOURCE
     with together(state):
         if state.is_main_process:
             values, space = facts(config, fitting.log_likelihoods, flip), space_of(dataset)
             save_source(source, path, facts=values, data=space)
-            report = config.out / "report.png"
+            report = config.out / REPORT
             draw_report(source, fitting.log_likelihoods, dataset, report)
             sizes = write_labels(config.out, state.num_processes, source.num_modes)
-            draw_weights(source.weights, sizes, config.out / "weights.png")
+            draw_weights(source.weights, sizes, config.out / WEIGHTS)
             kind = "spherical" if source.is_spherical else "diagonal"
             print(f"{path}: {source.num_modes} {kind} modes of {source.shape}; see {report}")
             used, most = int((sizes > 0).sum()), int(sizes.max())
@@ -210,7 +214,7 @@ class Fitting:
         Returns:
             The mixture of vectors (D,) in float32.
         """
-        config, path = self.config, self.config.out / "state.safetensors"
+        config, path = self.config, self.config.out / STATE
         with together(self.state):
             if self.state.is_main_process and config.restart:
                 path.unlink(missing_ok=True)

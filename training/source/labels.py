@@ -109,7 +109,8 @@ def write_labels(out: Path, processes: int, num_modes: int) -> Tensor:
 def remove_parts(out: Path) -> None:
     """Remove the parts, of this run and of runs on more processes."""
     for path in out.glob("labels_*.safetensors"):
-        path.unlink(missing_ok=True)
+        if path.stem.removeprefix("labels_").isdigit():
+            path.unlink(missing_ok=True)
 
 
 def part_file(out: Path, process: int) -> Path:

@@ -7,8 +7,9 @@ random texts) inside a real ComfyUI, once for a work folder. GM Train Adapter's 
 two adapters of it, one with the published targets and one with the attention too, and goes on from
 the first at a fifth of its learning rate, under another name. Adapters of a work folder go on if
 there are more iterations. Fréchet distances of 1,000 samples, as in any_flow.py, go to
-docs/results/train_adapter_digits.csv: of the teacher's 32 Euler calls, of 4 Euler calls, and of the
-adapters' 4 calls, all from the same noise.
+docs/results/train_adapter_digits.csv: of the teacher's 32 Euler calls, of 4 calls of it by stock
+samplers on three sets of sigmas, and of the adapters' 4 calls, all from the same noise. With
+--teacher-alone there are no adapters, and docs/results/train_adapter_digits_teacher.csv is written.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from .picture_sets import Digits
 from .tables import RESULTS, write
 
 CSV = RESULTS / "train_adapter_digits.csv"
+TEACHER_CSV = RESULTS / "train_adapter_digits_teacher.csv"
+COLUMNS = ("model", "sampler", "sigmas", "calls")
 SIZE = {"hidden": 128, "depth": 1, "single": 3}  # of the teacher
 
 
@@ -42,6 +45,8 @@ def main() -> None:
     parser.add_argument("--teacher-iterations", type=int, default=3000)
     parser.add_argument("--iterations", type=int, default=400)
     parser.add_argument("--slower-iterations", type=int, default=600)
+    about = "sample the teacher by stock samplers, and train no adapter"
+    parser.add_argument("--teacher-alone", action="store_true", help=about)
     arguments = parser.parse_args()
     work = arguments.work.absolute()
     work.mkdir(parents=True, exist_ok=True)
@@ -52,6 +57,8 @@ def main() -> None:
         "adapter_iterations": arguments.iterations,
         "slower_iterations": arguments.slower_iterations,
     }
+    if arguments.teacher_alone:
+        job = {"teacher_iterations": arguments.teacher_iterations}
     (work / "job.json").write_text(json.dumps(job))
     (work / "teachers.json").write_text(json.dumps({"flux": dataclasses.asdict(TEACHERS["flux"])}))
     inside = Path(__file__).with_name("train_adapter_digits_inside.py")
@@ -60,13 +67,13 @@ def main() -> None:
         env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
         check=True,
     )
-    rows = [{"sampler": "held-out images", **data.floor()}]
-    for name, samples in load_file(work / "samples.safetensors").items():
-        sampler, calls = name.split()
-        about = {"sampler": sampler, "calls": int(calls), **job}
-        rows.append({**about, **data.score(samples)})
-    write(rows, CSV)
-    print(CSV.read_text())
+    rows = [{"model": "held-out images", **data.floor()}]
+    for name, samples in sorted(load_file(work / "samples.safetensors").items()):
+        about = dict(zip(COLUMNS, name.split("|"), strict=True))
+        rows.append({**about, **job, **data.score(samples)})
+    path = TEACHER_CSV if arguments.teacher_alone else CSV
+    write(rows, path)
+    print(path.read_text())
 
 
 def write_inputs(work: Path, data: Digits) -> None:

@@ -23,7 +23,8 @@ TESTS = Path(__file__).resolve().parents[1] / "comfyui"
 CLASSES, BATCH, ADAPTER_BATCH, RATE, SHIFT = 10, 64, 16, 1e-3, 3.2
 COPIES, SAVE_EVERY = 5, 500
 RUN = {"rank": 32, "states": 2, "warmup": 20, "learning_rate": 1e-3, "steps": 4}
-ADAPTERS = {"adapter": "published", "adapter,attention": "attention too"}  # name: targets
+ADAPTERS = {"adapter": "published", "attention": "attention too"}  # name: targets
+STOCK = ("euler", "uni_pc", "dpmpp_2m", "res_multistep")  # on the teacher, at the adapter's calls
 SLOWER = {"learning_rate": 2e-4, "warm_start": "adapter.safetensors"}  # "adapter" goes on so
 
 
@@ -48,36 +49,51 @@ def main(comfyui: str, folder: str) -> None:
         with torch.inference_mode(False):
             teacher = trained_teacher(work, inputs, texts, job["teacher_iterations"])
         save_file(teacher, work / "flux.safetensors")
-    empty = train_parts.latent("flux", ADAPTER_BATCH)
-    more = {
-        "iterations": job["adapter_iterations"],
-        "prompts": texts,
-        "latent": empty,
-        "preview_every": 0,
-    }
     with torch.inference_mode():
-        students = {
-            name: train_parts.train("flux", name.replace(",", "_"), **RUN, **more, targets=targets)[
-                0
-            ]
-            for name, targets in ADAPTERS.items()
-        }
-        more["iterations"] = job["slower_iterations"]
-        slower = {**RUN, **SLOWER, **more, "targets": "published"}
-        students["adapter,slower"] = train_parts.train("flux", "adapter_slower", **slower)[0]
-        own = train_parts.base_of("flux")
-        sigmas, euler = inside.ours("gm_sampler").gm_sigmas, train_parts.sampler("euler")
-        few = sigmas(4, SHIFT, final_step_size=0.5)
-        found = {
-            "teacher,euler 32": sampled(own, inputs, texts, euler, sigmas(32, SHIFT)),
-            "teacher,euler,even 32": sampled(own, inputs, texts, euler, sigmas(32, 1.0)),
-            "teacher,euler 4": sampled(own, inputs, texts, euler, few),
-            "teacher,euler,even 4": sampled(own, inputs, texts, euler, sigmas(4, 1.0)),
-        }
-        policy = train_parts.sampler()
-        for name, student in students.items():
-            found[f"{name},gm-policy 4"] = sampled(student, inputs, texts, policy, few)
+        students = trained_adapters(job, texts) if "adapter_iterations" in job else {}
+        found = samples_of_all(students, inputs, texts)
     save_file(found, work / "samples.safetensors")
+
+
+def trained_adapters(job: dict, texts: list) -> dict[str, Any]:
+    """Train an adapter for each choice of targets, and go on from the first; return the MODELs."""
+    import train_parts
+
+    more = {"prompts": texts, "latent": train_parts.latent("flux", ADAPTER_BATCH)}
+    more |= {"iterations": job["adapter_iterations"], "preview_every": 0}
+    students = {
+        name: train_parts.train("flux", name, **RUN, **more, targets=targets)[0]
+        for name, targets in ADAPTERS.items()
+    }
+    more["iterations"] = job["slower_iterations"]
+    slower = {**RUN, **SLOWER, **more, "targets": "published"}
+    return {**students, "slower": train_parts.train("flux", "adapter_slower", **slower)[0]}
+
+
+def samples_of_all(students: dict[str, Any], inputs: dict, texts: list) -> dict[str, Tensor]:
+    """Sample the teacher with stock samplers, then the students: 'model|sampler|sigmas|calls'."""
+    import comfy.samplers
+    import inside
+    import train_parts
+
+    teacher, sigmas, calls = train_parts.base_of("flux"), inside.ours("gm_sampler").gm_sigmas, 4
+    few = sigmas(calls, SHIFT, final_step_size=0.5)
+    shifts = {f"shift {shift:g}": shift for shift in (SHIFT, 1.0)}
+    found = {}
+    for name in STOCK:
+        stock = comfy.samplers.sampler_object(name)
+        choices = {"adapter's": few, **{k: sigmas(calls, shift) for k, shift in shifts.items()}}
+        for spacing, values in choices.items():
+            key = f"teacher|{name}|{spacing}|{calls}"
+            found[key] = sampled(teacher, inputs, texts, stock, values)
+    for spacing, shift in shifts.items():
+        euler, values = comfy.samplers.sampler_object("euler"), sigmas(32, shift)
+        found[f"teacher|euler|{spacing}|32"] = sampled(teacher, inputs, texts, euler, values)
+    for name, student in students.items():
+        policy = train_parts.sampler()
+        key = f"{name}|gm-policy|adapter's|{calls}"
+        found[key] = sampled(student, inputs, texts, policy, few)
+    return found
 
 
 def trained_teacher(work: Path, inputs: dict, texts: list, iterations: int) -> dict[str, Tensor]:

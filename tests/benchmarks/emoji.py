@@ -14,7 +14,8 @@ holds emoji, which are not part of this repository.
 - steps: solvers of gmflow_core at 1 to 8 network calls, by training.evaluate.
 - stock: ComfyUI's samplers (stock.py says which not) with four schedulers on the shipped model, of
   which only the mean is then known; screened on few samples, the best measured on all; beside them
-  ours, with one Gaussian and with the model's own mixture. On the other models uni_pc alone.
+  ours, with one Gaussian and with the model's own mixture, which has the sigmas of the scheduler
+  beta, too. On the other models uni_pc alone.
 - guidance: CFG, ComfyUI's APG and probabilistic guidance of the shipped model inside ComfyUI, in
   4 calls of GM-ODE and of UniPC.
 - likelihood: time-averaged, of held-out pictures, by training.likelihood.
@@ -170,6 +171,8 @@ def stock(data: PictureSet, models: list[Trained], work: Path, results: Path) ->
         settings = [{**USUAL, "calls": calls, "count": data.count} for calls in (*STOCK_CALLS, 8)]
         if each.name == SHIPPED:
             settings += [*best_stock(data, each, work), *ours(data.count, (SPREAD,), SPREAD)]
+            spaced = {"sampler": "gm_ode", "scheduler": "beta", "mixture": True}
+            settings += [{**spaced, "calls": calls, "count": data.count} for calls in (2, 3, 4, 8)]
         rows += compared(data, each, settings, each.file(work, "stock"))
         publish(data, rows, kind, results / "emoji_stock.csv")
 

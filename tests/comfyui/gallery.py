@@ -26,7 +26,7 @@ from .stand_in_files import WORKFLOWS
 from .thumbnails import RESULTS, number_of
 
 GALLERY = REPOSITORY / "docs" / "gallery"
-PAGE, PAGE_SIZE = REPOSITORY / "docs" / "comfyui.jpg", {"width": 1240, "height": 1000}
+PAGE, PAGE_SIZE = REPOSITORY / "docs" / "comfyui.jpg", {"width": 1400, "height": 920}
 OPENED = "00"  # the number of the workflow in the picture of the page
 # leave the top to the page's own buttons, and show the whole graph below them
 FIT = """(size) => {

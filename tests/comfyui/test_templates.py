@@ -24,6 +24,8 @@ STEMS = [path.stem for path in PATHS]
 NAME = re.compile(r"GMFlow (\d\d) - [A-Z][\w.,() -]+[\w)]")  # safe in Windows and, quoted, in URLs
 NOTES = ("MarkdownNote", "Note")
 SHIPPED = ("GMFlowLoader", "GMFlowSourceLoader")  # loaders of what comes along or is fetched
+TITLE, PADDING = 30, 10  # of nodes, and around all of them when the page fits them
+TALLEST = 763  # GM Sampler in classic nodes with three messages and its preview, as measured
 SCROLLS = """() => [...document.querySelectorAll('.lg-node[data-node-id]')].filter((node) =>
   [...node.querySelectorAll('.comfy-markdown-content, .ProseMirror')].some((text) =>
     text.checkVisibility() && text.scrollHeight > text.parentElement.clientHeight + 8)).length"""
@@ -87,6 +89,29 @@ def test_notes_read_well_in_both_designs(path: Path) -> None:
     (note,) = [node for node in opened(path)["nodes"] if node["type"] in NOTES]
     assert "`" not in note["widgets_values"][0]
     assert note["pos"] == min((node["pos"] for node in opened(path)["nodes"]), key=sum)
+
+
+def test_the_first_template_opens_with_its_text() -> None:
+    """Classic nodes below a zoom of 60 % show no text; the page leaves a quarter of it empty."""
+    nodes = opened(PATHS[0])["nodes"]
+    starts = [(node["pos"][0], node["pos"][1] - TITLE) for node in nodes]
+    ends = [(node["pos"][0] + node["size"][0], node["pos"][1] + node["size"][1]) for node in nodes]
+    sides = [
+        max(end[axis] for end in ends) - min(start[axis] for start in starts) + 2 * PADDING
+        for axis in (0, 1)
+    ]
+    for window in ((1920, 1080), (1600, 1000)):
+        zoom = min(0.75 * pixels / side for pixels, side in zip(window, sides, strict=True))
+        assert zoom > 0.62, window
+
+
+def test_the_first_template_has_room_for_messages() -> None:
+    """GM Sampler with a wrong denoise and no guidance: three messages, and its preview."""
+    workflow = opened(PATHS[0])
+    (sampler,) = [node for node in workflow["nodes"] if node["type"] == "GMFlowSampler"]
+    (group,) = [group for group in workflow["groups"] if "GM Sampler" in group["title"]]
+    bottom = group["bounding"][1] + group["bounding"][3]
+    assert sampler["pos"][1] + TALLEST < bottom
 
 
 @pytest.fixture(scope="module")

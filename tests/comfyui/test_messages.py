@@ -104,5 +104,5 @@ def test_advice_names_a_node_to_add_where_none_is(server: Comfy) -> None:
     prompt["disabled"] = node("FluxDisableGuidance", conditioning=["positive", 0])
     prompt["guider"]["inputs"]["conditioning"] = ["disabled", 0]
     text = server.run(prompt).texts["sample"]
-    assert "replace FluxDisableGuidance by FluxGuidance with 3.5" in text
+    assert "replace 'FluxDisableGuidance' by FluxGuidance with 3.5" in text
     assert "use GM Policy Sigmas with 4 steps or more in the place of 'Basic" in text

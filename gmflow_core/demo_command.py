@@ -94,10 +94,11 @@ def _board(device: str, count: int, seed: int) -> Image.Image:
 def _images(device: str, seed: int) -> Image.Image:
     """Return the sheet of images of four classes, the same noise in every picture."""
     pipeline = ImagePipeline.load(IMAGE_MODEL, device=device, precision="fp32")
+    named = "; ".join(name.replace("_", " ") for name in CLASSES)
     title = (
         f"GMFlow, K = {pipeline.network.config.num_components}: one model, from the same noise\n"
-        "Four of its nine classes. Euler and UniPC have classifier-free guidance of 1.5, GM-ODE "
-        "probabilistic guidance of 0.1"
+        f"Four of its nine classes, row by row: {named}\n"
+        "Euler and UniPC have classifier-free guidance of 1.5, GM-ODE probabilistic guidance of 0.1"
     )
     return contact_sheet(list(_rows(pipeline, seed)), None, title, tile=_tile(pipeline))
 

@@ -28,6 +28,7 @@ from .pictures import image_grid, to_image
 from .pipeline import MOST_DECODED, ImagePipeline
 from .sample_arguments import add_sample_arguments
 from .sampling.few_steps import choose_sampling
+from .sampling.guidance import Guidance
 from .sampling.seeds import same_noise
 from .toys.density_picture import density_picture
 from .toys.points import sample_points
@@ -138,6 +139,7 @@ def _sample_points(args: argparse.Namespace, data: dict[str, Any]) -> None:
 def _sample_images(args: argparse.Namespace) -> None:
     """Sample images, and write a sheet with a row for each label, single ones, or the numbers."""
     _check_for_images(args)
+    guidance = _guidance(args)
     pipeline = ImagePipeline.load(
         args.checkpoint,
         vae=args.vae,
@@ -164,7 +166,7 @@ def _sample_images(args: argparse.Namespace) -> None:
         solver=args.solver,
         steps=args.steps,
         shift=args.shift,
-        guidance=args.guidance,
+        guidance=guidance,
         order=args.order,
         substeps=args.substeps,
         progress=show_progress,
@@ -180,6 +182,18 @@ def _sample_images(args: argparse.Namespace) -> None:
     images = pipeline.decode(x)
     scale = max(1, SMALLEST_SHOWN // images.shape[-1])
     save_png(to_image(image_grid(images, columns, scale)), args.target)
+
+
+def _guidance(args: argparse.Namespace) -> Guidance | None:
+    """Return the guidance that --guidance asks for; None for 0.
+
+    Raises:
+        ValueError: it is no weight.
+    """
+    try:
+        return Guidance(args.guidance) if args.guidance else None
+    except ValueError as error:
+        raise ValueError(f"--guidance: {error}") from error
 
 
 def _check_for_images(args: argparse.Namespace) -> None:

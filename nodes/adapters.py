@@ -11,6 +11,7 @@ from .comfyui.adapter_folder import adapter_names, find_adapter
 from .comfyui.adapter_info import adapter_of
 from .comfyui.bases import base_names
 from .comfyui.files import fingerprint
+from .comfyui.model_folders import blamed
 from .comfyui.schema import ADVANCED, node_schema
 
 OF_MODEL = "(on the connected model)"  # choice of no file
@@ -90,7 +91,10 @@ class GMFlowAdapter(io.ComfyNode):
     ) -> bool | str:
         """Check that the file exists; linked names are not known yet."""
         if adapter_name is not None and hub_id_or_path is not None:
-            find_adapter(adapter_name, hub_id_or_path)
+            if hub_id_or_path.strip():
+                find_adapter(adapter_name, hub_id_or_path)
+            else:
+                blamed("adapter_name", find_adapter, adapter_name)
         return True
 
     @classmethod
@@ -157,9 +161,9 @@ class GMFlowAdaptedModel(io.ComfyNode):
     ) -> bool | str:
         """Check that the files exist; linked names are not known yet."""
         if model_name is not None:
-            base_path(model_name)
+            blamed("model_name", base_path, model_name)
         if adapter_name is not None:
-            find_adapter(adapter_name)
+            blamed("adapter_name", find_adapter, adapter_name)
         return True
 
     @classmethod

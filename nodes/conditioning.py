@@ -52,9 +52,10 @@ class GMFlowClassLabels(io.ComfyNode):
             node_id="GMFlowClassLabels",
             display_name="GM Class Labels",
             category="GMFlow/sampling",
-            aliases="class, classes, label, imagenet, digits, conditioning, prompt",
-            description="The classes that a class-conditional model (digits, ImageNet) is to "
-            "generate, and an empty latent of its size: one batch item for each label, or several.",
+            aliases="class, classes, label, imagenet, emoji, digits, conditioning, prompt",
+            description="The classes that a class-conditional model (emoji, digits, ImageNet) is "
+            "to generate, and an empty latent of its size: one batch item for each label, or "
+            "several.",
             inputs=[
                 io.Model.Input(
                     "model",

@@ -91,8 +91,9 @@ class GMFlowProbabilisticGuidance(io.ComfyNode):
             aliases="cfg, guidance, negative, rescale cfg, apg, saturation, oversaturated",
             description="Makes the cfg of every sampler and guider after it the weight w in [0, 1) "
             "of probabilistic guidance: 0 is off, 0.1 to 0.5 are usual. It steers the predicted "
-            "distribution instead of extrapolating the velocity, so that values stay in range. "
-            "Stock samplers follow the guided mean, GM samplers the whole guided mixture.",
+            "distribution instead of extrapolating the velocity, so that hardly more values leave "
+            "their range. Stock samplers follow the guided mean, GM samplers the whole guided "
+            "mixture.",
             inputs=[model_input(), *guidance_inputs()],
             outputs=[
                 io.Model.Output(
@@ -120,7 +121,8 @@ class GMFlowGuider(io.ComfyNode):
             category="GMFlow/guidance",
             aliases="cfg, cfg guider, guidance, negative, probabilistic guidance, saturation",
             description="Probabilistic guidance for SamplerCustomAdvanced: steers the predicted "
-            "distribution instead of extrapolating the velocity, so that values stay in range.",
+            "distribution instead of extrapolating the velocity, so that hardly more values leave "
+            "their range.",
             inputs=[
                 model_input(),
                 io.Conditioning.Input("positive", tooltip="What to generate."),

@@ -20,8 +20,8 @@ class GMFlowLoader(io.ComfyNode):
             node_id="GMFlowLoader",
             display_name="GM Load Model",
             category="GMFlow/loaders",
-            aliases="load checkpoint, gaussian mixture, gaussian, gmflow, gm-dit, digits, "
-            "checkerboard, imagenet, flow matching, few step",
+            aliases="load checkpoint, gaussian mixture, gaussian, gmflow, gm-dit, emoji, "
+            "digits, checkerboard, imagenet, flow matching, few step",
             description="Loads a model that predicts a Gaussian mixture. The MODEL is an ordinary "
             "one: stock samplers run on it and follow the mixture's mean; the GM samplers use the "
             "whole mixture.",

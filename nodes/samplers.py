@@ -249,7 +249,8 @@ class GMFlowSampler(io.ComfyNode):
                 "auto is gm-policy behind GM Adapter, and gm-ode for other models. gm-ode "
                 "is deterministic, gm-sde stochastic; gm-policy is made for models with a GM "
                 "adapter. euler, dpmpp-2m and uni-pc follow only the mean, as the stock samplers "
-                "of these names do, for comparison.",
+                "of these names do, for comparison; but a KSampler takes other sigmas for uni_pc: "
+                "those of one step more, without the last but one.",
             ),
             order_input(**ADVANCED),
             io.Int.Input(

@@ -101,9 +101,9 @@ class GMFlowPixels(io.ComfyNode):
             node_id="GMFlowPixels",
             display_name="GM Pixels",
             category="GMFlow/view",
-            aliases="preview, latent to image, vae decode, digits, grid, view",
-            description="Shows the samples of a model that works on pixels (digits), which need no "
-            "VAE Decode: each pixel becomes a square.",
+            aliases="preview, latent to image, vae decode, emoji, digits, grid, view",
+            description="Shows the samples of a model that works on pixels (emoji, digits), which "
+            "need no VAE Decode: each pixel becomes a square.",
             inputs=[
                 io.Latent.Input(
                     "samples",

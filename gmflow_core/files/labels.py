@@ -16,7 +16,8 @@ from ..flow.checks import as_whole, listed, said
 from .checkpoint import read_metadata
 from .errors import MOST_QUOTED, printable, quoted
 
-MOST_LISTED = 8  # classes that an error names
+MOST_LISTED = 8  # classes that an error names of many
+MOST_IN_FULL, LONGEST_IN_FULL = 20, 400  # classes, and characters, up to which it names them all
 LONGEST_SAID = 80  # characters of each
 MOST_NAMES = 20_000  # that `known_names` lists
 MOST_READ = 1_000  # checkpoints whose names it reads
@@ -206,12 +207,14 @@ def _nearest(wanted: str, synonyms: Sequence[Sequence[str]], names: Sequence[str
 
 
 def _listed(labels: Sequence[int], names: Sequence[str]) -> str:
-    """Name the first few labels with their numbers; a number that is its name stands once."""
-    rest = len(labels) - MOST_LISTED
+    """Name labels with their numbers, of many the first few; a number that is its name once."""
     said = [
         f"{label} {printable(names[label], LONGEST_SAID)}"
         if names[label] != str(label)
         else names[label]
-        for label in labels[:MOST_LISTED]
+        for label in labels[:MOST_IN_FULL]
     ]
-    return "; ".join(said) + (f"; and {rest} more" if rest > 0 else "")
+    if len(labels) <= MOST_IN_FULL and len("; ".join(said)) <= LONGEST_IN_FULL:
+        return "; ".join(said)
+    rest = len(labels) - MOST_LISTED
+    return "; ".join(said[:MOST_LISTED]) + (f"; and {rest} more" if rest > 0 else "")

@@ -188,7 +188,7 @@ def image_mean(x: Tensor) -> Tensor:
 def _check_scale(scale: float | Tensor, orthogonal: float) -> None:
     if not isinstance(scale, Tensor) and not 0 <= scale < 1:
         raise ValueError(
-            f"guidance scale {scale} is outside [0, 1); "
+            f"the guidance weight {scale} is outside [0, 1); "
             "probabilistic guidance is not classifier-free guidance"
         )
     if not 0 <= orthogonal <= 1:

@@ -36,7 +36,7 @@ def set_weight() -> str:
     """Return how to set the weight of probabilistic guidance."""
     found = closest("cfg")
     if found:
-        return f"set cfg of {found} to that"
+        return f"set cfg of {found} to a weight in [0, 1), 0.1 to 0.5 are usual"
     return "use GM Guider or CFG Guider, as Basic Guider has no cfg"
 
 

@@ -37,7 +37,7 @@ def network_of(model) -> ImageNetwork:
     if not isinstance(network, ImageNetwork):
         raise ValueError(
             "this model takes no class labels, and GM Class Labels needs one that does; load "
-            "digits or an ImageNet model with 'GM Load Model', or use 'GM Unconditional'"
+            "emoji, digits or an ImageNet model with 'GM Load Model', or use 'GM Unconditional'"
         )
     return network
 

@@ -49,27 +49,29 @@ def closest(setting: str, of: Collection[str] = (), but: Collection[str] = ()) -
         but: node classes that do not count.
 
     Returns:
-        the node's title in the page; None if there is none, or outside a prompt.
+        the node's title in the page, in quotes, as it may hold anything; None if there is no such
+        node, or outside a prompt.
     """
     prompt = running_prompt()
     for node in _upstream(prompt, running_node()[1]):
         kind = prompt[node].get("class_type")
         known = setting in (prompt[node].get("inputs") or {})
         if known and (not of or kind in of) and kind not in but:
-            return name_of(prompt[node])
+            return f"'{name_of(prompt[node])}'"
     return None
 
 
 def connected(setting: str) -> str | None:
-    """Return the name of the closest node that is connected to an input with the id `setting`.
+    """Return the title of the closest node that is connected to an input with the id `setting`.
 
-    It is looked for at the node that runs, then at those before it; None if there is none.
+    It is looked for at the node that runs, then at those before it, and is in quotes, as that of
+    `closest`; None if there is none.
     """
     prompt = running_prompt()
     for node in _upstream(prompt, running_node()[1]):
         link = (prompt[node].get("inputs") or {}).get(setting)
         if is_link(link) and link[0] in prompt:
-            return name_of(prompt[link[0]])
+            return f"'{name_of(prompt[link[0]])}'"
     return None
 
 

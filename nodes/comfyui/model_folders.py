@@ -98,7 +98,7 @@ def find_model(model_name: str, hub_id_or_path: str = "") -> str:
     except ValueError as error:
         raise ValueError(f"hub_id_or_path: {error}") from error
     if not source:
-        return _find(model_name, models, MODELS, "model")
+        return blamed("model_name", _find, model_name, models, MODELS, "model")
     if os.path.exists(source):
         return source
     hub_name = source.partition("@")[0] if source.count("/") == 1 else source
@@ -115,6 +115,20 @@ def find_model(model_name: str, hub_id_or_path: str = "") -> str:
             "no hub id (owner/name) either"
         )
     return found
+
+
+def blamed(setting: str, find: Callable, *args: Any) -> Any:
+    """Return what `find` does, and begin its errors with the input that is wrong.
+
+    ComfyUI puts what a validation says on every input that it reads, the right ones too.
+
+    Raises:
+        ValueError: the name in that input is wrong.
+    """
+    try:
+        return find(*args)
+    except ValueError as error:
+        raise ValueError(f"{setting}: {error}") from error
 
 
 def find_source(name: str) -> str:

@@ -43,8 +43,8 @@ class ProbabilisticCFG:
         """
         if not 0 <= cfg < 1:
             raise ValueError(
-                f"cfg {cfg:g} does not fit: with GM Probabilistic Guidance it is the weight w in "
-                f"[0, 1), 0 is off, 0.1 to 0.5 are usual; {set_weight()}"
+                f"cfg {cfg:g} does not fit: {set_weight()}; with GM Probabilistic Guidance it is "
+                "the weight w, and 0 is off"
             )
         return Guidance(cfg, orthogonal=self.orthogonal, interval=self.interval)
 

@@ -17,8 +17,8 @@ ADVANCED = {"advanced": True} if "advanced" in inspect.signature(io.Int.Input).p
 MOST_STOCHASTIC = 100.0  # value of a widget that stands for infinity
 WEIGHT = (
     "The weight w of probabilistic guidance: how many standard deviations of the prediction it "
-    "shifts the samples away from the negative conditioning. 0 is off; 0.05 to 0.2 suit the "
-    "digits, and the paper's ImageNet demo uses 0.45."
+    "shifts the samples away from the negative conditioning. 0 is off; 0.1 suits the "
+    "emoji, 0.05 to 0.2 the digits, and the paper's ImageNet demo uses 0.45."
 )
 
 
@@ -96,7 +96,7 @@ def vae_input() -> io.Input:
         "vae",
         optional=True,
         tooltip="The VAE of a model that samples latents. Models of points and of pixels (the "
-        "checkerboard, the digits) need none; without one, latents are shown in approximate "
+        "checkerboard, emoji, digits) need none; without one, latents are shown in approximate "
         "colours.",
     )
 
@@ -248,7 +248,7 @@ def guidance_inputs() -> list[io.Input]:
             max=1.0,
             step=0.01,
             tooltip="How much of the guidance's component along the prediction itself is removed: "
-            "1, the paper's choice, keeps values in range.",
+            "1, the paper's choice, lets hardly more values leave their range.",
             **ADVANCED,
         ),
         *interval_inputs("the negative conditioning is not computed"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from .client import Comfy
 from .help_pictures import IMAGES
 from .installation import REPOSITORY
 from .locale_files import LOCALES, english, names, own_nodes
+from .test_message_texts import text_of
 
 LANGUAGES = ("en", "zh")
 PAGES = REPOSITORY / "web" / "docs"
@@ -23,6 +25,19 @@ PICTURE_SIZE, PICTURES_SIZE = 60_000, 1_500_000  # the most bytes of one, and of
 FORMAT = re.compile(r"[{}@|]")  # the page reads names and descriptions as message formats
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
+MESSAGES = re.compile(r"^## (?:Messages|提示信息|提示)\n(.*)", re.MULTILINE | re.DOTALL)
+CODE = ("nodes", "gmflow_core")
+COMPOSED = {  # messages that the code puts together from parts; values are left out
+    "model_name: there is no model": "there is no ",
+    "there is no mixture source": "there is no ",
+    "connect RandomNoise to noise": " to noise, in the place of ",
+    "no effect: x and y, as place is most uncertain": "x and y",
+    "cfg … does not fit: this base model has its guidance built in": " does not fit: ",
+    "cfg … does not fit: set cfg of … to a weight in [0, 1)": " to a weight in [0, 1)",
+    "RescaleCFG does not go with GM Probabilistic Guidance": " does not go with GM Probabilistic ",
+    "says gmflow.": "says ",
+    "not finished, stopped at iteration …: the loss has grown": "the loss has grown",
+}
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +151,34 @@ def test_page_names_all_of_a_node(
         assert len(comfy.read(f"/extensions/gmflow/docs/{picture}")) < PICTURE_SIZE
     links = re.findall(r"(?<!!)\[[^\]]*\]\((?!https://)", text)
     assert links == []  # inside ComfyUI they would lead nowhere
+
+
+def said_in_code() -> set[str]:
+    """Return the texts in the code, values in them as "…"; what `no_effect` says as it is shown."""
+    texts = set()
+    for path in (path for folder in CODE for path in (REPOSITORY / folder).rglob("*.py")):
+        for each in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(each, (ast.JoinedStr, ast.Constant, ast.BinOp)):
+                texts.add(re.sub(r"\{.*?\}", "…", text_of(each, {})))
+            elif isinstance(each, ast.Call) and ast.unparse(each.func) == "no_effect":
+                what, why = (re.sub(r"\{.*?\}", "…", text_of(part, {})) for part in each.args)
+                texts.add(f"no effect: {what}, as {why}")
+    return texts
+
+
+def test_quoted_messages_are_said_by_the_code() -> None:
+    """In every language, as nodes speak English; a "…" stands for values and words left out."""
+    said, quoted, unknown = said_in_code(), set(), []
+    for path in PAGES.rglob("*.md"):
+        named = {text for _, text in leaves(names("zh")) if "zh" in path.name}
+        for text in re.findall(r"(?<!\*)\*([^*]+)\*", MESSAGES.search(path.read_text("utf-8"))[1]):
+            quote = " ".join(text.split()).strip("… ")
+            quoted.add(quote)
+            parts = re.escape(COMPOSED.get(quote, quote)).replace("…", ".*")
+            known = quote in named or any(re.search(parts, each, re.DOTALL) for each in said)
+            unknown += [] if known else [(path.relative_to(PAGES).as_posix(), quote)]
+    assert unknown == []
+    assert quoted >= COMPOSED.keys()
 
 
 def test_pictures_are_shown_and_small() -> None:

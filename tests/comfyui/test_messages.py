@@ -46,7 +46,7 @@ def test_messages_stay_with_a_cached_result(server: Comfy) -> None:
     assert said["messages"]["sample"]["type"] == "SamplerCustomAdvanced"  # no node of ours
     ((text, level), *others) = said["messages"]["sample"]["messages"]
     assert text.startswith("guidance 7 does not fit: ")
-    assert text.endswith("set guidance of FluxGuidance to 3.5")
+    assert text.endswith("set guidance of 'FluxGuidance' to 3.5")
     assert level == "warning"
     assert [level for _, level in others] == ["info"]  # the sampler's line of settings
 
@@ -77,11 +77,11 @@ def test_a_page_with_the_script_gets_no_progress_text(server: Comfy) -> None:
 @pytest.mark.parametrize(
     ("prompt", "said"),
     [
-        (stock(graph(), cfg=4.0), ["cfg 4 does not fit", "set cfg of KSampler to 1"]),
-        (graph(steps=2), ["too few steps (2)", "set steps of GM Sampler to 4 or more"]),
+        (stock(graph(), cfg=4.0), ["cfg 4 does not fit", "set cfg of 'KSampler' to 1"]),
+        (graph(steps=2), ["too few steps (2)", "set steps of 'GM Sampler' to 4 or more"]),
         (
             custom(graph(), guider=node("CFGGuider", cfg=4.0), steps=2),
-            ["set cfg of my guider to 1", "set steps of GM Policy Sigmas to 4 or more"],
+            ["set cfg of 'my guider' to 1", "set steps of 'GM Policy Sigmas' to 4 or more"],
         ),
     ],
     ids=["KSampler", "GM Sampler", "custom"],
@@ -104,5 +104,5 @@ def test_advice_names_a_node_to_add_where_none_is(server: Comfy) -> None:
     prompt["disabled"] = node("FluxDisableGuidance", conditioning=["positive", 0])
     prompt["guider"]["inputs"]["conditioning"] = ["disabled", 0]
     text = server.run(prompt).texts["sample"]
-    assert "replace FluxDisableGuidance by FluxGuidance with 3.5" in text
-    assert "use GM Policy Sigmas with 4 steps or more in the place of Basic" in text
+    assert "replace 'FluxDisableGuidance' by FluxGuidance with 3.5" in text
+    assert "use GM Policy Sigmas with 4 steps or more in the place of 'Basic" in text

@@ -109,7 +109,7 @@ def test_messages_are_whole_and_stay(server: Comfy, page: ComfyPage, newer: bool
     for _ in range(2):  # the second time, nothing is run again
         said = wait_for(page, "guidance 7 does not fit")
         text, hidden, widgets = said["SamplerCustomAdvanced"]
-        assert "set guidance of FluxGuidance to 3.5" in text
+        assert "set guidance of 'FluxGuidance' to 3.5" in text
         assert "gm-policy: 4 steps" in text
         assert hidden <= 1  # a rounding
         contrasts = page.page.evaluate(CONTRASTS)

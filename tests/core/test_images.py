@@ -123,7 +123,7 @@ def test_what_does_not_fit_is_quoted():
         class_denoiser(network, torch.tensor([3, 11]))
     with pytest.raises(ValueError, match="1 seeds do not fit 2 labels"):
         sample_images(network, torch.tensor([0, 1]), seeds=[1])
-    with pytest.raises(ValueError, match=r"guidance scale 7\.5"):
+    with pytest.raises(ValueError, match=r"guidance weight 7\.5"):
         Guidance(7.5)
     with pytest.raises(ValueError, match="kind 'apg'"):
         Guidance(0.1, "apg")

@@ -64,6 +64,14 @@ def test_long_names_are_cut_in_messages():
     assert len(str(error.value)) < 1000
 
 
+@pytest.mark.parametrize(("count", "ends"), [(9, "8 kind 8. "), (20, "19 kind 19. "), (21, "")])
+def test_a_few_classes_are_all_named(count, ends):
+    """No name is left out for words that are as long as it."""
+    ends = ends or f"7 kind 7; and {count - 8} more. "
+    with pytest.raises(ValueError, match=rf"its classes: 0 kind 0; .*{ends}A number"):
+        find_label("zzz", [f"kind {number}" for number in range(count)], count)
+
+
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
 @pytest.mark.parametrize("text", ["café", "CAFÉ, bar", "Å", "ΐ", "straße", "größe"])
 def test_accents_may_be_characters_of_their_own(form, text):

@@ -51,9 +51,13 @@ def test_a_stopped_run_keeps_its_single_pictures(error, said, tmp_path, monkeypa
         assert max(abs(a - b) for a, b in zip(*pair, strict=True)) <= 1
 
 
-def test_a_mistake_before_the_first_picture_is_said_alone(tmp_path, capsys):
-    with pytest.raises(SystemExit, match="guidance scale"):
-        sample(tmp_path / "out", "--guidance", 4)
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [(("--guidance", 4), "--guidance: the guidance weight 4"), (("--shift", -1), "shift is -1")],
+)
+def test_a_mistake_before_the_first_picture_is_said_alone(tmp_path, capsys, options, said):
+    with pytest.raises(SystemExit, match=said):
+        sample(tmp_path / "out", *options)
     assert "written" not in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 

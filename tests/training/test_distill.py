@@ -320,7 +320,7 @@ def test_what_does_not_belong_together_is_refused(tmp_path):
             new_trainer(path, out, 10, *split(more))
     with pytest.raises(ValueError, match="leave out --source"):
         new_trainer(teacher, out, 10, "--source", str(SHIPPED / "digits_source.safetensors"))
-    with pytest.raises(ValueError, match=r"scale 1\.2 is outside"):
+    with pytest.raises(ValueError, match=r"weight 1\.2 is outside"):
         DistillConfig(guidance=1.2)
     with pytest.raises(ValueError, match="--steps is 0"):
         DistillConfig(steps=0)

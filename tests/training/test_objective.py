@@ -17,7 +17,7 @@ from gmflow_core import (
     velocity_to_x0,
 )
 from tests.training.image_runs import new_trainer, write_colours
-from training.common.devices import network_context
+from training.common.devices import training_attention
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,8 @@ def test_only_short_bfloat16_attention_on_a_cpu_leaves_the_fused_kernel(precisio
     exact = scaled_dot_product_attention(*(x.double() for x in (q, k, v)))
     with (
         profile(activities=[ProfilerActivity.CPU]) as profiler,
-        network_context(cpu, precision, tokens),
+        torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
+        training_attention(cpu, precision, tokens),
     ):
         mixed = scaled_dot_product_attention(q, k, v)
     fused = any("flash" in event.key for event in profiler.key_averages())

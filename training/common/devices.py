@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -50,19 +49,19 @@ def keep_freed_memory() -> None:
             ctypes.CDLL(None).mallopt(option, value)
 
 
-@contextlib.contextmanager
-def network_context(device: torch.device, precision: str, tokens: int) -> Iterator[None]:
-    """Run a network in the user's precision, with the attention that trains fastest there.
+def training_attention(
+    device: torch.device, precision: str, tokens: int
+) -> contextlib.AbstractContextManager[None]:
+    """Return the context of an iteration, in which attention runs as it trains fastest.
 
     PyTorch's fused attention pads a short bfloat16 sequence on a CPU, so that its backward pass
-    takes several times as long as plain matrix products do.
+    takes several times as long as plain matrix products do. The context must hold the backward pass
+    too, as gradient checkpoints run the network again there.
 
     Args:
         precision: "bf16" for matrix products in bfloat16, or "fp32".
         tokens: length of the sequences that the network attends over.
     """
-    bf16 = precision == "bf16"
-    short = bf16 and device.type == "cpu" and tokens <= SHORT_ATTENTION
-    plain = sdpa_kernel(SDPBackend.MATH) if short else contextlib.nullcontext()
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16), plain:
-        yield
+    if precision == "bf16" and device.type == "cpu" and tokens <= SHORT_ATTENTION:
+        return sdpa_kernel(SDPBackend.MATH)
+    return contextlib.nullcontext()

@@ -33,7 +33,7 @@ from gmflow_core.files.checkpoint import (
     save_checkpoint,
 )
 from gmflow_core.files.errors import is_out_of_memory, quoted, reading
-from training.common.devices import keep_freed_memory, network_context, on_cpu
+from training.common.devices import keep_freed_memory, on_cpu, training_attention
 from training.common.processes import stop_signals, together
 from training.loop import checks
 from training.loop.checks import ADVICE, check_facts, check_network, check_settings, check_state
@@ -253,7 +253,9 @@ class Trainer:
         flag here would force a GPU sync (8-bit and sharded optimizers need that sync).
         """
         self.optimizer.zero_grad()
-        losses = self.backward()
+        tokens = getattr(self.model.config, "tokens", 0)  # networks of points have none
+        with training_attention(self.accelerator.device, self.config.precision, tokens):
+            losses = self.backward()
         self.update(self.clip_gradient().isfinite())
         self.schedule.step()
         self.step += 1
@@ -297,9 +299,9 @@ class Trainer:
             raise not_finite(self.step, self.path)
 
     def autocast(self) -> AbstractContextManager[None]:
-        """Return the context of the network: its precision, and its attention on a CPU."""
-        tokens = getattr(self.model.config, "tokens", 0)  # networks of points have none
-        return network_context(self.accelerator.device, self.config.precision, tokens)
+        """Return the context of the network: matrix products in the user's precision."""
+        enabled = self.config.precision == "bf16"
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=enabled)
 
     # Several processes
 

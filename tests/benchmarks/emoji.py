@@ -3,19 +3,21 @@
     python -m tests.benchmarks.emoji --models outputs --work outputs/emoji_figures
     python -m tests.benchmarks.emoji --only steps likelihood      # or stock, guidance, neighbours
 
-MODELS holds emoji_NAME_seedN/weights.safetensors, of training.imagenet --preset emoji, or
-emoji_flow_matching with the NAME fm; the NAME of the shipped model is large. WORK gets the pictures
-(or link data/emoji_train and data/emoji_test there as emoji_train and emoji_test), the classifier
-of the features (1,200 iterations; training.evaluate trains the same one on a GPU), and the figures
-of every model: a second start goes on where the first one stopped. docs/results/emoji_PART.csv is
-written after every model, with the means over seeds; the picture of neighbours stays in WORK, as it
-holds emoji, which are not part of this repository.
+MODELS holds emoji_NAME_seedN/weights.safetensors, of training.imagenet --preset emoji (the NAMEs
+k1, k2, ...) or emoji_flow_matching (fm); large_k8 is the shipped model, and large_fm and large_k1
+are trained like it. WORK gets the pictures (or link data/emoji_train and data/emoji_test there as
+emoji_train and emoji_test), the classifier of the features (1,200 iterations; training.evaluate
+trains the same one on a GPU), and the figures of every model: a second start goes on where the
+first one stopped. docs/results/emoji_PART.csv is written after every model, with the means over
+seeds; the picture of neighbours stays in WORK, as it holds emoji, which are not part of this
+repository.
 
 - steps: solvers of gmflow_core at 1 to 8 network calls, by training.evaluate.
 - stock: ComfyUI's samplers (stock.py says which not) with four schedulers on the shipped model, of
   which only the mean is then known; screened on few samples, the best measured on all; beside them
   ours, with one Gaussian and with the model's own mixture, which has the sigmas of the scheduler
-  beta, too. On the other models uni_pc alone.
+  beta, too. On the models that are trained like it the two best of these and GM-ODE, on the others
+  uni_pc alone.
 - guidance: CFG, ComfyUI's APG and probabilistic guidance of the shipped model inside ComfyUI, in
   4 calls of GM-ODE and of UniPC.
 - likelihood: time-averaged, of held-out pictures, by training.likelihood.
@@ -57,13 +59,15 @@ from .picture_sets import Emoji, PictureSet
 from .stock import LEFT_OUT, screened
 from .tables import RESULTS, Row, kept, means_of, write
 
-FOLDER = re.compile(r"emoji_(fm|k\d+|large)_seed(\d+)")
+FOLDER = re.compile(r"emoji_((?:large_)?(?:fm|k\d+))_seed(\d+)")
 SOLVERS = ("euler", "dpmpp-2m", "uni-pc", "gm-ode", "gm-sde")
 STEPS = (1, 2, 4, 8)
-SHIPPED, STOCK_CALLS = "large", (2, 3, 4)  # the best of four calls are measured at 8, too
+LARGE, SHIPPED = "large_", "large_k8"  # how the names of large models begin; the shipped one
+STOCK_CALLS = (2, 3, 4)  # the best of four calls are measured at 8, too
 SCREENED = 100  # samples
 USUAL = {"sampler": "uni_pc", "scheduler": "simple"}  # on all models, as a KSampler runs it
-SPREAD = 0.5  # of one Gaussian
+BEST = {"sampler": "uni_pc_bh2", "scheduler": "beta"}  # on the shipped model, in 2 to 4 calls
+GM_ODE, SPREAD = {"sampler": "gm_ode"}, 0.5  # ours, and the spread of one Gaussian
 GUIDED = {  # kinds of guidance, and their scales or weights
     "": (1.0, 1.5, 3.0),
     "APG": (0.5, 2.0),  # as strong as CFG 1.5 and 3: ComfyUI adds its guidance to a scale of 1
@@ -77,7 +81,7 @@ SHOWN, COLUMNS, ENLARGED = 16, 8, 3  # samples of the picture, in a row, and pix
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A trained model: its name (fm, k1, ...), the seed of its training, and its checkpoint."""
+    """A trained model: name (fm, k1, large_k8, ...), seed of the training, and checkpoint."""
 
     name: str
     seed: int
@@ -87,6 +91,11 @@ class Trained:
     def about(self) -> Row:
         """Name and seed, for a row."""
         return {"model": self.name, "seed": self.seed}
+
+    @property
+    def budget(self) -> tuple[bool, int]:
+        """What models have in common that were trained alike but for K: their size, and a seed."""
+        return self.name.startswith(LARGE), self.seed
 
     @property
     def path(self) -> Path:
@@ -99,7 +108,7 @@ class Trained:
 
 
 def trained_models(folder: Path, space: Space) -> list[Trained]:
-    """Return the models of a folder: flow matching first, then by K, and by seed.
+    """Return the models of a folder: small ones first, flow matching before K, and by seed.
 
     Raises:
         SystemExit: there is none.
@@ -111,7 +120,7 @@ def trained_models(folder: Path, space: Space) -> list[Trained]:
             found.append(Trained(name[1], int(name[2]), Model(str(path), space)))
     if not found:
         raise SystemExit(f"{folder} has no emoji_NAME_seedN/weights.safetensors; see --help")
-    return sorted(found, key=lambda each: (len(each.name), each.name, each.seed))
+    return sorted(found, key=lambda each: (each.budget[0], len(each.name), each.name, each.seed))
 
 
 def key_of(data: PictureSet, each: Trained, **more: object) -> Row:
@@ -168,13 +177,20 @@ def stock(data: PictureSet, models: list[Trained], work: Path, results: Path) ->
     """Compare ComfyUI's samplers, and ours on the shipped model: emoji_stock.csv."""
     rows, kind = [], ("model", "sampler", "scheduler", "calls", "spread", "mixture")
     for each in models:
-        settings = [{**USUAL, "calls": calls, "count": data.count} for calls in (*STOCK_CALLS, 8)]
+        settings = at_each_call(data, USUAL)
         if each.name == SHIPPED:
             settings += [*best_stock(data, each, work), *ours(data.count, (SPREAD,), SPREAD)]
-            spaced = {"sampler": "gm_ode", "scheduler": "beta", "mixture": True}
-            settings += [{**spaced, "calls": calls, "count": data.count} for calls in (2, 3, 4, 8)]
+            settings += at_each_call(data, {**GM_ODE, "scheduler": "beta", "mixture": True})
+        elif each.name.startswith(LARGE):
+            kinds = (BEST, {**GM_ODE, "spread": SPREAD}, {**GM_ODE, "mixture": True})
+            settings += [row for kind in kinds for row in at_each_call(data, kind)]
         rows += compared(data, each, settings, each.file(work, "stock"))
         publish(data, rows, kind, results / "emoji_stock.csv")
+
+
+def at_each_call(data: PictureSet, kind: Row) -> list[Row]:
+    """Return the settings of a kind at each number of calls, on all samples."""
+    return [{**kind, "calls": calls, "count": data.count} for calls in (*STOCK_CALLS, 8)]
 
 
 def shipped(models: list[Trained]) -> list[Trained]:
@@ -233,7 +249,7 @@ def likelihood(data: PictureSet, models: list[Trained], work: Path, results: Pat
     """Measure the likelihood of held-out pictures, in bits per dimension: emoji_likelihood.csv.
 
     Standard errors are those over pictures, each at ROUNDS times. `difference` is that to flow
-    matching of the same seed, if there is one, with the same times and noises.
+    matching of the same size and seed, if there is one, with the same times and noises.
     """
     folder, rows, first = data.prepared("test"), [], {}
     pictures = LatentDataset(folder)
@@ -245,7 +261,7 @@ def likelihood(data: PictureSet, models: list[Trained], work: Path, results: Pat
         row = {**each.about, "pictures": len(bits), "draws": config.count}
         for name, values in found.items():
             row |= mean_and_error(name, torch.tensor(values).double(), len(bits))
-        base = first.setdefault(each.seed, bits)
+        base = first.setdefault(each.budget, bits)
         rows.append({**row, **mean_and_error("difference", bits - base, len(bits))})
         means = means_of(rows, ("model",), "nll", "spectral_nll", "difference")
         write([*rows, *means], results / "emoji_likelihood.csv")

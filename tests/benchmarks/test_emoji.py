@@ -30,11 +30,16 @@ class Tiny(PictureSet):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Return a set, its models (flow matching, and K = 8 of two seeds), and the work folder."""
+    """Return a set, its models (flow matching of two names, K = 8 of two seeds), and the folder."""
     work = tmp_path_factory.mktemp("emoji")
     data = Tiny(work)
     plain = {"num_components": 1, "constant_log_std": 0.0}
-    for seed, name, more in ((0, "fm", plain), (0, "k8", {}), (1, "k8", {})):
+    for seed, name, more in (
+        (0, "large_fm", plain),
+        (0, "fm", plain),
+        (0, "k8", {}),
+        (1, "k8", {}),
+    ):
         path = work / f"emoji_{name}_seed{seed}" / "weights.safetensors"
         path.parent.mkdir()
         write_model(path, seed, **more)
@@ -43,7 +48,8 @@ def place(tmp_path_factory):
 
 def test_parts_without_comfyui(place, tmp_path, monkeypatch):
     data, models, work = place
-    assert [(each.name, each.seed) for each in models] == [("fm", 0), ("k8", 0), ("k8", 1)]
+    names = [(each.name, each.seed) for each in models]
+    assert names == [("fm", 0), ("k8", 0), ("k8", 1), ("large_fm", 0)]
     monkeypatch.setattr(emoji, "STEPS", (1, 2))
     monkeypatch.setattr(emoji, "SOLVERS", ("euler", "gm-ode"))
     monkeypatch.setattr(emoji, "ROUNDS", 2)
@@ -53,7 +59,7 @@ def test_parts_without_comfyui(place, tmp_path, monkeypatch):
     floor, *rows = table(tmp_path / "emoji_steps.csv")
     assert floor["model"] == "held-out pictures"
     assert float(floor["class_accuracy"]) > 0.9  # by their own labels
-    assert len(rows) == (3 + 2) * 2 * 2  # each model, and the means of each kind
+    assert len(rows) == (4 + 3) * 2 * 2  # each model, and the means of each kind
     pair, [mean] = (
         [r for r in rows if kind(r) == ("k8", "gm-ode", "2") and (r["seed"] == "mean") == is_mean]
         for is_mean in (False, True)
@@ -62,8 +68,8 @@ def test_parts_without_comfyui(place, tmp_path, monkeypatch):
     assert float(mean["frechet_distance"]) == pytest.approx(sum(values) / 2)
     assert [float(mean["low"]), float(mean["high"])] == sorted(values)
     emoji.likelihood(data, models, work, tmp_path)
-    first, second, *_ = table(tmp_path / "emoji_likelihood.csv")
-    assert float(first["difference"]) == 0
+    first, second, _, large, *_ = table(tmp_path / "emoji_likelihood.csv")
+    assert float(first["difference"]) == float(large["difference"]) == 0  # of each size
     difference = float(second["nll"]) - float(first["nll"])
     assert float(second["difference"]) == pytest.approx(difference)
     emoji.neighbours(data, models, work, tmp_path)
@@ -83,9 +89,9 @@ def test_parts_inside_comfyui(place, tmp_path, monkeypatch):
     found = [{"sampler": name, "scheduler": "simple", "calls": 3} for name in ("euler", "heun")]
     monkeypatch.setattr(emoji, "screened", lambda *_, **__: found)
     monkeypatch.setattr(emoji, "STOCK_CALLS", (3,))
-    with pytest.raises(SystemExit, match="emoji_large_seed0"):
+    with pytest.raises(SystemExit, match="emoji_large_k8_seed0"):
         emoji.guidance(data, models, work, tmp_path)
-    models = [dataclasses.replace(models[1], name="large")]
+    models = [dataclasses.replace(models[1], name="large_k8"), models[3]]
     ours = [row for row in emoji.ours(data.count, (0.5,)) if row["calls"] == 2]
     monkeypatch.setattr(emoji, "ours", lambda *_: ours)
     monkeypatch.setattr(
@@ -93,6 +99,12 @@ def test_parts_inside_comfyui(place, tmp_path, monkeypatch):
     )
     emoji.stock(data, models, work, tmp_path)
     _, *rows = table(tmp_path / "emoji_stock.csv")
+    assert {row["sampler"] for row in rows if row["model"] == "large_fm"} == {
+        "uni_pc",
+        "uni_pc_bh2",
+        "gm_ode",
+    }
+    rows = [row for row in rows if row["model"] == "large_k8"]
     steps = {(row["sampler"], row["calls"]): row["steps"] for row in rows if row["seed"] == "0"}
     assert (steps["uni_pc", "3"], steps["euler", "3"], steps["heun", "3"]) == ("3", "3", "2")
     assert {row["mixture"] for row in rows if row["sampler"] == "gm_sde"} == {"", "True"}

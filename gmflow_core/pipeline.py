@@ -237,6 +237,10 @@ class ImagePipeline:
         own = choose_sampling(self.data, solver=solver, steps=steps, shift=shift)
         if not isinstance(guidance, Guidance):
             guidance = Guidance(guidance) if guidance else None
+        if labels is None and guidance is not None and not guidance.idle:
+            raise ValueError(
+                "guidance needs classes, away from which it steers; give labels, or no guidance"
+            )
         settings |= {"guidance": guidance, "sigmas": own.sigmas() if own.steps else None}
         settings.setdefault("temperature", own.temperature)
         return self._parts(ids, seeds, own, progress, settings)

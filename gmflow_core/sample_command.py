@@ -33,7 +33,7 @@ from .sampling.seeds import same_noise
 from .toys.density_picture import density_picture
 from .toys.points import sample_points
 
-MOST_NUMBERS = 2**31  # of all samples together, 8 GiB
+MOST_NUMBERS = 2**31  # of all samples together that are kept in memory, 8 GiB
 ENDINGS = (".png", ".safetensors", "")  # of --out; the last is a folder's
 CONTENTS = ({"points"}, {"samples", "labels"})  # tensors of a .safetensors file of samples
 FIRST_LABELS = 10  # that are sampled if none are given
@@ -98,6 +98,11 @@ def _sample_points(args: argparse.Namespace, data: dict[str, Any]) -> None:
             f"{args.checkpoint} is a 2-D model without classes; leave out --labels, --unlabelled "
             "and --guidance"
         )
+    if data.get("source"):
+        raise ValueError(
+            f"{args.checkpoint} was trained with a mixture source, which this command has not for "
+            "2-D models; sample it as training.source_toys does, from draws of its source"
+        )
     for name in ("source", "vae", "seeds"):
         if getattr(args, name) is not None:
             raise ValueError(
@@ -156,7 +161,10 @@ def _sample_images(args: argparse.Namespace) -> None:
     wanted = len(args.seeds) if args.seeds is not None else args.count
     numbers = config.channels * config.latent_size**2
     pixels = 0 if as_numbers else 3 * (config.latent_size * factor) ** 2
-    columns = checked_count(wanted, 8 if pipeline.makes_pixels else 4, max(numbers, pixels))
+    each = max(numbers, pixels) * (1 if classes is None else len(classes))
+    if not args.target.suffix:
+        each = 1  # pictures are written as they are made
+    columns = checked_count(wanted, 8 if pipeline.makes_pixels else 4, each)
     labels = None if classes is None else [label for label in classes for _ in range(columns)]
     count = columns if labels is None else len(labels)
     seeds = _seeds(args, columns, count)
@@ -307,7 +315,7 @@ def checked_count(count: int | None, default: int, numbers: int) -> int:
 
     Args:
         count: as the user gave it.
-        numbers: that one sample consists of.
+        numbers: that are kept in memory for each 1 of --count.
 
     Raises:
         ValueError: it is below 1, or more than MOST_NUMBERS would be sampled.
@@ -315,7 +323,8 @@ def checked_count(count: int | None, default: int, numbers: int) -> int:
     count = default if count is None else count
     if not 1 <= count <= MOST_NUMBERS // numbers:
         raise ValueError(
-            f"--count is {count}; it must be from 1 to {MOST_NUMBERS // numbers} for this model"
+            f"--count is {count}; it must be from 1 to {MOST_NUMBERS // numbers} for this model "
+            "and its labels"
         )
     return count
 

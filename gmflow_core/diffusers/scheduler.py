@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +26,7 @@ from ..sampling.solvers import SOLVERS, solve, usual_temperature
 
 SAMPLERS = ("gm-ode", "gm-sde", "gm-policy")  # those of SOLVERS that a scheduler can be
 SECOND_ORDER = ("gm-ode", "gm-sde")
+FLOW = "flow_prediction"  # prediction_type of schedulers that serve flow models, too
 
 
 class Offer(NamedTuple):
@@ -122,6 +123,25 @@ class GMFlowScheduler(FlowMatchEulerDiscreteScheduler):
         self._spacing = shift  # time shift that spaces the substeps
         self._generator: torch.Generator | None = None
         self._forget()
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any] | None = None, *args: Any, **settings: Any):
+        """Make the scheduler from another one's config; `settings` come before what it says.
+
+        The time shift of UniPC and DPM-Solver++ on flow models, `flow_shift`, becomes `shift`.
+
+        Raises:
+            ValueError: the config is of a scheduler for no flow model.
+        """
+        predicted = (config or {}).get("prediction_type", FLOW)
+        if predicted != FLOW:
+            raise ValueError(
+                f"the config is of a scheduler whose model predicts {quoted(predicted)}; "
+                f"GMFlowScheduler needs a flow model's ({FLOW})"
+            )
+        if "flow_shift" in (config or {}) and "shift" not in config:
+            settings = {"shift": config["flow_shift"], **settings}
+        return super().from_config(config, *args, **settings)
 
     def set_timesteps(
         self,

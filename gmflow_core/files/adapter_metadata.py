@@ -277,15 +277,20 @@ def set_adapter_facts(
     with open(path, "rb") as source:
         size = int.from_bytes(source.read(8), "little")
         header = json_object(source.read(size).decode(), path, "header")
-        metadata = {**header.get("__metadata__", {}), **facts.metadata()}
-        for name in remove:
-            metadata.pop(f"{MARK}{name}", None)
-        raw = json.dumps({"__metadata__": metadata, **_without(header)}, separators=(",", ":"))
-        raw += " " * (-len(raw) % 8)  # ASCII; the tensors begin at a multiple of 8
-        need = path.stat().st_size + len(raw) - size
-        with atomic_write(out, need) as temporary, open(temporary, "wb") as target:
-            target.write(len(raw).to_bytes(8, "little") + raw.encode())
-            shutil.copyfileobj(source, target, 2**24)
+    metadata = {**header.get("__metadata__", {}), **facts.metadata()}
+    for name in remove:
+        metadata.pop(f"{MARK}{name}", None)
+    raw = json.dumps({"__metadata__": metadata, **_without(header)}, separators=(",", ":"))
+    raw += " " * (-len(raw) % 8)  # ASCII; the tensors begin at a multiple of 8
+    need = path.stat().st_size + len(raw) - size
+    with (
+        atomic_write(out, need) as temporary,  # on Windows it replaces no file that is still open
+        open(path, "rb") as source,
+        open(temporary, "wb") as target,
+    ):
+        source.seek(8 + size)
+        target.write(len(raw).to_bytes(8, "little") + raw.encode())
+        shutil.copyfileobj(source, target, 2**24)
 
 
 def _without(header: dict) -> dict:

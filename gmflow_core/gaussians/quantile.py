@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink, softshrink
 
+from .tensors import where_it_is_known
+
 FIRST_STEPS = 2  # enough for most pixels
 MAX_STEPS = 94  # a bound: bisection alone ends sooner
 FEW_PIXELS = 8  # below this number, unconverged pixels are not gathered
@@ -34,7 +36,7 @@ def normal_score(weights: Tensor, offsets: Tensor) -> Tensor:
     """
     below, above = ((weights * normal_cdf(each)).sum(1) for each in (offsets, -offsets))
     tail = torch.minimum(below, above).clamp(min=torch.finfo(below.dtype).tiny)
-    score = torch.special.ndtri(tail)
+    score = where_it_is_known(torch.special.ndtri, tail)
     return torch.where(below < above, score, -score)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,13 @@ def sum_of_products(a: Tensor, b: Tensor, dim: int) -> Tensor:
 def widest(device: torch.device) -> torch.dtype:
     """Return float64, or float32 on devices that may lack it, such as Apple's and Intel's GPUs."""
     return torch.float64 if device.type in ("cpu", "cuda") else torch.float32
+
+
+def where_it_is_known(operation: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Return operation(x), on the CPU for devices that may lack it, such as Apple's GPUs."""
+    if x.device.type in ("cpu", "cuda"):
+        return operation(x)
+    return operation(x.cpu()).to(x.device)
 
 
 def at_least_float(tensor: Tensor) -> Tensor:

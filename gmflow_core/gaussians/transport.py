@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .quantile import mixture_quantile, normal_score
-from .tensors import sum_of_products
+from .tensors import sum_of_products, where_it_is_known
 
 
 def covariance(means: Tensor, log_weights: Tensor, log_std: Tensor, average: bool) -> Tensor:
@@ -51,7 +51,8 @@ def principal_axes(means: Tensor, log_weights: Tensor, log_std: Tensor, per_pixe
     finite = matrix.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
     channels = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     matrix = torch.where(finite, matrix, channels)  # LAPACK raises on inf and NaN
-    return torch.linalg.eigh(matrix).eigenvectors.flip(-1)
+    axes = where_it_is_known(lambda each: torch.linalg.eigh(each).eigenvectors, matrix)
+    return axes.flip(-1)
 
 
 def to_normal(

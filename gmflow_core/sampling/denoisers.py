@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -89,14 +90,8 @@ def class_denoiser(
             f"labels between {int(labels.min())} and {int(labels.max())} do not fit a model of "
             f"{null} classes"
         )
-    if guidance is not None and not guidance.idle and largest != null:
-        raise ValueError(
-            "guidance needs a model with a label for no class, and this one has none; "
-            "use autoguidance instead"
-        )
-    predicts_dx = getattr(config, "dx_segment", None) is not None
-    if guidance is not None and not guidance.idle and predicts_dx:
-        raise ValueError("guidance needs a mixture, and this model predicts a DX policy; omit it")
+    if guidance is not None and not guidance.idle:
+        _check_can_be_guided(config, largest == null)
     guide = None if guidance is None else form_of(guidance.of_velocities)
     both = torch.cat([labels, torch.full_like(labels, null)])
 
@@ -108,6 +103,23 @@ def class_denoiser(
         return guide(cond, uncond, x, sigma)
 
     return denoise
+
+
+def _check_can_be_guided(config: Any, has_null: bool) -> None:
+    """Check that guidance can steer a network of this config.
+
+    Raises:
+        ValueError: it knows no classes, has no label for no class, or predicts no mixture.
+    """
+    if config.num_classes == 0:
+        raise ValueError("guidance needs a model of classes, and this one knows none; omit it")
+    if not has_null:
+        raise ValueError(
+            "guidance needs a model with a label for no class, and this one has none; "
+            "use autoguidance instead"
+        )
+    if getattr(config, "dx_segment", None) is not None:
+        raise ValueError("guidance needs a mixture, and this model predicts a DX policy; omit it")
 
 
 def autoguided(denoiser: Denoiser, guide: Denoiser, scale: float) -> Denoiser:

@@ -11,6 +11,8 @@ from torch import Tensor
 from ..flow.path import Sigma, velocity_to_x0
 from ..gaussians.mixture import GaussianMixture, IsotropicGaussian, Mixture, TiltedMixture
 
+SLACK = 1e-6  # of sigmas at an interval's ends
+
 
 def probabilistic_guidance(
     cond: Mixture, uncond_mean: Tensor, scale: float | Tensor, orthogonal: float = 1.0
@@ -121,6 +123,8 @@ class Guidance:
 def within(interval: tuple[float, float], sigma: float | Tensor) -> bool:
     """Return whether `sigma` lies in an interval, both ends included.
 
+    Ends count as reached up to SLACK, as sigmas are rounded: float32 has no 0.3.
+
     Args:
         sigma: a number or equal values (B,). Reading a tensor forces a GPU sync; the interval
             (0, 1) contains every sigma and reads none.
@@ -128,7 +132,8 @@ def within(interval: tuple[float, float], sigma: float | Tensor) -> bool:
     low, high = interval
     if (low, high) == (0.0, 1.0):
         return True
-    return low <= (sigma.flatten()[0].item() if isinstance(sigma, Tensor) else sigma) <= high
+    sigma = sigma.flatten()[0].item() if isinstance(sigma, Tensor) else sigma
+    return low - SLACK <= sigma <= high + SLACK
 
 
 class GaussianShift(NamedTuple):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..flow.checks import listed, whole_number
+from ..flow.following import Constrain
 from ..flow.path import flow_sigmas
 from ..gaussians.draws import standard_normal
 from ..source.mode_frame import ModeFrame
@@ -89,6 +90,8 @@ def sample_images(
     if frame is not None:
         denoisers = [frame.denoiser(each) for each in denoisers]
         callback = callback and _leaving_frame(callback, frame, sigmas)
+        if constrain := settings.get("constrain"):
+            settings["constrain"] = _entering_frame(constrain, frame)
     denoiser = denoisers[0] if guide is None else autoguided(*denoisers, guide_scale)
     spectrum = network.spectrum_net if source is None else None
     settings = {"shift": shift, "spectrum": spectrum, "noise": generators, **settings}
@@ -170,6 +173,15 @@ def _leaving_frame(callback: Callback, frame: ModeFrame, sigmas: Tensor) -> Call
         callback(step, frame.leave(x, times[step]), x0 * frame.std)
 
     return report
+
+
+def _entering_frame(constrain: Constrain, frame: ModeFrame) -> Constrain:
+    """Return a constraint in the frame's coordinates of one in the images' own."""
+
+    def constrained(y: Tensor, sigma: Tensor) -> Tensor:
+        return frame.enter(constrain(frame.leave(y, sigma), sigma), sigma)
+
+    return constrained
 
 
 def _leave(

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from ..fast.choice import axis_map
-from ..flow.blended import BlendedPolicy
+from ..flow.blended import BlendedPolicy, is_mixture, kind_of
 from ..flow.checks import whole_number
 from ..flow.path import reverse_transition, unshift_time
-from ..flow.policy import FINAL_STEP_SIZE, NO_MIXTURES, Policy
+from ..flow.policy import FINAL_STEP_SIZE, Policy
 from ..gaussians.draws import Generator, standard_normal
 from ..gaussians.mixture import GaussianMixture, IsotropicGaussian, Mixture
 from ..gaussians.spectral import sample_with_spectrum
@@ -344,10 +344,10 @@ def _predict(
     if order not in (1, 2):
         raise ValueError(f"order is {order}; it can be 1 or 2")
     mixture = denoiser(x, batch_sigma(x, sigma))
-    if isinstance(mixture, NO_MIXTURES):
+    if not is_mixture(mixture):
         able = ", ".join(name for name, each in SOLVERS.items() if each.takes_policies)
         raise ValueError(
-            f"this solver needs a mixture, and the model predicts {mixture.kind}; use {able}"
+            f"this solver needs a mixture, and the model predicts {kind_of(mixture)}; use {able}"
         )
     if order == 1:
         return mixture, None

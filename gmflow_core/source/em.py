@@ -239,13 +239,12 @@ def look_at(tokens: Chunks, num_modes: int, device: torch.device) -> Survey:
         ValueError: as `fit_mixture`, on all processes alike.
     """
     count, dims, bad, total = 0, None, [], torch.zeros(0, dtype=widest(device), device=device)
+    wrong = ""  # what a chunk's shape is; as long as the others do not know, they wait
     for chunk in tokens:
         if chunk.ndim != 2 or dims not in (None, chunk.shape[1]):
             before = f" after ones of {dims} numbers" if dims else ""
-            raise ValueError(
-                f"a chunk of tokens is {tuple(chunk.shape)}{before}; "
-                "give (n, D), the same D throughout"
-            )
+            wrong = f"a chunk of tokens is {tuple(chunk.shape)}{before}"
+            break
         if dims is None:
             dims, total = chunk.shape[1], total.new_zeros(chunk.shape[1])
         chunk = chunk.to(device)
@@ -254,6 +253,10 @@ def look_at(tokens: Chunks, num_modes: int, device: torch.device) -> Survey:
             bad += [count + row for row in finite.logical_not().nonzero().flatten().tolist()]
         total += chunk.sum(0, dtype=total.dtype)
         count += len(chunk)
+    misshapen = gather(torch.tensor(int(bool(wrong)), device=device)).any()
+    if misshapen:
+        wrong = wrong or "a chunk of another process's tokens has another shape"
+        raise ValueError(f"{wrong}; give (n, D), the same D throughout")
     counts = gather(torch.tensor([count, len(bad), dims or 0], device=device)).tolist()
     first = sum(n for n, _, _ in counts[: rank()])
     _check_counts(counts, [first + row for row in bad], num_modes)

@@ -73,7 +73,9 @@ def _make_scalar(machine: Machine, args: Any) -> Any:
 
 
 def _make_from_buffer(machine: Machine, args: Any) -> Array:
-    raw, kind, shape, order = args
+    raw, kind, shape, order, *axes = args
+    if order == "K" and axes:  # in the order "C", with these axes afterwards
+        order = axes[0]
     return Array().fill(machine.raw(raw), kind, shape, order)
 
 

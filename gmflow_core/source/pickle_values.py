@@ -67,18 +67,30 @@ class Array:
         self.follows, self.raw = follows, None
 
     def fill(self, raw: Any, kind: Any, shape: Any, order: Any) -> Array:
-        """Take the content, after a check that its size is that of the shape."""
+        """Take the content, after a check that its size is that of the shape.
+
+        Args:
+            order: "C" or "F"; or axes, as for numpy.transpose of the array in the order "C".
+        """
         if not isinstance(kind, Type):
             raise Refused(f"it has an array of the type {named(kind)}")
         if kind.code is None:
             return self
-        if order not in ("C", "F") or not isinstance(raw, (bytes, memoryview)):
-            raise Refused(f"it has an array in the order {shown(order)} of {named(raw)}")
         size = size_of(kind.code, shape)
+        in_order = order in ("C", "F") if isinstance(order, str) else are_axes(order, len(shape))
+        if not in_order or not isinstance(raw, (bytes, memoryview)):
+            raise Refused(f"it has an array in the order {shown(order)} of {named(raw)}")
         if size != len(raw):
             raise Refused(f"it has an array of {len(raw)} bytes whose shape needs {size}")
         self.raw, self.type, self.shape, self.order = raw, kind.code, tuple(shape), order
         return self
+
+
+def are_axes(order: Any, dimensions: int) -> bool:
+    """Return whether a value from outside names each of an array's axes once."""
+    if not isinstance(order, (tuple, list)) or len(order) != dimensions:
+        return False
+    return all(type(axis) is int for axis in order) and sorted(order) == list(range(dimensions))
 
 
 def size_of(code: str, shape: Any) -> int:

@@ -265,7 +265,9 @@ def _receive(pipe: BinaryIO, most: int) -> dict[str, Any]:
     return header
 
 
-def _read_array(pipe: BinaryIO, type: str, shape: list[int], order: str, size: int) -> np.ndarray:
+def _read_array(
+    pipe: BinaryIO, type: str, shape: list[int], order: str | list[int], size: int
+) -> np.ndarray:
     """Read one array; the arguments are a part of the header.
 
     Raises:
@@ -280,7 +282,10 @@ def _read_array(pipe: BinaryIO, type: str, shape: list[int], order: str, size: i
         if not count:
             raise EOFError
         filled += count
-    return np.frombuffer(raw, type).reshape(shape, order=order)
+    array = np.frombuffer(raw, type)
+    if isinstance(order, str):
+        return array.reshape(shape, order=order)
+    return array.reshape(shape).transpose(order)
 
 
 def convert_pickle(

@@ -1,6 +1,7 @@
 """Facts that travel with an adapter: written, read, refused, and added to a published file."""
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from gmflow_core import AdapterFacts, read_adapter_facts, write_adapter
 from gmflow_core.cli import main
+from gmflow_core.files import adapter_metadata
 from gmflow_core.files.adapter_metadata import facts_in, set_adapter_facts
 from tests.core.test_adapter_heads import head_tensors
 from tests.helpers import normal
@@ -61,7 +63,7 @@ def test_facts_survive_the_way_through_metadata():
     assert facts_in(None, "file") == facts_in({"gmflow.later": "x"}, "file") == AdapterFacts()
 
 
-def test_facts_are_added_to_a_published_file_without_touching_its_tensors(tmp_path):
+def test_facts_are_added_to_a_published_file_without_touching_its_tensors(tmp_path, monkeypatch):
     path, out = published(tmp_path / "a.safetensors"), tmp_path / "b.safetensors"
     before, tensors = path.read_bytes(), load_file(path)
     set_adapter_facts(path, AdapterFacts(steps=8, shift=3.2), out)
@@ -72,7 +74,21 @@ def test_facts_are_added_to_a_published_file_without_touching_its_tensors(tmp_pa
         **{"gmflow.steps": "8", "gmflow.shift": "3.2"},
     }
     assert int.from_bytes(out.read_bytes()[:8], "little") % 8 == 0
+    opened, replace_file = [], os.replace
+
+    def tracked(*arguments):
+        opened.append(open(*arguments))  # noqa: SIM115
+        return opened[-1]
+
+    def replace_closed(source, target):
+        """Refuse files that are still open, as Windows does."""
+        assert all(file.closed for file in opened)
+        replace_file(source, target)
+
+    monkeypatch.setattr(adapter_metadata, "open", tracked, raising=False)
+    monkeypatch.setattr(os, "replace", replace_closed)
     set_adapter_facts(out, AdapterFacts(steps=4, base="FLUX.1"))
+    assert len(opened) >= 2
     assert data_of(out) == data_of(path)
     assert read_adapter_facts(out) == AdapterFacts("FLUX.1", 4, 3.2, policy="GMFlow")
     found = load_file(out)

@@ -86,6 +86,13 @@ def test_the_unconditional_half_is_computed_only_where_guidance_acts():
         assert calls_of(network, Guidance(0.3, interval=interval)) == [2, 4, 4, 2]
 
 
+@pytest.mark.parametrize(("low", "high", "steps"), [(0, 0.3, 10), (0.7, 1, 10), (0.2, 0.6, 5)])
+def test_both_ends_of_an_interval_belong_to_it_though_sigmas_are_rounded(low, high, steps):
+    guidance = Guidance(0.3, interval=(low, high))
+    acting = [sigma for sigma in flow_sigmas(steps)[:-1] if guidance.acts_at(sigma)]
+    assert len(acting) == round((high - low) * steps) + (low > 0)
+
+
 def test_classifier_free_guidance_extrapolates_the_mean_and_keeps_the_spread():
     network, x, sigma = small_network(), normal(2, 4, 8, 8), torch.tensor([0.7, 0.7])
     labels, none = torch.tensor([1, 2]), torch.tensor([10, 10])
@@ -211,6 +218,19 @@ def test_a_trajectory_is_in_the_datas_own_units():
     assert torch.equal(trajectory.x[:-1], states)
     assert torch.equal(trajectory.x0, means)
     assert torch.equal(trajectory.x[-1], x)
+
+
+def test_a_constraint_is_in_the_datas_own_units():
+    """Where a source's modes are known, solvers work in each mode's own coordinates."""
+    known = 0.25
+    x, trajectory = sample_images(
+        ExactNetwork(),
+        None,
+        **{"source": SOURCE, "modes": [0, 2], "steps": 3, "return_trajectory": True},
+        constrain=lambda x, sigma: (1 - sigma) * known + sigma * x,
+    )
+    assert is_near(x, torch.full_like(x, known), 1e-5)
+    assert is_near(trajectory.x[-1], x, 1e-5)
 
 
 @pytest.mark.parametrize("solver", ["gm-ode", "gm-policy", "euler"])

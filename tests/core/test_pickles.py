@@ -104,6 +104,16 @@ def test_keys_that_are_no_text_are_never_hashed(key):
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_arrays_of_any_order_in_memory_are_read(tmp_path, protocol):
+    means = np.arange(24.0).reshape(2, 3, 4)
+    for axes in ((0, 1, 2), (2, 1, 0), (1, 2, 0)):
+        turned = np.ascontiguousarray(means.transpose(axes)).transpose(np.argsort(axes))
+        path = tmp_path / "source.pkl"
+        path.write_bytes(pickle.dumps({**GOOD, "means": turned}, protocol))
+        assert np.array_equal(convert_pickle(path).means.numpy(), means)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_damaged_pickles_give_a_mixture_or_a_reason(protocol):
     """Bytes are changed, removed, repeated and swapped."""
     rng = random.Random(protocol)

@@ -128,6 +128,8 @@ def test_digits_and_their_student_of_one_call_need_no_vae(monkeypatch):
         pipeline.sample([0], seeds=[1, 2])
     with pytest.raises(ValueError, match="there are no labels"):
         pipeline([])
+    with pytest.raises(ValueError, match="guidance needs classes"):
+        pipeline(None, seeds=[1], guidance=0.3)
     assert pipeline.label_ids(torch.tensor([3, 7])) == pipeline.label_ids(["3", "7"]) == [3, 7]
     with pytest.raises(ValueError, match="pixels, which need no VAE"):
         ImagePipeline.load(SHIPPED / "digits_k8.safetensors", vae="a/b")

@@ -5,8 +5,9 @@ import torch
 from PIL import Image
 
 from gmflow_core import pipeline as pipeline_module
+from gmflow_core import sample_command
 from gmflow_core.cli import main
-from gmflow_core.files.checkpoint import SHIPPED
+from gmflow_core.files.checkpoint import SHIPPED, load_checkpoint, save_checkpoint
 from gmflow_core.files.errors import WriteError
 
 DIGITS = SHIPPED / "digits_k8.safetensors"
@@ -93,3 +94,22 @@ def test_points_have_no_use_for_options_of_pictures(tmp_path):
     for option in ("--vae", "--source", "--seeds"):
         with pytest.raises(SystemExit, match=f"has no use for {option}"):
             sample(tmp_path / "a.png", option, 1, model=points)
+
+
+def test_points_of_a_model_with_a_source_are_not_drawn_from_white_noise(tmp_path):
+    network, _ = load_checkpoint(SHIPPED / "checkerboard_k64.safetensors")
+    path = tmp_path / "toy.safetensors"
+    source = {"num_modes": 2, "shape": [2], "coupling": "soft", "conditioning": "hidden"}
+    save_checkpoint(network, path, data={"source": source})
+    for more in ([], ["--source", "a.safetensors"]):
+        with pytest.raises(SystemExit, match="was trained with a mixture source, which this"):
+            sample(tmp_path / "a.png", *more, model=path)
+
+
+def test_a_sheet_has_a_limit_for_all_its_labels_and_a_folder_has_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(sample_command, "MOST_NUMBERS", 20 * 3 * 8 * 8)
+    sample(tmp_path / "a.png", "--labels", 1, 2, "--count", 10)
+    with pytest.raises(SystemExit, match="--count is 11; it must be from 1 to 10 for this model"):
+        sample(tmp_path / "a.png", "--labels", 1, 2, "--count", 11)
+    sample(tmp_path / "a", "--labels", 1, 2, "--count", 11)
+    assert len(list((tmp_path / "a").iterdir())) == 22

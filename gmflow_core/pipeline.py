@@ -186,8 +186,8 @@ class ImagePipeline:
             guidance: weight of probabilistic guidance in [0, 1), or a `Guidance`.
             progress: called with the network calls that are done and those in all.
             settings: further settings of `sample_images`: `order`, `substeps`, `spacing`,
-                `temperature`, `stochasticity`, `size`, `guide`, `guide_scale`, `constrain` and
-                `check`. A trajectory, or times of your own (`sigmas`), it gives and takes alone.
+                `temperature`, `stochasticity`, `size`, `guide`, `guide_scale`, `constrain`, `blend`
+                and `check`. `sample_images` alone gives a trajectory and takes your own `sigmas`.
 
         Returns:
             (B, C, h, w) float32, on the CPU.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from ..source.mode_frame import ModeFrame
 from ..source.source import GaussianMixtureSource
 from .denoisers import autoguided, class_denoiser
 from .guidance import Guidance
-from .hooks import Callback
+from .hooks import Blend, Callback
 from .seeds import seed_list
 from .solvers import MEAN_SOLVERS, solve
 from .trajectory import Trajectory
@@ -87,15 +87,13 @@ def sample_images(
     sigmas = flow_sigmas(steps, shift) if sigmas is None else sigmas
     networks = [network] if guide is None else [network, guide]
     denoisers = [class_denoiser(each, labels.to(device), guidance) for each in networks]
+    settings = {"shift": shift, "noise": generators, "callback": callback, **settings}
+    settings.setdefault("spectrum", network.spectrum_net if source is None else None)
     if frame is not None:
         denoisers = [frame.denoiser(each) for each in denoisers]
-        callback = callback and _leaving_frame(callback, frame, sigmas)
-        if constrain := settings.get("constrain"):
-            settings["constrain"] = _entering_frame(constrain, frame)
+        settings |= _hooks_in_frame(frame, sigmas, settings)
     denoiser = denoisers[0] if guide is None else autoguided(*denoisers, guide_scale)
-    spectrum = network.spectrum_net if source is None else None
-    settings = {"shift": shift, "spectrum": spectrum, "noise": generators, **settings}
-    result = solve(solver, denoiser, x, sigmas, **settings, callback=callback)
+    result = solve(solver, denoiser, x, sigmas, **settings)
     return result if frame is None else _leave(frame, result, float(sigmas[-1]))
 
 
@@ -165,23 +163,25 @@ def _source_start(
     return None, source.draw(modes, noise=noise)
 
 
-def _leaving_frame(callback: Callback, frame: ModeFrame, sigmas: Tensor) -> Callback:
-    """Return a callback in the frame's coordinates that reports in the images' own."""
-    times = sigmas.tolist()
-
-    def report(step: int, x: Tensor, x0: Tensor) -> None:
-        callback(step, frame.leave(x, times[step]), x0 * frame.std)
-
-    return report
-
-
-def _entering_frame(constrain: Constrain, frame: ModeFrame) -> Constrain:
-    """Return a constraint in the frame's coordinates of one in the images' own."""
-
-    def constrained(y: Tensor, sigma: Tensor) -> Tensor:
-        return frame.enter(constrain(frame.leave(y, sigma), sigma), sigma)
-
-    return constrained
+def _hooks_in_frame(frame: ModeFrame, sigmas: Tensor, given: dict[str, Any]) -> dict[str, Callable]:
+    """Return the hooks that are given, for a solver in the frame's coordinates."""
+    callback: Callback | None = given.get("callback")
+    constrain: Constrain | None = given.get("constrain")
+    blend: Blend | None = given.get("blend")
+    times, hooks = sigmas.tolist(), {}
+    if callback is not None:
+        hooks["callback"] = lambda step, y, y0: callback(
+            step, frame.leave(y, times[step]), y0 * frame.std
+        )
+    if constrain is not None:
+        hooks["constrain"] = lambda y, sigma: frame.enter(
+            constrain(frame.leave(y, sigma), sigma), sigma
+        )
+    if blend is not None:
+        hooks["blend"] = lambda start, sigma, y, end: frame.enter(
+            blend(frame.leave(start, sigma), sigma, frame.leave(y, end), end), end
+        )
+    return hooks
 
 
 def _leave(

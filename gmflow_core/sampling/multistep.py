@@ -49,7 +49,8 @@ def sample_dpmpp_2m(
         if previous is not None and sigma_next > 0:
             ratio = math.log(sigma / sigma_next) / math.log(previous.sigma / sigma)
             target = mean + (mean - previous.mean) * (0.5 * ratio)
-        x = hooks.settle(_advance(x, sigma, sigma_next, [Call(sigma, target)]), sigma_next)
+        end = _advance(x, sigma, sigma_next, [Call(sigma, target)])
+        x = hooks.settle(hooks.blended(x, sigma, end, sigma_next), sigma_next)
         previous = Call(sigma, mean)
         if hooks.check is not None:
             hooks.check()
@@ -75,10 +76,11 @@ def sample_uni_pc(
         hooks.report(index, x, lambda call=call: call.mean)
         if calls:  # correct the step that led here
             x = _advance(start, calls[0].sigma, sigma, calls[:order], call)
-            x = hooks.settle(x, sigma)
+            x = hooks.settle(hooks.blended(start, calls[0].sigma, x, sigma), sigma)
         calls, start = [call, *calls][:HIGHEST_ORDER], x
         order = min(highest, index + 1, len(steps) - index)
-        x = hooks.settle(_advance(x, sigma, sigma_next, calls[:order]), sigma_next)
+        end = _advance(x, sigma, sigma_next, calls[:order])
+        x = hooks.settle(hooks.blended(x, sigma, end, sigma_next), sigma_next)
         if hooks.check is not None:
             hooks.check()
     return x

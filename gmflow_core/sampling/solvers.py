@@ -27,7 +27,7 @@ from ..gaussians.mixture import GaussianMixture, IsotropicGaussian, Mixture
 from ..gaussians.spectral import sample_with_spectrum
 from .denoisers import Denoiser
 from .guidance import image_gaussian
-from .hooks import Callback, Hooks
+from .hooks import Blend, Callback, Hooks
 from .multistep import sample_dpmpp_2m, sample_uni_pc
 from .rollout import Check, Constrain
 from .second_order import Step, corrected
@@ -141,7 +141,7 @@ def sample_gm_sde(
         mixture, previous = _predict(denoiser, x, sigma, sigma_next, order, previous)
         hooks.report(index, x, mixture.mean)
         draws = noise[index] if recorded else None
-        x0 = _draw_x0(mixture, x, spectrum, noise, draws)
+        x0 = hooks.blended(x, sigma, _draw_x0(mixture, x, spectrum, noise, draws), 0.0)
         if recorded:
             transition_noise = draws.transition_noise
         else:
@@ -161,13 +161,11 @@ def sample_euler(
 
     Arguments, return value and errors as `sample_gm_ode`.
     """
-    hooks = Hooks(**hooks)
-    every = {"callback": hooks.callback, "constrain": hooks.constrain, "check": hooks.check}
 
     def mean(x: Tensor, sigma: Tensor) -> Mixture:
         return GaussianMixture.point_mass(denoiser(x, sigma).mean())
 
-    return sample_gm_ode(mean, x, sigmas, order=1, substeps=1, **every)
+    return sample_gm_ode(mean, x, sigmas, order=1, substeps=1, **hooks)
 
 
 @with_trajectory
@@ -296,6 +294,7 @@ def solve(
     *,
     callback: Callback | None = None,
     constrain: Constrain | None = None,
+    blend: Blend | None = None,
     check: Check | None = None,
     return_trajectory: bool | Every = False,
     **settings: Any,
@@ -323,7 +322,7 @@ def solve(
     if settings.get("substeps") is None:
         settings["substeps"] = chosen.substeps
     taken = {name: value for name, value in settings.items() if name in chosen.settings}
-    hooks = {"callback": callback, "constrain": constrain, "check": check}
+    hooks = {"callback": callback, "constrain": constrain, "blend": blend, "check": check}
     taken["return_trajectory"] = return_trajectory
     return chosen.sample(denoiser, x, sigmas, **taken, **hooks)
 

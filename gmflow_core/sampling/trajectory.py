@@ -54,11 +54,13 @@ def with_trajectory(sample: Callable[..., Tensor]) -> Callable[..., Any]:
                 f"return_trajectory is {return_trajectory!r}; it can be False, True, which is "
                 '"step", or "substep"'
             )
-        recorder = _Recorder(settings.get("callback"), settings.get("constrain"))
+        hooks = (settings.get(name) for name in ("callback", "constrain", "blend"))
+        recorder = _Recorder(*hooks)
         settings["callback"] = recorder.callback
         if return_trajectory == "substep":
             recorder.keep(x, sigmas[0])
             settings["constrain"] = recorder.constrain
+            settings["blend"] = recorder.blend if settings.get("blend") else None
         result = sample(denoiser, x, sigmas, **settings)
         if return_trajectory == "substep":
             return result, recorder.trajectory()
@@ -72,8 +74,11 @@ def with_trajectory(sample: Callable[..., Tensor]) -> Callable[..., Any]:
 class _Recorder:
     """Hooks of a solver that keep what it passes through, and call the user's own."""
 
-    def __init__(self, callback: Callable | None, constrain: Callable | None):
+    def __init__(
+        self, callback: Callable | None, constrain: Callable | None, blend: Callable | None
+    ):
         self.callback_of_user, self.constrain_of_user = callback, constrain
+        self.blend_of_user = blend
         self.reported, self.x0 = [], []  # x and the mean of x_0 at every network call
         self.x, self.sigmas = [], []  # after every substep
 
@@ -89,6 +94,13 @@ class _Recorder:
         if self.constrain_of_user is not None:
             x = self.constrain_of_user(x, sigma)
         self.keep(x, sigma)
+        return x
+
+    def blend(self, start: Tensor, sigma: float, x: Tensor, sigma_end: float) -> Tensor:
+        """Return x as the user blends it, and keep it in the place of the last substep's."""
+        x = self.blend_of_user(start, sigma, x, sigma_end)
+        if float(self.sigmas[-1]) == sigma_end:  # not where a solver has drawn x_0
+            self.x[-1] = x
         return x
 
     def keep(self, x: Tensor, sigma: float | Tensor) -> None:

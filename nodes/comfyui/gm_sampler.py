@@ -88,6 +88,7 @@ def gm_sampler(
             noise=step_noise(wrapped, extra_args.get("seed") or 0, x),
             callback=progress(wrapped, sigmas, callback),
             constrain=wrapped.constrain if wrapped.masked else None,
+            blend=wrapped.blend if wrapped.masked else None,
             check=comfy.model_management.throw_exception_if_processing_interrupted,
             **own,
         )

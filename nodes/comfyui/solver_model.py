@@ -51,7 +51,7 @@ class SolverModel:
         self.shape = solver_shape(inner, options)
         self.is_plain = not predicts_mixture(inner, options)
         self.path = path_of(inner.model_sampling) if self.is_plain else STRAIGHT
-        self.mask: Tensor | None = None  # noise mask of the present step
+        self.mask: Tensor | None = None  # noise mask of the present step, in [0, 1]
         self.frame: ModeFrame | None = None  # coordinates the solver works in, if other than x
 
     @property
@@ -129,13 +129,11 @@ class SolverModel:
 
     def to_solver(self, latent: Tensor, sigma: Tensor | float) -> Tensor:
         """Convert a latent at the solver's sigma to its shape and coordinates."""
-        x = self.shape.to_solver(self.path.enter(latent, sigma))
-        return x if self.frame is None else self.frame.enter(x, sigma)
+        return self._from_straight(self.path.enter(latent, sigma), sigma)
 
     def from_solver(self, x: Tensor, sigma: Tensor | float) -> Tensor:
         """Convert x at the solver's sigma back to a latent: the inverse of `to_solver`."""
-        x = x if self.frame is None else self.frame.leave(x, sigma)
-        return self.path.leave(self.shape.from_solver(x, self.latent_shape), sigma)
+        return self.path.leave(self._straight(x, sigma), sigma)
 
     def denoise(self, x: Tensor, sigma: Tensor) -> Followed:
         """Return the guider's policy in x_0, in the solver's coordinates.
@@ -175,7 +173,10 @@ class SolverModel:
         own_sigma = sigma[:1].expand(self.latent_shape[0])
         latent_sigma = self.path.time_of(own_sigma)
         self.mask = self.mask_at(latent_sigma)
-        latent = self.path.leave(self.shape.from_solver(x, self.latent_shape), own_sigma)
+        straight = self.shape.from_solver(x, self.latent_shape)
+        if self.mask is not None:
+            straight = self._given(straight, own_sigma)
+        latent = self.path.leave(straight, own_sigma)
         denoised = self.call(latent, latent_sigma, options)
         mean, policy = self.shape.to_solver(denoised), recorder and recorder.guided
         conds = getattr(self.guider, "conds", {}).get("positive")
@@ -197,9 +198,9 @@ class SolverModel:
     def call(self, latent: Tensor, sigma: Tensor, model_options: dict) -> Tensor:
         """Return the prediction of x_0 of the model that the sampler function was given.
 
-        ComfyUI's own model is given no mask, as `constrain` has put the original latent outside of
-        it. A function around it may change sigma, and with it how noisy the original must be; so
-        ComfyUI's model inside of it puts it there once more, wherever nothing is to change.
+        ComfyUI's own model is given no mask, as that is applied here. A function around it may
+        change sigma, and with it how noisy the original must be; so ComfyUI's model inside of it
+        puts it there once more, wherever nothing is to change.
         """
         own = isinstance(self.model, comfy.samplers.KSamplerX0Inpaint)
         mask = None if own or self.mask is None else self.mask.sign()
@@ -225,10 +226,45 @@ class SolverModel:
         return self.extra_args.get("denoise_mask") is not None
 
     def constrain(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """Replace x outside of the step's noise mask by the original latent at that sigma."""
+        """Replace x where the step's noise mask is 0 by the original latent at that sigma."""
         sigma = sigma.reshape(-1)[:1].expand(self.latent_shape[0])
-        latent, latent_sigma = self.from_solver(x, sigma), self.path.time_of(sigma)
-        original = self.guider.inner_model.scale_latent_inpaint(
-            x=latent, sigma=latent_sigma, noise=self.run.noise, latent_image=self.run.latent_image
+        straight = self._straight(x, sigma)
+        original = self._original(straight, sigma)
+        return self._from_straight(torch.where(self.mask > 0, straight, original), sigma)
+
+    def blend(self, start: Tensor, sigma: float, x: Tensor, sigma_end: float) -> Tensor:
+        """Return x at the end of a step of which the share m, the noise mask, counts.
+
+        Stock samplers take m x_0 + (1 - m) original for the predicted x_0. For the straight step of
+        Euler from `start` that is the share m of it, and 1 - m of one to the original. The same is
+        done here with the end of any step, however many substeps led there.
+        """
+        sigmas = [x.new_full((self.latent_shape[0],), each) for each in (sigma, sigma_end)]
+        start, end = map(self._straight, (start, x), sigmas)
+        image = self.run.latent_image
+        to_original = image + sigma_end / sigma * (start - image)
+        return self._from_straight(self.mask * end + (1 - self.mask) * to_original, sigmas[1])
+
+    def _given(self, straight: Tensor, sigma: Tensor) -> Tensor:
+        """Return what the network is given of x, as in stock samplers: m x + (1 - m) original."""
+        return self.mask * straight + (1 - self.mask) * self._original(straight, sigma)
+
+    def _original(self, straight: Tensor, sigma: Tensor) -> Tensor:
+        """Return the original latent on the straight path at sigma (B,), shaped as x there."""
+        latent = self.guider.inner_model.scale_latent_inpaint(
+            x=self.path.leave(straight, sigma),
+            sigma=self.path.time_of(sigma),
+            noise=self.run.noise,
+            latent_image=self.run.latent_image,
         )
-        return self.to_solver(latent * self.mask + original * (1 - self.mask), sigma)
+        return self.path.enter(latent, sigma)
+
+    def _straight(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """Return x of the solver as latents (B, C, *S) on the straight path."""
+        x = x if self.frame is None else self.frame.leave(x, sigma)
+        return self.shape.from_solver(x, self.latent_shape)
+
+    def _from_straight(self, latent: Tensor, sigma: Tensor) -> Tensor:
+        """Return x in the solver's shape and coordinates: the inverse of `_straight`."""
+        x = self.shape.to_solver(latent)
+        return x if self.frame is None else self.frame.enter(x, sigma)

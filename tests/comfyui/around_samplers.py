@@ -72,6 +72,29 @@ def wrapped(work: Path) -> dict[str, Any]:
     return found
 
 
+def soft_masks(work: Path) -> dict[str, Any]:
+    """Sample with noise masks of 0.9 and 0: stock samplers, ours, and rollouts of many substeps."""
+    import comfy.samplers
+
+    make, found = ours("gm_sampler").gm_sampler, {}
+    euler = comfy.samplers.sampler_object("euler")
+    for name, (model, latent, positive) in {"board": board(), "flux": flux(work)}.items():
+        image = torch.randn(latent.shape, generator=torch.Generator().manual_seed(2))
+        about = found[name] = {}
+        for value in (1.0, 0.9):
+            run = partial(sample, model, image, positive, mask=value * half_mask(latent))
+            for solver in ("euler", "dpmpp-2m", "uni-pc"):
+                stock = run(comfy.samplers.sampler_object(solver.replace("-", "_")))
+                about[f"{solver}, {value}"] = far(run(make(solver)), stock)
+            stock = run(euler)
+            few, many = (run(make("gm-policy", substeps=n)) for n in (16, 256))
+            about[f"substeps, {value}"] = far(few, many)
+            about[f"moved, {value}"] = far(many, image) / far(stock, image)
+            outside = 1 - half_mask(latent)
+            about[f"kept, {value}"] = far(many * outside, image * outside)
+    return found
+
+
 def compiled(work: Path) -> dict[str, Any]:
     """Run GM and stock samplers in turn on compiled models, and compare with uncompiled ones.
 
@@ -390,6 +413,7 @@ CASES = {
     "linked": linked,
     "odd neighbours": odd_neighbours,
     "wrapped": wrapped,
+    "soft masks": soft_masks,
     "compiled": compiled,
     "not a flow": not_a_flow,
     "not finite": not_finite,

@@ -41,6 +41,17 @@ def test_a_sampler_that_another_node_wraps(found: dict[str, Any]) -> None:
             assert about[solver]["kept"] is None or about[solver]["kept"] < 1e-6, (name, solver)
 
 
+def test_soft_masks_change_as_much_as_in_stock_samplers(found: dict[str, Any]) -> None:
+    """Followers of the mean are the stock ones; more substeps make a soft mask no harder."""
+    for name, about in of(found, "soft masks").items():
+        for value in (1.0, 0.9):
+            for solver, limit in (("euler", 1e-5), ("dpmpp-2m", 1e-5), ("uni-pc", 2e-3)):
+                assert about[f"{solver}, {value}"] < limit, (name, solver)
+            assert about[f"kept, {value}"] < 1e-6, name
+        assert about["substeps, 0.9"] < 1.5 * about["substeps, 1.0"] + 0.01, name
+        assert about["moved, 0.9"] > 0.8 * about["moved, 1.0"], name
+
+
 def test_gm_and_stock_samplers_in_turn_on_a_compiled_model(found: dict[str, Any]) -> None:
     assert max(of(found, "compiled")["differences"]) < 1e-5
 

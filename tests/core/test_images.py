@@ -222,15 +222,18 @@ def test_a_trajectory_is_in_the_datas_own_units():
 
 def test_a_constraint_is_in_the_datas_own_units():
     """Where a source's modes are known, solvers work in each mode's own coordinates."""
-    known = 0.25
+    known, seen = 0.25, []
     x, trajectory = sample_images(
         ExactNetwork(),
         None,
         **{"source": SOURCE, "modes": [0, 2], "steps": 3, "return_trajectory": True},
         constrain=lambda x, sigma: (1 - sigma) * known + sigma * x,
+        blend=lambda start, sigma, x, end: seen.append((start, sigma)) or x,
     )
     assert is_near(x, torch.full_like(x, known), 1e-5)
     assert is_near(trajectory.x[-1], x, 1e-5)
+    starts = torch.stack([start for start, _ in seen])
+    assert is_near(starts, trajectory.x[:-1], 1e-5)
 
 
 @pytest.mark.parametrize("solver", ["gm-ode", "gm-policy", "euler"])

@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from gmflow_core import Trajectory, flow_sigmas, sample_gm_ode, sample_gm_policy
+from gmflow_core import (
+    GaussianMixture,
+    Trajectory,
+    flow_sigmas,
+    sample_gm_ode,
+    sample_gm_policy,
+)
 from gmflow_core.sampling.solvers import SOLVERS, solve
 from tests.core.test_solvers import exact_denoiser, matched_denoiser, mixture_data
 from tests.helpers import F64, is_near, normal
@@ -89,6 +95,28 @@ def test_hooks_of_the_caller_are_called_too(every):
     assert (trajectory.x[1:, :5] == 0.3).all()
     assert torch.equal(x[:5], known[:5])
     assert not (x[5:] == 0.3).any()
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("stochasticity", [0.0, 0.7])
+def test_a_blend_with_an_original_is_one_of_what_is_predicted(solver, stochasticity):
+    """Half of a step to the point c, and half of one to 0, make one step to c / 2."""
+
+    def blend(start, sigma, x, sigma_end):
+        return x / 2 + start * (sigma_end / sigma) / 2
+
+    def found(point, **hooks):
+        noise = torch.Generator().manual_seed(1)
+        about = {"noise": noise, "stochasticity": stochasticity, "return_trajectory": "substep"}
+
+        def denoiser(x, sigma):
+            return GaussianMixture.point_mass(torch.full_like(x, point))
+
+        return solve(solver, denoiser, normal(20, 2), flow_sigmas(4), **about, **hooks)
+
+    (x, path), (half, _) = found(2.0, blend=blend), found(1.0)
+    assert is_near(x, half, 1e-5)
+    assert torch.equal(path.x[-1], x)
 
 
 def test_the_velocity_along_a_fine_trajectory_is_the_one_between_its_states():

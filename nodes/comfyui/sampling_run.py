@@ -6,6 +6,7 @@ for a GM sampler that another node calls with a function in the place of ComfyUI
 
 from __future__ import annotations
 
+import uuid
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +58,7 @@ def watched(
     check_flow(guider.inner_model.model_sampling)
     check_steps_taken(sigmas)
     check_inputs(guider, noise=noise, latent_image=latent_image, mask=denoise_mask, sigmas=sigmas)
+    _tell_apart(guider)
     options = extra_args.get("model_options") or {}
     run = Run(guider, noise, latent_image, sigmas)
     extra_args["model_options"] = {**options, RUN: run}
@@ -65,6 +67,20 @@ def watched(
     )
     report_result(result, guider)
     return result
+
+
+def _tell_apart(guider: object) -> None:
+    """Give conditionings ids of their own.
+
+    Where a positive conditioning has an area, ComfyUI adds a copy of it to the negative ones, and
+    the other way round, with the same id. Predictions of both would be taken for those of one.
+    """
+    seen = set()
+    for conds in getattr(guider, "conds", {}).values():
+        for number, cond in enumerate(conds or ()):
+            if cond["uuid"] in seen:
+                conds[number] = cond = {**cond, "uuid": uuid.uuid4()}
+            seen.add(cond["uuid"])
 
 
 def check_steps_taken(sigmas: object) -> None:

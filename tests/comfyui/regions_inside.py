@@ -52,6 +52,16 @@ def regions(work: Path) -> dict[str, Any]:
             for weight in (0.3, 0.0)
         )
         found["default guided"] = [0, (guided - off).abs().max().item()]
+        whole, part, away = [text, about], [-text, {**about, "area": bottom}], [0.5 * text, about]
+        limited = {"area": bottom}
+        for name, prompts, negative, counting in (
+            ("positive", [whole, part], [away], [whole, part]),
+            # ComfyUI adds the area of the negative prompt to the positive one
+            ("negative", [whole], [[away[0], away[1] | limited]], [whole, [text, about | limited]]),
+        ):
+            alone = sample(model, latent, counting, sampler)
+            hardly = sample(steered, latent, prompts, sampler, cfg=1e-4, negative=negative)
+            found[f"areas, {name}"] = ((hardly - alone).norm() / alone.norm()).item()
     finally:
         blended.moved = moved
     return found

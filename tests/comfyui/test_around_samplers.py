@@ -136,3 +136,10 @@ def test_blended_policies_have_the_mean_that_comfyui_averages(found: dict[str, A
         assert shift < 1e-4, name
     assert result["default"][0] == 0
     assert result["default guided"][1] == 0
+
+
+def test_an_area_keeps_its_own_mixture_beside_a_negative_prompt(found: dict[str, Any]) -> None:
+    """ComfyUI gives each area to the other list too, where it counts for that one's prompt."""
+    result = of(found, "regions")
+    assert result["areas, positive"] < 1e-3
+    assert result["areas, negative"] < 1e-3

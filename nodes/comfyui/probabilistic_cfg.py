@@ -34,13 +34,24 @@ class ProbabilisticCFG:
     no mixture, the conditional mean with its spread is one Gaussian, which is guided.
 
     Args:
-        orthogonal, interval: see `Guidance`; the interval is in sigmas of the straight path.
+        orthogonal: see `Guidance`.
+        part: (start, end) of the sampling that is guided, which goes from 0 to 1. The sigmas are
+            those of the sampling that the model has when it runs: nodes after guidance, such as GM
+            Adapter, change it.
     """
 
-    def __init__(self, orthogonal: float, interval: tuple[float, float]):
-        self.orthogonal, self.interval = orthogonal, interval
+    def __init__(self, orthogonal: float, part: tuple[float, float]):
+        self.orthogonal, self.part = orthogonal, part
 
-    def guidance(self, cfg: float) -> Guidance:
+    def interval(self, sampling) -> tuple[float, float]:
+        """Return the sigmas (low, high) on the straight path between which a sampling is guided."""
+        if self.part == (0.0, 1.0):
+            return self.part
+        path = path_of(sampling)
+        low, high = (path.sigma_of(sampling.percent_to_sigma(each)) for each in self.part[::-1])
+        return low, high
+
+    def guidance(self, cfg: float, interval: tuple[float, float] = (0.0, 1.0)) -> Guidance:
         """Return the guidance with weight `cfg`.
 
         Raises:
@@ -51,7 +62,7 @@ class ProbabilisticCFG:
                 f"cfg {cfg:g} does not fit: {set_weight()}; with GM Probabilistic Guidance it is "
                 "the weight w, and 0 is off"
             )
-        return Guidance(cfg, orthogonal=self.orthogonal, interval=self.interval)
+        return Guidance(cfg, orthogonal=self.orthogonal, interval=interval)
 
     @guarded
     def __call__(self, args: dict) -> Tensor:
@@ -63,7 +74,7 @@ class ProbabilisticCFG:
         """
         model, latent = args["model"], args["input"]
         sigma = straight_sigma(args)
-        guidance = self.guidance(args["cond_scale"])
+        guidance = self.guidance(args["cond_scale"], self.interval(model.model_sampling))
         recorder = args["model_options"]["transformer_options"][RECORDER]
         recorder.asked = True
         if not guidance.acts_at(sigma):
@@ -129,7 +140,7 @@ class ProbabilisticCFG:
             return True
         if has_stock_prediction(guider) and guider.cfg == 0:
             return False
-        return within(self.interval, straight_sigma(args))
+        return within(self.interval(args["model"].model_sampling), straight_sigma(args))
 
 
 def has_stock_prediction(guider: object) -> bool:
@@ -146,11 +157,14 @@ def straight_sigma(args: dict) -> Tensor:
 def with_probabilistic_guidance(
     model: comfy.model_patcher.ModelPatcher,
     orthogonal: float = 1.0,
-    interval: tuple[float, float] = (0.0, 1.0),
+    part: tuple[float, float] = (0.0, 1.0),
 ) -> comfy.model_patcher.ModelPatcher:
     """Return a clone of `model` whose `cfg` is the weight of probabilistic guidance.
 
     It is so in every sampler and guider. Settings of an earlier call are replaced.
+
+    Args:
+        orthogonal, part: see `ProbabilisticCFG`.
 
     Raises:
         ValueError: another node has put its own cfg function on the model.
@@ -161,7 +175,7 @@ def with_probabilistic_guidance(
             f"{_name_of(other)} does not go with GM Probabilistic Guidance: each changes what cfg "
             "does, in its own way; remove or bypass one of the two nodes"
         )
-    model, function = model.clone(), ProbabilisticCFG(orthogonal, interval)
+    model, function = model.clone(), ProbabilisticCFG(orthogonal, part)
     if not predicts_mixture(model.model, model.model_options):
         hide_our_keys(model)
     model.set_model_sampler_cfg_function(function, disable_cfg1_optimization=True)

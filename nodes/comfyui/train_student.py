@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from ...gmflow_core.flow.policy import PolicyVelocity
 from ...gmflow_core.models.adapter_heads import Head
 from ...gmflow_core.models.new_heads import LastLayers, new_dx_head, new_gm_head
-from .adapter_head import HeadForward, finishing, pass_on
+from .adapter_head import HeadForward, finishing, pass_on, record_head
 from .bases import Base
-from .recording import Call, add_recording
+from .recording import Call
 from .time_shift import ShiftedFlow
 from .train_lora import LearningLayer, Pair, Place, Switch
 from .train_network import CheckpointedBlock, blocks_of, own_forward
@@ -95,7 +95,7 @@ class Student:
             self._patch(block, CheckpointedBlock(own_forward(model, block)))
         # its shift matters to no one here, only the unit of the times that the network is fed
         self.model.add_object_patch("model_sampling", ShiftedFlow.with_shift(1.0, base.multiplier))
-        add_recording(self.model, self._finish)
+        record_head(self.model, self._finish)
         self._ask_for_memory()
 
     def _ask_for_memory(self) -> None:

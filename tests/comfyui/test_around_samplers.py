@@ -125,3 +125,12 @@ def test_blended_policies_have_the_mean_that_comfyui_averages(found: dict[str, A
         assert shift < 1e-4, name
     assert result["default"][0] == 0
     assert result["default guided"][1] == 0
+
+
+def test_guidance_may_come_before_the_adapter(found: dict[str, Any]) -> None:
+    """It is the same as behind it, and its interval is that of the adapter's sampling."""
+    result = of(found, "orders")
+    assert len(result) == 4
+    for name, (order, effect) in result.items():
+        assert order < 1e-6, name
+        assert effect > 1e-3, name

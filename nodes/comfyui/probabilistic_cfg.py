@@ -172,7 +172,7 @@ def with_probabilistic_guidance(
     other = model.model_options.get("sampler_cfg_function")
     if other is not None and not has_probabilistic_guidance(model):
         raise ValueError(
-            f"{_name_of(other)} does not go with GM Probabilistic Guidance: each changes what cfg "
+            f"{name_of(other)} does not go with GM Probabilistic Guidance: each changes what cfg "
             "does, in its own way; remove or bypass one of the two nodes"
         )
     model, function = model.clone(), ProbabilisticCFG(orthogonal, part)
@@ -224,7 +224,7 @@ def predict_noise_recorded(
     function = options.get("sampler_cfg_function")
     if not isinstance(function, ProbabilisticCFG):
         raise ValueError(
-            f"{_name_of(function)} does not go with GM Probabilistic Guidance: it takes the cfg, "
+            f"{name_of(function)} does not go with GM Probabilistic Guidance: it takes the cfg, "
             "which is a weight below 1 here, for an ordinary one; remove or bypass one of the two "
             "nodes"
         )
@@ -232,7 +232,7 @@ def predict_noise_recorded(
     for other in (other for kind in kinds for other in options.get(kind, ())):
         if _reads(other, "cond_scale"):
             raise ValueError(
-                f"{_name_of(other)} does not go with GM Probabilistic Guidance: it takes the cfg, "
+                f"{name_of(other)} does not go with GM Probabilistic Guidance: it takes the cfg, "
                 "which is a weight below 1 here, for an ordinary one; remove or bypass one of the "
                 "two nodes"
             )
@@ -255,6 +255,6 @@ def _reads(function: object, key: str) -> bool:
     return key in getattr(code, "co_consts", ())
 
 
-def _name_of(function: object) -> str:
+def name_of(function: object) -> str:
     """Return the node that a function comes from, for a message."""
     return getattr(function, "__qualname__", type(function).__qualname__).partition(".")[0]

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from exact_model import SHAPE, exact_model, stock, text
-from inside import ours
+from inside import far, ours, says
 
 
 def weight_zero() -> dict[str, Any]:
@@ -32,3 +32,44 @@ def weight_zero() -> dict[str, Any]:
         door()
         found[name] = [sizes.pop(0) for _ in range(len(sizes))]
     return found
+
+
+class Halving:
+    """A node that spoils half of the negative prediction, as Skip Layer Guidance spoils it all."""
+
+    @staticmethod
+    def patch(model: Any, told: list[bool]) -> Any:
+        """Return a clone of the model; `told` gets whether each call has a negative."""
+        import comfy.samplers
+
+        def calc(args: dict) -> list[torch.Tensor]:
+            told.append(args["conds"][1] is not None)
+            names = ("model", "conds", "input", "sigma", "model_options")
+            cond, uncond = comfy.samplers.calc_cond_batch(*(args[name] for name in names))
+            uncond[..., : SHAPE[-1] // 2] = 0
+            return [cond, uncond]
+
+        model = model.clone()
+        model.set_model_sampler_calc_cond_batch_function(calc)
+        return model
+
+
+def other_function() -> dict[str, Any]:
+    """Guide beside a node that has its own function for predictions, before guidance and after."""
+    model, told = exact_model("FLOW"), []
+    guided, auto = ours("guiders").guided, ours("autoguider").AutoGuider
+
+    def run(model: Any) -> torch.Tensor:
+        return stock(model, "euler", steps=2, cfg=0.4, negative=text(-1.0))
+
+    settings = (0.0, 0.0, 0.4)  # orthogonal, and the part: of two steps, the first
+    plain = run(guided(model, *settings))
+    before = run(guided(guided(Halving.patch(model, told)), *settings))
+    after = run(Halving.patch(guided(model, *settings), told))
+    halved = Halving.patch(model, told)
+    return {
+        "effect": far(before, plain),
+        "order": far(before, after),
+        "told": told,
+        "auto": says(lambda: auto(halved, exact_model("FLOW"), text(), text(), 2.0, (0.0, 1.0))),
+    }

@@ -16,8 +16,10 @@ from .scripts import of, results_of
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Results of all cases of `memory_inside.py`, from one process."""
-    script = Path(__file__).with_name("memory_inside.py")
-    return results_of(script, tmp_path_factory.mktemp("memory"))
+    folder = tmp_path_factory.mktemp("memory")
+    write_flux(folder / "flux.safetensors", dtype=torch.float32)
+    write_adapter(folder / "adapter.safetensors")
+    return results_of(Path(__file__).with_name("memory_inside.py"), folder)
 
 
 def test_base_and_adapter_do_not_touch_each_other(tmp_path: Path) -> None:
@@ -51,3 +53,11 @@ def test_gm_models_ask_for_what_they_need(found: dict[str, Any]) -> None:
     needed = {"checkerboard_k64": 1_600, "digits_k8": 2_080, "emoji_k8": 1_080}
     for name, asked in of(found, "estimates").items():
         assert needed[name] < asked < 3 * needed[name], name
+
+
+def test_training_asks_for_more_memory_than_sampling(found: dict[str, Any]) -> None:
+    """The base that it shares asks for its own again afterwards."""
+    about = of(found, "training")
+    assert about["after"] == about["before"]
+    trained = 16 * about["trained"]
+    assert about["student"] == [3 * own + trained for own in about["before"]]

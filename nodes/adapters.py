@@ -221,8 +221,8 @@ class GMFlowAdapterInfo(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, adapter_name: str | None, **kwargs) -> list:
-        """Return what changes when the file is replaced; a linked name is not known yet."""
-        return [] if adapter_name in (None, OF_MODEL) else find_adapter(adapter_name).stamp()
+        """Return what changes with what is told of the file; a linked name is not known yet."""
+        return [] if adapter_name in (None, OF_MODEL) else find_adapter(adapter_name).shown()
 
     @classmethod
     def execute(cls, adapter_name: str, model=None) -> io.NodeOutput:

@@ -44,6 +44,14 @@ class AdapterFile:
         """Return what changes when the file is replaced."""
         return fingerprint(str(self.place))
 
+    def shown(self) -> list:
+        """Return what changes when the file is replaced, downloaded, or gone from the hub's cache.
+
+        It is for what is told of the file: an adapter that is downloaded is the same as before.
+        """
+        cached = None if isinstance(self.place, str) else self.place.cached()
+        return self.stamp() if cached is None else fingerprint(str(self.place), str(cached))
+
     def path(self) -> str:
         """Return the file's path, downloaded first where it is not here.
 

@@ -85,6 +85,17 @@ def tokens_of(prediction: Any) -> int:
     return means.shape[-2]
 
 
+def record_head(
+    model: comfy.model_patcher.ModelPatcher, finish: Callable[[Any, Call], PolicyVelocity]
+) -> None:
+    """Let recorders get what a head on a MODEL offers.
+
+    Guidance that was put on the model before has hidden recorders from it, as it offered nothing.
+    """
+    model.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, RECORDER)
+    add_recording(model, finish)
+
+
 def with_head(
     model: comfy.model_patcher.ModelPatcher, head: Head, adapter: Adapter, sampling: ShiftedFlow
 ) -> comfy.model_patcher.ModelPatcher:
@@ -93,7 +104,7 @@ def with_head(
     for name in layers:
         forward = HeadForward(head) if name == layers[0] else pass_on
         model.add_object_patch(f"diffusion_model.{name}.forward", forward)
-    add_recording(model, finishing(head, adapter.base, model.model.diffusion_model))
+    record_head(model, finishing(head, adapter.base, model.model.diffusion_model))
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, RECORDER, check_settings)
     model.model_options["transformer_options"][ADAPTER] = adapter
     model.add_object_patch("model_sampling", sampling)

@@ -17,7 +17,7 @@ from ...gmflow_core.sampling.guidance import within
 from .finite import report_result
 from .guard import guarded
 from .latent_check import check_conditioning
-from .probabilistic_cfg import has_probabilistic_guidance
+from .probabilistic_cfg import CALC, has_probabilistic_guidance, name_of
 from .recording import RECORDER
 from .time_shift import check_flow
 
@@ -158,7 +158,7 @@ class AutoGuider(comfy.samplers.CFGGuider):
             self.guide.conds["positive"],
             self.conds["positive"],
             self.scale,
-            model_options={**model_options, "sampler_calc_cond_batch_function": both},
+            model_options={**model_options, CALC: both},
             seed=seed,
         )
 
@@ -167,8 +167,8 @@ class AutoGuider(comfy.samplers.CFGGuider):
     ) -> list[Tensor]:
         """Return the predictions of main model and guide.
 
-        It replaces ComfyUI's own two calls (`sampler_calc_cond_batch_function`); patches that
-        change predictions, before guidance or after it, still apply.
+        It replaces ComfyUI's own two calls (CALC); patches that change predictions, before guidance
+        or after it, still apply.
         """
 
         def main() -> Tensor:
@@ -222,6 +222,13 @@ def check_models(
             )
         if patcher.get_wrappers(WrappersMP.APPLY_MODEL, RECORDER):  # it predicts mixtures
             check_flow(patcher.get_model_object("model_sampling"))
+    other = model.model_options.get(CALC)
+    if other is not None:
+        raise ValueError(
+            f"{name_of(other)} does not go with GM Autoguidance: it changes how the negative is "
+            "predicted, in the place of which the guide is called; connect the model from before "
+            "that node"
+        )
     ours, theirs = (patcher.get_model_object("latent_format") for patcher in (model, guide))
     shapes = [(latent.latent_channels, latent.latent_dimensions) for latent in (ours, theirs)]
     if shapes[0] != shapes[1]:

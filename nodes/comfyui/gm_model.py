@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import comfy.conds
@@ -27,6 +28,7 @@ from .noise_check import check_noise
 from .previews import add_previews, density_of, pixel_grid
 from .recording import RECORDER, add_recording
 
+ANY_SIZE = 1e32  # as ComfyUI says "all of it" in bytes
 SMALL = 100e6  # parameters below which fp32 costs little
 DTYPES = {"default": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -67,7 +69,7 @@ class GMModelConfig(comfy.supported_models_base.BASE):
     unet_extra_config = {}
     sampling_settings = {"shift": 1.0, "multiplier": 1.0}
     manual_cast_dtype = torch.float32
-    memory_usage_factor = 0.25
+    memory_usage_factor = 0.25  # ComfyUI wants one; GMModel has its own estimate
 
     def __init__(self, latent_format: comfy.latent_formats.LatentFormat):
         super().__init__(self.unet_config)
@@ -84,6 +86,12 @@ class GMModel(comfy.model_base.BaseModel):
         """
         return timestep / getattr(self.model_sampling, "multiplier", 1.0)
 
+    def memory_required(
+        self, input_shape: Sequence[int], cond_shapes: dict[str, Any] | None = None
+    ) -> float:
+        """Return an estimate of the bytes that sampling latents of a shape needs."""
+        return self.diffusion_model.memory_for(input_shape)
+
     @guarded
     def extra_conds(self, **conds) -> dict[str, comfy.conds.CONDRegular]:
         """Return the part of a conditioning that reaches the network."""
@@ -99,6 +107,22 @@ class GMModel(comfy.model_base.BaseModel):
             "a GM model cannot be saved by ComfyUI's nodes, as nothing could load that file: keep "
             "the checkpoint that GM Load Model reads"
         )
+
+
+class WholePatcher(comfy.model_patcher.ModelPatcher):
+    """ComfyUI's patcher of a GM model, which is on its device as a whole or not at all.
+
+    Where memory is short, ComfyUI leaves weights in main memory, for layers of its own to fetch in
+    each call. The networks of gmflow_core have torch's layers, which would meet inputs on the GPU.
+    """
+
+    def partially_load(self, device_to, extra_memory: float = 0, **options) -> float:
+        """Load all weights, whatever memory ComfyUI has for them."""
+        return super().partially_load(device_to, ANY_SIZE, **options)
+
+    def partially_unload(self, device_to, memory_to_free: float = 0, **options) -> float:
+        """Free nothing, upon which ComfyUI unloads the whole model."""
+        return 0
 
 
 def load_gm_model(source: str, weight_dtype: str = "default") -> comfy.model_patcher.ModelPatcher:
@@ -147,7 +171,7 @@ def gm_model(
     model = GMModel(config, model_type=flow, unet_model=lambda **settings: wrapped)
     # the schedule `gm` reads it there
     model.model_sampling.final_step_size = few_steps.get("final_step_size", 1.0)
-    patcher = comfy.model_patcher.ModelPatcher(
+    patcher = WholePatcher(
         model,
         load_device=comfy.model_management.get_torch_device(),
         offload_device=comfy.model_management.unet_offload_device(),

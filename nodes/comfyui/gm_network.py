@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +20,8 @@ from .latent_shapes import to_latent, to_points
 from .recording import is_awaited, offer
 
 CHUNK = 8_192  # points in one call of a 2-D network: few enough for the CPU's cache
+FLOAT = 4  # bytes
+MIXTURES = 4  # tensors of that size that a solver holds at once: 2 to 3, counted on the CPU
 HOW_TO_FIT = "'GM Class Labels' with this model gives a conditioning and a latent that fit"
 
 
@@ -30,6 +34,7 @@ class GMNetwork(nn.Module):
     """
 
     of_points = False  # True if every latent pixel is a sample of its own
+    wide = 24  # tensors as wide as the network in a call: 14 in GM-DiT, 22 in DiT-DH, counted
 
     def __init__(self, network: nn.Module, data: dict[str, Any]):
         super().__init__()
@@ -68,6 +73,20 @@ class GMNetwork(nn.Module):
         """Return the mean velocity, and, if `keep`, the whole prediction in the solver's shape."""
         raise NotImplementedError
 
+    def memory_for(self, shape: Sequence[int]) -> float:
+        """Return an estimate of the bytes that sampling latents of a shape (B, C, *S) needs."""
+        config, pixels = self.network.config, shape[0] * math.prod(shape[2:])
+        mixture = config.num_components * (self.in_channels + 1)
+        return FLOAT * (self.wide * self.width_for(pixels) + MIXTURES * mixture * pixels)
+
+    def width_for(self, pixels: int) -> float:
+        """Return the size of the widest tensor of all samples or tokens that are computed at once.
+
+        Args:
+            pixels: of the whole batch of latents.
+        """
+        raise NotImplementedError
+
     def check_conds(self, noise: Tensor, **conds) -> dict[str, comfy.conds.CONDRegular]:
         """Check a conditioning before sampling starts, and return what `predict` gets of it.
 
@@ -84,6 +103,10 @@ class PointNetwork(GMNetwork):
     """
 
     of_points = True
+    wide = 6  # counted: 5
+
+    def width_for(self, pixels: int) -> float:
+        return min(pixels, CHUNK) * self.network.config.hidden_dim
 
     def predict(
         self, x: Tensor, sigma: Tensor, conds: dict, keep: bool
@@ -108,6 +131,11 @@ def joined(velocities: list[PolicyVelocity]) -> PolicyVelocity:
 
 class ImageNetwork(GMNetwork):
     """A network of images, conditioned on classes or modes if it was trained with any."""
+
+    def width_for(self, pixels: int) -> float:
+        config = self.network.config
+        widths = (getattr(config, name, 0) for name in ("width", "trunk_width", "head_width"))
+        return pixels / config.patch_size**2 * max(widths)
 
     def predict(
         self, x: Tensor, sigma: Tensor, conds: dict, keep: bool

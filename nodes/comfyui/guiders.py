@@ -21,13 +21,22 @@ def guided_interval(model, start_percent: float, end_percent: float) -> tuple[fl
     Raises:
         ValueError: the part is empty.
     """
+    check_part(start_percent, end_percent)
+    sampling = model.get_model_object("model_sampling")
+    return sampling.percent_to_sigma(end_percent), sampling.percent_to_sigma(start_percent)
+
+
+def check_part(start_percent: float, end_percent: float) -> None:
+    """Check that a part of the sampling, which goes from 0 to 1, is not empty.
+
+    Raises:
+        ValueError: it is.
+    """
     if start_percent > end_percent:
         raise ValueError(
             f"start_percent {start_percent:g} comes after end_percent {end_percent:g}; sampling "
             "goes from 0 to 1, so the start must be the smaller one"
         )
-    sampling = model.get_model_object("model_sampling")
-    return sampling.percent_to_sigma(end_percent), sampling.percent_to_sigma(start_percent)
 
 
 def guided(model, orthogonal: float = 1.0, start_percent: float = 0.0, end_percent: float = 1.0):
@@ -36,9 +45,9 @@ def guided(model, orthogonal: float = 1.0, start_percent: float = 0.0, end_perce
     Raises:
         ValueError: the interval is empty, or the model's sampling is none that is known.
     """
-    path = path_of(sampling_of(model))
-    low, high = map(path.sigma_of, guided_interval(model, start_percent, end_percent))
-    return with_probabilistic_guidance(model, orthogonal, (low, high))
+    path_of(sampling_of(model))  # refuses a sampling here, rather than when it runs
+    check_part(start_percent, end_percent)
+    return with_probabilistic_guidance(model, orthogonal, (start_percent, end_percent))
 
 
 def guidance_of(guider) -> str:

@@ -251,9 +251,11 @@ def saved_state(model: comfy.model_patcher.ModelPatcher) -> StateDict:
         state = model.model_state_dict_for_saving(model.model.diffusion_model, "diffusion_model.")
     else:
         comfy.model_management.unload_all_models()  # no other clone's patches are in the weights
-        model.patch_model(device_to=model.offload_device)
-        state = dict(model.model.diffusion_model.state_dict())
-        model.unpatch_model(device_to=model.offload_device)
+        try:  # patches that are refused leave some weights patched, which all clones share
+            model.patch_model(device_to=model.offload_device)
+            state = dict(model.model.diffusion_model.state_dict())
+        finally:
+            model.unpatch_model(device_to=model.offload_device)
     if not any(key.endswith(f".{MARK}") for key in state):
         raise ValueError(
             "this model is not in 8 bit: connect one from GM Load Diffusion Model (8-bit). "

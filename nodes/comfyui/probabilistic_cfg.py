@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import comfy.model_patcher
 import comfy.samplers
 import torch
@@ -21,6 +24,8 @@ from .recording import RECORDER, hide_our_keys, recording
 from .regions import MeanOnly, covered, policy_of
 from .solver_choice import is_unconditional, no_effect
 
+CALC = "sampler_calc_cond_batch_function"  # ComfyUI's key in model_options
+
 
 class ProbabilisticCFG:
     """A cfg function for ComfyUI that takes `cfg` as the weight w of probabilistic guidance.
@@ -29,13 +34,24 @@ class ProbabilisticCFG:
     no mixture, the conditional mean with its spread is one Gaussian, which is guided.
 
     Args:
-        orthogonal, interval: see `Guidance`; the interval is in sigmas of the straight path.
+        orthogonal: see `Guidance`.
+        part: (start, end) of the sampling that is guided, which goes from 0 to 1. The sigmas are
+            those of the sampling that the model has when it runs: nodes after guidance, such as GM
+            Adapter, change it.
     """
 
-    def __init__(self, orthogonal: float, interval: tuple[float, float]):
-        self.orthogonal, self.interval = orthogonal, interval
+    def __init__(self, orthogonal: float, part: tuple[float, float]):
+        self.orthogonal, self.part = orthogonal, part
 
-    def guidance(self, cfg: float) -> Guidance:
+    def interval(self, sampling) -> tuple[float, float]:
+        """Return the sigmas (low, high) on the straight path between which a sampling is guided."""
+        if self.part == (0.0, 1.0):
+            return self.part
+        path = path_of(sampling)
+        low, high = (path.sigma_of(sampling.percent_to_sigma(each)) for each in self.part[::-1])
+        return low, high
+
+    def guidance(self, cfg: float, interval: tuple[float, float] = (0.0, 1.0)) -> Guidance:
         """Return the guidance with weight `cfg`.
 
         Raises:
@@ -46,7 +62,7 @@ class ProbabilisticCFG:
                 f"cfg {cfg:g} does not fit: {set_weight()}; with GM Probabilistic Guidance it is "
                 "the weight w, and 0 is off"
             )
-        return Guidance(cfg, orthogonal=self.orthogonal, interval=self.interval)
+        return Guidance(cfg, orthogonal=self.orthogonal, interval=interval)
 
     @guarded
     def __call__(self, args: dict) -> Tensor:
@@ -58,7 +74,7 @@ class ProbabilisticCFG:
         """
         model, latent = args["model"], args["input"]
         sigma = straight_sigma(args)
-        guidance = self.guidance(args["cond_scale"])
+        guidance = self.guidance(args["cond_scale"], self.interval(model.model_sampling))
         recorder = args["model_options"]["transformer_options"][RECORDER]
         recorder.asked = True
         if not guidance.acts_at(sigma):
@@ -96,16 +112,41 @@ class ProbabilisticCFG:
         return latent - shape.from_solver(recorder.guided.mean(), latent.shape)
 
     @guarded
-    def calc_cond_batch(self, args: dict) -> list[Tensor]:
-        """Return the predictions, without the negative one outside of the interval.
+    def calc_cond_batch(
+        self,
+        args: dict,
+        guider: object = None,
+        former: Callable[[dict], list[Tensor]] | None = None,
+    ) -> list[Tensor]:
+        """Return the predictions, without the negative one where nothing is guided.
 
-        It is ComfyUI's `sampler_calc_cond_batch_function`.
+        With the other arguments set, it is ComfyUI's `sampler_calc_cond_batch_function`.
+
+        Args:
+            guider: the one that calls, whose cfg is the weight.
+            former: that function of another node, which is called instead of ComfyUI's own.
         """
-        positive, negative = args["conds"]
-        conds = [positive, negative if within(self.interval, straight_sigma(args)) else None]
-        return comfy.samplers.calc_cond_batch(
-            args["model"], conds, args["input"], args["sigma"], args["model_options"]
-        )
+        if not self.needs_negative(args, guider):
+            args["conds"][1] = None  # in place: functions before cfg see it, as at ComfyUI's cfg 1
+        if former is not None:
+            return former(args)
+        names = ("model", "conds", "input", "sigma", "model_options")
+        return comfy.samplers.calc_cond_batch(*(args[name] for name in names))
+
+    def needs_negative(self, args: dict, guider: object) -> bool:
+        """Return whether anything uses the negative prediction in this step."""
+        after = args["model_options"].get("sampler_post_cfg_function", ())
+        if any(_reads(function, "uncond_denoised") for function in after):
+            return True
+        if has_stock_prediction(guider) and guider.cfg == 0:
+            return False
+        return within(self.interval(args["model"].model_sampling), straight_sigma(args))
+
+
+def has_stock_prediction(guider: object) -> bool:
+    """Return whether a guider predicts as CFGGuider does, with its `cfg` as it stands."""
+    method = getattr(getattr(guider, "predict_noise", None), "__func__", None)
+    return method is comfy.samplers.CFGGuider.predict_noise
 
 
 def straight_sigma(args: dict) -> Tensor:
@@ -116,11 +157,14 @@ def straight_sigma(args: dict) -> Tensor:
 def with_probabilistic_guidance(
     model: comfy.model_patcher.ModelPatcher,
     orthogonal: float = 1.0,
-    interval: tuple[float, float] = (0.0, 1.0),
+    part: tuple[float, float] = (0.0, 1.0),
 ) -> comfy.model_patcher.ModelPatcher:
     """Return a clone of `model` whose `cfg` is the weight of probabilistic guidance.
 
     It is so in every sampler and guider. Settings of an earlier call are replaced.
+
+    Args:
+        orthogonal, part: see `ProbabilisticCFG`.
 
     Raises:
         ValueError: another node has put its own cfg function on the model.
@@ -128,14 +172,14 @@ def with_probabilistic_guidance(
     other = model.model_options.get("sampler_cfg_function")
     if other is not None and not has_probabilistic_guidance(model):
         raise ValueError(
-            f"{_name_of(other)} does not go with GM Probabilistic Guidance: each changes what cfg "
+            f"{name_of(other)} does not go with GM Probabilistic Guidance: each changes what cfg "
             "does, in its own way; remove or bypass one of the two nodes"
         )
-    model, function = model.clone(), ProbabilisticCFG(orthogonal, interval)
+    model, function = model.clone(), ProbabilisticCFG(orthogonal, part)
     if not predicts_mixture(model.model, model.model_options):
         hide_our_keys(model)
     model.set_model_sampler_cfg_function(function, disable_cfg1_optimization=True)
-    model.set_model_sampler_calc_cond_batch_function(function.calc_cond_batch)
+    model.remove_wrappers_with_key(WrappersMP.PREDICT_NOISE, RECORDER)
     model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, RECORDER, predict_noise_recorded)
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, RECORDER, check_conditionings)
     return model
@@ -169,7 +213,9 @@ def predict_noise_recorded(
     model_options: dict | None = None,
     seed: int | None = None,
 ):
-    """Give a guider's call a recorder; a wrapper for ComfyUI's PREDICT_NOISE.
+    """Give a guider's call a recorder, and spare it what it does not need.
+
+    It is a wrapper for ComfyUI's PREDICT_NOISE.
 
     Raises:
         ValueError: the guider or another node would use the weight as a cfg scale.
@@ -178,18 +224,21 @@ def predict_noise_recorded(
     function = options.get("sampler_cfg_function")
     if not isinstance(function, ProbabilisticCFG):
         raise ValueError(
-            f"{_name_of(function)} does not go with GM Probabilistic Guidance: it takes the cfg, "
+            f"{name_of(function)} does not go with GM Probabilistic Guidance: it takes the cfg, "
             "which is a weight below 1 here, for an ordinary one; remove or bypass one of the two "
             "nodes"
         )
     kinds = ("sampler_pre_cfg_function", "sampler_post_cfg_function")
     for other in (other for kind in kinds for other in options.get(kind, ())):
-        if _reads_scale(other):
+        if _reads(other, "cond_scale"):
             raise ValueError(
-                f"{_name_of(other)} does not go with GM Probabilistic Guidance: it takes the cfg, "
+                f"{name_of(other)} does not go with GM Probabilistic Guidance: it takes the cfg, "
                 "which is a weight below 1 here, for an ordinary one; remove or bypass one of the "
                 "two nodes"
             )
+    options[CALC] = functools.partial(
+        function.calc_cond_batch, guider=executor.class_obj, former=options.get(CALC)
+    )
     result = executor(x, timestep, options, seed)
     if not recorder.asked:
         raise ValueError(
@@ -200,12 +249,12 @@ def predict_noise_recorded(
     return result
 
 
-def _reads_scale(function: object) -> bool:
-    """Return whether a node's function around cfg reads the scale, by the key that it asks for."""
+def _reads(function: object, key: str) -> bool:
+    """Return whether a node's function around cfg reads a value, by the key that it asks for."""
     code = getattr(getattr(function, "__func__", function), "__code__", None)
-    return "cond_scale" in getattr(code, "co_consts", ())
+    return key in getattr(code, "co_consts", ())
 
 
-def _name_of(function: object) -> str:
+def name_of(function: object) -> str:
     """Return the node that a function comes from, for a message."""
     return getattr(function, "__qualname__", type(function).__qualname__).partition(".")[0]

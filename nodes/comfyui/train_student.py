@@ -12,18 +12,21 @@ from operator import attrgetter
 from typing import Any
 
 import torch
+from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 
 from ...gmflow_core.flow.policy import PolicyVelocity
 from ...gmflow_core.models.adapter_heads import Head
 from ...gmflow_core.models.new_heads import LastLayers, new_dx_head, new_gm_head
-from .adapter_head import HeadForward, finishing, pass_on
+from .adapter_head import HeadForward, finishing, pass_on, record_head
 from .bases import Base
-from .recording import Call, add_recording
+from .guard import guarded
+from .recording import Call
 from .time_shift import ShiftedFlow
 from .train_lora import LearningLayer, Pair, Place, Switch
 from .train_network import CheckpointedBlock, blocks_of, own_forward
 
+TRAINING = "gmflow_training"  # key of our wrapper
 ROWS = 1024  # of the identity that a layer is read with at a time
 MORE_ACTIVATIONS = 3  # times those of inference, with checkpoints: a guess
 BYTES_TRAINED = 16  # of a trained number: itself, its gradient, and AdamW's two averages
@@ -95,18 +98,36 @@ class Student:
             self._patch(block, CheckpointedBlock(own_forward(model, block)))
         # its shift matters to no one here, only the unit of the times that the network is fed
         self.model.add_object_patch("model_sampling", ShiftedFlow.with_shift(1.0, base.multiplier))
-        add_recording(self.model, self._finish)
+        record_head(self.model, self._finish)
         self._ask_for_memory()
 
     def _ask_for_memory(self) -> None:
-        """Let ComfyUI keep more of a card free than its own estimate, which is for inference."""
-        own = self.model.memory_required
+        """Let ComfyUI keep more of a card free than its own estimate, which is for inference.
+
+        ComfyUI asks the base model, which all clones share, when it loads a MODEL for a sampling;
+        so the answer is another one just then.
+        """
         count = sum(p.numel() for pair in self.pairs.values() for p in pair.parameters())
 
-        def memory_required(*args: Any, **kwargs: Any) -> float:
-            return MORE_ACTIVATIONS * own(*args, **kwargs) + BYTES_TRAINED * count
+        def prepare_training(executor, model, *args: Any, **kwargs: Any) -> Any:
+            """Load the model; a wrapper for ComfyUI's PREPARE_SAMPLING."""
+            base, own = model.model, model.model.memory_required
+            replaced = "memory_required" in vars(base)  # by another extension
 
-        self.model.memory_required = memory_required
+            def memory_required(*given: Any, **named: Any) -> float:
+                return MORE_ACTIVATIONS * own(*given, **named) + BYTES_TRAINED * count
+
+            base.memory_required = memory_required
+            try:
+                return executor(model, *args, **kwargs)
+            finally:
+                if replaced:
+                    base.memory_required = own
+                else:
+                    del base.memory_required
+
+        kind = WrappersMP.PREPARE_SAMPLING
+        self.model.add_wrapper_with_key(kind, TRAINING, guarded(prepare_training))
 
     def _patch(self, layer: str, forward) -> None:
         self.model.add_object_patch(f"diffusion_model.{layer}.forward", forward)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from inside import board, far, flux, half_mask, ours, run_cases, sample, says
-from regions_inside import regions
+from regions_inside import orders, regions
 from torch import Tensor
 
 SHRINK = 0.9  # factor by which the wrapper changes sigma
@@ -418,6 +418,7 @@ CASES = {
     "not a flow": not_a_flow,
     "not finite": not_finite,
     "regions": regions,
+    "orders": orders,
     "saved": saved,
 }
 

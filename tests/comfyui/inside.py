@@ -74,8 +74,12 @@ def board() -> tuple[Any, Tensor, list]:
     return model, torch.zeros(2, 2, 8, 8), ours("label_conditioning").NO_TEXT
 
 
-def flux(work: Path) -> tuple[Any, Tensor, list]:
-    """Return an adapted FLUX.1, a latent (2, 16, 8, 6), and a conditioning."""
+def flux(work: Path, before: Callable[[Any], Any] = lambda base: base) -> tuple[Any, Tensor, list]:
+    """Return an adapted FLUX.1, a latent (2, 16, 8, 6), and a conditioning.
+
+    Args:
+        before: what other nodes do to the base before the adapter is put on it.
+    """
     import comfy.sd
     import comfy.utils
 
@@ -83,7 +87,7 @@ def flux(work: Path) -> tuple[Any, Tensor, list]:
     tensors, metadata = comfy.utils.load_torch_file(
         str(work / "adapter.safetensors"), return_metadata=True
     )
-    model = ours("adapter").with_adapter(base, tensors, metadata, name="gmflux_4step")
+    model = ours("adapter").with_adapter(before(base), tensors, metadata, name="gmflux_4step")
     generator = torch.Generator().manual_seed(0)
     text = torch.randn(1, 6, 4096, generator=generator)
     about = {"pooled_output": torch.randn(1, 768, generator=generator), "guidance": 3.5}

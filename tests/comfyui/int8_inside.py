@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 import torch
-from inside import ours, start
+from inside import ours, says, start
 
 
 def main(comfyui: str, path: str, lora_path: str, names: str) -> None:
@@ -28,6 +28,7 @@ def everything(quantized: Any, path: str, lora_path: str, names: list[str]) -> d
     layers = sys.modules[quantized.int8_operations.__module__]
     native = layers.has_native_layout
     about: dict[str, Any] = {"interrupt": interrupt(quantized, path)}
+    about["refused save"] = refused_save(quantized, path)
     about["blocks"] = [layers.is_block_layer(f"{name}.weight") for name in names]
     for own in (False, True):
         quantized.has_native_layout = layers.has_native_layout = (lambda: False) if own else native
@@ -48,6 +49,27 @@ def interrupt(quantized: Any, path: str) -> dict[str, bool]:
         interrupted = True
     model = quantized.load_8bit(path)
     return {"interrupted": interrupted, "finite": bool(call_network(model).isfinite().all())}
+
+
+def refused_save(quantized: Any, path: str) -> dict[str, Any]:
+    """Save a model whose second patch fails: what is said, and whether the base is what it was."""
+    model = quantized.load_8bit(path)
+    before, seen, patched = call_network(model), [], model.clone()
+
+    def failing(change: Any) -> Any:
+        seen.append(change)
+        if len(seen) == 2:
+            raise ValueError("no such patch")
+        return change
+
+    for name in ("double_blocks.0.img_attn.proj.weight", "single_blocks.0.linear2.weight"):
+        key = f"diffusion_model.{name}"
+        change = torch.ones(model.model.state_dict()[key].shape)
+        patched.add_patches({(key, None, failing): ("diff", (change,))})
+    return {
+        "said": says(lambda: quantized.saved_state(patched)),
+        "same": torch.equal(call_network(model), before),
+    }
 
 
 def exercise(quantized: Any, path: str, lora_path: str, compute: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from exact_model import MEAN, SHAPE, WIDTH, ExactOfParts, exact_model, limited, stock, text
+from guided_inside import other_function, weight_zero
 from inside import far, half_mask, ours, run_cases, says
 from torch import Tensor
 
@@ -413,6 +414,8 @@ CASES = {
     "as any sampler": as_any_sampler,
     "guided": guided,
     "interval": interval,
+    "weight 0": weight_zero,
+    "other function": other_function,
     "usual spread": usual_spread,
     "several parts": several_parts,
     "uncovered": uncovered,

@@ -1,4 +1,4 @@
-"""Blend prompts of regions inside ComfyUI's process, for `around_samplers.py`."""
+"""Blend prompts of regions, and guide, inside ComfyUI's process, for `around_samplers.py`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from inside import flux, ours, sample
+from inside import far, flux, ours, sample
 from torch import Tensor
 
 
@@ -64,4 +64,28 @@ def regions(work: Path) -> dict[str, Any]:
             found[f"areas, {name}"] = ((hardly - alone).norm() / alone.norm()).item()
     finally:
         blended.moved = moved
+    return found
+
+
+def orders(work: Path) -> dict[str, list[float]]:
+    """Guide before the adapter is put on the model and after it, in all of the sampling or a part.
+
+    Returns:
+        For each sampler and part, how far the order is, and how far guidance.
+    """
+    import comfy.samplers
+
+    guided, found = ours("guiders").guided, {}
+    samplers = {"gm-policy": ours("gm_sampler").gm_sampler("gm-policy")}
+    samplers["euler"] = comfy.samplers.sampler_object("euler")
+    for part in ((0.0, 1.0), (0.3, 0.8)):
+        first, latent, positive = flux(work, lambda base, part=part: guided(base, 1.0, *part))
+        adapted, _, ((text, about),) = flux(work)
+        last, negative = guided(adapted, 1.0, *part), [[-text, about]]
+        for name, sampler in samplers.items():
+            before, after, off = (
+                sample(model, latent, positive, sampler, cfg=weight, negative=negative)
+                for model, weight in ((first, 0.3), (last, 0.3), (last, 0.0))
+            )
+            found[f"{name} {part}"] = [far(before, after), far(after, off)]
     return found

@@ -142,16 +142,24 @@ def downloading(
 def test_a_published_adapter_is_downloaded_on_first_use(
     downloading: tuple[Comfy, list[str], Path],
 ) -> None:
-    """Choose one from the list of a new installation, run: it is fetched once, with progress."""
+    """Choose one from the list of a new installation, run: it is fetched once, with progress.
+
+    GM Adapter Info then tells what is in it, and GM Adapter does not run again.
+    """
     server, fetched, folder = downloading
     name = f"gmflux_k8_piid_8step{DOWNLOAD}"
     assert offered(server)[1] == name
+    about = {"info": node("GMFlowAdapterInfo", adapter_name=name)}
+    assert "not downloaded yet" in told(server, about)
     result = server.run(chosen(name))
     assert "downloading Lakonik/pi-FLUX.1:gmflux_k8_piid_8step" in result.texts["model"]
     assert "8 steps or more" in result.texts["model"]
     size = (folder / USUAL).stat().st_size
     assert (size, size) in [step[1:] for step in result.progress if step.node == "model"]
     assert fetched == [f"gmflux_k8_piid_8step/{USUAL}"]
+    again = server.run({**chosen(name), **about})
+    assert "model" not in again.executed
+    assert "steps: 8 or more" in again.outputs["info"]["text"][0]
     latent = latent_of(server, chosen(name))
     by_address = "https://huggingface.co/Lakonik/pi-FLUX.1/tree/main/gmflux_k8_piid_8step"
     assert latent_of(server, chosen(name, hub_id_or_path=by_address)).equal(latent)

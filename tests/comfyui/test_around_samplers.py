@@ -143,3 +143,12 @@ def test_an_area_keeps_its_own_mixture_beside_a_negative_prompt(found: dict[str,
     result = of(found, "regions")
     assert result["areas, positive"] < 1e-3
     assert result["areas, negative"] < 1e-3
+
+
+def test_guidance_may_come_before_the_adapter(found: dict[str, Any]) -> None:
+    """It is the same as behind it, and its interval is that of the adapter's sampling."""
+    result = of(found, "orders")
+    assert len(result) == 4
+    for name, (order, effect) in result.items():
+        assert order < 1e-6, name
+        assert effect > 1e-3, name

@@ -67,6 +67,11 @@ def test_interrupted_load(found: dict[str, Any]) -> None:
     assert found["interrupt"] == {"interrupted": True, "finite": True}
 
 
+def test_a_refused_save_leaves_the_base_as_it_was(found: dict[str, Any]) -> None:
+    """One layer was patched already when the next one's patch failed."""
+    assert found["refused save"] == {"said": "no such patch", "same": True}
+
+
 def test_which_layers_stay_in_16_bit(found: dict[str, Any]) -> None:
     """Blocks become int8, in several architectures; first and last layers and embeddings do not."""
     assert found["blocks"] == [True] * len(BECOMES_INT8) + [False] * len(STAYS_IN_16_BIT)

@@ -63,6 +63,22 @@ def test_guidance_in_a_part_of_the_sampling(found: dict) -> None:
         assert first < others[1] - 0.05, kind
 
 
+def test_weight_0_saves_the_negative_prediction(found: dict) -> None:
+    """By every door, unless a node after guidance reads it, as Self-Attention Guidance does."""
+    about = of(found, "weight 0")
+    assert about.pop("read") == [2, 2]
+    assert about == {"guider": [1, 1], "stock": [1, 1], "node": [1, 1]}
+
+
+def test_another_nodes_function_for_predictions_is_called_or_refused(found: dict) -> None:
+    """As that of SkipLayerGuidanceDiTSimple; it sees that nothing is guided in the second step."""
+    about = of(found, "other function")
+    assert about["effect"] > 1e-4
+    assert about["order"] < 1e-6
+    assert about["told"] == [True, False] * 2
+    assert about["auto"].startswith("Halving does not go with GM Autoguidance: ")
+
+
 def test_a_latent_of_several_parts(found: dict) -> None:
     """As of a video with its sound, which ComfyUI's own samplers pack into one."""
     about = of(found, "several parts")

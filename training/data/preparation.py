@@ -13,7 +13,7 @@ from accelerate import PartialState
 from gmflow_core.files.errors import printable
 from gmflow_core.models.vae import SD_VAE, VAE
 from training.common.devices import on_cpu
-from training.common.processes import PATIENCE
+from training.common.processes import PATIENCE, again
 from training.common.settings import require, require_device, require_ranges
 from training.data.class_names import read_class_names
 from training.data.given_files import check_kept
@@ -175,8 +175,7 @@ def make_index(
     if None in records:
         path = config.out / shard_name(records.index(None))
         raise ValueError(
-            f"{path} is missing or not whole; run the same command again: it rewrites only such "
-            "shards"
+            f"{path} is missing or not whole; {again()}: it rewrites only such shards"
         )
     skipped = [entry for record in records for entry in record["skipped"]]
     check_classes(images, skipped)

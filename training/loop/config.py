@@ -70,7 +70,7 @@ class ValidatedConfig(TrainerConfig):
 
     validate_every: int | None = None
     """Iterations between measurements of the Fréchet distance (FID) of samples; 0 measures none.
-    By default none, or with --features one with each picture."""
+    By default none, or with --features one with each picture. The last one is measured too."""
     validate_count: int = 1000
     """Samples of each measurement; the distance of few is larger. Published FIDs have 50,000."""
     features: str | None = None

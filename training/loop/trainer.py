@@ -209,10 +209,13 @@ class Trainer:
         return Curves(config.out, step, run)
 
     def look(self, curves: Curves | None, last: bool) -> None:
-        """Draw a picture of samples and validate them, whichever is due at this iteration."""
-        picture, check = self.is_due(self.config.picture_every, last), False
-        if self.validation is not None:
-            check = self.is_due(self.validation.every, last)
+        """Draw a picture of samples and validate them, whichever is due at this iteration.
+
+        Both are due after the last one too; pictures only if the run is as long as their interval.
+        """
+        every = self.config.picture_every
+        picture = self.step % every == 0 or (last and every <= self.config.iterations)
+        check = self.validation is not None and (last or self.step % self.validation.every == 0)
         if not picture and not check:
             return
         model, self.figures = self.looked_at(), {}
@@ -222,10 +225,6 @@ class Trainer:
             self.figures |= self.validation.figures(model, self.draw_samples)
         if curves and self.figures:
             curves.numbers(self.figures, self.step)
-
-    def is_due(self, every: int, last: bool) -> bool:
-        """Return whether something is due that is done every so many iterations and at the end."""
-        return self.step % every == 0 or (last and every <= self.config.iterations)
 
     def looked_at(self) -> nn.Module:
         """Return the model that pictures and validation sample."""

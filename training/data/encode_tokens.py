@@ -20,6 +20,7 @@ from training.data.tokens import (
     FORMAT,
     TokenFiles,
     check_record,
+    digest_of,
     encoder_settings,
     read_tokens_record,
     write_tokens,
@@ -125,7 +126,8 @@ def encode_images(
             _encode_parts(network, images, kept, mine, part_record, state, batch_size, workers)
     with together(state):
         if state.is_main_process:
-            write_tokens(path, torch.cat(list(TokenFiles(files))), record)
+            tokens = torch.cat(list(TokenFiles(files)))
+            write_tokens(path, tokens, record | {"digest": digest_of([tokens])})
             for file in files:
                 file.unlink()
             folder.rmdir()

@@ -32,8 +32,8 @@ from training.data.tokens import (
     TokenFiles,
     check_count,
     keep_tokens,
-    read_tokens_record,
     share_of,
+    tokens_record,
 )
 from training.encoders.load import load_vae
 from training.source.config import Config, Covariance
@@ -121,7 +121,7 @@ def fit(config: Config) -> GaussianMixtureSource:
     path = config.out / SOURCE
     with together(state):
         if state.is_main_process:
-            values, space = facts(config, fitting.log_likelihoods, flip), space_of(dataset)
+            values, space = facts(config, fitting, flip), space_of(dataset)
             save_source(source, path, facts=values, data=space)
             report = config.out / REPORT
             draw_report(source, fitting.log_likelihoods, dataset, report)
@@ -142,12 +142,14 @@ class Fitting:
     Attributes:
         log_likelihoods: of the iterations of the last EM, in nats per sample.
         modes: likeliest modes of this process's samples or tokens by the last EM, (n,).
+        tokens: all tokens that EM was fitted to; None if it was fitted to samples.
     """
 
     def __init__(self, config: Config, state: PartialState):
         self.config, self.state = config, state
         self.log_likelihoods: list[float] = []
         self.modes = torch.zeros(0, dtype=torch.int64)
+        self.tokens: TokenFiles | None = None
 
     def prepared(self, dataset: LatentDataset, flip: bool) -> GaussianMixtureSource:
         """Fit prepared samples: by the modes of their tokens if there are tokens, or directly."""
@@ -169,6 +171,7 @@ class Fitting:
         tokens = self.encode(images, range(len(images.files)), config.out / FILE)
         if dataset is not None:
             return self.by_tokens(tokens, dataset, flip)
+        self.tokens = tokens
         return self.em(tokens.share(self.state), config.assigner_covariance, "tokens")
 
     def encode(self, images, kept, path: Path) -> TokenFiles:
@@ -259,6 +262,7 @@ class Fitting:
     ) -> GaussianMixtureSource:
         """Fit a mixture to the tokens, then the moments of the samples of each of its modes."""
         config, state = self.config, self.state
+        self.tokens = tokens
         check_count(tokens, len(dataset), config.data)
         if isinstance(dataset, LatentDataset):
             with self.writing_tokens(config.data / FILE), together(state):
@@ -342,17 +346,17 @@ def shaped(source: GaussianMixtureSource, shape: tuple[int, ...]) -> GaussianMix
     return GaussianMixtureSource(source.means.view(-1, *shape), std, source.log_weights)
 
 
-def facts(config: Config, log_likelihoods: list[float], flip: bool) -> dict[str, Any]:
+def facts(config: Config, fitting: Fitting, flip: bool) -> dict[str, Any]:
     """Return the record of the fit for the source's metadata."""
     values = {
         k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()
     }
-    tokens = {} if config.tokens is None else {"tokens": read_tokens_record(config.tokens) or {}}
+    tokens = {} if fitting.tokens is None else {"tokens": tokens_record(fitting.tokens)}
     return {
         "config": values,
         **tokens,
         "flip": flip,
-        "log_likelihoods": log_likelihoods,
+        "log_likelihoods": fitting.log_likelihoods,
         "torch": torch.__version__,
     }
 

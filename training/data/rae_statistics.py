@@ -10,7 +10,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gmflow_core.files.errors import quoted
-from gmflow_core.files.safetensors_files import write_safetensors
+from gmflow_core.files.safetensors_files import peek_header, write_safetensors
+from gmflow_core.files.targets import check_is_own
 from gmflow_core.models.settings import MOST
 from gmflow_core.source.moments import RunningMoments
 from gmflow_core.source.source import widest
@@ -20,6 +21,8 @@ from training.common.settings import require, require_device
 from training.data.image_folder import ImageCrops, image_loader, list_images
 from training.data.shards import to_model
 from training.encoders.rae_files import load_rae
+
+FORMAT = "gmflow-rae-statistics-1"
 
 
 def statistics(
@@ -44,6 +47,7 @@ def statistics(
         seed: Seed of the flips.
         device: auto (what accelerate finds) or cpu.
     """
+    check_is_own(out, is_statistics, "training.rae statistics")
     require_device(device)
     require(1 <= batch_size <= MOST, "batch_size", quoted(batch_size), f"from 1 to {MOST:,}")
     state = PartialState(cpu=on_cpu(device))
@@ -98,4 +102,10 @@ def add_latents(moments: RunningMoments, latents: Tensor) -> None:
 def save_statistics(moments: RunningMoments, path: Path) -> None:
     """Write the file that `load_statistics` reads: "mean" and "var" in float32, (C, h, w) each."""
     mean, var = moments.means[0], moments.squares[0] / moments.counts[0]
-    write_safetensors({"mean": mean.float().cpu(), "var": var.float().cpu()}, path, {})
+    tensors = {"mean": mean.float().cpu(), "var": var.float().cpu()}
+    write_safetensors(tensors, path, {"format": FORMAT})
+
+
+def is_statistics(path: Path) -> bool:
+    """Return whether a file is one that `save_statistics` wrote."""
+    return peek_header(path).get("__metadata__", {}).get("format") == FORMAT

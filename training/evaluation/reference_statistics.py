@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gmflow_core.files.atomic import check_target, remove_leftovers
 from gmflow_core.files.errors import FileError
+from gmflow_core.files.targets import check_is_own
 from training.common.processes import together
 from training.common.settings import require, require_device, require_ranges, require_unused
 from training.data.given_files import check_kept
@@ -29,7 +30,7 @@ from training.evaluation.reference import (
     open_reference,
     read_measures,
 )
-from training.evaluation.reference_file import write_reference
+from training.evaluation.reference_file import is_own_reference, write_reference
 
 ALL = 10**9  # images
 
@@ -80,6 +81,7 @@ def write_statistics(config: Config, state: PartialState) -> None:
     """Measure the images in all processes, and write the file in the main one.
 
     Raises:
+        FileExistsError: --out is a file that this command did not write.
         FileNotFoundError: there are no such images, or no such features.
         ValueError: there are no images, they do not fit the features, or --out is one of the
             inputs.
@@ -90,6 +92,7 @@ def write_statistics(config: Config, state: PartialState) -> None:
             check_target(config.out)
             weights = {"features": config.features, "inception_weights": config.inception_weights}
             check_kept([config.out], "replaced", data=config.data, **weights)
+            check_is_own(config.out, is_own_reference, "training.reference")
     extractor = load_features(config.features, config.inception_weights, state)
     size = config.size
     if isinstance(extractor, ClassifierFeatures):

@@ -14,6 +14,8 @@ from tests.clusters import same_source
 from tests.training.image_folders import run, write_images, write_tiny_vae
 from tests.training.image_runs import SMALL, losses_of
 from tests.training.source_runs import config
+from tests.training.test_distill import gmdit, teacher_file
+from tests.training.test_distill import new_trainer as new_student
 from tests.training.test_rae import write_rae
 from training.data.batches import Order
 from training.data.encoded_images import EncodedImages
@@ -181,3 +183,19 @@ def test_what_does_not_fit_is_refused(images, rae, tmp_path):
     encoded = EncodedImages(listed, vae, listed.folders, name="the VAE", size=8)
     with pytest.raises(ValueError, match="by tokens, and the VAE makes none; give an RAE"):
         encoded.find_tokens({}, "the source")
+
+
+def test_a_vae_that_cannot_decode_the_samples_is_refused(images, rae, tmp_path):
+    run(images, tmp_path / "cache", pixels=False, vae=str(rae))
+    blind, vae = write_rae(tmp_path / "blind", decoder=None), write_tiny_vae(tmp_path / "vae")
+    student = teacher_file(tmp_path, gmdit(channels=8), space="rae")
+    validated = ["--features", "x.safetensors", "--validate-every", "1"]
+    for name, said in ((blind, "has no decoder"), (vae, r"shape \(4, 4, 4\), and .* \(8, 4, 4\)")):
+        for new, data in ((new_trainer, tmp_path / "cache"), (new_student, student)):
+            more = [10] if new is new_student else []
+            with pytest.raises(ValueError, match=f"--vae {name} .*{said}"):
+                new(data, tmp_path / "out", *more, "--vae", str(name))
+    encode = encoding(blind, "--image-size", "64")  # 16 pixels for each token, if it does not say
+    assert new_trainer(images, tmp_path / "out", *encode).vae is None
+    with pytest.raises(ValueError, match=f"--vae {blind} has no decoder"):
+        new_trainer(images, tmp_path / "out", *encode, *validated)

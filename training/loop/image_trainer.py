@@ -22,10 +22,9 @@ from gmflow_core.source.files import load_source, read_source_metadata
 from training.common.processes import loader_workers, together
 from training.common.settings import SMALLEST_SIGMA
 from training.data.batches import Order, batch_loader, draw_noise, pieces_of, rows_of
-from training.encoders.load import load_vae
 from training.evaluation.models import class_shares, image_labels, image_modes, image_seeds
 from training.loop.config import VALIDATION
-from training.loop.decoding import decoded
+from training.loop.decoding import check_decodes, decoded, load_decoder
 from training.loop.image_data import load_data, on_device, samples_of
 from training.loop.image_presets import ENCODING, ImageConfig
 from training.loop.mode_weights import ModeWeights
@@ -84,8 +83,13 @@ class ImageTrainer(Trainer):
         self.vae: Any = None
         latents, checks = self.dataset.kind == "latents", config.validation_interval
         vae = config.vae or (self.dataset.index.get("vae") if checks else None)
-        if latents and vae is not None and (checks or acc.is_main_process):
-            self.vae = self.dataset.decoder if config.encode else load_vae(vae, acc.device)
+        with together(acc.state):
+            if config.encode:
+                self.vae = self.dataset.decoder
+                if checks:
+                    check_decodes(self.dataset.vae, self.dataset.shape, vae)
+            elif latents and vae is not None and (checks or acc.is_main_process):
+                self.vae = load_decoder(vae, acc.device, self.dataset.shape)
         if checks and latents and vae is None:
             raise ValueError(
                 f"{config.data} holds latents, but does not say of which VAE; give --vae to "

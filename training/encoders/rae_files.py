@@ -86,12 +86,17 @@ def is_rae(source: str | Path) -> bool:
     )
 
 
-def load_rae(source: str | Path, device: str | torch.device = "cpu") -> RAE:
+def load_rae(
+    source: str | Path, device: str | torch.device = "cpu", *, measured: bool = False
+) -> RAE:
     """Load an RAE.
 
     Args:
         source: one of `PRESETS`; a folder with rae.json or with an AutoencoderRAE of diffusers;
             or the hub's name of an AutoencoderRAE.
+        measured: its latents are to be measured: the statistics are not read, so that rae.json may
+            name a file that is not there yet, nor is the decoder of `PRESETS`. Any other decoder
+            is, as its patches tell the pixels of a token.
 
     Raises:
         ModuleNotFoundError: transformers or diffusers is not installed.
@@ -106,6 +111,9 @@ def load_rae(source: str | Path, device: str | torch.device = "cpu") -> RAE:
     if config is not None:
         return load_diffusers(folder, config).to(device)
     parts = PRESETS[str(source)] if str(source) in PRESETS else read_parts(folder)
+    if measured:
+        decoder = None if str(source) in PRESETS else parts.decoder
+        parts = dataclasses.replace(parts, decoder=decoder, statistics=None)
     encoder = load_encoder(local_or_hub(parts.encoder, folder), parts.input_size)
     decoder, mean, std = None, None, None
     if parts.decoder is not None:

@@ -1,5 +1,6 @@
 """Training on a folder of images that the encoder turns into latents on the way."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -21,6 +22,7 @@ from training.data.batches import Order
 from training.data.encoded_images import EncodedImages
 from training.data.image_folder import list_images
 from training.data.shards import LatentDataset
+from training.encoders.fingerprints import fingerprint
 from training.encoders.load import load_vae
 from training.imagenet import parse
 from training.loop.image_trainer import ImageTrainer
@@ -199,3 +201,24 @@ def test_a_vae_that_cannot_decode_the_samples_is_refused(images, rae, tmp_path):
     assert new_trainer(images, tmp_path / "out", *encode).vae is None
     with pytest.raises(ValueError, match=f"--vae {blind} has no decoder"):
         new_trainer(images, tmp_path / "out", *encode, *validated)
+
+
+def test_a_vae_that_changes_under_its_name_is_refused(images, tmp_path):
+    """Statistics are added to rae.json; folders and checkpoints of older versions go on."""
+    rae = write_rae(tmp_path / "rae", statistics=None)
+    how = {"pixels": False, "vae": str(rae), "shard_size": 10}
+    run(images, tmp_path / "cache", **how)
+    new_trainer(images, tmp_path / "out", *encoding(rae)).save()
+    write_rae(rae)
+    with pytest.raises(ValueError, match=r"other settings \(its autoencoder has other weights"):
+        run(images, tmp_path / "cache", **how)
+    with pytest.raises(ValueError, match=r"other settings \(vae_fingerprint: .* there"):
+        new_trainer(images, tmp_path / "out", *encoding(rae))
+    plan = json.loads((tmp_path / "cache" / "plan.json").read_text())
+    del plan["vae_fingerprint"]
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "plan.json").write_text(json.dumps(plan))
+    run(images, tmp_path / "old", **how)
+    assert json.loads((tmp_path / "old" / "plan.json").read_text()) == plan
+    fingerprints = {fingerprint(load_vae(rae), decoding=d) for d in (False, True)}
+    assert len({*fingerprints, fingerprint(load_vae(write_rae(rae, decoder=None)))}) == 2

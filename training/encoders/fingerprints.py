@@ -11,6 +11,7 @@ from torch import Tensor
 from gmflow_core.models.vae import VAE
 from training.encoders.rae import POSITIONS, RAE
 
+MARK = "vae_fingerprint"  # entry of records; what older versions wrote lacks it
 VAE_SETTINGS = ("act_fn", "norm_num_groups")  # that neither weights nor factors show
 ENCODER_SETTINGS = ("num_attention_heads", "hidden_act", "layer_norm_eps")
 

@@ -16,6 +16,7 @@ from training.common.processes import together
 from training.common.settings import require, require_device, require_ranges, require_unused
 from training.data.given_files import check_kept
 from training.data.shards import LatentDataset
+from training.encoders.fingerprints import MARK, fingerprint
 from training.encoders.load import load_vae
 from training.evaluation.chunks import Chunks, remove_chunks
 from training.evaluation.classifier import ClassifierFeatures
@@ -110,6 +111,8 @@ def write_statistics(config: Config, state: PartialState) -> None:
     if images is None:
         raise FileError(config.data, "holds no images, only statistics", "give images as --data")
     key = {"of": images.key, **feature_key(extractor), "vae": config.vae}
+    if isinstance(images, PreparedImages) and images.vae is not None:
+        key[MARK] = fingerprint(images.vae, decoding=True)
     parts = config.out.with_name(f"{config.out.name}.parts")
     chunks = Chunks(parts, key, len(images), config.chunk_size)
     if main:

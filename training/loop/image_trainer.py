@@ -22,6 +22,7 @@ from gmflow_core.source.files import load_source, read_source_metadata
 from training.common.processes import loader_workers, together
 from training.common.settings import SMALLEST_SIGMA
 from training.data.batches import Order, batch_loader, draw_noise, pieces_of, rows_of
+from training.encoders.fingerprints import MARK
 from training.evaluation.models import class_shares, image_labels, image_modes, image_seeds
 from training.loop.config import VALIDATION
 from training.loop.decoding import check_decodes, decoded, load_decoder
@@ -201,9 +202,14 @@ class ImageTrainer(Trainer):
         return self.config.clip if self.step >= self.config.warmup else torch.inf
 
     def settings(self) -> dict[str, Any]:
-        """Return the configuration, with the optimizer that was chosen for auto."""
+        """Return the configuration, with the optimizer that was chosen for auto.
+
+        With --encode it has the autoencoder's fingerprint too.
+        """
         unused = () if self.config.encode else ENCODING
         values = {**super().settings(), "optimizer": self.optimizer_name}
+        if self.config.encode:
+            values[MARK] = self.dataset.fingerprint
         return {name: value for name, value in values.items() if name not in unused}
 
     def resume(self) -> None:
@@ -212,6 +218,9 @@ class ImageTrainer(Trainer):
         Raises:
             ValueError: it was trained with another source, or as `Trainer`.
         """
+        before = read_metadata(self.path)["training"].get("config")
+        if isinstance(before, dict) and MARK not in before:  # of an older version
+            self.free_to_change = self.free_to_change | {MARK}
         if self.source is not None:
             found = read_metadata(self.path)["data"].get("source")
             self.source.require_record(found, str(self.path))

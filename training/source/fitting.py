@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from gmflow_core.files.atomic import remove_leftovers
 from gmflow_core.files.locks import locked
+from gmflow_core.files.safetensors_files import peek_header
 from gmflow_core.source.em import fit_mixture
 from gmflow_core.source.files import save_source
 from gmflow_core.source.moments import RunningMoments, fit_given_modes
@@ -35,6 +36,7 @@ from training.data.tokens import (
     share_of,
     tokens_record,
 )
+from training.encoders.fingerprints import MARK
 from training.encoders.load import load_vae
 from training.source.config import Config, Covariance
 from training.source.labels import FILE as LABELS
@@ -284,6 +286,8 @@ class Fitting:
         }
         if config.vae is not None:
             settings |= {"vae": config.vae, "size": config.image_size}
+            if not is_older(path):
+                settings[MARK] = dataset.fingerprint
         with together(state):
             if config.restart:
                 path.unlink(missing_ok=True)
@@ -337,6 +341,11 @@ def encoded(config: Config, images: ImageList, state: PartialState) -> EncodedIm
 def moments_file(config: Config, state: PartialState) -> Path:
     """Return the file where a process keeps its sums over the samples until the source is done."""
     return config.out / f"moments_{state.process_index}.safetensors"
+
+
+def is_older(path: Path) -> bool:
+    """Return whether a file of sums is of a version that knew no fingerprints of VAEs."""
+    return MARK not in str(peek_header(path).get("__metadata__", {}).get("settings", MARK))
 
 
 def shaped(source: GaussianMixtureSource, shape: tuple[int, ...]) -> GaussianMixtureSource:

@@ -192,8 +192,12 @@ def test_resumes_to_the_same_losses(tmp_path):
 def test_a_run_that_diverges_ends_with_its_last_good_state(tmp_path):
     more = ["--log-every", "10", "--checkpoint-every", "10", "--warmup", "0"]
     teacher = teacher_file(tmp_path)
-    DistillTrainer(parse([*arguments(teacher, tmp_path / "out", 10), *more])).run()
+    more += ["--picture-every", "10"]
+    first = DistillTrainer(parse([*arguments(teacher, tmp_path / "out", 10), *more]))
+    first.run()
     trainer = DistillTrainer(parse([*arguments(teacher, tmp_path / "out", 60), *more]))
+    assert first.figures.keys() == {"teacher_distance"}
+    assert trainer.figures == trainer.facts()["figures"] == first.figures
     trainer.lowest = 1e-3  # as if it had come down to that
     with pytest.raises(FloatingPointError, match=r"grown from 0\.001 .* holds the last checkpoint"):
         trainer.run()

@@ -437,7 +437,7 @@ class DistillTrainer(Trainer):
     def export(self) -> None:
         """Write the weights to share, in bfloat16."""
         path, model = self.config.out / WEIGHTS, self.sampling_model()
-        facts = {**self.facts(), "figures": self.figures}
+        facts = self.facts()
         if self.accelerator.is_main_process:
             save_checkpoint(model, path, facts=facts, data=self.data(), dtype=torch.bfloat16)
             print(f"the student to share, of {self.config.steps} calls: {path}")

@@ -360,6 +360,7 @@ class Trainer:
             "step": self.step,
             "skipped_steps": self.skipped.total,
             "seconds": round(self.seconds, 1),
+            "figures": self.figures,
             "torch": torch.__version__,
         }
 
@@ -411,6 +412,7 @@ class Trainer:
             self.load_extra_state(state)
         self.step, self.skipped.total = int(state["step"]), int(state["skipped"])
         self.seconds, self.starts = facts["seconds"], facts.get("starts", [])
+        self.figures = checks.known_figures(facts.get("figures"))
         if self.accelerator.is_main_process:
             print(f"going on from iteration {self.step} of {self.path}")
             before, now = facts["config"].get("iterations"), self.config.iterations

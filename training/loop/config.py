@@ -107,6 +107,18 @@ class ValidatedConfig(TrainerConfig):
         return 0 if self.features is None else self.picture_every
 
 
+def memory_advice(config: TrainerConfig) -> str:
+    """Return what to give a run that needs too much memory, of the options that it has."""
+    options = ["--batch-size a smaller number"]
+    if hasattr(config, "accumulate"):
+        options = ["--accumulate a larger number (the batch stays the same)"]
+    if not getattr(config, "gradient_checkpointing", True):
+        options.append("--gradient-checkpointing")
+    if not config.shard:
+        options.append("--shard with several processes")
+    return f"give {', or '.join(options)}"
+
+
 VALIDATION = frozenset(field.name for field in dataclasses.fields(ValidatedConfig)) - frozenset(
     field.name for field in dataclasses.fields(TrainerConfig)
 )

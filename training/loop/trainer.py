@@ -37,7 +37,7 @@ from training.common.devices import keep_freed_memory, on_cpu, training_attentio
 from training.common.processes import stop_signals, together
 from training.loop import checks
 from training.loop.checks import ADVICE, check_facts, check_network, check_settings, check_state
-from training.loop.config import TrainerConfig
+from training.loop.config import TrainerConfig, memory_advice
 from training.loop.curves import Curves, mean_losses
 from training.loop.optimizer import lr_factor, new_schedule
 from training.loop.sharding import check_accelerate, check_same_step, distribute_like, local, whole
@@ -430,21 +430,20 @@ class Trainer:
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 
 
-def train(new_trainer: Callable[[], AnyTrainer]) -> AnyTrainer:
-    """Create a trainer, run it, and return it.
+def train(new_trainer: Callable[[Any], AnyTrainer], config: TrainerConfig) -> AnyTrainer:
+    """Create a trainer of these settings, run it, and return it.
 
     Raises:
         ValueError: as the trainer, or the device is out of memory.
     """
     try:
-        trainer = new_trainer()
+        trainer = new_trainer(config)
         trainer.run()
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         raise ValueError(
-            f"{error or 'out of memory'}; the batch does not fit this device's memory: give "
-            "--accumulate a larger number (the batch stays the same), --gradient-checkpointing, or "
-            "--shard with several processes"
+            f"{error or 'out of memory'}; the batch does not fit this device's memory: "
+            f"{memory_advice(config)}"
         ) from error
     return trainer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -128,9 +129,11 @@ def encode_images(
         if state.is_main_process:
             tokens = torch.cat(list(TokenFiles(files)))
             write_tokens(path, tokens, record | {"digest": digest_of([tokens])})
-            for file in files:
-                file.unlink()
-            folder.rmdir()
+            for file in folder.glob("*.safetensors"):  # a longer run's too
+                if file.stem.isdigit():
+                    file.unlink()
+            with suppress(OSError):  # other files are in it
+                folder.rmdir()
     return TokenFiles([path])
 
 

@@ -94,7 +94,7 @@ def changes(differ: list[str], found: dict[str, Any], mine: dict[str, Any]) -> s
 
 
 def known_figures(found: Any) -> dict[str, float]:
-    """Return the figures in a checkpoint's facts; what is no finite number is left out."""
+    """Return the figures of a checkpoint's facts; what is no finite number is left out."""
     return {k: v for k, v in found.items() if is_number(v)} if isinstance(found, dict) else {}
 
 

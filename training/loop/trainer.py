@@ -360,7 +360,7 @@ class Trainer:
             "step": self.step,
             "skipped_steps": self.skipped.total,
             "seconds": round(self.seconds, 1),
-            "figures": self.figures,
+            "figures": checks.known_figures(self.figures),
             "torch": torch.__version__,
         }
 

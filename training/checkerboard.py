@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
         out = config.out if chosen else config.evaluate.parent
         with owned(out, config.device):
             if config.evaluate is None:
-                train(lambda: CheckerboardTrainer(config)).export()
+                train(CheckerboardTrainer, config).export()
             else:
                 write_report(config.evaluate, out, config.eval_samples, device=config.device)
 

@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
     with command():
         config = parse(sys.argv[1:] if arguments is None else arguments)
         with owned(config.out, config.device):
-            train(lambda: DistillTrainer(config)).export()
+            train(DistillTrainer, config).export()
 
 
 if __name__ == "__main__":

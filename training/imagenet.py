@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
     with command():
         config = parse(sys.argv[1:] if arguments is None else arguments)
         with owned(config.out, config.device):
-            train(lambda: ImageTrainer(config)).export()
+            train(ImageTrainer, config).export()
 
 
 if __name__ == "__main__":

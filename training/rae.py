@@ -16,7 +16,8 @@ Every option that takes a VAE (--vae) takes an RAE too:
 The encoder is a folder or hub id for transformers. The other parts are files, in FOLDER or as
 OWNER/NAME/PATH on the hub. They may be missing; without a decoder there are latents but no images.
 
-`statistics` measures the latents of your own images; name its file in such a rae.json. `convert`
+`statistics` measures the latents of your own images; name its file in such a rae.json, before or
+after. After a stop, the same command goes on, and loses ten minutes of its work at most. `convert`
 writes a published DiT^DH network (.pt) as a GMFlow checkpoint; `--mixture` is the source that
 MM-FM's were trained with, as training.fit_source converts it.
 
@@ -39,7 +40,7 @@ import tyro
 
 from gmflow_core.files.atomic import check_target
 from gmflow_core.files.locks import locked_file
-from training.common.processes import command, owned
+from training.common.processes import PATIENCE, command, owned
 from training.data.given_files import check_kept
 from training.data.rae_statistics import statistics
 from training.encoders.rae_files import convert
@@ -57,7 +58,7 @@ def locking(run: Callable[..., None]) -> Callable[..., None]:
         names = {"data", "vae", "source", "mixture"} & set(given.arguments)
         check_kept([Path(out)], "replaced", **{name: given.arguments[name] for name in names})
         # `convert` runs in one process, and knows no device
-        with locked_file(out) if device is None else owned(out, device, file=True):
+        with locked_file(out) if device is None else owned(out, device, PATIENCE, file=True):
             run(*args, **settings)
 
     return locked_run

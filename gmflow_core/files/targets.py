@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Collection, Mapping, Set
+from collections.abc import Callable, Collection, Mapping, Set
 from contextlib import suppress
 from pathlib import Path
 
@@ -75,6 +75,26 @@ def check_replaces(out: Path, contents: Collection[Set[str]]) -> None:
     if os.path.exists(out) and peek_header(out).keys() - {"__metadata__"} not in contents:
         advice = "and holds no samples, so it is not overwritten; give another --out, or delete it"
         raise FileExistsError(printable(f"{out} is there already, {advice}"))
+
+
+def check_is_own(out: Path, own: Callable[[Path], bool], command: str) -> None:
+    """Check that a file is missing, or that an earlier run of the same command wrote it.
+
+    Args:
+        out: the file that is to be written.
+        own: says so of a file that is there; of one that it cannot read it may raise.
+        command: as in python -m COMMAND.
+
+    Raises:
+        FileExistsError: it is another file, or a damaged one.
+    """
+    if not os.path.lexists(out):
+        return
+    with suppress(ValueError, OSError):
+        if own(out):
+            return
+    text = f"{out} is there already, and {command} did not write it; give another --out, or delete"
+    raise FileExistsError(printable(f"{text} it"))
 
 
 def is_same(path: str | Path, other: str | Path) -> bool:

@@ -8,6 +8,7 @@ from shlex import split
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -170,6 +171,16 @@ def test_processes_share_the_batch():
         draw_batch(config, torch.Generator().manual_seed(0))["x"][rank::2] for rank in range(2)
     ]
     assert torch.equal(torch.stack(shares, 1).reshape(10, 2), whole)
+
+
+def test_a_batch_that_is_not_divided_or_too_large_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Accelerator, "num_processes", 3)
+    with pytest.raises(ValueError, match=r"64 cannot be divided among 3 processes; make it a mul"):
+        CheckerboardTrainer(parse([*SMALL, "--out", str(tmp_path)]))
+    monkeypatch.setattr(CheckerboardTrainer, "backward", lambda *_: torch.empty(2**50))
+    monkeypatch.setattr(Accelerator, "num_processes", 1)
+    with pytest.raises(SystemExit, match="memory: give --batch-size a smaller number, or --shard"):
+        main([*SMALL, "--out", str(tmp_path)])
 
 
 def test_learning_rate_and_average():

@@ -32,6 +32,7 @@ from tests.training.test_imagenet import OLD_TORCH
 from training.distill import main, parse
 from training.loop.distill_presets import DistillConfig
 from training.loop.distill_trainer import DistillTrainer
+from training.loop.image_presets import ImageConfig
 from training.loop.imitation_objective import teacher_velocity
 
 SHARED = {"channels": 3, "latent_size": 4, "num_classes": 3, "log_std_dim": 8}
@@ -191,8 +192,12 @@ def test_resumes_to_the_same_losses(tmp_path):
 def test_a_run_that_diverges_ends_with_its_last_good_state(tmp_path):
     more = ["--log-every", "10", "--checkpoint-every", "10", "--warmup", "0"]
     teacher = teacher_file(tmp_path)
-    DistillTrainer(parse([*arguments(teacher, tmp_path / "out", 10), *more])).run()
+    more += ["--picture-every", "10"]
+    first = DistillTrainer(parse([*arguments(teacher, tmp_path / "out", 10), *more]))
+    first.run()
     trainer = DistillTrainer(parse([*arguments(teacher, tmp_path / "out", 60), *more]))
+    assert first.figures.keys() == {"teacher_distance"}
+    assert trainer.figures == trainer.facts()["figures"] == first.figures
     trainer.lowest = 1e-3  # as if it had come down to that
     with pytest.raises(FloatingPointError, match=r"grown from 0\.001 .* holds the last checkpoint"):
         trainer.run()
@@ -322,6 +327,9 @@ def test_what_does_not_belong_together_is_refused(tmp_path):
         new_trainer(teacher, out, 10, "--source", str(SHIPPED / "digits_source.safetensors"))
     with pytest.raises(ValueError, match=r"weight 1\.2 is outside"):
         DistillConfig(guidance=1.2)
+    for config in (DistillConfig, ImageConfig):
+        with pytest.raises(ValueError, match="--optimizer is adamw8bit; it must be adamw or auto"):
+            config(shard=True, optimizer="adamw8bit")
     with pytest.raises(ValueError, match="--steps is 0"):
         DistillConfig(steps=0)
     with pytest.raises(ValueError, match=r"--guidance-interval is .* with a --guidance"):

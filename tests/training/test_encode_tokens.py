@@ -125,6 +125,8 @@ def test_encoding_goes_on_where_it_was_stopped(images, tmp_path, monkeypatch):
         fit(config(data, tmp_path / "out", **settings))
     assert len(list((tmp_path / "out" / "tokens.parts").iterdir())) == 2
     (data / "right" / "20.png").write_bytes(good)
+    for name in ("00009.safetensors", "mine.txt"):  # of an encoding of more images; of others
+        (tmp_path / "out" / "tokens.parts" / name).write_bytes(b"")
     written = []
 
     def write(path, *arguments):
@@ -134,6 +136,7 @@ def test_encoding_goes_on_where_it_was_stopped(images, tmp_path, monkeypatch):
     monkeypatch.setattr("training.data.encode_tokens.write_tokens", write)
     source = fit(config(data, tmp_path / "out", **settings))
     assert written == ["00002.safetensors", "tokens.safetensors"]
+    assert [path.name for path in (tmp_path / "out" / "tokens.parts").iterdir()] == ["mine.txt"]
     assert (source.shape, source.is_spherical) == ((16,), False)
 
 

@@ -1,5 +1,6 @@
 """Training on a folder of images that the encoder turns into latents on the way."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -14,11 +15,14 @@ from tests.clusters import same_source
 from tests.training.image_folders import run, write_images, write_tiny_vae
 from tests.training.image_runs import SMALL, losses_of
 from tests.training.source_runs import config
+from tests.training.test_distill import gmdit, teacher_file
+from tests.training.test_distill import new_trainer as new_student
 from tests.training.test_rae import write_rae
 from training.data.batches import Order
 from training.data.encoded_images import EncodedImages
 from training.data.image_folder import list_images
 from training.data.shards import LatentDataset
+from training.encoders.fingerprints import fingerprint
 from training.encoders.load import load_vae
 from training.imagenet import parse
 from training.loop.image_trainer import ImageTrainer
@@ -181,3 +185,40 @@ def test_what_does_not_fit_is_refused(images, rae, tmp_path):
     encoded = EncodedImages(listed, vae, listed.folders, name="the VAE", size=8)
     with pytest.raises(ValueError, match="by tokens, and the VAE makes none; give an RAE"):
         encoded.find_tokens({}, "the source")
+
+
+def test_a_vae_that_cannot_decode_the_samples_is_refused(images, rae, tmp_path):
+    run(images, tmp_path / "cache", pixels=False, vae=str(rae))
+    blind, vae = write_rae(tmp_path / "blind", decoder=None), write_tiny_vae(tmp_path / "vae")
+    student = teacher_file(tmp_path, gmdit(channels=8), space="rae")
+    validated = ["--features", "x.safetensors", "--validate-every", "1"]
+    for name, said in ((blind, "has no decoder"), (vae, r"shape \(4, 4, 4\), and .* \(8, 4, 4\)")):
+        for new, data in ((new_trainer, tmp_path / "cache"), (new_student, student)):
+            more = [10] if new is new_student else []
+            with pytest.raises(ValueError, match=f"--vae {name} .*{said}"):
+                new(data, tmp_path / "out", *more, "--vae", str(name))
+    encode = encoding(blind, "--image-size", "64")  # 16 pixels for each token, if it does not say
+    assert new_trainer(images, tmp_path / "out", *encode).vae is None
+    with pytest.raises(ValueError, match=f"--vae {blind} has no decoder"):
+        new_trainer(images, tmp_path / "out", *encode, *validated)
+
+
+def test_a_vae_that_changes_under_its_name_is_refused(images, tmp_path):
+    """Statistics are added to rae.json; folders and checkpoints of older versions go on."""
+    rae = write_rae(tmp_path / "rae", statistics=None)
+    how = {"pixels": False, "vae": str(rae), "shard_size": 10}
+    run(images, tmp_path / "cache", **how)
+    new_trainer(images, tmp_path / "out", *encoding(rae)).save()
+    write_rae(rae)
+    with pytest.raises(ValueError, match=r"other settings \(its autoencoder has other weights"):
+        run(images, tmp_path / "cache", **how)
+    with pytest.raises(ValueError, match=r"other settings \(vae_fingerprint: .* there"):
+        new_trainer(images, tmp_path / "out", *encoding(rae))
+    plan = json.loads((tmp_path / "cache" / "plan.json").read_text())
+    del plan["vae_fingerprint"]
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "plan.json").write_text(json.dumps(plan))
+    run(images, tmp_path / "old", **how)
+    assert json.loads((tmp_path / "old" / "plan.json").read_text()) == plan
+    fingerprints = {fingerprint(load_vae(rae), decoding=d) for d in (False, True)}
+    assert len({*fingerprints, fingerprint(load_vae(write_rae(rae, decoder=None)))}) == 2

@@ -272,10 +272,14 @@ def test_latents_are_decoded(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="give --vae"):
         run(tmp_path, tmp_path / "out", *more)
     monkeypatch.setattr(inputs, "load_vae", lambda *_: HalfVAE())
+    monkeypatch.setattr(inputs, "fingerprint", lambda *_, **__: "a")
     row = run(tmp_path, tmp_path / "out", *more, "--vae", "half")["results"][0]
     assert row["out_of_range"] is None
     chunk = load_file(tmp_path / "out" / "samples" / "tiny_gm-ode_2" / "chunk-00000.safetensors")
     assert chunk["images"].shape == (20, 3, 8, 8)
+    monkeypatch.setattr(inputs, "fingerprint", lambda *_, **__: "b")
+    with pytest.raises(ValueError, match="was sampled with another vae_fingerprint than"):
+        run(tmp_path, tmp_path / "out", *more, "--vae", "half")
 
 
 @pytest.mark.parametrize(

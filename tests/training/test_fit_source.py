@@ -16,7 +16,7 @@ from tests.clusters import clusters, moments_by_hand, same_source
 from tests.helpers import F64, normal
 from tests.training.source_runs import arguments, config, write_images, write_prepared
 from training.data.shards import LatentDataset
-from training.data.tokens import TokenFiles, read_tokens
+from training.data.tokens import TokenFiles, check_encoder, read_tokens
 from training.fit_source import main
 from training.source import fitting, labels
 from training.source.fitting import fit
@@ -123,9 +123,17 @@ def test_command_with_tokens_of_another_file(prepared, tmp_path):
     np.save(tmp_path / "fewer.npy", sides[:59].numpy())
     with pytest.raises(ValueError, match=r"holds 59 tokens of \(4,\), but .* has 60 samples"):
         fit(config(prepared, tmp_path / "other", modes=2, tokens=tmp_path / "fewer.npy"))
-    np.save(tmp_path / "more.npy", sides.numpy())
-    with pytest.raises(ValueError, match="holds other tokens"):
-        fit(config(prepared, tmp_path / "other", modes=2, tokens=tmp_path / "more.npy"))
+    np.save(tmp_path / "same.npy", sides.numpy())
+    fit(config(prepared, tmp_path / "again", modes=2, tokens=tmp_path / "same.npy"))
+    np.save(tmp_path / "tokens.npy", sides.numpy() + 1)  # in the place of the first ones
+    given = {"modes": 2, "tokens": tmp_path / "tokens.npy"}
+    with pytest.raises(ValueError, match="holds other tokens than"):
+        fit(config(prepared, tmp_path / "other", **given))
+    (prepared / "tokens.safetensors").unlink()
+    fit(config(prepared, tmp_path / "other", **given))
+    check_encoder(prepared, read_source_metadata(tmp_path / "other")["training"], "")
+    with pytest.raises(ValueError, match="holds other tokens than those that out was fitted to"):
+        check_encoder(prepared, read_source_metadata(tmp_path / "out")["training"], "out")
 
 
 def test_a_pass_over_the_samples_goes_on_where_it_was_stopped(prepared, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from tests.training.evaluation_runs import arguments, run, scoring, two_classes, write_place
 from tests.training.source_runs import arguments as fit_arguments
-from training import fit_source, reference
+from training import fit_source, rae, reference
 from training.data.preparation import PreparationConfig, prepare
 from training.evaluate import main, parse
 from training.evaluation.evaluation import Evaluation
@@ -125,6 +125,35 @@ def test_a_fit_replaces_its_own_files(tmp_path):
     source = str(out / "source.safetensors")
     with pytest.raises(SystemExit, match=r"source\.safetensors would be replaced, and --source"):
         fit_source.main(["convert", source, "--out", source])
+
+
+@pytest.mark.parametrize(
+    ("main", "given"),
+    [
+        (fit_source.main, ["convert", "a.npz"]),
+        (rae.main, ["convert", "--source", "a.pt"]),
+        (rae.main, ["statistics", "--data", "images"]),
+        (reference.main, ["--data", "images"]),
+    ],
+)
+def test_files_replace_those_of_their_own_command_only(main, given, place, tmp_path):
+    out = tmp_path / f"out.{'npz' if main is reference.main else 'safetensors'}"
+    np.savez(tmp_path / "out.npz", mu=np.zeros(2))
+    shutil.copy(place / "tiny.safetensors", tmp_path / "out.safetensors")
+    before = contents(tmp_path)
+    with pytest.raises(SystemExit, match=f"{out.name} is there already, and training.* delete it"):
+        main([*given, "--out", str(out)])
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["results.csv", "calls.png", "sheets/tiny_gm-ode_2.png"])
+def test_an_evaluation_replaces_no_files_of_others(name, place, tmp_path):
+    path = tmp_path / "out" / name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"mine")
+    with pytest.raises(SystemExit, match=f"{path.name} is there already; no evaluation wrote"):
+        main(arguments(place, tmp_path / "out"))
+    assert path.read_bytes() == b"mine"
 
 
 def test_class_names_are_no_index(tmp_path):

@@ -83,12 +83,16 @@ def test_what_comes_from_outside_is_one_printable_line(error, said):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_signals_end_a_command_like_ctrl_c(number, capsys):
+def test_signals_end_a_command_like_ctrl_c(number, capsys, monkeypatch):
     signal.signal(number, signal.SIG_DFL)
     with pytest.raises(SystemExit, match="130"), command():
         signal.raise_signal(number)
     assert f"stopped by {number.name}; run the same command again" in capsys.readouterr().err
     assert signal.getsignal(number) is signal.SIG_DFL
+    monkeypatch.setattr("sys.argv", ["train.py", "--restart"])
+    with pytest.raises(SystemExit), command():
+        raise KeyboardInterrupt
+    assert "; run the same command without --restart to go on" in capsys.readouterr().err
     with stop_signals() as stopped:
         signal.raise_signal(number)
     assert stopped.is_set()

@@ -61,6 +61,9 @@ def test_a_run_with_validation_has_the_losses_of_one_without(data, features, tmp
     here, there = (statistics(measure(to_pixels(x), extractor).features) for x in (samples, real))
     assert found[3] == pytest.approx(frechet_distance(here, there), rel=1e-4)
     assert one.figures == pytest.approx({"frechet_distance": found[3]})
+    rare = new_trainer(data, tmp_path / "rare", 1, *quick, *more, "--validate-every", "5")
+    rare.run()
+    assert list(points_of(tmp_path / "rare")) == [1]
 
 
 def test_students_are_validated_by_the_same_code(data, features, tmp_path):

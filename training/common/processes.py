@@ -53,7 +53,7 @@ def command() -> Iterator[None]:
             yield
     except KeyboardInterrupt as stop:
         reason = str(stop) or "stopped"
-        print(f"\n{printable(reason)}; run the same command again to go on", file=sys.stderr)
+        print(f"\n{printable(reason)}; {again()} to go on", file=sys.stderr)
         raise SystemExit(130) from None
     except Exception as error:
         message = message_of(error)
@@ -62,6 +62,11 @@ def command() -> Iterator[None]:
         raise SystemExit(f"error: {message}") from error
     finally:
         leave()
+
+
+def again() -> str:
+    """Return the advice to repeat this command, which must not throw the work away again."""
+    return f"run the same command {'without --restart' if '--restart' in sys.argv else 'again'}"
 
 
 def message_of(error: Exception) -> str | None:
@@ -77,19 +82,19 @@ def message_of(error: Exception) -> str | None:
         return printable(_one_line(last[-1]), MOST_SAID) if len(last) == 2 else worker[1]
     if isinstance(error, OSError) and error.errno in DISK_FULL and error.strerror:
         where = f" ({printable(str(error.filename))})" if error.filename else ""
-        return f"the disk is full{where}: make room, and run the same command again"
+        return f"the disk is full{where}: make room, and {again()}"
     if isinstance(error, EXPECTED):
         return printable(_one_line(text), MOST_SAID) or type(error).__name__
     if isinstance(error, RuntimeError) and "DataLoader worker" in text:
         return (
             f"{printable(_one_line(text), 500)}: a process that reads data was killed, most "
-            "likely for its memory; give --workers a smaller number (0: none), and run the same "
-            "command again to go on"
+            f"likely for its memory; give --workers a smaller number (0: none), and {again()} to "
+            "go on"
         )
     if isinstance(error, torch.distributed.DistError) or LOST.search(text):
         return (
             f"another process of this command ended ({printable(_one_line(text), 200)}); its own "
-            "message says why; run the same command again to go on"
+            f"message says why; {again()} to go on"
         )
     return None
 

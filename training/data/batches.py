@@ -79,9 +79,10 @@ def rows_of(process: int, processes: int, batch_size: int, accumulate: int) -> r
     """
     pieces = processes * accumulate
     if batch_size % pieces:
+        each = f" with {accumulate} pieces each" if accumulate > 1 else ""
         raise ValueError(
-            f"--batch-size {batch_size} cannot be divided among {processes} processes with "
-            f"{accumulate} pieces each; make it a multiple of {pieces}"
+            f"--batch-size {batch_size} cannot be divided among {processes} processes{each}; make "
+            f"it a multiple of {pieces}"
         )
     share = batch_size // processes
     return range(process * share, (process + 1) * share)

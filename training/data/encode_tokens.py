@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from training.data.tokens import (
     FORMAT,
     TokenFiles,
     check_record,
+    digest_of,
     encoder_settings,
     read_tokens_record,
     write_tokens,
@@ -125,10 +127,13 @@ def encode_images(
             _encode_parts(network, images, kept, mine, part_record, state, batch_size, workers)
     with together(state):
         if state.is_main_process:
-            write_tokens(path, torch.cat(list(TokenFiles(files))), record)
-            for file in files:
-                file.unlink()
-            folder.rmdir()
+            tokens = torch.cat(list(TokenFiles(files)))
+            write_tokens(path, tokens, record | {"digest": digest_of([tokens])})
+            for file in folder.glob("*.safetensors"):  # a longer run's too
+                if file.stem.isdigit():
+                    file.unlink()
+            with suppress(OSError):  # other files are in it
+                folder.rmdir()
     return TokenFiles([path])
 
 

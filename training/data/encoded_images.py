@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from training.data.image_folder import ImageCrops, ImageList, Item, image_loader
 from training.data.shards import to_model
 from training.data.tokens import check_settings, fitted_settings
 from training.encoders.encoder import FAMILIES
+from training.encoders.fingerprints import fingerprint
 from training.encoders.rae import RAE
 
 PART = 64  # images that are encoded at a time
@@ -128,6 +130,11 @@ class EncodedImages:
 
     def __len__(self) -> int:
         return len(self.images.files)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Fingerprint of what makes the latents."""
+        return fingerprint(self.vae)
 
     @property
     def decoder(self) -> VAE | RAE | None:

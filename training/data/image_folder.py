@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from gmflow_core.files.errors import printable, reason
 from gmflow_core.models.settings import MOST_CLASSES
-from training.common.processes import ignore_interrupt, loader_workers
+from training.common.processes import again, ignore_interrupt, loader_workers
 from training.data.pictures import PictureError, read_picture
 
 SPLITS = {"train", "test", "val", "valid", "validation"}
@@ -204,8 +204,8 @@ class ImageCrops(Dataset):
         except PictureError as error:
             return Item(index, reason=reason(error))
         except OSError as error:
-            text = f"{path} cannot be read ({reason(error)}); mend that, then run the same command "
-            return Item(index, reason=printable(f"{text}again"), fatal=True)
+            text = f"{path} cannot be read ({reason(error)}); mend that, then {again()}"
+            return Item(index, reason=printable(text), fatal=True)
         rng = np.random.default_rng((self.seed, index, epoch) if epoch else (self.seed, index))
         mirrored = rng.random() < 0.5
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)

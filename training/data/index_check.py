@@ -11,7 +11,7 @@ from gmflow_core.files.data_record import LONGEST_NAME
 from gmflow_core.files.errors import FileError, is_file_name, printable, quoted
 from gmflow_core.models.settings import LARGEST_SAMPLE, MOST_CLASSES, is_count, is_number
 
-AGAIN = "delete it and run the same prepare command again: whole shards are kept"
+AGAIN = "delete it and run the same prepare command without --restart: whole shards are kept"
 
 
 def checked_index(

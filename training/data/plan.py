@@ -22,9 +22,14 @@ from training.data.shards import (
     stored_dtype,
     write_index,
 )
+from training.encoders.fingerprints import MARK
 
 CHANGES = {  # entries of a plan whose values say nothing to a user
     "files": "not the same list of image files",
+    MARK: (
+        "its autoencoder has other weights, settings or statistics than the one of this name has "
+        "now"
+    ),
     "decoder": (
         "its pictures were decoded by another version of GMFlow, which treated orientation, "
         "transparency and colour profiles in another way"
@@ -32,10 +37,13 @@ CHANGES = {  # entries of a plan whose values say nothing to a user
 }
 
 
-def make_plan(images: ImageList, **settings: Any) -> dict[str, Any]:
+def make_plan(
+    images: ImageList, vae_fingerprint: str | None = None, **settings: Any
+) -> dict[str, Any]:
     """Return the record that all shards of a folder have in common.
 
     Args:
+        vae_fingerprint: of the autoencoder; None for pixels.
         settings: kind, size, flip, vae, seed, shard_size, dtype.
     """
     listing = hashlib.sha256("\n".join(images.files).encode("utf-8", "surrogateescape")).hexdigest()
@@ -48,6 +56,8 @@ def make_plan(images: ImageList, **settings: Any) -> dict[str, Any]:
     }
     if plan["dtype"] == stored_dtype({"kind": plan["kind"]}):
         del plan["dtype"]  # so that folders of older versions, which had no choice, go on
+    if vae_fingerprint is not None:
+        plan[MARK] = vae_fingerprint
     return plan
 
 
@@ -65,12 +75,15 @@ def begin_plan(out: Path, plan: dict[str, Any], restart: bool) -> None:
         leftovers += [out / PLAN, out / INDEX, *out.glob("shard-*.safetensors")]
     for old in leftovers:
         old.unlink(missing_ok=True)
-    check_plan(out, plan)
-    write_index(out, plan, PLAN)
+    write_index(out, check_plan(out, plan), PLAN)
 
 
-def check_plan(out: Path, plan: dict[str, Any]) -> None:
+def check_plan(out: Path, plan: dict[str, Any]) -> dict[str, Any]:
     """Check that a folder is new, or was begun with the same plan.
+
+    Returns:
+        The plan as the folder was begun with: in one of an older version, without the fingerprint
+        of the autoencoder.
 
     Raises:
         ValueError: it was begun with other settings, or holds something else.
@@ -82,10 +95,12 @@ def check_plan(out: Path, plan: dict[str, Any]) -> None:
                 f"{out} holds shards but no {PLAN}; give another --out, or --restart to throw them "
                 "away"
             )
-        return
+        return plan
     advice = "give --restart to throw the folder's shards away"
     found = read_json(path, advice)
     with reading(path, advice):
+        if MARK not in found:
+            plan = {name: value for name, value in plan.items() if name != MARK}
         old, new = ({"decoder": 1, **e, "dtype": stored_dtype(e)} for e in (found, plan))
     differ = [key for key in new if old.get(key) != new[key]]
     if differ:
@@ -98,6 +113,7 @@ def check_plan(out: Path, plan: dict[str, Any]) -> None:
             f"was begun with other settings ({changes})",
             "give another --out, the same settings to go on, or --restart to throw its shards away",
         )
+    return plan
 
 
 def _said(value: Any) -> str:

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from gmflow_core.files.errors import printable
 from gmflow_core.models.vae import SD_VAE, VAE
 from training.common.devices import on_cpu
-from training.common.processes import PATIENCE
+from training.common.processes import PATIENCE, again
 from training.common.settings import require, require_device, require_ranges
 from training.data.class_names import read_class_names
 from training.data.given_files import check_kept
@@ -28,6 +28,7 @@ from training.data.plan import (
 )
 from training.data.shard_writer import ShardWriter, sample_shape
 from training.data.shards import DTYPES, FORMAT, INDEX, PLAN, shard_name, stored_dtype, write_index
+from training.encoders.fingerprints import fingerprint
 from training.encoders.load import load_vae
 from training.encoders.rae import RAE
 
@@ -82,7 +83,7 @@ class PreparationConfig:
         require_device(self.device)
         require_ranges(self)
 
-    def plan(self, images: ImageList) -> dict[str, Any]:
+    def plan(self, images: ImageList, vae: VAE | RAE | None) -> dict[str, Any]:
         """Return the settings that all shards have in common."""
         kind = "pixels" if self.pixels else "latents"
         return make_plan(
@@ -91,6 +92,7 @@ class PreparationConfig:
             size=self.size,
             flip=self.flip,
             vae=None if self.pixels else self.vae,
+            vae_fingerprint=None if vae is None else fingerprint(vae),
             seed=self.seed,
             shard_size=self.shard_size,
             dtype=DTYPES[kind][0] if self.pixels else self.dtype,
@@ -111,15 +113,15 @@ def prepare(config: PreparationConfig) -> dict[str, Any]:
     check_places(config)
     images = list_images(config.data)
     read_class_names(config.class_names, images.folders)  # for its errors, before the long work
-    plan = config.plan(images)
-    if state.is_main_process:
-        begin_plan(config.out, plan, config.restart)
-    state.wait_for_everyone()
-    check_plan(config.out, plan)
     vae = None
     if not config.pixels:
         with state.local_main_process_first():
             vae = load_vae(config.vae, state.device)
+    plan = config.plan(images, vae)
+    if state.is_main_process:
+        begin_plan(config.out, plan, config.restart)
+    state.wait_for_everyone()
+    plan = check_plan(config.out, plan)
     writer = ShardWriter(
         config.out,
         images,
@@ -175,8 +177,7 @@ def make_index(
     if None in records:
         path = config.out / shard_name(records.index(None))
         raise ValueError(
-            f"{path} is missing or not whole; run the same command again: it rewrites only such "
-            "shards"
+            f"{path} is missing or not whole; {again()}: it rewrites only such shards"
         )
     skipped = [entry for record in records for entry in record["skipped"]]
     check_classes(images, skipped)

@@ -42,7 +42,7 @@ TYPES = {  # -> safetensors' names
     torch.int64: "I64",
 }
 IN_MEMORY = 2**30  # bytes of stored data below which a set is read into memory as a whole
-REPAIR = "run the same prepare command again: it rewrites only that shard"
+REPAIR = "run the same prepare command without --restart: it rewrites only that shard"
 
 
 def shard_name(number: int) -> str:
@@ -239,8 +239,8 @@ def read_index(folder: str | Path) -> dict[str, Any]:
     if not path.exists():
         if (path.parent / PLAN).exists():
             fix = (
-                "the folder is not finished; run the same prepare command again, it goes on where "
-                "it stopped"
+                "the folder is not finished; run the same prepare command without --restart, "
+                "it goes on where it stopped"
             )
         else:  # an existing folder may be the one with the images
             out = "ANOTHER_FOLDER" if path.parent.exists() else path.parent

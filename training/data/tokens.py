@@ -6,9 +6,10 @@ its shards in `tokens.safetensors`, in the same order.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -189,43 +190,74 @@ def check_count(tokens: TokenFiles, count: int, folder: Path) -> None:
         )
 
 
-def keep_tokens(tokens: TokenFiles, folder: Path) -> None:
-    """Copy tokens into a prepared folder as `FILE`, unless they come from there.
+def digest_of(tokens: Iterable[Tensor]) -> str:
+    """Return the SHA-256 of tokens as they are kept, in float32, whatever the chunks (m, D)."""
+    found = hashlib.sha256()
+    for chunk in tokens:
+        found.update(chunk.float().contiguous().numpy())
+    return found.hexdigest()
 
-    The record of their encoder is copied too.
 
-    Raises:
-        ValueError: the folder holds other tokens.
+def tokens_record(tokens: TokenFiles) -> dict[str, Any]:
+    """Return the record of given tokens: their number, their digest, and what made them if known.
+
+    The digest is computed for all but files whose own record has it.
     """
-    path = folder / FILE
-    if any(given.resolve() == path.resolve() for given in tokens.paths):
-        return
     made = read_tokens_record(tokens.paths[0]) or {}
     record = {
         "format": FORMAT,
         "files": [str(given) for given in tokens.paths],
         "count": len(tokens),
+        "digest": made.get("digest") or digest_of(tokens),
     }
-    record |= {name: made[name] for name in SETTINGS if name in made}
-    check_record(path, record)
+    return record | {name: made[name] for name in SETTINGS if name in made}
+
+
+def keep_tokens(tokens: TokenFiles, folder: Path) -> None:
+    """Copy tokens and their record into a prepared folder as `FILE`, unless they are there.
+
+    Raises:
+        ValueError: the folder holds other tokens, or `FILE` is damaged.
+    """
+    path = folder / FILE
+    if any(given.resolve() == path.resolve() for given in tokens.paths):
+        return
+    record = tokens_record(tokens)
+    check_record(path, {"format": FORMAT, "count": len(tokens)})
     if not path.exists():
         write_tokens(path, torch.cat([chunk.float() for chunk in tokens]), record)
+    elif tokens_record(TokenFiles([path]))["digest"] != record["digest"]:
+        given = ", ".join(map(str, tokens.paths))
+        raise ValueError(
+            f"{path} holds other tokens than {given}; remove it, or give it as --tokens"
+        )
 
 
 def check_encoder(folder: Path, fitted: dict[str, Any], source: str) -> None:
     """Check that the folder's tokens come from the encoder the source was fitted with.
 
-    Nothing is checked if one of the two does not say what made it.
+    If one of the two does not say what made it, as many tokens as the source was fitted to must
+    be those very ones. Nothing is checked if one does not say that either, as of older versions.
 
     Args:
         fitted: how the source was fitted, the "training" of its metadata.
         source: name of the source, for the error.
 
     Raises:
-        ValueError: the tokens come from another encoder, or were made with other settings.
+        ValueError: the tokens come from another encoder, were made with other settings, or are
+            other ones.
     """
     here, there = read_tokens_record(folder / FILE) or {}, fitted_settings(fitted)
     if "encoder" not in here or "encoder" not in there:
+        (count, digest), (others, other) = (
+            (record.get("count"), record.get("digest")) for record in (here, there)
+        )
+        if None not in (digest, other) and digest != other and count == others:
+            raise ValueError(
+                f"{folder / FILE} holds other tokens than those that {source} was fitted to; give "
+                "a source that was fitted to the former, or remove the file and keep the latter "
+                "there: training.fit_source --tokens"
+            )
         return
     here, there = ({name: record.get(name) for name in SETTINGS} for record in (here, there))
     advice = "or remove the file and make the latter: training.fit_source --encoder"
@@ -233,17 +265,19 @@ def check_encoder(folder: Path, fitted: dict[str, Any], source: str) -> None:
 
 
 def fitted_settings(fitted: dict[str, Any]) -> dict[str, Any]:
-    """Return what made the tokens that a source was fitted to, with names of `SETTINGS`.
+    """Return what made the tokens that a source was fitted to, and their number and digest.
+
+    What is not known is missing; the names are those of `tokens_record`.
 
     Args:
         fitted: the "training" of the source's metadata.
     """
-    config = fitted.get("config") or {}
+    config, tokens = fitted.get("config") or {}, dict(fitted.get("tokens") or {})
     if config.get("encoder") is not None:
-        return encoder_settings(
+        tokens |= encoder_settings(
             config["encoder"], config.get("encoder_size"), config.get("image_size")
         )
-    return dict(fitted.get("tokens") or {})
+    return tokens
 
 
 def check_settings(

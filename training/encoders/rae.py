@@ -230,4 +230,5 @@ def load_decoder(tensors: Mapping[str, Tensor], grid: int, heads: int) -> RAEDec
     check_shapes(expected, optional | shapes_of(tensors), target)
     decoder.decoder_pos_embed = tensors.pop(POSITIONS, decoder.decoder_pos_embed)
     decoder.load_state_dict(tensors, strict=False)
+    decoder.heads = heads
     return decoder

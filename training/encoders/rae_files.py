@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gmflow_core.files.checkpoint import save_checkpoint
+from gmflow_core.files.checkpoint import read_metadata, save_checkpoint
 from gmflow_core.files.diffusers_vae import CONFIG, WEIGHTS
 from gmflow_core.files.errors import FileError, check_regular_file, quoted, reading
 from gmflow_core.files.json_files import EDITED, read_json
 from gmflow_core.files.safetensors_files import check_finite, read_safetensors
+from gmflow_core.files.targets import check_is_own
 from gmflow_core.models.ditdh import LABEL_TABLE, DiTDH
 from gmflow_core.models.settings import check_settings
 from gmflow_core.source.files import load_source
@@ -85,12 +86,17 @@ def is_rae(source: str | Path) -> bool:
     )
 
 
-def load_rae(source: str | Path, device: str | torch.device = "cpu") -> RAE:
+def load_rae(
+    source: str | Path, device: str | torch.device = "cpu", *, measured: bool = False
+) -> RAE:
     """Load an RAE.
 
     Args:
         source: one of `PRESETS`; a folder with rae.json or with an AutoencoderRAE of diffusers;
             or the hub's name of an AutoencoderRAE.
+        measured: its latents are to be measured: the statistics are not read, so that rae.json may
+            name a file that is not there yet, nor is the decoder of `PRESETS`. Any other decoder
+            is, as its patches tell the pixels of a token.
 
     Raises:
         ModuleNotFoundError: transformers or diffusers is not installed.
@@ -105,6 +111,9 @@ def load_rae(source: str | Path, device: str | torch.device = "cpu") -> RAE:
     if config is not None:
         return load_diffusers(folder, config).to(device)
     parts = PRESETS[str(source)] if str(source) in PRESETS else read_parts(folder)
+    if measured:
+        decoder = None if str(source) in PRESETS else parts.decoder
+        parts = dataclasses.replace(parts, decoder=decoder, statistics=None)
     encoder = load_encoder(local_or_hub(parts.encoder, folder), parts.input_size)
     decoder, mean, std = None, None, None
     if parts.decoder is not None:
@@ -289,6 +298,7 @@ def convert(
             convert writes it; its modes are the labels, unless the network is unconditional.
         unconditional: The network ignores its label embedding, as MM-FM's uncond checkpoints do.
     """
+    check_is_own(out, is_converted, "training.rae convert")
     if not source.exists():
         raise FileNotFoundError(
             f"there is no {source}; download it first (hf download {COLLECTION} --local-dir "
@@ -317,5 +327,16 @@ def convert(
         data["source"] = modes.record("soft", known=not unconditional)
         if not unconditional:
             data["labels"] = [f"mode {m}" for m in range(modes.num_modes)]
-    save_checkpoint(network, out, data=data)
+    save_checkpoint(network, out, facts={"converted": source.name}, data=data)
     print(f"{out}: {config}")
+
+
+def is_converted(path: Path) -> bool:
+    """Return whether a file is a checkpoint that `convert` wrote; older ones have no facts.
+
+    Raises:
+        FileError: it is no checkpoint.
+    """
+    metadata = read_metadata(path)
+    facts = metadata["training"]
+    return metadata["model_class"] == DiTDH.__name__ and (not facts or "converted" in facts)

@@ -15,9 +15,11 @@ from gmflow_core.files.json_files import json_object
 from gmflow_core.files.safetensors_files import (
     is_finite,
     open_safetensors,
+    peek_header,
     read_safetensors,
     write_safetensors,
 )
+from training.encoders.fingerprints import MARK
 
 AGAIN = "delete it, then run the same command again"
 FILES = "chunk-*.safetensors"
@@ -29,14 +31,23 @@ class Chunks:
     Args:
         folder: place of the files.
         key: JSON-serialisable; says what the tensors were made from. A file with another key is
-            foreign.
+            foreign. The autoencoder's fingerprint is left out of it in a folder that was begun
+            without, by an older version.
         count: images in all.
         size: images per file.
     """
 
     def __init__(self, folder: Path, key: dict[str, Any], count: int, size: int):
         self.folder, self.count, self.size = folder, count, size
+        if MARK in key and self._is_older():
+            key = {name: value for name, value in key.items() if name != MARK}
         self.key = json.dumps(key, sort_keys=True)
+
+    def _is_older(self) -> bool:
+        """Return whether the folder has chunks of a version that knew no fingerprints of VAEs."""
+        headers = (peek_header(path) for path in self.folder.glob(FILES))
+        keys = (str(header.get("__metadata__", {}).get("key", MARK)) for header in headers)
+        return any(MARK not in key for key in keys)
 
     def __len__(self) -> int:
         return -(-self.count // self.size)

@@ -9,6 +9,7 @@ from pathlib import Path
 from gmflow_core.files.atomic import remove_leftovers
 from gmflow_core.files.errors import FileError
 from gmflow_core.files.json_files import read_json
+from gmflow_core.files.targets import check_is_new
 from training.data.given_files import check_kept, check_outside
 from training.data.shards import INDEX
 from training.evaluation.chunks import FILES
@@ -17,6 +18,7 @@ from training.evaluation.export import export_path, exported_files
 
 FORMAT = "gmflow-evaluation-1"
 RESULTS = "results.json"
+TABLES = ("results.csv", "calls.png", "guidance.png", "precision.png", "saturation.png")
 KINDS = ("samples", "measures")  # folders of chunks
 
 
@@ -24,9 +26,21 @@ def check_given(config: Config, settings: list[Setting]) -> None:
     """Check that the command neither replaces nor, with --restart, deletes what it was given.
 
     Raises:
+        FileExistsError: it replaces a file of a folder where no evaluation was.
         ValueError: it does, or writes its pictures among given ones.
     """
     out = config.out
+    if not is_of_evaluations(out):
+        singles = (
+            path
+            for setting in settings
+            for path in (
+                out / "sheets" / f"{setting.name}.png",
+                export_path(out, "npz", setting.name),
+            )
+        )
+        for path in (*(out / name for name in TABLES), *singles):
+            check_is_new(path, "no evaluation wrote it: give another --out, or move it")
     given = {name: getattr(config, name) for name in ("samples", "reference", "checkpoint", "data")}
     pictures = [path for path in (*config.samples, config.reference) if path is not None]
     for path in pictures:
@@ -57,7 +71,7 @@ def clean(config: Config) -> None:
 
 def written(out: Path) -> Iterator[Path]:
     """Yield the files of results, samples, measures, sheets and exports of earlier evaluations."""
-    names = {file.parent.name for kind in KINDS for file in out.glob(f"{kind}/*/{FILES}")}
+    names, own = names_of(out), is_of_evaluations(out)
     for name in sorted(names):
         for kind in KINDS:
             yield from (out / kind / name).glob(FILES)
@@ -65,9 +79,18 @@ def written(out: Path) -> Iterator[Path]:
         single = (out / "sheets" / f"{name}.png", npz)
         yield from (path for path in single if path.exists())
         yield from exported_files(png)
-    results = out / RESULTS
-    if results.exists() and (names or is_of_evaluation(results)):
-        yield results
+    if own:
+        yield from (path for name in (*TABLES, RESULTS) if (path := out / name).exists())
+
+
+def names_of(out: Path) -> set[str]:
+    """Return the names of settings and given samples of which a folder has samples or measures."""
+    return {file.parent.name for kind in KINDS for file in out.glob(f"{kind}/*/{FILES}")}
+
+
+def is_of_evaluations(out: Path) -> bool:
+    """Return whether a folder holds what evaluations wrote."""
+    return bool(names_of(out)) or is_of_evaluation(out / RESULTS)
 
 
 def is_of_evaluation(path: Path) -> bool:

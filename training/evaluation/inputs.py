@@ -13,6 +13,7 @@ from gmflow_core.source.files import load_source
 from training.common.devices import on_cpu
 from training.common.processes import PATIENCE
 from training.data.shards import LatentDataset
+from training.encoders.fingerprints import MARK, fingerprint
 from training.encoders.load import load_vae
 from training.evaluation.chunks import Chunks
 from training.evaluation.config import Config, Setting, settings_of, short_names
@@ -71,6 +72,7 @@ class Inputs:
             data = LatentDataset(config.data, in_memory=False)
             self.shares = class_shares(data.labels, len(data.classes))
         self.vae_name, self.vae = None, None
+        self.vae_key: dict[str, str | None] = {"vae": None}  # of what is made with it
         if self.space.kind == "latents":
             self.vae_name = config.vae or self.space.vae
             if not self.vae_name:
@@ -80,6 +82,7 @@ class Inputs:
                 )
             with self.state.local_main_process_first():
                 self.vae = load_vae(self.vae_name, self.device)
+            self.vae_key = {"vae": self.vae_name, MARK: fingerprint(self.vae, decoding=True)}
         elif self.space.shape[0] != 3:
             raise ValueError(
                 f"{self.space.name} has pixels of shape {self.space.shape}; "
@@ -147,7 +150,7 @@ class Inputs:
             "seed": config.seed,
             # older versions called bfloat16 weights bf16
             "precision": "fp32" if self.precision == "fp32" else "bf16 autocast",
-            "vae": self.vae_name,
+            **self.vae_key,
         }
         if config.end:
             key["end"] = config.end

@@ -190,7 +190,7 @@ def prepared_images(inputs: Inputs, folder: Path, count: int) -> PreparedImages:
 
 def measure_images(inputs: Inputs, extractor: Extractor, images: RealImages, name: str) -> Measures:
     """Measure real images in all processes, and keep the measures in OUT/measures/NAME."""
-    key = {"of": images.key, **feature_key(extractor), "vae": inputs.vae_name}
+    key = {"of": images.key, **feature_key(extractor), **inputs.vae_key}
     folder = inputs.config.out / "measures" / name
     chunks = Chunks(folder, key, len(images), inputs.config.chunk_size)
     measure_chunks(chunks, images, extractor, inputs.state, name.strip("_"))

@@ -155,6 +155,15 @@ def _fingerprint(digest: np.ndarray | None, path: Path) -> str | None:
     return None if digest is None else digest.tobytes().hex()
 
 
+def is_own_reference(path: Path) -> bool:
+    """Return whether a file is one that `write_reference` wrote.
+
+    Raises:
+        FileError: it is damaged, or no .npz file.
+    """
+    return "features_sha256" in read_npz(path, ("features_sha256",))[1]
+
+
 def write_reference(
     path: Path,
     statistics: Statistics,

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from gmflow_core.files.atomic import check_target, remove_leftovers
 from gmflow_core.files.errors import FileError
+from gmflow_core.files.targets import check_is_own
 from training.common.processes import together
 from training.common.settings import require, require_device, require_ranges, require_unused
 from training.data.given_files import check_kept
 from training.data.shards import LatentDataset
+from training.encoders.fingerprints import MARK, fingerprint
 from training.encoders.load import load_vae
 from training.evaluation.chunks import Chunks, remove_chunks
 from training.evaluation.classifier import ClassifierFeatures
@@ -29,7 +31,7 @@ from training.evaluation.reference import (
     open_reference,
     read_measures,
 )
-from training.evaluation.reference_file import write_reference
+from training.evaluation.reference_file import is_own_reference, write_reference
 
 ALL = 10**9  # images
 
@@ -80,6 +82,7 @@ def write_statistics(config: Config, state: PartialState) -> None:
     """Measure the images in all processes, and write the file in the main one.
 
     Raises:
+        FileExistsError: --out is a file that this command did not write.
         FileNotFoundError: there are no such images, or no such features.
         ValueError: there are no images, they do not fit the features, or --out is one of the
             inputs.
@@ -90,6 +93,7 @@ def write_statistics(config: Config, state: PartialState) -> None:
             check_target(config.out)
             weights = {"features": config.features, "inception_weights": config.inception_weights}
             check_kept([config.out], "replaced", data=config.data, **weights)
+            check_is_own(config.out, is_own_reference, "training.reference")
     extractor = load_features(config.features, config.inception_weights, state)
     size = config.size
     if isinstance(extractor, ClassifierFeatures):
@@ -107,6 +111,8 @@ def write_statistics(config: Config, state: PartialState) -> None:
     if images is None:
         raise FileError(config.data, "holds no images, only statistics", "give images as --data")
     key = {"of": images.key, **feature_key(extractor), "vae": config.vae}
+    if isinstance(images, PreparedImages) and images.vae is not None:
+        key[MARK] = fingerprint(images.vae, decoding=True)
     parts = config.out.with_name(f"{config.out.name}.parts")
     chunks = Chunks(parts, key, len(images), config.chunk_size)
     if main:

@@ -17,6 +17,7 @@ from gmflow_core.toys.density_picture import density_picture
 from gmflow_core.toys.points import sample_points
 from training.common.devices import to_device
 from training.common.settings import SMALLEST_SIGMA
+from training.data.batches import rows_of
 from training.evaluation.checkerboard_report import write_report
 from training.loop.checkerboard_presets import CheckerboardConfig
 from training.loop.optimizer import power_decay
@@ -58,7 +59,11 @@ def loss_of(model: Callable[[Tensor, Tensor], GaussianMixture], batch: dict[str,
 
 
 class CheckerboardTrainer(Trainer):
-    """A checkerboard run."""
+    """A checkerboard run.
+
+    Raises:
+        ValueError: the processes do not divide the batch; or as `Trainer`.
+    """
 
     module = "training.checkerboard"
     free_to_change = Trainer.free_to_change | {"evaluate", "eval_samples"}
@@ -67,6 +72,8 @@ class CheckerboardTrainer(Trainer):
     def __init__(self, config: CheckerboardConfig):
         self.generator = torch.Generator().manual_seed(config.seed + 1)
         super().__init__(config)
+        acc = self.accelerator
+        rows_of(acc.process_index, acc.num_processes, config.batch_size, 1)  # for its error
 
     def new_model(self) -> GMFlowMLP:
         """Create the network."""

@@ -93,6 +93,11 @@ def changes(differ: list[str], found: dict[str, Any], mine: dict[str, Any]) -> s
     return ", ".join(f"{k}: {quoted(found.get(k))} there, {quoted(mine[k])} here" for k in differ)
 
 
+def known_figures(found: Any) -> dict[str, float]:
+    """Return the figures of a checkpoint's facts; what is no finite number is left out."""
+    return {k: v for k, v in found.items() if is_number(v)} if isinstance(found, dict) else {}
+
+
 def check_facts(facts: dict[str, Any], state: dict[str, Tensor], path: Path) -> None:
     """Check the record of a run in its checkpoint's metadata, and its counters.
 

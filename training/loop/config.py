@@ -70,7 +70,7 @@ class ValidatedConfig(TrainerConfig):
 
     validate_every: int | None = None
     """Iterations between measurements of the Fréchet distance (FID) of samples; 0 measures none.
-    By default none, or with --features one with each picture."""
+    By default none, or with --features one with each picture. The last one is measured too."""
     validate_count: int = 1000
     """Samples of each measurement; the distance of few is larger. Published FIDs have 50,000."""
     features: str | None = None
@@ -105,6 +105,18 @@ class ValidatedConfig(TrainerConfig):
         if self.validate_every is not None:
             return self.validate_every
         return 0 if self.features is None else self.picture_every
+
+
+def memory_advice(config: TrainerConfig) -> str:
+    """Return what to give a run that needs too much memory, of the options that it has."""
+    options = ["--batch-size a smaller number"]
+    if hasattr(config, "accumulate"):
+        options = ["--accumulate a larger number (the batch stays the same)"]
+    if not getattr(config, "gradient_checkpointing", True):
+        options.append("--gradient-checkpointing")
+    if not config.shard:
+        options.append("--shard with several processes")
+    return f"give {', or '.join(options)}"
 
 
 VALIDATION = frozenset(field.name for field in dataclasses.fields(ValidatedConfig)) - frozenset(

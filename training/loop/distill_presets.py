@@ -87,6 +87,8 @@ class DistillConfig(ValidatedConfig):
         for name in ("window", "decay_iterations"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         require((self.workers or 0) >= 0, "workers", self.workers, "0 or more")
+        divided = self.shard and self.optimizer == "adamw8bit"
+        require(not divided, "optimizer", self.optimizer, "adamw or auto with --shard")
         require(0 <= self.dropout < 1, "dropout", self.dropout, "at least 0 and below 1")
         # as in the student's file, which has to be read again
         require(self.steps <= MOST_STEPS, "steps", self.steps, f"at most {MOST_STEPS}")

@@ -22,14 +22,13 @@ from gmflow_core.models.student import new_student
 from gmflow_core.pictures import image_grid, to_image
 from gmflow_core.source.files import load_source
 from gmflow_core.source.mode_frame import ModeFrame
-from training.common.processes import loader_workers
+from training.common.processes import loader_workers, together
 from training.data.batches import Order, batch_loader, draw_noise, pieces_of, rows_of
 from training.data.shards import LatentDataset
-from training.encoders.load import load_vae
 from training.evaluation.models import fingerprint
 from training.loop.config import VALIDATION
 from training.loop.curves import MEDIAN, Curves
-from training.loop.decoding import decoded
+from training.loop.decoding import decoded, load_decoder
 from training.loop.distill_presets import DistillConfig
 from training.loop.imitation_objective import (
     Imitation,
@@ -95,8 +94,10 @@ class DistillTrainer(Trainer):
         self.lowest = math.inf  # median loss of a log, since this start
         self.vae: Any = None
         checks = config.validation_interval
-        if config.vae is not None and (checks or acc.is_main_process):
-            self.vae = load_vae(config.vae, acc.device)
+        latents = not self.samples.of_points and self.about.get("space") != "pixels"
+        with together(acc.state):
+            if config.vae is not None and (checks or acc.is_main_process):
+                self.vae = load_decoder(config.vae, acc.device, self.shape if latents else None)
         if checks:
             self.validation = self.new_validation()
 
@@ -436,7 +437,7 @@ class DistillTrainer(Trainer):
     def export(self) -> None:
         """Write the weights to share, in bfloat16."""
         path, model = self.config.out / WEIGHTS, self.sampling_model()
-        facts = {**self.facts(), "figures": self.figures}
+        facts = self.facts()
         if self.accelerator.is_main_process:
             save_checkpoint(model, path, facts=facts, data=self.data(), dtype=torch.bfloat16)
             print(f"the student to share, of {self.config.steps} calls: {path}")

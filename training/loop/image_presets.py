@@ -137,6 +137,8 @@ class ImageConfig(ValidatedConfig):
         require(0 <= self.class_dropout <= 1, "class_dropout", self.class_dropout, "in [0, 1]")
         require(self.clip > 0, "clip", self.clip, "positive")
         require((self.workers or 0) >= 0, "workers", self.workers, "0 or more")
+        divided = self.shard and self.optimizer == "adamw8bit"
+        require(not divided, "optimizer", self.optimizer, "adamw or auto with --shard")
         require(self.time_shift > 0, "time_shift", self.time_shift, "positive")
         self._check_encoding()
         expected = f"above {SMALLEST_SIGMA} and at most 1"

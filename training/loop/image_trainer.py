@@ -22,10 +22,10 @@ from gmflow_core.source.files import load_source, read_source_metadata
 from training.common.processes import loader_workers, together
 from training.common.settings import SMALLEST_SIGMA
 from training.data.batches import Order, batch_loader, draw_noise, pieces_of, rows_of
-from training.encoders.load import load_vae
+from training.encoders.fingerprints import MARK
 from training.evaluation.models import class_shares, image_labels, image_modes, image_seeds
 from training.loop.config import VALIDATION
-from training.loop.decoding import decoded
+from training.loop.decoding import check_decodes, decoded, load_decoder
 from training.loop.image_data import load_data, on_device, samples_of
 from training.loop.image_presets import ENCODING, ImageConfig
 from training.loop.mode_weights import ModeWeights
@@ -84,8 +84,13 @@ class ImageTrainer(Trainer):
         self.vae: Any = None
         latents, checks = self.dataset.kind == "latents", config.validation_interval
         vae = config.vae or (self.dataset.index.get("vae") if checks else None)
-        if latents and vae is not None and (checks or acc.is_main_process):
-            self.vae = self.dataset.decoder if config.encode else load_vae(vae, acc.device)
+        with together(acc.state):
+            if config.encode:
+                self.vae = self.dataset.decoder
+                if checks:
+                    check_decodes(self.dataset.vae, self.dataset.shape, vae)
+            elif latents and vae is not None and (checks or acc.is_main_process):
+                self.vae = load_decoder(vae, acc.device, self.dataset.shape)
         if checks and latents and vae is None:
             raise ValueError(
                 f"{config.data} holds latents, but does not say of which VAE; give --vae to "
@@ -197,9 +202,14 @@ class ImageTrainer(Trainer):
         return self.config.clip if self.step >= self.config.warmup else torch.inf
 
     def settings(self) -> dict[str, Any]:
-        """Return the configuration, with the optimizer that was chosen for auto."""
+        """Return the configuration, with the optimizer that was chosen for auto.
+
+        With --encode it has the autoencoder's fingerprint too.
+        """
         unused = () if self.config.encode else ENCODING
         values = {**super().settings(), "optimizer": self.optimizer_name}
+        if self.config.encode:
+            values[MARK] = self.dataset.fingerprint
         return {name: value for name, value in values.items() if name not in unused}
 
     def resume(self) -> None:
@@ -208,6 +218,9 @@ class ImageTrainer(Trainer):
         Raises:
             ValueError: it was trained with another source, or as `Trainer`.
         """
+        before = read_metadata(self.path)["training"].get("config")
+        if isinstance(before, dict) and MARK not in before:  # of an older version
+            self.free_to_change = self.free_to_change | {MARK}
         if self.source is not None:
             found = read_metadata(self.path)["data"].get("source")
             self.source.require_record(found, str(self.path))

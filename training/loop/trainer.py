@@ -37,7 +37,7 @@ from training.common.devices import keep_freed_memory, on_cpu, training_attentio
 from training.common.processes import stop_signals, together
 from training.loop import checks
 from training.loop.checks import ADVICE, check_facts, check_network, check_settings, check_state
-from training.loop.config import TrainerConfig
+from training.loop.config import TrainerConfig, memory_advice
 from training.loop.curves import Curves, mean_losses
 from training.loop.optimizer import lr_factor, new_schedule
 from training.loop.sharding import check_accelerate, check_same_step, distribute_like, local, whole
@@ -209,10 +209,13 @@ class Trainer:
         return Curves(config.out, step, run)
 
     def look(self, curves: Curves | None, last: bool) -> None:
-        """Draw a picture of samples and validate them, whichever is due at this iteration."""
-        picture, check = self.is_due(self.config.picture_every, last), False
-        if self.validation is not None:
-            check = self.is_due(self.validation.every, last)
+        """Draw a picture of samples and validate them, whichever is due at this iteration.
+
+        Both are due after the last one too; pictures only if the run is as long as their interval.
+        """
+        every = self.config.picture_every
+        picture = self.step % every == 0 or (last and every <= self.config.iterations)
+        check = self.validation is not None and (last or self.step % self.validation.every == 0)
         if not picture and not check:
             return
         model, self.figures = self.looked_at(), {}
@@ -222,10 +225,6 @@ class Trainer:
             self.figures |= self.validation.figures(model, self.draw_samples)
         if curves and self.figures:
             curves.numbers(self.figures, self.step)
-
-    def is_due(self, every: int, last: bool) -> bool:
-        """Return whether something is due that is done every so many iterations and at the end."""
-        return self.step % every == 0 or (last and every <= self.config.iterations)
 
     def looked_at(self) -> nn.Module:
         """Return the model that pictures and validation sample."""
@@ -361,6 +360,7 @@ class Trainer:
             "step": self.step,
             "skipped_steps": self.skipped.total,
             "seconds": round(self.seconds, 1),
+            "figures": checks.known_figures(self.figures),
             "torch": torch.__version__,
         }
 
@@ -412,6 +412,7 @@ class Trainer:
             self.load_extra_state(state)
         self.step, self.skipped.total = int(state["step"]), int(state["skipped"])
         self.seconds, self.starts = facts["seconds"], facts.get("starts", [])
+        self.figures = checks.known_figures(facts.get("figures"))
         if self.accelerator.is_main_process:
             print(f"going on from iteration {self.step} of {self.path}")
             before, now = facts["config"].get("iterations"), self.config.iterations
@@ -429,21 +430,20 @@ class Trainer:
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 
 
-def train(new_trainer: Callable[[], AnyTrainer]) -> AnyTrainer:
-    """Create a trainer, run it, and return it.
+def train(new_trainer: Callable[[Any], AnyTrainer], config: TrainerConfig) -> AnyTrainer:
+    """Create a trainer of these settings, run it, and return it.
 
     Raises:
         ValueError: as the trainer, or the device is out of memory.
     """
     try:
-        trainer = new_trainer()
+        trainer = new_trainer(config)
         trainer.run()
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         raise ValueError(
-            f"{error or 'out of memory'}; the batch does not fit this device's memory: give "
-            "--accumulate a larger number (the batch stays the same), --gradient-checkpointing, or "
-            "--shard with several processes"
+            f"{error or 'out of memory'}; the batch does not fit this device's memory: "
+            f"{memory_advice(config)}"
         ) from error
     return trainer

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gmflow_core.files.errors import FileError
 from training.common.processes import together
+from training.encoders.fingerprints import MARK, fingerprint
 from training.evaluation.chunks import Chunks
 from training.evaluation.metrics import Statistics, Sums, frechet_distance
 from training.evaluation.real_images import PreparedImages, to_images
@@ -92,6 +93,8 @@ class Validation:
         if given.statistics is not None:
             return given.statistics
         key = {"of": images.key, **feature_key(self.extractor), "vae": vae_name}
+        if self.vae is not None:
+            key[MARK] = fingerprint(self.vae, decoding=True)
         chunks = Chunks(config.out / "validation", key, len(images), CHUNK)
         measure_chunks(chunks, images, self.extractor, state, "reference")
         return combine(chunks, 0)[0] if state.is_main_process else None

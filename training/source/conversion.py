@@ -7,7 +7,8 @@ from pathlib import Path
 from gmflow_core.files.checkpoint import SOURCE_CLASS
 from gmflow_core.files.errors import FileError, check_regular_file, quoted
 from gmflow_core.files.safetensors_files import read_safetensors
-from gmflow_core.source.files import load_source, save_source
+from gmflow_core.files.targets import check_is_own
+from gmflow_core.source.files import load_source, read_source_metadata, save_source
 from gmflow_core.source.pickle_arrays import FIELDS
 from gmflow_core.source.pickles import convert_pickle, mixture_of
 from gmflow_core.source.source import GaussianMixtureSource
@@ -23,8 +24,10 @@ def convert(config: ConvertConfig) -> GaussianMixtureSource:
 
     Raises:
         FileNotFoundError: a file is missing.
+        FileExistsError: --out is a file that this command did not write.
         ValueError: a pickle asks for more than arrays, or a file holds no mixture, or a source.
     """
+    check_is_own(config.out, is_converted, "training.fit_source convert")
     assigner = config.assigner
     if assigner is not None:
         load = convert_pickle if assigner.suffix.lower() in PICKLES else load_source
@@ -34,6 +37,15 @@ def convert(config: ConvertConfig) -> GaussianMixtureSource:
     kind = "spherical" if source.is_spherical else "diagonal"
     print(f"{config.out}: {source.num_modes} {kind} modes of {source.shape}")
     return source
+
+
+def is_converted(path: Path) -> bool:
+    """Return whether a file is a source that `convert` wrote.
+
+    Raises:
+        FileError: it is no source.
+    """
+    return "converted" in read_source_metadata(path)["training"]
 
 
 def converted(path: Path, assigner: GaussianMixtureSource | None) -> GaussianMixtureSource:

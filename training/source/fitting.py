@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from gmflow_core.files.atomic import remove_leftovers
 from gmflow_core.files.locks import locked
+from gmflow_core.files.safetensors_files import peek_header
 from gmflow_core.source.em import fit_mixture
 from gmflow_core.source.files import save_source
 from gmflow_core.source.moments import RunningMoments, fit_given_modes
@@ -32,9 +33,10 @@ from training.data.tokens import (
     TokenFiles,
     check_count,
     keep_tokens,
-    read_tokens_record,
     share_of,
+    tokens_record,
 )
+from training.encoders.fingerprints import MARK
 from training.encoders.load import load_vae
 from training.source.config import Config, Covariance
 from training.source.labels import FILE as LABELS
@@ -121,7 +123,7 @@ def fit(config: Config) -> GaussianMixtureSource:
     path = config.out / SOURCE
     with together(state):
         if state.is_main_process:
-            values, space = facts(config, fitting.log_likelihoods, flip), space_of(dataset)
+            values, space = facts(config, fitting, flip), space_of(dataset)
             save_source(source, path, facts=values, data=space)
             report = config.out / REPORT
             draw_report(source, fitting.log_likelihoods, dataset, report)
@@ -142,12 +144,14 @@ class Fitting:
     Attributes:
         log_likelihoods: of the iterations of the last EM, in nats per sample.
         modes: likeliest modes of this process's samples or tokens by the last EM, (n,).
+        tokens: all tokens that EM was fitted to; None if it was fitted to samples.
     """
 
     def __init__(self, config: Config, state: PartialState):
         self.config, self.state = config, state
         self.log_likelihoods: list[float] = []
         self.modes = torch.zeros(0, dtype=torch.int64)
+        self.tokens: TokenFiles | None = None
 
     def prepared(self, dataset: LatentDataset, flip: bool) -> GaussianMixtureSource:
         """Fit prepared samples: by the modes of their tokens if there are tokens, or directly."""
@@ -169,6 +173,7 @@ class Fitting:
         tokens = self.encode(images, range(len(images.files)), config.out / FILE)
         if dataset is not None:
             return self.by_tokens(tokens, dataset, flip)
+        self.tokens = tokens
         return self.em(tokens.share(self.state), config.assigner_covariance, "tokens")
 
     def encode(self, images, kept, path: Path) -> TokenFiles:
@@ -259,6 +264,7 @@ class Fitting:
     ) -> GaussianMixtureSource:
         """Fit a mixture to the tokens, then the moments of the samples of each of its modes."""
         config, state = self.config, self.state
+        self.tokens = tokens
         check_count(tokens, len(dataset), config.data)
         if isinstance(dataset, LatentDataset):
             with self.writing_tokens(config.data / FILE), together(state):
@@ -280,6 +286,8 @@ class Fitting:
         }
         if config.vae is not None:
             settings |= {"vae": config.vae, "size": config.image_size}
+            if not is_older(path):
+                settings[MARK] = dataset.fingerprint
         with together(state):
             if config.restart:
                 path.unlink(missing_ok=True)
@@ -335,6 +343,11 @@ def moments_file(config: Config, state: PartialState) -> Path:
     return config.out / f"moments_{state.process_index}.safetensors"
 
 
+def is_older(path: Path) -> bool:
+    """Return whether a file of sums is of a version that knew no fingerprints of VAEs."""
+    return MARK not in str(peek_header(path).get("__metadata__", {}).get("settings", MARK))
+
+
 def shaped(source: GaussianMixtureSource, shape: tuple[int, ...]) -> GaussianMixtureSource:
     """Return a source of vectors as a source of samples of `shape`."""
     per_sample = [1] * len(shape) if source.is_spherical else shape
@@ -342,17 +355,17 @@ def shaped(source: GaussianMixtureSource, shape: tuple[int, ...]) -> GaussianMix
     return GaussianMixtureSource(source.means.view(-1, *shape), std, source.log_weights)
 
 
-def facts(config: Config, log_likelihoods: list[float], flip: bool) -> dict[str, Any]:
+def facts(config: Config, fitting: Fitting, flip: bool) -> dict[str, Any]:
     """Return the record of the fit for the source's metadata."""
     values = {
         k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()
     }
-    tokens = {} if config.tokens is None else {"tokens": read_tokens_record(config.tokens) or {}}
+    tokens = {} if fitting.tokens is None else {"tokens": tokens_record(fitting.tokens)}
     return {
         "config": values,
         **tokens,
         "flip": flip,
-        "log_likelihoods": log_likelihoods,
+        "log_likelihoods": fitting.log_likelihoods,
         "torch": torch.__version__,
     }
 

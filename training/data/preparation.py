@@ -176,9 +176,7 @@ def make_index(
     records = [finished_shard(config.out, number, plan) for number in numbers]
     if None in records:
         path = config.out / shard_name(records.index(None))
-        raise ValueError(
-            f"{path} is missing or not whole; {again()}: it rewrites only such shards"
-        )
+        raise ValueError(f"{path} is missing or not whole; {again()}: it rewrites only such shards")
     skipped = [entry for record in records for entry in record["skipped"]]
     check_classes(images, skipped)
     return {

@@ -10,12 +10,14 @@ encoders; the start of torch.compile. What takes longest begins first, so that a
 from __future__ import annotations
 
 import os
+import random
 import re
 from typing import Any
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: one thread for each worker
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np
 import pytest
 import torch
 from xdist.scheduler import LoadScopeScheduling
@@ -56,6 +58,14 @@ OUTCOMES = ("passed", "failed", "error", "skipped")
 if not torch.cuda.is_available():
     # Triton reads this once, when it is first imported: without a GPU its kernels are interpreted
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Begin every test with the same random numbers, whichever ran before it on the worker."""
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

@@ -164,6 +164,11 @@ def _sample_images(args: argparse.Namespace) -> None:
     each = max(numbers, pixels) * (1 if classes is None else len(classes))
     if not args.target.suffix:
         each = 1  # pictures are written as they are made
+    elif each > MOST_NUMBERS:
+        raise ValueError(
+            f"one image of each of {len(classes)} labels is too much for a sheet or file; give "
+            f"--labels, at most {len(classes) * MOST_NUMBERS // each} of them, or a folder as --out"
+        )
     columns = checked_count(wanted, 8 if pipeline.makes_pixels else 4, each)
     labels = None if classes is None else [label for label in classes for _ in range(columns)]
     count = columns if labels is None else len(labels)
@@ -320,7 +325,7 @@ def checked_count(count: int | None, default: int, numbers: int) -> int:
     Raises:
         ValueError: it is below 1, or more than MOST_NUMBERS would be sampled.
     """
-    count = default if count is None else count
+    count = max(1, min(default, MOST_NUMBERS // numbers)) if count is None else count
     if not 1 <= count <= MOST_NUMBERS // numbers:
         raise ValueError(
             f"--count is {count}; it must be from 1 to {MOST_NUMBERS // numbers} for this model "

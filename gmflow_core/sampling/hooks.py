@@ -24,8 +24,9 @@ class Hooks:
         constrain: called as constrain(x, sigma) after every substep; returns the x to go on with.
             For the part of an inpainting mask where nothing is to change.
         blend: called as blend(start, sigma, x, sigma_end) once for each network call, with the x at
-            sigma that it was for and the x that its prediction alone leads to, before fresh noise;
-            returns the x to go on with. For soft inpainting masks.
+            sigma that it was for and the x that its prediction alone leads to, before fresh noise
+            (the x_0 itself, at 0, of GM-SDE and multistep solvers); returns the x to go on with.
+            For soft inpainting masks.
         check: called at least once per step; an exception from it ends the sampling. For the
             user's interruption.
     """

@@ -44,13 +44,12 @@ def sample_dpmpp_2m(
     """
     hooks, previous = Hooks(**hooks), None
     for index, (sigma, sigma_next) in enumerate(intervals(sigmas)):
-        mean = target = denoiser(x, batch_sigma(x, sigma)).mean()
+        mean = target = _mean(denoiser, x, sigma, hooks)
         hooks.report(index, x, lambda mean=mean: mean)
         if previous is not None and sigma_next > 0:
             ratio = math.log(sigma / sigma_next) / math.log(previous.sigma / sigma)
             target = mean + (mean - previous.mean) * (0.5 * ratio)
-        end = _advance(x, sigma, sigma_next, [Call(sigma, target)])
-        x = hooks.settle(hooks.blended(x, sigma, end, sigma_next), sigma_next)
+        x = hooks.settle(_advance(x, sigma, sigma_next, [Call(sigma, target)]), sigma_next)
         previous = Call(sigma, mean)
         if hooks.check is not None:
             hooks.check()
@@ -72,18 +71,22 @@ def sample_uni_pc(
     highest = max(1, min(HIGHEST_ORDER, len(steps) - 1))
     order = 1
     for index, (sigma, sigma_next) in enumerate(steps):
-        call = Call(sigma, denoiser(x, batch_sigma(x, sigma)).mean())
+        call = Call(sigma, _mean(denoiser, x, sigma, hooks))
         hooks.report(index, x, lambda call=call: call.mean)
         if calls:  # correct the step that led here
             x = _advance(start, calls[0].sigma, sigma, calls[:order], call)
-            x = hooks.settle(hooks.blended(start, calls[0].sigma, x, sigma), sigma)
+            x = hooks.settle(x, sigma)
         calls, start = [call, *calls][:HIGHEST_ORDER], x
         order = min(highest, index + 1, len(steps) - index)
-        end = _advance(x, sigma, sigma_next, calls[:order])
-        x = hooks.settle(hooks.blended(x, sigma, end, sigma_next), sigma_next)
+        x = hooks.settle(_advance(x, sigma, sigma_next, calls[:order]), sigma_next)
         if hooks.check is not None:
             hooks.check()
     return x
+
+
+def _mean(denoiser: Denoiser, x: Tensor, sigma: float, hooks: Hooks) -> Tensor:
+    """Return the mean of x_0 of a network call, as blended: later steps use it, too."""
+    return hooks.blended(x, sigma, denoiser(x, batch_sigma(x, sigma)).mean(), 0.0)
 
 
 def _advance(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 Every = Literal["step", "substep"]
+SAME = 1e-6  # difference of two sigmas that are the same but for rounding
 
 
 class Trajectory(NamedTuple):
@@ -99,7 +100,7 @@ class _Recorder:
     def blend(self, start: Tensor, sigma: float, x: Tensor, sigma_end: float) -> Tensor:
         """Return x as the user blends it, and keep it in the place of the last substep's."""
         x = self.blend_of_user(start, sigma, x, sigma_end)
-        if float(self.sigmas[-1]) == sigma_end:  # not where a solver has drawn x_0
+        if abs(float(self.sigmas[-1]) - sigma_end) < SAME:  # not where a solver has made x_0
             self.x[-1] = x
         return x
 

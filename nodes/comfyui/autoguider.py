@@ -222,13 +222,13 @@ def check_models(
             )
         if patcher.get_wrappers(WrappersMP.APPLY_MODEL, RECORDER):  # it predicts mixtures
             check_flow(patcher.get_model_object("model_sampling"))
-    other = model.model_options.get(CALC)
-    if other is not None:
-        raise ValueError(
-            f"{name_of(other)} does not go with GM Autoguidance: it changes how the negative is "
-            "predicted, in the place of which the guide is called; connect the model from before "
-            "that node"
-        )
+        other = patcher.model_options.get(CALC)
+        if other is not None:
+            raise ValueError(
+                f"{name_of(other)} on the {name} does not go with GM Autoguidance: such functions "
+                "have to do with a negative prediction, and the guide takes its place; connect the "
+                "model from before that node"
+            )
     ours, theirs = (patcher.get_model_object("latent_format") for patcher in (model, guide))
     shapes = [(latent.latent_channels, latent.latent_dimensions) for latent in (ours, theirs)]
     if shapes[0] != shapes[1]:

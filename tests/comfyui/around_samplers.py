@@ -72,6 +72,11 @@ def wrapped(work: Path) -> dict[str, Any]:
     return found
 
 
+def from_the_second_step(sigma: Tensor, mask: Tensor, extra_options: dict) -> Tensor:
+    """Return the mask of a step; in the first one nothing is to change."""
+    return mask * (sigma[0] < 1)
+
+
 def soft_masks(work: Path) -> dict[str, Any]:
     """Sample with noise masks of 0.9 and 0: stock samplers, ours, and rollouts of many substeps."""
     import comfy.samplers
@@ -86,6 +91,12 @@ def soft_masks(work: Path) -> dict[str, Any]:
             for solver in ("euler", "dpmpp-2m", "uni-pc"):
                 stock = run(comfy.samplers.sampler_object(solver.replace("-", "_")))
                 about[f"{solver}, {value}"] = far(run(make(solver)), stock)
+            changing = model.clone()
+            changing.set_model_denoise_mask_function(from_the_second_step)
+            for solver in ("dpmpp-2m", "uni-pc") if value == 1 else ():
+                run_changing = partial(sample, changing, *run.args[1:], **run.keywords)
+                other = run_changing(comfy.samplers.sampler_object(solver.replace("-", "_")))
+                about[f"{solver}, changing"] = far(run_changing(make(solver)), other)
             stock = run(euler)
             few, many = (run(make("gm-policy", substeps=n)) for n in (16, 256))
             about[f"substeps, {value}"] = far(few, many)

@@ -71,5 +71,8 @@ def other_function() -> dict[str, Any]:
         "effect": far(before, plain),
         "order": far(before, after),
         "told": told,
-        "auto": says(lambda: auto(halved, exact_model("FLOW"), text(), text(), 2.0, (0.0, 1.0))),
+        "auto": [
+            says(lambda pair=pair: auto(*pair, text(), text(), 2.0, (0.0, 1.0)))
+            for pair in ((halved, exact_model("FLOW")), (exact_model("FLOW"), halved))
+        ],
     }

@@ -47,6 +47,7 @@ def test_soft_masks_change_as_much_as_in_stock_samplers(found: dict[str, Any]) -
         for value in (1.0, 0.9):
             for solver, limit in (("euler", 1e-5), ("dpmpp-2m", 1e-5), ("uni-pc", 2e-3)):
                 assert about[f"{solver}, {value}"] < limit, (name, solver)
+                assert about.get(f"{solver}, changing", 0) < limit, (name, solver)
             assert about[f"kept, {value}"] < 1e-6, name
         assert about["substeps, 0.9"] < 1.5 * about["substeps, 1.0"] + 0.01, name
         assert about["moved, 0.9"] > 0.8 * about["moved, 1.0"], name

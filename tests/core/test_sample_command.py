@@ -111,5 +111,8 @@ def test_a_sheet_has_a_limit_for_all_its_labels_and_a_folder_has_none(tmp_path, 
     sample(tmp_path / "a.png", "--labels", 1, 2, "--count", 10)
     with pytest.raises(SystemExit, match="--count is 11; it must be from 1 to 10 for this model"):
         sample(tmp_path / "a.png", "--labels", 1, 2, "--count", 11)
+    sample(tmp_path / "b.png", "--labels", 1, 2, 3, 4, 5, 6)  # fewer than 8 of each
+    with pytest.raises(SystemExit, match=r"too much .* at most 20 of them, or a folder as --out"):
+        sample(tmp_path / "a.png", "--labels", *([1] * 21))
     sample(tmp_path / "a", "--labels", 1, 2, "--count", 11)
     assert len(list((tmp_path / "a").iterdir())) == 22

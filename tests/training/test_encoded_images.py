@@ -212,7 +212,7 @@ def test_a_vae_that_changes_under_its_name_is_refused(images, tmp_path):
     write_rae(rae)
     with pytest.raises(ValueError, match=r"other settings \(its autoencoder has other weights"):
         run(images, tmp_path / "cache", **how)
-    with pytest.raises(ValueError, match=r"other settings \(vae_fingerprint: .* there"):
+    with pytest.raises(ValueError, match=r"other settings \(its autoencoder has other weights"):
         new_trainer(images, tmp_path / "out", *encoding(rae))
     plan = json.loads((tmp_path / "cache" / "plan.json").read_text())
     del plan["vae_fingerprint"]

@@ -31,7 +31,7 @@ from tests.training.evaluation_runs import (
 )
 from training.data.shards import to_pixels
 from training.evaluate import main, parse
-from training.evaluation import inputs, sampling
+from training.evaluation import chunks, inputs, sampling
 from training.evaluation.classifier import Classifier, ClassifierConfig, ClassifierFeatures
 from training.evaluation.config import Config, settings_of, short_names
 from training.evaluation.evaluation import read_results
@@ -255,6 +255,24 @@ def test_discarded_samples_leave_figures(place, tmp_path):
     assert run(place, tmp_path, "--discard-samples") == report
 
 
+def test_figures_of_older_versions_that_discarded_their_samples_count(tmp_path, monkeypatch):
+    """These versions had the name of the VAE alone in their keys."""
+    latents = torch.randn(100, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    write_prepared(tmp_path / "train", latents, torch.arange(100) % 2, kind="latents")
+    write_model(tmp_path / "tiny.safetensors", channels=4, latent_size=4)
+    more = ["--features", str(tmp_path / "f.safetensors"), "--feature-iterations", "2"]
+    more += ["--vae", "half", "--discard-samples"]
+    monkeypatch.setattr(inputs, "load_vae", lambda *_: HalfVAE())
+    with monkeypatch.context() as before:
+        before.setattr(inputs, "MARK", "vae")
+        before.setattr(inputs, "fingerprint", lambda *_, **__: "half")
+        rows = run(tmp_path, tmp_path / "out", *more)["results"]
+    (tmp_path / "out" / "results.json").unlink()
+    monkeypatch.setattr(inputs, "fingerprint", lambda *_, **__: "a")
+    monkeypatch.setattr(chunks.Chunks, "write", None)  # so nothing is sampled or measured
+    assert run(tmp_path, tmp_path / "out", *more)["results"] == rows
+
+
 class HalfVAE:
     """Stand-in for a VAE with 2 x 2 pixels for each latent pixel."""
 
@@ -278,7 +296,7 @@ def test_latents_are_decoded(tmp_path, monkeypatch):
     chunk = load_file(tmp_path / "out" / "samples" / "tiny_gm-ode_2" / "chunk-00000.safetensors")
     assert chunk["images"].shape == (20, 3, 8, 8)
     monkeypatch.setattr(inputs, "fingerprint", lambda *_, **__: "b")
-    with pytest.raises(ValueError, match="was sampled with another vae_fingerprint than"):
+    with pytest.raises(ValueError, match="was sampled with another VAE of this name than"):
         run(tmp_path, tmp_path / "out", *more, "--vae", "half")
 
 

@@ -19,7 +19,7 @@ from gmflow_core import (
 )
 from tests.training.image_runs import SMALL, losses_of, write_colours
 from training.data.shards import LatentDataset
-from training.data.tokens import SETTINGS, WithTokens, write_tokens
+from training.data.tokens import SETTINGS, WithTokens, digest_of, write_tokens
 from training.imagenet import parse
 from training.loop.image_trainer import ImageTrainer
 from training.loop.mode_weights import ModeWeights
@@ -162,6 +162,19 @@ def test_tokens_of_another_encoder_are_refused(data, source, tmp_path):
             match=r"tokens of encoder \S+dinov2\S+, size 224, but .* of encoder \S+mae-base",
         ):
             modes_trainer(path.parent, path, tmp_path / f"{folder}_out")
+
+
+def test_other_tokens_without_a_record_are_refused(data, source, tmp_path):
+    """The source knows the digest of those that it was fitted to."""
+    tokens = torch.eye(3)[torch.arange(48) % 3]
+    facts = {"config": {}, "tokens": {"count": 48, "digest": digest_of([tokens])}}
+    path = write_with_tokens(data, source, tmp_path / "same", tokens, facts, {})
+    file = path.parent / "tokens.safetensors"
+    save_file({"tokens": tokens}, file)
+    modes_trainer(path.parent, path, tmp_path / "out").iterate()
+    save_file({"tokens": tokens.flip(0)}, file)
+    with pytest.raises(ValueError, match="holds other tokens than those that"):
+        modes_trainer(path.parent, path, tmp_path / "other")
 
 
 def mapped(path: Path) -> list[range]:

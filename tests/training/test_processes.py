@@ -16,7 +16,7 @@ from gmflow_core.files.locks import LockedError, locked, locked_file
 from tests.training.test_checkerboard import SMALL, train
 from training import digits, fit_source, rae
 from training.checkerboard import main
-from training.common.processes import command, message_of, stop_signals
+from training.common.processes import again, command, kept_work, message_of, stop_signals
 from training.loop.curves import Curves
 
 ROOT = Path(__file__).parents[2]
@@ -93,6 +93,9 @@ def test_signals_end_a_command_like_ctrl_c(number, capsys, monkeypatch):
     with pytest.raises(SystemExit), command():
         raise KeyboardInterrupt
     assert "; run the same command without --restart to go on" in capsys.readouterr().err
+    kept_work.clear()  # as long as there is only an earlier run's work
+    assert again() == "run the same command again"
+    kept_work.set()
     with stop_signals() as stopped:
         signal.raise_signal(number)
     assert stopped.is_set()

@@ -31,6 +31,8 @@ EXPECTED = (ValueError, OSError, FloatingPointError, ImportError, SafetensorErro
 FROM_OUTSIDE = {"FileError", "WriteError", "LockedError"}  # of them, what a loader cannot rebuild
 WORKER_ERROR = re.compile(r"Caught (\w+) in DataLoader worker process")
 LOST = re.compile(r"Connection (closed|reset) by peer|gloo/transport")
+kept_work = threading.Event()  # cleared while --restart has not yet replaced an earlier run's work
+kept_work.set()
 LOWER = (
     "the memory is not enough: give --batch-size a smaller number where the command has it, close "
     "other programs, or use a machine with more"
@@ -48,6 +50,7 @@ def command() -> Iterator[None]:
     Raises:
         SystemExit: the body raised such an error (status 1), or was stopped (status 130).
     """
+    kept_work.set()
     try:
         with at_terminal():
             yield
@@ -65,8 +68,9 @@ def command() -> Iterator[None]:
 
 
 def again() -> str:
-    """Return the advice to repeat this command, which must not throw the work away again."""
-    return f"run the same command {'without --restart' if '--restart' in sys.argv else 'again'}"
+    """Return the advice to repeat this command, which must not throw its own work away."""
+    without = "--restart" in sys.argv and kept_work.is_set()
+    return f"run the same command {'without --restart' if without else 'again'}"
 
 
 def message_of(error: Exception) -> str | None:

@@ -22,14 +22,11 @@ from training.data.shards import (
     stored_dtype,
     write_index,
 )
-from training.encoders.fingerprints import MARK
+from training.encoders.fingerprints import CHANGED, MARK
 
 CHANGES = {  # entries of a plan whose values say nothing to a user
     "files": "not the same list of image files",
-    MARK: (
-        "its autoencoder has other weights, settings or statistics than the one of this name has "
-        "now"
-    ),
+    MARK: CHANGED,
     "decoder": (
         "its pictures were decoded by another version of GMFlow, which treated orientation, "
         "transparency and colour profiles in another way"

@@ -198,17 +198,20 @@ def digest_of(tokens: Iterable[Tensor]) -> str:
     return found.hexdigest()
 
 
-def tokens_record(tokens: TokenFiles) -> dict[str, Any]:
-    """Return the record of given tokens: their number, their digest, and what made them if known.
+def tokens_digest(tokens: TokenFiles) -> str:
+    """Return the digest of tokens: what the file's own record says, if it has one."""
+    made = read_tokens_record(tokens.paths[0]) or {}
+    return made.get("digest") or digest_of(tokens)
 
-    The digest is computed for all but files whose own record has it.
-    """
+
+def tokens_record(tokens: TokenFiles) -> dict[str, Any]:
+    """Return the record of given tokens: number, digest, and what made them if that is known."""
     made = read_tokens_record(tokens.paths[0]) or {}
     record = {
         "format": FORMAT,
         "files": [str(given) for given in tokens.paths],
         "count": len(tokens),
-        "digest": made.get("digest") or digest_of(tokens),
+        "digest": tokens_digest(tokens),
     }
     return record | {name: made[name] for name in SETTINGS if name in made}
 
@@ -226,7 +229,7 @@ def keep_tokens(tokens: TokenFiles, folder: Path) -> None:
     check_record(path, {"format": FORMAT, "count": len(tokens)})
     if not path.exists():
         write_tokens(path, torch.cat([chunk.float() for chunk in tokens]), record)
-    elif tokens_record(TokenFiles([path]))["digest"] != record["digest"]:
+    elif tokens_digest(TokenFiles([path])) != record["digest"]:
         given = ", ".join(map(str, tokens.paths))
         raise ValueError(
             f"{path} holds other tokens than {given}; remove it, or give it as --tokens"
@@ -249,10 +252,8 @@ def check_encoder(folder: Path, fitted: dict[str, Any], source: str) -> None:
     """
     here, there = read_tokens_record(folder / FILE) or {}, fitted_settings(fitted)
     if "encoder" not in here or "encoder" not in there:
-        (count, digest), (others, other) = (
-            (record.get("count"), record.get("digest")) for record in (here, there)
-        )
-        if None not in (digest, other) and digest != other and count == others:
+        files, count = TokenFiles([folder / FILE]), there.get("count")
+        if count == len(files) and there.get("digest") not in (None, tokens_digest(files)):
             raise ValueError(
                 f"{folder / FILE} holds other tokens than those that {source} was fitted to; give "
                 "a source that was fitted to the former, or remove the file and keep the latter "

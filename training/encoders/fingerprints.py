@@ -12,6 +12,10 @@ from gmflow_core.models.vae import VAE
 from training.encoders.rae import POSITIONS, RAE
 
 MARK = "vae_fingerprint"  # entry of records; what older versions wrote lacks it
+CHANGED = (
+    "its autoencoder has other weights, settings or statistics than the one of this name has now; "
+    "so it may be after an update of diffusers or transformers"
+)
 VAE_SETTINGS = ("act_fn", "norm_num_groups")  # that neither weights nor factors show
 ENCODER_SETTINGS = ("num_attention_heads", "hidden_act", "layer_norm_eps")
 

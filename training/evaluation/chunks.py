@@ -35,19 +35,16 @@ class Chunks:
             without, by an older version.
         count: images in all.
         size: images per file.
+        made: folder of the chunks that are made of these, which may be all that is left of them.
     """
 
-    def __init__(self, folder: Path, key: dict[str, Any], count: int, size: int):
+    def __init__(
+        self, folder: Path, key: dict[str, Any], count: int, size: int, made: Path | None = None
+    ):
         self.folder, self.count, self.size = folder, count, size
-        if MARK in key and self._is_older():
+        if MARK in key and any(map(_is_older, filter(None, (folder, made)))):
             key = {name: value for name, value in key.items() if name != MARK}
         self.key = json.dumps(key, sort_keys=True)
-
-    def _is_older(self) -> bool:
-        """Return whether the folder has chunks of a version that knew no fingerprints of VAEs."""
-        headers = (peek_header(path) for path in self.folder.glob(FILES))
-        keys = (str(header.get("__metadata__", {}).get("key", MARK)) for header in headers)
-        return any(MARK not in key for key in keys)
 
     def __len__(self) -> int:
         return -(-self.count // self.size)
@@ -89,7 +86,8 @@ class Chunks:
         path = self.path(number)
         with reading(path, AGAIN), open_safetensors(path, AGAIN) as file:
             old = json_object((file.metadata() or {}).get("key", "{}"), path, "key", AGAIN)
-        return [name for name, value in json.loads(self.key).items() if old.get(name) != value]
+        differ = [name for name, value in json.loads(self.key).items() if old.get(name) != value]
+        return ["VAE of this name" if name == MARK else name for name in differ]
 
     def read(self, number: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Read the tensors of a whole chunk, and the facts that were saved with them.
@@ -111,6 +109,13 @@ class Chunks:
         first = str(self.images(number).start)
         metadata = {"key": self.key, "first": first, "facts": json.dumps(facts)}
         write_safetensors(tensors, self.path(number), metadata)
+
+
+def _is_older(folder: Path) -> bool:
+    """Return whether a folder has chunks of a version that knew no fingerprints of VAEs."""
+    headers = (peek_header(path) for path in folder.glob(FILES))
+    keys = (str(header.get("__metadata__", {}).get("key", MARK)) for header in headers)
+    return any(MARK not in key for key in keys)
 
 
 def remove_chunks(folder: Path) -> None:

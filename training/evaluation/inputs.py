@@ -166,7 +166,8 @@ class Inputs:
             key["source"] = self.source.digest
         if self.guide is not None:
             key["guide"] = [self.guide.fingerprint, config.guide_scale]
-        return Chunks(config.out / "samples" / setting.name, key, config.count, config.chunk_size)
+        folders = [config.out / part / setting.name for part in ("samples", "measures")]
+        return Chunks(folders[0], key, config.count, config.chunk_size, made=folders[1])
 
     def my_chunks(self, chunks: Chunks) -> range:
         """Return the numbers of the chunks that this process is responsible for."""

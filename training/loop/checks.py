@@ -12,6 +12,7 @@ from gmflow_core.files.checkpoint import config_record
 from gmflow_core.files.errors import FileError, quoted
 from gmflow_core.files.safetensors_files import is_finite
 from gmflow_core.models.settings import is_number
+from training.encoders.fingerprints import CHANGED, MARK
 from training.loop.training_state import optimized
 
 ADVICE = (
@@ -90,7 +91,8 @@ def same(found: Any, mine: Any) -> bool:
 
 def changes(differ: list[str], found: dict[str, Any], mine: dict[str, Any]) -> str:
     """Say how these entries differ."""
-    return ", ".join(f"{k}: {quoted(found.get(k))} there, {quoted(mine[k])} here" for k in differ)
+    said = {k: f"{k}: {quoted(found.get(k))} there, {quoted(mine[k])} here" for k in differ}
+    return ", ".join((said | {MARK: CHANGED})[k] for k in differ)
 
 
 def known_figures(found: Any) -> dict[str, float]:

@@ -34,7 +34,7 @@ from gmflow_core.files.checkpoint import (
 )
 from gmflow_core.files.errors import is_out_of_memory, quoted, reading
 from training.common.devices import keep_freed_memory, on_cpu, training_attention
-from training.common.processes import stop_signals, together
+from training.common.processes import kept_work, stop_signals, together
 from training.loop import checks
 from training.loop.checks import ADVICE, check_facts, check_network, check_settings, check_state
 from training.loop.config import TrainerConfig, memory_advice
@@ -384,6 +384,7 @@ class Trainer:
         with together(self.accelerator.state):
             if self.accelerator.is_main_process:
                 save_checkpoint(sampling, self.path, facts=facts, state=state, data=self.data())
+        kept_work.set()
 
     def resume(self) -> None:
         """Load the checkpoint in OUT.
@@ -436,14 +437,14 @@ def train(new_trainer: Callable[[Any], AnyTrainer], config: TrainerConfig) -> An
     Raises:
         ValueError: as the trainer, or the device is out of memory.
     """
+    if config.restart:  # until then a checkpoint in OUT is another run's
+        kept_work.clear()
     try:
         trainer = new_trainer(config)
         trainer.run()
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise ValueError(
-            f"{error or 'out of memory'}; the batch does not fit this device's memory: "
-            f"{memory_advice(config)}"
-        ) from error
+        why = f"{error or 'out of memory'}; the batch does not fit this device's memory"
+        raise ValueError(f"{why}: {memory_advice(config)}") from error
     return trainer

@@ -199,8 +199,12 @@ class AutoGuider(comfy.samplers.CFGGuider):
 def same_patches(a: comfy.model_patcher.ModelPatcher, b: comfy.model_patcher.ModelPatcher) -> bool:
     """Return whether two clones of a model have the same weights and layers.
 
-    Their options may differ, as those are handed to each call.
+    Their options may differ, as those are handed to each call. LoRAs that bypass the weights are
+    injections.
     """
+    for name in ("injections", "weight_wrapper_patches"):
+        if getattr(a, name, {}) != getattr(b, name, {}):
+            return False
     if a.patches_uuid != b.patches_uuid or a.object_patches.keys() != b.object_patches.keys():
         return False
     return all(a.object_patches[key] is b.object_patches[key] for key in a.object_patches)

@@ -245,6 +245,11 @@ def saved_state(model: comfy.model_patcher.ModelPatcher) -> StateDict:
     adapter = adapter_of(model.model_options)
     if adapter is not None:
         refuse_to_save(adapter.name)
+    if getattr(model, "injections", None):
+        raise ValueError(
+            f"{', '.join(map(repr, model.injections))} on this model works beside the weights, so "
+            "that it cannot be saved in them; load the LoRA with a node that does not bypass them"
+        )
     model = model.clone()
     if _is_dynamic(model):
         comfy.model_management.load_models_gpu([model])

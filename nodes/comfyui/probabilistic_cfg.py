@@ -21,7 +21,7 @@ from .notices import notice
 from .paths import path_of
 from .plain_model import gaussian_of, note_use, predicts_mixture
 from .recording import RECORDER, hide_our_keys, recording
-from .regions import MeanOnly, covered, policy_of
+from .regions import MeanOnly, covered, moved_to, policy_of
 from .solver_choice import is_unconditional, no_effect
 
 CALC = "sampler_calc_cond_batch_function"  # ComfyUI's key in model_options
@@ -107,6 +107,7 @@ class ProbabilisticCFG:
                 f"no mixture: this adapter has {kind_of(cond)}, and probabilistic guidance needs a "
                 "Gaussian mixture; use classifier-free guidance, or a GM adapter"
             )
+        cond = moved_to(cond, shape.to_solver(args["cond_denoised"]))  # if a node has changed that
         blended = isinstance(cond, BlendedPolicy)
         recorder.guided = cond.map(guidance, uncond) if blended else guidance(cond, uncond)
         return latent - shape.from_solver(recorder.guided.mean(), latent.shape)

@@ -15,6 +15,7 @@ from .recording import MixtureRecorder
 
 LIMITS = ("area", "mask")  # keys that limit a conditioning to a part of the latent
 STRENGTHS = ("strength", "mask_strength")  # and that may make it count for nothing
+ROUNDING = 1e-4  # relative difference below which two means count as equal
 TIMES = ("timestep_start", "timestep_end")  # and to a part of the steps
 
 
@@ -64,6 +65,13 @@ def policy_of(
     if len(parts) == 1 and not _has(active[0], LIMITS):
         return parts[0].policy
     return BlendedPolicy(tuple(parts), shape.to_solver(latent).shape)
+
+
+def moved_to(policy: Followed, mean: Tensor) -> Followed:
+    """Return a policy moved so that its mean is this one; as it is if they differ by rounding."""
+    shift = mean - policy.mean()
+    near = shift.abs().max() <= ROUNDING * (1 + mean.abs().max())
+    return policy if near else policy.moved(shift)
 
 
 def covered(conds: list[dict] | None, latent: Tensor, sigma: Tensor) -> Tensor | None:

@@ -17,12 +17,11 @@ from .paths import path_of
 from .plain_model import gaussian_of, predicts_mixture
 from .probabilistic_cfg import has_probabilistic_guidance
 from .recording import recording
-from .regions import MeanOnly, policy_of
+from .regions import MeanOnly, moved_to, policy_of
 from .sampling_run import run_of
 from .time_shift import own_shift
 
 WATCH = "gmflow_watch"  # key in model_options: a function (policy of x_0, x, sigma) to be told
-ROUNDING = 1e-4  # relative difference below which two means count as equal
 
 
 class SolverModel:
@@ -190,10 +189,9 @@ class SolverModel:
                     f"{policy.advice}"
                 )
                 return GaussianMixture.point_mass(mean)
-        shift = mean - policy.mean()
-        if recorder.guided is not None and shift.abs().max() <= ROUNDING * (1 + mean.abs().max()):
-            return recorder.guided  # no node has changed the guided mean
-        return policy.moved(shift)
+        if recorder.guided is not None:
+            return moved_to(policy, mean)  # which no node has changed, as a rule
+        return policy.moved(mean - policy.mean())
 
     def call(self, latent: Tensor, sigma: Tensor, model_options: dict) -> Tensor:
         """Return the prediction of x_0 of the model that the sampler function was given.

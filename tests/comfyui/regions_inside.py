@@ -11,6 +11,32 @@ from inside import far, flux, ours, sample
 from torch import Tensor
 
 
+def changed_positive(work: Path) -> dict[str, Any]:
+    """Guide where a node changes the positive prediction; and tell injected layers apart."""
+    import comfy.model_patcher
+    import comfy.samplers
+
+    model, latent, ((text, about),) = flux(work)
+    steered = ours("probabilistic_cfg").with_probabilistic_guidance(model)
+    changed, injected = steered.clone(), model.clone()
+    changed.set_model_sampler_pre_cfg_function(
+        lambda args: [0.5 * args["conds_out"][0], *args["conds_out"][1:]]
+    )
+    nothing = comfy.model_patcher.PatcherInjection(inject=lambda _: None, eject=lambda _: None)
+    injected.set_injections("bypass", [nothing])
+    same = ours("autoguider").same_patches
+    found = {"same": [same(model, model.clone()), same(injected, injected.clone())]}
+    found["same"] += [same(model, injected), same(injected, model)]
+    euler = comfy.samplers.sampler_object("euler")
+    for name, sampler in (("euler", euler), ("gm-ode", ours("gm_sampler").gm_sampler("gm-ode"))):
+        one, other = (
+            sample(each, latent, [[text, about]], sampler, cfg=0.3, negative=[[-text, about]])
+            for each in (changed, steered)
+        )
+        found[name] = ((one - other).norm() / other.norm()).item()
+    return found
+
+
 def regions(work: Path) -> dict[str, Any]:
     """Blend the policies of two prompts: their mean is ComfyUI's own average, and needs no shift.
 

@@ -139,6 +139,14 @@ def test_blended_policies_have_the_mean_that_comfyui_averages(found: dict[str, A
     assert result["default guided"][1] == 0
 
 
+def test_a_changed_positive_prediction_counts_under_guidance(found: dict[str, Any]) -> None:
+    """As of FreSca; and layers that a LoRA bypasses tell two clones of a model apart."""
+    result = of(found, "changed positive")
+    assert result["same"] == [True, True, False, False]
+    assert result["euler"] > 0.05
+    assert result["gm-ode"] > 0.05
+
+
 def test_an_area_keeps_its_own_mixture_beside_a_negative_prompt(found: dict[str, Any]) -> None:
     """ComfyUI gives each area to the other list too, where it counts for that one's prompt."""
     result = of(found, "regions")

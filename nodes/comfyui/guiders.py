@@ -83,7 +83,8 @@ def gm_guider(model, positive, negative=None, scale: float = 0.0) -> comfy.sampl
             f"no negative conditioning: guidance with weight {scale:g} needs one to steer away "
             "from; connect one, such as an empty prompt, or set the weight to 0"
         )
-    if negative is not None and not scale:
+    function = model.model_options.get("sampler_cfg_function")
+    if negative is not None and not scale and not getattr(function, "keeps_negative", False):
         no_effect("negative", "the weight of the guidance is 0")
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(positive, negative or (unconditional() if of_classes and scale else positive))

@@ -38,10 +38,11 @@ class ProbabilisticCFG:
         part: (start, end) of the sampling that is guided, which goes from 0 to 1. The sigmas are
             those of the sampling that the model has when it runs: nodes after guidance, such as GM
             Adapter, change it.
+        keeps_negative: another node asks for the negative prediction where nothing is guided, too.
     """
 
-    def __init__(self, orthogonal: float, part: tuple[float, float]):
-        self.orthogonal, self.part = orthogonal, part
+    def __init__(self, orthogonal: float, part: tuple[float, float], keeps_negative: bool = False):
+        self.orthogonal, self.part, self.keeps_negative = orthogonal, part, keeps_negative
 
     def interval(self, sampling) -> tuple[float, float]:
         """Return the sigmas (low, high) on the straight path between which a sampling is guided."""
@@ -137,7 +138,7 @@ class ProbabilisticCFG:
     def needs_negative(self, args: dict, guider: object) -> bool:
         """Return whether anything uses the negative prediction in this step."""
         after = args["model_options"].get("sampler_post_cfg_function", ())
-        if any(_reads(function, "uncond_denoised") for function in after):
+        if self.keeps_negative or any(_reads(function, "uncond_denoised") for function in after):
             return True
         if has_stock_prediction(guider) and guider.cfg == 0:
             return False
@@ -176,7 +177,11 @@ def with_probabilistic_guidance(
             f"{name_of(other)} does not go with GM Probabilistic Guidance: each changes what cfg "
             "does, in its own way; remove or bypass one of the two nodes"
         )
-    model, function = model.clone(), ProbabilisticCFG(orthogonal, part)
+    if other is None:  # as Normalized Attention Guidance asks for the negative at any cfg
+        keeps_negative = bool(model.model_options.get("disable_cfg1_optimization"))
+    else:
+        keeps_negative = other.keeps_negative
+    model, function = model.clone(), ProbabilisticCFG(orthogonal, part, keeps_negative)
     if not predicts_mixture(model.model, model.model_options):
         hide_our_keys(model)
     model.set_model_sampler_cfg_function(function, disable_cfg1_optimization=True)
@@ -241,7 +246,8 @@ def predict_noise_recorded(
         function.calc_cond_batch, guider=executor.class_obj, former=options.get(CALC)
     )
     result = executor(x, timestep, options, seed)
-    if not recorder.asked:
+    # a step whose prediction a node outside of the guider keeps (LazyCache) asks nothing
+    if not (recorder.asked or has_stock_prediction(executor.class_obj)):
         raise ValueError(
             "another guider is needed: this one computes its own cfg, and would use the weight of "
             "'GM Probabilistic Guidance' as a cfg scale; use GM Guider, CFG Guider or KSampler, or "

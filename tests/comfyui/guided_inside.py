@@ -54,6 +54,15 @@ class Halving:
         return model
 
 
+def caching(model: Any) -> Any:
+    """Return a clone that predicts x itself and asks no guider, as LazyCache in later steps."""
+    from comfy.patcher_extension import WrappersMP
+
+    model = model.clone()
+    model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "cache", lambda _, x, *rest: x)
+    return model
+
+
 def other_function() -> dict[str, Any]:
     """Guide beside a node that has its own function for predictions, before guidance and after."""
     model, told = exact_model("FLOW"), []
@@ -67,10 +76,19 @@ def other_function() -> dict[str, Any]:
     before = run(guided(guided(Halving.patch(model, told)), *settings))
     after = run(Halving.patch(guided(model, *settings), told))
     halved = Halving.patch(model, told)
+    kept, seen = model.clone(), []
+    kept.model_options["disable_cfg1_optimization"] = True  # as by Normalized Attention Guidance
+    counted = model.model.diffusion_model.register_forward_pre_hook
+    handle = counted(lambda _, given: seen.append(len(given[0]) // SHAPE[0]))
+    for each in (guided(guided(kept)), guided(model)):
+        stock(each, "euler", steps=1, cfg=0.0, negative=text(-1.0))
+    handle.remove()
     return {
         "effect": far(before, plain),
         "order": far(before, after),
         "told": told,
+        "kept": seen,
+        "cached": says(lambda: run(caching(guided(model)))),
         "auto": [
             says(lambda pair=pair: auto(*pair, text(), text(), 2.0, (0.0, 1.0)))
             for pair in ((halved, exact_model("FLOW")), (exact_model("FLOW"), halved))

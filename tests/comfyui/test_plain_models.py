@@ -76,6 +76,8 @@ def test_another_nodes_function_for_predictions_is_called_or_refused(found: dict
     assert about["effect"] > 1e-4
     assert about["order"] < 1e-6
     assert about["told"] == [True, False] * 2
+    assert about["kept"] == [2, 1]  # predictions at weight 0
+    assert about["cached"] == ""
     for name, error in zip(("model", "guide"), about["auto"], strict=True):
         assert error.startswith(f"Halving on the {name} does not go with GM Autoguidance: ")
 

@@ -247,8 +247,8 @@ def saved_state(model: comfy.model_patcher.ModelPatcher) -> StateDict:
         refuse_to_save(adapter.name)
     if getattr(model, "injections", None):
         raise ValueError(
-            f"{', '.join(map(repr, model.injections))} on this model works beside the weights, so "
-            "that it cannot be saved in them; load the LoRA with a node that does not bypass them"
+            "a LoRA that bypasses the weights cannot be saved in them: load it with Load LoRA "
+            f"instead of its bypass form (found {', '.join(map(repr, model.injections))})"
         )
     model = model.clone()
     if _is_dynamic(model):

@@ -100,8 +100,8 @@ def _sample_points(args: argparse.Namespace, data: dict[str, Any]) -> None:
         )
     if data.get("source"):
         raise ValueError(
-            f"{args.checkpoint} was trained with a mixture source, which this command has not for "
-            "2-D models; sample it as training.source_toys does, from draws of its source"
+            f"{args.checkpoint} was trained with a mixture source, which this command does not "
+            "draw for 2-D models; sample it as training.source_toys does, from draws of its source"
         )
     for name in ("source", "vae", "seeds"):
         if getattr(args, name) is not None:

@@ -17,6 +17,7 @@ from ...gmflow_core.sampling.guidance import within
 from .finite import report_result
 from .guard import guarded
 from .latent_check import check_conditioning
+from .plain_model import without_spread
 from .probabilistic_cfg import CALC, has_probabilistic_guidance, name_of
 from .recording import RECORDER
 from .time_shift import check_flow
@@ -61,7 +62,8 @@ class AutoGuider(comfy.samplers.CFGGuider):
     one inside of it, so that ComfyUI prepares and cleans up both models, with their conditionings,
     hooks and wrappers, in its own way. The guide is an additional model of the main one, and is
     loaded with it. Only if both are clones of one model, with different weights (LoRA) or patches,
-    can just one be loaded: then they are loaded in turn, in every step.
+    can just one be loaded: then they are loaded in turn, in every step. The hooks of clones are
+    put on the weights in turn in any case.
 
     Args:
         interval: sigmas (low, high) outside of which the guide is not called.
@@ -76,14 +78,15 @@ class AutoGuider(comfy.samplers.CFGGuider):
         check_models(model, guide)
         super().__init__(model.clone())
         self.inner_set_conds({"positive": positive})
-        self.guide = comfy.samplers.CFGGuider(guide)
+        self.guide = comfy.samplers.CFGGuider(without_spread(guide, model))
         self.guide.inner_set_conds({"positive": guide_positive})
         for guider in (self, self.guide):
             check_conditioning(guider.model_patcher, guider.original_conds)
         self.scale, self.interval = scale, interval
         self.call_guide: Predict | None = None  # set while sampling with the guide
         main, guide = self.model_patcher, self.guide.model_patcher
-        self.in_turn = main.is_clone(guide) and not same_patches(main, guide)
+        self.one_model = main.is_clone(guide)
+        self.in_turn = self.one_model and not same_patches(main, guide)
 
     @guarded
     def sample(
@@ -129,7 +132,7 @@ class AutoGuider(comfy.samplers.CFGGuider):
     def _sample_with_guide(self, sample_main: Callable[[], Tensor], call_guide: Predict) -> Tensor:
         """Sample with the main model while the guide's guider is ready to be called."""
         self.call_guide, guide = call_guide, self.guide.model_patcher
-        additional = [] if self.model_patcher.is_clone(guide) else [guide]
+        additional = [] if self.one_model else [guide]
         self.model_patcher.set_additional_models(GUIDE, additional)
         try:
             return sample_main()
@@ -148,7 +151,7 @@ class AutoGuider(comfy.samplers.CFGGuider):
         """Return the guided prediction of x_0; the name is ComfyUI's."""
         model_options = model_options or {}
         if self.call_guide is None or not within(self.interval, timestep):
-            self._load(self.model_patcher, x)
+            self._switch_to(self.model_patcher, x)
             return super().predict_noise(x, timestep, model_options, seed)
         both = functools.partial(self._predict_both, x, timestep, model_options)
         return comfy.samplers.sampling_function(
@@ -172,28 +175,32 @@ class AutoGuider(comfy.samplers.CFGGuider):
         """
 
         def main() -> Tensor:
-            self._load(self.model_patcher, x)
+            self._switch_to(self.model_patcher, x)
             conds = [self.conds["positive"]]
             return comfy.samplers.calc_cond_batch(
                 self.inner_model, conds, x, timestep, model_options
             )[0]
 
         def guide() -> Tensor:
-            self._load(self.guide.model_patcher, x)
+            self._switch_to(self.guide.model_patcher, x)
             return self.call_guide(x, timestep)
 
         loaded = self.inner_model.current_patcher
-        if self.in_turn and loaded is self.guide.model_patcher:  # first, to load once less
+        if self.one_model and loaded is self.guide.model_patcher:  # first, to switch once less
             guided = guide()
             return [main(), guided]
         return [main(), guide()]
 
-    def _load(self, patcher: comfy.model_patcher.ModelPatcher, x: Tensor) -> None:
-        """Load the weights and patches of this clone if the two are loaded in turn."""
-        if self.in_turn and patcher.model.current_patcher is not patcher:
+    def _switch_to(self, patcher: comfy.model_patcher.ModelPatcher, x: Tensor) -> None:
+        """Give the one model that both are clones of the weights, patches and hooks of a clone."""
+        model = patcher.model
+        if not self.one_model or model.current_patcher is patcher:
+            return
+        model.current_patcher.unpatch_hooks()  # only this clone knows how to take its hooks off
+        if self.in_turn:
             memory = patcher.memory_required([2 * len(x), *x.shape[1:]])
             comfy.model_management.load_models_gpu([patcher], memory_required=memory)
-            patcher.model.current_patcher = patcher
+        model.current_patcher = patcher
 
 
 def same_patches(a: comfy.model_patcher.ModelPatcher, b: comfy.model_patcher.ModelPatcher) -> bool:

@@ -9,7 +9,11 @@ from .label_conditioning import unconditional
 from .latent_check import check_conditioning
 from .paths import path_of
 from .plain_model import sampling_of
-from .probabilistic_cfg import has_probabilistic_guidance, with_probabilistic_guidance
+from .probabilistic_cfg import (
+    asks_for_negative,
+    has_probabilistic_guidance,
+    with_probabilistic_guidance,
+)
 from .solver_choice import is_unconditional, no_effect
 
 
@@ -83,8 +87,7 @@ def gm_guider(model, positive, negative=None, scale: float = 0.0) -> comfy.sampl
             f"no negative conditioning: guidance with weight {scale:g} needs one to steer away "
             "from; connect one, such as an empty prompt, or set the weight to 0"
         )
-    function = model.model_options.get("sampler_cfg_function")
-    if negative is not None and not scale and not getattr(function, "keeps_negative", False):
+    if negative is not None and not scale and not asks_for_negative(model.model_options):
         no_effect("negative", "the weight of the guidance is 0")
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(positive, negative or (unconditional() if of_classes and scale else positive))

@@ -75,13 +75,32 @@ def spread_in_words(model_options: dict | None) -> str:
 
 def with_spread(model, spread: float):
     """Return a clone of a MODEL with this spread of the velocity, or the usual one for 0."""
-    if predicts_mixture(model.model, model.model_options):
-        no_effect("spread", "this model predicts its own mixture")
     model = model.clone()
+    if predicts_mixture(model.model, model.model_options):
+        say_own_mixture()
+        return model
     model.model_options[SPREAD] = spread or USUAL_SPREAD
     model.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, SPREAD)
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, SPREAD, report_unused_spread)
     return model
+
+
+def say_own_mixture() -> None:
+    """Show on the node that runs that a set spread has no effect on its model."""
+    no_effect("GM Spread", "this model predicts its own mixture")
+
+
+def without_spread(guide, model):
+    """Return the guide of autoguidance without a set spread, as only that of the model counts."""
+    spread = guide.model_options.get(SPREAD)
+    if spread is None:
+        return guide
+    if spread != model.model_options.get(SPREAD):
+        no_effect("GM Spread on the guide", "only that of the model counts")
+    guide = guide.clone()
+    del guide.model_options[SPREAD]
+    guide.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, SPREAD)
+    return guide
 
 
 class SpreadUse:
@@ -107,7 +126,9 @@ def report_unused_spread(executor, *args, **kwargs) -> Tensor:
     guider, use = executor.class_obj, SpreadUse()
     guider.model_options[USE] = use
     result = executor(*args, **kwargs)
-    if not use.made and not predicts_mixture(guider.model_patcher.model, guider.model_options):
+    if predicts_mixture(guider.model_patcher.model, guider.model_options):  # a node after ours
+        say_own_mixture()
+    elif not use.made:
         no_effect(
             "GM Spread",
             "this sampler follows the mean alone; choose gm_ode, gm_sde or gm_policy, or a weight "

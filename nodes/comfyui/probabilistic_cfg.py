@@ -25,6 +25,8 @@ from .regions import MeanOnly, covered, moved_to, policy_of
 from .solver_choice import is_unconditional, no_effect
 
 CALC = "sampler_calc_cond_batch_function"  # ComfyUI's key in model_options
+NEGATIVE = "disable_cfg1_optimization"  # and another: negative predictions at cfg 1 too, if true
+OURS = "GM Probabilistic Guidance"  # its value if no other node asks for that
 
 
 class ProbabilisticCFG:
@@ -38,11 +40,10 @@ class ProbabilisticCFG:
         part: (start, end) of the sampling that is guided, which goes from 0 to 1. The sigmas are
             those of the sampling that the model has when it runs: nodes after guidance, such as GM
             Adapter, change it.
-        keeps_negative: another node asks for the negative prediction where nothing is guided, too.
     """
 
-    def __init__(self, orthogonal: float, part: tuple[float, float], keeps_negative: bool = False):
-        self.orthogonal, self.part, self.keeps_negative = orthogonal, part, keeps_negative
+    def __init__(self, orthogonal: float, part: tuple[float, float]):
+        self.orthogonal, self.part = orthogonal, part
 
     def interval(self, sampling) -> tuple[float, float]:
         """Return the sigmas (low, high) on the straight path between which a sampling is guided."""
@@ -137,12 +138,21 @@ class ProbabilisticCFG:
 
     def needs_negative(self, args: dict, guider: object) -> bool:
         """Return whether anything uses the negative prediction in this step."""
-        after = args["model_options"].get("sampler_post_cfg_function", ())
-        if self.keeps_negative or any(_reads(function, "uncond_denoised") for function in after):
+        options = args["model_options"]
+        after = options.get("sampler_post_cfg_function", ())
+        if asks_for_negative(options) or any(_reads(each, "uncond_denoised") for each in after):
             return True
         if has_stock_prediction(guider) and guider.cfg == 0:
             return False
         return within(self.interval(args["model"].model_sampling), straight_sigma(args))
+
+
+def asks_for_negative(model_options: dict) -> bool:
+    """Return whether a node other than ours asks for the negative prediction at any cfg.
+
+    Normalized Attention Guidance does.
+    """
+    return model_options.get(NEGATIVE, False) not in (False, OURS)
 
 
 def has_stock_prediction(guider: object) -> bool:
@@ -173,18 +183,13 @@ def with_probabilistic_guidance(
     """
     other = model.model_options.get("sampler_cfg_function")
     if other is not None and not has_probabilistic_guidance(model):
-        raise ValueError(
-            f"{name_of(other)} does not go with GM Probabilistic Guidance: each changes what cfg "
-            "does, in its own way; remove or bypass one of the two nodes"
-        )
-    if other is None:  # as Normalized Attention Guidance asks for the negative at any cfg
-        keeps_negative = bool(model.model_options.get("disable_cfg1_optimization"))
-    else:
-        keeps_negative = other.keeps_negative
-    model, function = model.clone(), ProbabilisticCFG(orthogonal, part, keeps_negative)
+        raise _refusal(other, "each changes what cfg does, in its own way")
+    model, function = model.clone(), ProbabilisticCFG(orthogonal, part)
     if not predicts_mixture(model.model, model.model_options):
         hide_our_keys(model)
-    model.set_model_sampler_cfg_function(function, disable_cfg1_optimization=True)
+    model.set_model_sampler_cfg_function(function)
+    if not asks_for_negative(model.model_options):
+        model.model_options[NEGATIVE] = OURS
     model.remove_wrappers_with_key(WrappersMP.PREDICT_NOISE, RECORDER)
     model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, RECORDER, predict_noise_recorded)
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, RECORDER, check_conditionings)
@@ -229,19 +234,11 @@ def predict_noise_recorded(
     options, recorder = recording(model_options)
     function = options.get("sampler_cfg_function")
     if not isinstance(function, ProbabilisticCFG):
-        raise ValueError(
-            f"{name_of(function)} does not go with GM Probabilistic Guidance: it takes the cfg, "
-            "which is a weight below 1 here, for an ordinary one; remove or bypass one of the two "
-            "nodes"
-        )
+        raise _refusal(function)
     kinds = ("sampler_pre_cfg_function", "sampler_post_cfg_function")
     for other in (other for kind in kinds for other in options.get(kind, ())):
         if _reads(other, "cond_scale"):
-            raise ValueError(
-                f"{name_of(other)} does not go with GM Probabilistic Guidance: it takes the cfg, "
-                "which is a weight below 1 here, for an ordinary one; remove or bypass one of the "
-                "two nodes"
-            )
+            raise _refusal(other)
     options[CALC] = functools.partial(
         function.calc_cond_batch, guider=executor.class_obj, former=options.get(CALC)
     )
@@ -254,6 +251,17 @@ def predict_noise_recorded(
             "remove GM Probabilistic Guidance"
         )
     return result
+
+
+def _refusal(
+    function: object,
+    why: str = "it takes the cfg, which is a weight below 1 here, for an ordinary one",
+) -> ValueError:
+    """Return the error for another node's function that does not go with ours."""
+    return ValueError(
+        f"{name_of(function)} does not go with GM Probabilistic Guidance: {why}; remove or bypass "
+        "one of the two nodes"
+    )
 
 
 def _reads(function: object, key: str) -> bool:

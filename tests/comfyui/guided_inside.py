@@ -63,6 +63,31 @@ def caching(model: Any) -> Any:
     return model
 
 
+def weight_zero_with_attention_guidance() -> dict[str, Any]:
+    """Normalized Attention Guidance asks for the negative at any cfg, before our node or after."""
+    model, sizes, said = exact_model("FLOW"), [], []
+    guiders = ours("guiders")
+
+    def asking(model: Any) -> Any:
+        model = model.clone()
+        model.model_options["disable_cfg1_optimization"] = True
+        return model
+
+    count = model.model.diffusion_model.register_forward_pre_hook
+    count(lambda _, given: sizes.append(len(given[0]) // SHAPE[0]))
+    guided, kept = guiders.guided, guiders.no_effect
+    for each in (guided(guided(asking(model))), asking(guided(model)), guided(model)):
+        stock(each, "euler", steps=1, cfg=0.0, negative=text(-1.0))
+    try:
+        guiders.no_effect = lambda what, why: said.append(what)
+        for each in (asking(model), asking(guided(model)), model, guided(model)):
+            guiders.gm_guider(each, text(), text(-1.0))
+            said.append("")
+    finally:
+        guiders.no_effect = kept
+    return {"sizes": sizes, "said": said}
+
+
 def other_function() -> dict[str, Any]:
     """Guide beside a node that has its own function for predictions, before guidance and after."""
     model, told = exact_model("FLOW"), []
@@ -76,18 +101,10 @@ def other_function() -> dict[str, Any]:
     before = run(guided(guided(Halving.patch(model, told)), *settings))
     after = run(Halving.patch(guided(model, *settings), told))
     halved = Halving.patch(model, told)
-    kept, seen = model.clone(), []
-    kept.model_options["disable_cfg1_optimization"] = True  # as by Normalized Attention Guidance
-    counted = model.model.diffusion_model.register_forward_pre_hook
-    handle = counted(lambda _, given: seen.append(len(given[0]) // SHAPE[0]))
-    for each in (guided(guided(kept)), guided(model)):
-        stock(each, "euler", steps=1, cfg=0.0, negative=text(-1.0))
-    handle.remove()
     return {
         "effect": far(before, plain),
         "order": far(before, after),
         "told": told,
-        "kept": seen,
         "cached": says(lambda: run(caching(guided(model)))),
         "auto": [
             says(lambda pair=pair: auto(*pair, text(), text(), 2.0, (0.0, 1.0)))

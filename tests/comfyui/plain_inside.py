@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from exact_model import MEAN, SHAPE, WIDTH, ExactOfParts, exact_model, limited, stock, text
-from guided_inside import other_function, weight_zero
+from guided_inside import other_function, weight_zero, weight_zero_with_attention_guidance
 from inside import far, half_mask, ours, run_cases, says
 from torch import Tensor
 
@@ -415,6 +415,7 @@ CASES = {
     "guided": guided,
     "interval": interval,
     "weight 0": weight_zero,
+    "weight 0 with attention guidance": weight_zero_with_attention_guidance,
     "other function": other_function,
     "usual spread": usual_spread,
     "several parts": several_parts,

@@ -85,6 +85,22 @@ def test_probabilistic_guidance(server: Comfy, base: str) -> None:
     assert near(latent_of(server, patched), latent)
 
 
+def test_a_spread_has_no_effect_on_a_mixture_and_says_so(server: Comfy) -> None:
+    """On the node if it comes after the adapter, on the sampler if before."""
+    prompt = graph("flux")
+    adapter, sample = prompt["model"]["inputs"], prompt["sample"]["inputs"]
+    spread = node("GMFlowSpread", model=adapter["model"], spread=0.7)
+    adapted = {**prompt["model"], "inputs": {**adapter, "model": ["spread", 0]}}
+    before = server.run({**prompt, "spread": spread, "model": adapted}).texts
+    why = "as this model predicts its own mixture"
+    assert f"no effect: GM Spread, {why}" in before["sample"]
+    prompt["spread"] = node("GMFlowSpread", model=["model", 0], spread=0.7)
+    prompt["sample"] = {**prompt["sample"], "inputs": {**sample, "model": ["spread", 0]}}
+    after = server.run(prompt).texts
+    assert after["spread"] == f"no effect: GM Spread, {why}"
+    assert "no effect" not in after["sample"]
+
+
 def halves(prompt: dict, left: str, right: str, areas: bool = False) -> dict:
     """Return a prompt with one conditioning for the left half and one for the right."""
     prompt = {**prompt, "sample": {**prompt["sample"], "inputs": {**prompt["sample"]["inputs"]}}}

@@ -193,6 +193,40 @@ def test_models_in_turn_are_what_they_are_apart(flux: Comfy, loader: str) -> Non
     assert close(latent_of(flux, {**base, "sampler": ddim}), plain)
 
 
+def test_a_lora_hook_of_the_guide_is_the_lora(flux: Comfy) -> None:
+    """It changes the guide only, whose model is the same, and leaves the model as it was."""
+    plain, lora = latent_of(flux, flux_graph()), latent_of(flux, auto(flux_graph(), "weak"))
+    hooked = auto(flux_graph(), "model")
+    about = {"lora_name": "flux_style.safetensors", "strength_model": -1.0}
+    hooked["hook"] = node("CreateHookLoraModelOnly", **about)
+    hooked["hooked"] = node(
+        "ConditioningSetProperties",
+        **{"cond_NEW": ["text", 0], "hooks": ["hook", 0]},
+        **{"strength": 1.0, "set_cond_area": "default"},
+    )
+    hooked["guider"]["inputs"]["guide_positive"] = ["hooked", 0]
+    assert close(latent_of(flux, hooked), lora)
+    assert not close(lora, plain, atol=0.02)
+    ddim = node("KSamplerSelect", sampler_name="ddim")  # Euler, without the cache
+    assert close(latent_of(flux, {**flux_graph(), "sampler": ddim}), plain)
+
+
+def test_a_spread_of_the_guide_is_said_to_have_no_effect(flux: Comfy) -> None:
+    """Unless it is the model's own, as one node may be before both."""
+    prompt = auto(flux_graph(), "spread")
+    prompt["sampler"] = node("KSamplerSelect", sampler_name="gm_ode")
+    prompt["spread"] = node("GMFlowSpread", model=["guide", 0], spread=0.4)
+    said = flux.run(prompt).texts
+    assert said["guider"] == "no effect: GM Spread on the guide, as only that of the model counts"
+    assert "GM Spread" not in said["sample"]
+    prompt["both"] = node("GMFlowSpread", model=["model", 0], spread=0.4)
+    prompt["guider"]["inputs"] |= {"model": ["both", 0]}
+    said = flux.run(prompt).texts
+    assert not said["guider"].strip()
+    assert "no effect" not in said["sample"]
+    assert "of spread 0.4" in said["sample"]
+
+
 def test_the_guide_can_have_a_conditioning_of_its_own(flux: Comfy) -> None:
     prompt = flux_graph(steps=1)
     main = latent_of(flux, prompt)

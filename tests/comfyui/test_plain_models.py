@@ -70,13 +70,18 @@ def test_weight_0_saves_the_negative_prediction(found: dict) -> None:
     assert about == {"guider": [1, 1], "stock": [1, 1], "node": [1, 1]}
 
 
+def test_weight_0_keeps_a_negative_that_attention_guidance_asks_for(found: dict) -> None:
+    about = of(found, "weight 0 with attention guidance")
+    assert about["sizes"] == [2, 2, 1]
+    assert about["said"] == ["", "", "negative", "", "negative", ""]  # has no effect
+
+
 def test_another_nodes_function_for_predictions_is_called_or_refused(found: dict) -> None:
     """As that of SkipLayerGuidanceDiTSimple; it sees that nothing is guided in the second step."""
     about = of(found, "other function")
     assert about["effect"] > 1e-4
     assert about["order"] < 1e-6
     assert about["told"] == [True, False] * 2
-    assert about["kept"] == [2, 1]  # predictions at weight 0
     assert about["cached"] == ""
     for name, error in zip(("model", "guide"), about["auto"], strict=True):
         assert error.startswith(f"Halving on the {name} does not go with GM Autoguidance: ")

@@ -9,7 +9,7 @@ from PIL import Image
 
 from tests.training.evaluation_runs import arguments, run, scoring, two_classes, write_place
 from tests.training.source_runs import arguments as fit_arguments
-from training import fit_source, rae, reference
+from training import fit_source, likelihood, rae, reference
 from training.data.preparation import PreparationConfig, prepare
 from training.evaluate import main, parse
 from training.evaluation.evaluation import Evaluation
@@ -144,6 +144,22 @@ def test_files_replace_those_of_their_own_command_only(main, given, place, tmp_p
     with pytest.raises(SystemExit, match=f"{out.name} is there already, and training.* delete it"):
         main([*given, "--out", str(out)])
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["likelihood.csv", "time_averaged.csv"])
+def test_likelihoods_replace_their_own_tables_only(name, place, tmp_path):
+    """Their own are those of the same columns."""
+    given = ["--preset", "quick", "--points", "2", "--out", str(tmp_path)]
+    if name == "time_averaged.csv":
+        model, data = str(place / "tiny.safetensors"), str(place / "test")
+        given = [*given[4:], "--data", data, "--checkpoint", model, "--count", "4"]
+        given += ["--device", "cpu"]
+    for _ in range(2):
+        likelihood.main(given)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(SystemExit, match=f"{name} is there already, and training.likelihood did"):
+        likelihood.main(given)
+    assert (tmp_path / name).read_text() == "mine"
 
 
 @pytest.mark.parametrize("name", ["results.csv", "calls.png", "sheets/tiny_gm-ode_2.png"])

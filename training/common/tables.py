@@ -1,4 +1,4 @@
-"""Write tables of figures."""
+"""Write tables of figures, in the place of earlier ones only."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gmflow_core.files.atomic import atomic_write
+from gmflow_core.files.targets import check_is_own
 
 
 def write_table(rows: Iterable[dict[str, Any]], columns: Sequence[str], path: Path) -> None:
@@ -24,3 +25,20 @@ def write_table(rows: Iterable[dict[str, Any]], columns: Sequence[str], path: Pa
         table = csv.DictWriter(file, columns, lineterminator="\n")
         table.writeheader()
         table.writerows(rows)
+
+
+def check_table(path: Path, columns: Sequence[str], command: str) -> None:
+    """Check that a table is missing, or is an earlier one of the same columns.
+
+    Args:
+        command: that writes it, as in python -m COMMAND.
+
+    Raises:
+        FileExistsError: it is another file.
+    """
+
+    def is_table(path: Path) -> bool:
+        with open(path, newline="", encoding="utf-8") as file:
+            return next(csv.reader(file), None) == list(columns)
+
+    check_is_own(path, is_table, command)

@@ -22,14 +22,14 @@ from gmflow_core.gaussians.quantile import normal_cdf
 from gmflow_core.models.precision import chosen_precision, set_precision
 from training.common.devices import cuda_or_cpu
 from training.common.settings import SMALLEST_SIGMA
-from training.common.tables import write_table
+from training.common.tables import check_table, write_table
 from training.data.batches import draw_noise
 from training.data.shards import LatentDataset
 from training.evaluation.chunks import Chunks
 from training.evaluation.config import short_names
 from training.evaluation.models import Model, Space
 from training.evaluation.real_images import prepared_digest
-from training.experiments.likelihood import SHIPPED, Config
+from training.experiments.likelihood import MODULE, SHIPPED, Config
 
 FILE = "time_averaged.csv"
 PART = 5000  # draws that a stop loses at most, or one batch
@@ -51,6 +51,7 @@ def write_images(config: Config) -> list[dict[str, Any]]:
         components' standard deviations. For the errors see `mean_and_error`.
 
     Raises:
+        FileExistsError: the table is not of this command.
         FileNotFoundError, ValueError: an input is missing, or they do not fit each other; or as
             `draws`.
     """
@@ -63,6 +64,8 @@ def write_images(config: Config) -> list[dict[str, Any]]:
         raise ValueError(f"{config.data} has one image; a standard error needs at least 2")
     models = [checked(Model(checkpoint, space)) for checkpoint in config.checkpoint]
     remove_leftovers(config.out)
+    path = config.out / FILE
+    check_table(path, COLUMNS, MODULE)
     lines, first, total = [], None, len(data)
     for name, model in zip(short_names(config.checkpoint), models, strict=True):
         measured = Measured(config, data, model, name)
@@ -80,11 +83,11 @@ def write_images(config: Config) -> list[dict[str, Any]]:
                 **mean_and_error("difference", bits - first, total),
             }
             lines.append(line)
-            write_table(lines, COLUMNS, config.out / FILE)
+            write_table(lines, COLUMNS, path)
             found = f"{line['nll']:.4f} bits per dimension, standard error {line['nll_error']:.4f}"
             wide = "" if width == 1 else f", {width:g} times as wide"
             print(f"{name}{wide}: {found}")
-    print(f"figures: {config.out / FILE}")
+    print(f"figures: {path}")
     return lines
 
 

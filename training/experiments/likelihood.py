@@ -20,7 +20,7 @@ from gmflow_core.sampling.denoisers import Denoiser, denoiser_of
 from gmflow_core.sampling.likelihood import log_likelihood
 from gmflow_core.toys.checkerboard import EXTENT, board_posterior_mean, draw_checkerboard
 from training.common.settings import require, require_device, require_ranges, require_unused
-from training.common.tables import write_table
+from training.common.tables import check_table, write_table
 
 MODULE = "training.likelihood"
 SHIPPED = Path("gmflow_core/shipped/checkerboard_k64.safetensors")
@@ -98,6 +98,7 @@ def write(config: Config) -> list[dict[str, Any]]:
         Its lines.
 
     Raises:
+        FileExistsError: the table is not of this command.
         ValueError: the checkpoint is not one of a model of 2-D points.
     """
     checkpoint, *more = config.checkpoint
@@ -111,8 +112,10 @@ def write(config: Config) -> list[dict[str, Any]]:
             "--data, what it was trained on"
         )
     network.requires_grad_(False)
+    path = config.out / "likelihood.csv"
+    check_table(path, COLUMNS, MODULE)
     denoisers = {"exact": denoiser_of(exact_velocity, 0.0), "model": denoiser_of(network)}
-    lines, path = [], config.out / "likelihood.csv"
+    lines = []
     for line in measure(denoisers, config):
         case = "{denoiser}, {points}, divergence {divergence}, {steps} steps"
         lines.append(line)

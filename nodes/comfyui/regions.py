@@ -16,6 +16,10 @@ from .recording import MixtureRecorder
 LIMITS = ("area", "mask")  # keys that limit a conditioning to a part of the latent
 STRENGTHS = ("strength", "mask_strength")  # and that may make it count for nothing
 ROUNDING = 1e-4  # relative difference below which two means count as equal
+SKIPPED = (
+    "no mixture: this model predicts one at every step, and did not now, as nodes that skip "
+    "network calls (EasyCache, LazyCache) make it; remove them, or use a stock sampler"
+)
 TIMES = ("timestep_start", "timestep_end")  # and to a part of the steps
 
 
@@ -44,7 +48,7 @@ def policy_of(
         latent: (B, C, *S), that the model was given.
 
     Raises:
-        ValueError: the model predicts no mixture.
+        ValueError: the model predicts no mixture, or none of one of the conditionings.
     """
     conds = conds or []
     active = [cond for cond in conds if cond["uuid"] in recorder.predictions]
@@ -53,12 +57,13 @@ def policy_of(
             return MeanOnly(
                 "no positive prompt at this step", "close the gap in the prompts' timestep ranges"
             )
-        raise ValueError(
-            "no mixture: this model predicts one at every step, and did not now, as nodes that "
-            "skip network calls (LazyCache) make it; remove them, or use a stock sampler"
-        )
+        raise ValueError(SKIPPED)
     if any(cond.get("default") for cond in conds):
         return MeanOnly("a default conditioning, for what others leave")
+    sigma = recorder.sigmas[active[0]["uuid"]].to(latent.device)
+    others = (cond for cond in conds if cond["uuid"] not in recorder.predictions)
+    if any(comfy.samplers.get_area_and_mult(cond, latent, sigma) is not None for cond in others):
+        raise ValueError(SKIPPED)
     parts = [_part_of(recorder, cond, latent, shape) for cond in active]
     if any(part is None for part in parts):
         return MeanOnly("predictions for parts of the latent (context windows, tiles)")

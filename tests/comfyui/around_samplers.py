@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from inside import board, far, flux, half_mask, ours, run_cases, sample, says
-from regions_inside import changed_positive, orders, regions
+from regions_inside import changed_positive, orders, regions, skipped
 from torch import Tensor
 
 SHRINK = 0.9  # factor by which the wrapper changes sigma
@@ -429,6 +429,7 @@ CASES = {
     "not a flow": not_a_flow,
     "not finite": not_finite,
     "regions": regions,
+    "skipped": skipped,
     "changed positive": changed_positive,
     "orders": orders,
     "saved": saved,

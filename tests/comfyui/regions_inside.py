@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from inside import far, flux, ours, sample
+from inside import far, flux, ours, sample, says
 from torch import Tensor
 
 
@@ -91,6 +91,26 @@ def regions(work: Path) -> dict[str, Any]:
     finally:
         blended.moved = moved
     return found
+
+
+def skipped(work: Path) -> dict[str, str]:
+    """Say what happens if the network call of one of two areas is skipped, as EasyCache does."""
+    model, latent, ((text, about),) = flux(work)
+    recorder = sys.modules[ours("regions").MixtureRecorder.__module__].MixtureRecorder
+    record, seen = recorder.record, []
+
+    def record_one_kind(self, prediction, sigma, options) -> None:
+        seen.extend(options["uuids"])
+        if options["uuids"][0] == seen[0]:
+            record(self, prediction, sigma, options)
+
+    positive = [[text, about], [-text, {**about, "area": (5, latent.shape[-1], 3, 0)}]]
+    try:
+        recorder.record = record_one_kind
+        sampler = ours("gm_sampler").gm_sampler("gm-policy")
+        return {"said": says(lambda: sample(model, latent, positive, sampler))}
+    finally:
+        recorder.record = record
 
 
 def orders(work: Path) -> dict[str, list[float]]:

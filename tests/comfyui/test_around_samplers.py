@@ -161,3 +161,8 @@ def test_guidance_may_come_before_the_adapter(found: dict[str, Any]) -> None:
     for name, (order, effect) in result.items():
         assert order < 1e-6, name
         assert effect > 1e-3, name
+
+
+def test_a_skipped_call_of_one_of_two_prompts_is_no_mixture(found: dict[str, Any]) -> None:
+    """As EasyCache skips calls; the other prompt's mixture alone would be another picture's."""
+    assert "this model predicts one at every step" in of(found, "skipped")["said"]

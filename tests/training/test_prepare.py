@@ -124,6 +124,16 @@ def test_two_processes_write_the_same_bytes(images, tmp_path):
     assert read_index(tmp_path / "one") == read_index(tmp_path / "two")
 
 
+def test_two_processes_refuse_the_folder_of_another_plan_together(images, tmp_path):
+    out = tmp_path / "out"
+    run(images, out)
+    options = split("--size 16 --pixels --workers 1 --device cpu")
+    ends = forked.run_ranks("-m", "training.prepare", "--data", images, "--out", out, *options)
+    for _, said, status in ends:
+        assert status == 1, ends
+        assert "size" in said, ends
+
+
 @pytest.mark.parametrize("flip", [True, False])
 def test_restart_rewrites_only_what_is_not_whole(images, tmp_path, flip):
     out = tmp_path / "out"

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from gmflow_core.files.errors import printable
 from gmflow_core.models.vae import SD_VAE, VAE
 from training.common.devices import on_cpu
-from training.common.processes import PATIENCE, again
+from training.common.processes import PATIENCE, again, together
 from training.common.settings import require, require_device, require_ranges
 from training.data.class_names import read_class_names
 from training.data.given_files import check_kept
@@ -118,9 +118,9 @@ def prepare(config: PreparationConfig) -> dict[str, Any]:
         with state.local_main_process_first():
             vae = load_vae(config.vae, state.device)
     plan = config.plan(images, vae)
-    if state.is_main_process:
-        begin_plan(config.out, plan, config.restart)
-    state.wait_for_everyone()
+    with together(state):
+        if state.is_main_process:
+            begin_plan(config.out, plan, config.restart)
     plan = check_plan(config.out, plan)
     writer = ShardWriter(
         config.out,

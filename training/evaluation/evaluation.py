@@ -13,6 +13,7 @@ from tqdm import tqdm
 from gmflow_core.files.atomic import atomic_write
 from gmflow_core.files.errors import FileError, quoted
 from gmflow_core.files.json_files import read_json, write_json
+from training.common.processes import together
 from training.evaluation.chunks import Chunks, key_digest, remove_chunks
 from training.evaluation.config import NEIGHBOURS, Config, Setting
 from training.evaluation.earlier_results import FORMAT, RESULTS, check_given, clean
@@ -47,9 +48,9 @@ class Evaluation:
         self.main = self.inputs.main
         check_given(config, self.inputs.settings)
         self.inputs.state.wait_for_everyone()
-        if self.main:
-            clean(config)
-        self.inputs.state.wait_for_everyone()
+        with together(self.inputs.state):
+            if self.main:
+                clean(config)
         self.extractor = load_extractor(self.inputs)
         self.results = config.out / RESULTS
 

@@ -13,15 +13,16 @@ seeds; the picture of neighbours stays in WORK, as it holds emoji, which are not
 repository.
 
 - steps: solvers of gmflow_core at 1 to 8 network calls, by training.evaluate.
-- stock: ComfyUI's samplers (stock.py says which not) with four schedulers on the shipped model, of
-  which only the mean is then known; screened on few samples, the best measured on all; beside them
-  ours, with one Gaussian and with the model's own mixture, which has the sigmas of the scheduler
-  beta, too. On the models that are trained like it the two best of these and GM-ODE, on the others
+- stock: ComfyUI's samplers (stock.py says which not) with four schedulers on the shipped model and
+  those trained like it, of which only the mean is then known; screened on few samples, the best
+  measured on all; beside them ours, with one Gaussian and with the model's own mixture, which has
+  the sigmas of the scheduler beta, too, and what is best on the shipped model. On the small models
   uni_pc alone.
-- guidance: CFG, ComfyUI's APG and probabilistic guidance of the shipped model inside ComfyUI, in
-  4 calls of GM-ODE and of UniPC.
+- guidance: CFG, ComfyUI's APG and probabilistic guidance of the shipped model and of large_fm, in
+  4 calls of GM-ODE and of UniPC inside ComfyUI.
 - likelihood: time-averaged, of held-out pictures, by training.likelihood.
-- neighbours: the training pictures nearest to samples of the best model and setting of `steps`.
+- neighbours: the training pictures nearest to samples of the shipped model at its best setting of
+  `steps`.
 
 There are as many samples as held-out pictures, and classes are drawn as often as the training
 pictures have them, so Fréchet distances compare with those of held-out pictures.
@@ -34,7 +35,6 @@ import dataclasses
 import math
 import re
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -66,7 +66,7 @@ LARGE, SHIPPED = "large_", "large_k8"  # how the names of large models begin; th
 STOCK_CALLS = (2, 3, 4)  # the best of four calls are measured at 8, too
 SCREENED = 100  # samples
 USUAL = {"sampler": "uni_pc", "scheduler": "simple"}  # on all models, as a KSampler runs it
-BEST = {"sampler": "uni_pc_bh2", "scheduler": "beta"}  # on the shipped model, in 2 to 4 calls
+BEST = {"sampler": "uni_pc_bh2", "scheduler": "beta"}  # of the shipped model, in 2 to 4 calls
 GM_ODE, SPREAD = {"sampler": "gm_ode"}, 0.5  # ours, and the spread of one Gaussian
 GUIDED = {  # kinds of guidance, and their scales or weights
     "": (1.0, 1.5, 3.0),
@@ -74,6 +74,7 @@ GUIDED = {  # kinds of guidance, and their scales or weights
     "APG, eta 0": (0.5, 2.0),
     "probabilistic": (0.1, 0.3),
 }
+GUIDED_MODELS = ("large_fm", SHIPPED)
 GUIDED_SAMPLERS = {"gm_ode": "gm", "uni_pc": "simple"}  # and their schedulers
 ROUNDS = 24  # times and noises for each held-out picture
 SHOWN, COLUMNS, ENLARGED = 16, 8, 3  # samples of the picture, in a row, and pixels per pixel
@@ -174,16 +175,14 @@ def evaluated(each: Trained, config: Config) -> list[Row]:
 
 
 def stock(data: PictureSet, models: list[Trained], work: Path, results: Path) -> None:
-    """Compare ComfyUI's samplers, and ours on the shipped model: emoji_stock.csv."""
+    """Compare ComfyUI's samplers, and ours on large models: emoji_stock.csv."""
     rows, kind = [], ("model", "sampler", "scheduler", "calls", "spread", "mixture")
     for each in models:
         settings = at_each_call(data, USUAL)
-        if each.name == SHIPPED:
+        if each.name.startswith(LARGE):
             settings += [*best_stock(data, each, work), *ours(data.count, (SPREAD,), SPREAD)]
             settings += at_each_call(data, {**GM_ODE, "scheduler": "beta", "mixture": True})
-        elif each.name.startswith(LARGE):
-            kinds = (BEST, {**GM_ODE, "spread": SPREAD}, {**GM_ODE, "mixture": True})
-            settings += [row for kind in kinds for row in at_each_call(data, kind)]
+            settings += at_each_call(data, BEST)
         rows += compared(data, each, settings, each.file(work, "stock"))
         publish(data, rows, kind, results / "emoji_stock.csv")
 
@@ -193,15 +192,16 @@ def at_each_call(data: PictureSet, kind: Row) -> list[Row]:
     return [{**kind, "calls": calls, "count": data.count} for calls in (*STOCK_CALLS, 8)]
 
 
-def shipped(models: list[Trained]) -> list[Trained]:
-    """Return the models that are named as the shipped one.
+def named(models: list[Trained], *names: str) -> list[Trained]:
+    """Return the models of some names.
 
     Raises:
         SystemExit: there is none.
     """
-    found = [each for each in models if each.name == SHIPPED]
+    found = [each for each in models if each.name in names]
     if not found:
-        raise SystemExit(f"this part is of the shipped model, emoji_{SHIPPED}_seed0; see --help")
+        folders = " and ".join(f"emoji_{name}_seed0" for name in names)
+        raise SystemExit(f"this part is of {folders}, which MODELS lacks; see --help")
     return found
 
 
@@ -231,7 +231,7 @@ def compared(data: PictureSet, each: Trained, settings: list[Row], path: Path) -
 
 
 def guidance(data: PictureSet, models: list[Trained], work: Path, results: Path) -> None:
-    """Compare kinds of guidance on the shipped model, in 4 calls: emoji_guidance.csv."""
+    """Compare kinds of guidance on GUIDED_MODELS, in 4 calls: emoji_guidance.csv."""
     common, rows = {"calls": 4, "mixture": True, "count": data.count}, []
     settings = [
         {"sampler": sampler, "scheduler": scheduler, "remedy": kind, "cfg": scale, **common}
@@ -239,7 +239,7 @@ def guidance(data: PictureSet, models: list[Trained], work: Path, results: Path)
         for kind, scales in GUIDED.items()
         for scale in scales
     ]
-    for each in shipped(models):
+    for each in named(models, *GUIDED_MODELS):
         rows += compared(data, each, settings, each.file(work, "guidance"))
         kind = ("model", "sampler", "remedy", "cfg")
         publish(data, rows, kind, results / "emoji_guidance.csv")
@@ -290,7 +290,8 @@ def neighbours(data: PictureSet, models: list[Trained], work: Path, results: Pat
     pictures. Mirror images count as training pictures, as training flips them. The .png has three
     rows for eight samples: these, the nearest pictures by pixels, and by features.
     """
-    each, best = best_setting(models, work)
+    each = named(models, SHIPPED)[0]
+    best = best_setting(each, work)
     samples = samples_of(evaluation_of(data, each, work), best)
     seen = torch.cat([data.train[0], data.train[0].flip(3)])
     sets = {"held-out pictures": data.test[0], "samples": samples}
@@ -319,20 +320,17 @@ def samples_of(config: Config, wanted: Row) -> Tensor:
     return torch.cat([chunks.read(number)[0]["images"] for number in range(len(chunks))])
 
 
-def best_setting(models: list[Trained], work: Path) -> tuple[Trained, Row]:
-    """Return model (of the first seed), solver and steps of the least mean Fréchet distance.
+def best_setting(each: Trained, work: Path) -> Row:
+    """Return solver and steps of the least Fréchet distance of a model.
 
     Raises:
         SystemExit: nothing is measured yet.
     """
-    files = [each.file(work, "steps") for each in models]
-    found = chain(*(read_json(file)["rows"] for file in files if file.is_file()))
-    means = means_of(list(found), ("model", "solver", "steps"), "frechet_distance")
-    if not means:
+    file = each.file(work, "steps")
+    if not file.is_file():
         raise SystemExit(f"{work} has no figures of steps yet; run --only steps first")
-    best = min(means, key=lambda row: row["frechet_distance"])
-    first = next(each for each in models if each.name == best["model"])
-    return first, {name: best[name] for name in ("solver", "steps")}
+    best = min(read_json(file)["rows"], key=lambda row: row["frechet_distance"])
+    return {name: best[name] for name in ("solver", "steps")}
 
 
 def pixels(images: Tensor) -> Tensor:

@@ -53,6 +53,7 @@ def test_parts_without_comfyui(place, tmp_path, monkeypatch):
     monkeypatch.setattr(emoji, "STEPS", (1, 2))
     monkeypatch.setattr(emoji, "SOLVERS", ("euler", "gm-ode"))
     monkeypatch.setattr(emoji, "ROUNDS", 2)
+    monkeypatch.setattr(emoji, "SHIPPED", "k8")
     with pytest.raises(SystemExit, match="run --only steps first"):
         emoji.neighbours(data, models, work, tmp_path)
     emoji.steps(data, models, work, tmp_path)
@@ -90,8 +91,8 @@ def test_parts_inside_comfyui(place, tmp_path, monkeypatch):
     monkeypatch.setattr(emoji, "screened", lambda *_, **__: found)
     monkeypatch.setattr(emoji, "STOCK_CALLS", (3,))
     with pytest.raises(SystemExit, match="emoji_large_k8_seed0"):
-        emoji.guidance(data, models, work, tmp_path)
-    models = [dataclasses.replace(models[1], name="large_k8"), models[3]]
+        emoji.guidance(data, models[:3], work, tmp_path)
+    models = [dataclasses.replace(models[1], name="large_k8"), models[0]]
     ours = [row for row in emoji.ours(data.count, (0.5,)) if row["calls"] == 2]
     monkeypatch.setattr(emoji, "ours", lambda *_: ours)
     monkeypatch.setattr(
@@ -99,11 +100,7 @@ def test_parts_inside_comfyui(place, tmp_path, monkeypatch):
     )
     emoji.stock(data, models, work, tmp_path)
     _, *rows = table(tmp_path / "emoji_stock.csv")
-    assert {row["sampler"] for row in rows if row["model"] == "large_fm"} == {
-        "uni_pc",
-        "uni_pc_bh2",
-        "gm_ode",
-    }
+    assert {row["sampler"] for row in rows if row["model"] == "fm"} == {"uni_pc"}
     rows = [row for row in rows if row["model"] == "large_k8"]
     steps = {(row["sampler"], row["calls"]): row["steps"] for row in rows if row["seed"] == "0"}
     assert (steps["uni_pc", "3"], steps["euler", "3"], steps["heun", "3"]) == ("3", "3", "2")

@@ -6,10 +6,12 @@ import functools
 import logging
 from collections.abc import Callable
 
+import comfy.hooks
 import comfy.model_management
 import comfy.model_patcher
 import comfy.model_sampling
 import comfy.samplers
+import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
@@ -18,11 +20,14 @@ from .finite import report_result
 from .guard import guarded
 from .latent_check import check_conditioning
 from .plain_model import without_spread
-from .probabilistic_cfg import CALC, has_probabilistic_guidance, name_of
+from .probabilistic_cfg import CALC, asks_for_negative, has_probabilistic_guidance, name_of
 from .recording import RECORDER
+from .regions import covered
+from .solver_choice import no_effect
 from .time_shift import check_flow
 
 GUIDE = "gmflow_guide"  # key of the additional models
+AROUND = tuple(f"sampler_{name}_function" for name in ("pre_cfg", "cfg", "post_cfg"))  # ComfyUI's
 Predict = Callable[[Tensor, Tensor], Tensor]  # (x, sigma) -> x_0
 
 
@@ -63,7 +68,8 @@ class AutoGuider(comfy.samplers.CFGGuider):
     hooks and wrappers, in its own way. The guide is an additional model of the main one, and is
     loaded with it. Only if both are clones of one model, with different weights (LoRA) or patches,
     can just one be loaded: then they are loaded in turn, in every step. The hooks of clones are
-    put on the weights in turn in any case.
+    put on the weights in turn in any case. Where no conditioning of the guide counts, nothing is
+    guided.
 
     Args:
         interval: sigmas (low, high) outside of which the guide is not called.
@@ -80,6 +86,7 @@ class AutoGuider(comfy.samplers.CFGGuider):
         self.inner_set_conds({"positive": positive})
         self.guide = comfy.samplers.CFGGuider(without_spread(guide, model))
         self.guide.inner_set_conds({"positive": guide_positive})
+        give_own_keyframes(self.guide.original_conds["positive"])
         for guider in (self, self.guide):
             check_conditioning(guider.model_patcher, guider.original_conds)
         self.scale, self.interval = scale, interval
@@ -171,7 +178,7 @@ class AutoGuider(comfy.samplers.CFGGuider):
         """Return the predictions of main model and guide.
 
         It replaces ComfyUI's own two calls (CALC); patches that change predictions, before guidance
-        or after it, still apply.
+        or after it, still apply, and find the main model.
         """
 
         def main() -> Tensor:
@@ -187,9 +194,13 @@ class AutoGuider(comfy.samplers.CFGGuider):
 
         loaded = self.inner_model.current_patcher
         if self.one_model and loaded is self.guide.model_patcher:  # first, to switch once less
-            guided = guide()
-            return [main(), guided]
-        return [main(), guide()]
+            guided, result = guide(), main()
+        else:
+            result, guided = main(), guide()
+        if not self.in_turn or any(model_options.get(name) for name in AROUND):
+            self._switch_to(self.model_patcher, x)
+        counts = covered(self.guide.conds["positive"], x, timestep)
+        return [result, guided if counts is None else torch.where(counts, guided, result)]
 
     def _switch_to(self, patcher: comfy.model_patcher.ModelPatcher, x: Tensor) -> None:
         """Give the one model that both are clones of the weights, patches and hooks of a clone."""
@@ -201,6 +212,27 @@ class AutoGuider(comfy.samplers.CFGGuider):
             memory = patcher.memory_required([2 * len(x), *x.shape[1:]])
             comfy.model_management.load_models_gpu([patcher], memory_required=memory)
         model.current_patcher = patcher
+
+
+def give_own_keyframes(conds: list[dict]) -> None:
+    """Give conditionings copies of their hooks, whose keyframes nobody else has.
+
+    Keyframes tell only the first who asks in a step that the strength of a hook has changed: of two
+    models with the same, the second would keep the strength from before.
+    """
+    groups: dict[int, comfy.hooks.HookGroup] = {}
+    keyframes: dict[int, comfy.hooks.HookKeyframeGroup] = {}
+    for cond in conds:
+        hooks = cond.get("hooks")
+        if hooks is None:
+            continue
+        if id(hooks) not in groups:
+            groups[id(hooks)] = own = comfy.hooks.HookGroup()
+            for hook in hooks.hooks:
+                shared, hook = hook.hook_keyframe, hook.clone()
+                hook.hook_keyframe = keyframes.setdefault(id(shared), shared.clone())
+                own.add(hook)
+        cond["hooks"] = groups[id(hooks)]
 
 
 def same_patches(a: comfy.model_patcher.ModelPatcher, b: comfy.model_patcher.ModelPatcher) -> bool:
@@ -233,6 +265,12 @@ def check_models(
             )
         if patcher.get_wrappers(WrappersMP.APPLY_MODEL, RECORDER):  # it predicts mixtures
             check_flow(patcher.get_model_object("model_sampling"))
+        if asks_for_negative(patcher.model_options):
+            no_effect(
+                f"a node on the {name} that needs a negative prediction (Normalized Attention "
+                "Guidance)",
+                "GM Autoguidance has none",
+            )
         other = patcher.model_options.get(CALC)
         if other is not None:
             raise ValueError(

@@ -7,6 +7,7 @@ import comfy.samplers
 from .gm_model import GMModel
 from .label_conditioning import unconditional
 from .latent_check import check_conditioning
+from .notices import notice
 from .paths import path_of
 from .plain_model import sampling_of
 from .probabilistic_cfg import (
@@ -89,8 +90,15 @@ def gm_guider(model, positive, negative=None, scale: float = 0.0) -> comfy.sampl
         )
     if negative is not None and not scale and not asks_for_negative(model.model_options):
         no_effect("negative", "the weight of the guidance is 0")
-    guider = comfy.samplers.CFGGuider(model)
-    guider.set_conds(positive, negative or (unconditional() if of_classes and scale else positive))
+    guider, conds = comfy.samplers.CFGGuider(model), {"positive": positive}
+    if negative is None and asks_for_negative(model.model_options):
+        notice(
+            "no negative conditioning, and a node on the model needs one, such as Normalized "
+            "Attention Guidance: connect one, or remove that node"
+        )
+    if negative is not None or (of_classes and scale):
+        conds["negative"] = unconditional() if negative is None else negative
+    guider.inner_set_conds(conds)
     check_conditioning(model, guider.original_conds)
     guider.set_cfg(scale if has_probabilistic_guidance(model) else 1.0)
     return guider

@@ -91,15 +91,12 @@ def say_own_mixture() -> None:
 
 
 def without_spread(guide, model):
-    """Return the guide of autoguidance without a set spread, as only that of the model counts."""
-    spread = guide.model_options.get(SPREAD)
-    if spread is None:
-        return guide
-    if spread != model.model_options.get(SPREAD):
-        no_effect("GM Spread on the guide", "only that of the model counts")
+    """Return a clone of the guide of autoguidance without a set spread: the model's counts."""
     guide = guide.clone()
-    del guide.model_options[SPREAD]
+    spread = guide.model_options.pop(SPREAD, None)
     guide.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, SPREAD)
+    if spread not in (None, model.model_options.get(SPREAD)):
+        no_effect("GM Spread on the guide", "only that of the model counts")
     return guide
 
 

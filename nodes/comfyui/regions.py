@@ -18,7 +18,8 @@ STRENGTHS = ("strength", "mask_strength")  # and that may make it count for noth
 ROUNDING = 1e-4  # relative difference below which two means count as equal
 SKIPPED = (
     "no mixture: this model predicts one at every step, and did not now, as nodes that skip "
-    "network calls (EasyCache, LazyCache) make it; remove them, or use a stock sampler"
+    "network calls (EasyCache, LazyCache) make it; remove them, or use a stock sampler without "
+    "probabilistic guidance"
 )
 TIMES = ("timestep_start", "timestep_end")  # and to a part of the steps
 

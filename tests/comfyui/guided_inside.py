@@ -75,7 +75,7 @@ def weight_zero_with_attention_guidance() -> dict[str, Any]:
 
     count = model.model.diffusion_model.register_forward_pre_hook
     count(lambda _, given: sizes.append(len(given[0]) // SHAPE[0]))
-    guided, kept = guiders.guided, guiders.no_effect
+    guided, kept = guiders.guided, (guiders.no_effect, guiders.notice)
     for each in (guided(guided(asking(model))), asking(guided(model)), guided(model)):
         stock(each, "euler", steps=1, cfg=0.0, negative=text(-1.0))
     try:
@@ -83,8 +83,12 @@ def weight_zero_with_attention_guidance() -> dict[str, Any]:
         for each in (asking(model), asking(guided(model)), model, guided(model)):
             guiders.gm_guider(each, text(), text(-1.0))
             said.append("")
+        guiders.notice = said.append
+        zeros, sigmas = torch.zeros(SHAPE), torch.tensor([1.0, 0.0])
+        alone = guiders.gm_guider(asking(model), text())
+        alone.sample(zeros, zeros, ours("gm_sampler").gm_sampler("gm-ode", quiet=True), sigmas)
     finally:
-        guiders.no_effect = kept
+        guiders.no_effect, guiders.notice = kept
     return {"sizes": sizes, "said": said}
 
 

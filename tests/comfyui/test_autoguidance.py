@@ -26,6 +26,7 @@ from .source_prompts import (
 )
 from .stand_in_files import write_text_encoder
 
+STYLE = "flux_style.safetensors"
 LOADERS = {
     "UNETLoader": {"weight_dtype": "default"},
     "GMFlowLoadDiffusionModel8bit": {"compute": "16 bit"},
@@ -45,7 +46,7 @@ def flux(server: Comfy) -> Comfy:
         write_flux(
             models / "diffusion_models" / f"{name}.safetensors", seed=seed, dtype=torch.float32
         )
-    write_lora(models / "loras" / "flux_style.safetensors", "flux")
+    write_lora(models / "loras" / STYLE, "flux")
     for name in ("clip_l", "t5xxl"):
         write_text_encoder(models / "text_encoders" / f"{name}.safetensors")
     server.object_info()
@@ -63,6 +64,19 @@ def auto(prompt: dict, guide: str = "guide", scale: float = 1.5, **settings) -> 
     return {**prompt, "guider": node("GMFlowAutoguidance", **wires, **about)}
 
 
+def with_hook(hook: str) -> dict:
+    """Return a node that puts hooks on the conditioning."""
+    wires = {"cond_NEW": ["text", 0], "hooks": [hook, 0]}
+    return node("ConditioningSetProperties", **wires, strength=1.0, set_cond_area="default")
+
+
+def with_copy(prompt: dict) -> dict:
+    """Return a prompt with a second `weak`, of a copy of the model's file."""
+    loader = node("UNETLoader", unet_name="flux1-copy.safetensors", weight_dtype="default")
+    weak = node("LoraLoaderModelOnly", **(prompt["weak"]["inputs"] | {"model": ["copy", 0]}))
+    return {**prompt, "copy": loader, "weak copy": weak}
+
+
 def flux_graph(steps: int = 3) -> dict:
     """Return two FLUX models, the first also weakened by a LoRA, and SamplerCustomAdvanced."""
     wires = {name: [name, 0] for name in ("noise", "guider", "sampler", "sigmas")}
@@ -72,7 +86,7 @@ def flux_graph(steps: int = 3) -> dict:
         "weak": node(
             "LoraLoaderModelOnly",
             model=["model", 0],
-            lora_name="flux_style.safetensors",
+            lora_name=STYLE,
             strength_model=-1.0,
         ),
         "clip": node(
@@ -179,12 +193,8 @@ def test_models_in_turn_are_what_they_are_apart(flux: Comfy, loader: str) -> Non
     before = flux.log().count("loaded in turn")
     in_turn = latent_of(flux, auto(base, "weak", start_percent=0.2))
     assert flux.log().count("loaded in turn") == before + 1
-    prompt = auto(base, "weak", start_percent=0.2)
+    prompt = with_copy(auto(base, "weak copy", start_percent=0.2))
     prompt["copy"] = node(loader, unet_name="flux1-copy.safetensors", **LOADERS[loader])
-    prompt["weak"] = {
-        **prompt["weak"],
-        "inputs": {**prompt["weak"]["inputs"], "model": ["copy", 0]},
-    }
     assert close(in_turn, latent_of(flux, prompt))
     assert flux.log().count("loaded in turn") == before + 1
     assert not close(in_turn, plain, atol=0.02)
@@ -197,18 +207,62 @@ def test_a_lora_hook_of_the_guide_is_the_lora(flux: Comfy) -> None:
     """It changes the guide only, whose model is the same, and leaves the model as it was."""
     plain, lora = latent_of(flux, flux_graph()), latent_of(flux, auto(flux_graph(), "weak"))
     hooked = auto(flux_graph(), "model")
-    about = {"lora_name": "flux_style.safetensors", "strength_model": -1.0}
-    hooked["hook"] = node("CreateHookLoraModelOnly", **about)
-    hooked["hooked"] = node(
-        "ConditioningSetProperties",
-        **{"cond_NEW": ["text", 0], "hooks": ["hook", 0]},
-        **{"strength": 1.0, "set_cond_area": "default"},
-    )
+    hooked["hook"] = node("CreateHookLoraModelOnly", lora_name=STYLE, strength_model=-1.0)
+    hooked["hooked"] = with_hook("hook")
     hooked["guider"]["inputs"]["guide_positive"] = ["hooked", 0]
     assert close(latent_of(flux, hooked), lora)
     assert not close(lora, plain, atol=0.02)
     ddim = node("KSamplerSelect", sampler_name="ddim")  # Euler, without the cache
     assert close(latent_of(flux, {**flux_graph(), "sampler": ddim}), plain)
+
+
+def test_hooks_with_keyframes_are_the_same_for_one_model_and_two(flux: Comfy) -> None:
+    """Model and guide have the same hook, and both are told when its strength changes."""
+
+    def hooked(guide: str) -> torch.Tensor:
+        prompt = with_copy(auto(flux_graph(steps=4), guide))
+        prompt["hook"] = node("CreateHookLoraModelOnly", lora_name=STYLE, strength_model=0.7)
+        prompt["first"] = node("CreateHookKeyframe", strength_mult=0.0, start_percent=0.0)
+        later = {"strength_mult": 1.0, "start_percent": 0.4, "prev_hook_kf": ["first", 0]}
+        prompt["later"] = node("CreateHookKeyframe", **later)
+        prompt["hooks"] = node("SetHookKeyframes", hooks=["hook", 0], hook_kf=["later", 0])
+        prompt["hooked"] = with_hook("hooks")
+        prompt["guider"]["inputs"]["positive"] = ["hooked", 0]
+        return latent_of(flux, prompt)
+
+    assert close(hooked("weak"), hooked("weak copy"))
+
+
+def test_nodes_that_call_the_model_after_guidance_find_the_model(flux: Comfy) -> None:
+    """Not the guide, whose LoRA is on the same weights in turn."""
+
+    def perturbed(guide: str) -> torch.Tensor:
+        prompt = with_copy(auto(flux_graph(), guide))
+        prompt["pag"] = node("PerturbedAttentionGuidance", model=["model", 0], scale=3.0)
+        prompt["guider"]["inputs"]["model"] = ["pag", 0]
+        return latent_of(flux, prompt)
+
+    assert close(perturbed("weak"), perturbed("weak copy"))
+
+
+def test_where_no_conditioning_of_the_guide_counts_nothing_is_guided(flux: Comfy) -> None:
+    prompt = auto(flux_graph(steps=4))
+    prompt["early"] = node(
+        "ConditioningSetTimestepRange", conditioning=["text", 0], start=0.0, end=0.4
+    )
+    prompt["guider"]["inputs"]["guide_positive"] = ["early", 0]
+    assert close(latent_of(flux, prompt), latent_of(flux, auto(flux_graph(4), end_percent=0.4)))
+
+
+def test_a_node_that_needs_a_negative_has_no_effect(flux: Comfy) -> None:
+    if "NAGuidance" not in flux.object_info():
+        pytest.skip("this ComfyUI has no Normalized Attention Guidance")
+    prompt = auto(flux_graph())
+    prompt["nag"] = node("NAGuidance", model=["model", 0], nag_scale=5, nag_alpha=0.5, nag_tau=1.5)
+    prompt["guider"]["inputs"]["model"] = ["nag", 0]
+    assert (
+        "no effect: a node on the model that needs a negative" in flux.run(prompt).texts["guider"]
+    )
 
 
 def test_a_spread_of_the_guide_is_said_to_have_no_effect(flux: Comfy) -> None:

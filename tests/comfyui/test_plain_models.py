@@ -72,8 +72,10 @@ def test_weight_0_saves_the_negative_prediction(found: dict) -> None:
 
 def test_weight_0_keeps_a_negative_that_attention_guidance_asks_for(found: dict) -> None:
     about = of(found, "weight 0 with attention guidance")
-    assert about["sizes"] == [2, 2, 1]
-    assert about["said"] == ["", "", "negative", "", "negative", ""]  # has no effect
+    assert about["sizes"] == [2, 2, 1, 1]  # the last without a negative
+    *unused, missing = about["said"]
+    assert unused == ["", "", "negative", "", "negative", ""]  # has no effect
+    assert missing.startswith("no negative conditioning, and a node on the model needs one")
 
 
 def test_another_nodes_function_for_predictions_is_called_or_refused(found: dict) -> None:

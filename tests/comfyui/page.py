@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ from .client import Comfy, PromptError, Result, prompt_errors
 
 try:
     from playwright.sync_api import BrowserContext, Page, Route, sync_playwright
+    from playwright.sync_api import TimeoutError as PlaywrightTimeoutError
 except ImportError:
     sync_playwright = None
+    PlaywrightTimeoutError = TimeoutError
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 OPTIONS = [
@@ -179,11 +181,15 @@ class ComfyPage:
     def search(self, words: str, timeout: float = 60) -> list[str]:
         """Return what the search for nodes lists for some words, best first."""
         field = self.page.locator(SEARCH_FIELD)
-        if not field.count():
+        deadline = time.monotonic() + timeout
+        while not field.is_visible():  # a page that is busy takes a double click for two clicks
             box = self.page.locator("#graph-canvas").bounding_box()
             assert box is not None
             self.page.mouse.dblclick(box["x"] + box["width"] / 2, box["y"] + box["height"] * 0.9)
-            field.wait_for(timeout=1000 * timeout)
+            with suppress(PlaywrightTimeoutError):
+                field.wait_for(timeout=1000 * min(5, timeout))
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no search in {timeout:g} s; the page shows {self.notices()}")
         field.fill(words)
         self.page.wait_for_timeout(300)  # the page waits for the end of the typing
         self.page.locator(SEARCH_RESULTS).first.wait_for(timeout=1000 * timeout)

@@ -135,6 +135,30 @@ def test_statistics_of_any_data_are_written_and_read_back(place, tmp_path):
         reference.main(["--data", str(tmp_path / "plain.npz"), *features])
 
 
+def test_a_finished_reference_is_kept_unless_it_is_to_be_replaced(place, tmp_path, capsys):
+    out = tmp_path / "r.npz"
+    same = ["--data", str(place / "train"), "--features", str(place / "f.safetensors")]
+    same += ["--device", "cpu", "--count", "30", "--out", str(out)]
+    reference.main(same)
+    written = out.read_bytes()
+    reference.main(same)
+    assert f"{out} is there already, of these images and features" in capsys.readouterr().out
+    for more, said in (
+        (["--count", "40"], r"of other images \(--data, --size, --count\); .*--replace"),
+        (["--keep", "5"], "of other --keep; "),
+    ):
+        with pytest.raises(SystemExit, match=said):
+            reference.main([*same, *more])
+    assert out.read_bytes() == written
+    reference.main([*same, "--keep", "5", "--replace"])
+    assert len(read_reference(out).measures) == 5
+    with np.load(out) as file:
+        arrays = {name: values for name, values in file.items() if name != "made_from"}
+    np.savez(out, **arrays)  # as an older version wrote it
+    with pytest.raises(SystemExit, match="of a version that did not say of what"):
+        reference.main(same)
+
+
 def test_statistics_of_stylegan_are_read_without_running_them(tmp_path):
     """Its pickle is a dict with sums; EDM2's has mu and sigma in an inner dict."""
     x = np.random.default_rng(0).normal(size=(30, 4)).astype(np.float32)

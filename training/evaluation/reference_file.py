@@ -2,14 +2,16 @@
 
 `training.reference` writes an .npz file with `mu` (D,) and `sigma` (D, D), mean and covariance of
 the features, as ADM's evaluator, EDM and others read them; `mu_s` and `sigma_s` of the spatial
-features; `features` (n, D) and `saturation` (n,) of n of the images, for precision and recall; and
-the SHA-256 of the feature network, `features_sha256` (32,).
+features; `features` (n, D) and `saturation` (n,) of n of the images, for precision and recall; the
+SHA-256 of the feature network, `features_sha256` (32,); and `made_from`, which tells images and
+settings from others, JSON in UTF-8, uint8.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from gmflow_core.files.atomic import atomic_write
 from gmflow_core.files.errors import FileError, printable, quoted
+from gmflow_core.files.json_files import json_object
 from gmflow_core.source.pickles import read_statistics_pickle
 from training.common.arrays import read_npz
 from training.evaluation.metrics import Measures, Statistics
@@ -164,12 +167,30 @@ def is_own_reference(path: Path) -> bool:
     return "features_sha256" in read_npz(path, ("features_sha256",))[1]
 
 
+def read_made_from(path: Path) -> dict[str, Any] | None:
+    """Return what tells a reference from others, as given to `write_reference`.
+
+    Returns:
+        None for a file of a version that did not write it.
+
+    Raises:
+        FileError: the file is damaged.
+    """
+    found = read_npz(path, ("made_from",))[0].get("made_from")
+    if found is None:
+        return None
+    if found.dtype != np.uint8 or found.ndim != 1:
+        raise FileError(path, f"has made_from in {found.dtype} {found.shape}", AGAIN)
+    return json_object(found.tobytes().decode("utf-8", "replace"), path, "made_from", AGAIN)
+
+
 def write_reference(
     path: Path,
     statistics: Statistics,
     spatial: Statistics,
     measures: Measures | None,
     fingerprint: str,
+    made_from: dict[str, Any],
 ) -> None:
     """Write a reference's file, atomically; for the names of its arrays see this file's top."""
     arrays = {
@@ -178,6 +199,7 @@ def write_reference(
         "mu_s": spatial.mean,
         "sigma_s": spatial.covariance,
         "features_sha256": np.frombuffer(bytes.fromhex(fingerprint), np.uint8),
+        "made_from": np.frombuffer(json.dumps(made_from).encode(), np.uint8),
     }
     if measures is not None:
         arrays["features"] = measures.features.numpy()

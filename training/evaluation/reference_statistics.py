@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from torch import Tensor
 
 from gmflow_core.files.atomic import check_target, remove_leftovers
-from gmflow_core.files.errors import FileError
+from gmflow_core.files.errors import FileError, printable
 from gmflow_core.files.targets import check_is_own
 from training.common.processes import together
 from training.common.settings import require, require_device, require_ranges, require_unused
@@ -31,9 +32,21 @@ from training.evaluation.reference import (
     open_reference,
     read_measures,
 )
-from training.evaluation.reference_file import is_own_reference, write_reference
+from training.evaluation.reference_file import (
+    is_own_reference,
+    read_made_from,
+    write_reference,
+)
 
 ALL = 10**9  # images
+SAID = {  # of what a file is made from, in messages
+    "of": "images (--data, --size, --count)",
+    "features": "features",
+    "spatial": "features",
+    "vae": "decoder (--vae)",
+    MARK: "decoder (--vae)",
+    "keep": "--keep",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,6 +75,8 @@ class Config:
     """Latents that a process decodes at a time."""
     chunk_size: int = 500
     """Images of a part; a stop loses at most one part for each process."""
+    replace: bool = False
+    """Replace a finished file of other images, features or settings."""
     device: str = "auto"
     """auto (what accelerate finds) or cpu."""
 
@@ -81,8 +96,11 @@ PRESETS = {"default": Config()}
 def write_statistics(config: Config, state: PartialState) -> None:
     """Measure the images in all processes, and write the file in the main one.
 
+    A file of the same images, features and settings is left as it is.
+
     Raises:
-        FileExistsError: --out is a file that this command did not write.
+        FileExistsError: --out is a file that this command did not write, or one of other images,
+            features or settings, and --replace is not given.
         FileNotFoundError: there are no such images, or no such features.
         ValueError: there are no images, they do not fit the features, or --out is one of the
             inputs.
@@ -113,6 +131,11 @@ def write_statistics(config: Config, state: PartialState) -> None:
     key = {"of": images.key, **feature_key(extractor), "vae": config.vae}
     if isinstance(images, PreparedImages) and images.vae is not None:
         key[MARK] = fingerprint(images.vae, decoding=True)
+    made_from = {**key, "keep": config.keep}
+    if is_finished(config, made_from):
+        if main:
+            print(f"{config.out} is there already, of these images and features")
+        return
     parts = config.out.with_name(f"{config.out.name}.parts")
     chunks = Chunks(parts, key, len(images), config.chunk_size)
     if main:
@@ -120,10 +143,33 @@ def write_statistics(config: Config, state: PartialState) -> None:
     measure_chunks(chunks, images, extractor, state, config.data.name)
     if main:
         found, spatial, kept = combine(chunks, config.keep)
-        write_reference(config.out, found, spatial, kept, extractor.fingerprint)
+        write_reference(config.out, found, spatial, kept, extractor.fingerprint, made_from)
         remove_chunks(parts)
         print(f"{config.out}: statistics of {len(images):,} images by {extractor.name}")
     state.wait_for_everyone()
+
+
+def is_finished(config: Config, wanted: dict[str, Any]) -> bool:
+    """Return whether the file is there, and is of these images, features and settings.
+
+    Args:
+        wanted: what it is to be made from.
+
+    Raises:
+        FileExistsError: it is of others, and --replace is not given.
+        FileError: it is damaged.
+    """
+    if not config.out.exists():
+        return False
+    found = read_made_from(config.out)
+    if found == wanted or config.replace:
+        return found == wanted
+    how = "of a version that did not say of what"
+    if found is not None:
+        differ = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
+        how = f"of other {' and '.join(sorted({SAID.get(name, name) for name in differ}))}"
+    text = f"{config.out} is finished, and {how}; give another --out, or --replace to replace it"
+    raise FileExistsError(printable(text))
 
 
 def load_features(features: str, weights: Path | None, state: PartialState) -> Extractor:

@@ -28,7 +28,7 @@ def add_sample_arguments(p: argparse.ArgumentParser) -> None:
     about = f"network calls (default {STEPS}, or what a distilled model was made for)"
     p.add_argument("--steps", type=int, help=about)
     about = "order of GM-ODE and GM-SDE (default 2)"
-    p.add_argument("--order", type=int, choices=(1, 2), default=2, help=about)
+    p.add_argument("--order", type=int, choices=(1, 2), help=about)
     p.add_argument(
         "--substeps",
         type=int,

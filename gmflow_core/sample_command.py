@@ -30,12 +30,14 @@ from .sample_arguments import add_sample_arguments
 from .sampling.few_steps import choose_sampling
 from .sampling.guidance import Guidance
 from .sampling.seeds import same_noise
+from .sampling.solvers import SOLVERS
 from .toys.density_picture import density_picture
 from .toys.points import sample_points
 
 MOST_NUMBERS = 2**31  # of all samples together that are kept in memory, 8 GiB
 ENDINGS = (".png", ".safetensors", "")  # of --out; the last is a folder's
 CONTENTS = ({"points"}, {"samples", "labels"})  # tensors of a .safetensors file of samples
+OF_SOLVERS = ("order", "substeps")  # options that not every solver takes
 FIRST_LABELS = 10  # that are sampled if none are given
 SMALLEST_SHOWN = 64  # pixels on a side of an image on a sheet, to which small ones are enlarged
 
@@ -58,11 +60,33 @@ def sample(args: argparse.Namespace) -> None:
     args.checkpoint = tidy_source(args.checkpoint)
     _check_out(args)
     metadata = read_metadata(args.checkpoint)
+    _check_effects(args, metadata["data"])
     if metadata["model_class"] == GMFlowMLP.__name__:
         _sample_points(args, metadata["data"])
     else:
         _sample_images(args)
     print(printable(str(args.target.resolve())))
+
+
+def _check_effects(args: argparse.Namespace, data: dict[str, Any]) -> None:
+    """Check that the solver takes the settings that are given for it.
+
+    Args:
+        data: the record of the checkpoint's samples, which may choose the solver.
+
+    Raises:
+        ValueError: it does not.
+    """
+    solver = choose_sampling(data, solver=args.solver).solver
+    for name in OF_SOLVERS:
+        value = getattr(args, name)
+        if value is not None and name not in SOLVERS[solver].settings:
+            raise ValueError(f"--{name} {value} has no effect with --solver {solver}; leave it out")
+
+
+def _solver_settings(args: argparse.Namespace) -> dict[str, int]:
+    """Return the settings that are given for the solver."""
+    return {name: getattr(args, name) for name in OF_SOLVERS if getattr(args, name) is not None}
 
 
 def _check_out(args: argparse.Namespace) -> None:
@@ -121,8 +145,7 @@ def _sample_points(args: argparse.Namespace, data: dict[str, Any]) -> None:
         checked_count(args.count, 100_000, network.channels),
         solver=own.solver,
         steps=own.steps,
-        order=args.order,
-        substeps=args.substeps,
+        **_solver_settings(args),
         shift=own.shift,
         seed=args.seed,
         sigmas=own.sigmas(),
@@ -180,8 +203,7 @@ def _sample_images(args: argparse.Namespace) -> None:
         steps=args.steps,
         shift=args.shift,
         guidance=guidance,
-        order=args.order,
-        substeps=args.substeps,
+        **_solver_settings(args),
         progress=show_progress,
     )
     ids = [config.num_classes] * count if labels is None else labels

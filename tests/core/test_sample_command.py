@@ -73,6 +73,9 @@ def test_a_mistake_before_the_first_picture_is_said_alone(tmp_path, capsys, opti
         (["--seeds", 1, "--labels", 3, 7, "03"], "--labels names class 3 more than once"),
         (["--outline"], "a model of images, which has no use for --outline"),
         (["--unlabelled", "--labels", 3], "--unlabelled does not go with --labels 3"),
+        (["--solver", "euler", "--substeps", 3], "--substeps 3 has no effect with --solver euler"),
+        (["--solver", "gm-sde", "--substeps", 3], "--substeps 3 has no effect with --solver gm-sd"),
+        (["--solver", "uni-pc", "--order", 2], "--order 2 has no effect with --solver uni-pc"),
     ],
 )
 def test_options_that_do_not_go_together(options, said, tmp_path):

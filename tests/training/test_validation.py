@@ -149,8 +149,8 @@ def test_wandb_gets_what_tensorboard_gets(data, tmp_path, monkeypatch):
     assert pictures[0].dtype == np.uint8
     assert pictures[0].shape[2] == 3
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ModuleNotFoundError, match="pip install wandb"):
-        new_trainer(data, tmp_path / "none", 5, "--wandb").run()
+    with pytest.raises(ModuleNotFoundError, match="pip install wandb"):  # before all else
+        new_trainer(data, tmp_path / "none", 5, "--wandb", "--features", "nowhere.safetensors")
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: 1 / 0))
     with pytest.raises(ValueError, match=r"wandb does not start .*wandb login"):
         new_trainer(data, tmp_path / "none", 5, "--wandb").run()

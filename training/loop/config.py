@@ -8,6 +8,7 @@ from typing import Literal
 
 from training.common.settings import require, require_device, require_ranges
 from training.evaluation.config import check_features
+from training.loop.wandb_run import import_wandb
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,6 +16,7 @@ class TrainerConfig:
     """Settings of a run. Subclasses add those of their model and data.
 
     Raises:
+        ModuleNotFoundError: wandb is asked for, and not installed.
         ValueError: a setting is out of its range.
     """
 
@@ -58,6 +60,8 @@ class TrainerConfig:
         require(self.lr > 0, "lr", self.lr, "positive")
         require_device(self.device)
         require_ranges(self)
+        if self.wandb:  # now, not when the reference of validation has been measured
+            import_wandb()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +69,7 @@ class ValidatedConfig(TrainerConfig):
     """Settings of a run whose samples are pictures, which can be compared with real ones.
 
     Raises:
+        ModuleNotFoundError: wandb is asked for, and not installed.
         ValueError: a setting is out of its range, or two of them do not go together.
     """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import uuid
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor
@@ -33,12 +34,7 @@ class WandbRun:
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], step: int):
-        try:
-            self.wandb = importlib.import_module("wandb")
-        except ImportError as error:
-            raise ModuleNotFoundError(
-                f"--wandb needs wandb, which does not import ({error}): pip install wandb"
-            ) from error
+        self.wandb = import_wandb()
         path = folder / RUN
         if step == 1 or not path.exists():
             with atomic_write(path) as temporary:
@@ -72,3 +68,17 @@ class WandbRun:
     def close(self) -> None:
         """End the run."""
         self.run.finish()
+
+
+def import_wandb() -> ModuleType:
+    """Import wandb.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+    """
+    try:
+        return importlib.import_module("wandb")
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"--wandb needs wandb, which does not import ({error}): pip install wandb"
+        ) from error

@@ -40,6 +40,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional
 
 from gmflow_core.files.json_files import read_json
 from gmflow_core.files.locks import locked
@@ -249,9 +250,10 @@ def likelihood(data: PictureSet, models: list[Trained], work: Path, results: Pat
     """Measure the likelihood of held-out pictures, in bits per dimension: emoji_likelihood.csv.
 
     Standard errors are those over pictures, each at ROUNDS times. `difference` is that to flow
-    matching of the same size and seed, if there is one, with the same times and noises.
+    matching of the same size and seed, if there is one, with the same times and noises, and
+    `difference_to_fewer` that to the model of the next smaller K.
     """
-    folder, rows, first = data.prepared("test"), [], {}
+    folder, rows, first, fewer = data.prepared("test"), [], {}, {}
     pictures = LatentDataset(folder)
     config = LikelihoodConfig(data=folder, count=ROUNDS * len(pictures), device="cpu")
     for each in models:
@@ -262,8 +264,12 @@ def likelihood(data: PictureSet, models: list[Trained], work: Path, results: Pat
         for name, values in found.items():
             row |= mean_and_error(name, torch.tensor(values).double(), len(bits))
         base = first.setdefault(each.budget, bits)
-        rows.append({**row, **mean_and_error("difference", bits - base, len(bits))})
-        means = means_of(rows, ("model",), "nll", "spectral_nll", "difference")
+        row |= mean_and_error("difference", bits - base, len(bits))
+        step = bits - fewer.get(each.budget, bits)
+        rows.append({**row, **mean_and_error("difference_to_fewer", step, len(bits))})
+        fewer[each.budget] = bits
+        names = ("nll", "spectral_nll", "difference", "difference_to_fewer")
+        means = means_of(rows, ("model",), *names)
         write([*rows, *means], results / "emoji_likelihood.csv")
 
 
@@ -287,14 +293,18 @@ def neighbours(data: PictureSet, models: list[Trained], work: Path, results: Pat
 
     Samples are as near as held-out pictures are, unless the model remembers training pictures;
     `share_below_1` and `share_below_10` are shares nearer than these percentiles of held-out
-    pictures. Mirror images count as training pictures, as training flips them. The .png has three
-    rows for eight samples: these, the nearest pictures by pixels, and by features.
+    pictures. SPOILED training pictures, as many as there are held-out ones, say which copies these
+    shares would betray. Mirror images count as training pictures, as training flips them. The .png
+    has three rows for eight samples: these, the nearest pictures by pixels, and by features.
     """
     each = named(models, SHIPPED)[0]
     best = best_setting(each, work)
     samples = samples_of(evaluation_of(data, each, work), best)
     seen = torch.cat([data.train[0], data.train[0].flip(3)])
+    some = torch.randperm(len(data.train[0]), generator=torch.Generator().manual_seed(0))
+    copied = data.train[0][some[: data.count]]
     sets = {"held-out pictures": data.test[0], "samples": samples}
+    sets |= {f"copies, {name}": spoil(copied) for name, spoil in SPOILED.items()}
     rows, shown = [], [samples[:SHOWN]]
     for space, of in (("pixels", pixels), ("features", partial(features, data))):
         real = of(seen)
@@ -310,6 +320,27 @@ def neighbours(data: PictureSet, models: list[Trained], work: Path, results: Pat
             rows.append({**each.about, **best, **about, **figures})
     write(rows, results / "emoji_neighbours.csv")
     draw(shown, work / "emoji_neighbours.png")
+
+
+def at_side(side: int, images: Tensor) -> Tensor:
+    """Return images (N, 3, H, W), uint8, of which `side` x `side` pixels are left, as large."""
+    small = functional.interpolate(images.float(), (side, side), mode="area")
+    large = functional.interpolate(small, images.shape[2:], mode="bilinear")
+    return large.round().to(torch.uint8)
+
+
+def with_noise(images: Tensor) -> Tensor:
+    """Return images, uint8, with Gaussian noise of a tenth of the range."""
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    return (images + 25.5 * noise).clamp(0, 255).round().to(torch.uint8)
+
+
+SPOILED = {  # copies of training pictures, as a model that remembers them might draw them
+    "half the resolution": partial(at_side, 16),
+    "a quarter of it": partial(at_side, 8),
+    "noise of 0.1": with_noise,
+    "moved by 2 pixels": partial(torch.roll, shifts=(2, 2), dims=(2, 3)),
+}
 
 
 def samples_of(config: Config, wanted: Row) -> Tensor:

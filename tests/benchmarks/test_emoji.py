@@ -73,11 +73,14 @@ def test_parts_without_comfyui(place, tmp_path, monkeypatch):
     assert float(first["difference"]) == float(large["difference"]) == 0  # of each size
     difference = float(second["nll"]) - float(first["nll"])
     assert float(second["difference"]) == pytest.approx(difference)
+    assert second["difference_to_fewer"] == second["difference"]  # K = 8 after flow matching
     emoji.neighbours(data, models, work, tmp_path)
     rows = table(tmp_path / "emoji_neighbours.csv")
     held_out = [row for row in rows if row["pictures"] == "held-out pictures"]
-    assert len(rows) == 4
+    assert len(rows) == 2 * (2 + len(emoji.SPOILED))
     assert all(float(row["share_below_1"]) <= 1 / 24 for row in held_out)
+    moved = [row for row in rows if row["pictures"] == "copies, half the resolution"]
+    assert float(moved[0]["median"]) < float(held_out[0]["median"])  # it is their own original
     assert Image.open(work / "emoji_neighbours.png").size[1] == 3 * (6 * (48 + 2) + 2)
     with monkeypatch.context() as later:  # a second start keeps the figures
         later.setattr(emoji, "Evaluation", None)

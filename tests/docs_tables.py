@@ -136,6 +136,13 @@ def one_cell(records: list[Record], row: Selection, column: Selection, *table: S
     return form.format_map(Numbers(found[0])) if found else ""
 
 
+class Blank(str):
+    """What a record lacks: nothing in any format."""
+
+    def __format__(self, spec: str) -> str:
+        return ""
+
+
 class Numbers(dict):
     """A record whose texts read as numbers where they are numbers."""
 
@@ -144,6 +151,8 @@ class Numbers(dict):
 
     def __getitem__(self, key: str) -> Any:
         value = super().__getitem__(key)
+        if value == "":
+            return Blank()
         try:
             return float(value)
         except ValueError:

@@ -293,21 +293,23 @@ def neighbours(data: PictureSet, models: list[Trained], work: Path, results: Pat
 
     Samples are as near as held-out pictures are, unless the model remembers training pictures;
     `share_below_1` and `share_below_10` are shares nearer than these percentiles of held-out
-    pictures. SPOILED training pictures, as many as there are held-out ones, say which copies these
-    shares would betray. Mirror images count as training pictures, as training flips them. The .png
-    has three rows for eight samples: these, the nearest pictures by pixels, and by features.
+    pictures. `nearer_to_training` is the share that is nearer to a training picture than to any
+    held-out one: without memory the training pictures' share of both. SPOILED training pictures, as
+    many as there are held-out ones, say which copies these shares would betray. Mirror images
+    count as pictures, as training flips them. The .png has three rows for eight samples: these, the
+    nearest pictures by pixels, and by features.
     """
     each = named(models, SHIPPED)[0]
     best = best_setting(each, work)
     samples = samples_of(evaluation_of(data, each, work), best)
-    seen = torch.cat([data.train[0], data.train[0].flip(3)])
+    seen, others = (torch.cat([x, x.flip(3)]) for x in (data.train[0], data.test[0]))
     some = torch.randperm(len(data.train[0]), generator=torch.Generator().manual_seed(0))
     copied = data.train[0][some[: data.count]]
     sets = {"held-out pictures": data.test[0], "samples": samples}
     sets |= {f"copies, {name}": spoil(copied) for name, spoil in SPOILED.items()}
     rows, shown = [], [samples[:SHOWN]]
     for space, of in (("pixels", pixels), ("features", partial(features, data))):
-        real = of(seen)
+        real, unseen = of(seen), of(others)
         found = {name: nearest(of(images), real) for name, images in sets.items()}
         held_out = found["held-out pictures"][0]
         shown.append(seen[found["samples"][1][:SHOWN]])
@@ -316,6 +318,9 @@ def neighbours(data: PictureSet, models: list[Trained], work: Path, results: Pat
             for percent in (1, 10):
                 nearer = distances < held_out.quantile(percent / 100)
                 figures[f"share_below_{percent}"] = nearer.double().mean().item()
+            if name != "held-out pictures":
+                away = nearest(of(sets[name]), unseen)[0]
+                figures["nearer_to_training"] = (distances < away).double().mean().item()
             about = {"pictures": name, "distance": space, "count": len(distances)}
             rows.append({**each.about, **best, **about, **figures})
     write(rows, results / "emoji_neighbours.csv")

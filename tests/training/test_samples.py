@@ -24,7 +24,7 @@ from training.common.arrays import NpzRows, Rows, write_npz
 from training.data.shards import to_pixels
 from training.evaluate import main, parse
 from training.evaluation.evaluation import Evaluation
-from training.evaluation.given_samples import FolderSamples
+from training.evaluation.given_samples import FolderSamples, NpzSamples
 from training.evaluation.models import image_labels, image_seeds
 from training.evaluation.report import METRICS, NEWER
 
@@ -114,6 +114,24 @@ def test_of_a_folder_with_too_many_images_random_ones_are_scored(tmp_path):
     assert files == FolderSamples(tmp_path, 10).files == sorted(files)
     assert len(set(files)) == 10
     assert {file.split("/")[0] for file in files} == {"a", "b"}
+
+
+def test_of_an_npz_file_with_too_many_images_random_ones_are_scored(tmp_path):
+    """Sorted by class, the first ones are all of one; each image keeps its label."""
+    images = np.arange(40, dtype=np.uint8)[:, None, None, None] * np.ones((8, 8, 3), np.uint8)
+    path = tmp_path / "sorted.npz"
+    np.savez(path, arr_0=images, arr_1=np.repeat([0, 1], 20))
+    samples = NpzSamples(path, 10)
+    pixels, labels = (
+        torch.cat(parts) for parts in zip(*map(samples.get, (range(4), range(4, 10))), strict=True)
+    )
+    numbers = pixels[:, 0, 0, 0].tolist()
+    assert numbers == sorted(set(numbers))
+    assert labels.tolist() == [number // 20 for number in numbers]
+    assert set(labels.tolist()) == {0, 1}
+    assert samples.key != {**NpzSamples(path, 40).key, "count": 10}
+    whole = NpzSamples(path, 40).get(range(40))[0]
+    assert whole[:, 0, 0, 0].tolist() == list(range(40))
 
 
 def test_samples_that_cannot_be_scored_are_named(place, tmp_path):

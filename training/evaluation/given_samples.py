@@ -64,6 +64,8 @@ class GivenSamples:
 class NpzSamples(GivenSamples):
     """Samples in an .npz file, in ADM's form: `arr_0` (N, H, W, 3) uint8, `arr_1` labels (N,).
 
+    Of more than `count` images random ones are taken, as of a folder.
+
     Raises:
         FileNotFoundError: there is no such file.
         FileError: it is damaged, or its arrays are others.
@@ -74,11 +76,13 @@ class NpzSamples(GivenSamples):
         check_images_array(self.images.dtype, self.images.shape, path)
         total, height, width, _ = self.images.shape
         self.size = checked_size(width, height, path)
-        self.count = checked_count(total, count, path)
+        self.rows = random_order(total, checked_count(total, count, path)).sort().values
         self.labels = self._labels(total)
         stat = path.stat()
         self.key = {"npz": path.name, "bytes": stat.st_size, "time": stat.st_mtime_ns}
-        self.key["count"] = self.count
+        self.key["count"] = len(self)
+        if len(self) < total:
+            self.key["chosen"] = "at random"
 
     def _labels(self, total: int) -> Tensor | None:
         """Return the labels, if there are any.
@@ -92,20 +96,21 @@ class NpzSamples(GivenSamples):
         if labels.shape != (total,) or labels.dtype.kind not in "iu":
             found = f"has arr_1 in {labels.dtype} {labels.shape} for {total} images"
             raise FileError(self.path, found, "it must be their labels (N,), whole numbers")
-        values = labels[: self.count]
+        values = labels[:total][self.rows.numpy()]
         if len(values) and values.max() > np.iinfo(np.int64).max:
             found = f"has the label {values.max()} in arr_1"
             raise FileError(self.path, found, "labels are below 2**63")
         return torch.from_numpy(values.astype(np.int64))
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.rows)
 
     def get(self, images: range) -> tuple[Tensor, Tensor | None]:
         """Return uint8 (n, 3, H, W), and labels (n,) if they are known."""
-        rows = slice(images.start, images.stop)
-        pixels = torch.from_numpy(self.images[rows]).permute(0, 3, 1, 2).contiguous()
-        return pixels, None if self.labels is None else self.labels[rows]
+        these = slice(images.start, images.stop)
+        rows = [self.images[row : row + 1] for row in self.rows[these].tolist()]
+        pixels = torch.from_numpy(np.concatenate(rows)).permute(0, 3, 1, 2).contiguous()
+        return pixels, None if self.labels is None else self.labels[these]
 
 
 class FolderSamples(GivenSamples):

@@ -62,8 +62,7 @@ class Config:
     """Compare saturations with the reference images', or with the known distribution of
     training.digits."""
     count: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 50_000
-    """Samples of each setting. Of --samples with more, the first ones of an .npz file, and random
-    ones of a folder."""
+    """Samples of each setting; of --samples with more, random ones."""
     solver: Annotated[
         tuple[SolverName, ...],
         tyro.conf.arg(

@@ -91,11 +91,12 @@ def test_parts_without_comfyui(place, tmp_path, monkeypatch):
 def test_parts_inside_comfyui(place, tmp_path, monkeypatch):
     data, models, work = place
     found = [{"sampler": name, "scheduler": "simple", "calls": 3} for name in ("euler", "heun")]
-    monkeypatch.setattr(emoji, "screened", lambda *_, **__: found)
+    searches = []
+    monkeypatch.setattr(emoji, "screened", lambda *_, **calls: searches.append(calls) or found)
     monkeypatch.setattr(emoji, "STOCK_CALLS", (3,))
     with pytest.raises(SystemExit, match="emoji_large_k8_seed0"):
         emoji.guidance(data, models[:3], work, tmp_path)
-    models = [dataclasses.replace(models[1], name="large_k8"), models[0]]
+    models = [*(dataclasses.replace(each, name="large_k8") for each in models[1:3]), models[0]]
     ours = [row for row in emoji.ours(data.count, (0.5,)) if row["calls"] == 2]
     monkeypatch.setattr(emoji, "ours", lambda *_: ours)
     monkeypatch.setattr(
@@ -104,6 +105,8 @@ def test_parts_inside_comfyui(place, tmp_path, monkeypatch):
     emoji.stock(data, models, work, tmp_path)
     _, *rows = table(tmp_path / "emoji_stock.csv")
     assert {row["sampler"] for row in rows if row["model"] == "fm"} == {"uni_pc"}
+    assert searches == [{"calls": (3,)}]  # on the first seed
+    assert {row["seeds"] for row in rows if row["model"] == "large_k8"} == {"", "2"}
     rows = [row for row in rows if row["model"] == "large_k8"]
     steps = {(row["sampler"], row["calls"]): row["steps"] for row in rows if row["seed"] == "0"}
     assert (steps["uni_pc", "3"], steps["euler", "3"], steps["heun", "3"]) == ("3", "3", "2")

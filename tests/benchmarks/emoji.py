@@ -257,7 +257,7 @@ def likelihood(data: PictureSet, models: list[Trained], work: Path, results: Pat
 
     Standard errors are those over pictures, each at ROUNDS times. `difference` is that to flow
     matching of the same size and seed, if there is one, with the same times and noises, and
-    `difference_to_fewer` that to the model of the next smaller K.
+    `difference_to_fewer` that to the model of the next smaller K there, named by `fewer`.
     """
     folder, rows, first, fewer = data.prepared("test"), [], {}, {}
     pictures = LatentDataset(folder)
@@ -271,11 +271,10 @@ def likelihood(data: PictureSet, models: list[Trained], work: Path, results: Pat
             row |= mean_and_error(name, torch.tensor(values).double(), len(bits))
         base = first.setdefault(each.budget, bits)
         row |= mean_and_error("difference", bits - base, len(bits))
-        step = bits - fewer.get(each.budget, bits)
-        rows.append({**row, **mean_and_error("difference_to_fewer", step, len(bits))})
-        fewer[each.budget] = bits
-        names = ("nll", "spectral_nll", "difference", "difference_to_fewer")
-        means = means_of(rows, ("model",), *names)
+        row["fewer"], before = fewer.get(each.budget, (each.name, bits))
+        rows.append({**row, **mean_and_error("difference_to_fewer", bits - before, len(bits))})
+        fewer[each.budget] = each.name, bits
+        means = means_of(rows, ("model",), "nll", "spectral_nll", "difference")
         write([*rows, *means], results / "emoji_likelihood.csv")
 
 

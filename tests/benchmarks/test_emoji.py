@@ -73,7 +73,7 @@ def test_parts_without_comfyui(place, tmp_path, monkeypatch):
     assert float(first["difference"]) == float(large["difference"]) == 0  # of each size
     difference = float(second["nll"]) - float(first["nll"])
     assert float(second["difference"]) == pytest.approx(difference)
-    assert second["difference_to_fewer"] == second["difference"]  # K = 8 after flow matching
+    assert (second["fewer"], second["difference_to_fewer"]) == ("fm", second["difference"])
     emoji.neighbours(data, models, work, tmp_path)
     rows = table(tmp_path / "emoji_neighbours.csv")
     held_out = [row for row in rows if row["pictures"] == "held-out pictures"]

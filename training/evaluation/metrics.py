@@ -213,11 +213,10 @@ def inception_score(probabilities: Tensor) -> float:
     """
     count = len(probabilities)
     splits = max(1, min(SPLITS, count // MIN_SPLIT))
+    bounds = [number * count // splits for number in range(1, splits)]
     order = torch.from_numpy(np.random.RandomState(SHUFFLE_SEED).permutation(count))
     scores = []
-    for p in (
-        probabilities[order].double().tensor_split([i * count // splits for i in range(1, splits)])
-    ):
+    for p in probabilities[order].double().tensor_split(bounds):
         scores.append(torch.special.xlogy(p, p / p.mean(0).clamp(min=1e-300)).sum(1).mean().exp())
     return torch.stack(scores).mean().item()
 

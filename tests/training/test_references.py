@@ -131,8 +131,17 @@ def test_statistics_of_any_data_are_written_and_read_back(place, tmp_path):
         with pytest.raises(ValueError, match=message):
             run(place, tmp_path / "out", "--reference", str(tmp_path / f"{name}.npz"))
     np.savez(tmp_path / "plain.npz", mu=np.zeros(3), sigma=np.eye(3))
-    with pytest.raises(SystemExit, match=r"plain\.npz holds no images, only statistics"):
-        reference.main(["--data", str(tmp_path / "plain.npz"), *features])
+    (tmp_path / "image.png").write_bytes(b"")
+    for name, message in (
+        ("plain.npz", r"plain\.npz holds no images, only statistics"),
+        (
+            "image.png",
+            r"image\.png is no \.npz or \.pkl file; give --data an \.npz",
+        ),
+        ("absent", r"there is no \S*absent; give --data an \.npz"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            reference.main(["--data", str(tmp_path / name), *features])
 
 
 def test_a_finished_reference_is_kept_unless_it_is_to_be_replaced(place, tmp_path, capsys):

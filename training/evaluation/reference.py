@@ -75,7 +75,8 @@ def open_reference(
         Images, and what the file holds; None or nothing where it has none.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such file or folder, or it is damaged.
+        FileNotFoundError, ValueError: there is no such file or folder, it is damaged, or a file of
+            another kind.
     """
     if path.suffix in ENDINGS:
         given = read_reference(path, option)
@@ -88,9 +89,11 @@ def open_reference(
         return prepared(path), ReferenceFile()
     if path.is_dir():
         return FolderImages(path, count, size, option), ReferenceFile()
+    advice = f"give --{option} an .npz or .pkl file, or a folder of images"
+    if path.exists():
+        raise FileError(path, "is no .npz or .pkl file", advice)
     what = "reference " if option == "reference" else ""
-    text = f"there is no {what}{path}; give --{option} an .npz or .pkl file, or a folder of images"
-    raise FileNotFoundError(printable(text))
+    raise FileNotFoundError(printable(f"there is no {what}{path}; {advice}"))
 
 
 def measure_reference(

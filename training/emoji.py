@@ -8,8 +8,9 @@ Nine classes (faces, people, animals, food, flags, ...), 3,781 pictures of 1,906
 skin tones each. OUT/train and OUT/test are folders of class folders. No emoji is in both, and none
 that looks the same, or mirrored the same, such as a person who faces right.
 
-The pictures are Google's Noto emoji, under the Apache License 2.0. npm downloads the package
-emoji-datasource-google 16.0.0 (74 MB, MIT), which lists and holds them; its checksum is checked.
+The pictures are Google's Noto emoji, under the Apache License 2.0; its flags are in the public
+domain or exempt from copyright. npm downloads the package emoji-datasource-google 16.0.0 (74 MB,
+MIT), which lists and holds them; its checksum is checked.
 """
 
 from __future__ import annotations

@@ -70,6 +70,7 @@ def plain_model(model: Any) -> Any:
     kept = {name: vars(ours)[name] for name in ("process_timestep", "extra_conds")}
     model.model.__class__ = type("PlainModel", (comfy.model_base.BaseModel,), kept)
     model.wrappers.clear()
+    model.model.diffusion_model.network.spectrum_net = None  # it is a part of the mixture
     return model
 
 

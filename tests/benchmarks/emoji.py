@@ -42,6 +42,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from gmflow_core.files.checkpoint import read_metadata
 from gmflow_core.files.json_files import read_json
 from gmflow_core.files.locks import locked
 from training.data.shards import LatentDataset
@@ -62,6 +63,7 @@ from .tables import RESULTS, Row, kept, means_of, write
 
 FOLDER = re.compile(r"emoji_((?:large_)?(?:fm|k\d+))_seed(\d+)")
 SOLVERS = ("euler", "dpmpp-2m", "uni-pc", "gm-ode", "gm-sde")
+WHITE = "gm-sde, white"  # without the spectrum network
 STEPS = (1, 2, 4, 8)
 LARGE, SHIPPED = "large_", "large_k8"  # how the names of large models begin; the shipped one
 STOCK_CALLS = (2, 3, 4)  # the best of four calls are measured at 8, too
@@ -140,12 +142,21 @@ def publish(data: PictureSet, rows: list[Row], kind: tuple[str, ...], path: Path
 
 
 def steps(data: PictureSet, models: list[Trained], work: Path, results: Path) -> None:
-    """Compare the solvers of gmflow_core on all models: emoji_steps.csv."""
+    """Compare the solvers of gmflow_core on all models: emoji_steps.csv.
+
+    A model with a spectrum network is sampled by GM-SDE without it, too: the rows of WHITE.
+    """
     rows = []
     for each in models:
         config = evaluation_of(data, each, work)
         key = key_of(data, each, solver=list(config.solver), steps=list(config.steps))
         rows += kept(each.file(work, "steps"), key, partial(evaluated, each, config))
+        if read_metadata(each.path)["config"].get("spectrum_layers"):
+            out = work / "evaluation_white"
+            white = dataclasses.replace(config, solver=("gm-sde",), spectrum=False, out=out)
+            key = key_of(data, each, spectrum=None, steps=list(config.steps))
+            found = kept(each.file(work, "white"), key, partial(evaluated, each, white))
+            rows += [{**row, "solver": WHITE} for row in found]
         publish(data, rows, ("model", "solver", "steps"), results / "emoji_steps.csv")
 
 

@@ -37,8 +37,8 @@ def place(tmp_path_factory):
     for seed, name, more in (
         (0, "large_fm", plain),
         (0, "fm", plain),
-        (0, "k8", {}),
-        (1, "k8", {}),
+        (0, "k8", {"spectrum_layers": (4,)}),
+        (1, "k8", {"spectrum_layers": (4,)}),
     ):
         path = work / f"emoji_{name}_seed{seed}" / "weights.safetensors"
         path.parent.mkdir()
@@ -60,7 +60,9 @@ def test_parts_without_comfyui(place, tmp_path, monkeypatch):
     floor, *rows = table(tmp_path / "emoji_steps.csv")
     assert floor["model"] == "held-out pictures"
     assert float(floor["class_accuracy"]) > 0.9  # by their own labels
-    assert len(rows) == (4 + 3) * 2 * 2  # each model, and the means of each kind
+    white = [row for row in rows if row["solver"] == emoji.WHITE]
+    assert len(white) == (2 + 1) * 2  # the models with a spectrum, and their means
+    assert len(rows) - len(white) == (4 + 3) * 2 * 2  # each model, and the means of each kind
     pair, [mean] = (
         [r for r in rows if kind(r) == ("k8", "gm-ode", "2") and (r["seed"] == "mean") == is_mean]
         for is_mean in (False, True)

@@ -70,7 +70,8 @@ def write_place(folder: Path) -> Path:
     images, labels = two_classes(200)
     write_prepared(folder / "train", images, labels)
     write_prepared(folder / "test", *two_classes(60, seed=1))
-    write_model(folder / "tiny.safetensors", data={"labels": CLASSES, "space": "pixels"})
+    data = {"labels": CLASSES, "space": "pixels"}
+    write_model(folder / "tiny.safetensors", data=data, spectrum_layers=(4,))
     settings = {"iterations": 40, "batch_size": 32, "progress": False}
     train_classifier(images, labels, CLASSES, **settings).save(folder / "f.safetensors")
     return folder

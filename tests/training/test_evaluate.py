@@ -172,6 +172,7 @@ def test_every_setting_reaches_the_samples(place, tmp_path):
         "shift": [*base, "--shift", "3"],
         "seed": [*base, "--seed", "1"],
         "solver": [*base, "--solver", "gm-sde"],
+        "spectrum": [*base, "--solver", "gm-sde", "--no-spectrum"],
         "classes": [*base, "--class-shares", "data"],
     }
     found = {name: samples_of(place, tmp_path / name, *more) for name, more in changes.items()}

@@ -60,6 +60,7 @@ def test_labels_that_are_no_whole_numbers_are_refused(label, tmp_path):
         (["--guidance-interval", "0", ".5"], "--guidance-interval has no effect without a --guid"),
         (["--solver", "gm-sde", "euler", "--substeps", "3"], "has no effect with --solver eul.*gm"),
         (["--solver", "euler", "--order", "1"], "--order has no effect with --solver euler"),
+        (["--no-spectrum"], "--no-spectrum has no effect with --solver gm-ode"),
     ],
 )
 def test_options_without_effect_are_refused(more, said, place, tmp_path):

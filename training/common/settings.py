@@ -73,8 +73,10 @@ def require_unused(config: Any, defaults: Any, names: Iterable[str], when: str) 
         ValueError: one of them was given another value.
     """
     for name in names:
-        if getattr(config, name) != getattr(defaults, name):
-            raise ValueError(f"--{name.replace('_', '-')} has no effect {when}; leave it out")
+        default = getattr(defaults, name)
+        if getattr(config, name) != default:
+            option = f"--{'no-' if default is True else ''}{name.replace('_', '-')}"
+            raise ValueError(f"{option} has no effect {when}; leave it out")
 
 
 def require_device(device: str) -> None:

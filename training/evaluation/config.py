@@ -84,6 +84,9 @@ class Config:
     substeps in all."""
     order: Literal[1, 2] = 2
     """Order of GM-ODE and GM-SDE."""
+    spectrum: bool = True
+    """GM-SDE draws x_0 with the model's spectrum network, if it has one; --no-spectrum draws every
+    pixel on its own."""
     shift: float | None = None
     """Shift of the time grid; by default 1, or a distilled model's own. A distilled model also
     keeps the size of its last step."""

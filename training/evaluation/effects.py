@@ -9,9 +9,9 @@ from training.common.settings import require_unused
 from training.evaluation.config import PRESETS, Config, Setting
 
 SAMPLING = (
-    *("solver", "steps", "guidance", "cfg", "guidance_interval", "substeps", "order", "shift"),
-    *("class_shares", "source", "unlabelled", "guide", "guide_scale", "end", "seed", "precision"),
-    "discard_samples",
+    *("solver", "steps", "guidance", "cfg", "guidance_interval", "substeps", "order", "spectrum"),
+    *("shift", "class_shares", "source", "unlabelled", "guide", "guide_scale", "end", "seed"),
+    *("precision", "discard_samples"),
 )
 
 
@@ -40,6 +40,6 @@ def check_effects(config: Config, settings: Sequence[Setting], pixels: bool) -> 
         names = ("guidance_interval",)
         require_unused(config, preset, names, "without a --guidance above 0 or --cfg above 1")
     solvers = sorted({setting.solver for setting in settings})
-    for name in ("substeps", "order"):
+    for name in ("substeps", "order", "spectrum"):
         if not any(name in SOLVERS[solver].settings for solver in solvers):
             require_unused(config, preset, (name,), f"with --solver {' '.join(solvers)}")

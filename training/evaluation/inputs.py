@@ -9,6 +9,7 @@ import torch
 from accelerate import PartialState
 
 from gmflow_core.models.precision import chosen_precision
+from gmflow_core.sampling.solvers import SOLVERS
 from gmflow_core.source.files import load_source
 from training.common.devices import on_cpu
 from training.common.processes import PATIENCE
@@ -154,6 +155,8 @@ class Inputs:
         }
         if config.end:
             key["end"] = config.end
+        if not config.spectrum and "spectrum" in SOLVERS[setting.solver].settings:
+            key["spectrum"] = "none"
         if setting.choice.final_step_size is not None:
             key["distilled"] = [setting.choice.final_step_size, setting.choice.temperature]
         if setting.choice.shift != 1 and setting.substeps(config) is not None:

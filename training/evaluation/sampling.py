@@ -88,6 +88,7 @@ class Sampler:
             guidance = Guidance(setting.scale, setting.guidance, interval=config.guidance_interval)
         if setting.steps:
             sigmas = setting.choice.sigmas(config.end)
+        spectrum = {} if config.spectrum else {"spectrum": None}
         x = sample_images(
             network,
             None if by_mode else labels,
@@ -104,5 +105,6 @@ class Sampler:
             modes=modes,
             guide=self.guide,
             guide_scale=config.guide_scale,
+            **spectrum,
         )
         return x, labels

@@ -30,6 +30,11 @@ def add_sample_arguments(p: argparse.ArgumentParser) -> None:
     about = "order of GM-ODE and GM-SDE (default 2)"
     p.add_argument("--order", type=int, choices=(1, 2), help=about)
     p.add_argument(
+        "--no-spectrum",
+        action="store_true",
+        help="draw every pixel of GM-SDE on its own, not with the model's spectrum network",
+    )
+    p.add_argument(
         "--substeps",
         type=int,
         help="GM-ODE's substeps per network call (default 8; give 32 for 1 step), GM policy's in "

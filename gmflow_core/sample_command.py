@@ -60,7 +60,7 @@ def sample(args: argparse.Namespace) -> None:
     args.checkpoint = tidy_source(args.checkpoint)
     _check_out(args)
     metadata = read_metadata(args.checkpoint)
-    _check_effects(args, metadata["data"])
+    _check_effects(args, metadata)
     if metadata["model_class"] == GMFlowMLP.__name__:
         _sample_points(args, metadata["data"])
     else:
@@ -68,25 +68,31 @@ def sample(args: argparse.Namespace) -> None:
     print(printable(str(args.target.resolve())))
 
 
-def _check_effects(args: argparse.Namespace, data: dict[str, Any]) -> None:
-    """Check that the solver takes the settings that are given for it.
+def _check_effects(args: argparse.Namespace, metadata: dict[str, Any]) -> None:
+    """Check that the settings that are given for the solver have an effect.
 
     Args:
-        data: the record of the checkpoint's samples, which may choose the solver.
+        metadata: the checkpoint's, which may choose the solver.
 
     Raises:
-        ValueError: it does not.
+        ValueError: one has none.
     """
-    solver = choose_sampling(data, solver=args.solver).solver
+    solver = choose_sampling(metadata["data"], solver=args.solver).solver
+    if args.no_spectrum:
+        if "spectrum" not in SOLVERS[solver].settings:
+            raise ValueError(f"--no-spectrum has no effect with --solver {solver}; leave it out")
+        if not metadata["config"].get("spectrum_layers"):
+            raise ValueError("--no-spectrum has no effect: this model has none; leave it out")
     for name in OF_SOLVERS:
         value = getattr(args, name)
         if value is not None and name not in SOLVERS[solver].settings:
             raise ValueError(f"--{name} {value} has no effect with --solver {solver}; leave it out")
 
 
-def _solver_settings(args: argparse.Namespace) -> dict[str, int]:
+def _solver_settings(args: argparse.Namespace) -> dict[str, int | None]:
     """Return the settings that are given for the solver."""
-    return {name: getattr(args, name) for name in OF_SOLVERS if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in OF_SOLVERS if getattr(args, name) is not None}
+    return {**given, "spectrum": None} if args.no_spectrum else given
 
 
 def _check_out(args: argparse.Namespace) -> None:

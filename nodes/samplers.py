@@ -86,13 +86,25 @@ class GMFlowSDESampler(io.ComfyNode):
             aliases="sampler, gm-sde, sde, stochastic, ancestral, gaussian, few step",
             description="Stochastic: each step draws the clean latent from the predicted mixture, "
             "then adds noise back. For SamplerCustomAdvanced, with GM Sigmas.",
-            inputs=[order_input()],
+            inputs=[
+                order_input(),
+                io.Boolean.Input(
+                    "spectrum",
+                    default=True,
+                    optional=True,
+                    tooltip="Draw with the model's spectrum network, if it has one: pixels vary "
+                    "together. Off: every pixel on its own, which is grainy in 1 or 2 steps and "
+                    "may be better in 4 or more.",
+                    **ADVANCED,
+                ),
+            ],
             outputs=[sampler_output()],
         )
 
     @classmethod
-    def execute(cls, order: int) -> io.NodeOutput:
-        return io.NodeOutput(gm_sampler("gm-sde", order=order))
+    def execute(cls, order: int, spectrum: bool = True) -> io.NodeOutput:
+        settings = {} if spectrum else {"spectrum": None}
+        return io.NodeOutput(gm_sampler("gm-sde", order=order, **settings))
 
 
 class GMFlowPolicySampler(io.ComfyNode):

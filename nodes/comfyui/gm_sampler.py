@@ -69,8 +69,11 @@ def gm_sampler(
         if wrapped.is_plain:
             report_start(wrapped, sigmas)
             own = {**own, "temperature": own.get("temperature") or 1.0}  # the spread as it is set
+        own = {"spectrum": wrapped.spectrum, **own}
         if own.get("spacing") == "sigma" and time_shift == 1:
             no_effect("spacing", "the time shift is 1: sigma and time are the same")
+        if "spectrum" in settings and wrapped.spectrum is None:
+            no_effect("spectrum", "no spectrum network applies to this model")
         if not quiet:
             about = [guidance_of(wrapped.guider)]
             if wrapped.is_plain and SOLVERS[solver].needs_mixture:
@@ -84,7 +87,6 @@ def gm_sampler(
             wrapped.to_solver(x, sigmas[0]),
             sigmas,
             shift=time_shift,
-            spectrum=wrapped.spectrum,
             noise=step_noise(wrapped, extra_args.get("seed") or 0, x),
             callback=progress(wrapped, sigmas, callback),
             constrain=wrapped.constrain if wrapped.masked else None,

@@ -117,6 +117,8 @@ def report_settings(
     about += _unusual_times(sigmas, shift, usual_final_step_size(few_steps, solver), highest)
     if "order" in known.settings:
         about.append(f"order {settings.get('order', 2)}")
+    if "spectrum" in known.settings and settings.get("spectrum") is not None:
+        about.append("with its spectrum network")
     if "temperature" in known.settings and "temperature" not in unused:
         temperature = settings.get("temperature")
         about.append(

@@ -96,20 +96,10 @@ def graph(
 
 def ksampler(prompt: dict, cfg: float, model: str = "guided", steps: int = 4) -> dict:
     """Return the prompt with GM Probabilistic Guidance and a stock KSampler."""
-    wires = {
-        "positive": ["labels", 0],
-        "negative": ["labels", 1],
-        "latent_image": ["labels", 2],
-        "model": [model, 0],
-    }
-    settings = {
-        "seed": 0,
-        "steps": steps,
-        "cfg": cfg,
-        "sampler_name": "euler",
-        "scheduler": "simple",
-        "denoise": 1.0,
-    }
+    names = ("positive", "negative", "latent_image")
+    wires = {name: ["labels", output] for output, name in enumerate(names)} | {"model": [model, 0]}
+    stock = {"sampler_name": "euler", "scheduler": "simple"}
+    settings = {"seed": 0, "steps": steps, "cfg": cfg, "denoise": 1.0, **stock}
     guided = node("GMFlowProbabilisticGuidance", model=["model", 0], **CFG)
     return {**prompt, "guided": guided, "sample": node("KSampler", **settings, **wires)}
 
@@ -142,6 +132,7 @@ def outside(
     solver: str = "gm-ode",
     guidance: Guidance | None = None,
     dtype: torch.dtype | None = torch.float32,
+    **changes,
 ) -> Tensor:
     """Return samples from gmflow_core alone, with the noise that ComfyUI draws for seed 0."""
     network, config = load_checkpoint(path, dtype=dtype)
@@ -153,7 +144,7 @@ def outside(
     ]
     denoiser = class_denoiser(network, torch.tensor(labels), guidance)
     settings = {"substeps": 4, "spectrum": network.spectrum_net, "noise": noise}
-    return solve(solver, denoiser, x, flow_sigmas(4), **settings)
+    return solve(solver, denoiser, x, flow_sigmas(4), **{**settings, **changes})
 
 
 close = functools.partial(torch.allclose, atol=2e-4, rtol=1e-4)
@@ -165,6 +156,14 @@ def test_gm_sampler_equals_the_library(comfy: Comfy, pixels: Path, solver: str) 
     expected = outside(pixels, solver=solver, guidance=Guidance(0.4))
     assert close(latent_of(comfy, graph(solver=solver, guidance=0.4)), expected)
     assert not close(latent_of(comfy, graph(solver=solver)), expected)
+
+
+def test_gm_sde_without_the_spectrum_equals_the_library(comfy: Comfy, pixels: Path) -> None:
+    guider = node("BasicGuider", model=["model", 0], conditioning=["labels", 0])
+    off = {**SDE, "inputs": {**SDE["inputs"], "spectrum": False}}
+    found, other = (latent_of(comfy, custom(graph(), guider, each)) for each in (off, SDE))
+    assert close(found, outside(pixels, solver="gm-sde", spectrum=None))
+    assert not close(found, other)
 
 
 def test_gm_guider_equals_the_library(comfy: Comfy, pixels: Path) -> None:

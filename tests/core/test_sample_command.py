@@ -3,6 +3,7 @@
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from gmflow_core import pipeline as pipeline_module
 from gmflow_core import sample_command
@@ -76,6 +77,7 @@ def test_a_mistake_before_the_first_picture_is_said_alone(tmp_path, capsys, opti
         (["--solver", "euler", "--substeps", 3], "--substeps 3 has no effect with --solver euler"),
         (["--solver", "gm-sde", "--substeps", 3], "--substeps 3 has no effect with --solver gm-sd"),
         (["--solver", "uni-pc", "--order", 2], "--order 2 has no effect with --solver uni-pc"),
+        (["--no-spectrum"], "--no-spectrum has no effect with --solver gm-ode"),
     ],
 )
 def test_options_that_do_not_go_together(options, said, tmp_path):
@@ -88,6 +90,16 @@ def test_a_label_that_is_named_twice_has_pictures_of_several_seeds(tmp_path):
     sample(tmp_path / "out", "--labels", 3, 3, "--count", 2)
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == [f"0003_seed{seed}.png" for seed in range(4)]
+
+
+def test_gm_sde_draws_with_and_without_the_spectrum(tmp_path):
+    options = ["--labels", 3, "--solver", "gm-sde", "--steps", 2]
+    found = []
+    for name, more in (("with", []), ("without", ["--no-spectrum"])):
+        path = tmp_path / f"{name}.safetensors"
+        sample(path, *options, *more)
+        found.append(load_file(path)["samples"])
+    assert (found[0] - found[1]).abs().mean() > 0.01
 
 
 def test_points_have_no_use_for_options_of_pictures(tmp_path):

@@ -10,10 +10,12 @@ from pathlib import Path
 from .files.errors import printable
 from .files.fetching import (
     RemoteFile,
+    cache_place,
     check_room,
     fetch_into,
     fetch_into_cache,
     remote_files,
+    unmatched,
 )
 from .files.published import COLLECTIONS, ENCODERS, NOTES, Part, all_parts, parts_of
 from .files.targets import path_argument
@@ -46,7 +48,8 @@ def fetch(args: argparse.Namespace) -> None:
     """Fetch parts of a collection and check them, or list them.
 
     Raises:
-        ValueError: a part is unknown, or an option does not go with it.
+        ValueError: a part is unknown, or an option does not go with it; or the hub lacks some of
+            the files, after the others are fetched.
         OSError: the hub cannot be reached, or a file cannot be written.
     """
     if args.encoder and args.collection != "mm-fm":
@@ -60,19 +63,28 @@ def fetch(args: argparse.Namespace) -> None:
     parts = parts_of(args.collection, encoder, args.parts)
     if args.comfyui is not None:
         check_comfyui(args.comfyui, parts)
-    found = [(part, file) for part in parts for file in remote_files(part.repository, part.files)]
-    if args.to is None and args.comfyui is None:
-        for number, (_, file) in enumerate(found, 1):
-            _say(number, len(found), file)
-            print(printable(str(fetch_into_cache(file))))
-        return
-    places = [(file, _place(part, file, args)) for part, file in found]
+    places: list[tuple[RemoteFile, Path]] = []
+    missing: list[str] = []
+    for part in parts:
+        files = remote_files(part.repository, part.files)
+        missing += [f"{part.repository}/{name}" for name in unmatched(files, part.files)]
+        places += [(file, _place(part, file, args)) for file in files]
+    in_all = sum(file.size or 0 for file, _ in places)
+    print(f"{len(places)} files, {in_all / 1e9:.2f} GB in all", file=sys.stderr, flush=True)
     check_room(places)
     for number, (file, path) in enumerate(places, 1):
-        _say(number, len(found), file)
+        _say(number, len(places), file)
+        if args.to is None and args.comfyui is None:
+            print(printable(str(fetch_into_cache(file))))
+            continue
         is_new = fetch_into(file, path, args.force)
         how = "size and digest" if file.is_checked else "size"
         print(printable(f"{path.resolve()}: {'fetched' if is_new else 'there'}, {how} right"))
+    if missing:
+        raise ValueError(
+            f"the hub does not have {', '.join(missing)}; it was published otherwise: look at its "
+            "page there"
+        )
 
 
 def listing(collection: str, encoder: str, names: Sequence[str]) -> str:
@@ -116,6 +128,8 @@ def _place(part: Part, file: RemoteFile, args: argparse.Namespace) -> Path:
     """Return where a file belongs."""
     if args.to is not None:
         return args.to / part.repository.split("/")[1] / file.path
+    if args.comfyui is None:
+        return cache_place(file)
     return args.comfyui / "models" / part.comfyui / file.path
 
 

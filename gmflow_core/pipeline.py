@@ -18,7 +18,7 @@ from .files.labels import label_numbers
 from .models.devices import usable_device
 from .models.image_network import ImageNetwork
 from .models.precision import chosen_precision, set_precision
-from .models.vae import SD_VAE
+from .models.vae import SD_VAE, VAE
 from .pictures import to_image
 from .sampling.few_steps import Choice, choose_sampling
 from .sampling.guidance import Guidance
@@ -61,8 +61,9 @@ class ImagePipeline:
         network: a `GMDiT` or `DiTDH`.
         data: what its samples are, see `save_checkpoint`.
         name: the model's name in messages.
-        vae: decodes its latents: a folder or hub id for `load_vae`, or a `Decoder`. None: that of
-            the folder or hub id `name`.
+        vae: decodes its latents: a folder or hub id for `load_vae`; an AutoencoderKL of diffusers,
+            which is put on the model's device in float32; or a `Decoder`. None: that of the folder
+            or hub id `name`.
         source: mixture source that the model was trained with, if any.
 
     Attributes:
@@ -97,6 +98,9 @@ class ImagePipeline:
         self.knows_modes = record is not None and record.get("conditioning") == "mode"
         if vae is not None and self.makes_pixels:
             raise ValueError(f"{name} makes pixels, which need no VAE; leave it out")
+        if hasattr(vae, "post_quant_conv"):  # diffusers' own
+            vae = VAE(vae).to(next(network.parameters()).device)
+            self._check_vae(vae)
         self._vae = vae
 
     @classmethod
@@ -334,6 +338,8 @@ class ImagePipeline:
     ) -> list[int]:
         """Return the number of each image's label; `num_classes` stands for no class."""
         if labels is not None:
+            if self.data.get("unlabelled"):
+                raise ValueError(f"{self.name} was trained without classes; give it no labels")
             return self.label_ids(labels)
         if self.knows_modes:
             raise ValueError(

@@ -94,6 +94,11 @@ def remote_files(repository: str, patterns: Sequence[str]) -> list[RemoteFile]:
     return sorted(files, key=lambda file: file.path)
 
 
+def unmatched(files: Sequence[RemoteFile], patterns: Sequence[str]) -> list[str]:
+    """Return the patterns that no file of a repository matches."""
+    return [p for p in patterns if not any(fnmatchcase(file.path, p) for file in files)]
+
+
 def fetch_into(file: RemoteFile, path: Path, force: bool = False) -> bool:
     """Fetch a file to `path`, from where an earlier start was stopped; return whether it was new.
 
@@ -149,6 +154,18 @@ def fetch_into_cache(file: RemoteFile) -> Path:
             if not problem:
                 return path
     raise FileError(path, f"was damaged on its way: it {problem}", "run the command again")
+
+
+def cache_place(file: RemoteFile) -> Path:
+    """Return where a file is in the hub's cache; a path that is not there if it is to be fetched.
+
+    Raises:
+        ValueError: huggingface_hub is not installed.
+    """
+    with _reached(file.repository, file.path) as hub:
+        found = hub.try_to_load_from_cache(file.repository, file.path)
+        folder = Path(hub.constants.HF_HUB_CACHE)
+    return Path(found) if isinstance(found, str) else folder / file.repository / file.path
 
 
 def check_room(files: Sequence[tuple[RemoteFile, Path]]) -> None:

@@ -38,6 +38,8 @@ def remote(tmp_path):
     for repository, path, size in (
         (IMAGENET, TRANSFORMER, 14 * MIB),
         (IMAGENET, "vae/diffusion_pytorch_model.bf16.safetensors", 5000),
+        (IMAGENET, "spectrum_net/diffusion_pytorch_model.safetensors", 100),
+        (IMAGENET, "transformer/config.json", 20),
         (IMAGENET, "model_index.json", 50),
         (IMAGENET, "README.md", 10),
         (IMAGENET, "transformer/diffusion_pytorch_model.fp16.safetensors", 10),
@@ -89,10 +91,9 @@ def test_a_killed_fetch_goes_on_and_what_arrives_is_checked(remote, tmp_path):
         said, shown = process.communicate()
         fetched, damaged, gated, missing, unknown = said.split("--\n")[:5]
         counts = [fetched.count(f"{how}, size and digest right") for how in ("there", "fetched")]
-        assert counts == [1, 2], said + shown
-        starts = [
-            at for name, at in zip(hub.fetched, hub.starts, strict=True) if name == TRANSFORMER
-        ]
+        assert counts == [3, 2], said + shown
+        each = zip(hub.fetched, hub.starts, strict=True)
+        starts = [at for name, at in each if name == TRANSFORMER]
         assert starts[0] == 0 < starts[1]
         for path in (out / MODEL).rglob("*.*"):
             if path.is_file() and not path.name.startswith("."):
@@ -108,19 +109,16 @@ def test_a_killed_fetch_goes_on_and_what_arrives_is_checked(remote, tmp_path):
 
         hub.damaged.clear()
         changed.write_text("mine")
+        (remote / IMAGENET / "vae" / "diffusion_pytorch_model.bf16.safetensors").unlink()
         count = len(hub.fetched)
-        process = start(
-            hub,
-            home,
-            fetch,
-            [*fetch, "--force"],
-            [*adapter, "gmflux_k8_piid_4step", "--comfyui", str(comfyui)],
-            [*adapter, "gmflux_k8_piid_4step"],
-        )
+        flux = [*adapter, "gmflux_k8_piid_4step"]
+        there = [*flux, "--comfyui", str(comfyui)]
+        process = start(hub, home, fetch, [*fetch, "--force"], there, flux)
         said, shown = process.communicate()
         other, forced, placed, cached, found = said.split("--\n")
         assert "is there already and is another file" in other
-        assert (forced.count(": there,"), forced.count(": fetched,")) == (2, 1), said + shown
+        assert (forced.count(": there,"), forced.count(": fetched,")) == (3, 1), said + shown
+        assert f"the hub does not have {IMAGENET}/vae/*.safetensors; it was published" in forced
         assert (comfyui / "models" / "loras" / ADAPTER).read_bytes() == (
             remote / "Lakonik/pi-FLUX.1" / ADAPTER
         ).read_bytes()

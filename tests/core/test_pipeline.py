@@ -108,6 +108,30 @@ def test_latents_without_a_vae_say_where_to_get_one(published, tmp_path, monkeyp
         sample(published, out)
 
 
+def test_a_vae_of_diffusers_decodes_as_the_folder_of_it(published):
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(published / "vae", variant="bf16")
+    settings = {"seeds": [3], "steps": 1}
+    [theirs] = ImagePipeline.load(published, vae=vae)(["tench"], **settings)
+    [own] = ImagePipeline.load(published)(["tench"], **settings)
+    assert ImageChops.difference(theirs, own).getbbox() is None
+    vae.register_to_config(latent_channels=16)
+    with pytest.raises(ValueError, match="decodes latents of 16 channels"):
+        ImagePipeline.load(published, vae=vae)
+
+
+def test_a_model_without_classes_takes_no_labels(tmp_path):
+    path = tmp_path / "unlabelled.safetensors"
+    network, _ = load_checkpoint(SHIPPED / "digits_k8.safetensors")
+    save_checkpoint(network, path, data={"space": "pixels", "unlabelled": True})
+    with pytest.raises(ValueError, match="was trained without classes; give it no labels"):
+        ImagePipeline.load(path)([3])
+    with pytest.raises(SystemExit, match="was trained without classes; give it no labels"):
+        sample(path, tmp_path / "out.png", "--labels", "3")
+    assert len(ImagePipeline.load(path)(None, seeds=[0], steps=1)) == 1
+
+
 def test_a_hub_id_brings_its_own_vae(published, hub):
     hub.remote = published
     picture = ImagePipeline.load("owner/name", device="cpu")([0], steps=1)[0]

@@ -18,8 +18,10 @@ from gmflow_core import (
 )
 from gmflow_core.files.errors import FileError
 from gmflow_core.models.mlp import GMFlowMLP, GMFlowMLPConfig
+from gmflow_core.models.vae import SD_VAE
 from gmflow_core.sampling.solvers import SOLVERS
 from tests import forked
+from tests.diffusers_folder import random_model, write_published_folder
 from tests.training.evaluation_runs import (
     CLASSES,
     arguments,
@@ -30,12 +32,13 @@ from tests.training.evaluation_runs import (
     write_prepared,
 )
 from training.data.shards import to_pixels
+from training.encoders.load import load_vae
 from training.evaluate import main, parse
 from training.evaluation import chunks, inputs, sampling
 from training.evaluation.classifier import Classifier, ClassifierConfig, ClassifierFeatures
 from training.evaluation.config import Config, settings_of, short_names
 from training.evaluation.evaluation import read_results
-from training.evaluation.models import class_shares, image_labels, image_seeds
+from training.evaluation.models import Space, class_shares, image_labels, image_seeds
 
 
 @pytest.fixture(scope="module")
@@ -367,6 +370,9 @@ def test_samples_of_another_checkpoint_are_refused(place, tmp_path):
 def test_samples_without_a_label(place, tmp_path):
     with pytest.raises(ValueError, match=r"--class-shares data does not go with .*tiny"):
         run(place, tmp_path / "wrong", "--unlabelled", "--class-shares", "data")
+    for more in (["--guidance", ".3"], ["--cfg", "4"]):
+        with pytest.raises(ValueError, match=r"samples of no class, which those of .*tiny"):
+            run(place, tmp_path / "wrong", "--unlabelled", *more)
     [row] = run(place, tmp_path / "out", "--unlabelled")["results"]
     assert row["class_accuracy"] is None
     found = samples_of(place, tmp_path / "samples", "--unlabelled")
@@ -381,6 +387,16 @@ def test_samples_without_a_label(place, tmp_path):
         place, tmp_path / "by_itself", "--checkpoint", str(tmp_path / "unlabelled.safetensors")
     )["results"]
     assert row["class_accuracy"] is None
+
+
+def test_a_published_model_is_decoded_by_its_own_vae(tmp_path):
+    pytest.importorskip("diffusers")
+    labels = {str(number): f"class {number}" for number in range(10)}
+    for name, weights in (("with", True), ("without", False)):
+        write_published_folder(tmp_path / name, random_model(), labels=labels, vae_weights=weights)
+    own, usual = (Space.of_checkpoint(str(tmp_path / name)).vae for name in ("with", "without"))
+    assert (own, usual) == (str(tmp_path / "with" / "vae"), SD_VAE)
+    assert load_vae(own).network.config.latent_channels == 4
 
 
 def test_no_steps_give_the_noise(place, tmp_path):

@@ -100,8 +100,13 @@ def test_what_cannot_be_validated_is_refused(data, features, tmp_path):
             config(validate_count=1, **setting)
     with pytest.raises(ValueError, match="--validate-every is 5; it must be given together with"):
         DistillConfig(validate_every=5)
-    with pytest.raises(ValueError, match="--reference is x; it must be given together with --feat"):
-        ImageConfig(reference=Path("x"))
+    for setting in ({"reference": Path("x")}, {"reference_count": 9}, {"validate_count": 50}):
+        option = f"--{next(iter(setting)).replace('_', '-')}"
+        with pytest.raises(ValueError, match=f"{option} has no effect without --features or --val"):
+            ImageConfig(**setting)
+    given = {"features": "f.safetensors", "inception_weights": Path("x")}
+    with pytest.raises(ValueError, match="--inception-weights has no effect with --features f"):
+        ImageConfig(**given)
     with pytest.raises(FileNotFoundError, match=r"no nowhere\.safetensors .*training\.evaluate"):
         new_trainer(data, tmp_path, 5, "--features", "nowhere.safetensors")
     with pytest.raises(FileNotFoundError, match="no reference nowhere"):

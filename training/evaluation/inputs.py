@@ -113,7 +113,13 @@ class Inputs:
                 f"--unlabelled does not go with {model.checkpoint}, "
                 "whose labels are the modes of its source"
             )
-        by_class = model.conditioning != "mode" and not (config.unlabelled or model.unlabelled)
+        unlabelled = config.unlabelled or model.unlabelled
+        if unlabelled and (max((0, *config.guidance)) > 0 or max((1, *config.cfg)) > 1):
+            raise ValueError(
+                f"--guidance and --cfg steer away from samples of no class, which those of "
+                f"{model.checkpoint} are; leave them out"
+            )
+        by_class = model.conditioning != "mode" and not unlabelled
         if config.class_shares == "data" and not by_class:
             raise ValueError(
                 f"--class-shares data does not go with {model.checkpoint}, whose samples have no "

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gmflow_core.files.checkpoint import load_checkpoint, read_metadata
 from gmflow_core.files.diffusers_folder import published_weights
+from gmflow_core.files.diffusers_vae import own_vae
 from gmflow_core.files.errors import FileError
 from gmflow_core.files.hub import is_published, tidy_source
 from gmflow_core.files.json_files import EDITED
@@ -102,7 +103,10 @@ class Space:
         if (data.get("source") or {}).get("conditioning") != "mode":
             classes = tuple(data.get("labels") or map(str, range(config["num_classes"])))
         shape = (config["channels"], config["latent_size"], config["latent_size"])
-        return cls(checkpoint, kind, shape, classes, SD_VAE if data["space"] == "sd-vae" else None)
+        vae = None
+        if data["space"] == "sd-vae":
+            vae = str(own_vae(checkpoint) or SD_VAE)
+        return cls(checkpoint, kind, shape, classes, vae)
 
 
 SIZES = ("num_classes", "num_components", "channels", "latent_size")  # that a config states

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from training.common.settings import require, require_device, require_ranges
+from training.common.settings import require, require_device, require_ranges, require_unused
 from training.evaluation.config import check_features
 from training.loop.wandb_run import import_wandb
 
@@ -64,6 +64,9 @@ class TrainerConfig:
             import_wandb()
 
 
+OF_VALIDATION = ("validate_count", "reference", "reference_count", "inception_weights")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ValidatedConfig(TrainerConfig):
     """Settings of a run whose samples are pictures, which can be compared with real ones.
@@ -100,9 +103,12 @@ class ValidatedConfig(TrainerConfig):
         value = self.features if every is None else every
         there = reference is not None or data is not None or not self.validation_interval
         require(there, name, value, "given together with --reference, or with --data")
-        used = reference is None or self.features is not None or every is not None
-        wanted = "given together with --features or --validate-every"
-        require(used, "reference", reference, wanted)
+        if every is None and self.features is None:  # 0 turns validation off, whatever is given
+            when = "without --features or --validate-every"
+            require_unused(self, ValidatedConfig, OF_VALIDATION, when)
+        elif self.features not in (None, "inception"):
+            when = f"with --features {self.features}"
+            require_unused(self, ValidatedConfig, ("inception_weights",), when)
 
     @property
     def validation_interval(self) -> int:

@@ -212,6 +212,7 @@ _DITDH_XL = ImageConfig(
     spectrum_layers=None,
     time_max=0.999,
     time_shift=(768 * 16 * 16 / 4096) ** 0.5,
+    iterations=100_000,  # 80 epochs
     loss_weight=2 / 768,  # turns the loss into the mean squared error, which the clip is for
     batch_size=1024,
     lr=2e-4,

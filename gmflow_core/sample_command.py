@@ -82,7 +82,9 @@ def _check_effects(args: argparse.Namespace, metadata: dict[str, Any]) -> None:
         if "spectrum" not in SOLVERS[solver].settings:
             raise ValueError(f"--no-spectrum has no effect with --solver {solver}; leave it out")
         if not metadata["config"].get("spectrum_layers"):
-            raise ValueError("--no-spectrum has no effect: this model has none; leave it out")
+            raise ValueError(
+                "--no-spectrum has no effect on a model without a spectrum network; leave it out"
+            )
     for name in OF_SOLVERS:
         value = getattr(args, name)
         if value is not None and name not in SOLVERS[solver].settings:

@@ -134,10 +134,7 @@ def test_statistics_of_any_data_are_written_and_read_back(place, tmp_path):
     (tmp_path / "image.png").write_bytes(b"")
     for name, message in (
         ("plain.npz", r"plain\.npz holds no images, only statistics"),
-        (
-            "image.png",
-            r"image\.png is no \.npz or \.pkl file; give --data an \.npz",
-        ),
+        ("image.png", r"image\.png is no \.npz or \.pkl file; give --data an \.npz"),
         ("absent", r"there is no \S*absent; give --data an \.npz"),
     ):
         with pytest.raises(SystemExit, match=message):
